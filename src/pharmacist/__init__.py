@@ -1,0 +1,44 @@
+"""Pharmacist: rank a safety-alignment dataset, keep the core subset, align on it, prove that it holds.
+
+The names below are imported on first use, so that ``import pharmacist`` stays cheap.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from pharmacist.pipeline.align import AlignOptions, align
+    from pharmacist.pipeline.attack import AttackOptions, attack
+    from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
+    from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+
+__version__ = version("pharmacist")
+
+_EXPORTS = {
+    "AlignOptions": "align", "align": "align",
+    "AttackOptions": "attack", "attack": "attack",
+    "CurateOptions": "curate", "Ranking": "curate", "curate": "curate", "rank": "curate",
+    "EvaluateOptions": "evaluate", "evaluate": "evaluate",
+}  # fmt: skip
+
+__all__ = [
+    "AlignOptions",
+    "AttackOptions",
+    "CurateOptions",
+    "EvaluateOptions",
+    "Ranking",
+    "__version__",
+    "align",
+    "attack",
+    "curate",
+    "evaluate",
+    "rank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"pharmacist.pipeline.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

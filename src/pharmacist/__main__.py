@@ -1,0 +1,6 @@
+"""``python -m pharmacist``."""
+
+from pharmacist.cli.main import main
+
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The command line: one declaration of options per stage, read by jsonargparse."""

@@ -1,0 +1,1 @@
+"""Errors, configuration, run folders and other plumbing; imports neither torch nor datasets."""

@@ -1,0 +1,81 @@
+"""Progress bars and console on standard error (rich); one switch makes both silent."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+T = TypeVar("T")
+
+
+@cache
+def console() -> Console:
+    """The console for messages to people: standard error, so that standard output stays machine-readable.
+
+    Silent on every process but the first under a launcher.
+    """
+    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Turns messages and bars off (or on again)."""
+    console().quiet = quiet or int(os.environ.get("RANK", "0")) != 0
+
+
+class Bar(Protocol):
+    """What `bar` yields."""
+
+    def advance(self, n: float = 1) -> None:
+        """Moves the bar by `n` units."""
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, n: float = 1) -> None:
+        self._progress.advance(self._task, n)
+
+
+@cache
+def _progress() -> Progress:
+    # One live display for all bars: rich allows a single one per console, and phases nest.
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console(), transient=True, refresh_per_second=4)
+
+
+@contextmanager
+def bar(description: str, total: float | None = None) -> Iterator[Bar]:
+    """A progress bar with elapsed and remaining time.
+
+    Bars may nest. Nothing is drawn where standard error is no terminal.
+    """
+    progress = _progress()
+    outermost = not progress.task_ids
+    task = progress.add_task(description, total=total)
+    if outermost and console().is_terminal and not console().quiet:
+        progress.start()
+    try:
+        yield _Bar(progress, task)
+    finally:
+        progress.remove_task(task)
+        if outermost:
+            progress.stop()
+
+
+def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+    """Yields from `iterable` under a progress bar."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with bar(description, total) as handle:
+        for item in iterable:
+            yield item
+            handle.advance()

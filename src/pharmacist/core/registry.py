@@ -1,0 +1,76 @@
+"""Names of methods, resolved lazily: one table line per method."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from pharmacist.core.errors import ConfigError, UnknownNameError
+
+
+T = TypeVar("T")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``; did you mean 'random'?``, or the known names where none is close."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known) or 'none'}"
+
+
+class Registry(Generic[T]):
+    """Maps a method's name to its class without importing it.
+
+    Args:
+        kind: What the names stand for, for messages ("selector").
+        table: name -> ``"module:Class"``. The class has a dataclass `Config` and is built as ``Class(Config(...))``.
+        group: Entry-point group through which other packages add methods.
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str], *, group: str) -> None:
+        self.kind, self._table, self._group = kind, dict(table), group
+
+    def _all(self) -> dict[str, str]:
+        return {point.name: point.value for point in entry_points(group=self._group)} | self._table
+
+    def names(self) -> list[str]:
+        """Known names, sorted; plug-ins included."""
+        return sorted(self._all())
+
+    def get(self, name: str) -> type[T]:
+        """The class called `name`.
+
+        Raises:
+            UnknownNameError: No such name; the message offers the nearest one.
+        """
+        table = self._all()
+        if name not in table:
+            raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
+        module, _, attribute = table[name].partition(":")
+        found: type[T] = getattr(import_module(module), attribute)
+        return found
+
+    def config_type(self, name: str) -> type[Any]:
+        """The options dataclass of the method called `name`."""
+        found: type[Any] = self.get(name).Config  # type: ignore[attr-defined]
+        return found
+
+    def build(self, name: str, params: Mapping[str, Any]) -> T:
+        """Builds the method from its parameters.
+
+        Raises:
+            ConfigError: A parameter that the method does not have.
+        """
+        config = self.config_type(name)
+        known = {field.name for field in dataclasses.fields(config)}
+        for key in params:
+            if key not in known:
+                raise ConfigError(f"{self.kind} '{name}' has no option '{key}'{closest(key, known)}")
+        return self.get(name)(config(**params))  # type: ignore[call-arg]
+
+    def build_from(self, choice: Mapping[str, Any]) -> T:
+        """Builds from ``{"name": ..., **params}``, the form that options files hold."""
+        params = dict(choice)
+        return self.build(params.pop("name"), params)

@@ -1,0 +1,204 @@
+"""Output folders: who owns one, when it is complete, what can be resumed."""
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pharmacist.core.env import rank, versions
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_json
+from pharmacist.core.manifest import Phase, RunManifest, read_manifest
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Options that every command has."""
+
+    output_dir: str
+    """Folder for the results; a second run into it resumes, or says that it is complete."""
+    seed: int = 0
+    """Seed of every random stream."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the frozen weights and the forward passes; auto is bfloat16 on a GPU, float32 elsewhere."""
+    quiet: bool = False
+    """No progress bars and no summary."""
+    overwrite: bool = False
+    """Delete the results of an earlier run in the output folder and start again."""
+
+
+_NOT_IN_KEY = frozenset({"output_dir", "quiet", "overwrite"})
+
+
+class RunDir:
+    """One stage's output folder.
+
+    Finished results lie in it; ``work/`` holds partial state until `finish` removes it. Only the first process of a
+    data-parallel run writes here, apart from what the others put under ``work/`` themselves.
+    """
+
+    def __init__(self, root: Path, manifest: RunManifest, lock: IO[str] | None) -> None:
+        self.root, self.manifest, self._lock = root, manifest, lock
+
+    @classmethod
+    def open(cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str]) -> "RunDir":
+        """Takes possession of the output folder.
+
+        Args:
+            options: The stage's options; all but folder, verbosity and overwriting identify the run.
+            stage: Name of the stage ("curate").
+            version: Raised by hand whenever the stage's results change, so that old folders are not taken for new.
+            inputs: Fingerprint per input.
+
+        Raises:
+            ConfigError: The folder holds another run or other files, is a file, or another process works in it.
+        """
+        root = Path(options.output_dir)
+        config = {field.name: getattr(options, field.name) for field in fields(options)}
+        config = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
+        relevant = {name: value for name, value in config.items() if name not in _NOT_IN_KEY}
+        key = sha256_json({"stage": stage, "version": version, "config": relevant, "inputs": dict(inputs)})
+        manifest = RunManifest(
+            stage=stage, status="started", key=key, config=config, inputs=dict(inputs), versions=versions(),
+            seeds={"seed": options.seed}, created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        if rank() != 0:
+            return cls(root, manifest, None)
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (PermissionError, NotADirectoryError) as error:
+            raise ConfigError(f"{root}: cannot be made ({error.strerror}); choose another --output-dir") from error
+        if options.overwrite:
+            _clear(root)
+        previous = _previous(root, key, stage, relevant, inputs)
+        if previous is not None:
+            manifest = previous
+        (root / "work").mkdir(exist_ok=True)
+        lock = (root / "work" / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{root}: another process is working in this folder; wait for it or choose another") from error
+        run = cls(root, manifest, lock)
+        if run.complete:
+            run.close()
+        elif previous is None:
+            manifest.write(root)
+        return run
+
+    @property
+    def complete(self) -> bool:
+        """Whether a finished run with the same options and inputs lies here."""
+        return self.manifest.status == "success"
+
+    def path(self, *parts: str) -> Path:
+        """A path in the output folder."""
+        return self.root.joinpath(*parts)
+
+    def work(self, *parts: str) -> Path:
+        """A path for partial state; its parent folder exists."""
+        path = self.root.joinpath("work", *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Measures a phase; its wall time and tokens add up over resumes and end in the manifest."""
+        path = self.work("phases", f"{name}.json")
+        before = Phase.model_validate(read_json(path)) if path.is_file() else Phase()
+        current, start = Phase(extra=before.extra), time.perf_counter()
+        try:
+            yield current
+        finally:
+            total = Phase(
+                seconds=before.seconds + time.perf_counter() - start, tokens=before.tokens + current.tokens,
+                extra=current.extra,
+            )  # fmt: skip
+            self.manifest.phases[name] = total
+            if self._lock is not None:
+                write_json(path, total.model_dump(mode="json"))
+
+    def finish(
+        self,
+        *,
+        outputs: list[str],
+        counts: Mapping[str, int] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        seeds: Mapping[str, int] | None = None,
+        device: str = "",
+        extra: Mapping[str, Any] | None = None,
+    ) -> RunManifest:
+        """Declares the run complete: writes the manifest, then removes the partial state."""
+        manifest = self.manifest
+        for file in sorted(self.root.glob("work/phases/*.json")):
+            manifest.phases.setdefault(file.stem, Phase.model_validate(read_json(file)))
+        manifest.status, manifest.outputs, manifest.device = "success", outputs, device
+        manifest.counts, manifest.metrics = dict(counts or {}), dict(metrics or {})
+        manifest.seeds |= dict(seeds or {})
+        manifest.extra |= dict(extra or {})
+        manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._lock is not None:
+            manifest.write(self.root)
+            self.close()
+        return manifest
+
+    def close(self) -> None:
+        """Releases the folder; partial state stays unless the run is complete."""
+        if self._lock is not None:
+            if self.complete:
+                shutil.rmtree(self.root / "work", ignore_errors=True)
+            self._lock.close()
+            self._lock = None
+
+
+def _previous(
+    root: Path, key: str, stage: str, relevant: Mapping[str, Any], inputs: Mapping[str, str]
+) -> RunManifest | None:
+    """The manifest of the run that lies in `root` if it is this one; raises if it is another."""
+    if not (root / "manifest.json").is_file():
+        # A run killed before its first manifest leaves at most an empty work folder.
+        if any(path.name != "work" and not path.name.startswith(".manifest.json.") for path in root.iterdir()):
+            raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
+        return None
+    found = read_manifest(root)
+    if found.key == key:
+        return found
+    if found.stage != stage:
+        difference = f"a run of '{found.stage}'"
+    else:
+        changed = [name for name, value in relevant.items() if found.config.get(name) != value]
+        changed += [f"content of {name}" for name, value in inputs.items() if found.inputs.get(name) != value]
+        difference = f"a run with other {', '.join(changed) or 'code'}"
+    raise ConfigError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
+
+
+def _clear(root: Path) -> None:
+    """Deletes an earlier run, and nothing that is not one."""
+    if not any(root.iterdir()):
+        return
+    if not (root / "manifest.json").is_file():
+        raise ConfigError(f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone")
+    read_manifest(root)
+    # The manifest goes last: until then the folder is still known as a run that may be overwritten.
+    for path in sorted(root.iterdir(), key=lambda path: path.name == "manifest.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def finished(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished run."""
+    return (Path(folder) / "manifest.json").is_file() and read_manifest(folder).status == "success"
+

@@ -1,0 +1,1 @@
+"""Model access: loading, adapters, losses and forward-only passes; knows no Trainer."""
