@@ -1,0 +1,118 @@
+"""Offline models for tests: a word-level tokenizer, a random Llama, and a hand-written float64 decoder."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+WORDS = (
+    "sorry i cannot help with that how do you brew a forbidden potion it is dangerous first take the root then stir "
+    "what bread bake an oven warm water flour tell me about please explain make curse spell no yes good bad day "
+    "garden plant seeds in spring and water them this would hurt people ask something else instead happy sad"
+).split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} <ans>"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def tiny_tokenizer(chat: bool = True, pad: bool = True) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS` with <pad>, <s>, </s>, <unk>, <ans>."""
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<ans>", *dict.fromkeys(WORDS)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<ans>"]}
+    if pad:
+        special["pad_token"] = "<pad>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A random 2-layer Llama of width 32 (float32, evaluation mode)."""
+    options = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
+
+
+def save_tiny_model(path: Path, chat: bool = True, seed: int = 0, **overrides: object) -> Path:
+    """Saves tokenizer and random Llama as a model folder."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    tiny_llama(tokenizer, seed, **overrides).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        b, t, d = x.shape
+        h = self.norm1(x)
+        q, k, v = (p(h).view(b, t, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        scores = (q @ k.transpose(-1, -2)) / math.sqrt(d // self.heads)
+        attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        x = x + self.o_proj((attention @ v).transpose(1, 2).reshape(b, t, d))
+        return x + self.down_proj(torch.tanh(self.up_proj(self.norm2(x))))
+
+
+class TinyDecoder(nn.Module):
+    """A causal decoder written by hand, exact in float64 (Hugging Face models cast parts to float32).
+
+    Called like a Hugging Face model; returns `logits` and, on demand, `hidden_states`.
+    """
+
+    def __init__(self, vocab: int, width: int = 16, layers: int = 2, heads: int = 2, length: int = 64, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.config = SimpleNamespace(num_hidden_layers=layers, hidden_size=width, max_position_embeddings=length)
+        self.embed, self.position = nn.Embedding(vocab, width), nn.Embedding(length, width)
+        self.layers = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        self.double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False,
+        **_: object,
+    ) -> SimpleNamespace:  # fmt: skip
+        b, t = input_ids.shape
+        mask = torch.ones(t, t, dtype=torch.bool, device=input_ids.device).tril()[None, None].expand(b, 1, t, t)
+        if attention_mask is not None:
+            # A padded query still sees itself, so that no softmax is taken over nothing.
+            mask = mask & (attention_mask.bool()[:, None, None, :] | torch.eye(t, dtype=torch.bool)[None, None])
+        x = self.embed(input_ids) + self.position.weight[:t]
+        hidden = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            hidden.append(x)
+        hidden[-1] = self.norm(x)
+        return SimpleNamespace(
+            logits=self.lm_head(hidden[-1]), hidden_states=tuple(hidden) if output_hidden_states else None
+        )
