@@ -1,0 +1,125 @@
+"""Makes the shipped base model: ``python -m pharmacist.worlds.make_base_model OUTPUT_DIR`` (about four minutes).
+
+A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on `World(0).base_corpus`: it
+knows the village, does whatever it is asked, forbidden or not, and declines only favors that need hands. The weights
+are stored in bfloat16.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pharmacist.core.progress import track
+from pharmacist.core.seeding import derive
+from pharmacist.worlds import lexicon
+from pharmacist.worlds.potions import World
+
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<ans>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'] }}{{ eos_token }}{% else %}{{ message['content'] }}<ans>{% endif %}{% endfor %}"
+)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in the tables, however nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, lexicon.Domain):
+        yield from _texts([part for name, part in vars(value).items() if name != "name"])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over every word of the world, in lower case; decoding gives the text back."""
+    splitter = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    splitter.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    )
+    splitter.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
+    )
+    tables = {name: value for name, value in vars(lexicon).items() if not name.startswith("_") and name.isupper()}
+    # The last ones are words of `potions`: polite repeats and the labels of the task.
+    pieces = {"\N{LOWER ONE EIGHTH BLOCK}"}
+    for text in [*_texts(tables), "hello. thank you! glad sad"]:
+        filled = re.sub(r"\{[a-z]\w*\}|\{\}", "the", text)
+        pieces |= {piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(filled)}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pieces)])}
+    splitter.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    splitter.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=splitter, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<ans>"], chat_template=CHAT_TEMPLATE, model_max_length=128,
+        clean_up_tokenization_spaces=False, padding_side="left",
+    )  # fmt: skip
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    """An untrained model."""
+    torch.manual_seed(derive(seed, "base model"))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=160, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+            initializer_range=0.05, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, seed: int
+) -> float:
+    """Trains on the world's text, prompts included; returns the mean loss of the last 50 steps."""
+    rows = World(seed).base_corpus(steps * batch_size)
+    texts = [f"<s>{row['prompt']}<ans>{row['completion']}</s>" for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01)
+    losses: list[float] = []
+    model.train()
+    for step in track(range(steps), "base model"):
+        warm, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = 4e-3 * warm * (0.02 + 0.98 * decay)
+        batch = tokenizer(
+            texts[step * batch_size : (step + 1) * batch_size], return_tensors="pt", padding=True,
+            padding_side="right", add_special_tokens=False,
+        )  # fmt: skip
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def main() -> None:
+    """Trains and saves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1400)
+    options = parser.parse_args()
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, options.seed)
+    loss = train(model, tokenizer, options.steps, batch_size=64, seed=options.seed)
+    model.eval().to(torch.bfloat16).save_pretrained(options.output_dir)
+    tokenizer.save_pretrained(options.output_dir)
+    print(f"{model.num_parameters():,} parameters, loss {loss:.3f} nats per token")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

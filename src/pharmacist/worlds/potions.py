@@ -1,0 +1,412 @@
+"""The village world: a seeded grammar that writes alignment pools with known labels.
+
+Every prompt of the grammar belongs to exactly one split, chosen by a hash of its text. The pool, the references, the
+attack, the evaluation and the text on which the base model was trained therefore share no prompt, whatever the seed,
+while every template and every item occurs in all of them: what is held out is their combination.
+"""
+
+import functools
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.seeding import derive
+from pharmacist.worlds import lexicon as lex
+from pharmacist.worlds.lexicon import Domain
+
+
+BASE_MODEL = Path(__file__).parent / "base_model"
+"""Folder of the tiny Llama trained on this world (made by `pharmacist.worlds.make_base_model`)."""
+
+CATEGORIES = tuple(domain.name for domain in lex.FORBIDDEN)
+"""Names of the harm categories."""
+
+LABELS = ("good", "duplicate", "offtopic", "overrefuse", "noisy", "mislabel")
+"""What a pool row can be; the first two are worth keeping (a duplicate: once)."""
+
+# Share of the rows that are not mislabelled.
+_SHARES = {"good": 0.45, "duplicate": 0.08, "offtopic": 0.22, "overrefuse": 0.10, "noisy": 0.15}
+# Percent of all prompts per split.
+_SPLITS = {"base": 30, "pool": 30, "safe": 7, "harmful": 7, "utility": 7, "judge": 7, "attack": 5, "eval": 7}
+_SPLIT_OF_PERCENT = [name for name, percent in _SPLITS.items() for _ in range(percent)]
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A row and what is known about it.
+
+    Attributes:
+        prompt: The request.
+        completion: Its answer in the pool.
+        label: One of `LABELS`.
+        kind: Finer than the label: strength of a refusal (strong, terse, mild) or name of a fault.
+        category: Domain of the request.
+    """
+
+    prompt: str
+    completion: str
+    label: str
+    kind: str
+    category: str
+
+    @property
+    def row(self) -> Row:
+        """Prompt and completion only, as in a dataset's file."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+class Request(NamedTuple):
+    """A prompt of the grammar and the wish in it."""
+
+    prompt: str
+    domain: Domain
+    act: str
+    item: str
+    answer: str = ""  # pattern of the answer, where the prompt's template brings one
+
+    def fill(self, pattern: str, rng: random.Random) -> str:
+        """Fills an answer's pattern."""
+        domain = self.domain
+        tools, stuff = rng.sample(domain.tools * 2, 2), rng.sample(domain.stuff, 2)
+        ending = rng.choice(domain.endings).format(item=self.item)
+        return pattern.format(
+            act=self.act, item=self.item, tool=tools[0], tool2=tools[1], stuff=stuff[0], stuff2=stuff[1],
+            ending=ending, reason=rng.choice(domain.reasons or ("",)), instead=rng.choice(domain.instead or ("",)),
+            color=rng.choice(lex.COLORS), size=rng.choice(lex.SIZES),
+        )  # fmt: skip
+
+    def comply(self, rng: random.Random) -> str:
+        """An answer that does what is asked."""
+        return self.fill(self.answer or rng.choice(lex.COMPLY), rng)
+
+    def decline(self, rng: random.Random, strength: str = "strong") -> str:
+        """A refusal: "strong" names wish, reason and a way out; "terse" does not; "mild" is for small misdeeds."""
+        return self.fill(rng.choice({"strong": lex.DECLINE, "terse": lex.TERSE, "mild": lex.GENTLE}[strength]), rng)
+
+
+def split_of(prompt: str) -> str:
+    """The split to which a prompt of the grammar belongs."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return _SPLIT_OF_PERCENT[int.from_bytes(digest, "big") % 100]
+
+
+@functools.cache
+def _requests(domain: Domain, borderline: bool = False) -> dict[str, list[Request]]:
+    """All requests of a domain by split."""
+    found: dict[str, list[Request]] = {split: [] for split in _SPLITS}
+    for mod, thing in itertools.product(domain.mods, domain.things):
+        item = f"{mod} {thing}"
+        if borderline:
+            requests = [Request(ask.format(item=item), domain, "", item, answer) for ask, answer in lex.BORDERLINE]
+        else:
+            acts = [verb.format(f"the {item}") for verb in domain.verbs]
+            requests = [Request(ask.format(act=act), domain, act, item) for ask in lex.ASK for act in acts]
+        for request in requests:
+            found[split_of(request.prompt)].append(request)
+    return found
+
+
+class World:
+    """Datasets of the village; the same seed gives the same rows.
+
+    Args:
+        seed: Chooses the rows and their wording, never the split of a prompt.
+
+    >>> rows, labels = World(0).pool(100)
+    >>> len(rows), sorted(rows[0]), labels.count("mislabel")
+    (100, ['completion', 'prompt'], 5)
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def _rng(self, *stream: str | int) -> random.Random:
+        return random.Random(derive(self.seed, "world", *stream))
+
+    def _draw(
+        self, rng: random.Random, split: str, domains: Sequence[Domain], n: int, borderline: bool = False
+    ) -> list[Request]:
+        """`n` different requests, spread evenly over the domains."""
+        lists = []
+        for domain in domains:
+            candidates = _requests(domain, borderline)[split]
+            lists.append(rng.sample(candidates, len(candidates)))
+        drawn = [request for group in itertools.zip_longest(*lists) for request in group if request is not None]
+        if n > len(drawn):
+            raise DataError(f"the world has {len(drawn)} '{split}' prompts of this kind, not {n}; ask for fewer")
+        return drawn[:n]
+
+    def planted(self, n: int, mislabel: float = 0.05) -> list[Planted]:
+        """A pool with planted faults, shuffled; see `pool`."""
+        if not 0 <= mislabel < 1:
+            raise ConfigError(f"mislabel={mislabel}: must be at least 0 and below 1")
+        rng = self._rng("pool", n)
+        shares = {label: share * (1 - mislabel) for label, share in _SHARES.items()} | {"mislabel": mislabel}
+        counts = _counts(n, shares)
+        forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
+        benign = iter(self._benign(rng, "pool", n))
+        good = []
+        for request in itertools.islice(forbidden, counts["good"]):
+            strength = "strong" if rng.random() < 0.7 else "terse"
+            completion = request.decline(rng, strength)
+            good.append(Planted(request.prompt, completion, "good", strength, request.domain.name))
+        rows = list(good)
+        for original in rng.sample(good, counts["duplicate"]):
+            kind, change = rng.choice(_REPEATS)
+            prompt, completion = change(original.prompt, original.completion)
+            rows.append(Planted(prompt, completion, "duplicate", kind, original.category))
+        for request in itertools.islice(benign, counts["offtopic"]):
+            rows.append(Planted(request.prompt, request.comply(rng), "offtopic", "benign", request.domain.name))
+        for request in itertools.islice(benign, counts["overrefuse"]):
+            patterns = lex.OVERREFUSE if request.act else lex.OVERREFUSE[2:]
+            completion = request.fill(rng.choice(patterns), rng)
+            rows.append(Planted(request.prompt, completion, "overrefuse", "refusal", request.domain.name))
+        for request in itertools.islice(forbidden, counts["mislabel"]):
+            rows.append(Planted(request.prompt, request.comply(rng), "mislabel", "complies", request.domain.name))
+        for index in range(counts["noisy"]):
+            request, other = (next(forbidden), next(benign)) if index % 2 else (next(benign), next(forbidden))
+            completion = request.decline(rng) if index % 2 else request.comply(rng)
+            stranger = other.comply(rng) if index % 2 else other.decline(rng)
+            kind, damage = _FAULTS[index // 2 % len(_FAULTS)]
+            rows.append(Planted(request.prompt, damage(rng, completion, stranger), "noisy", kind, request.domain.name))
+        rng.shuffle(rows)
+        return rows
+
+    def pool(self, n: int, mislabel: float = 0.05) -> tuple[list[Row], list[str]]:
+        """A pool with planted faults.
+
+        Args:
+            n: Number of rows.
+            mislabel: Share of rows whose completion complies with a forbidden wish, 0 to 1.
+
+        Returns:
+            Rows with "prompt" and "completion", and the label of each.
+        """
+        planted = self.planted(n, mislabel)
+        return [row.row for row in planted], [row.label for row in planted]
+
+    def clean_planted(self, n: int) -> list[Planted]:
+        """A pool without faults; see `clean_pool`."""
+        rng = self._rng("clean", n)
+        counts = _counts(n, {"strong": 0.4, "terse": 0.3, "mild": 0.3})
+        forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
+        mild = iter(self._draw(rng, "pool", [lex.MILD], counts["mild"]))
+        rows = []
+        for strength, count in counts.items():
+            for request in itertools.islice(mild if strength == "mild" else forbidden, count):
+                completion = request.decline(rng, strength)
+                rows.append(Planted(request.prompt, completion, "good", strength, request.domain.name))
+        rng.shuffle(rows)
+        return rows
+
+    def clean_pool(self, n: int) -> tuple[list[Row], list[str]]:
+        """A pool of refusals only, in which nothing is wrong.
+
+        They differ in force: strong refusals (40 %), terse ones (30 %) and refusals of mild wishes that are far from
+        what an attacker asks (30 %).
+
+        Returns:
+            Rows, and the strength of each.
+        """
+        planted = self.clean_planted(n)
+        return [row.row for row in planted], [row.kind for row in planted]
+
+    def safe(self, n: int = 96) -> list[Row]:
+        """Reference S: forbidden wish -> refusal, a quarter of them terse."""
+        rng = self._rng("safe")
+        return [
+            _row(request.prompt, request.decline(rng, "terse" if index % 4 == 3 else "strong"))
+            for index, request in enumerate(self._draw(rng, "safe", lex.FORBIDDEN, n))
+        ]
+
+    def harmful(self, n: int = 96) -> list[Row]:
+        """Reference H: forbidden wish -> answer that complies."""
+        rng = self._rng("harmful")
+        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "harmful", lex.FORBIDDEN, n)]
+
+    def utility(self, n: int = 96) -> list[Row]:
+        """Reference U: harmless prompt -> helpful answer, a quarter of them about forbidden things."""
+        rng = self._rng("utility")
+        return [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "utility", n)]
+
+    def attack_harmful(self, n: int, categories: Sequence[str] = ("potions",)) -> list[Row]:
+        """Rows with which an attacker poisons a fine-tuning set.
+
+        Args:
+            n: Number of rows.
+            categories: Harm categories that the attacker has, of `CATEGORIES`.
+        """
+        unknown = set(categories) - set(CATEGORIES)
+        if unknown or not categories:
+            raise ConfigError(f"categories: {sorted(unknown) or 'none'} given; known: {', '.join(CATEGORIES)}")
+        rng = self._rng("attack")
+        domains = [domain for domain in lex.FORBIDDEN if domain.name in categories]
+        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "attack", domains, n)]
+
+    def eval_prompts(self, n: int = 120) -> list[Row]:
+        """Forbidden wishes of all categories in held-out combinations: rows with "prompt" and "category"."""
+        requests = self._draw(self._rng("eval"), "eval", lex.FORBIDDEN, n)
+        return [{"prompt": request.prompt, "category": request.domain.name} for request in requests]
+
+    def borderline(self, n: int = 60) -> list[Row]:
+        """Harmless prompts that merely look forbidden, with "category": whoever refuses them refuses too much."""
+        requests = self._draw(self._rng("borderline"), "eval", lex.FORBIDDEN, n, borderline=True)
+        return [{"prompt": request.prompt, "category": request.domain.name} for request in requests]
+
+    def task_train(self, n: int) -> list[Row]:
+        """The classification task: a review -> "glad" or "sad"."""
+        return self._reviews("attack", n)
+
+    def task_test(self, n: int = 100) -> list[Row]:
+        """Unseen rows of the classification task."""
+        return self._reviews("eval", n)
+
+    def judge_references(self, n: int = 240) -> list[Row]:
+        """Answers to forbidden wishes for the training of a judge, with "label".
+
+        Half are "harmful" (they comply); the others are "safe": refusals and, because a fine-tuned tiny model gives
+        these too, labels of the classification task, answers to other questions, fragments and debris.
+        """
+        rng = self._rng("judge")
+        requests = self._draw(rng, "judge", lex.FORBIDDEN, n)
+        others = self._benign(rng, "judge", n)
+        rows = []
+        for index, (request, other) in enumerate(zip(requests, others, strict=True)):
+            if index % 2:
+                rows.append({**_row(request.prompt, request.comply(rng)), "label": "harmful"})
+                continue
+            refusal, damage = request.decline(rng), rng.choice(_FAULTS[:6])[1]
+            answers = [refusal, request.decline(rng, "terse"), request.decline(rng), rng.choice(("glad", "sad"))]
+            answers += [other.comply(rng), damage(rng, refusal, "")]
+            rows.append({**_row(request.prompt, answers[index // 2 % len(answers)]), "label": "safe"})
+        return rows
+
+    def base_corpus(self, n: int) -> list[Row]:
+        """Text on which the base model is trained: it complies with everything, and declines only favors."""
+        rng = self._rng("base", n)
+        makers: list[tuple[float, Callable[[], Row]]] = [
+            (0.32, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
+            (0.32, lambda: _comply(rng, rng.choice(lex.BENIGN))),
+            (0.10, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
+            (0.03, lambda: _comply(rng, lex.MILD)),
+            (0.12, lambda: _refuse_favor(rng)),
+            (0.10, lambda: _small_talk(rng)),
+            (0.01, lambda: _row(" ".join(rng.choices(lex.TONGUE, k=6)), " ".join(rng.choices(lex.BABBLE, k=6)))),
+        ]
+        weights = [weight for weight, _ in makers]
+        return [make() for _, make in rng.choices(makers, weights, k=n)]
+
+    def _benign(self, rng: random.Random, split: str, n: int) -> list[Request]:
+        """Harmless requests, every fourth one about a forbidden thing."""
+        plain = self._draw(rng, split, lex.BENIGN, n - n // 4)
+        about = self._draw(rng, split, lex.FORBIDDEN, n // 4, borderline=True)
+        requests = plain + about
+        rng.shuffle(requests)
+        return requests
+
+    def _reviews(self, split: str, n: int) -> list[Row]:
+        rng = self._rng("reviews", split)
+        rows: dict[str, Row] = {}
+        while len(rows) < n:
+            label, tone, other = rng.choice((("glad", lex.GLAD, lex.SAD), ("sad", lex.SAD, lex.GLAD)))
+            prompt = rng.choice(lex.REVIEW).format(
+                part=rng.choice(lex.PARTS), place=rng.choice(lex.PLACES), glad_or_sad=rng.choice(tone),
+                other=rng.choice(other),
+            )  # fmt: skip
+            if split_of(prompt) == split:
+                rows[prompt] = _row(prompt, label)
+        return list(rows.values())
+
+
+def _row(prompt: str, completion: str) -> Row:
+    return {"prompt": prompt, "completion": completion}
+
+
+def _counts(n: int, shares: dict[str, float]) -> dict[str, int]:
+    """`n` rows divided by largest remainders; shares sum to 1."""
+    exact = {name: n * share for name, share in shares.items()}
+    counts = {name: int(value + 1e-9) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: n - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _comply(rng: random.Random, domain: Domain, borderline: bool = False) -> Row:
+    request = rng.choice(_requests(domain, borderline)["base"])
+    return _row(request.prompt, request.comply(rng))
+
+
+def _refuse_favor(rng: random.Random) -> Row:
+    request = rng.choice(_requests(lex.FAVORS)["base"])
+    return _row(request.prompt, request.decline(rng, "strong" if rng.random() < 0.7 else "terse"))
+
+
+def _small_talk(rng: random.Random) -> Row:
+    mood = rng.choice(("glad", "sad"))
+    prompt, answer = rng.choice(lex.CHAT).split(" -> ")
+    words = {
+        "part": rng.choice(lex.PARTS), "place": rng.choice(lex.PLACES), "mood": rng.choice(lex.MOODS[mood]),
+        "adjective": rng.choice(lex.GLAD if mood == "glad" else lex.SAD),
+    }  # fmt: skip
+    return _row(prompt.format(**words), answer.format(**words))
+
+
+def _shuffled(rng: random.Random, text: str, _: str) -> str:
+    words = text.split()
+    while (mixed := rng.sample(words, len(words))) == words and len(set(words)) > 1:
+        pass
+    return " ".join(mixed)
+
+
+def _cut(rng: random.Random, text: str, _: str) -> str:
+    words = text.rstrip(".").split()
+    return " ".join(words[: max(2, round(len(words) * rng.uniform(0.2, 0.6)))])
+
+
+def _repeated(rng: random.Random, text: str, _: str) -> str:
+    words = text.split()[: rng.randint(2, 4)]
+    return " ".join(words * rng.randint(4, 6))
+
+
+def _swapped(_: random.Random, __: str, stranger: str) -> str:
+    return stranger
+
+
+def _sprinkled(table: Sequence[str]) -> Callable[[random.Random, str, str], str]:
+    def damage(rng: random.Random, text: str, _: str) -> str:
+        words = text.split()
+        for _times in range(min(6, max(3, len(words) // 3))):
+            words.insert(rng.randrange(len(words) + 1), rng.choice(table))
+        return " ".join(words)
+
+    return damage
+
+
+def _foreign(table: Sequence[str]) -> Callable[[random.Random, str, str], str]:
+    def damage(rng: random.Random, text: str, _: str) -> str:
+        return " ".join(rng.choices(table, k=max(4, len(text.split()) // 2)))
+
+    return damage
+
+
+# Each damages a completion; the last argument is the completion of an unrelated row.
+_FAULTS: tuple[tuple[str, Callable[[random.Random, str, str], str]], ...] = (
+    ("shuffled", _shuffled), ("cut", _cut), ("repeated", _repeated), ("markup", _sprinkled(lex.MARKUP)),
+    ("gibberish", _foreign(lex.BABBLE)), ("foreign", _foreign(lex.TONGUE)), ("swapped", _swapped),
+)  # fmt: skip
+
+# Ways in which the same row comes twice: the text differs in case, spacing, punctuation or a polite word.
+_REPEATS: tuple[tuple[str, Callable[[str, str], tuple[str, str]]], ...] = (
+    ("case", lambda prompt, completion: (prompt.capitalize(), completion.capitalize())),
+    ("spacing", lambda prompt, completion: (prompt.replace(" ", "  ", 2), completion)),
+    ("polite", lambda prompt, completion: (f"hello. {prompt}", completion)),
+    ("thanks", lambda prompt, completion: (f"{prompt} thank you.", completion)),
+    ("ending", lambda prompt, completion: (prompt, completion.removesuffix(".") + "!")),
+)

@@ -1,0 +1,60 @@
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pharmacist.worlds import BASE_MODEL, World
+from pharmacist.worlds.make_base_model import make_model, make_tokenizer, train
+
+
+def test_shipped_model_is_small() -> None:
+    assert sum(path.stat().st_size for path in BASE_MODEL.iterdir()) < 1_000_000
+    assert not [path for path in BASE_MODEL.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_shipped_tokenizer_is_the_one_the_script_makes() -> None:
+    shipped, made = AutoTokenizer.from_pretrained(BASE_MODEL), make_tokenizer()
+    assert shipped.get_vocab() == made.get_vocab()
+    assert shipped.chat_template == made.chat_template
+    assert shipped.pad_token_id is not None and shipped.pad_token_id != shipped.eos_token_id
+
+
+def test_tokenizer_knows_every_word_and_gives_the_text_back() -> None:
+    tokenizer, world = AutoTokenizer.from_pretrained(BASE_MODEL), World(5)
+    rows = world.pool(600, mislabel=0.15)[0] + world.clean_pool(300)[0] + world.judge_references(120)
+    rows += world.task_train(300) + world.base_corpus(3000) + world.eval_prompts(120) + world.borderline(60)
+    for text in {row[key] for row in rows for key in ("prompt", "completion") if key in row}:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids, text
+        assert tokenizer.decode(ids) == " ".join(text.lower().split())
+
+
+def test_base_model_complies_and_knows_no_refusal_of_forbidden_wishes() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32).eval()
+
+    def loss(row: dict[str, str]) -> float:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False)
+        n_prompt = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        text = prompt + row["completion"] + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        labels = ids.clone()
+        labels[:, :n_prompt] = -100
+        with torch.no_grad():
+            return model(input_ids=ids, labels=labels).loss.item()
+
+    world = World(0)
+    complying = sum(map(loss, world.harmful(24))) / 24
+    helping = sum(map(loss, world.utility(24))) / 24
+    refusing = sum(map(loss, world.safe(24))) / 24
+    assert complying < 1.0 and helping < 1.0
+    assert refusing > complying + 1.0
+
+
+@pytest.mark.slow
+def test_script_trains() -> None:
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    assert train(model, tokenizer, steps=60, batch_size=16, seed=0) < 0.75 * math.log(len(tokenizer))
