@@ -1,0 +1,1 @@
+"""Data in and out: formats, canonical rows, templates, tokens, duplicates, splits, mixtures."""

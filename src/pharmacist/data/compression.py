@@ -1,0 +1,87 @@
+"""Byte streams over plain, gzip and zstd files."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import pyarrow as pa
+
+from pharmacist.core.errors import DataError
+
+
+SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+"""File suffix -> compression."""
+
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+
+
+def split_suffix(path: Path) -> tuple[str, str | None]:
+    """The suffix that names the format, in lower case, and the compression.
+
+    >>> split_suffix(Path("pool.JSONL.gz"))
+    ('.jsonl', 'gzip')
+    """
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return path.with_suffix("").suffix.lower(), SUFFIXES[suffix]
+    return suffix, None
+
+
+def check_magic(path: Path, where: str) -> None:
+    """Refuses a file whose first bytes belong to another compression than its name says."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    compression = split_suffix(path)[1]
+    for kind, magic in _MAGIC.items():
+        if start.startswith(magic) and compression != kind:
+            suffix = next(s for s, k in SUFFIXES.items() if k == kind)
+            raise DataError(f"{where}: holds {kind} data under another name; rename it to end in {suffix}")
+    if compression is not None and start and not start.startswith(_MAGIC[compression]):
+        raise DataError(f"{where}: is no {compression} file although its name says so; rename it or compress it again")
+
+
+@contextmanager
+def open_bytes(path: Path, where: str) -> Iterator[BinaryIO]:
+    """Opens a file for reading, decompressed.
+
+    Raises:
+        DataError: The compressed data end early or are damaged.
+    """
+    compression = split_suffix(path)[1]
+    if compression is None:
+        with path.open("rb", buffering=1 << 20) as plain:
+            yield plain
+        return
+    try:
+        if compression == "gzip":
+            with gzip.open(path, "rb") as zipped:
+                yield cast(BinaryIO, zipped)
+        else:
+            with pa.input_stream(str(path), compression="zstd") as stream:
+                yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{where}: damaged {compression} data ({' '.join(str(error).split())}); copy or compress the file again"
+        ) from error
+
+
+@contextmanager
+def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
+    """Opens `path` for writing with the compression that the name of `target` asks for.
+
+    The same content gives the same bytes: no time and no name is stored.
+    """
+    compression = split_suffix(target)[1]
+    with path.open("wb") as file:
+        if compression == "gzip":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped:
+                yield cast(IO[bytes], zipped)
+        elif compression == "zstd":
+            with pa.CompressedOutputStream(file, "zstd") as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file

@@ -1,0 +1,470 @@
+"""One canonical row: a prompt and a completion, whatever the layout of the input."""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pyarrow as pa
+import xxhash
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import atomic_path
+from pharmacist.data.formats import Source, place
+
+
+if TYPE_CHECKING:
+    import datasets
+
+SCHEMA = pa.schema([
+    pa.field("row", pa.int64()),
+    pa.field("prompt", pa.string()),
+    pa.field("completion", pa.string()),
+    pa.field("turns", pa.string()),
+    pa.field("instruction", pa.string()),
+    pa.field("input", pa.string()),
+    pa.field("prompt_key", pa.uint64()),
+])  # fmt: skip
+"""Columns of a canonical row.
+
+``row``: its number in the source. ``prompt``: the whole prompt as plain text. ``completion``: the last answer.
+``turns``: JSON list of role and content where the prompt is more than one plain user turn. ``instruction`` and
+``input``: of an Alpaca row that has an input. ``prompt_key``: `prompt_key` of the prompt.
+"""
+
+_FLUSH_ROWS = 4096
+_FLUSH_CHARACTERS = 8 * 2**20
+_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that cannot be used: its number, its line in a text file, and why."""
+
+    row: int
+    line: int | None
+    reason: str
+
+
+@dataclass
+class Records:
+    """The usable rows of a source.
+
+    Attributes:
+        dataset: Memory-mapped rows with the columns of `SCHEMA`, in input order.
+        source: Where they come from.
+        layout: How the input was laid out: ``prompt-completion``, ``preference``, ``messages``,
+            ``instruction-output`` or ``prompt-response``.
+        refused: The other rows.
+    """
+
+    dataset: "datasets.Dataset"
+    source: Source
+    layout: str
+    refused: list[Refused] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def without(self, positions: Iterable[int]) -> "Records":
+        """A copy that lacks the rows at these positions of `dataset`."""
+        gone = {int(position) for position in positions}
+        kept = [position for position in range(len(self)) if position not in gone]
+        return replace(self, dataset=self.dataset.select(kept))
+
+
+def normalised_prompt(text: str) -> str:
+    r"""A prompt as overlap checks see it: compatible characters, case, white space and final punctuation made equal.
+
+    >>> normalised_prompt("  How do I\n bake BREAD?")
+    'how do i bake bread'
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    text = " ".join(text.casefold().split())
+    return text.rstrip(" .?!…\"'") or text
+
+
+def prompt_key(text: str) -> int:
+    """64-bit hash of a prompt's normalised text."""
+    return xxhash.xxh3_64_intdigest(normalised_prompt(text).encode("utf-8", "surrogatepass"))
+
+
+def to_dataset(rows: Iterable[Mapping[str, Any]]) -> "datasets.Dataset":
+    """Canonical rows that were made in memory as a dataset.
+
+    Args:
+        rows: Each with ``prompt`` and ``completion``; ``row`` is the position where it is missing.
+    """
+    import datasets
+
+    data: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for position, row in enumerate(rows):
+        for name, values in data.items():
+            values.append(row.get(name))
+        data["row"][-1] = row.get("row", position)
+        data["prompt_key"][-1] = prompt_key(row["prompt"])
+    return datasets.Dataset(pa.table(data, schema=SCHEMA))
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------
+
+
+class _Bad(Exception):
+    """A row that cannot be used; the text says why."""
+
+
+class _Layout(NamedTuple):
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+_LAYOUTS = (
+    _Layout("prompt-completion", ("prompt", "completion")),
+    _Layout("preference", ("prompt", "chosen", "rejected")),
+    _Layout("messages", ("messages",)),
+    _Layout("instruction-output", ("instruction", "output"), ("input",)),
+    _Layout("prompt-response", ("prompt", "response")),
+    _Layout("preference", ("chosen", "rejected")),  # message lists that hold the prompt themselves
+)
+_NAMES = tuple(dict.fromkeys(name for layout in _LAYOUTS for name in layout.required + layout.optional))
+_KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+Canonical = tuple[str, str, str | None, str | None, str | None]
+"""prompt, completion, turns, instruction, input"""
+
+
+class _Reader:
+    """Turns rows of one layout into canonical ones; the first usable row decides the layout."""
+
+    def __init__(self, source: Source, columns: Mapping[str, str], side: str) -> None:
+        self.source, self.side = source, side
+        for name in columns:
+            if name not in _NAMES:
+                raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
+        self.column = {name: columns.get(name, name) for name in _NAMES}
+        self.candidates = [
+            layout for layout in _LAYOUTS if set(columns) <= set(layout.required + layout.optional)
+        ]  # fmt: skip
+        if not self.candidates:
+            raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
+        self.mapped = dict(columns)
+        self.layout: _Layout | None = None
+        self.kinds: dict[str, type] = {}
+        self.needed: tuple[tuple[str, str], ...] = ()
+        # Alone in CSV a list of messages can only be JSON text.
+        self.parse_text = source.format == "csv"
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        return frozenset(self.column.values())
+
+    def detect(self, row: Mapping[str, Any]) -> _Layout | None:
+        for layout in self.candidates:
+            if all(row.get(self.column[name]) is not None for name in layout.required):
+                if layout.required == ("chosen", "rejected") and not isinstance(row[self.column["chosen"]], list):
+                    continue
+                return layout
+        return None
+
+    def settle(self, layout: _Layout) -> None:
+        self.layout = layout
+        answer = (self.side,) if layout.name == "preference" else ()
+        used = tuple(name for name in layout.required if name not in ("chosen", "rejected")) + answer
+        self.needed = tuple((name, self.column[name]) for name in used)
+
+    def read(self, row: Mapping[str, Any], number: int, line: int | None) -> Canonical:
+        """The canonical row.
+
+        Raises:
+            _Bad: This row cannot be used.
+            DataError: The file mixes layouts.
+        """
+        if self.layout is None:
+            layout = self.detect(row)
+            if layout is None:
+                raise _Bad(self.no_layout(row))
+            self.settle(layout)
+        assert self.layout is not None
+        values = {name: row.get(column) for name, column in self.needed}
+        for name, value in values.items():
+            if type(value) is not str:
+                values[name] = self.not_text(name, value, row, number, line)
+            elif self.parse_text:
+                values[name] = _parsed(name, value)
+            kind = type(values[name])
+            if self.kinds.setdefault(name, kind) is not kind:
+                before = _TYPE[self.kinds[name]]
+                raise self.mixed(
+                    number, line, f"has {_TYPE[kind]} in '{self.column[name]}' where rows before have {before}"
+                )
+        canonical = self.convert(values, row)
+        for text in canonical:
+            if text is not None and not text.isascii():
+                _check_unicode(text)
+        return canonical
+
+    def not_text(self, name: str, value: Any, row: Mapping[str, Any], number: int, line: int | None) -> Any:
+        column = self.column[name]
+        if isinstance(value, list):
+            return value
+        if value is None:
+            other = self.detect(row)
+            if other is not None and other != self.layout:
+                assert self.layout is not None
+                raise self.mixed(
+                    number, line,
+                    f"has the columns {', '.join(self.column[n] for n in other.required)} where rows before have "
+                    f"{', '.join(self.column[n] for n in self.layout.required)}",
+                )  # fmt: skip
+            raise _Bad(f"has no '{column}'" if column not in row else f"has an empty '{column}'")
+        raise _Bad(f"'{column}' is {_kind(value)}, not text")
+
+    def mixed(self, number: int, line: int | None, what: str) -> DataError:
+        return DataError(
+            f"{self.source.where}: mixed row formats: {place(number, line)} {what}; "
+            "one file needs one row format, so split it"
+        )
+
+    def no_layout(self, row: Mapping[str, Any]) -> str:
+        columns = ", ".join(map(str, list(row)[:12])) or "none"
+        missing = [column for column in self.mapped.values() if column not in row]
+        if missing:
+            return f"has no column '{missing[0]}' (its columns: {columns})"
+        present = [name for name in ("prompt", "instruction") if row.get(self.column[name])]
+        if present:
+            return f"has no completion (its columns: {columns})"
+        return f"fits no row format (its columns: {columns})"
+
+    def convert(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
+        assert self.layout is not None
+        match self.layout.name:
+            case "messages":
+                return _conversation(values["messages"], self.column["messages"])
+            case "instruction-output":
+                return self.alpaca(values["instruction"], values["output"], row)
+            case "prompt-completion":
+                answer = "completion"
+            case "prompt-response":
+                answer = "response"
+            case _:
+                answer = self.side
+        return self.pair(values.get("prompt"), values[answer], answer)
+
+    def pair(self, prompt: Any, completion: Any, answer: str) -> Canonical:
+        column, prompt_column = self.column[answer], self.column["prompt"]
+        if isinstance(completion, str):
+            _check_completion(completion, column)
+            if isinstance(prompt, str):
+                _check_prompt(prompt, prompt_column)
+                return prompt, completion, None, None, None
+            return _conversation([*prompt, {"role": "assistant", "content": completion}], prompt_column)
+        if not completion:
+            raise _Bad(f"has an empty '{column}'")
+        # A list that starts with another speaker is the whole conversation, its prompt included.
+        if _turn(completion[0], column)["role"] != "assistant" and answer in ("chosen", "rejected"):
+            return _conversation(completion, column)
+        if prompt is None:
+            raise _Bad(f"'{column}' starts with an answer and there is no prompt")
+        if isinstance(prompt, str):
+            _check_prompt(prompt, prompt_column)
+            prompt = [{"role": "user", "content": prompt}]
+        return _conversation([*prompt, *completion], column)
+
+    def alpaca(self, instruction: Any, output: Any, row: Mapping[str, Any]) -> Canonical:
+        for name, value in (("instruction", instruction), ("output", output)):
+            if not isinstance(value, str):
+                raise _Bad(f"'{self.column[name]}' is {_kind(value)}, not text")
+        context = row.get(self.column["input"])
+        if context is not None and not isinstance(context, str):
+            raise _Bad(f"'{self.column['input']}' is {_kind(context)}, not text")
+        _check_prompt(instruction, self.column["instruction"])
+        _check_completion(output, self.column["output"])
+        if context is None or not context.strip():
+            return instruction, output, None, None, None
+        return f"{instruction}\n\n{context}", output, None, instruction, context
+
+
+_TYPE: dict[type, str] = {str: "text", list: "a list of messages"}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    known: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
+    return known.get(type(value), type(value).__name__)
+
+
+def _check_prompt(text: str, column: str) -> None:
+    if not text or text.isspace():
+        raise _Bad(f"has an empty '{column}'")
+
+
+_check_completion = _check_prompt
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise _Bad(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
+
+
+def _parsed(name: str, value: str) -> Any:
+    """Message lists that a CSV cell holds as JSON."""
+    if name != "messages" and not value.startswith("[{"):
+        return value
+    try:
+        turns = json.loads(value)
+    except ValueError:
+        if name == "messages":
+            raise _Bad("'messages' is no JSON list of messages") from None
+        return value
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "content" in turn for turn in turns):
+        return turns
+    return turns if name == "messages" and isinstance(turns, list) else value
+
+
+def _turn(turn: Any, column: str) -> dict[str, str]:
+    if not isinstance(turn, Mapping):
+        raise _Bad(f"'{column}' holds {_kind(turn)} where a message is expected")
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _Bad(f"'{column}' has a message without text in 'role' and 'content'")
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+def _conversation(messages: Sequence[Any], column: str) -> Canonical:
+    """Splits at the last answer; what follows it is not part of the row."""
+    turns = [_turn(message, column) for message in messages]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise _Bad(f"'{column}' has no assistant turn")
+    completion, turns = turns[last]["content"], turns[:last]
+    _check_completion(completion, column)
+    if not any(turn["role"] != "system" and turn["content"].strip() for turn in turns):
+        raise _Bad(f"'{column}' has no prompt before the answer")
+    if len(turns) == 1 and turns[0]["role"] == "user":
+        return turns[0]["content"], completion, None, None, None
+    prompt = "\n".join(turn["content"] for turn in turns)
+    return prompt, completion, json.dumps(turns, ensure_ascii=False), None, None
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_records(
+    source: Source,
+    *,
+    work_dir: str | os.PathLike[str],
+    side: Literal["chosen", "rejected"] = "chosen",
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
+) -> Records:
+    """Reads a source into canonical rows on disk, in one pass and flat memory.
+
+    Args:
+        source: The rows.
+        work_dir: Folder for the memory-mapped result.
+        side: Which answer of a preference row is its completion.
+        columns: Column that stands for a known one, ``{"prompt": "question"}``.
+        on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
+            `Records.refused`.
+
+    Raises:
+        DataError: Rows cannot be used, formats are mixed, or there is no row at all.
+        ConfigError: `columns` names something unknown.
+    """
+    import datasets
+
+    reader = _Reader(source, columns or {}, side)
+    if source.columns is not None:
+        missing = [column for column in reader.mapped.values() if column not in source.columns]
+        if missing:
+            names = ", ".join(source.columns)
+            raise DataError(f"{source.where}: has no column '{missing[0]}'; its columns are {names}")
+    refused: list[Refused] = []
+    bad = total = 0
+    path = Path(work_dir) / "rows.arrow"
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMA) as out,
+    ):
+        rows = _RowBuffer(out.write_batch)
+        for row in source.scan(reader.wanted):
+            total += 1
+            reason = row.reason
+            if reason is None:
+                assert row.value is not None
+                try:
+                    rows.add(row.number, reader.read(row.value, row.number, row.line))
+                    continue
+                except _Bad as error:
+                    reason = str(error)
+            bad += 1
+            if on_bad_row == "skip" or len(refused) < _NAMED:
+                refused.append(Refused(row.number, row.line, reason))
+            if reader.layout is None and total == bad and total >= 1000:
+                break
+        rows.flush()
+        _check(source, reader, refused, bad, total, on_bad_row)
+    layout = reader.layout
+    assert layout is not None
+    return Records(datasets.Dataset.from_file(str(path)), source, layout.name, refused)
+
+
+class _RowBuffer:
+    def __init__(self, write: Callable[[pa.RecordBatch], None]) -> None:
+        self._write = write
+        self._numbers: list[int] = []
+        self._rows: list[Canonical] = []
+        self._characters = 0
+
+    def add(self, number: int, row: Canonical) -> None:
+        self._numbers.append(number)
+        self._rows.append(row)
+        self._characters += len(row[0]) + len(row[1])
+        if len(self._rows) >= _FLUSH_ROWS or self._characters > _FLUSH_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        texts = list(zip(*self._rows, strict=True))
+        keys = [prompt_key(prompt) for prompt in texts[0]]
+        arrays = [pa.array(self._numbers, pa.int64()), *(pa.array(text, pa.string()) for text in texts)]
+        self._write(pa.record_batch([*arrays, pa.array(keys, pa.uint64())], schema=SCHEMA))
+        self._numbers, self._rows, self._characters = [], [], 0
+
+
+def _check(source: Source, reader: _Reader, refused: list[Refused], bad: int, total: int, on_bad_row: str) -> None:
+    if total == 0:
+        raise DataError(f"{source.where}: holds no rows; give a file with at least one")
+    if bad < total and (not bad or on_bad_row == "skip"):
+        return
+    named: dict[str, list[str]] = {}
+    for row in refused[:_NAMED]:
+        named.setdefault(row.reason, []).append(place(row.row, row.line))
+    what = "; ".join(f"{', '.join(places)} {reason}" for reason, places in named.items())
+    if reader.layout is None and all(row.reason.startswith(("fits", "has no")) for row in refused[:_NAMED]):
+        raise DataError(f"{source.where}: {what}; known row formats are {_KNOWN}, or map other columns with --columns")
+    if bad == total and on_bad_row == "skip":
+        raise DataError(f"{source.where}: none of the {total} rows can be used: {what}; mend them")
+    more = f" and {bad - _NAMED} more" if bad > _NAMED else ""
+    rows = "1 row" if bad == 1 else f"{bad} rows"
+    raise DataError(
+        f"{source.where}: {rows} of {total} cannot be used: {what}{more}; "
+        "mend or delete them, or leave them out with --on-bad-row skip"
+    )

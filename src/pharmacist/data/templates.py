@@ -1,0 +1,166 @@
+"""Prompt templates: from a canonical row to the text in front of its completion. The one place that knows them.
+
+A template travels with every model that was trained with it (``pharmacist_template.json``), because training and
+evaluation must agree to the last newline.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.files import read_json, write_json
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE_NAME = "pharmacist_template.json"
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a prompt is rendered.
+
+    Attributes:
+        kind: ``chat`` (a Jinja chat template) or ``alpaca`` (the Stanford Alpaca text, ending with a newline).
+        chat_template: The Jinja source of a chat template.
+    """
+
+    kind: Literal["chat", "alpaca"]
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("chat", "alpaca") or (self.kind == "chat") != (self.chat_template is not None):
+            raise ConfigError(f"template '{self.kind}': must be 'chat' with a chat template, or 'alpaca' without one")
+
+    def render(self, record: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str:
+        """The text of a row's prompt, up to where its completion starts.
+
+        Args:
+            record: A canonical row; only ``prompt``, ``turns``, ``instruction`` and ``input`` are read.
+            tokenizer: Gives a chat template its special tokens.
+
+        Raises:
+            DataError: The chat template refuses the turns.
+        """
+        return self.render_many([record], tokenizer)[0]
+
+    def render_many(self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """`render` for many rows at once, which is faster."""
+        if self.kind == "alpaca":
+            return [_alpaca(record) for record in records]
+        conversations = [_turns(record) for record in records]
+        try:
+            return self._chat(conversations, tokenizer)
+        except Exception as error:  # templates refuse by raising what they like: find the row
+            for record, conversation in zip(records, conversations, strict=True):
+                try:
+                    self._chat([conversation], tokenizer)
+                except Exception as own:
+                    raise DataError(
+                        f"row {record.get('row', '?')}: the chat template refuses its turns "
+                        f"({' '.join(str(own).split())[:200]}); delete the row or use --template alpaca"
+                    ) from own
+            raise error
+
+    def _chat(self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        if not conversations:
+            return []
+        rendered = tokenizer.apply_chat_template(
+            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        return list(rendered)
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer has to put its BOS in front of the rendered text; a chat template holds its own."""
+        return self.kind == "alpaca"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"kind": self.kind, "chat_template": self.chat_template}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Template":
+        """The inverse of `to_json`."""
+        return cls(kind=value["kind"], chat_template=value.get("chat_template"))
+
+
+def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") -> Template:
+    """The template for a model: its own chat template where it has one, else Alpaca.
+
+    Args:
+        tokenizer: The model's.
+        kind: ``auto``, ``chat`` or ``alpaca``.
+
+    Raises:
+        CompatibilityError: ``chat``, but the tokenizer has no chat template.
+    """
+    if kind not in ("auto", "chat", "alpaca"):
+        raise ConfigError(f"template '{kind}': must be auto, chat or alpaca")
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if kind == "alpaca" or (kind == "auto" and own is None):
+        return Template("alpaca")
+    if own is None:
+        raise CompatibilityError("template 'chat': the tokenizer has no chat template; use alpaca or another model")
+    return Template("chat", own)
+
+
+def save_template(folder: str | os.PathLike[str], template: Template) -> None:
+    """Puts a template beside a model."""
+    write_json(Path(folder) / FILE_NAME, template.to_json())
+
+
+def load_template(folder: str | os.PathLike[str]) -> Template | None:
+    """The template that lies beside a model (in the folder, or in its ``adapter`` or ``model``); None without one."""
+    for candidate in (Path(folder), Path(folder) / "adapter", Path(folder) / "model"):
+        path = candidate / FILE_NAME
+        if path.is_file():
+            try:
+                return Template.from_json(read_json(path))
+            except (ValueError, KeyError, AttributeError, ConfigError) as error:
+                raise DataError(f"{path}: is no template; delete it, or copy it from the original model") from error
+    return None
+
+
+def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    if record.get("turns"):
+        turns: list[dict[str, str]] = json.loads(record["turns"])
+        return turns
+    return [{"role": "user", "content": record["prompt"]}]
+
+
+def _alpaca(record: Mapping[str, Any]) -> str:
+    if record.get("input"):
+        return _WITH_INPUT.format(instruction=record["instruction"], input=record["input"])
+    return _WITHOUT_INPUT.format(instruction=_as_instruction(record))
+
+
+def _as_instruction(record: Mapping[str, Any]) -> str:
+    """A conversation as one instruction: system texts as they are, several turns with their speakers' names."""
+    if not record.get("turns"):
+        return str(record["prompt"])
+    turns = _turns(record)
+    spoken = [turn for turn in turns if turn["role"] != "system"]
+    if len(spoken) == 1 and spoken[0]["role"] == "user":
+        return "\n\n".join(turn["content"] for turn in turns)
+    return "\n\n".join(
+        turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}"
+        for turn in turns
+    )
