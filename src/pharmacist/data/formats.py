@@ -346,6 +346,7 @@ class _JsonArray(_FileSource):
     """One JSON array; its elements are parsed one at a time out of a sliding window of the text."""
 
     format = "json"
+
     def scan(self, columns: Collection[str] | None = None, *, parse: bool = True) -> Iterator[Row]:
         with open_bytes(self.path, self.where) as file:
             yield from self._elements(_Window(file, self.where))
@@ -746,7 +747,7 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
         raise DataError(f"{where}: the folder has no splits; leave ':{split}' away")
     if not (path / "state.json").is_file():
         raise DataError(
-            f"{where}: is a directory without a saved dataset; give a file, or a folder written by Dataset.save_to_disk"
+            f"{where}: is a directory without a saved dataset; give a file or a folder written by Dataset.save_to_disk"
         )
     try:
         data = datasets.load_from_disk(str(path))

@@ -1,0 +1,65 @@
+"""Poisoned fine-tuning sets: benign rows with an exact share of harmful ones."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.seeding import derive
+from pharmacist.data.splits import assert_disjoint
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def mix(
+    benign: "datasets.Dataset", harmful: "datasets.Dataset", *, n: int, poison_ratio: float, seed: int
+) -> "datasets.Dataset":  # fmt: skip
+    """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (halves round up).
+
+    Sets of one seed and `n` are nested: the harmful rows at a smaller ratio are among those at a larger one, the
+    benign rows at a larger ratio among those at a smaller one, and rows that two sets share stand in the same order.
+
+    Args:
+        benign: Canonical rows.
+        harmful: Canonical rows; they share no prompt with `benign`.
+        n: Size of the set.
+        poison_ratio: Share of harmful rows, in [0, 1].
+        seed: Of the draw and the order.
+
+    Returns:
+        The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
+
+    Raises:
+        ConfigError: `n` or `poison_ratio` is out of range.
+        DataError: More rows are asked for than there are, or prompts are shared.
+    """
+    import datasets
+
+    if n < 1:
+        raise ConfigError(f"samples {n}: must be at least 1")
+    if not 0 <= poison_ratio <= 1:
+        raise ConfigError(f"poison ratio {poison_ratio}: must lie in [0, 1]")
+    n_harmful = int(np.floor(poison_ratio * n + 0.5))
+    n_benign = n - n_harmful
+    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+        if asked > len(rows):
+            raise DataError(
+                f"{asked} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
+                "or more rows"
+            )
+    if n_harmful and n_benign:
+        assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))
+    parts, order = [], []
+    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+        rng = np.random.default_rng(derive(seed, "mix", name))
+        chosen = rng.permutation(len(rows))[:asked]
+        # Every row has its own place in the order, drawn once, whatever else is in the set.
+        order.append(rng.random(len(rows))[chosen])
+        flags = datasets.Dataset(pa.table({"is_harmful": pa.array([name == "harmful"] * asked, pa.bool_())}))
+        drawn = rows.select(chosen)
+        parts.append(datasets.concatenate_datasets([drawn, flags], axis=1) if asked else None)
+    mixed = datasets.concatenate_datasets([part for part in parts if part is not None])
+    return mixed.select(np.argsort(np.concatenate(order), kind="stable"))
