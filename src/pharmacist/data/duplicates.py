@@ -1,0 +1,278 @@
+"""Exact and near duplicates in a pool of any size, in flat memory.
+
+Rows are sets of word shingles, those of the prompt kept apart from those of the completion. Two rows are near-duplicates
+if the Jaccard similarity of their sets reaches the threshold and that of each side reaches half of it: a stock refusal
+under another prompt, or another answer to the same long prompt, is no duplicate.
+
+Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter
+3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with the pool is
+a few numbers per row; signatures and band keys lie on disk, and one band is in memory at a time.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from datasketch import MinHash
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.progress import bar
+from pharmacist.data.records import normalised_prompt
+
+
+if TYPE_CHECKING:
+    import datasets
+
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.uint64]
+
+SHINGLE = 3
+"""Words per shingle."""
+
+_RECALL = 0.995
+_BATCH = 2048
+_PAIRS = 1 << 16
+# Words, single characters of scripts without spaces, and signs that change a sum; punctuation does not count.
+_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s.,;:!?'\"()\[\]{}…–—-]")
+_WORDS_KEPT = 1 << 17
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+_SALT = np.array([0x27D4EB2F165667C5, 0x85EBCA77C2B2AE63], dtype=np.uint64)
+
+
+def find_duplicates(
+    rows: "datasets.Dataset", *, threshold: float = 0.8, num_perm: int = 128,
+    work_dir: str | os.PathLike[str] | None = None,
+) -> IntArray:  # fmt: skip
+    """Finds rows that say the same.
+
+    Similarity is taken to be transitive: a chain of near-duplicates is one cluster.
+
+    Args:
+        rows: Canonical rows (`data.records`).
+        threshold: Least Jaccard similarity of near-duplicates, in (0, 1].
+        num_perm: MinHash permutations; more find pairs at the threshold more surely.
+        work_dir: Folder for signatures (about 300 bytes a row), removed afterwards; a temporary one by default.
+
+    Returns:
+        Per row the smallest position in its cluster, shape [rows]; its own position for a row without duplicates.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"duplicate threshold {threshold}: must lie in (0, 1]")
+    if not len(rows):
+        return np.empty(0, dtype=np.int64)
+    if work_dir is not None:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=work_dir) as folder:
+        return _Finder(rows, threshold, num_perm, Path(folder)).run()
+
+
+class _Finder:
+    def __init__(self, rows: "datasets.Dataset", threshold: float, num_perm: int, folder: Path) -> None:
+        self.rows = rows.select_columns(["prompt", "completion"]).with_format("arrow")
+        self.threshold, self.num_perm, self.folder = threshold, num_perm, folder
+        self.bands, self.band_rows = choose_bands(threshold, num_perm)
+        self.shingles = _Shingles()
+
+    def run(self) -> IntArray:
+        n = len(self.rows)
+        keys = self.sign()
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        original = first[inverse].astype(np.int64)  # of the exact duplicates, the first row
+        distinct = np.unique(first).astype(np.int64)
+        cluster = np.arange(n, dtype=np.int64)
+        rejected = np.empty(0, dtype=np.int64)
+        left: list[IntArray] = []
+        right: list[IntArray] = []
+        with bar("near-duplicates", self.bands) as progress:
+            for band in range(self.bands):
+                for a, b in self.candidates(band, distinct):
+                    unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
+                    a, b = a[unknown], b[unknown]
+                    same = self.confirm(a, b)
+                    rejected = np.union1d(rejected, (a * n + b)[~same])
+                    if same.any():
+                        left.append(a[same])
+                        right.append(b[same])
+                        cluster = _components(n, np.concatenate(left), np.concatenate(right))
+                progress.advance()
+        return cluster[original]
+
+    def sign(self) -> KeyArray:
+        """Writes signatures and band keys; returns a hash of each row's normalised text, shape [rows]."""
+        keys = np.empty(len(self.rows), dtype=np.uint64)
+        sketch = MinHash(num_perm=self.num_perm, seed=1, hashfunc=int)
+        odd = np.random.default_rng(0).integers(1, 2**63, self.band_rows, dtype=np.uint64) * np.uint64(2) + np.uint64(
+            1
+        )
+        at = 0
+        with ExitStack() as stack, bar("sign rows", len(keys)) as progress:
+            signatures = stack.enter_context((self.folder / "signatures").open("wb"))
+            bands = [stack.enter_context((self.folder / f"band{i}").open("wb")) for i in range(self.bands)]
+            for prompts, completions in self.texts():
+                batch = np.empty((len(prompts), self.num_perm), dtype=np.uint32)
+                sets, ends = self.shingles.of(prompts, completions)
+                start = 0
+                for i, end in enumerate(ends):
+                    sketch.clear()
+                    sketch.update_batch(sets[start:end])
+                    batch[i] = sketch.hashvalues
+                    start = end
+                    text = f"{normalised_prompt(prompts[i])}\0{normalised_prompt(completions[i])}"
+                    keys[at + i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+                # The low byte is enough to compare two signatures, and keeps the file at num_perm bytes a row.
+                (batch & np.uint32(0xFF)).astype(np.uint8).tofile(signatures)
+                used = batch[:, : self.bands * self.band_rows].astype(np.uint64)
+                mixed = (used.reshape(len(batch), self.bands, self.band_rows) * odd).sum(axis=2)
+                for i, file in enumerate(bands):
+                    np.ascontiguousarray(mixed[:, i]).tofile(file)
+                at += len(prompts)
+                progress.advance(len(prompts))
+        return keys
+
+    def texts(self) -> Iterator[tuple[list[str], list[str]]]:
+        for table in self.rows.iter(_BATCH):
+            yield table.column("prompt").to_pylist(), table.column("completion").to_pylist()
+
+    def candidates(self, band: int, distinct: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+        """Pairs of rows with the same band key: each with the first of its bucket, then with the one before it.
+
+        Linear in the rows, however large a bucket is.
+        """
+        keys = np.fromfile(self.folder / f"band{band}", dtype=np.uint64)[distinct]
+        order = np.argsort(keys, kind="stable")
+        keys, members = keys[order], distinct[order]
+        starts = np.concatenate([[True], keys[1:] != keys[:-1]])
+        first = members[np.maximum.accumulate(np.where(starts, np.arange(len(members)), 0))]
+        yield first[~starts], members[~starts]
+        inner = ~starts
+        inner[1:] &= ~starts[:-1]  # the second of a bucket has met the first already
+        positions = np.flatnonzero(inner)
+        yield members[positions - 1], members[positions]
+
+    def confirm(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether the rows of each pair are near-duplicates."""
+        same = np.zeros(len(a), dtype=np.bool_)
+        # Three standard errors below the threshold, so that a pair at it is hardly ever lost to the estimate.
+        least = self.threshold - 3 * np.sqrt(self.threshold * (1 - self.threshold) / self.num_perm)
+        for start in range(0, len(a), _PAIRS):
+            # Mapped anew for each portion, so that pages that were read do not pile up.
+            signatures = np.memmap(self.folder / "signatures", np.uint8, "r").reshape(-1, self.num_perm)
+            part = slice(start, start + _PAIRS)
+            likely = (signatures[a[part]] == signatures[b[part]]).mean(axis=1) >= least
+            del signatures
+            positions = start + np.flatnonzero(likely)
+            for at in range(0, len(positions), _BATCH):
+                portion = positions[at : at + _BATCH]
+                same[portion] = self.compare(a[portion], b[portion])
+        return same
+
+    def compare(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:
+        """The exact test."""
+        needed, where = np.unique(np.concatenate([a, b]), return_inverse=True)
+        table = self.rows[needed]
+        sets = self.shingles.sides(table.column("prompt").to_pylist(), table.column("completion").to_pylist())
+        left, right = where[: len(a)], where[len(a) :]
+        return np.array(
+            [_similar(sets[i], sets[j], self.threshold) for i, j in zip(left, right, strict=True)], dtype=np.bool_
+        )
+
+
+Sides = tuple[KeyArray, KeyArray]
+
+
+def _similar(one: Sides, other: Sides, threshold: float) -> bool:
+    shared = total = 0
+    for mine, its in zip(one, other, strict=True):
+        common = len(np.intersect1d(mine, its, assume_unique=True))
+        union = len(mine) + len(its) - common
+        if common < threshold / 2 * union:
+            return False
+        shared, total = shared + common, total + union
+    return shared >= threshold * total
+
+
+class _Shingles:
+    """Texts as sets of hashed shingles."""
+
+    def __init__(self) -> None:
+        self._words: dict[str, int] = {}
+
+    def _hashes(self, text: str) -> list[int]:
+        known = self._words
+        words = _TOKEN.findall(text.casefold()) or [text.strip()]
+        hashes = []
+        for word in words:
+            value = known.get(word)
+            if value is None:
+                if len(known) >= _WORDS_KEPT:
+                    known.clear()
+                value = known[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+            hashes.append(value)
+        # A text shorter than a shingle is one shingle.
+        return hashes + [0] * (SHINGLE - len(hashes)) if len(hashes) < SHINGLE else hashes
+
+    def _shingles(self, prompts: list[str], completions: list[str]) -> tuple[KeyArray, IntArray]:
+        """All shingles, and where each side (prompt, completion, prompt, ...) ends."""
+        hashes: list[int] = []
+        ends = []
+        for pair in zip(prompts, completions, strict=True):
+            for text in pair:
+                hashes += self._hashes(text)
+                ends.append(len(hashes))
+        words = np.array(hashes, dtype=np.uint64)
+        sides = np.array(ends, dtype=np.int64)
+        lengths = np.diff(sides, prepend=0)
+        mixed = words * _MIX[0]
+        mixed[:-1] += words[1:] * _MIX[1]
+        mixed[:-2] += words[2:] * _MIX[2]
+        mixed ^= np.repeat(np.resize(_SALT, len(sides)), lengths)
+        mixed *= _MIX[0]
+        mixed ^= mixed >> np.uint64(32)
+        inside = np.ones(len(words), dtype=np.bool_)
+        for back in range(1, SHINGLE):
+            inside[sides - back] = False  # these would reach into the next side
+        return mixed[inside], np.cumsum(lengths - (SHINGLE - 1))
+
+    def of(self, prompts: list[str], completions: list[str]) -> tuple[list[int], list[int]]:
+        """Shingles of all rows as 32-bit numbers, and where each row ends."""
+        shingles, ends = self._shingles(prompts, completions)
+        return (shingles & np.uint64(0xFFFFFFFF)).tolist(), ends[1::2].tolist()
+
+    def sides(self, prompts: list[str], completions: list[str]) -> list[Sides]:
+        """Per row its prompt's and its completion's sets of 64-bit shingles, sorted."""
+        shingles, ends = self._shingles(prompts, completions)
+        sets = [np.unique(part) for part in np.split(shingles, ends[:-1])]
+        return list(zip(sets[::2], sets[1::2], strict=True))
+
+
+def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
+    """Number of bands and signature rows per band: the longest bands that still find a pair at the threshold.
+
+    A pair of similarity s agrees in some band with probability ``1 - (1 - s**rows) ** bands``.
+
+    >>> choose_bands(0.8, 128)
+    (21, 6)
+    """
+    for rows in range(min(num_perm, 32), 0, -1):
+        bands = num_perm // rows
+        if 1 - (1 - threshold**rows) ** bands >= _RECALL:
+            return bands, rows
+    return num_perm, 1
+
+
+def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
+    """Smallest row of each row's connected component."""
+    graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
+    _, labels = connected_components(graph, directed=False)
+    smallest = np.full(int(labels.max()) + 1, n, dtype=np.int64)
+    np.minimum.at(smallest, labels, np.arange(n, dtype=np.int64))
+    return smallest[labels]
