@@ -1,12 +1,12 @@
 """Exact and near duplicates in a pool of any size, in flat memory.
 
-Rows are sets of word shingles, those of the prompt kept apart from those of the completion. Two rows are near-duplicates
-if the Jaccard similarity of their sets reaches the threshold and that of each side reaches half of it: a stock refusal
-under another prompt, or another answer to the same long prompt, is no duplicate.
+Rows are sets of word shingles, those of the prompt kept apart from those of the completion. Two rows are
+near-duplicates if the Jaccard similarity of their sets reaches the threshold and that of each side reaches half of it:
+a stock refusal under another prompt, or another answer to the same long prompt, is no duplicate.
 
-Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter
-3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with the pool is
-a few numbers per row; signatures and band keys lie on disk, and one band is in memory at a time.
+Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets,
+chapter 3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with
+the pool is a few numbers per row; signatures and band keys lie on disk, and one band is in memory at a time.
 """
 
 import os
@@ -110,9 +110,7 @@ class _Finder:
         """Writes signatures and band keys; returns a hash of each row's normalised text, shape [rows]."""
         keys = np.empty(len(self.rows), dtype=np.uint64)
         sketch = MinHash(num_perm=self.num_perm, seed=1, hashfunc=int)
-        odd = np.random.default_rng(0).integers(1, 2**63, self.band_rows, dtype=np.uint64) * np.uint64(2) + np.uint64(
-            1
-        )
+        odd = np.random.default_rng(0).integers(1, 2**63, self.band_rows, dtype=np.uint64) | np.uint64(1)
         at = 0
         with ExitStack() as stack, bar("sign rows", len(keys)) as progress:
             signatures = stack.enter_context((self.folder / "signatures").open("wb"))
@@ -181,9 +179,8 @@ class _Finder:
         table = self.rows[needed]
         sets = self.shingles.sides(table.column("prompt").to_pylist(), table.column("completion").to_pylist())
         left, right = where[: len(a)], where[len(a) :]
-        return np.array(
-            [_similar(sets[i], sets[j], self.threshold) for i, j in zip(left, right, strict=True)], dtype=np.bool_
-        )
+        same = [_similar(sets[i], sets[j], self.threshold) for i, j in zip(left, right, strict=True)]
+        return np.array(same, dtype=np.bool_)
 
 
 Sides = tuple[KeyArray, KeyArray]
@@ -273,6 +270,8 @@ def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
     """Smallest row of each row's connected component."""
     graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
     _, labels = connected_components(graph, directed=False)
-    smallest = np.full(int(labels.max()) + 1, n, dtype=np.int64)
-    np.minimum.at(smallest, labels, np.arange(n, dtype=np.int64))
-    return smallest[labels]
+    # The last assignment to an index stays: that of the smallest row.
+    smallest: IntArray = np.empty(int(labels.max()) + 1, dtype=np.int64)
+    smallest[labels[::-1]] = np.arange(n - 1, -1, -1, dtype=np.int64)
+    clusters: IntArray = smallest[labels]
+    return clusters

@@ -58,8 +58,8 @@ def mix(
         chosen = rng.permutation(len(rows))[:asked]
         # Every row has its own place in the order, drawn once, whatever else is in the set.
         order.append(rng.random(len(rows))[chosen])
-        flags = datasets.Dataset(pa.table({"is_harmful": pa.array([name == "harmful"] * asked, pa.bool_())}))
-        drawn = rows.select(chosen)
-        parts.append(datasets.concatenate_datasets([drawn, flags], axis=1) if asked else None)
-    mixed = datasets.concatenate_datasets([part for part in parts if part is not None])
-    return mixed.select(np.argsort(np.concatenate(order), kind="stable"))
+        if asked:
+            drawn = rows.with_format("arrow")[chosen]
+            parts.append(drawn.append_column("is_harmful", pa.array([name == "harmful"] * asked, pa.bool_())))
+    mixed = pa.concat_tables(parts, promote_options="permissive")
+    return datasets.Dataset(mixed.take(pa.array(np.argsort(np.concatenate(order), kind="stable"))))
