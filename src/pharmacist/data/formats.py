@@ -103,7 +103,7 @@ class Source(ABC):
     def _content_hash(self) -> str:
         digest = hashlib.sha256()
         for row in self.scan():
-            digest.update(_json_line(row.value, self.where, row.number))
+            digest.update(json.dumps(row.value, default=repr).encode("ascii"))
         return digest.hexdigest()
 
     @abstractmethod
@@ -492,7 +492,7 @@ class _Csv(_FileSource):
                 cells = next(reader, None)
             except csv.Error as error:
                 swallowed = "end of data" in str(error) or "limit" in str(error)
-                reason = "a quote that opens there is not closed" if swallowed else error
+                reason = "a quote is not closed, or a cell is larger than 16 MB" if swallowed else error
                 raise DataError(
                     f"{self.where}: the row at line {start} is not valid CSV ({reason}); mend the file"
                 ) from error
@@ -555,6 +555,12 @@ class _Parquet(_FileSource):
         super().__init__(path, label, name)
         with self._open() as file:
             self._schema = file.schema_arrow
+        # `datasets` stores nested values of changing shape as JSON text and says so in the file's metadata.
+        self._features: Any = None
+        if b'"Json"' in (self._schema.metadata or {}).get(b"huggingface", b""):
+            import datasets
+
+            self._features = datasets.Features.from_arrow_schema(self._schema)
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -579,6 +585,8 @@ class _Parquet(_FileSource):
         for batch in self._batches(columns):
             for value in _batch_rows(batch):
                 reason = None if value is not None else "is not UTF-8"
+                if self._features is not None and value is not None:
+                    value = self._features.decode_example(value)
                 yield Row(number, None, value, reason)
                 number += 1
 

@@ -13,6 +13,7 @@ import xxhash
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
+from pharmacist.core.progress import bar
 from pharmacist.data.formats import Source, place
 
 
@@ -38,6 +39,7 @@ SCHEMA = pa.schema([
 _FLUSH_ROWS = 4096
 _FLUSH_CHARACTERS = 8 * 2**20
 _NAMED = 10
+_STRANGE = 1000  # rows without any known layout after which no layout is expected any more
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,10 @@ class _Reader:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
         self.layout: _Layout | None = None
+        self.strange = 0  # rows read before the layout was known
         self.kinds: dict[str, type] = {}
         self.needed: tuple[tuple[str, str], ...] = ()
-        # Alone in CSV a list of messages can only be JSON text.
+        # A CSV cell can hold a list of messages only as JSON text.
         self.parse_text = source.format == "csv"
 
     @property
@@ -188,6 +191,7 @@ class _Reader:
         if self.layout is None:
             layout = self.detect(row)
             if layout is None:
+                self.strange += 1
                 raise _Bad(self.no_layout(row))
             self.settle(layout)
         assert self.layout is not None
@@ -195,10 +199,10 @@ class _Reader:
         for name, value in values.items():
             if type(value) is not str:
                 values[name] = self.not_text(name, value, row, number, line)
-            elif self.parse_text:
-                values[name] = _parsed(name, value)
+            elif self.parse_text or name == "messages":
+                values[name] = _parsed(self.column[name], value, must=name == "messages")
             kind = type(values[name])
-            if self.kinds.setdefault(name, kind) is not kind:
+            if self.kinds.get(name, kind) is not kind:
                 before = _TYPE[self.kinds[name]]
                 raise self.mixed(
                     number, line, f"has {_TYPE[kind]} in '{self.column[name]}' where rows before have {before}"
@@ -207,6 +211,8 @@ class _Reader:
         for text in canonical:
             if text is not None and not text.isascii():
                 _check_unicode(text)
+        if not self.kinds:
+            self.kinds = {name: type(value) for name, value in values.items()}
         return canonical
 
     def not_text(self, name: str, value: Any, row: Mapping[str, Any], number: int, line: int | None) -> Any:
@@ -320,19 +326,18 @@ def _check_unicode(text: str) -> None:
         raise _Bad(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
 
 
-def _parsed(name: str, value: str) -> Any:
-    """Message lists that a CSV cell holds as JSON."""
-    if name != "messages" and not value.startswith("[{"):
-        return value
-    try:
-        turns = json.loads(value)
-    except ValueError:
-        if name == "messages":
-            raise _Bad("'messages' is no JSON list of messages") from None
-        return value
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "content" in turn for turn in turns):
-        return turns
-    return turns if name == "messages" and isinstance(turns, list) else value
+def _parsed(column: str, text: str, *, must: bool) -> Any:
+    """A list of messages that is given as JSON text; other text as it is, unless it `must` be a list."""
+    if must or text.startswith("[{"):
+        try:
+            turns = json.loads(text)
+        except (ValueError, RecursionError):
+            turns = None
+        if isinstance(turns, list) and (must or all(isinstance(turn, dict) and "content" in turn for turn in turns)):
+            return turns
+    if must:
+        raise _Bad(f"has an empty '{column}'" if not text.strip() else f"'{column}' is text, not a list of messages")
+    return text
 
 
 def _turn(turn: Any, column: str) -> dict[str, str]:
@@ -401,10 +406,13 @@ def read_records(
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as out,
+        bar(f"read {source.name}") as progress,
     ):
         rows = _RowBuffer(out.write_batch)
         for row in source.scan(reader.wanted):
             total += 1
+            if not total % _FLUSH_ROWS:
+                progress.advance(_FLUSH_ROWS)
             reason = row.reason
             if reason is None:
                 assert row.value is not None
@@ -416,7 +424,7 @@ def read_records(
             bad += 1
             if on_bad_row == "skip" or len(refused) < _NAMED:
                 refused.append(Refused(row.number, row.line, reason))
-            if reader.layout is None and total == bad and total >= 1000:
+            if reader.layout is None and reader.strange >= _STRANGE:
                 break
         rows.flush()
         _check(source, reader, refused, bad, total, on_bad_row)
@@ -458,8 +466,12 @@ def _check(source: Source, reader: _Reader, refused: list[Refused], bad: int, to
     for row in refused[:_NAMED]:
         named.setdefault(row.reason, []).append(place(row.row, row.line))
     what = "; ".join(f"{', '.join(places)} {reason}" for reason, places in named.items())
-    if reader.layout is None and all(row.reason.startswith(("fits", "has no")) for row in refused[:_NAMED]):
-        raise DataError(f"{source.where}: {what}; known row formats are {_KNOWN}, or map other columns with --columns")
+    if reader.layout is None and reader.strange == bad:
+        first = refused[0]
+        raise DataError(
+            f"{source.where}: {place(first.row, first.line)} {first.reason}; known row formats are {_KNOWN}; "
+            "map other columns with --columns"
+        )
     if bad == total and on_bad_row == "skip":
         raise DataError(f"{source.where}: none of the {total} rows can be used: {what}; mend them")
     more = f" and {bad - _NAMED} more" if bad > _NAMED else ""
