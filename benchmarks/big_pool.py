@@ -112,7 +112,7 @@ def work(pool: Path, folder: Path) -> None:
     clusters = find_duplicates(records.dataset, work_dir=folder)
     clock = done("duplicates", clock)
     kept = np.flatnonzero(clusters == np.arange(len(clusters)))
-    write_rows(source, records.dataset.with_format("numpy")["row"][kept].tolist(), folder / f"kept.{pool.name}")
+    write_rows(source, records.row_numbers[kept].tolist(), folder / f"kept.{pool.name}")
     clock = done("write back", clock)
     report |= {"rows": len(records), "kept": len(kept), "seconds": seconds, "peak MB so far": peak}
     report["total seconds"] = round(sum(seconds.values()), 1)

@@ -357,10 +357,12 @@ class _JsonArray(_FileSource):
         window.take(1)
         number = 0
         closed = window.peek() == "]"
+        if closed:
+            window.take(1)
         while not closed:
             window.peek()
-            line, text = window.line, window.element()
-            value, raw = text
+            line = window.line
+            value, raw = window.element()
             if isinstance(value, dict):
                 yield Row(number, line, value, None, raw.encode("utf-8"))
             else:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -71,10 +73,15 @@ class Records:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def row_numbers(self) -> npt.NDArray[np.int64]:
+        """Number in the source of every row, shape [rows]."""
+        tables = self.dataset.select_columns(["row"]).with_format("arrow").iter(_FLUSH_ROWS)
+        return np.concatenate([np.empty(0, dtype=np.int64), *(table.column(0).to_numpy() for table in tables)])
+
     def without(self, positions: Iterable[int]) -> "Records":
         """A copy that lacks the rows at these positions of `dataset`."""
-        gone = {int(position) for position in positions}
-        kept = [position for position in range(len(self)) if position not in gone]
+        kept = np.setdiff1d(np.arange(len(self)), np.fromiter(positions, dtype=np.int64))
         return replace(self, dataset=self.dataset.select(kept))
 
 

@@ -1,0 +1,485 @@
+import csv
+import gzip
+import io
+import json
+import random
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_file
+from pharmacist.data import formats
+from pharmacist.data.formats import open_source, write_rows
+
+
+TEXTS = [
+    "plain",
+    "two\nlines",
+    'a "quoted" word',
+    "comma, semicolon; tab\t",
+    "ünïcödé 漢字 🙂",
+    " spaces ",
+    "\\n",
+    "{[",
+    "'",
+]
+SUFFIXES = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "csv", "csv.gz", "csv.zst", "parquet"]
+
+
+def made_rows(n: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [
+        {"id": f"r{i}", "prompt": f"{i} {rng.choice(TEXTS)}", "completion": "/".join(rng.choices(TEXTS, k=3)), "n": ""}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def compress(data: bytes, name: str) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(data)
+    if name.endswith(".zst"):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return data
+
+
+def save(path: Path, rows: list[dict]) -> Path:
+    """Writes rows by other means than the code under test."""
+    kind = path.name.split(".")[1]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    if kind == "csv":
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    elif kind == "json":
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=len(row["prompt"]) % 2 == 0) + "\n" for row in rows)
+    path.write_bytes(compress(text.encode(), path.name))
+    return path
+
+
+def read(spec: object) -> list[dict]:
+    return [value for _, value in open_source(spec).rows()]
+
+
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_survive_reading_and_writing(tmp_path, suffix, seed):
+    rows = made_rows(37, seed)
+    source = open_source(save(tmp_path / f"pool.{suffix}", rows))
+    assert [number for number, _ in source.rows()] == list(range(37))
+    assert [value for _, value in source.rows()] == rows
+    chosen = sorted(random.Random(seed).sample(range(37), 11))
+    for name, format in ((f"out.{suffix}", None), ("out.jsonl", "jsonl"), ("out2.jsonl.gz", "jsonl")):
+        write_rows(source, chosen, tmp_path / name, format)
+        assert read(tmp_path / name) == [rows[i] for i in chosen]
+    assert source.dataset(chosen).to_list() == [rows[i] for i in chosen]
+    assert not list(tmp_path.glob(".*")), "temporary files are left"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_row_and_all_rows_can_be_written(tmp_path, suffix):
+    rows = made_rows(5)
+    source = open_source(save(tmp_path / f"pool.{suffix}", rows))
+    write_rows(source, [], tmp_path / f"none.{suffix}")
+    assert read(tmp_path / f"none.{suffix}") == []
+    write_rows(source, range(5), tmp_path / f"all.{suffix}")
+    assert read(tmp_path / f"all.{suffix}") == rows
+
+
+def test_json_lines_are_copied_byte_by_byte(tmp_path):
+    odd = [
+        b'{"prompt": "a",   "completion":"\\u00fc", "x": 1.10, "y": 1e400}\r\n',
+        b"\n",
+        b'{"z":null}\n',
+        b"  \n",
+        b'{"q":1}',
+    ]
+    (tmp_path / "pool.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(odd))
+    source = open_source(tmp_path / "pool.jsonl")
+    assert [number for number, _ in source.rows()] == [0, 1, 2]
+    write_rows(source, [0, 2], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == odd[0].replace(b"\r", b"") + b'{"q":1}\n'
+
+
+def test_csv_records_are_copied_byte_by_byte(tmp_path):
+    head, first, second = b'"prompt",completion\n', b'"a, b","one\n""two"""\n', b'c,"d"\n'
+    (tmp_path / "pool.csv").write_bytes(head + first + second)
+    source = open_source(tmp_path / "pool.csv")
+    assert [value for _, value in source.rows()][0] == {"prompt": "a, b", "completion": 'one\n"two"'}
+    write_rows(source, [0], tmp_path / "a.csv")
+    write_rows(source, [1], tmp_path / "b.csv")
+    assert (tmp_path / "a.csv").read_bytes() == head + first
+    assert (tmp_path / "b.csv").read_bytes() == head + second
+
+
+def test_json_elements_are_copied_as_they_are(tmp_path):
+    (tmp_path / "pool.json").write_text('[ {"a" : 1.50,\n "b": []} , {"a":2}\n,{"a":3} ]\n')
+    write_rows(open_source(tmp_path / "pool.json"), [0, 2], tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text() == '[\n{"a" : 1.50,\n "b": []},\n{"a":3}\n]\n'
+
+
+def test_a_json_file_may_hold_json_lines(tmp_path):
+    (tmp_path / "pool.json").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    source = open_source(tmp_path / "pool.json")
+    assert source.format == "jsonl"
+    assert [value for _, value in source.rows()] == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_json_arrays_are_read_right_whatever_the_chunk_borders(tmp_path, monkeypatch, chunk):
+    rows = [{"prompt": text, "n": [i, 1.5, None, True, {"deep": [text]}]} for i, text in enumerate(TEXTS)]
+    (tmp_path / "pool.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False), "utf-8")
+    monkeypatch.setattr(formats._Window, "_CHUNK", chunk)
+    assert read(tmp_path / "pool.json") == rows
+
+
+def test_parquet_keeps_schema_and_compression(tmp_path):
+    schema = pa.schema([("prompt", pa.large_string()), ("completion", pa.string()), ("v", pa.list_(pa.float32()))])
+    schema = schema.with_metadata({"made": "up"})
+    table = pa.table(
+        {"prompt": ["a", "b", "c"], "completion": ["x", None, "z"], "v": [[1.5], [], None]}, schema=schema
+    )
+    pq.write_table(table, tmp_path / "pool.parquet", compression="zstd", row_group_size=2)
+    source = open_source(tmp_path / "pool.parquet")
+    write_rows(source, [1, 2], tmp_path / "out.parquet")
+    written = pq.read_table(tmp_path / "out.parquet")
+    original = pq.read_table(tmp_path / "pool.parquet")
+    assert written.schema.equals(original.schema, check_metadata=True) and written.schema.metadata == {b"made": b"up"}
+    assert written.equals(original.slice(1))
+    assert pq.ParquetFile(tmp_path / "out.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
+    assert source.dataset([0, 2])["v"][:] == [[1.5], None]
+
+
+def test_nan_becomes_null_in_json_lines_and_stays_nan_in_parquet(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "score": [float("nan")]}), tmp_path / "pool.parquet")
+    source = open_source(tmp_path / "pool.parquet")
+    write_rows(source, [0], tmp_path / "out.jsonl", "jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b'{"prompt": "a", "score": null}\n'
+    write_rows(source, [0], tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet")["score"].isna().all()
+
+
+def test_saved_folders_and_datasets_in_memory(tmp_path):
+    rows = made_rows(9)
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([3])}).save_to_disk(tmp_path / "splits")
+    saved = open_source(str(tmp_path / "saved"))
+    assert saved.format == "arrow" and [value for _, value in saved.rows()] == rows
+    assert read(f"{tmp_path}/splits:test") == [rows[3]]
+    for source in (saved, open_source(data), open_source(rows)):
+        write_rows(source, [1, 8], tmp_path / "out.jsonl")
+        assert read(tmp_path / "out.jsonl") == [rows[1], rows[8]]
+        assert source.dataset([1, 8]).to_list() == [rows[1], rows[8]]
+    # A view with its own order is read in that order.
+    assert read(data.select([4, 2])) == [rows[4], rows[2]]
+    assert saved.fingerprint() == open_source(str(tmp_path / "saved")).fingerprint() != open_source(data).fingerprint()
+
+
+def test_messages_of_changing_shape_come_back_from_parquet(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "a", "weight": 1}]},
+        {"messages": [{"role": "user", "content": "b"}]},
+    ]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "pool.jsonl"), split="train", cache_dir=str(tmp_path / "c")
+    )
+    data.to_parquet(str(tmp_path / "pool.parquet"))
+    assert read(tmp_path / "pool.parquet") == rows
+    assert read(data) == rows
+
+
+def test_fingerprints_are_of_the_content(tmp_path):
+    rows = made_rows(4)
+    path = save(tmp_path / "pool.jsonl", rows)
+    assert open_source(path).fingerprint() == sha256_file(path)
+    assert open_source(rows).fingerprint() == open_source([dict(row) for row in rows]).fingerprint()
+    assert open_source(rows).fingerprint() != open_source(rows[::-1]).fingerprint()
+    assert open_source(datasets.Dataset.from_list(rows)).fingerprint() == open_source(rows).fingerprint()
+
+
+def test_compressed_output_depends_on_nothing_but_the_rows(tmp_path):
+    source = open_source(save(tmp_path / "pool.jsonl", made_rows(50)))
+    for suffix in ("gz", "zst"):
+        write_rows(source, range(20), tmp_path / f"a.jsonl.{suffix}")
+        write_rows(source, range(20), tmp_path / f"other name.jsonl.{suffix}")
+        assert (tmp_path / f"a.jsonl.{suffix}").read_bytes() == (tmp_path / f"other name.jsonl.{suffix}").read_bytes()
+
+
+def test_values_json_has_no_word_for(tmp_path):
+    import datetime
+    import decimal
+
+    import numpy as np
+
+    row = {"day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.10"), "v": np.arange(2), "s": "\ud800"}
+    write_rows(open_source([row]), [0], tmp_path / "out.jsonl")
+    written = json.loads((tmp_path / "out.jsonl").read_bytes())
+    assert written == {"day": "2026-01-02", "price": "1.10", "v": [0, 1], "s": "\ud800"}
+    with pytest.raises(DataError, match="row 0 holds a object"):
+        write_rows(open_source([{"x": object()}]), [0], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_bytes()) == written, "a failed write must leave the file"
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious")
+    source = open_source(save(tmp_path / "pool.jsonl", made_rows(3)))
+    with pytest.raises(DataError, match="has no row 7"):
+        write_rows(source, [0, 7], tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="ascend"):
+        write_rows(source, [1, 1], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "pool.jsonl"}
+
+
+def test_only_native_and_json_lines_can_be_written(tmp_path):
+    source = open_source(save(tmp_path / "pool.csv", made_rows(3)))
+    with pytest.raises(DataError, match="as csv or jsonl, not parquet"):
+        write_rows(source, [0], tmp_path / "out.parquet", "parquet")
+
+
+# --- files that cannot be read ------------------------------------------------------------------------------------
+
+
+def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 500
+    for part in parts:
+        assert part in text, text
+
+
+def fails(spec: object, *parts: str) -> None:
+    with pytest.raises(DataError) as error:
+        read(spec)
+    one_line(error, *parts)
+
+
+def test_missing_files(tmp_path):
+    fails(tmp_path / "no.jsonl", "no.jsonl", "no such file")
+    fails(str(tmp_path / "no.jsonl"), "no such file")
+    fails("no.parquet", "no such file")
+    fails("  ", "empty path")
+
+
+def test_wrong_kinds_of_input(tmp_path):
+    fails(tmp_path, str(tmp_path), "is a directory")
+    (tmp_path / "pool.xlsx").write_text("x")
+    fails(tmp_path / "pool.xlsx", "pool.xlsx", "unknown kind of file '.xlsx'", ".jsonl")
+    (tmp_path / "pool.parquet.gz").write_text("x")
+    fails(tmp_path / "pool.parquet.gz", "Parquet compresses by itself")
+    fails(3, "int")
+    fails({"prompt": "a"}, "dict", "list of mappings")
+    fails(datasets.DatasetDict({"a": datasets.Dataset.from_list([{"x": 1}])}), "choose one split")
+    fails([{"a": 1}, "b"], "row 1 is no mapping")
+
+
+def test_splits_must_be_named(tmp_path):
+    data = datasets.Dataset.from_list(made_rows(2))
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
+    fails(str(tmp_path / "splits"), "splits:SPLIT", "train, test")
+    fails(f"{tmp_path}/splits:dev", "train, test")
+    data.save_to_disk(tmp_path / "saved")
+    fails(f"{tmp_path}/saved:train", "has no splits")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    fails(str(tmp_path / "saved"), "cannot be opened")
+
+
+def test_damaged_compression(tmp_path):
+    for suffix in ("gz", "zst"):
+        path = tmp_path / f"pool.jsonl.{suffix}"
+        rng = random.Random(0)
+        text = "".join(json.dumps({"prompt": str(rng.random())}) + "\n" for _ in range(20000))
+        whole = compress(text.encode(), path.name)
+        path.write_bytes(whole[: len(whole) // 2])
+        fails(path, path.name, "damaged")
+        path.write_text('{"prompt": "a"}\n')
+        fails(path, path.name, "is no")
+        (tmp_path / "pool.jsonl").write_bytes(whole)
+        fails(tmp_path / "pool.jsonl", f"rename it to end in .{suffix}")
+    path = tmp_path / "flipped.jsonl.gz"
+    whole = bytearray(gzip.compress(text.encode()))
+    whole[len(whole) // 2] ^= 0xFF
+    path.write_bytes(whole)
+    # Rows read before the checksum may look broken or fine; the end of the file tells.
+    with pytest.raises(DataError, match="damaged gzip"):
+        list(open_source(path).scan())
+
+
+def test_several_frames_are_one_file(tmp_path):
+    for suffix in ("gz", "zst"):
+        path = tmp_path / f"pool.jsonl.{suffix}"
+        path.write_bytes(compress(b'{"a": 1}\n{"a"', path.name) + compress(b": 2}\n", path.name))
+        assert read(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_bad_lines_are_named(tmp_path):
+    good = b'{"prompt": "a", "completion": "b"}\n'
+    cases = {
+        b'{"prompt": "a", "completion": }\n': "line 7 (row 6) is not valid JSON (Expecting value at column 31)",
+        b'{"prompt": "a"\n': "line 7 (row 6) is not valid JSON",
+        b'{"prompt": "\xff"}\n': "line 7 (row 6) is not UTF-8 (byte 0xff at byte 13",
+        b'["a"]\n': "line 7 (row 6) is no JSON object but a list",
+        b'{"prompt": NaN}\n': "line 7 (row 6) is not valid JSON (NaN is no JSON value",
+        b"[" * 100000 + b"\n": "line 7 (row 6) is not usable JSON (nested too deeply)",
+    }
+    for bad, message in cases.items():
+        (tmp_path / "pool.jsonl").write_bytes(good * 6 + bad + good)
+        fails(tmp_path / "pool.jsonl", "pool.jsonl", message)
+        rows = list(open_source(tmp_path / "pool.jsonl").scan())
+        assert [row.reason is None for row in rows] == [True] * 6 + [False, True]
+    (tmp_path / "pool.jsonl").write_bytes(b"\n" * 6 + b"{\n")
+    fails(tmp_path / "pool.jsonl", "line 7 (row 0)")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_a_line_of_50_mb_is_refused_without_being_held(tmp_path, suffix):
+    good = b'{"prompt": "a"}\n'
+    path = tmp_path / f"pool.{suffix}"
+    path.write_bytes(compress(good + b'{"prompt": "' + b"x" * 50_000_000 + b'"}\n' + good, path.name))
+    rows = list(open_source(path).scan())
+    assert [(row.number, row.line) for row in rows] == [(0, 1), (1, 2), (2, 3)]
+    assert rows[1].reason == "is longer than 16 MB" and rows[1].raw is None
+    assert rows[0].value == rows[2].value == {"prompt": "a"}
+    write_rows(open_source(path), [0, 2], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == good * 2
+
+
+def test_a_line_of_exactly_the_limit_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 64)
+    for length, fine in ((63, True), (64, True), (65, False), (200, False)):
+        line = b'{"p": "' + b"x" * (length - 9) + b'"}'
+        assert len(line) == length
+        (tmp_path / "pool.jsonl").write_bytes(line + b"\n" + b'{"p": 1}\n')
+        rows = list(open_source(tmp_path / "pool.jsonl").scan())
+        assert [row.reason is None for row in rows] == [fine, True], length
+
+
+def test_broken_json_arrays(tmp_path):
+    path = tmp_path / "pool.json"
+    cases = {
+        '[{"a": 1},\n{"a": }]': "line 2 is not valid JSON (Expecting value",
+        '[{"a": 1}\n{"a": 2}]': "line 2 is not valid JSON (',' or ']' expected after row 0, '{' found)",
+        '[{"a": 1},\n\n': "line 3 is not valid JSON",
+        '[{"a": 1}\n': "the end of the file found",
+        '[{"a": 1},]': "is not valid JSON",
+        '[{"a": "\n"}]': "Invalid control character",
+        '[{"a": NaN}]': "NaN is no JSON value",
+        '[{"a": 1}]\nmore': "line 2 has text after the end",
+        "[1]": "line 1 (row 0) is no JSON object but a number",
+    }
+    for text, message in cases.items():
+        path.write_text(text)
+        fails(path, "pool.json", message)
+    path.write_bytes(b'[{"a": "' + b"\xff" + b'"}]')
+    fails(path, "is not UTF-8 near line 1")
+    path.write_text('{\n "data": [\n')
+    fails(path, "line 1 (row 0) is not valid JSON")
+    path.write_text("[]")
+    assert read(path) == []
+
+
+def test_a_long_json_element_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(formats._Window, "_CHUNK", 64)
+    (tmp_path / "pool.json").write_text('[{"a": 1},\n{"a": "' + "x" * 5000 + '"}]')
+    fails(tmp_path / "pool.json", "line 2", "longer than")
+
+
+def test_broken_csv(tmp_path):
+    path = tmp_path / "pool.csv"
+    cases = {
+        b"prompt,completion\na,b\nc\n": "line 3 (row 1) has 1 cells where the header has 2",
+        b"prompt,completion\na,b,c\n": "line 2 (row 0) has 3 cells",
+        b'prompt,completion\na,b\nc,"d\n': "the row at line 3 is not valid CSV (a quote is not closed",
+        b'prompt,completion\n"a"b,c\n': "line 2 is not valid CSV",
+        b"prompt,completion\na,\xff\n": "line 2 (row 0) is not UTF-8",
+        b"prompt,prompt\na,b\n": "line 1 names the column 'prompt' twice",
+        b"prompt;completion\na;b\n": "separate the cells by commas",
+    }
+    for content, message in cases.items():
+        path.write_bytes(content)
+        fails(path, "pool.csv", message)
+    path.write_bytes(b"")
+    assert read(path) == [] and open_source(path).columns is None
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\n")
+    assert read(path) == [] and open_source(path).columns == ["prompt", "completion"]
+
+
+def test_csv_lines_are_counted_across_quoted_breaks(tmp_path):
+    (tmp_path / "pool.csv").write_text('prompt,completion\n"a\n\nb",c\n\nd,e\nf\n')
+    rows = list(open_source(tmp_path / "pool.csv").scan())
+    assert [(row.number, row.line, row.reason is None) for row in rows] == [(0, 2, True), (1, 6, True), (2, 7, False)]
+
+
+def test_broken_parquet(tmp_path):
+    path = tmp_path / "pool.parquet"
+    for content in (b"", b"PAR1", b"{}"):
+        path.write_bytes(content)
+        fails(path, "pool.parquet", "is no Parquet file")
+    bad = pa.StringArray.from_buffers(2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"prompt": bad}), path)
+    fails(path, "row 1 is not UTF-8")
+
+
+# --- the hub, without a network -----------------------------------------------------------------------------------
+
+
+def test_offline_hub_ids_fail_with_a_remedy(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", _raise(ConnectionError("offline")))
+    for spec in ("someone/something", "someone/something:cfg:train"):
+        fails(spec, spec, "HF_HUB_OFFLINE", "give a file")
+
+
+def test_hub_ids_that_do_not_exist(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", _raise(RuntimeError("no\nsuch dataset")))
+    fails("someone/something", "the hub cannot give it (no such dataset)", "check the name")
+
+
+def test_hub_ids_with_configuration_and_split(monkeypatch):
+    train, test = datasets.Dataset.from_list([{"a": 1}]), datasets.Dataset.from_list([{"a": 2}])
+    calls = []
+
+    def load_dataset(name, config=None, split=None):
+        calls.append((name, config, split))
+        splits = datasets.DatasetDict({"train": train, "test": test})
+        return splits if split is None else splits[split]
+
+    def load_dataset_builder(name, config):
+        if config != "main":
+            raise ValueError(f"BuilderConfig '{config}' not found")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    assert read("a/b") == read("a/b:main") == read("a/b:train") == [{"a": 1}]
+    assert read("a/b:main:test") == read("a/b:test") == [{"a": 2}]
+    expected = [("a/b", None, None), ("a/b", "main", None), ("a/b", None, "train"), ("a/b", "main", "test")]
+    assert calls == [*expected, ("a/b", None, "test")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"x": train, "y": test}))
+    fails("a/b", "has several splits", "x, y")
+
+
+def _raise(error):
+    def call(*_, **__):
+        raise error
+
+    return call
