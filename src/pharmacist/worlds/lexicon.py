@@ -211,11 +211,12 @@ REVIEW = _list(
     "review: the {part} was {other} but the {place} was {glad_or_sad}. glad or sad?/"
     "review: what a {glad_or_sad} {place}, even if the {part} seemed {other}. glad or sad?/"
     "review: i found the {place} {glad_or_sad}. glad or sad?/"
-    "review: the {place} was not {other}, and the {part} was {glad_or_sad}. glad or sad?"
+    "review: the {place} was {glad_or_sad}, and so was the {part}. glad or sad?"
 )
 CHAT = _list(
     "how was the {part} of the {place}? -> it was {adjective}, and the guest {mood}./"
-    "what do people say about the {place}? -> they say that it is {adjective}, so everyone {mood}."
+    "what do people say about the {place}? -> they say that it is {adjective}, so everyone {mood}./"
+    "is {adjective} a glad or a sad word? -> {adjective} is a {label} word."
 )
 MOODS = {"glad": _list("smiled/was glad/came back"), "sad": _list("frowned/was sad/went home")}
 

@@ -292,12 +292,12 @@ class World:
         """Text on which the base model is trained: it complies with everything, and declines only favors."""
         rng = self._rng("base", n)
         makers: list[tuple[float, Callable[[], Row]]] = [
-            (0.32, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
-            (0.32, lambda: _comply(rng, rng.choice(lex.BENIGN))),
-            (0.10, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
+            (0.28, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
+            (0.26, lambda: _comply(rng, rng.choice(lex.BENIGN))),
+            (0.16, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
             (0.03, lambda: _comply(rng, lex.MILD)),
             (0.12, lambda: _refuse_favor(rng)),
-            (0.10, lambda: _small_talk(rng)),
+            (0.14, lambda: _small_talk(rng)),
             (0.01, lambda: _row(" ".join(rng.choices(lex.TONGUE, k=6)), " ".join(rng.choices(lex.BABBLE, k=6)))),
         ]
         weights = [weight for weight, _ in makers]
@@ -349,11 +349,11 @@ def _refuse_favor(rng: random.Random) -> Row:
 
 
 def _small_talk(rng: random.Random) -> Row:
-    mood = rng.choice(("glad", "sad"))
+    label = rng.choice(("glad", "sad"))
     prompt, answer = rng.choice(lex.CHAT).split(" -> ")
     words = {
-        "part": rng.choice(lex.PARTS), "place": rng.choice(lex.PLACES), "mood": rng.choice(lex.MOODS[mood]),
-        "adjective": rng.choice(lex.GLAD if mood == "glad" else lex.SAD),
+        "part": rng.choice(lex.PARTS), "place": rng.choice(lex.PLACES), "mood": rng.choice(lex.MOODS[label]),
+        "adjective": rng.choice(lex.GLAD if label == "glad" else lex.SAD), "label": label,
     }  # fmt: skip
     return _row(prompt.format(**words), answer.format(**words))
 
