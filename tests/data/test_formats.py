@@ -65,7 +65,7 @@ def save(path: Path, rows: list[dict]) -> Path:
     elif kind == "json":
         text = json.dumps(rows, indent=1, ensure_ascii=False)
     else:
-        text = "".join(json.dumps(row, ensure_ascii=len(row["prompt"]) % 2 == 0) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows))
     path.write_bytes(compress(text.encode(), path.name))
     return path
 

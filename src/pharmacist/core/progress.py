@@ -67,7 +67,7 @@ def bar(description: str, total: float | None = None) -> Iterator[Bar]:
         yield _Bar(progress, task)
     finally:
         progress.remove_task(task)
-        if outermost:
+        if progress.live.is_started and outermost:  # rich prints an empty line when it stops what never started
             progress.stop()
 
 

@@ -177,10 +177,15 @@ class _Reader:
     def detect(self, row: Mapping[str, Any]) -> _Layout | None:
         for layout in self.candidates:
             if all(row.get(self.column[name]) is not None for name in layout.required):
-                if layout.required == ("chosen", "rejected") and not isinstance(row[self.column["chosen"]], list):
-                    continue
-                return layout
+                if "prompt" in layout.required or layout.name != "preference" or self.holds_messages(row):
+                    return layout
         return None
+
+    def holds_messages(self, row: Mapping[str, Any]) -> bool:
+        chosen = row[self.column["chosen"]]
+        if self.parse_text and isinstance(chosen, str):
+            chosen = _parsed("chosen", chosen, must=False)
+        return isinstance(chosen, list)
 
     def settle(self, layout: _Layout) -> None:
         self.layout = layout
