@@ -212,8 +212,8 @@ def test_lines_and_rows_are_named_by_both_numbers(tmp_path):
         read_records(open_source(path, name="--pool"), work_dir=tmp_path / "work")
     assert str(error.value) == (
         f"--pool {path}: 4 rows of 5 cannot be used: line 3 (row 1), line 6 (row 4) has no 'completion'; line 4 "
-        "(row 2) is not valid JSON (Expecting property name enclosed in double quotes at column 2); line 5 (row 3) has an "
-        "empty 'completion'; mend or delete them, or leave them out with --on-bad-row skip"
+        "(row 2) is not valid JSON (Expecting property name enclosed in double quotes at column 2); line 5 (row 3) "
+        "has an empty 'completion'; mend or delete them, or leave them out with --on-bad-row skip"
     )
 
 

@@ -94,7 +94,7 @@ class _Finder:
         right: list[IntArray] = []
         with bar("near-duplicates", self.bands) as progress:
             for band in range(self.bands):
-                for a, b in self.candidates(band, distinct):
+                for a, b in self.candidates(band, distinct, keys[distinct]):
                     unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
                     a, b = a[unknown], b[unknown]
                     same = self.confirm(a, b)
@@ -140,13 +140,14 @@ class _Finder:
         for table in self.rows.iter(_BATCH):
             yield table.column("prompt").to_pylist(), table.column("completion").to_pylist()
 
-    def candidates(self, band: int, distinct: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+    def candidates(self, band: int, distinct: IntArray, contents: KeyArray) -> Iterator[tuple[IntArray, IntArray]]:
         """Pairs of rows with the same band key: each with the first of its bucket, then with the one before it.
 
-        Linear in the rows, however large a bucket is.
+        Linear in the rows, however large a bucket is. Buckets are ordered by content, so that the order of the pool
+        decides nothing.
         """
         keys = np.fromfile(self.folder / f"band{band}", dtype=np.uint64)[distinct]
-        order = np.argsort(keys, kind="stable")
+        order = np.lexsort((contents, keys))
         keys, members = keys[order], distinct[order]
         starts = np.concatenate([[True], keys[1:] != keys[:-1]])
         first = members[np.maximum.accumulate(np.where(starts, np.arange(len(members)), 0))]
