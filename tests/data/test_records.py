@@ -307,3 +307,42 @@ def test_rows_made_in_memory():
     assert made["row"][:] == [7, 1] and made["prompt_key"][0] == prompt_key("p")
     # A key that came with a row whose prompt was changed is not believed.
     assert to_dataset([{**made[0], "prompt": "new"}])["prompt_key"][0] == prompt_key("new")
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"prompt": "p"}, "prompt"),
+        ({"prompt": "p", "completion": ""}, "prompt"),
+        ({"prompt": "p", "response": 5}, "prompt"),
+        ({"prompt": [user("p")], "chosen": "c", "rejected": "r"}, "prompt"),
+        ({"messages": [user("p")]}, "messages"),
+        ({"messages": [user("p"), assistant("a")]}, "messages"),
+        ({"instruction": "p"}, "instruction"),
+        ({"instruction": "p", "output": "o"}, "instruction"),
+    ],
+)
+def test_prompts_alone(tmp_path, row, layout):
+    records = read(tmp_path, [row], prompts_only=True)
+    assert records.layout == layout
+    assert records.dataset[0] == {
+        "row": 0, "prompt": "p", "completion": "", "turns": None, "instruction": None, "input": None,
+        "prompt_key": prompt_key("p"),
+    }  # fmt: skip
+
+
+def test_prompts_alone_keep_turns_and_inputs(tmp_path):
+    (row,) = read(tmp_path, [{"instruction": "i", "input": "x"}], prompts_only=True).dataset
+    assert (row["prompt"], row["instruction"], row["input"], row["completion"]) == ("i\n\nx", "i", "x", "")
+    turns = [user("a"), assistant("b"), user("c")]
+    for messages in (turns, [*turns, assistant("d")]):
+        (row,) = read(tmp_path, [{"messages": messages}], prompts_only=True).dataset
+        assert json.loads(row["turns"]) == turns
+    (row,) = read(tmp_path, [{"question": "q"}], prompts_only=True, columns={"prompt": "question"}).dataset
+    assert row["prompt"] == "q"
+    records = read(
+        tmp_path, [{"prompt": "p"}, {"prompt": ""}, {"prompt": 1}, {}], prompts_only=True, on_bad_row="skip"
+    )
+    assert [r.row for r in records.refused] == [1, 2, 3]
+    with pytest.raises(DataError, match="known row formats are prompt, messages or instruction"):
+        read(tmp_path, [{"question": "q"}], prompts_only=True)

@@ -189,3 +189,8 @@ def test_earlier_truncation_and_padding_settings_are_not_inherited():
     tokenizer(["how do you", "no"], truncation=True, max_length=2, padding="max_length")
     (row,) = encode(dataset(("how do you", "no yes bad")), tokenizer, CHAT, max_length=64).dataset
     assert len(row["input_ids"]) == 9
+
+
+def test_rows_without_numbers_are_counted():
+    bare = random_rows(1500).select_columns(["prompt", "completion"])
+    assert encode(bare, tiny_tokenizer(), CHAT, max_length=64).dataset["row"][:] == list(range(1500))

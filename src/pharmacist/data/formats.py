@@ -167,8 +167,9 @@ class Source(ABC):
             try:
                 data[column] = pa.array([value.get(column) for value in values])
             except (pa.ArrowException, UnicodeEncodeError) as error:
+                what = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else "values of several types"
                 raise DataError(
-                    f"{self.where}: column '{column}' has values of several types; write the rows to a file instead"
+                    f"{self.where}: column '{column}' holds {what}, which no dataset can; write the rows to a file"
                 ) from error
         return datasets.Dataset(pa.table(data))
 

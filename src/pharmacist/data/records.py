@@ -61,7 +61,7 @@ class Records:
         dataset: Memory-mapped rows with the columns of `SCHEMA`, in input order.
         source: Where they come from.
         layout: How the input was laid out: ``prompt-completion``, ``preference``, ``messages``,
-            ``instruction-output`` or ``prompt-response``.
+            ``instruction-output`` or ``prompt-response``; of prompts alone ``prompt``, ``messages``, ``instruction``.
         refused: The other rows.
     """
 
@@ -140,6 +140,11 @@ _LAYOUTS = (
     _Layout("prompt-response", ("prompt", "response")),
     _Layout("preference", ("chosen", "rejected")),  # message lists that hold the prompt themselves
 )
+_PROMPT_LAYOUTS = (
+    _Layout("prompt", ("prompt",)),
+    _Layout("messages", ("messages",)),
+    _Layout("instruction", ("instruction",), ("input",)),
+)
 _NAMES = tuple(dict.fromkeys(name for layout in _LAYOUTS for name in layout.required + layout.optional))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
@@ -151,15 +156,14 @@ Canonical = tuple[str, str, str | None, str | None, str | None]
 class _Reader:
     """Turns rows of one layout into canonical ones; the first usable row decides the layout."""
 
-    def __init__(self, source: Source, columns: Mapping[str, str], side: str) -> None:
-        self.source, self.side = source, side
+    def __init__(self, source: Source, columns: Mapping[str, str], side: str, prompts_only: bool) -> None:
+        self.source, self.side, self.prompts_only = source, side, prompts_only
         for name in columns:
             if name not in _NAMES:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
-        self.candidates = [
-            layout for layout in _LAYOUTS if set(columns) <= set(layout.required + layout.optional)
-        ]  # fmt: skip
+        known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
+        self.candidates = [layout for layout in known if set(columns) <= set(layout.required + layout.optional)]
         if not self.candidates:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
@@ -219,7 +223,7 @@ class _Reader:
                 raise self.mixed(
                     number, line, f"has {_TYPE[kind]} in '{self.column[name]}' where rows before have {before}"
                 )
-        canonical = self.convert(values, row)
+        canonical = self.prompt(values, row) if self.prompts_only else self.convert(values, row)
         for text in canonical:
             if text is not None and not text.isascii():
                 _check_unicode(text)
@@ -254,10 +258,24 @@ class _Reader:
         missing = [column for column in self.mapped.values() if column not in row]
         if missing:
             return f"has no column '{missing[0]}' (its columns: {columns})"
-        present = [name for name in ("prompt", "instruction") if row.get(self.column[name])]
-        if present:
+        if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion (its columns: {columns})"
         return f"fits no row format (its columns: {columns})"
+
+    def prompt(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
+        """The canonical row without its completion."""
+        answer = {"role": "assistant", "content": "-"}
+        name, value = next(iter(values.items()))
+        column = self.column[name]
+        if name == "instruction":
+            canonical = self.alpaca(value, answer["content"], row)
+        elif isinstance(value, str):
+            _check_prompt(value, column)
+            canonical = (value, "", None, None, None)
+        else:
+            open_end = not value or _turn(value[-1], column)["role"] != "assistant"
+            canonical = _conversation([*value, answer] if open_end else value, column)
+        return canonical[0], "", *canonical[2:]
 
     def convert(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
         assert self.layout is not None
@@ -388,6 +406,7 @@ def read_records(
     side: Literal["chosen", "rejected"] = "chosen",
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
+    prompts_only: bool = False,
 ) -> Records:
     """Reads a source into canonical rows on disk, in one pass and flat memory.
 
@@ -398,6 +417,7 @@ def read_records(
         columns: Column that stands for a known one, ``{"prompt": "question"}``.
         on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
             `Records.refused`.
+        prompts_only: Only prompts are needed: rows need no completion, and one that is there becomes an empty text.
 
     Raises:
         DataError: Rows cannot be used, formats are mixed, or there is no row at all.
@@ -405,7 +425,7 @@ def read_records(
     """
     import datasets
 
-    reader = _Reader(source, columns or {}, side)
+    reader = _Reader(source, columns or {}, side, prompts_only)
     if source.columns is not None:
         missing = [column for column in reader.mapped.values() if column not in source.columns]
         if missing:
@@ -480,8 +500,9 @@ def _check(source: Source, reader: _Reader, refused: list[Refused], bad: int, to
     what = "; ".join(f"{', '.join(places)} {reason}" for reason, places in named.items())
     if reader.layout is None and reader.strange == bad:
         first = refused[0]
+        known = "prompt, messages or instruction[+input]" if reader.prompts_only else _KNOWN
         raise DataError(
-            f"{source.where}: {place(first.row, first.line)} {first.reason}; known row formats are {_KNOWN}; "
+            f"{source.where}: {place(first.row, first.line)} {first.reason}; known row formats are {known}; "
             "map other columns with --columns"
         )
     if bad == total and on_bad_row == "skip":

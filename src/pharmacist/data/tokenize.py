@@ -100,7 +100,7 @@ def encode(
     """Tokenises canonical rows.
 
     Args:
-        rows: Canonical rows (`data.records`).
+        rows: Canonical rows (`data.records`); only ``prompt`` and ``completion`` must be there.
         tokenizer: The model's.
         template: Renders the prompts.
         max_length: Longest row in tokens; completions are cut on the right to fit.
@@ -187,8 +187,10 @@ def _record_batch(kept: list[tuple[int, npt.NDArray[np.int32], int, int]]) -> pa
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
     read = ("row", "prompt", "completion", "turns", "instruction", "input")
     names = [name for name in read if name in rows.column_names]
+    start = 0
     for table in rows.select_columns(names).with_format("arrow").iter(_BATCH):
-        yield table.to_pylist()
+        yield [{"row": start + position} | row for position, row in enumerate(table.to_pylist())]
+        start += table.num_rows
 
 
 def prompt_ids(
