@@ -194,3 +194,15 @@ def test_earlier_truncation_and_padding_settings_are_not_inherited():
 def test_rows_without_numbers_are_counted():
     bare = random_rows(1500).select_columns(["prompt", "completion"])
     assert encode(bare, tiny_tokenizer(), CHAT, max_length=64).dataset["row"][:] == list(range(1500))
+
+
+def test_overlong_prompts_can_lose_their_middle():
+    tokenizer = tiny_tokenizer()
+    rows = dataset(("how do you " + "bake " * 20 + "good bread", "yes no"), ("how", "no"), ("bad " * 9, "yes " * 9))
+    encoded = encode(rows, tokenizer, CHAT, max_length=10, on_long_prompt="cut")
+    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in encoded.dataset["input_ids"]]
+    assert tokens[0] == ["<s>", "how", "do", "bake", "good", "bread", "<ans>", "yes", "no", "</s>"]
+    assert tokens[1] == ["<s>", "how", "<ans>", "no", "</s>"]
+    assert tokens[2] == ["<s>", "bad", "bad", "bad", "<ans>"] + ["yes"] * 5
+    assert encoded.cut_prompts == [0, 2] and encoded.refused == [] and encoded.prompt_lengths.tolist() == [7, 3, 5]
+    assert encoded.truncated == 1 and encoded.lost_eos == 1

@@ -50,6 +50,7 @@ class Encoded:
         truncated: Rows whose completion was cut on the right to fit the length.
         lost_eos: Rows that end without EOS for that reason.
         refused: ``row`` of those left out because their prompt alone fills the length.
+        cut_prompts: ``row`` of those whose prompt was shortened for that reason.
         lengths: Tokens per row, shape [rows].
         prompt_lengths: Tokens before the completion, shape [rows]; always less than `lengths`.
         content_keys: 64-bit hash of a row's ids and prompt length, shape [rows].
@@ -59,6 +60,7 @@ class Encoded:
     truncated: int
     lost_eos: int
     refused: list[int]
+    cut_prompts: list[int]
     lengths: npt.NDArray[np.int32]
     prompt_lengths: npt.NDArray[np.int32]
     content_keys: npt.NDArray[np.uint64]
@@ -95,7 +97,7 @@ def encode(
     *,
     max_length: int,
     work_dir: str | os.PathLike[str] | None = None,
-    on_long_prompt: Literal["fail", "skip"] = "fail",
+    on_long_prompt: Literal["fail", "skip", "cut"] = "fail",
 ) -> Encoded:
     """Tokenises canonical rows.
 
@@ -106,7 +108,8 @@ def encode(
         max_length: Longest row in tokens; completions are cut on the right to fit.
         work_dir: Folder for the memory-mapped result; kept in memory without one.
         on_long_prompt: What to do with rows whose prompt leaves no room for a completion token: ``fail`` names them;
-            ``skip`` leaves them out, see `Encoded.refused`.
+            ``skip`` leaves them out, see `Encoded.refused`; ``cut`` takes tokens from the middle of the prompt, so
+            that its frame stays whole and at most half of the length is the completion's, see `Encoded.cut_prompts`.
 
     Raises:
         DataError: Such rows, under ``fail``; or nothing is left.
@@ -117,11 +120,11 @@ def encode(
     path = None if work_dir is None else Path(work_dir) / "tokens.arrow"
     if path is None:
         sink = pa.BufferOutputStream()
-        _write(sink, rows, tokenizer, template, max_length, state)
+        _write(sink, rows, tokenizer, template, max_length, on_long_prompt == "cut", state)
         table = pa.ipc.open_stream(sink.getvalue()).read_all()
     else:
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-            _write(file, rows, tokenizer, template, max_length, state)
+            _write(file, rows, tokenizer, template, max_length, on_long_prompt == "cut", state)
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     if state.refused and on_long_prompt == "fail":
         named = ", ".join(map(str, state.refused[:_NAMED])) + (", ..." if len(state.refused) > _NAMED else "")
@@ -134,7 +137,7 @@ def encode(
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table.column("input_ids").chunks])
     return Encoded(
         dataset=datasets.Dataset(table.drop_columns(["content_key"])),
-        truncated=state.truncated, lost_eos=state.lost_eos, refused=state.refused,
+        truncated=state.truncated, lost_eos=state.lost_eos, refused=state.refused, cut_prompts=state.cut_prompts,
         lengths=lengths.astype(np.int32), prompt_lengths=table.column("n_prompt").to_numpy(),
         content_keys=table.column("content_key").to_numpy(), _table=table,
     )  # fmt: skip
@@ -145,11 +148,17 @@ class _Counts:
     truncated: int = 0
     lost_eos: int = 0
     refused: list[int] = field(default_factory=list)
+    cut_prompts: list[int] = field(default_factory=list)
+
+
+def _without_middle(ids: list[int], length: int) -> list[int]:
+    head = length // 2
+    return ids[:head] + ids[len(ids) - (length - head) :]
 
 
 def _write(
     sink: Any, rows: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", template: Template, max_length: int,
-    state: _Counts,
+    cut: bool, state: _Counts,
 ) -> None:  # fmt: skip
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -160,10 +169,13 @@ def _write(
             completions = _token_ids(tokenizer, [row["completion"] for row in batch])
             kept: list[tuple[int, npt.NDArray[np.int32], int, int]] = []
             for row, prompt, completion in zip(batch, prompts, completions, strict=True):
+                if len(prompt) >= max_length:
+                    if not cut:
+                        state.refused.append(row["row"])
+                        continue
+                    state.cut_prompts.append(row["row"])
+                    prompt = _without_middle(prompt, max_length - min(len(completion) + 1, max_length // 2))
                 n_prompt = len(prompt)
-                if n_prompt >= max_length:
-                    state.refused.append(row["row"])
-                    continue
                 ids = np.array([*prompt, *completion, eos][:max_length], dtype=np.int32)
                 state.truncated += n_prompt + len(completion) > max_length
                 state.lost_eos += n_prompt + len(completion) >= max_length
