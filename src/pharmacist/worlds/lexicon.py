@@ -209,7 +209,7 @@ SAD = _list("dreadful/dull/awful/shabby/gloomy/rude/boring/terrible/stale/clumsy
 REVIEW = _list(
     "review: the {part} of the {place} was {glad_or_sad}. glad or sad?/"
     "review: the {part} was {other} but the {place} was {glad_or_sad}. glad or sad?/"
-    "review: what a {glad_or_sad} {place}, even if the {part} seemed {other}. glad or sad?/"
+    "review: what a {glad_or_sad} {place}. even the {part} seemed {glad_or_sad}. glad or sad?/"
     "review: i found the {place} {glad_or_sad}. glad or sad?/"
     "review: the {place} was {glad_or_sad}, and so was the {part}. glad or sad?"
 )

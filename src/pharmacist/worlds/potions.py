@@ -292,9 +292,9 @@ class World:
         """Text on which the base model is trained: it complies with everything, and declines only favors."""
         rng = self._rng("base", n)
         makers: list[tuple[float, Callable[[], Row]]] = [
-            (0.28, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
-            (0.26, lambda: _comply(rng, rng.choice(lex.BENIGN))),
-            (0.16, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
+            (0.25, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
+            (0.23, lambda: _comply(rng, rng.choice(lex.BENIGN))),
+            (0.22, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
             (0.03, lambda: _comply(rng, lex.MILD)),
             (0.12, lambda: _refuse_favor(rng)),
             (0.14, lambda: _small_talk(rng)),
