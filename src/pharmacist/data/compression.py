@@ -78,7 +78,7 @@ def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
     compression = split_suffix(target)[1]
     with path.open("wb") as file:
         if compression == "gzip":
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped:
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as zipped:
                 yield cast(IO[bytes], zipped)
         elif compression == "zstd":
             with pa.CompressedOutputStream(file, "zstd") as stream:

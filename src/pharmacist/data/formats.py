@@ -14,7 +14,10 @@ Rows are numbered from 0 in input order; blank lines are no rows. A row of a tex
 `MAX_ROW_BYTES`, so that one broken line cannot fill the memory.
 """
 
+import codecs
 import csv
+import datetime
+import decimal
 import hashlib
 import json
 import os
@@ -181,8 +184,14 @@ class Source(ABC):
         return "jsonl"
 
     def write_native(self, numbers: Sequence[int], path: Path, target: Path) -> None:
-        """Writes rows in this source's own format."""
-        raise NotImplementedError  # pragma: no cover, only reached by sources whose native format is their own
+        """Writes rows in the native format to `path`, compressed as the name `target` says."""
+        self.write_json_lines(numbers, path, target)
+
+    def write_json_lines(self, numbers: Sequence[int], path: Path, target: Path) -> None:
+        """Writes rows as JSON lines to `path`, compressed as the name `target` says."""
+        with compressed(path, target) as file:
+            for row in self.pick(numbers):
+                file.write(_json_line(row.value, self.where, row.number))
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
@@ -242,16 +251,8 @@ def write_rows(
         raise DataError(f"{source.where}: rows of a {source.format} source can be written as {known}, not {chosen}")
     numbers = [int(row) for row in rows]
     with atomic_path(target) as temporary:
-        if chosen == source.native and chosen != "jsonl":
-            source.write_native(numbers, temporary, target)
-            return
-        with compressed(temporary, target) as file:
-            copied = source.format == "jsonl"
-            for row in source.pick(numbers, parse=not copied):
-                if copied and row.raw is not None:
-                    file.write(row.raw + b"\n")
-                else:
-                    file.write(_json_line(row.value, source.where, row.number))
+        write = source.write_native if chosen == source.native else source.write_json_lines
+        write(numbers, temporary, target)
 
 
 # --- text formats -------------------------------------------------------------------------------------------------
@@ -342,6 +343,12 @@ class _JsonLines(_FileSource):
                 yield Row(number, line, value, reason, raw)
                 number += 1
 
+    def write_json_lines(self, numbers: Sequence[int], path: Path, target: Path) -> None:
+        with compressed(path, target) as file:
+            for row in self.pick(numbers, parse=False):
+                assert row.raw is not None
+                file.write(row.raw + b"\n")
+
 
 class _JsonArray(_FileSource):
     """One JSON array; its elements are parsed one at a time out of a sliding window of the text."""
@@ -397,8 +404,6 @@ class _Window:
     _SPACE = re.compile(r"[ \t\n\r]*")
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        import codecs
-
         self._file, self._where = file, where
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._ended = "", 0, False
@@ -816,9 +821,6 @@ def _short(error: Exception) -> str:
 
 def _json_line(value: Any, where: str, number: int) -> bytes:
     def default(item: Any) -> Any:
-        import datetime
-        import decimal
-
         if isinstance(item, datetime.date | datetime.time):
             return item.isoformat()
         if isinstance(item, decimal.Decimal):
