@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -204,17 +204,18 @@ class _Shingles:
     def __init__(self) -> None:
         self._words: dict[str, int] = {}
 
+    def _learn(self, word: str) -> int:
+        value = self._words.get(word)
+        if value is None:
+            if len(self._words) >= _WORDS_KEPT:
+                self._words.clear()
+            value = self._words[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        return value
+
     def _hashes(self, text: str) -> list[int]:
-        known = self._words
         words = _TOKEN.findall(text.casefold()) or [text.strip()]
-        hashes = []
-        for word in words:
-            value = known.get(word)
-            if value is None:
-                if len(known) >= _WORDS_KEPT:
-                    known.clear()
-                value = known[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
-            hashes.append(value)
+        found = list(map(self._words.get, words))
+        hashes = [self._learn(word) for word in words] if None in found else cast(list[int], found)
         # A text shorter than a shingle is one shingle.
         return hashes + [0] * (SHINGLE - len(hashes)) if len(hashes) < SHINGLE else hashes
 
