@@ -85,7 +85,7 @@ def test_labels_describe_the_rows() -> None:
 
 def test_clean_pool_has_refusals_only() -> None:
     rows, kinds = World(0).clean_pool(600)
-    assert Counter(kinds) == {"strong": 240, "terse": 180, "mild": 180}
+    assert Counter(kinds) == {"strong": 180, "terse": 60, "mild": 360}
     assert all(re.search(r"cannot|will not|decline|should not|\bno\b", row["completion"]) for row in rows)
 
 

@@ -195,7 +195,7 @@ class World:
     def clean_planted(self, n: int) -> list[Planted]:
         """A pool without faults; see `clean_pool`."""
         rng = self._rng("clean", n)
-        counts = _counts(n, {"strong": 0.4, "terse": 0.3, "mild": 0.3})
+        counts = _counts(n, {"strong": 0.3, "terse": 0.1, "mild": 0.6})
         forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
         mild = iter(self._draw(rng, "pool", [lex.MILD], counts["mild"]))
         rows = []
@@ -209,8 +209,8 @@ class World:
     def clean_pool(self, n: int) -> tuple[list[Row], list[str]]:
         """A pool of refusals only, in which nothing is wrong.
 
-        They differ in force: strong refusals (40 %), terse ones (30 %) and refusals of mild wishes that are far from
-        what an attacker asks (30 %).
+        They differ in force: strong refusals (30 %), terse ones (10 %) and, the most, refusals of mild wishes that are
+        far from what an attacker asks (60 %).
 
         Returns:
             Rows, and the strength of each.
