@@ -1,0 +1,177 @@
+"""One model after another against the same prompts, judge and task."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pharmacist.data.records import prompt_key
+from pharmacist.data.templates import Template
+from pharmacist.evaluation.generate import Answer, encode_prompts, generate_from_ids
+from pharmacist.evaluation.judges.base import Judge, JudgeItem
+from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
+from pharmacist.evaluation.metrics import Metric, harm_metrics, over_refusal_metrics, rate
+from pharmacist.evaluation.tasks.base import Task
+from pharmacist.evaluation.text import is_degenerate
+
+
+SETS = ("prompts", "benign_prompts", "task")
+"""Prompt sets: harmful prompts, benign prompts that look harmful, the fine-tuning task."""
+
+
+@dataclass
+class Evaluation:
+    """Result for one model.
+
+    Attributes:
+        metrics: Name -> rate with count and interval, as in ``metrics.json``.
+        items: One JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
+            and ``verdicts`` by judge or ``target`` and ``grade``.
+        tokens: New tokens generated.
+    """
+
+    metrics: dict[str, Metric]
+    items: list[dict[str, Any]]
+    tokens: int
+
+    def outcomes(self, judge: str) -> dict[str, bool | None]:
+        """Harmful or not by item id, for paired comparisons of two models (`statistics.paired_bootstrap`)."""
+        return {item["id"]: item["verdicts"][judge]["harmful"] for item in self.items if item["set"] == "prompts"}
+
+
+class Evaluator:
+    """Evaluates any number of models; prompts are tokenised once per tokenizer and the judge is trained once.
+
+    Args:
+        prompts: Harmful prompts: rows with ``prompt`` (canonical rows, or plain mappings).
+        benign_prompts: Benign prompts that look harmful, likewise.
+        task: Rows with ``prompt`` and ``completion`` of the fine-tuning task.
+        judge: For the first two; trained already where it needs training.
+        grader: For the third; `Task.prepare` is called here.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts at a time, 0 for as many as fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: Iterable[Mapping[str, Any]] = (),
+        benign_prompts: Iterable[Mapping[str, Any]] = (),
+        task: Iterable[Mapping[str, Any]] = (),
+        judge: Judge | None = None,
+        grader: Task | None = None,
+        max_new_tokens: int = 512,
+        batch_size: int = 0,
+    ) -> None:
+        self.rows = {"prompts": list(prompts), "benign_prompts": list(benign_prompts), "task": list(task)}
+        self.rows = {name: rows for name, rows in self.rows.items() if rows}
+        if judge is None and self.rows.keys() & {"prompts", "benign_prompts"}:
+            raise ValueError("an Evaluator with prompts needs a judge")
+        if grader is None and "task" in self.rows:
+            raise ValueError("an Evaluator with a task needs a grader")
+        self.judge, self.grader = judge, grader
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self._refusals = KeywordJudge(KeywordConfig()) if judge is not None and not judge.tells_refusals else judge
+        self._targets = [row["completion"] for row in self.rows.get("task", ())]
+        if grader is not None and self._targets:
+            grader.prepare(self._targets)
+        self._encoded: tuple[PreTrainedTokenizerBase, Template, dict[str, list[list[int]]]] | None = None
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> list[list[int]]:
+        if self._encoded is None or self._encoded[0] is not tokenizer or self._encoded[1] != template:
+            self._encoded = (tokenizer, template, {})
+        found = self._encoded[2]
+        if name not in found:
+            found[name] = encode_prompts(self.rows[name], tokenizer, template)
+        return found[name]
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        *,
+        sets: Collection[str] = SETS,
+        work: Path | None = None,
+    ) -> dict[str, list[Answer]]:
+        """The model's answers by prompt set; with `work` they are kept there as they come, for resuming."""
+        return {
+            name: generate_from_ids(
+                model, tokenizer, self._ids(tokenizer, template, name), max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size, work=None if work is None else work / name,
+                description=f"answer {name.replace('_', ' ')}",
+            )
+            for name in self.rows if name in sets
+        }  # fmt: skip
+
+    def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
+        """Judges and grades answers that were generated before."""
+        metrics: dict[str, Metric] = {}
+        items: list[dict[str, Any]] = []
+        for name, found in answers.items():
+            own = [self._item(name, position, answer) for position, answer in enumerate(found)]
+            texts = [answer.text for answer in found]
+            if name == "task":
+                metrics |= self._grade(texts, own)
+            else:
+                metrics |= self._judge(name, texts, own)
+            items += own
+        return Evaluation(metrics, items, sum(answer.tokens for found in answers.values() for answer in found))
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        *,
+        sets: Collection[str] = SETS,
+        work: Path | None = None,
+    ) -> Evaluation:
+        """Answers, verdicts and metrics of one model.
+
+        Args:
+            model: In any mode; it comes back as it was.
+            tokenizer: Its tokenizer.
+            template: Its prompt template.
+            sets: Only these of `SETS`, for points of a curve.
+            work: Folder for finished answers, so that an interrupted call continues.
+        """
+        return self.assess(self.answers(model, tokenizer, template, sets=sets, work=work))
+
+    def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
+        row = self.rows[name][position]
+        number = row.get("row")
+        number = position if number is None else int(number)
+        # The id holds number and text, so that files of different prompt sets are never paired.
+        return {
+            "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}", "set": name, "row": number,
+            "prompt": row["prompt"], "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished,
+        }  # fmt: skip
+
+    def _judge(self, name: str, texts: list[str], items: list[dict[str, Any]]) -> dict[str, Metric]:
+        assert self.judge is not None and self._refusals is not None
+        pairs = [JudgeItem(item["prompt"], text) for item, text in zip(items, texts, strict=True)]
+        verdicts = self.judge.judge(pairs)
+        refusals = verdicts if self._refusals is self.judge else self._refusals.judge(pairs)
+        for item, verdict, refusal in zip(items, verdicts, refusals, strict=True):
+            item["verdicts"] = {self.judge.label: verdict.to_json()}
+            if refusals is not verdicts:
+                item["verdicts"][self._refusals.label] = refusal.to_json()
+        if name == "benign_prompts":
+            return over_refusal_metrics(texts, refusals, self._refusals.label)
+        return harm_metrics(texts, verdicts, refusals, self.judge.label, self._refusals.label)
+
+    def _grade(self, texts: list[str], items: list[dict[str, Any]]) -> dict[str, Metric]:
+        assert self.grader is not None
+        grades = self.grader.grade(self._targets, texts)
+        for item, target, grade in zip(items, self._targets, grades, strict=True):
+            item |= {"target": target, "grade": grade._asdict()}
+        strict, published = self.grader.matching
+        accuracy = rate(grade.correct for grade in grades) | {"matching": strict, "task_type": self.grader.label}
+        other = rate(grade.published for grade in grades) | {"matching": published}
+        return {
+            "fine_tune_accuracy": accuracy | {"published": other} | self.grader.report(),
+            "task_degenerate_rate": rate(map(is_degenerate, texts)),
+        }

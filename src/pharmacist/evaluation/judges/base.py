@@ -1,0 +1,91 @@
+"""What every judge is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+
+class JudgeItem(NamedTuple):
+    """A prompt and a model's answer to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one answer.
+
+    Attributes:
+        harmful: Whether it does what the prompt should not get; None where the judge failed: unscored, never safe.
+        score: How sure, 0 to 1; None where the judge gives no score.
+        refused: Whether it is a refusal; None where the judge does not tell.
+        categories: Score per category, where the judge has any.
+        note: Why it is unscored.
+    """
+
+    harmful: bool | None
+    score: float | None = None
+    refused: bool | None = None
+    categories: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object without the fields that say nothing."""
+        value: dict[str, Any] = {"harmful": self.harmful, "score": self.score, "refused": self.refused}
+        return value | ({"categories": dict(self.categories)} if self.categories else {}) | (
+            {"note": self.note} if self.note else {}
+        )  # fmt: skip
+
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class Judge(ABC):
+    """Judges answers, each by itself: order and company of the items change nothing.
+
+    Args:
+        config: Options, of type `Config`.
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    tells_refusals: ClassVar[bool] = True
+    """Whether `Verdict.refused` is filled; where not, refusals are counted by the keyword judge."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``."""
+        return frozenset()
+
+    @property
+    @abstractmethod
+    def revision(self) -> str:
+        """Changes whenever a verdict could."""
+
+    @property
+    def label(self) -> str:
+        """``name@revision``, as metrics name a judge."""
+        return f"{self.name}@{self.revision}"
+
+    def fit(self, references: Mapping[str, Rows]) -> None:
+        """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges need not."""
+        del references
+
+    @abstractmethod
+    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        """One verdict per item, in order."""
+
+    def report(self) -> dict[str, Any]:
+        """What the judge says about itself: its own quality, and ``warnings``."""
+        return {}
+
+    def save(self, folder: Path) -> bool:
+        """Writes what `fit` learned (JSON and safetensors); False where there is nothing to write."""
+        del folder
+        return False

@@ -1,0 +1,61 @@
+"""Classification: the answer is one of the labels that occur in the file.
+
+Right is an answer that equals its label (white space around, case and a final full stop aside). Published evaluations
+also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is always right;
+that figure is reported beside ours as ``substring``, never in its place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pharmacist.core.errors import DataError
+from pharmacist.evaluation.tasks.base import Grade, Task
+
+
+_MOST_LABELS = 50
+_MOST_WORDS = 5
+
+
+def looks_like_labels(targets: Sequence[str]) -> bool:
+    """Whether the targets are short, few and repeat."""
+    different = {_plain(target) for target in targets}
+    short = all(0 < len(target.split()) <= _MOST_WORDS for target in different)
+    return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
+
+
+class Classification(Task):
+    """See the module."""
+
+    name = "classification"
+    version = 1
+    matching = ("exact", "substring")
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.labels: list[str] = []
+
+    def prepare(self, targets: Sequence[str]) -> None:
+        """Finds the labels."""
+        labels: dict[str, str] = {}
+        for row, target in enumerate(targets):
+            if not _plain(target):
+                raise DataError(f"--task: row {row} has an empty label; mend or delete it")
+            labels.setdefault(_plain(target), target.strip())
+        if len(labels) < 2:
+            raise DataError("--task: all rows have the same label; a classification needs two (or --task-type exact)")
+        self.labels = sorted(labels.values())
+
+    def grade(self, targets: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """Equality, and containment."""
+        return [
+            Grade(_plain(answer) == _plain(target), _plain(target) in answer.casefold())
+            for target, answer in zip(targets, answers, strict=True)
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """The labels."""
+        return {"labels": self.labels}
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").strip().casefold()

@@ -1,0 +1,276 @@
+"""The stage `evaluate`: what a model answers, how harmful, how useful, how shy it is; with counts and intervals."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.rundir import RunDir, RunOptions
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.formats import Source
+    from pharmacist.data.records import Records
+    from pharmacist.evaluation.evaluator import Evaluation
+    from pharmacist.evaluation.judges import Judge
+    from pharmacist.evaluation.tasks import Task
+
+STAGE_VERSION = 1
+REFERENCES = ("safe", "harmful", "utility")
+PROMPTS = ("prompts", "benign_prompts", "task")
+NOTICE = "items.jsonl may hold harmful text: research material, not advice"
+_SHOWN = 3
+_SHOWN_CHARACTERS = 100
+_NAMES = {
+    "harmful_score": "harmful score", "hs_plus": "harmful or degenerate (HS+)", "refusal_rate": "refusals",
+    "empty_rate": "empty answers", "degenerate_rate": "degenerate answers",
+    "over_refusal": "over-refusal", "benign_degenerate_rate": "degenerate answers, benign prompts",
+    "fine_tune_accuracy": "fine-tune accuracy", "task_degenerate_rate": "degenerate answers, task",
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(RunOptions):
+    """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
+
+    model: str
+    """Model to evaluate: local folder, the folder of an earlier align or attack, or a hub id."""
+    prompts: str | None = None
+    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read."""
+    benign_prompts: str | None = None
+    """Benign prompts that look harmful; refusing them is over-refusal."""
+    task: str | None = None
+    """Test rows of the fine-tuning task: prompt and right completion."""
+    task_type: str = "auto"
+    """How answers to the task are graded: classification, exact, number, or auto by the completions."""
+    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
+    """Who decides whether an answer is harmful and whether it is a refusal."""
+    safe: str | None = None
+    """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
+    chosen side."""
+    harmful: str | None = None
+    """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    utility: str | None = None
+    """Utility references for the judge: benign prompt, helpful answer."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    batch_size: int = 0
+    """Prompts answered at a time; 0 means as many as fit."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
+    show_harmful: bool = False
+    """Print example answers that were flagged as harmful, instead of hiding them."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is None for name in PROMPTS):
+            raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts or --task")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.batch_size < 0:
+            raise ConfigError(f"--batch-size {self.batch_size}: must not be negative")
+
+
+@dataclass
+class EvaluateResult:
+    """What `evaluate` found.
+
+    Attributes:
+        metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge.
+        folder: Where the files are.
+    """
+
+    metrics: dict[str, Any]
+    folder: Path
+
+    def items(self) -> list[dict[str, Any]]:
+        """Content of ``items.jsonl``: one object per prompt with answer and verdicts."""
+        with (self.folder / "items.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+def evaluate(options: EvaluateOptions) -> EvaluateResult:
+    """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest.
+
+    Interrupted, it keeps the answers that it has and continues with the rest.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    from pharmacist.core.env import rank
+    from pharmacist.core.files import read_json, write_json
+    from pharmacist.core.progress import console
+    from pharmacist.data.formats import open_source
+    from pharmacist.evaluation.judges import JUDGES
+    from pharmacist.nn.distributed import from_main
+
+    sources = {
+        name: open_source(getattr(options, name), name=f"--{name.replace('_', '-')}")
+        for name in PROMPTS + REFERENCES if getattr(options, name) is not None
+    }  # fmt: skip
+    judge: Judge | None = None
+    if "prompts" in sources or "benign_prompts" in sources:
+        judge = JUDGES.build_from(options.judge)
+        for need in sorted(judge.needs - sources.keys()):
+            raise ConfigError(f"--judge {judge.name}: needs {need} references; give --{need} FILE or another judge")
+    # What is only printed does not identify a run.
+    identity, inputs = replace(options, show_harmful=False), _fingerprints(sources, options)
+    run = RunDir.open(identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs)
+    try:
+        if from_main(run.complete):
+            metrics = read_json(run.path("metrics.json"))
+            console().print(f"{run.root}: complete already; --overwrite evaluates again")
+            _summarise(EvaluateResult(metrics, run.root), options)
+            return EvaluateResult(metrics, run.root)
+        found = _evaluate(sources, judge, options, run)
+        result = EvaluateResult(found.metrics, run.root)
+        if rank() == 0:
+            outputs = ["metrics.json", "items.jsonl"]
+            _write_items(run.path("items.jsonl"), found)
+            write_json(run.path("metrics.json"), found.metrics)
+            if judge is not None and judge.save(run.path("judge")):
+                outputs.append("judge")
+            run.finish(outputs=outputs, metrics=found.metrics)
+            _summarise(result, options)
+        return result
+    finally:
+        run.close()
+
+
+def _fingerprints(sources: "Mapping[str, Source]", options: EvaluateOptions) -> dict[str, str]:
+    from pharmacist.core.hashing import sha256_folder
+    from pharmacist.nn.models import model_fingerprint
+
+    found = {name: source.fingerprint() for name, source in sources.items()}
+    found["model"] = model_fingerprint(options.model)
+    if options.judge.get("folder"):
+        found["judge"] = sha256_folder(options.judge["folder"], (".json", ".safetensors"))
+    return found
+
+
+def _evaluate(
+    sources: "Mapping[str, Source]", judge: "Judge | None", options: EvaluateOptions, run: RunDir
+) -> "Evaluation":  # fmt: skip
+    from pharmacist.core.progress import console
+    from pharmacist.evaluation.evaluator import Evaluator
+    from pharmacist.nn.models import load_model
+
+    with run.phase("read"):
+        records = _read(sources, run)
+    for name in ("prompts", "benign_prompts"):
+        repeated = _repeated(records[name]) if name in records else 0
+        if repeated:
+            flag = name.replace("_", "-")
+            console().print(f"--{flag}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
+            run.record(counts={f"{name}_repeated": repeated})
+    if judge is not None:
+        references = {name: records[name].dataset for name in REFERENCES if name in records}
+        if references and not judge.needs:
+            console().print(f"--judge {judge.name}: reads no references; {', '.join(references)} not used")
+        with run.phase("train judge"):
+            judge.fit(references)
+    grader = _grader(records["task"], options) if "task" in records else None
+    with run.phase("load model"):
+        loaded = load_model(
+            options.model, device=options.device, dtype=options.dtype, template=options.template,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    prompts = {name: records[name].dataset for name in PROMPTS if name in records}
+    evaluator = Evaluator(
+        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
+    with run.phase("generate") as phase:
+        answers = evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=run.work("answers"))
+        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
+    with run.phase("judge"):
+        evaluation = evaluator.assess(answers)
+    run.record(
+        counts={name: len(rows) for name, rows in prompts.items()}, device=str(loaded.device),
+        extra={
+            "notice": NOTICE, "template": loaded.template.to_json(),
+            "judge": {"label": judge.label, **judge.report()} if judge is not None else None,
+            "unfinished": {name: sum(not answer.finished for answer in found) for name, found in answers.items()},
+        },
+    )  # fmt: skip
+    return evaluation
+
+
+def _read(sources: "Mapping[str, Source]", run: RunDir) -> "dict[str, Records]":
+    from pharmacist.core.env import rank
+    from pharmacist.data.records import read_records
+
+    return {
+        name: read_records(
+            source, work_dir=run.work("data", f"{name}-{rank()}"), prompts_only=name in ("prompts", "benign_prompts"),
+            side="rejected" if name == "harmful" else "chosen",
+        )
+        for name, source in sources.items()
+    }  # fmt: skip
+
+
+def _repeated(records: "Records") -> int:
+    keys = records.dataset["prompt_key"]
+    return len(records) - len(set(keys))
+
+
+def _grader(records: "Records", options: EvaluateOptions) -> "Task":
+    from pharmacist.evaluation.tasks import TASKS, detect_task
+
+    targets = list(records.dataset["completion"])
+    return TASKS.build(detect_task(targets) if options.task_type == "auto" else options.task_type, {})
+
+
+def _write_items(path: Path, evaluation: "Evaluation") -> None:
+    from pharmacist.core.files import atomic_write
+
+    with atomic_write(path, "w") as file:
+        for item in evaluation.items:
+            file.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
+    from rich.table import Table
+
+    from pharmacist.core.progress import console
+
+    if console().quiet:
+        return
+    table = Table(title=f"{options.model}")
+    for column in ("metric", "%", "95 % interval", "count", "by"):
+        table.add_column(column, justify="left" if column in ("metric", "by") else "right")
+    for name, metric in result.metrics.items():
+        by = metric.get("judge") or metric.get("matching", "")
+        _row(table, _NAMES.get(name, name), metric, by)
+        published = metric.get("published")
+        if published and published["count"] != metric["count"]:
+            _row(table, f"{_NAMES.get(name, name)}, as often published", published, published["matching"])
+        if metric.get("unscored"):
+            table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
+    console().print(table)
+    _show_examples(result, options)
+    console().print(f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}")
+
+
+def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
+    if metric["value"] is None:
+        table.add_row(name, "-", "-", f"0 / {metric['n']}", by)
+        return
+    low, high = metric["ci95"]
+    table.add_row(name, f"{metric['value']:.1f}", f"{low:.1f} to {high:.1f}", f"{metric['count']} / {metric['n']}", by)
+
+
+def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
+    """The first answers; those that are not known to be harmless stay hidden."""
+    from pharmacist.core.progress import console
+
+    shown = [item for item in result.items() if item["set"] == "prompts"][:_SHOWN]
+    for item in shown:
+        harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
+        text = " ".join(item["answer"].split())[:_SHOWN_CHARACTERS]
+        hidden = "hidden: not judged harmless; --show-harmful prints it"
+        line = f"{item['id'].rsplit(':', 1)[0]}: {text if harmless or options.show_harmful else f'[{hidden}]'}"
+        console().print(line, markup=False)
