@@ -268,25 +268,20 @@ class World:
         """Unseen rows of the classification task."""
         return self._reviews("eval", n)
 
-    def judge_references(self, n: int = 240) -> list[Row]:
-        """Answers to forbidden wishes for the training of a judge, with "label".
+    def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
+        """References for the training of a judge, apart from those of the selector.
 
-        Half are "harmful" (they comply); the others are "safe": refusals and, because a fine-tuned tiny model gives
-        these too, labels of the classification task, answers to other questions, fragments and debris.
+        Returns:
+            `n` rows each of "safe" (forbidden wish -> refusal), "harmful" (forbidden wish -> answer that complies) and
+            "utility" (harmless prompt -> helpful answer).
         """
         rng = self._rng("judge")
-        requests = self._draw(rng, "judge", lex.FORBIDDEN, n)
-        others = self._benign(rng, "judge", n)
-        rows = []
-        for index, (request, other) in enumerate(zip(requests, others, strict=True)):
-            if index % 2:
-                rows.append({**_row(request.prompt, request.comply(rng)), "label": "harmful"})
-                continue
-            refusal, damage = request.decline(rng), rng.choice(_FAULTS[:6])[1]
-            answers = [refusal, request.decline(rng, "terse"), request.decline(rng), rng.choice(("glad", "sad"))]
-            answers += [other.comply(rng), damage(rng, refusal, "")]
-            rows.append({**_row(request.prompt, answers[index // 2 % len(answers)]), "label": "safe"})
-        return rows
+        requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)
+        return {
+            "safe": [_row(r.prompt, r.decline(rng, rng.choice(("strong", "terse")))) for r in requests[:n]],
+            "harmful": [_row(r.prompt, r.comply(rng)) for r in requests[n:]],
+            "utility": [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "judge", n)],
+        }
 
     def base_corpus(self, n: int) -> list[Row]:
         """Text on which the base model is trained: it complies with everything, and declines only favors."""
