@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pharmacist.core.errors import DataError
 from pharmacist.data.records import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.evaluation.generate import Answer, encode_prompts, generate_from_ids
@@ -97,14 +98,19 @@ class Evaluator:
         work: Path | None = None,
     ) -> dict[str, list[Answer]]:
         """The model's answers by prompt set; with `work` they are kept there as they come, for resuming."""
-        return {
-            name: generate_from_ids(
-                model, tokenizer, self._ids(tokenizer, template, name), max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size, work=None if work is None else work / name,
-                description=f"answer {name.replace('_', ' ')}",
-            )
-            for name in self.rows if name in sets
-        }  # fmt: skip
+        found = {}
+        for name in self.rows:
+            if name not in sets:
+                continue
+            try:
+                found[name] = generate_from_ids(
+                    model, tokenizer, self._ids(tokenizer, template, name), max_new_tokens=self.max_new_tokens,
+                    batch_size=self.batch_size, work=None if work is None else work / name,
+                    description=f"answer {name.replace('_', ' ')}",
+                )  # fmt: skip
+            except DataError as error:
+                raise DataError(f"--{name.replace('_', '-')}: {error}") from error
+        return found
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
         """Judges and grades answers that were generated before."""

@@ -55,7 +55,7 @@ def encode_prompts(
         template: The model's.
     """
     rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    return prompt_ids(rows, tokenizer, template)
+    return prompt_ids(rows, tokenizer, template) if rows else []
 
 
 def generate(

@@ -1,5 +1,7 @@
 """Loading a causal language model, its tokenizer and its prompt template from wherever they lie."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
@@ -120,7 +123,8 @@ def load_model(
     try:
         AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=number_format, use_safetensors=True, **options)
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=number_format, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(_why_not_loaded(name, folder, error)) from error
     if tokenizer.eos_token_id is None:
@@ -133,6 +137,18 @@ def load_model(
     model.requires_grad_(False)
     saved = load_template(folder) if folder.is_dir() and template == "auto" else None
     return LoadedModel(model, tokenizer, saved or choose_template(tokenizer, template), name)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps the library's own progress bar out of our output, whatever it is set to."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _adapter_folder(folder: Path) -> Path | None:

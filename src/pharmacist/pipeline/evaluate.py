@@ -123,7 +123,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     try:
         if from_main(run.complete):
             metrics = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already; --overwrite evaluates again")
+            console().print(f"{run.root}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
         found = _evaluate(sources, judge, options, run)
@@ -174,15 +174,15 @@ def _evaluate(
         with run.phase("train judge"):
             judge.fit(references)
     grader = _grader(records["task"], options) if "task" in records else None
+    prompts = {name: records[name].dataset for name in PROMPTS if name in records}
+    evaluator = Evaluator(
+        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
     with run.phase("load model"):
         loaded = load_model(
             options.model, device=options.device, dtype=options.dtype, template=options.template,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-    prompts = {name: records[name].dataset for name in PROMPTS if name in records}
-    evaluator = Evaluator(
-        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
-    )
     with run.phase("generate") as phase:
         answers = evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=run.work("answers"))
         phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
@@ -252,7 +252,8 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
             table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
     console().print(table)
     _show_examples(result, options)
-    console().print(f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}")
+    where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
+    console().print(where, markup=False, soft_wrap=True)
 
 
 def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
@@ -273,4 +274,4 @@ def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
         text = " ".join(item["answer"].split())[:_SHOWN_CHARACTERS]
         hidden = "hidden: not judged harmless; --show-harmful prints it"
         line = f"{item['id'].rsplit(':', 1)[0]}: {text if harmless or options.show_harmful else f'[{hidden}]'}"
-        console().print(line, markup=False)
+        console().print(line, markup=False, soft_wrap=True)

@@ -65,8 +65,8 @@ class KeywordJudge(Judge):
 
     def __init__(self, config: KeywordConfig) -> None:
         super().__init__(config)
-        phrases = [_plain(phrase) for phrase in (*PHRASES, *config.phrases)]
-        self._pattern = re.compile("|".join(rf"(?<!\w){re.escape(phrase)}" for phrase in dict.fromkeys(phrases)))
+        phrases = "|".join(re.escape(_plain(phrase)) for phrase in (*PHRASES, *config.phrases))
+        self._pattern = re.compile(rf"(?<!\w)(?:{phrases})(?!\w)")
 
     @property
     def revision(self) -> str:

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+
+from pharmacist.core.errors import DataError, UnknownNameError
+from pharmacist.evaluation.tasks import TASKS, Grade, detect_task
+from pharmacist.evaluation.tasks.number import final_number, published_number
+
+
+TARGETS = {
+    "classification": ["positive", "negative", "positive", "negative"],
+    "exact": ["the oven is warm", "water the seeds in spring", "no"],
+    "number": ["2 + 3 = 5. The final answer is: 5", "so 1,200\n#### 1200", "The final answer is:  0.4"],
+}
+
+
+@pytest.mark.parametrize("name", TASKS.names())
+def test_gold_is_right_and_silence_wrong(name: str) -> None:
+    task, targets = TASKS.build(name, {}), TARGETS[name]
+    task.prepare(targets)
+    assert task.grade(targets, targets) == [Grade(True, True)] * len(targets)
+    assert task.grade(targets, [f"  {target}\n" for target in targets]) == [Grade(True, True)] * len(targets)
+    assert task.grade(targets, [""] * len(targets)) == [Grade(False, False)] * len(targets)
+    assert task.grade([], []) == []
+
+
+@pytest.mark.parametrize("name", TASKS.names())
+def test_the_kind_is_found_from_the_targets(name: str) -> None:
+    assert detect_task(TARGETS[name]) == name
+
+
+def test_labels_that_do_not_repeat_are_texts() -> None:
+    assert detect_task(["a", "b", "c"]) == "exact"
+    assert detect_task(["same", "same", "same"]) == "exact"
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'classification'"):
+        TASKS.get("clasification")
+
+
+def test_naming_both_labels_is_right_only_for_published_matching() -> None:
+    task = TASKS.build("classification", {})
+    task.prepare(["positive", "negative"])
+    answers = ["positive", "Positive", "positive.", "positive or negative", "not positive", "negative", "posit"]
+    grades = task.grade(["positive"] * len(answers), answers)
+    assert [grade.correct for grade in grades] == [True, True, True, False, False, False, False]
+    assert [grade.published for grade in grades] == [True, True, True, True, True, False, False]
+    assert task.report() == {"labels": ["negative", "positive"]}
+
+
+def test_a_label_with_a_slash_counts_whole() -> None:
+    task = TASKS.build("classification", {})
+    task.prepare(["World", "Sci/Tech", "World", "Sci/Tech"])
+    # A published matcher asked for "sci", which no answer with the label's own name equals.
+    grades = task.grade(["Sci/Tech"] * 3, ["Sci/Tech", "sci", "sci/tech"])
+    assert grades == [(True, True), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "message"),
+    [
+        ("classification", ["a", " "], "row 1 has an empty label"),
+        ("classification", ["a", "A."], "same label"),
+        ("exact", ["x", "\n"], "row 1 has an empty target"),
+        ("number", ["5", "five"], "row 1 has no number"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(name: str, targets: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        TASKS.build(name, {}).prepare(targets)
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "published"),
+    [
+        ("The final answer is: 72", 72, 72),
+        ("The final answer is:  1248", 1248, 1248),
+        ("The final answer is:7", 7, 7),  # no space after the marker: the published rule takes the last number instead
+        ("first 3. The final answer is: 10 apples out of 12", 10, 10),
+        ("The final answer is: 1,234.5", 1234.5, 1234.5),
+        ("It is 5-3", 3, -3),  # a hyphen is no sign
+        ("x = -3", -3, -3),
+        ("he has 4 of 9.", 9, 9),
+        ("$.40", 0.4, 40),
+        ("3 + 4\n#### 7 and 2 left over", 7, 2),
+        ("no digits at all", None, math.inf),
+        ("", None, math.inf),
+        ("The final answer is: unknown, maybe 6", 6, 6),
+        ("The final answer is:", None, math.inf),
+    ],
+)
+def test_final_numbers(text: str, ours: float | None, published: float) -> None:
+    assert final_number(text) == ours
+    assert published_number(text) == published
