@@ -4,27 +4,57 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.control import Control
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 T = TypeVar("T")
 
 
+class _Console(Console):
+    """A console whose messages can be held back while bars go on being drawn."""
+
+    hushed = False
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if not self.hushed or all(isinstance(thing, Control) for thing in objects):
+            super().print(*objects, **options)
+
+
 @cache
-def console() -> Console:
+def console() -> _Console:
     """The console for messages to people: standard error, so that standard output stays machine-readable.
 
     Silent on every process but the first under a launcher.
     """
-    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
+    return _Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
 
 
 def set_quiet(quiet: bool) -> None:
     """Turns messages and bars off (or on again)."""
     console().quiet = quiet or int(os.environ.get("RANK", "0")) != 0
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Holds back the messages of what runs inside, for stages that run many others; bars are still drawn."""
+    out = console()
+    before, out.hushed = out.hushed, True
+    try:
+        yield
+    finally:
+        out.hushed = before
 
 
 class Bar(Protocol):
