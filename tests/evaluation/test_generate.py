@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from pharmacist.core.errors import DataError
 from pharmacist.data.templates import Template, choose_template
 from pharmacist.evaluation import generate as module
-from pharmacist.evaluation.generate import encode_prompts, generate, generate_from_ids, plan_batches
+from pharmacist.evaluation.generate import cut_prompts, encode_prompts, generate, generate_from_ids, plan_batches
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 
@@ -109,6 +109,16 @@ def test_answers_end_with_the_context() -> None:
     assert [answer.tokens for answer in generate_from_ids(model, TOKENIZER, ids, max_new_tokens=8)] == [8, 3, 1]
     with pytest.raises(DataError, match="prompt 1 has 16 tokens, but the model's context ends at 16"):
         generate_from_ids(model, TOKENIZER, [[5], [6] * 16], max_new_tokens=8)
+
+
+def test_overlong_prompts_keep_both_ends() -> None:
+    ids = [list(range(5)), list(range(40)), list(range(16))]
+    cut, count = cut_prompts(ids, 16, 4)
+    assert count == 2
+    assert cut[0] == ids[0]
+    assert cut[1] == [*range(6), *range(34, 40)]
+    assert len(cut[2]) == 12
+    assert len(cut_prompts(ids, 16, 500)[0][1]) == 8  # at most half of the context is for the answer
 
 
 def test_plan_visits_each_prompt_once_within_the_budget() -> None:

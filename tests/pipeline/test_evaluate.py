@@ -159,6 +159,18 @@ def test_an_interrupted_run_continues(
     assert first.phases["generate"].tokens == second.phases["generate"].tokens
 
 
+def test_a_prompt_beyond_the_context_is_refused_first_or_cut(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    long = write(tmp_path / "long.jsonl", [{"prompt": "bread"}, {"prompt": "how do i bake bread " * 50}])
+    own = {"prompts": files["prompts"], "benign_prompts": long}
+    assert main(arguments(own, tmp_path / "out", "--quiet")) == 2
+    assert "--benign-prompts: prompt 1 has" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("work/answers/*/*.jsonl"))  # no prompt was answered in vain
+    assert main(arguments(own, tmp_path / "cut", "--quiet", "--on-long-prompt", "cut")) == 0
+    assert read_manifest(tmp_path / "cut").counts["benign_prompts_cut"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [0, 3, 17, 30])
 def test_a_killed_run_continues(files: dict[str, str], tmp_path: Path, lines: int) -> None:

@@ -3,14 +3,21 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.records import prompt_key
 from pharmacist.data.templates import Template
-from pharmacist.evaluation.generate import Answer, encode_prompts, generate_from_ids
+from pharmacist.evaluation.generate import (
+    Answer,
+    context_length,
+    cut_prompts,
+    encode_prompts,
+    generate_from_ids,
+    plan_batches,
+)
 from pharmacist.evaluation.judges.base import Judge, JudgeItem
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
 from pharmacist.evaluation.metrics import Metric, harm_metrics, over_refusal_metrics, rate
@@ -53,6 +60,10 @@ class Evaluator:
         grader: For the third; `Task.prepare` is called here.
         max_new_tokens: Longest answer.
         batch_size: Prompts at a time, 0 for as many as fit.
+        on_long_prompt: What to do with a prompt that fills a model's whole context: ``fail``, or ``cut`` its middle.
+
+    Attributes:
+        cut: Prompts that were cut for the last model, by prompt set.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class Evaluator:
         grader: Task | None = None,
         max_new_tokens: int = 512,
         batch_size: int = 0,
+        on_long_prompt: Literal["fail", "cut"] = "fail",
     ) -> None:
         self.rows = {"prompts": list(prompts), "benign_prompts": list(benign_prompts), "task": list(task)}
         self.rows = {name: rows for name, rows in self.rows.items() if rows}
@@ -73,19 +85,30 @@ class Evaluator:
         if grader is None and "task" in self.rows:
             raise ValueError("an Evaluator with a task needs a grader")
         self.judge, self.grader = judge, grader
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.max_new_tokens, self.batch_size, self.on_long_prompt = max_new_tokens, batch_size, on_long_prompt
+        self.cut: dict[str, int] = {}
         self._refusals = KeywordJudge(KeywordConfig()) if judge is not None and not judge.tells_refusals else judge
         self._targets = [row["completion"] for row in self.rows.get("task", ())]
         if grader is not None and self._targets:
             grader.prepare(self._targets)
         self._encoded: tuple[PreTrainedTokenizerBase, Template, dict[str, list[list[int]]]] | None = None
 
-    def _ids(self, tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> list[list[int]]:
+    def _ids(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, name: str
+    ) -> list[list[int]]:
         if self._encoded is None or self._encoded[0] is not tokenizer or self._encoded[1] != template:
             self._encoded = (tokenizer, template, {})
         found = self._encoded[2]
         if name not in found:
             found[name] = encode_prompts(self.rows[name], tokenizer, template)
+        context = context_length(model)
+        if self.on_long_prompt == "cut":
+            ids, self.cut[name] = cut_prompts(found[name], context, self.max_new_tokens)
+            return ids
+        try:
+            plan_batches([len(row) for row in found[name]], self.max_new_tokens, context)
+        except DataError as error:
+            raise DataError(f"--{name.replace('_', '-')}: {error}") from error
         return found[name]
 
     def answers(
@@ -98,19 +121,15 @@ class Evaluator:
         work: Path | None = None,
     ) -> dict[str, list[Answer]]:
         """The model's answers by prompt set; with `work` they are kept there as they come, for resuming."""
-        found = {}
-        for name in self.rows:
-            if name not in sets:
-                continue
-            try:
-                found[name] = generate_from_ids(
-                    model, tokenizer, self._ids(tokenizer, template, name), max_new_tokens=self.max_new_tokens,
-                    batch_size=self.batch_size, work=None if work is None else work / name,
-                    description=f"answer {name.replace('_', ' ')}",
-                )  # fmt: skip
-            except DataError as error:
-                raise DataError(f"--{name.replace('_', '-')}: {error}") from error
-        return found
+        # All prompts are looked at before the first is answered.
+        ids = {name: self._ids(model, tokenizer, template, name) for name in self.rows if name in sets}
+        return {
+            name: generate_from_ids(
+                model, tokenizer, rows, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+                work=None if work is None else work / name, description=f"answer {name.replace('_', ' ')}",
+            )
+            for name, rows in ids.items()
+        }  # fmt: skip
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
         """Judges and grades answers that were generated before."""

@@ -58,6 +58,26 @@ def encode_prompts(
     return prompt_ids(rows, tokenizer, template) if rows else []
 
 
+def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
+    """Takes tokens out of the middle of prompts that fill a model's whole context, so that their frame stays whole.
+
+    Args:
+        ids: Prompts.
+        context: Longest sequence of the model.
+        max_new_tokens: Room to make for an answer; at most half of the context is made.
+
+    Returns:
+        The prompts, and how many were cut.
+    """
+    room = context - min(max_new_tokens, context // 2)
+    cut = [len(row) >= context for row in ids]
+    short = [
+        [*row[: room // 2], *row[len(row) - (room - room // 2) :]] if too_long else list(row)
+        for row, too_long in zip(ids, cut, strict=True)
+    ]
+    return short, sum(cut)
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,7 +124,7 @@ def generate_from_ids(
     description: str = "generate",
 ) -> list[Answer]:
     """`generate` for prompts that are token ids already; see there."""
-    batches = plan_batches([len(row) for row in ids], max_new_tokens, _context(model), batch_size)
+    batches = plan_batches([len(row) for row in ids], max_new_tokens, context_length(model), batch_size)
     found: dict[int, Answer] = {}
     log = None
     if work is not None:
@@ -149,7 +169,10 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
     """
     for row, length in enumerate(lengths):
         if length >= context:
-            raise DataError(f"prompt {row} has {length} tokens, but the model's context ends at {context}; shorten it")
+            raise DataError(
+                f"prompt {row} has {length} tokens, but the model's context ends at {context}; "
+                "shorten it, or --on-long-prompt cut"
+            )
     rooms = [min(max_new_tokens, context - length) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda row: (rooms[row], -lengths[row], row))
     batches: list[PromptBatch] = []
@@ -165,7 +188,8 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
     return batches
 
 
-def _context(model: PreTrainedModel) -> int:
+def context_length(model: PreTrainedModel) -> int:
+    """Longest sequence in tokens; practically endless where the model's configuration names none."""
     return int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
 
 

@@ -59,6 +59,8 @@ class EvaluateOptions(RunOptions):
     """Longest answer in tokens."""
     batch_size: int = 0
     """Prompts answered at a time; 0 means as many as fit."""
+    on_long_prompt: Literal["fail", "cut"] = "fail"
+    """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
     show_harmful: bool = False
@@ -176,8 +178,9 @@ def _evaluate(
     grader = _grader(records["task"], options) if "task" in records else None
     prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
-        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
-    )
+        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
+        on_long_prompt=options.on_long_prompt,
+    )  # fmt: skip
     with run.phase("load model"):
         loaded = load_model(
             options.model, device=options.device, dtype=options.dtype, template=options.template,
@@ -186,10 +189,15 @@ def _evaluate(
     with run.phase("generate") as phase:
         answers = evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=run.work("answers"))
         phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
+    for name, count in evaluator.cut.items():
+        if count:
+            console().print(f"--{name.replace('_', '-')}: {count} prompts were cut to fit the model's context")
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
     run.record(
-        counts={name: len(rows) for name, rows in prompts.items()}, device=str(loaded.device),
+        counts={name: len(rows) for name, rows in prompts.items()}
+        | {f"{name}_cut": count for name, count in evaluator.cut.items() if count},
+        device=str(loaded.device),
         extra={
             "notice": NOTICE, "template": loaded.template.to_json(),
             "judge": {"label": judge.label, **judge.report()} if judge is not None else None,
@@ -237,7 +245,7 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
 
     from pharmacist.core.progress import console
 
-    if console().quiet:
+    if options.quiet or console().quiet:
         return
     table = Table(title=f"{options.model}")
     for column in ("metric", "%", "95 % interval", "count", "by"):
