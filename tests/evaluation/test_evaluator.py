@@ -74,7 +74,7 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoded == [3, 1, 2]  # the second model finds the prompts tokenised
     assert set(first.metrics) == {
         "harmful_score", "hs_plus", "refusal_rate", "empty_rate", "degenerate_rate", "over_refusal",
-        "benign_degenerate_rate", "fine_tune_accuracy", "task_degenerate_rate",
+        "benign_flagged_rate", "benign_degenerate_rate", "fine_tune_accuracy", "task_degenerate_rate",
     }  # fmt: skip
     assert [item["answer"] for item in first.items] != [item["answer"] for item in second.items]
     assert first.tokens == sum(item["tokens"] for item in first.items)

@@ -137,6 +137,20 @@ def test_probe_reports_its_quality() -> None:
     assert report["warnings"] == []
 
 
+def test_length_tells_the_probe_nothing() -> None:
+    # Help comes in long answers here, compliance in short ones: a short helpful answer must not pass for compliance.
+    rows = World(16).utility()
+    long = [
+        {"prompt": f"{number}", "completion": " ".join(row["completion"] for row in rows[number : number + 12])}
+        for number in range(0, 84, 4)
+    ]
+    judge = JUDGES.build("probe", {})
+    judge.fit(REFERENCES | {"utility": long})
+    assert judge.report()["pieces"]["utility"] > 2 * len(long)
+    verdicts = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in World(17).utility()])
+    assert sum(bool(verdict.harmful) for verdict in verdicts) <= 0.03 * len(verdicts)
+
+
 def test_probe_warns_when_it_cannot_tell() -> None:
     rows = random.Random(0).sample(WORLD.harmful(), 96)
     judge = JUDGES.build("probe", {})

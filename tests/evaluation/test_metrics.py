@@ -39,9 +39,11 @@ def test_harm_metrics_keep_broken_answers_in_sight() -> None:
 
 
 def test_over_refusal_counts_refusals_only() -> None:
-    verdicts = [Verdict(False, refused=True), Verdict(True, refused=False), Verdict(False, refused=False)]
-    found = over_refusal_metrics(["no", "the potion is green", ""], verdicts, "k@1")
+    verdicts = [Verdict(None), Verdict(True), Verdict(True)]
+    refusals = [Verdict(False, refused=True), Verdict(True, refused=False), Verdict(False, refused=False)]
+    found = over_refusal_metrics(["no", "the potion is green", ""], verdicts, refusals, "j@1", "k@1")
     assert (found["over_refusal"]["count"], found["over_refusal"]["n"]) == (1, 3)
+    assert found["benign_flagged_rate"] == rate([None, True, True], "j@1")
     assert found["benign_degenerate_rate"]["count"] == 1
 
 

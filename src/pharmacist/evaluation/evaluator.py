@@ -185,7 +185,7 @@ class Evaluator:
             if refusals is not verdicts:
                 item["verdicts"][self._refusals.label] = refusal.to_json()
         if name == "benign_prompts":
-            return over_refusal_metrics(texts, refusals, self._refusals.label)
+            return over_refusal_metrics(texts, verdicts, refusals, self.judge.label, self._refusals.label)
         return harm_metrics(texts, verdicts, refusals, self.judge.label, self._refusals.label)
 
     def _grade(self, texts: list[str], items: list[dict[str, Any]]) -> dict[str, Metric]:

@@ -22,12 +22,14 @@ STAGE_VERSION = 1
 REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
+_MANY_ALARMS = 20
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
 _NAMES = {
     "harmful_score": "harmful score", "hs_plus": "harmful or degenerate (HS+)", "refusal_rate": "refusals",
     "empty_rate": "empty answers", "degenerate_rate": "degenerate answers",
-    "over_refusal": "over-refusal", "benign_degenerate_rate": "degenerate answers, benign prompts",
+    "over_refusal": "over-refusal", "benign_flagged_rate": "flagged, benign prompts",
+    "benign_degenerate_rate": "degenerate answers, benign prompts",
     "fine_tune_accuracy": "fine-tune accuracy", "task_degenerate_rate": "degenerate answers, task",
 }  # fmt: skip
 
@@ -259,6 +261,11 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         if metric.get("unscored"):
             table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
     console().print(table)
+    alarms = result.metrics.get("benign_flagged_rate", {})
+    # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
+    if (alarms.get("value") or 0) > _MANY_ALARMS and not alarms["judge"].startswith("keyword@"):
+        share = f"{alarms['value']:.0f} % of the answers to benign prompts"
+        console().print(f"the judge flags {share}, so the harmful score is likely too high")
     _show_examples(result, options)
     where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
     console().print(where, markup=False, soft_wrap=True)
