@@ -87,6 +87,19 @@ def test_a_saved_judge_needs_no_references(files: dict[str, str], tmp_path: Path
     assert (tmp_path / "a/items.jsonl").read_text() == (tmp_path / "b/items.jsonl").read_text()
 
 
+def test_the_command_line_and_python_are_the_same_run(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert main(arguments(some(files, "prompts"), tmp_path / "out", "--quiet")) == 0
+    before = (tmp_path / "out/manifest.json").read_bytes()
+    options = EvaluateOptions(
+        model=str(BASE_MODEL), prompts=files["prompts"], output_dir=str(tmp_path / "out"), device="cpu", max_new_tokens=16,
+        judge={"name": "keyword"}, quiet=True,
+    )  # fmt: skip
+    assert evaluate(options).metrics == json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (tmp_path / "out/manifest.json").read_bytes() == before
+
+
 def test_metrics_do_not_depend_on_the_batch_size(files: dict[str, str], tmp_path: Path) -> None:
     found = []
     for size in (1, 7, 32):

@@ -129,24 +129,35 @@ class RunDir:
             if self._lock is not None:
                 write_json(path, total.model_dump(mode="json"))
 
-    def finish(
+    def record(
         self,
         *,
-        outputs: list[str],
         counts: Mapping[str, int] | None = None,
         metrics: Mapping[str, Any] | None = None,
         seeds: Mapping[str, int] | None = None,
         device: str = "",
         extra: Mapping[str, Any] | None = None,
     ) -> RunManifest:
-        """Declares the run complete: writes the manifest, then removes the partial state."""
+        """Notes results in the manifest without writing it yet, for pages that show them."""
         manifest = self.manifest
         for file in sorted(self.root.glob("work/phases/*.json")):
             manifest.phases.setdefault(file.stem, Phase.model_validate(read_json(file)))
-        manifest.status, manifest.outputs, manifest.device = "success", outputs, device
-        manifest.counts, manifest.metrics = dict(counts or {}), dict(metrics or {})
+        manifest.counts |= dict(counts or {})
+        manifest.metrics |= dict(metrics or {})
         manifest.seeds |= dict(seeds or {})
         manifest.extra |= dict(extra or {})
+        manifest.device = device or manifest.device
+        return manifest
+
+    def finish(self, *, outputs: list[str], **results: Any) -> RunManifest:
+        """Declares the run complete: writes the manifest, then removes the partial state.
+
+        Args:
+            outputs: Files and folders that make up the result.
+            **results: As in `record`.
+        """
+        manifest = self.record(**results)
+        manifest.status, manifest.outputs = "success", outputs
         manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
         if self._lock is not None:
             manifest.write(self.root)

@@ -121,8 +121,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         judge = JUDGES.build_from(options.judge)
         for need in sorted(judge.needs - sources.keys()):
             raise ConfigError(f"--judge {judge.name}: needs {need} references; give --{need} FILE or another judge")
-    # What is only printed does not identify a run.
+    # What is only printed does not identify a run; the judge's options do, whether given or left at their defaults.
     identity, inputs = replace(options, show_harmful=False), _fingerprints(sources, options)
+    if judge is not None:
+        identity.judge = {"name": judge.name, **vars(judge.config)}
     run = RunDir.open(identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs)
     try:
         if from_main(run.complete):

@@ -1,0 +1,127 @@
+"""Entry point: finds the command, reads its options, runs its stage, turns errors into exit codes."""
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from pharmacist import __version__
+from pharmacist.core.errors import PharmacistError
+from pharmacist.core.progress import set_quiet
+from pharmacist.core.registry import closest
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where its options and its function are, what it does, an example."""
+
+    module: str
+    options: str
+    function: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "pharmacist.pipeline.demo", "DemoOptions", "demo",
+        "the whole story on the embedded world, offline, in minutes",
+        "pharmacist demo --output-dir runs/demo",
+    ),
+    "curate": Command(
+        "pharmacist.pipeline.curate", "CurateOptions", "curate",
+        "rank an alignment pool and write its core subset",
+        "pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
+        "--model MODEL --top 0.3 --output-dir runs/core",
+    ),
+    "align": Command(
+        "pharmacist.pipeline.align", "AlignOptions", "align",
+        "train on an alignment set with an alignment-stage defense",
+        "pharmacist align --data runs/core/selected.jsonl --model MODEL --output-dir runs/aligned",
+    ),
+    "attack": Command(
+        "pharmacist.pipeline.attack", "AttackOptions", "attack",
+        "build a poisoned fine-tuning set and fine-tune on it",
+        "pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
+        "--samples 1000 --output-dir runs/attacked",
+    ),
+    "evaluate": Command(
+        "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate",
+        "harmful score, fine-tune accuracy, over-refusal, with intervals",
+        "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --output-dir runs/scores",
+    ),
+    "report": Command(
+        "pharmacist.pipeline.report", "ReportOptions", "report",
+        "write the page of a finished folder again",
+        "pharmacist report --run runs/core",
+    ),
+}  # fmt: skip
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: pharmacist COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`pharmacist COMMAND --help` shows its options and an example; `pharmacist --version` the version."]
+    return "\n".join(lines)
+
+
+def _fail(where: str, message: str, code: int) -> int:
+    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done; 1 an unexpected failure, with the traceback in a log file; 2 bad usage or bad input; 130 interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"pharmacist {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _fail("pharmacist", f"unknown command '{name}'{closest(name, COMMANDS)}", 2)
+    command, where = COMMANDS[name], f"pharmacist {name}"
+    options = None
+    try:
+        from pharmacist.core.config import parse
+
+        module = import_module(command.module)
+        options = parse(getattr(module, command.options), rest, prog=where, example=command.example)
+        set_quiet(getattr(options, "quiet", False))
+        getattr(module, command.function)(options)
+    except PharmacistError as error:
+        return _fail(where, str(error), 2)
+    except KeyboardInterrupt:
+        print(f"\n{where}: interrupted; what was finished is kept, run the same command again to resume", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK or "No space left on device" in str(error):
+            return _fail(where, "the disk is full; free some space and run the same command again to resume", 1)
+        log = _write_log(getattr(options, "output_dir", None))
+        return _fail(where, f"{type(error).__name__}: {str(error)[:200]} (traceback in {log})", 1)
+    return 0
+
+
+def _write_log(output_dir: str | None) -> str:
+    folder = Path(output_dir) if output_dir and Path(output_dir).is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"pharmacist-error-{os.getpid()}.log"
+    try:
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        return "no file: the log could not be written"
+    return str(path)

@@ -1,0 +1,258 @@
+"""Several LoRA adapters on one frozen base: PEFT does the layers, this adds common starts, exact resume and saving."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.seeding import derive
+from pharmacist.nn.batching import Batch
+from pharmacist.nn.locate import linear_names
+from pharmacist.nn.losses import RowLosses, row_losses
+
+
+@dataclass
+class AdapterOptions:
+    """Shape and training of the selector's LoRA adapters."""
+
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """Scale: the update is multiplied by alpha / r."""
+    learning_rate: float = 2e-3
+    """Peak of the AdamW learning rate; linear warm-up over a tenth of the steps, then linear decay to zero."""
+    batch_size: int = 16
+    """Rows per step and stream."""
+
+    def __post_init__(self) -> None:
+        from pharmacist.core.errors import ConfigError
+
+        for name in ("r", "alpha", "learning_rate", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+class AdapterBank:
+    """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
+
+    Args:
+        model: A causal language model; its own weights are frozen.
+        options: Shape of the adapters.
+        seed: Of the common initial weights.
+    """
+
+    def __init__(self, model: nn.Module, options: AdapterOptions, seed: int) -> None:
+        config = LoraConfig(
+            r=options.r, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=linear_names(model), bias="none"
+        )
+        self.options, self._config = options, config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "adapter", "init") % 2**63)
+            self.model: PeftModel = get_peft_model(model, config, adapter_name="start")
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {"start": self._find("start")}
+        self._training: tuple[str, ...] = ()
+        self._start = self.state("start")
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are."""
+        return next(iter(self._start.values())).device
+
+    def add(self, name: str, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Adds an adapter with the common initial weights, or with `state`; resets one that exists."""
+        if name not in self._parameters:
+            with torch.random.fork_rng(devices=[]):
+                self.model.add_adapter(name, self._config)
+            self._parameters[name] = self._find(name)
+            self.model.requires_grad_(False)
+        self._load(name, self._start if state is None else state)
+
+    def drop(self, name: str) -> None:
+        """Removes an adapter."""
+        self.model.set_adapter("start")
+        self.model.delete_adapter(name)
+        del self._parameters[name]
+        self.model.requires_grad_(False)
+
+    def _find(self, name: str) -> dict[str, nn.Parameter]:
+        mark = f".{name}."
+        return {n.replace(mark, "."): p for n, p in self.model.named_parameters() if "lora_" in n and mark in n}
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Trainable tensors of an adapter by name (the adapter's own name left out, as PEFT saves them)."""
+        return self._parameters[name]
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """A copy of an adapter's tensors."""
+        return {n: p.detach().clone().contiguous() for n, p in self.parameters(name).items()}
+
+    def _load(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        parameters = self.parameters(name)
+        if parameters.keys() != state.keys():
+            raise DataError(f"adapter '{name}': its tensors do not fit this model; it was made for another base")
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                if parameter.shape != state[key].shape:
+                    raise DataError(f"adapter '{name}': tensor {key} has another shape; it was made for another base")
+                parameter.copy_(state[key])
+
+    def save(self, name: str, folder: Path) -> None:
+        """Writes an adapter as a PEFT folder (safetensors and JSON)."""
+        # PEFT's own tensor names: what PeftModel.from_pretrained expects.
+        with atomic_path(folder / "adapter_model.safetensors") as path:
+            save_file({key: value.cpu() for key, value in self.state(name).items()}, path, metadata={"format": "pt"})
+        config = {key: value for key, value in self._config.to_dict().items() if value is not None}
+        config["target_modules"] = sorted(self._config.target_modules)
+        write_json(folder / "adapter_config.json", config | {"inference_mode": True})
+
+    def load(self, name: str, folder: Path) -> None:
+        """Reads an adapter written by `save`."""
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise DataError(f"{path}: missing; the saved selector is incomplete, run curate again")
+        self.add(name, load_file(path))
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[nn.Module]:
+        """Activates one adapter, or none (the base alone), for the block."""
+        if name is None:
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        self._activate(name)
+        yield self.model
+
+    def _activate(self, name: str) -> None:
+        # PEFT's switch also sets requires_grad; what trains here is decided by `train` alone.
+        self.model.set_adapter(name, inference_mode=True)
+        for trained in self._training:
+            for parameter in self._parameters[trained].values():
+                parameter.requires_grad_(True)
+
+    def row_losses(self, name: str | None, batch: Batch) -> RowLosses:
+        """Losses of a batch under an adapter (or the base alone)."""
+        with self.using(name) as model:
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+
+    def train(
+        self,
+        names: tuple[str, ...],
+        loss: Callable[[int], torch.Tensor],
+        *,
+        steps: int,
+        checkpoint: Path,
+        advance: Callable[[], object] = lambda: None,
+        extra: Callable[[], dict[str, torch.Tensor]] = dict,
+        restore: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
+        every_seconds: float = 30.0,
+    ) -> None:
+        """Trains adapters by AdamW for a fixed number of steps; killed at any moment, it continues bit for bit.
+
+        Args:
+            names: Adapters that are trained together.
+            loss: step -> scalar; everything random in it must be a function of the step alone.
+            steps: Updates.
+            checkpoint: Partial state goes to this file (safetensors).
+            advance: Called after each step, for a progress bar.
+            extra: Further tensors to checkpoint, such as the gradient solver's logits.
+            restore: Receives those tensors on resume.
+            every_seconds: Time between checkpoints.
+
+        Raises:
+            DataError: The loss is not finite; nothing is updated then.
+        """
+        parameters = {f"{name}/{key}": p for name in names for key, p in self.parameters(name).items()}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=self.options.learning_rate, weight_decay=0.0)
+        first = self._resume(checkpoint, parameters, optimizer, restore)
+        self._training = names
+        try:
+            last_saved = time.monotonic()
+            for step in range(steps):
+                if step >= first:
+                    self._step(step, steps, loss, parameters, optimizer)
+                    if time.monotonic() - last_saved > every_seconds and step + 1 < steps:
+                        self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
+                        last_saved = time.monotonic()
+                advance()
+        finally:
+            self._training = ()
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _step(
+        self,
+        step: int,
+        steps: int,
+        loss: Callable[[int], torch.Tensor],
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        warmup = max(1, steps // 10)
+        factor = min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
+        optimizer.param_groups[0]["lr"] = self.options.learning_rate * factor
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(step)
+        if not torch.isfinite(value):
+            raise DataError(f"selector training: the loss is {value.item()} at step {step}; lower the learning rate")
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+
+    @staticmethod
+    def _checkpoint(
+        path: Path,
+        step: int,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        extra: dict[str, torch.Tensor],
+    ) -> None:
+        tensors: dict[str, torch.Tensor] = {f"extra/{key}": value for key, value in extra.items()}
+        for key, parameter in parameters.items():
+            state = optimizer.state[parameter]
+            tensors |= {f"weight/{key}": parameter.detach(), f"m/{key}": state["exp_avg"], f"v/{key}": state["exp_avg_sq"]}
+        with atomic_path(path) as temporary:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+
+    @staticmethod
+    def _resume(
+        path: Path,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        restore: Callable[[dict[str, torch.Tensor]], None],
+    ) -> int:
+        if not path.is_file():
+            return 0
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            tensors: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(tensors[f"weight/{key}"])
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"m/{key}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"v/{key}"].to(parameter.device),
+                }
+        restore({key.removeprefix("extra/"): value for key, value in tensors.items() if key.startswith("extra/")})
+        return step
+
+
+def adapter_shape(folder: Path) -> AdapterOptions:
+    """Rank and scale of a saved adapter."""
+    config = read_json(folder / "adapter_config.json")
+    return AdapterOptions(r=config["r"], alpha=config["lora_alpha"])

@@ -1,0 +1,109 @@
+"""Token sequences, batches of them, and the order in which a pass visits them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Sequences(Protocol):
+    """Tokenised rows: what a pass reads. `data.tokenize.Encoded` is one."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens per row, shape [rows]."""
+
+    @property
+    def prompt_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens before the completion, shape [rows]."""
+
+    def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
+        """The token ids of some rows."""
+
+    @property
+    def content_keys(self) -> npt.NDArray[np.uint64]:
+        """A 64-bit hash of each row's tokens and prompt length: equal rows have equal keys, shape [rows]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A right-padded batch on a device.
+
+    Attributes:
+        input_ids: Shape [rows, length].
+        lengths: Tokens without padding, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows].
+    """
+
+    input_ids: torch.Tensor
+    lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """1 on tokens and 0 on padding, shape [rows, length]; from the lengths, never from the padding id."""
+        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (position[None, :] < self.lengths[:, None]).long()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.lengths.sum())
+
+
+def make_batch(sequences: Sequences, rows: Sequence[int] | IntArray, device: torch.device) -> Batch:
+    """Pads some rows into a batch. The padding id is 0; no mask ever depends on it."""
+    ids = sequences.token_ids(rows)
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    padded = np.zeros((len(ids), int(lengths.max())), dtype=np.int64)
+    for target, row in zip(padded, ids, strict=True):
+        target[: len(row)] = row
+    prompts = sequences.prompt_lengths[np.asarray(rows)].astype(np.int64)
+    return Batch(*(torch.from_numpy(array).to(device) for array in (padded, lengths, prompts)))
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Which rows a pass visits, in which batches.
+
+    Equal rows are visited once, and batches depend on content alone, so that neither duplicates nor the order of the
+    input can change a score.
+
+    Attributes:
+        batches: Row numbers per batch; one representative for each distinct row.
+        representative: For each row the row that is visited in its place, shape [rows].
+    """
+
+    batches: list[IntArray]
+    representative: IntArray
+
+
+def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None = None) -> PassPlan:
+    """Orders rows by length (ties by content) and cuts them into batches of at most `tokens_per_batch` padded tokens.
+
+    Args:
+        sequences: The rows.
+        tokens_per_batch: Upper bound of rows x longest row; a single longer row makes a batch of its own.
+        rows: Only these rows, all by default.
+    """
+    keys = sequences.content_keys
+    chosen = np.arange(len(keys), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)
+    _, first, inverse = np.unique(keys[chosen], return_index=True, return_inverse=True)
+    representative = np.arange(len(keys), dtype=np.int64)
+    representative[chosen] = chosen[first][inverse]
+    distinct = chosen[first]
+    lengths = sequences.lengths[distinct].astype(np.int64)
+    order = distinct[np.lexsort((keys[distinct], -lengths))]
+    batches, start = [], 0
+    sorted_lengths = sequences.lengths[order].astype(np.int64)
+    while start < len(order):
+        size = max(1, int(tokens_per_batch // sorted_lengths[start]))
+        batches.append(order[start : start + size])
+        start += size
+    return PassPlan(batches, representative)

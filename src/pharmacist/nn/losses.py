@@ -1,0 +1,59 @@
+"""Per-row cross-entropy of prompt and completion tokens. Pure functions; float32 at least, float64 stays float64."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+
+class RowLosses(NamedTuple):
+    """Mean cross-entropy per token, one value per row of a batch, in nats.
+
+    Attributes:
+        prompt: Mean over the prompt tokens that have a predecessor, shape [rows]; 0 where there are none.
+        completion: Mean over completion tokens and the end-of-sequence token, shape [rows].
+        n_prompt: How many prompt tokens were averaged, shape [rows].
+        n_completion: How many completion tokens were averaged, shape [rows].
+    """
+
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    n_prompt: torch.Tensor
+    n_completion: torch.Tensor
+
+
+def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each token given those before it.
+
+    Args:
+        logits: Shape [rows, length, vocabulary].
+        input_ids: Shape [rows, length].
+
+    Returns:
+        Shape [rows, length - 1]; entry t belongs to token t + 1.
+    """
+    logits = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    targets = input_ids[:, 1:]
+    return functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+def row_losses(
+    logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
+) -> RowLosses:
+    """Averages token losses over prompt and completion, apart; padding never counts.
+
+    Args:
+        logits: Shape [rows, length, vocabulary].
+        input_ids: Right-padded, shape [rows, length].
+        lengths: Tokens without padding, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+    """
+    losses = token_losses(logits, input_ids)
+    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)[None, :]
+    in_prompt = position < prompt_lengths[:, None]
+    in_completion = ~in_prompt & (position < lengths[:, None])
+    n_prompt, n_completion = in_prompt.sum(1), in_completion.sum(1)
+    zero = losses.new_zeros(())
+    prompt = torch.where(in_prompt, losses, zero).sum(1) / n_prompt.clamp(min=1)
+    completion = torch.where(in_completion, losses, zero).sum(1) / n_completion
+    return RowLosses(prompt, completion, n_prompt, n_completion)

@@ -1,0 +1,117 @@
+"""Forward-only passes over a pool: sorted by length, in chunks that are saved as they are done and never done twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils import find_executable_batch_size
+from safetensors.numpy import load_file, save_file
+
+from pharmacist.core.env import rank, world_size
+from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.progress import bar
+from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch, plan_pass
+from pharmacist.nn.distributed import barrier
+
+
+Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
+
+
+def run_pass(
+    sequences: Sequences,
+    measure: Measure,
+    *,
+    work: Path,
+    device: torch.device,
+    tokens_per_batch: int,
+    description: str,
+    rows: IntArray | None = None,
+    rows_per_chunk: int = 2048,
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Measures every row (or `rows`) once.
+
+    Chunks are shared out among the processes of a data-parallel run; batches are the same whatever their number.
+
+    Args:
+        sequences: The rows.
+        measure: Batch -> arrays whose first axis is the batch's rows.
+        work: Folder for finished chunks; shared by all processes.
+        device: Where batches go.
+        tokens_per_batch: Padded tokens per batch; halved until the longest batch fits.
+        description: For the progress bar.
+        rows: Row numbers to visit, all by default.
+        rows_per_chunk: Rows saved together.
+
+    Returns:
+        One array per measurement, first axis in row order over the whole pool; NaN on rows that were not asked for.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    tokens_per_batch = _fitting(sequences, measure, work, device, tokens_per_batch, rows)
+    plan = plan_pass(sequences, tokens_per_batch, rows)
+    chunks = _chunks(plan.batches, rows_per_chunk)
+    total = sum(len(batch) for batch in plan.batches)
+    with bar(description, total) as progress, torch.inference_mode():
+        for number, chunk in enumerate(chunks):
+            path = work / f"{number:06d}.safetensors"
+            if number % world_size() != rank():
+                continue
+            if not path.is_file():
+                parts = [measure(make_batch(sequences, batch, device)) for batch in chunk]
+                arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+                with atomic_path(path) as temporary:
+                    save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
+            progress.advance(sum(len(batch) for batch in chunk) * world_size())
+    barrier()
+    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
+
+
+def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]]:
+    chunks: list[list[IntArray]] = []
+    size = rows_per_chunk
+    for batch in batches:
+        if size >= rows_per_chunk:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(batch)
+        size += len(batch)
+    return chunks
+
+
+def _gather(
+    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
+) -> dict[str, npt.NDArray[np.float64]]:
+    result: dict[str, npt.NDArray[np.float64]] = {}
+    for number in range(chunks):
+        arrays = load_file(work / f"{number:06d}.safetensors")
+        where = arrays.pop("rows")
+        for key, values in arrays.items():
+            if key not in result:
+                result[key] = np.full((total, *values.shape[1:]), np.nan)
+            result[key][where] = values
+    asked = np.arange(total) if rows is None else rows
+    for values in result.values():
+        values[asked] = values[representative[asked]]
+    return result
+
+
+def _fitting(
+    sequences: Sequences, measure: Measure, work: Path, device: torch.device, tokens: int, rows: IntArray | None
+) -> int:
+    """Largest tokens per batch, by halving, at which the first (longest) batch fits; fixed for all resumes and ranks."""
+    path = work / "plan.json"
+    if rank() == 0 and not path.is_file():
+        if device.type == "cuda":
+
+            @find_executable_batch_size(starting_batch_size=tokens)
+            def probe(batch_size: int) -> int:
+                longest = plan_pass(sequences, batch_size, rows).batches[0]
+                with torch.inference_mode():
+                    measure(make_batch(sequences, longest, device))
+                return batch_size
+
+            tokens = probe()
+        write_json(path, {"tokens_per_batch": tokens})
+    barrier()
+    return int(read_json(path)["tokens_per_batch"])

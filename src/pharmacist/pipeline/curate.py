@@ -1,0 +1,436 @@
+"""The stage `curate`: rank an alignment pool, write scores, core subset and page."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.rundir import RunDir, RunOptions
+
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy as np
+    import numpy.typing as npt
+    import pandas as pd
+
+    from pharmacist.data.formats import Source
+    from pharmacist.data.records import Records
+    from pharmacist.selectors.base import Scores
+
+STAGE_VERSION = 1
+REFERENCES = ("safe", "harmful", "utility")
+
+
+@dataclass(kw_only=True)
+class CurateOptions(RunOptions):
+    """Rank an alignment pool and write its core subset."""
+
+    pool: str
+    """Rows to rank: a .jsonl, .json, .csv or .parquet file (also .gz, .zst), a folder saved by datasets, or a hub id."""
+    safe: str | None = None
+    """Safe references: harmful prompt, refusal. A preference file gives its chosen side."""
+    harmful: str | None = None
+    """Harmful references: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    utility: str | None = None
+    """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
+    model: str | None = None
+    """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
+    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
+    """How rows are ranked."""
+    resume_selector: str | None = None
+    """Folder of an earlier curate whose trained selector scores this pool, without training."""
+    top: float | None = None
+    """Share of the ranked rows to select, in (0, 1]; 0.3 where neither this nor --top-k nor --min-score is given."""
+    top_k: int | None = None
+    """Number of rows to select."""
+    min_score: float | None = None
+    """Select the rows with at least this score."""
+    diversity: Literal["none", "near-duplicates"] = "none"
+    """near-duplicates: never select a near-duplicate of a higher-ranked row."""
+    duplicate_threshold: float = 0.8
+    """Jaccard similarity of word shingles from which two rows are near-duplicates."""
+    columns: str | None = None
+    """Other column names, as prompt=question,completion=answer."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """skip: write unreadable rows to refused.jsonl and go on."""
+    format: Literal["jsonl", "input"] = "jsonl"
+    """Format of the selected rows: JSON lines, or the input's own."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template; auto is the model's own where it has one, else Alpaca."""
+    max_length: int = 0
+    """Longest row in tokens; 0 means the model's own limit."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
+        if self.top is not None and not 0 < self.top <= 1:
+            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"--top-k {self.top_k}: must be at least 1")
+        if not 0 < self.duplicate_threshold <= 1:
+            raise ConfigError(f"--duplicate-threshold {self.duplicate_threshold}: must lie in (0, 1]")
+        if self.max_length < 0:
+            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
+
+    @property
+    def column_map(self) -> dict[str, str] | None:
+        """`columns` as a mapping."""
+        return parse_columns(self.columns)
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Turns ``prompt=question,completion=answer`` into a mapping."""
+    if text is None:
+        return None
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(part.strip() for part in pair) for pair in pairs):
+        raise ConfigError(f"--columns {text}: write it as prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, column in pairs}
+
+
+@dataclass
+class Ranking:
+    """A ranked pool.
+
+    Attributes:
+        records: The rows, with their source.
+        table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
+        report: What the selector says about itself.
+        manifest: Manifest of the run, as JSON.
+    """
+
+    records: "Records"
+    table: "pd.DataFrame"
+    report: dict[str, Any]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _keep_alive: Any = None
+
+    def select(
+        self, fraction: float | None = None, *, k: int | None = None, min_score: float | None = None,
+        diversity: Literal["none", "near-duplicates"] = "none",
+    ) -> "datasets.Dataset":  # fmt: skip
+        """The core subset with all input columns, in input order.
+
+        Args:
+            fraction: Share of the ranked rows, in (0, 1].
+            k: Or their number.
+            min_score: Or the least score.
+            diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows.
+        """
+        chosen = _choose(self.table, fraction, k, min_score, diversity)
+        rows = self.table["row"].to_numpy()[chosen]
+        return self.records.source.dataset(rows)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Writes ``scores.parquet``."""
+        from pharmacist.core.files import atomic_path
+
+        with atomic_path(path) as temporary:
+            self.table.to_parquet(temporary, index=False)
+
+    def write_page(self, path: str | Path, labels: list[str] | None = None) -> None:
+        """Writes the page.
+
+        Args:
+            path: The HTML file.
+            labels: Known label per ranked row, where there is one (planted pools).
+        """
+        from pharmacist.report.html import render_ranking
+
+        columns = self.records.dataset.select_columns(["prompt", "completion"])
+        render_ranking(Path(path), scores=self.table, texts=columns, manifest=self.manifest, labels=labels)
+
+
+def curate(options: CurateOptions) -> Ranking | None:
+    """Ranks a pool and writes everything that the contract names into the output folder.
+
+    Returns:
+        The ranking; None where the folder holds this very run, complete, or on other processes than the first.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    from pharmacist.core.progress import console
+    from pharmacist.data.formats import open_source, write_rows
+
+    sources = {"pool": open_source(options.pool, name="--pool")}
+    for name in REFERENCES:
+        if getattr(options, name) is not None:
+            sources[name] = open_source(getattr(options, name), name=f"--{name}")
+    run = RunDir.open(options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options))
+    if run.complete:
+        console().print(f"{run.root}: complete already; --overwrite ranks again")
+        return None
+    try:
+        ranking, selector = _rank(sources, options, run)
+        if not _is_main():
+            return None
+        selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
+        source = ranking.records.source
+        own = options.format == "input" and source.format in {"json", "csv", "parquet"}
+        name = f"selected.{source.format if own else 'jsonl'}"
+        write_rows(source, selected.tolist(), run.path(name), format=source.format if own else "jsonl")
+        ranking.to_parquet(run.path("scores.parquet"))
+        outputs = ["scores.parquet", name, "report.html"]
+        if ranking.records.refused:
+            _write_refused(run.path("refused.jsonl"), ranking.records)
+            outputs.append("refused.jsonl")
+        if selector.save(run.path("selector")):
+            outputs.append("selector")
+        ranking.manifest = run.manifest.model_dump(mode="json")
+        ranking.write_page(run.path("report.html"))
+        run.finish(outputs=outputs)
+        ranking.manifest = run.manifest.model_dump(mode="json")
+        _summarise(ranking, run, name)
+        return ranking
+    finally:
+        run.close()
+
+
+def rank(
+    pool: Any,
+    *,
+    safe: Any = None,
+    harmful: Any = None,
+    utility: Any = None,
+    model: str | None = None,
+    selector: str | Mapping[str, Any] = "pharmacist",
+    columns: Mapping[str, str] | None = None,
+    output_dir: str | None = None,
+    **options: Any,
+) -> Ranking:
+    """Ranks a pool in one call; nothing is written unless asked for.
+
+    Args:
+        pool: Rows to rank: a path, a hub id, a ``datasets.Dataset`` or a list of dicts.
+        safe: Safe references, likewise.
+        harmful: Harmful references, likewise.
+        utility: Utility references, likewise.
+        model: Folder or hub id of the model that reads the pool.
+        selector: Name, or ``{"name": ..., **options}``.
+        columns: Other column names, ``{"prompt": "question"}``.
+        output_dir: Where partial state lies, so that an interrupted ranking resumes; a temporary folder by default.
+        **options: Further fields of `CurateOptions`, such as ``seed`` or ``device``.
+
+    Returns:
+        The ranking; `Ranking.select` gives the core subset.
+    """
+    from pharmacist.data.formats import open_source
+
+    given = {"pool": pool, "safe": safe, "harmful": harmful, "utility": utility}
+    sources = {name: open_source(value, name=name) for name, value in given.items() if value is not None}
+    choice = {"name": selector} if isinstance(selector, str) else dict(selector)
+    keep_alive = None if output_dir else tempfile.TemporaryDirectory(prefix="pharmacist-")
+    settings = CurateOptions(
+        output_dir=output_dir or keep_alive.name,  # type: ignore[union-attr]
+        model=model, selector=choice, columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
+        **{name: source.label for name, source in sources.items()}, **options,
+    )  # fmt: skip
+    run = RunDir.open(settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings))
+    try:
+        ranking, _ = _rank(sources, settings, run)
+    finally:
+        run.close()
+    ranking.manifest = run.manifest.model_dump(mode="json")
+    ranking._keep_alive = keep_alive  # the rows are memory-mapped from there
+    return ranking
+
+
+def _is_main() -> bool:
+    from pharmacist.core.env import rank as process
+
+    return process() == 0
+
+
+def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> dict[str, str]:
+    from pharmacist.nn.models import model_fingerprint
+
+    found = {name: source.fingerprint() for name, source in sources.items()}
+    if options.model is not None:
+        found["model"] = model_fingerprint(options.model)
+    if options.resume_selector is not None:
+        from pharmacist.core.hashing import sha256_folder
+
+        found["resume_selector"] = sha256_folder(options.resume_selector, (".json", ".safetensors"))
+    return found
+
+
+def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> tuple[Ranking, Any]:
+    import numpy as np
+
+    from pharmacist.core.progress import console
+    from pharmacist.data.duplicates import find_duplicates
+    from pharmacist.nn.distributed import barrier
+    from pharmacist.selectors import SELECTORS
+    from pharmacist.selectors.base import SelectionContext
+
+    selector = SELECTORS.build_from(options.selector)
+    barrier()
+    with run.phase("read"):
+        records = _read(sources, options, run)
+    pool = records.pop("pool")
+    for need in sorted(selector.needs & set(REFERENCES)):
+        if need not in records and options.resume_selector is None:
+            raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
+    if selector.needs & set(REFERENCES) and options.model is None and options.resume_selector is None:
+        console().print("no --model: only readers that need none can be used")
+    with run.phase("find duplicates"):
+        clusters = find_duplicates(
+            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
+        )  # fmt: skip
+    context = SelectionContext(
+        run=run, pool=pool, references=records, model_name=options.model, seed=options.seed,
+        fraction=_fraction(options, len(pool)), device=options.device, dtype=options.dtype,
+        template=options.template, max_length=options.max_length,
+        resume_from=Path(options.resume_selector) if options.resume_selector else None,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    scores = selector.rank(context)
+    if not np.isfinite(scores.score).all():
+        bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
+        raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
+    table = _table(pool, scores, clusters, options)
+    counts = {
+        "in": len(pool) + len(pool.refused), "refused": len(pool.refused), "ranked": len(pool),
+        "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
+        **{f"references_{name}": len(value) for name, value in records.items()},
+    }  # fmt: skip
+    if "encoded_pool" in context.__dict__:
+        counts |= {"truncated": context.encoded_pool.truncated, "lost_eos": context.encoded_pool.lost_eos}
+    device = str(context.model.device) if "model" in context.__dict__ else "cpu"
+    run.record(counts=counts, device=device, extra={"selector_report": scores.report})
+    return Ranking(records=pool, table=table, report=scores.report), selector
+
+
+def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> "dict[str, Records]":
+    """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
+    from pharmacist.core.env import rank as process
+    from pharmacist.core.progress import console
+    from pharmacist.data.records import read_records
+    from pharmacist.data.splits import shared_prompts
+
+    records = {}
+    for name, source in sources.items():
+        records[name] = read_records(
+            source, work_dir=run.work("data", f"{name}-{process()}"), columns=options.column_map,
+            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+        )  # fmt: skip
+    if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
+        records["harmful"] = read_records(
+            sources["safe"], work_dir=run.work("data", f"rejected-{process()}"), columns=options.column_map,
+            side="rejected", on_bad_row=options.on_bad_row,
+        )  # fmt: skip
+    if {"safe", "harmful"} <= set(records) and _same_rows(records["safe"], records["harmful"]):
+        raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
+    for name in REFERENCES:
+        if name not in records:
+            continue
+        shared = shared_prompts(records["pool"].dataset, records[name].dataset)
+        if len(shared) == len(records[name]):
+            raise DataError(f"--{name}: every prompt also occurs in --pool; references must be rows that are not ranked")
+        if len(shared):
+            console().print(f"--{name}: {len(shared)} rows share a prompt with --pool and are left out")
+            records[name] = records[name].without(shared)
+        run.record(counts={f"references_{name}_left_out": len(shared)})
+    return records
+
+
+def _same_rows(a: "Records", b: "Records") -> bool:
+    columns = ["prompt", "completion"]
+    return len(a) == len(b) and a.dataset.select_columns(columns)[:] == b.dataset.select_columns(columns)[:]
+
+
+def _fraction(options: CurateOptions, n: int) -> float:
+    if options.top_k is not None:
+        return min(1.0, options.top_k / n)
+    return options.top if options.top is not None else 0.3
+
+
+def _table(
+    pool: "Records", scores: "Scores", clusters: "npt.NDArray[np.int64]", options: CurateOptions
+) -> "pd.DataFrame":  # fmt: skip
+    import numpy as np
+    import pandas as pd
+
+    from pharmacist.selectors.base import CRITICAL
+
+    rows = np.asarray(pool.dataset["row"], dtype=np.int64)
+    order = np.lexsort((rows, -scores.score))
+    position = np.empty(len(rows), dtype=np.int64)
+    position[order] = np.arange(1, len(rows) + 1)
+    # The best-ranked row of each cluster; the others of it are its duplicates.
+    best = np.zeros(len(rows), dtype=np.int64)
+    best[clusters[order[::-1]]] = order[::-1]
+    leader = best[clusters]
+    duplicate = leader != np.arange(len(rows))
+    reason = np.where(duplicate & (scores.reason == CRITICAL), "duplicate", scores.reason)
+    table = pd.DataFrame({
+        "row": rows, "score": scores.score.astype(np.float64), "rank": position, "selected": False,
+        "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
+    })  # fmt: skip
+    top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
+    table.loc[_choose(table, top, options.top_k, options.min_score, options.diversity), "selected"] = True
+    return table
+
+
+def _choose(
+    table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str
+) -> "npt.NDArray[np.int64]":
+    """Positions in `table` of the rows to select, ascending."""
+    import numpy as np
+
+    if sum(value is not None for value in (fraction, k, min_score)) != 1:
+        raise ConfigError("give exactly one of fraction, k and min_score")
+    candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
+    if min_score is not None:
+        chosen = candidates.index[candidates["score"] >= min_score]
+    else:
+        if fraction is not None:
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
+            k = max(1, int(fraction * len(table) + 0.5))
+        if k is None or k < 1:
+            raise ConfigError(f"k {k}: must be at least 1")
+        if k > len(table):
+            raise ConfigError(f"--top-k {k}: the pool has {len(table)} rows that could be ranked")
+        chosen = candidates.nsmallest(k, "rank").index
+    if not len(chosen):
+        raise ConfigError(f"--min-score {min_score}: no row has it; the best score is {table['score'].max():.4g}")
+    return np.sort(chosen.to_numpy())
+
+
+def _write_refused(path: Path, records: "Records") -> None:
+    import json
+
+    from pharmacist.core.files import write_text
+
+    write_text(path, "".join(json.dumps(asdict(refused), ensure_ascii=True) + "\n" for refused in records.refused))
+
+
+def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
+    from rich.table import Table
+
+    from pharmacist.core.progress import console
+
+    counts = ranking.table.groupby(["reason", "selected"], observed=True).size().unstack(fill_value=0)
+    table = Table(title=f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected")
+    for column in ("reason", "selected", "left out"):
+        table.add_column(column, justify="left" if column == "reason" else "right")
+    for reason, row in counts.iterrows():
+        table.add_row(str(reason), str(int(row.get(True, 0))), str(int(row.get(False, 0))))
+    console().print(table)
+    for name in ("auc_safe_against_rest",):
+        quality = ranking.report.get("out_of_fold", {}).get("combined", {})
+        if name in quality:
+            console().print(f"held-out references, safe against the rest: AUC {quality[name]:.3f}")
+    for reason in ranking.report.get("cannot_see", []):
+        console().print(f"without more references it cannot see: {reason}")
+    console().print(f"scores {run.path('scores.parquet')}\ncore subset {run.path(selected)}\npage {run.path('report.html')}")
+    console().print(f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR")

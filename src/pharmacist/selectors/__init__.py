@@ -1,0 +1,17 @@
+"""Selectors: rank an alignment pool. A new one is one file and one line in `SELECTORS`."""
+
+from pharmacist.core.registry import Registry
+from pharmacist.selectors.base import Selector
+
+
+SELECTORS: Registry[Selector] = Registry(
+    "selector",
+    {
+        "pharmacist": "pharmacist.selectors.pharmacist:Pharmacist",
+        "random": "pharmacist.selectors.random:Random",
+        "full": "pharmacist.selectors.full:Full",
+    },
+    group="pharmacist.selectors",
+)
+
+__all__ = ["SELECTORS", "Selector"]

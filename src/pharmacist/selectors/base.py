@@ -1,0 +1,132 @@
+"""What a selector is: it may learn from references (and the pool), then gives every row a score and a reason."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.rundir import RunDir
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.records import Records
+    from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.models import LoadedModel
+
+
+FloatArray = npt.NDArray[np.float64]
+
+CRITICAL = "critical"
+"""The reason of rows worth keeping: safety-critical and of good quality."""
+
+
+@dataclass
+class Scores:
+    """A selector's verdict on a pool.
+
+    Attributes:
+        score: Higher = keep, finite, shape [rows].
+        reason: One word per row; `CRITICAL` for rows worth keeping, shape [rows].
+        signals: Further columns of ``scores.parquet``, each of shape [rows].
+        report: What the selector says about itself (JSON), such as its quality on held-out references.
+    """
+
+    score: FloatArray
+    reason: npt.NDArray[np.str_]
+    signals: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SelectionContext:
+    """What a selector works with.
+
+    Attributes:
+        run: Output folder; partial state goes to ``run.work(...)``, costs are measured with ``run.phase(...)``.
+        pool: The rows to rank.
+        references: ``safe``, ``harmful``, ``utility`` where given; they share no prompt with the pool.
+        model_name: Folder or hub id.
+        seed: Of every random stream.
+        fraction: About which share of the pool will be kept (where the cut lies).
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        template: Prompt template, as in `nn.models.load_model`.
+        max_length: Longest row in tokens, 0 for the model's own limit.
+        resume_from: Folder of a trained selector that only scores, never trains.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    run: RunDir
+    pool: "Records"
+    references: Mapping[str, "Records"]
+    model_name: str | None
+    seed: int
+    fraction: float
+    device: str = "auto"
+    dtype: str = "auto"
+    template: str = "auto"
+    max_length: int = 0
+    resume_from: Path | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def model(self) -> "LoadedModel":
+        """The base model, loaded on first use."""
+        from pharmacist.core.errors import ConfigError
+        from pharmacist.nn.models import load_model
+
+        if self.model_name is None:
+            raise ConfigError("this selector reads the pool with a model; give --model")
+        return load_model(
+            self.model_name, device=self.device, dtype=self.dtype, template=self.template,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+    @cached_property
+    def encoded_pool(self) -> "Encoded":
+        """The pool in tokens, made on first use and kept on disk."""
+        return self.encode(self.pool.dataset, "pool")
+
+    def encode(self, rows: Any, name: str) -> "Encoded":
+        """Tokenises rows for the model.
+
+        Args:
+            rows: Canonical rows (`data.records`).
+            name: Of the cache under ``work/``.
+        """
+        from pharmacist.data.tokenize import encode
+
+        limit = min(self.max_length or self.model.max_length, self.model.max_length)
+        return encode(
+            rows, self.model.tokenizer, self.model.template, max_length=limit, work_dir=self.run.work("tokens", name)
+        )  # fmt: skip
+
+
+class Selector(ABC):
+    """Ranks a pool.
+
+    Attributes:
+        Config: Dataclass of its options.
+        needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``.
+        paper: Source, for the docs.
+    """
+
+    Config: ClassVar[type[Any]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    @abstractmethod
+    def rank(self, context: SelectionContext) -> Scores:
+        """Learns what there is to learn and scores every row of ``context.pool``.
+
+        The result depends on content alone: permuted rows get permuted scores, equal rows equal ones.
+        """
+
+    def save(self, folder: Path) -> bool:
+        """Writes what was learned, so that new rows can be scored without training; False where nothing was."""
+        return False

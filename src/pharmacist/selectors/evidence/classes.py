@@ -1,0 +1,121 @@
+"""The evidence classes and their references, given by the user or made by the selector."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.seeding import derive
+from pharmacist.data.records import normalised_prompt
+from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.evidence.corruptions import CORRUPTIONS, corrupt
+
+
+Row = Mapping[str, Any]
+
+REASONS = {
+    "safe": CRITICAL,
+    "harmful": "teaches_compliance",
+    "utility": "not_safety_critical",
+    "over_refusal": "over_refusal",
+    "corrupted": "low_quality",
+}
+"""Class -> the reason given to rows that look most like it."""
+
+
+@dataclass(frozen=True)
+class EvidenceReferences:
+    """References of all classes, in one list.
+
+    Attributes:
+        classes: Names, `REASONS` in order, those without references left out.
+        rows: Canonical rows (`data.records`), n of them.
+        labels: Index into `classes`, shape [n].
+        folds: Cross-fitting fold; a made row lies in the fold of the rows it was made from, shape [n].
+        n_folds: How many folds.
+    """
+
+    classes: tuple[str, ...]
+    rows: list[Row]
+    labels: npt.NDArray[np.int64]
+    folds: npt.NDArray[np.int64]
+    n_folds: int
+
+    def counts(self) -> dict[str, int]:
+        """References per class."""
+        return {name: int((self.labels == i).sum()) for i, name in enumerate(self.classes)}
+
+
+def _fold_of_prompt(sets: Sequence[Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
+    # By prompt, so that the safe and the harmful answer to one prompt are never on two sides of a split.
+    prompts = list(dict.fromkeys(normalised_prompt(row["prompt"]) for rows in sets for row in rows))
+    order = np.random.default_rng(derive(seed, "evidence", "folds")).permutation(len(prompts))
+    return {prompts[index]: position % n_folds for position, index in enumerate(order)}
+
+
+def build_references(
+    given: Mapping[str, Sequence[Row]], *, n_folds: int, corruptions_per_row: int, seed: int
+) -> EvidenceReferences:
+    """Adds the made classes (over-refusing, corrupted) to the given ones (safe, harmful, utility).
+
+    Args:
+        given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from it.
+        n_folds: Cross-fitting folds.
+        corruptions_per_row: Damaged versions of each safe and each utility row; 0 leaves the class out.
+        seed: Of folds and damage.
+    """
+    fold_of = _fold_of_prompt([given[name] for name in ("safe", "harmful", "utility") if given.get(name)], n_folds, seed)
+
+    def folds(rows: Sequence[Row]) -> list[int]:
+        return [fold_of[normalised_prompt(row["prompt"])] for row in rows]
+
+    members: dict[str, list[Row]] = {name: list(given.get(name) or []) for name in ("safe", "harmful", "utility")}
+    fold: dict[str, list[int]] = {name: folds(rows) for name, rows in members.items()}
+    members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed)
+    members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
+    classes = tuple(name for name in REASONS if members[name])
+    return EvidenceReferences(
+        classes=classes,
+        rows=[row for name in classes for row in members[name]],
+        labels=np.repeat(np.arange(len(classes)), [len(members[name]) for name in classes]),
+        folds=np.array([f for name in classes for f in fold[name]], dtype=np.int64),
+        n_folds=n_folds,
+    )
+
+
+def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generator) -> Row:
+    """A row of the same fold where there is one, so that no damage carries text across a split."""
+    same = [row for row, f in zip(rows, fold, strict=True) if f == own] or rows
+    return same[int(rng.integers(len(same)))]
+
+
+def _over_refusals(
+    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], seed: int
+) -> tuple[list[Row], list[int]]:
+    rng = np.random.default_rng(derive(seed, "evidence", "over-refusals"))
+    made = [
+        {**row, "completion": _partner(members["safe"], fold["safe"], f, rng)["completion"]}
+        for row, f in zip(members["utility"], fold["utility"], strict=True)
+    ]
+    return made, list(fold["utility"])
+
+
+def _corrupted(
+    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], per_row: int, seed: int
+) -> tuple[list[Row], list[int]]:
+    rng = np.random.default_rng(derive(seed, "evidence", "corruptions"))
+    kinds = list(CORRUPTIONS)
+    made: list[Row] = []
+    folds: list[int] = []
+    for name, other in (("safe", "utility"), ("utility", "utility")):
+        # A refusal under another harmful prompt is mostly still a good one; so swaps bring in benign answers.
+        source = other if members[other] else name
+        for row, f in zip(members[name], fold[name], strict=True):
+            for _ in range(per_row):
+                partner = _partner(members[source], fold[source], f, rng)
+                kind = kinds[len(made) % len(kinds)]
+                made.append({**row, "completion": corrupt(row["completion"], kind, rng, partner["completion"])})
+                folds.append(f)
+    return made, folds

@@ -1,0 +1,112 @@
+"""The lexical reader: word statistics of prompt and completion into a logistic regression. No model, seconds on a CPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+from safetensors.numpy import load_file, save_file
+from scipy.special import log_softmax
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from pharmacist.core.files import atomic_path, read_json, write_json
+
+
+FloatArray = npt.NDArray[np.float64]
+
+_PARTS = ("prompt", "completion")
+_REGULARISATION = 100.0  # scikit-learn's C; TF-IDF rows have unit length, and the classes are told apart by rare words
+
+
+def _vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
+    # Single characters count as words too: punctuation and debris are evidence here.
+    return TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]+", vocabulary=vocabulary, dtype=np.float64
+    )
+
+
+def fit_logistic(
+    features: FloatArray | scipy.sparse.spmatrix, labels: npt.NDArray[np.int64], n_classes: int, regularisation: float
+) -> tuple[FloatArray, FloatArray]:
+    """Class-balanced multinomial logistic regression.
+
+    Args:
+        features: Shape [rows, features].
+        labels: Shape [rows]; a class without rows gets probability 0.
+        n_classes: How many classes.
+        regularisation: scikit-learn's C.
+
+    Returns:
+        Coefficients, shape [classes, features], and intercepts, shape [classes].
+    """
+    model = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=1000, tol=1e-5)
+    model.fit(features, labels)
+    coefficients, intercept = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercept = np.concatenate([-intercept, intercept]) / 2
+    all_coefficients = np.zeros((n_classes, coefficients.shape[1]))
+    all_intercepts = np.full(n_classes, -50.0)  # as good as probability 0, and still finite
+    all_coefficients[model.classes_], all_intercepts[model.classes_] = coefficients, intercept
+    return all_coefficients, all_intercepts
+
+
+class LexicalReader:
+    """TF-IDF of words and word pairs, prompt and completion apart, into a multinomial logistic regression."""
+
+    name = "lexical"
+
+    def __init__(self) -> None:
+        self._vectorizers: list[TfidfVectorizer] = []
+        self._coefficients = np.zeros((0, 0))
+        self._intercept = np.zeros(0)
+
+    def fit(
+        self, prompts: Sequence[str], completions: Sequence[str], labels: npt.NDArray[np.int64], n_classes: int
+    ) -> "LexicalReader":
+        """Learns vocabulary, document frequencies and weights from references."""
+        self._vectorizers = [_vectorizer().fit(texts) for texts in (prompts, completions)]
+        features = self._features(prompts, completions)
+        self._coefficients, self._intercept = fit_logistic(features, labels, n_classes, _REGULARISATION)
+        return self
+
+    def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> scipy.sparse.csr_matrix:
+        parts = [v.transform(texts) for v, texts in zip(self._vectorizers, (prompts, completions), strict=True)]
+        return scipy.sparse.hstack(parts, format="csr")
+
+    def log_posterior(self, prompts: Sequence[str], completions: Sequence[str]) -> FloatArray:
+        """Log-probabilities of the classes, shape [rows, classes]."""
+        logits = self._features(prompts, completions) @ self._coefficients.T + self._intercept
+        result: FloatArray = log_softmax(logits, axis=1)
+        return result
+
+    def contributions(self, prompt: str, completion: str, column: int, top: int = 5) -> list[tuple[str, float]]:
+        """The words that speak most for a class (against the mean of the others), as ``part:words`` and weight."""
+        features = self._features([prompt], [completion]).tocoo()
+        contrast = self._coefficients[column] - np.delete(self._coefficients, column, axis=0).mean(0)
+        names = [f"{part}:{w}" for part, v in zip(_PARTS, self._vectorizers, strict=True) for w in v.get_feature_names_out()]
+        weights = [(names[j], float(value * contrast[j])) for j, value in zip(features.col, features.data, strict=True)]
+        return sorted(weights, key=lambda item: -item[1])[:top]
+
+    def save(self, folder: Path) -> None:
+        """Writes vocabulary (JSON) and weights (safetensors)."""
+        tensors = {"coefficients": self._coefficients, "intercept": self._intercept}
+        for part, vectorizer in zip(_PARTS, self._vectorizers, strict=True):
+            write_json(folder / f"{part}_vocabulary.json", list(vectorizer.get_feature_names_out()))
+            tensors[f"{part}_idf"] = vectorizer.idf_
+        with atomic_path(folder / "lexical.safetensors") as path:
+            save_file(tensors, path)
+
+    @classmethod
+    def load(cls, folder: Path) -> "LexicalReader":
+        """Reads what `save` wrote."""
+        reader, tensors = cls(), load_file(folder / "lexical.safetensors")
+        for part in _PARTS:
+            words = read_json(folder / f"{part}_vocabulary.json")
+            vectorizer = _vectorizer({word: index for index, word in enumerate(words)})
+            vectorizer.idf_ = tensors[f"{part}_idf"]
+            reader._vectorizers.append(vectorizer)
+        reader._coefficients, reader._intercept = tensors["coefficients"], tensors["intercept"]
+        return reader

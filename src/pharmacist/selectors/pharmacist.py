@@ -1,0 +1,583 @@
+"""The Pharmacist selector: evidence classes throw out faults, the contrast of safe and toxic twins orders the rest."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import read_json, write_json
+from pharmacist.core.progress import track
+from pharmacist.core.seeding import derive
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.batching import Batch, IntArray
+from pharmacist.nn.distributed import barrier
+from pharmacist.nn.models import model_fingerprint
+from pharmacist.nn.passes import run_pass
+from pharmacist.selectors import twins
+from pharmacist.selectors.base import CRITICAL, Scores, SelectionContext, Selector
+from pharmacist.selectors.evidence.classes import REASONS, EvidenceReferences, build_references
+from pharmacist.selectors.evidence.combine import Combination, fit_combination, log_loss, log_odds, quality
+from pharmacist.selectors.evidence.readers.adapters import adapter_losses, energy_log_posterior, train_class_adapter
+from pharmacist.selectors.evidence.readers.lexical import LexicalReader
+from pharmacist.selectors.evidence.readers.probe import ProbeReader, hidden_features
+from pharmacist.selectors.jobs import Job, run_jobs
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.tokenize import Encoded
+
+
+FloatArray = npt.NDArray[np.float64]
+
+READERS = ("lexical", "probe", "adapters")
+"""Cheapest first."""
+FEWEST_REFERENCES = 8
+_WORTH = 0.01
+"""Nats of held-out cross-entropy that a costlier reader must gain to be kept by ``readers: auto``."""
+_FORMAT = 1
+
+
+@dataclass
+class PharmacistConfig(AdapterOptions):
+    """Options of the selector."""
+
+    form: Literal["evidence", "bilevel", "both"] = "both"
+    """Evidence classes, bilevel twins, or evidence to throw out faults and the twins' contrast to order the rest."""
+    readers: str = "auto"
+    """Evidence readers: auto (those that pay on the references), or any of lexical,probe,adapters with commas."""
+    folds: int = 4
+    """Cross-fitting folds of lexical reader and probe."""
+    adapter_folds: int = 2
+    """Cross-fitting folds of the adapters, which cost more to train."""
+    corruptions_per_row: int = 2
+    """Damaged versions made of each safe and each utility reference."""
+    adapter_steps: int = 60
+    """Training steps of each class adapter."""
+    cascade: float = 0.0
+    """Share of the pool, nearest to the cut by the cheaper readers, that the adapters read; 0 means all of it."""
+    solver: Literal["closed-form", "gradient"] = "closed-form"
+    """How the twins' weights over the pool are found."""
+    cotrain: float = 0.25
+    """Share of the pool (at least 256 rows) that the twins train on; 0 means on references only, the cheap form."""
+    twin_steps: int = 120
+    """Training steps of each twin (of the closed form: per round)."""
+    rounds: int = 1
+    """Rounds of the closed form: train the twins, score the pool, weight it anew."""
+    gamma: float = 0.5
+    """Weight of the pool in the twins' losses against that of the references."""
+    mu: float = 0.5
+    """Weight of the utility references in the twins' losses."""
+    tau: float = 1.0
+    """Temperature of the pool weights in nats; larger is closer to uniform."""
+    weight_rate: float = 10.0
+    """Step size of the gradient solver's logits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.readers != "auto":
+            unknown = [name for name in self.reader_names() if name not in READERS]
+            if unknown or not self.reader_names():
+                raise ConfigError(f"selector.readers: '{self.readers}' is not auto or any of {', '.join(READERS)}")
+        for name in ("folds", "adapter_folds"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"selector.{name} must be at least 2, not {getattr(self, name)}")
+        for name in ("cascade", "cotrain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"selector.{name} is a share of the pool in [0, 1], not {getattr(self, name)}")
+        if not 0 <= self.gamma < 1:
+            raise ConfigError(f"selector.gamma must lie in [0, 1), not {self.gamma}")
+        if not self.tau > 0:
+            raise ConfigError(f"selector.tau must be positive, not {self.tau}")
+        for name in ("rounds", "adapter_steps", "twin_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
+        if self.solver == "gradient" and self.cotrain < 1:
+            raise ConfigError("selector.solver gradient weights every row, so it needs --selector.cotrain 1")
+
+    def reader_names(self) -> tuple[str, ...]:
+        """The readers asked for, all of them under ``auto``."""
+        if self.readers == "auto":
+            return READERS
+        asked = {name.strip() for name in self.readers.split(",")} - {""}
+        return tuple(name for name in READERS if name in asked) + tuple(sorted(asked - set(READERS)))
+
+
+class Pharmacist(Selector):
+    """Ranks an alignment pool by what its rows look like and by what training on them does."""
+
+    Config = PharmacistConfig
+    needs = frozenset({"safe", "harmful"})
+    paper = "arXiv 2510.10085; evidence classes and closed form are this project's own"
+
+    def __init__(self, config: PharmacistConfig) -> None:
+        self.config = config
+        self._trained: _Trained | None = None
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Trains (or loads) readers and twins, passes over the pool once, and combines what they say."""
+        work = _Worker(self.config, context)
+        self._trained = work.load(context.resume_from) if context.resume_from else work.train()
+        return work.score(self._trained)
+
+    def save(self, folder: Path) -> bool:
+        """Writes readers, adapters and combination: safetensors and JSON only."""
+        if self._trained is None:
+            return False
+        self._trained.save(folder)
+        return True
+
+
+@dataclass
+class _Trained:
+    """What is learned from the references (and, for the twins, a share of the pool)."""
+
+    config: PharmacistConfig
+    model: str
+    classes: tuple[str, ...]
+    readers: tuple[str, ...]
+    combination: Combination | None
+    cheap_combination: Combination | None
+    """Of the readers before the adapters, for the cascade."""
+    lexical: LexicalReader | None
+    probe: ProbeReader | None
+    bank: AdapterBank | None
+    thresholds: twins.Thresholds | None
+    report: dict[str, Any]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Class adapters in use."""
+        return self.classes if "adapters" in self.readers else ()
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Twins in use."""
+        return twins.TWINS if self.config.form != "evidence" else ()
+
+    def save(self, folder: Path) -> None:
+        if self.lexical is not None:
+            self.lexical.save(folder / "lexical")
+        if self.probe is not None:
+            self.probe.save(folder / "probe")
+        if self.bank is not None:
+            for name in self.adapters + self.twins:
+                self.bank.save(name, folder / "adapters" / name)
+        write_json(folder / "selector.json", {
+            "format": _FORMAT, "selector": "pharmacist", "config": asdict(self.config), "model": self.model,
+            "classes": self.classes, "readers": self.readers,
+            "combination": _combination_to_json(self.combination),
+            "cheap_combination": _combination_to_json(self.cheap_combination),
+            "thresholds": None if self.thresholds is None else asdict(self.thresholds), "report": self.report,
+        })  # fmt: skip
+
+
+def _combination_to_json(combination: Combination | None) -> dict[str, Any] | None:
+    if combination is None:
+        return None
+    return {"weights": combination.weights, "bias": combination.bias.tolist(), "fitted": combination.fitted}
+
+
+def _combination_from_json(value: dict[str, Any] | None) -> Combination | None:
+    return None if value is None else Combination(value["weights"], np.array(value["bias"]), value["fitted"])
+
+
+class _Worker:
+    """One ranking: the context, and the steps from references to scores."""
+
+    def __init__(self, config: PharmacistConfig, context: SelectionContext) -> None:
+        self.config, self.context, self.run = config, context, context.run
+        self.seed = derive(context.seed, "pharmacist")
+        self._bank: AdapterBank | None = None
+
+    # --- the parts that read tokens ------------------------------------------------------------------------------
+
+    @property
+    def bank(self) -> AdapterBank:
+        if self._bank is None:
+            self._bank = AdapterBank(self.context.model.model, self.config, self.seed)
+        return self._bank
+
+    @property
+    def tokens_per_batch(self) -> int:
+        vocabulary = getattr(self.context.model.model.config, "vocab_size", 32768)
+        budget = 2**25 if self.context.model.device.type == "cpu" else 2**30
+        return max(1024, min(65536, budget // int(vocabulary)))  # bounds the logits, the largest tensor of a pass
+
+    def encode_references(self, references: EvidenceReferences) -> "Encoded":
+        from pharmacist.data.records import to_dataset
+
+        encoded = self.context.encode(to_dataset(references.rows), "references")
+        if len(encoded) != len(references.rows):
+            raise DataError("some references are longer than the model's context; shorten their prompts")
+        return encoded
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> _Trained:
+        config = self.config
+        given = {name: list(records.dataset) for name, records in self.context.references.items()}
+        for name, rows in given.items():
+            if len(rows) < FEWEST_REFERENCES:
+                raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
+        references = build_references(
+            given, n_folds=config.folds, corruptions_per_row=config.corruptions_per_row, seed=self.seed
+        )
+        trained = _Trained(
+            config=config, model="", classes=references.classes, readers=(), combination=None, cheap_combination=None,
+            lexical=None, probe=None, bank=None, thresholds=None, report={"references": references.counts()},
+        )  # fmt: skip
+        trained.report["cannot_see"] = [REASONS[name] for name in REASONS if name not in references.classes]
+        if config.form != "bilevel":
+            with self.run.phase("train readers"):
+                self.train_readers(trained, references)
+        if config.form != "evidence":
+            with self.run.phase("train twins"):
+                self.train_twins(trained, references)
+        if self.context.model_name is not None and (trained.bank is not None or trained.probe is not None):
+            trained.model = model_fingerprint(self.context.model_name)
+        return trained
+
+    def train_readers(self, trained: _Trained, references: EvidenceReferences) -> None:
+        labels, n_classes = references.labels, len(references.classes)
+        names = self.config.reader_names()
+        out_of_fold: dict[str, FloatArray] = {}
+        prompts = [str(row["prompt"]) for row in references.rows]
+        completions = [str(row["completion"]) for row in references.rows]
+        if "lexical" in names:
+            out_of_fold["lexical"] = np.zeros((len(labels), n_classes))
+            for fold in track(range(references.n_folds), "lexical reader, cross-fitting"):
+                held = references.folds == fold
+                reader = LexicalReader().fit(_take(prompts, ~held), _take(completions, ~held), labels[~held], n_classes)
+                out_of_fold["lexical"][held] = reader.log_posterior(_take(prompts, held), _take(completions, held))
+            trained.lexical = LexicalReader().fit(prompts, completions, labels, n_classes)
+        if "probe" in names:
+            encoded = self.encode_references(references)
+            features = self.reference_features(encoded)
+            out_of_fold["probe"] = np.zeros((len(labels), n_classes))
+            for fold in track(range(references.n_folds), "probe, cross-fitting"):
+                held = references.folds == fold
+                probe = ProbeReader().fit(features[~held], labels[~held], n_classes)
+                out_of_fold["probe"][held] = probe.log_posterior(features[held])
+            trained.probe = ProbeReader().fit(features, labels, n_classes)
+        if "adapters" in names:
+            out_of_fold["adapters"] = self.train_adapters(references)
+            trained.bank = self.bank
+        self.combine(trained, references, out_of_fold)
+
+    def reference_features(self, encoded: "Encoded") -> FloatArray:
+        model = self.context.model
+
+        def measure(batch: Batch) -> dict[str, FloatArray]:
+            return {"features": hidden_features(model.model, batch)}
+
+        with self._base_alone():
+            result = run_pass(
+                encoded, measure, work=self.run.work("probe"), device=model.device,
+                tokens_per_batch=self.tokens_per_batch, description="probe, references",
+            )  # fmt: skip
+        return result["features"]
+
+    def _base_alone(self) -> Any:
+        from contextlib import nullcontext
+
+        return self._bank.using(None) if self._bank is not None else nullcontext()
+
+    def train_adapters(self, references: EvidenceReferences) -> FloatArray:
+        """Trains one adapter per class, and per class and fold for the out-of-fold predictions, which it returns."""
+        encoded, bank, classes = self.encode_references(references), self.bank, references.classes
+        root, steps = self.run.work("adapters"), self.config.adapter_steps
+        folds = references.folds % self.config.adapter_folds
+
+        def job(name: str, folder: Path, rows: IntArray) -> Job:
+            def run(checkpoint: Path, advance: Any) -> None:
+                train_class_adapter(
+                    bank, name, encoded, rows, steps=steps, seed=self.seed, checkpoint=checkpoint, advance=advance
+                )
+
+            return Job((name,), folder, steps, run)
+
+        jobs = []
+        for fold in [*range(self.config.adapter_folds), None]:
+            for label, name in enumerate(classes):
+                rows = np.flatnonzero((references.labels == label) & (folds != fold))
+                jobs.append(job(name, root / ("final" if fold is None else f"fold{fold}"), rows))
+        run_jobs(bank, jobs, "class adapters")
+        result = np.zeros((len(references.labels), len(classes)))
+        for fold in range(self.config.adapter_folds):
+            for name in classes:
+                bank.load(name, root / f"fold{fold}" / name)
+            held = np.flatnonzero(folds == fold)
+            losses = run_pass(
+                encoded, lambda batch: adapter_losses(bank, classes, batch), work=root / f"fold{fold}" / "losses",
+                device=bank.device, tokens_per_batch=self.tokens_per_batch, rows=held,
+                description=f"class adapters, held-out references {fold + 1}/{self.config.adapter_folds}",
+            )  # fmt: skip
+            result[held] = energy_log_posterior({key: value[held] for key, value in losses.items()})
+        for name in classes:
+            bank.load(name, root / "final" / name)
+        return result
+
+    def combine(
+        self, trained: _Trained, references: EvidenceReferences, out_of_fold: dict[str, FloatArray]
+    ) -> None:
+        labels = references.labels
+        kept = list(out_of_fold)
+        if self.config.readers == "auto":
+            # From the costliest: a reader stays if held-out references miss it.
+            for name in reversed(kept.copy()):
+                rest = {other: out_of_fold[other] for other in kept if other != name}
+                if rest and _loss_of(rest, labels) - _loss_of({n: out_of_fold[n] for n in kept}, labels) < _WORTH:
+                    kept.remove(name)
+        trained.readers = tuple(kept)
+        used = {name: out_of_fold[name] for name in kept}
+        trained.combination = fit_combination(used, labels)
+        cheap = {name: used[name] for name in kept if name != "adapters"}
+        trained.cheap_combination = fit_combination(cheap, labels) if cheap else None
+        trained.lexical = trained.lexical if "lexical" in kept else None
+        trained.probe = trained.probe if "probe" in kept else None
+        trained.report |= {
+            "readers": kept, "left_out": [name for name in out_of_fold if name not in kept],
+            "weights": trained.combination.weights, "weights_fitted": trained.combination.fitted,
+            "out_of_fold": {name: quality(value, labels, references.classes) for name, value in out_of_fold.items()}
+            | {"combined": quality(trained.combination.log_posterior(used), labels, references.classes)},
+        }  # fmt: skip
+
+    def train_twins(self, trained: _Trained, references: EvidenceReferences) -> None:
+        config, context = self.config, self.context
+        if "harmful" not in references.classes:
+            raise DataError("the twins need harmful references; give --harmful, or use --selector.form evidence")
+        encoded, bank, pool = self.encode_references(references), self.bank, context.encoded_pool
+        trained.bank = bank
+        rows = {
+            name: np.flatnonzero(references.labels == references.classes.index(name))
+            if name in references.classes
+            else np.zeros(0, np.int64)
+            for name in ("safe", "harmful", "utility")
+        }
+        pool_rows = twins.cotraining_rows(pool.content_keys, config.cotrain, self.seed)
+        problem = twins.TwinProblem(
+            references=encoded, rows=rows, pool=pool, pool_rows=pool_rows, gamma=config.gamma, mu=config.mu,
+            steps=config.twin_steps, seed=self.seed,
+        )  # fmt: skip
+        root = self.run.work("twins")
+        if config.solver == "gradient":
+            folder = root / "gradient"
+            run_jobs(bank, [twins.gradient_job(bank, problem, config.weight_rate, folder)], "twins")
+        else:
+            sigma = np.ones(len(pool_rows))
+            for number in range(config.rounds):
+                folder = root / f"round{number}"
+                run_jobs(bank, twins.closed_form_jobs(bank, problem, sigma, folder), f"twins, round {number + 1}")
+                if number + 1 < config.rounds and len(pool_rows):
+                    self._load_twins(folder)
+                    losses = self.measure_twins(pool, folder / "losses", pool_rows, "twins, co-trained rows")
+                    difference = (losses["loss_safe"] - losses["loss_toxic"])[pool_rows]
+                    sigma = twins.sigma_closed_form(difference, config.tau)
+        self._load_twins(folder)
+        every = np.concatenate([where for where in rows.values()])
+        losses = self.measure_twins(encoded, folder / "reference-losses", every, "twins, references")
+        trained.thresholds = twins.fit_thresholds(losses, rows)
+        trained.report["twins"] = {
+            "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(trained.thresholds)
+        }
+
+    def _load_twins(self, folder: Path) -> None:
+        for name in twins.TWINS:
+            self.bank.load(name, folder / name)
+
+    def measure_twins(self, sequences: "Encoded", work: Path, rows: IntArray, what: str) -> dict[str, FloatArray]:
+        return run_pass(
+            sequences, lambda batch: twins.twin_losses(self.bank, batch), work=work, device=self.bank.device,
+            tokens_per_batch=self.tokens_per_batch, rows=rows, description=what,
+        )  # fmt: skip
+
+    # --- loading a trained selector ------------------------------------------------------------------------------
+
+    def load(self, folder: Path) -> _Trained:
+        """Reads what an earlier run saved; nothing is trained."""
+        folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
+        path = folder / "selector.json"
+        if not path.is_file():
+            raise DataError(f"{folder}: holds no selector.json; --resume-selector needs the folder of an earlier curate")
+        saved = read_json(path)
+        if saved.get("selector") != "pharmacist" or saved.get("format") != _FORMAT:
+            raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
+        self.config = PharmacistConfig(**saved["config"])
+        readers = tuple(saved["readers"])
+        thresholds = saved["thresholds"]
+        trained = _Trained(
+            config=self.config, model=saved["model"], classes=tuple(saved["classes"]), readers=readers,
+            combination=_combination_from_json(saved["combination"]),
+            cheap_combination=_combination_from_json(saved["cheap_combination"]),
+            lexical=LexicalReader.load(folder / "lexical") if "lexical" in readers else None,
+            probe=ProbeReader.load(folder / "probe") if "probe" in readers else None,
+            bank=None, thresholds=None if thresholds is None else twins.Thresholds(**thresholds),
+            report=saved["report"],
+        )  # fmt: skip
+        adapters = trained.adapters + trained.twins
+        if saved["model"]:
+            if self.context.model_name is None:
+                raise ConfigError("the saved selector reads with a model; give --model")
+            if model_fingerprint(self.context.model_name) != saved["model"]:
+                raise DataError(f"{path}: was trained on another model than {self.context.model_name}; give that one")
+        if adapters:
+            trained.bank = self.bank
+            for name in adapters:
+                self.bank.load(name, folder / "adapters" / name)
+        return trained
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def score(self, trained: _Trained) -> Scores:
+        with self.run.phase("score") as phase:
+            readers: dict[str, FloatArray] = {}
+            if trained.lexical is not None:
+                readers["lexical"] = self.score_lexical(trained.lexical)
+            measured = self.score_pool(trained, readers)
+            if trained.probe is not None or trained.bank is not None:
+                phase.tokens += int(self.context.encoded_pool.lengths.sum())
+        signals: dict[str, npt.NDArray[Any]] = {}
+        evidence = reason = None
+        if trained.combination is not None:
+            evidence, reason = self._evidence(trained, readers, measured, signals)
+        if not trained.twins:
+            assert evidence is not None and reason is not None
+            return Scores(evidence, reason, signals, trained.report)
+        contrast = self._contrast(measured, signals)
+        if evidence is None or reason is None:
+            assert trained.thresholds is not None
+            reasons = twins.twin_reasons(measured, trained.thresholds)
+            return Scores(self._ordered_by_solver(contrast), reasons, signals, trained.report)
+        return Scores(both(evidence, contrast, reason), reason, signals, trained.report)
+
+    def score_lexical(self, reader: LexicalReader) -> FloatArray:
+        dataset = self.context.pool.dataset
+        parts = []
+        for start in track(range(0, len(dataset), 8192), "lexical reader, pool"):
+            rows = dataset[start : start + 8192]
+            parts.append(reader.log_posterior(rows["prompt"], rows["completion"]))
+        return np.concatenate(parts)
+
+    def score_pool(self, trained: _Trained, readers: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """The pass over the pool (two under a cascade); fills `readers` and returns what the twins measured."""
+        probe, cascade = trained.probe, self.config.cascade if trained.cheap_combination is not None else 0.0
+        adapters_now = trained.adapters if not 0 < cascade < 1 else ()
+        if probe is None and not trained.adapters and not trained.twins:
+            return {}
+        model = self.context.model.model
+
+        def measure(batch: Batch) -> dict[str, FloatArray]:
+            found: dict[str, FloatArray] = {}
+            if probe is not None:
+                with self._base_alone():
+                    found["probe"] = probe.log_posterior(hidden_features(model, batch))
+            if adapters_now:
+                found |= adapter_losses(self.bank, adapters_now, batch)
+            if trained.twins:
+                found |= twins.twin_losses(self.bank, batch)
+            return found
+
+        measured: dict[str, FloatArray] = {}
+        if probe is not None or adapters_now or trained.twins:
+            measured = self._pass(measure, "pool", None)
+        if probe is not None:
+            readers["probe"] = measured.pop("probe")
+        if adapters_now:
+            readers["adapters"] = energy_log_posterior(measured)
+        elif trained.adapters:
+            assert trained.cheap_combination is not None
+            cheap = log_odds(trained.cheap_combination.log_posterior(readers))
+            cut = np.quantile(cheap, 1 - self.context.fraction)
+            near = np.lexsort((self.context.encoded_pool.content_keys, np.abs(cheap - cut)))
+            rows = np.sort(near[: max(1, round(cascade * len(cheap)))]).astype(np.int64)
+            losses = self._pass(lambda b: adapter_losses(self.bank, trained.adapters, b), "cascade", rows)
+            readers["adapters"] = energy_log_posterior(losses)  # NaN on rows that were not read
+        return measured
+
+    def _pass(self, measure: Any, name: str, rows: IntArray | None) -> dict[str, FloatArray]:
+        return run_pass(
+            self.context.encoded_pool, measure, work=self.run.work("scores", name), device=self.context.model.device,
+            tokens_per_batch=self.tokens_per_batch, rows=rows, description=f"reading the pool ({name})",
+        )  # fmt: skip
+
+    def _evidence(
+        self,
+        trained: _Trained,
+        readers: dict[str, FloatArray],
+        measured: dict[str, FloatArray],
+        signals: dict[str, npt.NDArray[Any]],
+    ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
+        assert trained.combination is not None
+        used = {name: readers[name] for name in trained.readers}
+        posterior = trained.combination.log_posterior(used)
+        unread = np.isnan(posterior).any(1)
+        if unread.any():
+            assert trained.cheap_combination is not None
+            posterior[unread] = trained.cheap_combination.log_posterior(used)[unread]
+        for column, name in enumerate(trained.classes):
+            signals[f"p_{name}"] = np.exp(posterior[:, column])
+        for name, values in used.items():
+            signals[f"{name}_log_odds"] = log_odds(values)
+        reasons = np.array([REASONS[name] for name in trained.classes])
+        return log_odds(posterior), reasons[posterior.argmax(1)]
+
+    def _contrast(self, measured: dict[str, FloatArray], signals: dict[str, npt.NDArray[Any]]) -> FloatArray:
+        contrast = measured["loss_toxic"] - measured["loss_safe"]
+        signals |= {"loss_safe": measured["loss_safe"], "loss_toxic": measured["loss_toxic"], "contrast": contrast}
+        return contrast
+
+    def _ordered_by_solver(self, contrast: FloatArray) -> FloatArray:
+        if self.config.solver != "gradient" or self.context.resume_from is not None:
+            return contrast
+        barrier()
+        logits = np.load(self.run.work("twins", "gradient", "logits.npy"), allow_pickle=False)
+        keys = self.context.encoded_pool.content_keys
+        rows = twins.cotraining_rows(keys, self.config.cotrain, self.seed)
+        # Equal rows were drawn apart; their mean is their common logit.
+        _, inverse = np.unique(keys, return_inverse=True)
+        totals, counts = np.zeros(inverse.max() + 1), np.zeros(inverse.max() + 1)
+        np.add.at(totals, inverse[rows], logits)
+        np.add.at(counts, inverse[rows], 1)
+        score: FloatArray = (totals / counts)[inverse]
+        return score
+
+
+def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
+    """Evidence throws out faults, contrast orders the rest.
+
+    Rows whose reason is critical come first, by the sum of evidence and contrast, each standardised over those rows;
+    the others follow by evidence alone. Standardised values keep their scale, so that one row's score means little
+    without its pool.
+
+    Args:
+        evidence: Log-odds of the safe class, shape [rows].
+        contrast: Loss under the toxic less that under the safe twin, shape [rows].
+        reason: Shape [rows].
+    """
+    critical = reason == CRITICAL
+    score = _standardised(evidence, critical)
+    if critical.any():
+        score[critical] += _standardised(contrast, critical)[critical]
+        if not critical.all():
+            # A constant for all critical rows: lifts the lowest of them just above the best of the others.
+            score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
+    return score
+
+
+def _standardised(values: FloatArray, over: npt.NDArray[np.bool_]) -> FloatArray:
+    # Sorted first: the sums are then the same in whatever order the rows came.
+    sample = np.sort(values[over] if over.any() else values)
+    scale = sample.std()
+    result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
+    return result
+
+
+def _take(items: list[str], mask: npt.NDArray[np.bool_]) -> list[str]:
+    return [item for item, wanted in zip(items, mask, strict=True) if wanted]
+
+
+def _loss_of(out_of_fold: dict[str, FloatArray], labels: IntArray) -> float:
+    return log_loss(fit_combination(out_of_fold, labels).log_posterior(out_of_fold), labels)

@@ -1,0 +1,235 @@
+"""The bilevel twins: how differently a safe and a toxic model learn to find each row (spec: min_w V_safe - V_toxic).
+
+Two adapters share their start, every pool and utility batch and every seed; one also learns the safe references, the
+other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pharmacist.core.seeding import derive
+from pharmacist.nn.adapters import AdapterBank
+from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.evidence.readers.adapters import batch_stream
+from pharmacist.selectors.jobs import Job
+
+
+FloatArray = npt.NDArray[np.float64]
+
+TWINS = ("twin_safe", "twin_toxic")
+FEWEST_COTRAINED = 256
+
+
+@dataclass(frozen=True)
+class TwinProblem:
+    """Data and weights of the twins' losses.
+
+    Attributes:
+        references: All references in tokens.
+        rows: ``safe``, ``harmful``, ``utility`` (maybe empty) -> rows of `references`.
+        pool: The pool in tokens.
+        pool_rows: Rows of the pool that the twins train on; empty for the cheap form.
+        gamma: Weight of the pool against the references, in [0, 1).
+        mu: Weight of the utility references against safe or harmful ones.
+        steps: Updates.
+        seed: Of the batches.
+    """
+
+    references: Sequences
+    rows: Mapping[str, IntArray]
+    pool: Sequences
+    pool_rows: IntArray
+    gamma: float
+    mu: float
+    steps: int
+    seed: int
+
+
+def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
+    """A share of the pool (at least `FEWEST_COTRAINED` rows), drawn by content so that row order cannot matter."""
+    if share <= 0:
+        return np.zeros(0, dtype=np.int64)
+    size = min(len(content_keys), max(FEWEST_COTRAINED, round(share * len(content_keys))))
+    salt = np.uint64(derive(seed, "twins", "share"))
+    with np.errstate(over="ignore"):  # a multiplicative hash; wrapping round is its point
+        mixed = (content_keys ^ salt) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return np.lexsort((content_keys, mixed))[:size].astype(np.int64)
+
+
+def sigma_closed_form(difference: FloatArray, tau: float) -> FloatArray:
+    """Minimiser of mean_i sigma_i d_i + tau * KL(sigma || uniform) over weights with mean 1.
+
+    Args:
+        difference: d_i = loss under the safe twin - loss under the toxic twin, shape [rows].
+        tau: Temperature; as it grows the weights become uniform.
+    """
+    logits = -difference / tau
+    weights = np.exp(logits - logits.max())
+    sigma: FloatArray = weights / weights.mean()
+    return sigma
+
+
+def weight_gradient(sigma: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
+    """dG/dw_i = (gamma / N) sigma_i (d_i - mean_j sigma_j d_j), the envelope-theorem gradient of V_safe - V_toxic."""
+    gradient: FloatArray = gamma / len(sigma) * sigma * (difference - (sigma * difference).mean())
+    return gradient
+
+
+class _TwinLoss:
+    """(1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i, as a function of the step."""
+
+    def __init__(self, bank: AdapterBank, problem: TwinProblem) -> None:
+        self.bank, self.problem = bank, problem
+        size, steps, seed = bank.options.batch_size, problem.steps, problem.seed
+
+        def stream(n: int, name: str) -> IntArray:
+            return batch_stream(n, size, steps, derive(seed, "twins", name)) if n else np.zeros((steps, 0), np.int64)
+
+        # One stream for both twins' own references: swapping S and H must swap the twins and nothing else.
+        self.own = {name: stream(len(problem.rows[name]), "own") for name in ("safe", "harmful")}
+        self.utility = stream(len(problem.rows["utility"]), "utility")
+        self.pool = stream(len(problem.pool_rows), "pool")
+
+    def completion_losses(self, adapter: str, sequences: Sequences, rows: IntArray) -> torch.Tensor:
+        return self.bank.row_losses(adapter, make_batch(sequences, rows, self.bank.device)).completion
+
+    def __call__(self, adapter: str, step: int, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The twin's loss and the unweighted losses of the step's pool rows."""
+        problem, own = self.problem, "safe" if adapter == TWINS[0] else "harmful"
+        own_rows = problem.rows[own][self.own[own][step]]
+        loss = self.completion_losses(adapter, problem.references, own_rows).mean()
+        if len(problem.rows["utility"]):
+            utility = problem.rows["utility"][self.utility[step]]
+            loss = loss + problem.mu * self.completion_losses(adapter, problem.references, utility).mean()
+        if not len(problem.pool_rows) or problem.gamma == 0:
+            return loss, loss.new_zeros(0)
+        pool_losses = self.completion_losses(adapter, problem.pool, problem.pool_rows[self.pool[step]])
+        weighted = (sigma[self.pool[step]].to(pool_losses) * pool_losses).mean()
+        return (1 - problem.gamma) * loss + problem.gamma * weighted, pool_losses.detach()
+
+
+def closed_form_jobs(bank: AdapterBank, problem: TwinProblem, sigma: FloatArray, folder: Path) -> list[Job]:
+    """Training of both twins at fixed pool weights; two jobs, since nothing couples them.
+
+    Args:
+        bank: Receives the adapters `TWINS`.
+        problem: The data.
+        sigma: Weight with mean 1 of each co-trained row, shape [len(problem.pool_rows)].
+        folder: For the trained adapters.
+    """
+    loss, weights = _TwinLoss(bank, problem), torch.from_numpy(sigma)
+
+    def job(name: str) -> Job:
+        def run(checkpoint: Path, advance: Callable[[], object]) -> None:
+            bank.add(name)
+            bank.train(
+                (name,), lambda step: loss(name, step, weights)[0],
+                steps=problem.steps, checkpoint=checkpoint, advance=advance,
+            )  # fmt: skip
+
+        return Job((name,), folder, problem.steps, run)
+
+    return [job(name) for name in TWINS]
+
+
+def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: Path) -> Job:
+    """Both twins together with the logits w, which follow -dG/dw on each visited batch; needs every row co-trained.
+
+    The logits of visited rows move by ``rate`` times their own gradient (no dense Adam: rows that were not visited must
+    not drift). They are saved beside the adapters as ``logits.npy``.
+    """
+    loss = _TwinLoss(bank, problem)
+    logits = torch.zeros(len(problem.pool_rows), dtype=torch.float64)
+
+    def step_loss(step: int) -> torch.Tensor:
+        sigma = torch.softmax(logits, 0) * len(logits)
+        safe, safe_losses = loss(TWINS[0], step, sigma)
+        toxic, toxic_losses = loss(TWINS[1], step, sigma)
+        rows = loss.pool[step]
+        difference = (safe_losses - toxic_losses).double().cpu().numpy()
+        # The batch stands for the pool: the mean over it estimates the mean over all rows.
+        gradient = weight_gradient(sigma[rows].numpy(), difference, problem.gamma) * len(rows)
+        logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
+        return safe + toxic
+
+    def restore(tensors: dict[str, torch.Tensor]) -> None:
+        logits.copy_(tensors["logits"])
+
+    def run(checkpoint: Path, advance: Callable[[], object]) -> None:
+        for name in TWINS:
+            bank.add(name)
+        bank.train(
+            TWINS, step_loss, steps=problem.steps, checkpoint=checkpoint, advance=advance,
+            extra=lambda: {"logits": logits.clone()}, restore=restore,
+        )  # fmt: skip
+        save_logits(folder, logits.numpy())
+
+    return Job(TWINS, folder, problem.steps, run)
+
+
+def save_logits(folder: Path, logits: FloatArray) -> None:
+    """Writes the gradient solver's logits."""
+    from pharmacist.core.files import atomic_write
+
+    with atomic_write(folder / "logits.npy") as file:
+        np.save(file, logits, allow_pickle=False)
+
+
+def twin_losses(bank: AdapterBank, batch: Batch) -> dict[str, FloatArray]:
+    """Completion losses of a batch under both twins, each of shape [rows]."""
+    return {
+        key: bank.row_losses(name, batch).completion.double().cpu().numpy()
+        for key, name in zip(("loss_safe", "loss_toxic"), TWINS, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where the bilevel reasons change, from the twins' losses on the references.
+
+    Attributes:
+        critical: Contrast above which a row is safety-critical: half-way between utility and safe references.
+        compliance: Contrast below which it teaches compliance: half-way between utility and harmful references.
+        hard: Loss above which (under both twins) it is noise: the references' 99th percentile.
+    """
+
+    critical: float
+    compliance: float
+    hard: float
+
+
+def fit_thresholds(losses: Mapping[str, FloatArray], rows: Mapping[str, IntArray]) -> Thresholds:
+    """Thresholds from the losses of references under both twins.
+
+    Args:
+        losses: ``loss_safe`` and ``loss_toxic`` of all references.
+        rows: Class -> rows; where there are no utility references, their contrast is taken as 0.
+    """
+    contrast = losses["loss_toxic"] - losses["loss_safe"]
+    centre = {name: float(np.median(contrast[where])) if len(where) else 0.0 for name, where in rows.items()}
+    known = np.concatenate([where for where in rows.values()])
+    easier = np.minimum(losses["loss_safe"], losses["loss_toxic"])[known]
+    return Thresholds(
+        critical=(centre["safe"] + centre["utility"]) / 2,
+        compliance=(centre["harmful"] + centre["utility"]) / 2,
+        hard=float(np.quantile(easier, 0.99)),
+    )
+
+
+def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> npt.NDArray[np.str_]:
+    """Reasons from the two losses alone; over-refusals cannot be told from refusals this way."""
+    contrast = losses["loss_toxic"] - losses["loss_safe"]
+    noise = np.minimum(losses["loss_safe"], losses["loss_toxic"]) > thresholds.hard
+    reasons: npt.NDArray[np.str_] = np.select(
+        [noise, contrast < thresholds.compliance, contrast < thresholds.critical],
+        ["low_quality", "teaches_compliance", "not_safety_critical"],
+        CRITICAL,
+    )
+    return reasons
