@@ -303,7 +303,10 @@ def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
         **{f"references_{name}": len(value) for name, value in records.items()},
     }  # fmt: skip
     if "encoded_pool" in context.__dict__:
-        counts |= {"truncated": context.encoded_pool.truncated, "lost_eos": context.encoded_pool.lost_eos}
+        encoded = context.encoded_pool
+        counts |= {
+            "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
+        }  # fmt: skip
     device = str(context.model.device) if "model" in context.__dict__ else "cpu"
     run.record(counts=counts, device=device, extra={"selector_report": scores.report})
     return Ranking(records=pool, table=table, report=scores.report), selector

@@ -102,8 +102,11 @@ class SelectionContext:
         from pharmacist.data.tokenize import encode
 
         limit = min(self.max_length or self.model.max_length, self.model.max_length)
+        # A long prompt is shortened in its middle, never refused: the model that ranks may have a shorter context than
+        # the one that is aligned.
         return encode(
-            rows, self.model.tokenizer, self.model.template, max_length=limit, work_dir=self.run.work("tokens", name)
+            rows, self.model.tokenizer, self.model.template, max_length=limit, on_long_prompt="cut",
+            work_dir=self.run.work("tokens", name),
         )  # fmt: skip
 
 

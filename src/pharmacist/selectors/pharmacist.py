@@ -209,10 +209,7 @@ class _Worker:
     def encode_references(self, references: EvidenceReferences) -> "Encoded":
         from pharmacist.data.records import to_dataset
 
-        encoded = self.context.encode(to_dataset(references.rows), "references")
-        if len(encoded) != len(references.rows):
-            raise DataError("some references are longer than the model's context; shorten their prompts")
-        return encoded
+        return self.context.encode(to_dataset(references.rows), "references")
 
     # --- training ------------------------------------------------------------------------------------------------
 
