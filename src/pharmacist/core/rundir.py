@@ -30,13 +30,15 @@ class RunOptions:
     """Where the model runs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights and the forward passes; auto is bfloat16 on a GPU, float32 elsewhere."""
+    checkpoint_seconds: float = 30.0
+    """Time between checkpoints of a training: what an interruption can cost at most; 0 saves after every step."""
     quiet: bool = False
     """No progress bars and no summary."""
     overwrite: bool = False
     """Delete the results of an earlier run in the output folder and start again."""
 
 
-_NOT_IN_KEY = frozenset({"output_dir", "quiet", "overwrite"})
+_NOT_IN_KEY = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})
 
 
 class RunDir:

@@ -48,13 +48,16 @@ class AdapterBank:
         model: A causal language model; its own weights are frozen.
         options: Shape of the adapters.
         seed: Of the common initial weights.
+        checkpoint_seconds: Time between checkpoints of a training.
     """
 
-    def __init__(self, model: nn.Module, options: AdapterOptions, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0
+    ) -> None:  # fmt: skip
         config = LoraConfig(
             r=options.r, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=linear_names(model), bias="none"
         )
-        self.options, self._config = options, config
+        self.options, self._config, self._checkpoint_seconds = options, config, checkpoint_seconds
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapter", "init") % 2**63)
             self.model: PeftModel = get_peft_model(model, config, adapter_name="start")
@@ -156,7 +159,6 @@ class AdapterBank:
         advance: Callable[[], object] = lambda: None,
         extra: Callable[[], dict[str, torch.Tensor]] = dict,
         restore: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
-        every_seconds: float = 30.0,
     ) -> None:
         """Trains adapters by AdamW for a fixed number of steps; killed at any moment, it continues bit for bit.
 
@@ -168,7 +170,6 @@ class AdapterBank:
             advance: Called after each step, for a progress bar.
             extra: Further tensors to checkpoint, such as the gradient solver's logits.
             restore: Receives those tensors on resume.
-            every_seconds: Time between checkpoints.
 
         Raises:
             DataError: The loss is not finite; nothing is updated then.
@@ -182,7 +183,7 @@ class AdapterBank:
             for step in range(steps):
                 if step >= first:
                     self._step(step, steps, loss, parameters, optimizer)
-                    if time.monotonic() - last_saved > every_seconds and step + 1 < steps:
+                    if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
                         self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
                         last_saved = time.monotonic()
                 advance()

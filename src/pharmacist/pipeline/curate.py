@@ -290,7 +290,7 @@ def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
         fraction=_fraction(options, len(pool)), device=options.device, dtype=options.dtype,
         template=options.template, max_length=options.max_length,
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
     )  # fmt: skip
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():

@@ -59,6 +59,7 @@ class SelectionContext:
         max_length: Longest row in tokens, 0 for the model's own limit.
         resume_from: Folder of a trained selector that only scores, never trains.
         trust_remote_code: Run code that comes with the model.
+        checkpoint_seconds: Time between checkpoints of a training.
     """
 
     run: RunDir
@@ -73,6 +74,7 @@ class SelectionContext:
     max_length: int = 0
     resume_from: Path | None = None
     trust_remote_code: bool = False
+    checkpoint_seconds: float = 30.0
 
     @cached_property
     def model(self) -> "LoadedModel":

@@ -197,7 +197,9 @@ class _Worker:
     @property
     def bank(self) -> AdapterBank:
         if self._bank is None:
-            self._bank = AdapterBank(self.context.model.model, self.config, self.seed)
+            self._bank = AdapterBank(
+                self.context.model.model, self.config, self.seed, self.context.checkpoint_seconds
+            )  # fmt: skip
         return self._bank
 
     @property
