@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -61,6 +62,8 @@ class AdapterBank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapter", "init") % 2**63)
             self.model: PeftModel = get_peft_model(model, config, adapter_name="start")
+        # PEFT's own switches walk the whole model and its status each time: on small models longer than the forward.
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self._parameters: dict[str, dict[str, nn.Parameter]] = {"start": self._find("start")}
         self._training: tuple[str, ...] = ()
         self._start = self.state("start")
@@ -80,13 +83,6 @@ class AdapterBank:
             self._parameters[name] = self._find(name)
             self.model.requires_grad_(False)
         self._load(name, self._start if state is None else state)
-
-    def drop(self, name: str) -> None:
-        """Removes an adapter."""
-        self.model.set_adapter("start")
-        self.model.delete_adapter(name)
-        del self._parameters[name]
-        self.model.requires_grad_(False)
 
     def _find(self, name: str) -> dict[str, nn.Parameter]:
         mark = f".{name}."
@@ -129,19 +125,30 @@ class AdapterBank:
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
         """Activates one adapter, or none (the base alone), for the block."""
-        if name is None:
-            with self.model.disable_adapter():
-                yield self.model
+        if name is not None:
+            self._activate(name)
+            yield self.model
             return
-        self._activate(name)
-        yield self.model
+        for layer in self._layers:
+            layer.enable_adapters(False)
+        try:
+            yield self.model
+        finally:
+            for layer in self._layers:
+                layer.enable_adapters(True)
+            self._mark_trained()
 
     def _activate(self, name: str) -> None:
-        # PEFT's switch also sets requires_grad; what trains here is decided by `train` alone.
-        self.model.set_adapter(name, inference_mode=True)
-        for trained in self._training:
-            for parameter in self._parameters[trained].values():
-                parameter.requires_grad_(True)
+        for layer in self._layers:
+            if layer.active_adapters != [name]:
+                layer.set_adapter(name, inference_mode=True)
+        self._mark_trained()
+
+    def _mark_trained(self) -> None:
+        # PEFT's switches also set requires_grad; what trains here is decided by `train` alone.
+        for name, parameters in self._parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in self._training)
 
     def row_losses(self, name: str | None, batch: Batch) -> RowLosses:
         """Losses of a batch under an adapter (or the base alone)."""
