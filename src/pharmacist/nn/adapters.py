@@ -179,34 +179,29 @@ class AdapterBank:
             restore: Receives those tensors on resume.
 
         Raises:
-            DataError: The loss is not finite; nothing is updated then.
+            DataError: Loss or gradient is not finite; that step updates nothing.
         """
         parameters = {f"{name}/{key}": p for name in names for key, p in self.parameters(name).items()}
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.options.learning_rate, weight_decay=0.0)
         first = self._resume(checkpoint, parameters, optimizer, restore)
         self._training = names
+        self._mark_trained()
         try:
             last_saved = time.monotonic()
             for step in range(steps):
                 if step >= first:
-                    self._step(step, steps, loss, parameters, optimizer)
+                    self._step(step, steps, loss, optimizer)
                     if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
                         self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
                         last_saved = time.monotonic()
                 advance()
         finally:
             self._training = ()
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            self._mark_trained()
+            optimizer.zero_grad(set_to_none=True)
 
     def _step(
-        self,
-        step: int,
-        steps: int,
-        loss: Callable[[int], torch.Tensor],
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        self, step: int, steps: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
         warmup = max(1, steps // 10)
         factor = min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
@@ -216,7 +211,10 @@ class AdapterBank:
         if not torch.isfinite(value):
             raise DataError(f"selector training: the loss is {value.item()} at step {step}; lower the learning rate")
         value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        # Each adapter by itself: training together must not couple them.
+        norms = [nn.utils.clip_grad_norm_(self.parameters(name).values(), 1.0) for name in self._training]
+        if not torch.isfinite(torch.stack(norms)).all():
+            raise DataError(f"selector training: the gradient is not finite at step {step}; lower the learning rate")
         optimizer.step()
 
     @staticmethod
