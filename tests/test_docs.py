@@ -1,0 +1,99 @@
+"""The docs say what the program does: commands, options, public names, and what importing costs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pharmacist
+from pharmacist.cli.main import COMMANDS, main
+from pharmacist.core.config import _docs, parse
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def options_of(name: str) -> type[Any]:
+    command = COMMANDS[name]
+    found: type[Any] = getattr(import_module(command.module), command.options)
+    return found
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Words of every pharmacist command in the bash blocks of a page, lines that end with a backslash joined."""
+    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("pharmacist ")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_the_help_parses(name: str) -> None:
+    program, command, *words = shlex.split(COMMANDS[name].example)
+    assert (program, command) == ("pharmacist", name)
+    parse(options_of(name), words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_page_whose_examples_parse(name: str) -> None:
+    text = (DOCS / "how-to" / f"{name}.md").read_text(encoding="utf-8")
+    examples = [words[2:] for words in commands_in(text) if words[1] == name]
+    assert examples, f"docs/how-to/{name}.md shows no `pharmacist {name} ...` in a bash block"
+    for words in examples:
+        parse(options_of(name), words)
+    assert f"{{{{ options {name} }}}}" in text, "the table of options comes from the dataclass"
+
+
+PAGES = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_command_on_a_page_parses(page: Path) -> None:
+    for words in commands_in((ROOT / page).read_text(encoding="utf-8")):
+        if not words[1].startswith("-") and words[2:] != ["--help"]:
+            parse(options_of(words[1]), words[2:])
+
+
+def test_no_page_is_missing_from_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page for page in PAGES if page.parts[0] == "docs" and str(page.relative_to("docs")) not in navigation] == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: pharmacist\.(\w+)$", text, flags=re.M))
+    assert documented == set(pharmacist.__all__) - {"__version__"}
+    assert all(getattr(pharmacist, name).__doc__ for name in documented)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    explained = _docs(options_of(name))
+    assert [field.name for field in fields(options_of(name)) if not explained.get(field.name)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import pharmacist", "from pharmacist.cli.main import main; main(['--help'])"],
+    ids=["import", "help"],
+)  # fmt: skip
+def test_light_commands_leave_torch_alone(code: str) -> None:
+    heavy = "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}; {heavy}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_torch_is_seen_when_it_is_loaded() -> None:
+    code = "import sys; from pharmacist import rank; import pharmacist.nn.losses; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_the_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert capsys.readouterr().out.split()[-len(COMMANDS[name].example.split()) :] == COMMANDS[name].example.split()
