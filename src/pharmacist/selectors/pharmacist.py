@@ -288,7 +288,8 @@ class _Worker:
         """Trains one adapter per class, and per class and fold for the out-of-fold predictions, which it returns."""
         encoded, bank, classes = self.encode_references(references), self.bank, references.classes
         root, steps = self.run.work("adapters"), self.config.adapter_steps
-        folds = references.folds % self.config.adapter_folds
+        n_folds = min(self.config.adapter_folds, references.n_folds)
+        folds = references.folds % n_folds
 
         def job(name: str, folder: Path, rows: IntArray) -> Job:
             def run(checkpoint: Path, advance: Any) -> None:
@@ -299,20 +300,22 @@ class _Worker:
             return Job((name,), folder, steps, run)
 
         jobs = []
-        for fold in [*range(self.config.adapter_folds), None]:
+        for fold in [*range(n_folds), None]:
             for label, name in enumerate(classes):
                 rows = np.flatnonzero((references.labels == label) & (folds != fold))
+                if not len(rows):
+                    raise DataError(f"references of class {name} have too few prompts to hold some out; give more")
                 jobs.append(job(name, root / ("final" if fold is None else f"fold{fold}"), rows))
         run_jobs(bank, jobs, "class adapters")
         result = np.zeros((len(references.labels), len(classes)))
-        for fold in range(self.config.adapter_folds):
+        for fold in range(n_folds):
             for name in classes:
                 bank.load(name, root / f"fold{fold}" / name)
             held = np.flatnonzero(folds == fold)
             losses = run_pass(
                 encoded, lambda batch: adapter_losses(bank, classes, batch), work=root / f"fold{fold}" / "losses",
                 device=bank.device, tokens_per_batch=self.tokens_per_batch, rows=held,
-                description=f"class adapters, held-out references {fold + 1}/{self.config.adapter_folds}",
+                description=f"class adapters, held-out references {fold + 1}/{n_folds}",
             )  # fmt: skip
             result[held] = energy_log_posterior({key: value[held] for key, value in losses.items()})
         for name in classes:

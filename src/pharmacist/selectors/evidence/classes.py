@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import normalised_prompt
 from pharmacist.selectors.base import CRITICAL
@@ -48,11 +49,30 @@ class EvidenceReferences:
         return {name: int((self.labels == i).sum()) for i, name in enumerate(self.classes)}
 
 
-def _fold_of_prompt(sets: Sequence[Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
-    # By prompt, so that the safe and the harmful answer to one prompt are never on two sides of a split.
-    prompts = list(dict.fromkeys(normalised_prompt(row["prompt"]) for rows in sets for row in rows))
-    order = np.random.default_rng(derive(seed, "evidence", "folds")).permutation(len(prompts))
-    return {prompts[index]: position % n_folds for position, index in enumerate(order)}
+def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
+    """Folds by prompt, so that the safe and the harmful answer to one prompt are never on two sides of a split.
+
+    Every set is spread over the folds as evenly as its prompts allow, whatever it shares with the others: no class may be
+    missing from what a reader is trained on.
+    """
+    members: dict[str, list[str]] = {}
+    for name, rows in sets.items():
+        for prompt in dict.fromkeys(normalised_prompt(row["prompt"]) for row in rows):
+            members.setdefault(prompt, []).append(name)
+    order = list(members)
+    np.random.default_rng(derive(seed, "evidence", "folds")).shuffle(order)
+    order.sort(key=lambda prompt: -len(members[prompt]))  # those in several sets first, while all folds are open to them
+    filled = {name: np.zeros(n_folds, dtype=np.int64) for name in sets}
+    fold_of = {}
+    for prompt in order:
+        fold = int(sum(filled[name] for name in members[prompt]).argmin())
+        for name in members[prompt]:
+            filled[name][fold] += 1
+        fold_of[prompt] = fold
+    for name, counts in filled.items():
+        if counts.any() and (counts > 0).sum() < 2:
+            raise DataError(f"--{name}: all rows have the same prompt, so that none can be held out; give others too")
+    return fold_of
 
 
 def build_references(
@@ -62,11 +82,14 @@ def build_references(
 
     Args:
         given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from it.
-        n_folds: Cross-fitting folds.
+        n_folds: Cross-fitting folds, at most.
         corruptions_per_row: Damaged versions of each safe and each utility row; 0 leaves the class out.
         seed: Of folds and damage.
+
+    Raises:
+        DataError: The rows of a class cannot be split, since they all have one prompt.
     """
-    fold_of = _fold_of_prompt([given[name] for name in ("safe", "harmful", "utility") if given.get(name)], n_folds, seed)
+    fold_of = _fold_of_prompt({name: given.get(name) or [] for name in ("safe", "harmful", "utility")}, n_folds, seed)
 
     def folds(rows: Sequence[Row]) -> list[int]:
         return [fold_of[normalised_prompt(row["prompt"])] for row in rows]
@@ -76,12 +99,14 @@ def build_references(
     members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed)
     members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
     classes = tuple(name for name in REASONS if members[name])
+    # With fewer prompts than folds some folds are empty, and not counted.
+    used, numbers = np.unique([f for name in classes for f in fold[name]], return_inverse=True)
     return EvidenceReferences(
         classes=classes,
         rows=[row for name in classes for row in members[name]],
         labels=np.repeat(np.arange(len(classes)), [len(members[name]) for name in classes]),
-        folds=np.array([f for name in classes for f in fold[name]], dtype=np.int64),
-        n_folds=n_folds,
+        folds=numbers.astype(np.int64),
+        n_folds=len(used),
     )
 
 
