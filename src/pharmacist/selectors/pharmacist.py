@@ -493,8 +493,10 @@ class _Worker:
             assert trained.cheap_combination is not None
             cheap = log_odds(trained.cheap_combination.log_posterior(readers))
             cut = np.quantile(cheap, 1 - self.context.fraction)
-            near = np.lexsort((self.context.encoded_pool.content_keys, np.abs(cheap - cut)))
-            rows = np.sort(near[: max(1, round(cascade * len(cheap)))]).astype(np.int64)
+            keys = self.context.encoded_pool.content_keys
+            near = np.lexsort((keys, np.abs(cheap - cut)))[: max(1, round(cascade * len(cheap)))]
+            # Equal rows are read once, so that all of them can have what one of them is read for.
+            rows = np.flatnonzero(np.isin(keys, keys[near]))
             losses = self._pass(lambda b: adapter_losses(self.bank, trained.adapters, b), "cascade", rows)
             readers["adapters"] = energy_log_posterior(losses)  # NaN on rows that were not read
         return measured
