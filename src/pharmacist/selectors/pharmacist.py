@@ -553,8 +553,7 @@ def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_
     """Evidence throws out faults, contrast orders the rest.
 
     Rows whose reason is critical come first, by the sum of evidence and contrast, each standardised over those rows;
-    the others follow by evidence alone. Standardised values keep their scale, so that one row's score means little
-    without its pool.
+    the others follow by evidence alone, standardised over them. One row's score means little without its pool.
 
     Args:
         evidence: Log-odds of the safe class, shape [rows].
@@ -562,18 +561,19 @@ def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_
         reason: Shape [rows].
     """
     critical = reason == CRITICAL
-    score = _standardised(evidence, critical)
-    if critical.any():
-        score[critical] += _standardised(contrast, critical)[critical]
-        if not critical.all():
-            # A constant for all critical rows: lifts the lowest of them just above the best of the others.
-            score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
+    score = np.empty(len(reason))
+    score[~critical] = _standardised(evidence[~critical])
+    score[critical] = _standardised(evidence[critical]) + _standardised(contrast[critical])
+    if critical.any() and not critical.all():
+        # A constant for all critical rows: lifts the lowest of them just above the best of the others.
+        score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
     return score
 
 
-def _standardised(values: FloatArray, over: npt.NDArray[np.bool_]) -> FloatArray:
-    # Sorted first: the sums are then the same in whatever order the rows came.
-    sample = np.sort(values[over] if over.any() else values)
+def _standardised(values: FloatArray) -> FloatArray:
+    if not len(values):
+        return values
+    sample = np.sort(values)  # the sums are then the same in whatever order the rows came
     scale = sample.std()
     result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
     return result
