@@ -157,6 +157,11 @@ class _Trained:
         """Twins in use."""
         return twins.TWINS if self.config.form != "evidence" else ()
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether scoring needs the model, and the pool in tokens."""
+        return self.probe is not None or bool(self.adapters or self.twins)
+
     def save(self, folder: Path) -> None:
         if self.lexical is not None:
             self.lexical.save(folder / "lexical")
@@ -235,7 +240,7 @@ class _Worker:
         if config.form != "evidence":
             with self.run.phase("train twins"):
                 self.train_twins(trained, references)
-        if self.context.model_name is not None and (trained.bank is not None or trained.probe is not None):
+        if self.context.model_name is not None and trained.reads_tokens:
             trained.model = model_fingerprint(self.context.model_name)
         return trained
 
@@ -439,7 +444,7 @@ class _Worker:
             if trained.lexical is not None:
                 readers["lexical"] = self.score_lexical(trained.lexical)
             measured = self.score_pool(trained, readers)
-            if trained.probe is not None or trained.bank is not None:
+            if trained.reads_tokens:
                 phase.tokens += int(self.context.encoded_pool.lengths.sum())
         signals: dict[str, npt.NDArray[Any]] = {}
         evidence = reason = None
@@ -467,7 +472,7 @@ class _Worker:
         """The pass over the pool (two under a cascade); fills `readers` and returns what the twins measured."""
         probe, cascade = trained.probe, self.config.cascade if trained.cheap_combination is not None else 0.0
         adapters_now = trained.adapters if not 0 < cascade < 1 else ()
-        if probe is None and not trained.adapters and not trained.twins:
+        if not trained.reads_tokens:
             return {}
         model = self.context.model.model
 
