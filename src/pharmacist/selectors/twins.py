@@ -154,8 +154,9 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
         toxic, toxic_losses = loss(TWINS[1], step, sigma)
         rows = loss.pool[step]
         difference = (safe_losses - toxic_losses).double().cpu().numpy()
-        # The batch stands for the pool: the mean over it estimates the mean over all rows.
-        gradient = weight_gradient(sigma[rows].numpy(), difference, problem.gamma) * len(rows)
+        # The batch stands for the pool: its own weights with mean 1, so that rows with equal losses stay where they are.
+        weights = sigma[rows].numpy()
+        gradient = weight_gradient(weights / weights.mean(), difference, problem.gamma) * weights.sum()
         logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
         return safe + toxic
 
