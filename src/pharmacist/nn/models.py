@@ -77,8 +77,7 @@ def model_fingerprint(name: str) -> str:
     adapter = _adapter_folder(folder)
     if adapter is None:
         return sha256_folder(_weights_folder(folder), _FINGERPRINTED)
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-    return sha256_json([sha256_folder(adapter, _FINGERPRINTED), model_fingerprint(base)])
+    return sha256_json([sha256_folder(adapter, _FINGERPRINTED), model_fingerprint(_base_of(adapter))])
 
 
 def load_model(
@@ -108,13 +107,14 @@ def load_model(
         raise DataError(f"{name}: no such folder; --model needs a model folder or a hub id")
     adapter = _adapter_folder(folder) if folder.is_dir() else None
     if adapter is not None:
-        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise DataError(f"{adapter}/adapter_config.json: names no base model, so the adapter cannot be loaded")
         loaded = load_model(
-            base, device=device, dtype=dtype, template=template, trust_remote_code=trust_remote_code
+            _base_of(adapter), device=device, dtype=dtype, template=template, trust_remote_code=trust_remote_code
         )  # fmt: skip
-        model = PeftModel.from_pretrained(loaded.model, adapter, torch_device=str(target)).merge_and_unload()
+        try:
+            model = PeftModel.from_pretrained(loaded.model, adapter, torch_device=str(target)).merge_and_unload()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{adapter}: does not fit its base model {loaded.name} ({reason})") from error
         saved = load_template(folder) if template == "auto" else None
         return LoadedModel(model.eval(), loaded.tokenizer, saved or loaded.template, name)
     source = _weights_folder(folder) if folder.is_dir() else folder
@@ -156,6 +156,13 @@ def _adapter_folder(folder: Path) -> Path | None:
         if (candidate / "adapter_config.json").is_file():
             return candidate
     return None
+
+
+def _base_of(adapter: Path) -> str:
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise DataError(f"{adapter}/adapter_config.json: names no base model, so the adapter cannot be loaded")
+    return str(base)
 
 
 def _weights_folder(folder: Path) -> Path:
