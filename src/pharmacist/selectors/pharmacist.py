@@ -96,6 +96,8 @@ class PharmacistConfig(AdapterOptions):
                 raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
         if self.solver == "gradient" and self.cotrain < 1:
             raise ConfigError("selector.solver gradient weights every row, so it needs --selector.cotrain 1")
+        if self.solver == "gradient" and self.gamma == 0:
+            raise ConfigError("selector.solver gradient learns nothing where selector.gamma is 0")
 
     def reader_names(self) -> tuple[str, ...]:
         """The readers asked for, all of them under ``auto``."""
