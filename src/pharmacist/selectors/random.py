@@ -1,8 +1,10 @@
 """A random order: the baseline that any selector must beat at equal size."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from pharmacist.core.seeding import derive
 from pharmacist.selectors.base import CRITICAL, Scores, SelectionContext, Selector
@@ -14,7 +16,7 @@ class RandomConfig:
 
 
 class Random(Selector):
-    """Uniform scores; equal rows get scores of their own, since chance does not read them."""
+    """Uniform scores drawn by content, so that the order of the input does not matter; each copy of a row draws anew."""
 
     Config = RandomConfig
     paper = "baseline"
@@ -24,6 +26,12 @@ class Random(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Draws a score in [0, 1) for every row."""
-        n = len(context.pool)
-        score = np.random.default_rng(derive(context.seed, "random", "scores")).random(n)
-        return Scores(score, np.full(n, CRITICAL))
+        seed, copies, score = derive(context.seed, "random", "scores"), Counter[int](), np.empty(len(context.pool))
+        batches = context.pool.dataset.select_columns(["prompt", "completion"]).iter(4096)
+        pairs = (pair for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
+        for position, pair in enumerate(pairs):
+            key = xxhash.xxh3_64_intdigest("\x1f".join(pair).encode("utf-8", "surrogatepass"), seed=seed)
+            copy = xxhash.xxh3_64_intdigest(key.to_bytes(8, "big"), seed=copies[key])
+            copies[key] += 1
+            score[position] = (copy >> 11) / 2**53
+        return Scores(score, np.full(len(score), CRITICAL))
