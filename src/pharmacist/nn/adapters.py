@@ -228,7 +228,8 @@ class AdapterBank:
         tensors: dict[str, torch.Tensor] = {f"extra/{key}": value for key, value in extra.items()}
         for key, parameter in parameters.items():
             state = optimizer.state[parameter]
-            tensors |= {f"weight/{key}": parameter.detach(), f"m/{key}": state["exp_avg"], f"v/{key}": state["exp_avg_sq"]}
+            tensors[f"weight/{key}"] = parameter.detach()
+            tensors |= {f"m/{key}": state["exp_avg"], f"v/{key}": state["exp_avg_sq"]}
         with atomic_path(path) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
 

@@ -41,7 +41,8 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def max_length(self) -> int:
@@ -91,7 +92,8 @@ def load_model(
         name: Hub id or local folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
-        template: ``auto`` (the saved one, else chat where the tokenizer has a template, else Alpaca), ``chat``, ``alpaca``.
+        template: ``auto`` (the saved one, else chat where the tokenizer has a template, else Alpaca), ``chat`` or
+            ``alpaca``.
         trust_remote_code: Run code that comes with the model; off unless asked for.
 
     Raises:
@@ -128,7 +130,10 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise DataError(_why_not_loaded(name, folder, error)) from error
     if tokenizer.eos_token_id is None:
-        raise CompatibilityError(f"{name}: the tokenizer has no end-of-sequence token, so no completion could end; set eos_token in tokenizer_config.json")
+        raise CompatibilityError(
+            f"{name}: the tokenizer has no end-of-sequence token, so no completion could end; "
+            "set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
         console().print(f"{name}: no pad token; padding with the end-of-sequence token, masked everywhere")
@@ -182,4 +187,5 @@ def _why_not_loaded(name: str, folder: Path, error: Exception) -> str:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over vocabulary and special tokens; equal for tokenizers that give equal ids."""
-    return sha256_text(repr(sorted(tokenizer.get_vocab().items())) + repr(sorted(tokenizer.special_tokens_map.items())))
+    vocabulary, special = sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())
+    return sha256_text(repr(vocabulary) + repr(special))

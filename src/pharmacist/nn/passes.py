@@ -1,4 +1,4 @@
-"""Forward-only passes over a pool: sorted by length, in chunks that are saved as they are done and never done twice."""
+"""Forward-only passes over a pool: sorted by length, in chunks that are saved when done and never done twice."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,12 +99,12 @@ def _gather(
 def _fitting(
     sequences: Sequences, measure: Measure, work: Path, device: torch.device, tokens: int, rows: IntArray | None
 ) -> int:
-    """Largest tokens per batch, by halving, at which the first (longest) batch fits; fixed for all resumes and ranks."""
+    """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks."""
     path = work / "plan.json"
     if rank() == 0 and not path.is_file():
         if device.type == "cuda":
 
-            @find_executable_batch_size(starting_batch_size=tokens)
+            @find_executable_batch_size(starting_batch_size=tokens)  # type: ignore[untyped-decorator]
             def probe(batch_size: int) -> int:
                 longest = plan_pass(sequences, batch_size, rows).batches[0]
                 with torch.inference_mode():

@@ -256,7 +256,8 @@ class _Worker:
             out_of_fold["lexical"] = np.zeros((len(labels), n_classes))
             for fold in track(range(references.n_folds), "lexical reader, cross-fitting"):
                 held = references.folds == fold
-                reader = LexicalReader().fit(_take(prompts, ~held), _take(completions, ~held), labels[~held], n_classes)
+                reader = LexicalReader()
+                reader.fit(_take(prompts, ~held), _take(completions, ~held), labels[~held], n_classes)
                 out_of_fold["lexical"][held] = reader.log_posterior(_take(prompts, held), _take(completions, held))
             trained.lexical = LexicalReader().fit(prompts, completions, labels, n_classes)
         if "probe" in names:
@@ -329,9 +330,7 @@ class _Worker:
             bank.load(name, root / "final" / name)
         return result
 
-    def combine(
-        self, trained: _Trained, references: EvidenceReferences, out_of_fold: dict[str, FloatArray]
-    ) -> None:
+    def combine(self, trained: _Trained, references: EvidenceReferences, out_of_fold: dict[str, FloatArray]) -> None:
         labels = references.labels
         kept = list(out_of_fold)
         if self.config.readers == "auto":
@@ -390,8 +389,8 @@ class _Worker:
         losses = self.measure_twins(encoded, folder / "reference-losses", every, "twins, references")
         trained.thresholds = twins.fit_thresholds(losses, rows)
         trained.report["twins"] = {
-            "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(trained.thresholds)
-        }
+            "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(trained.thresholds),
+        }  # fmt: skip
 
     def _load_twins(self, folder: Path) -> None:
         for name in twins.TWINS:
@@ -410,7 +409,7 @@ class _Worker:
         folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
         path = folder / "selector.json"
         if not path.is_file():
-            raise DataError(f"{folder}: holds no selector.json; --resume-selector needs the folder of an earlier curate")
+            raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
         saved = read_json(path)
         if saved.get("selector") != "pharmacist" or saved.get("format") != _FORMAT:
             raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")

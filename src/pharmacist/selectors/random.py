@@ -16,7 +16,7 @@ class RandomConfig:
 
 
 class Random(Selector):
-    """Uniform scores drawn by content, so that the order of the input does not matter; each copy of a row draws anew."""
+    """Uniform scores drawn by content, whatever the order of the input; each copy of a row draws anew."""
 
     Config = RandomConfig
     paper = "baseline"

@@ -142,8 +142,8 @@ def closed_form_jobs(bank: AdapterBank, problem: TwinProblem, sigma: FloatArray,
 def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: Path) -> Job:
     """Both twins together with the logits w, which follow -dG/dw on each visited batch; needs every row co-trained.
 
-    The logits of visited rows move by ``rate`` times their own gradient (no dense Adam: rows that were not visited must
-    not drift). They are saved beside the adapters as ``logits.npy``.
+    The logits of visited rows move by ``rate`` times their own gradient (no dense Adam: rows that were not visited
+    must not drift). They are saved beside the adapters as ``logits.npy``.
     """
     loss = _TwinLoss(bank, problem)
     logits = torch.zeros(len(problem.pool_rows), dtype=torch.float64)
@@ -154,7 +154,7 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
         toxic, toxic_losses = loss(TWINS[1], step, sigma)
         rows = loss.pool[step]
         difference = (safe_losses - toxic_losses).double().cpu().numpy()
-        # The batch stands for the pool: its own weights with mean 1, so that rows with equal losses stay where they are.
+        # The batch stands for the pool: its weights have mean 1, so that rows with equal losses stay where they are.
         weights = sigma[rows].numpy()
         gradient = weight_gradient(weights / weights.mean(), difference, problem.gamma) * weights.sum()
         logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))

@@ -52,8 +52,8 @@ class EvidenceReferences:
 def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
     """Folds by prompt, so that the safe and the harmful answer to one prompt are never on two sides of a split.
 
-    Every set is spread over the folds as evenly as its prompts allow, whatever it shares with the others: no class may be
-    missing from what a reader is trained on.
+    Every set is spread over the folds as evenly as its prompts allow, whatever it shares with the others: no class may
+    be missing from what a reader is trained on.
     """
     members: dict[str, list[str]] = {}
     for name, rows in sets.items():
@@ -61,11 +61,12 @@ def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) 
             members.setdefault(prompt, []).append(name)
     order = list(members)
     np.random.default_rng(derive(seed, "evidence", "folds")).shuffle(order)
-    order.sort(key=lambda prompt: -len(members[prompt]))  # those in several sets first, while all folds are open to them
+    # Those in several sets first, while all folds are still open to them.
+    order.sort(key=lambda prompt: -len(members[prompt]))
     filled = {name: np.zeros(n_folds, dtype=np.int64) for name in sets}
     fold_of = {}
     for prompt in order:
-        fold = int(sum(filled[name] for name in members[prompt]).argmin())
+        fold = int(np.sum([filled[name] for name in members[prompt]], axis=0).argmin())
         for name in members[prompt]:
             filled[name][fold] += 1
         fold_of[prompt] = fold
@@ -81,7 +82,8 @@ def build_references(
     """Adds the made classes (over-refusing, corrupted) to the given ones (safe, harmful, utility).
 
     Args:
-        given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from it.
+        given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from
+            it.
         n_folds: Cross-fitting folds, at most.
         corruptions_per_row: Damaged versions of each safe and each utility row; 0 leaves the class out.
         seed: Of folds and damage.
@@ -120,7 +122,7 @@ def _over_refusals(
     members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], seed: int
 ) -> tuple[list[Row], list[int]]:
     rng = np.random.default_rng(derive(seed, "evidence", "over-refusals"))
-    made = [
+    made: list[Row] = [
         {**row, "completion": _partner(members["safe"], fold["safe"], f, rng)["completion"]}
         for row, f in zip(members["utility"], fold["utility"], strict=True)
     ]

@@ -85,12 +85,13 @@ def fit_combination(out_of_fold: Mapping[str, FloatArray], labels: IntArray) -> 
 
     start = np.concatenate([equal, np.zeros(n_classes)])
     bounds = [(0.0, None)] * n_readers + [(None, None)] * n_classes
-    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12, "gtol": 1e-9})
+    options = {"ftol": 1e-12, "gtol": 1e-9}
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return Combination(dict(zip(names, best.x[:n_readers].tolist(), strict=True)), best.x[n_readers:], fitted=True)
 
 
 def log_odds(log_posterior: FloatArray, column: int = 0) -> FloatArray:
-    """log p - log(1 - p) of one class, computed without ever forming 1 - p; shape [rows]."""
+    """The log-odds log p - log(1 - p) of one class, computed without ever forming 1 - p; shape [rows]."""
     others = np.delete(log_posterior, column, axis=1)
     odds: FloatArray = log_posterior[:, column] - logsumexp(others, axis=1)
     return odds

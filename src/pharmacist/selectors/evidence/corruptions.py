@@ -12,7 +12,7 @@ Generator = np.random.Generator
 
 _SYLLABLES = ("ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "zu", "dal", "fen", "gor", "hin", "jul", "pax")
 _DEBRIS = ("â€™", "Ã©", "ï¿½", "Â", "\ufffd", "&#39;", "&nbsp;", "\\u00e2")
-_MARKUP = ("<div class=\"c{}\">", "</span>", "<br/>", "{{{{field_{}}}}}", "[[{}]]", "## {}", "null,", "\"id\": {},")
+_MARKUP = ('<div class="c{}">', "</span>", "<br/>", "{{{{field_{}}}}}", "[[{}]]", "## {}", "null,", '"id": {},')
 _PLACEHOLDERS = ("[INSERT ANSWER HERE]", "Lorem ipsum dolor sit amet", "N/A", "...", "TBD", "see above", "asdf", "-")
 
 

@@ -24,11 +24,10 @@ def batch_stream(n: int, batch_size: int, steps: int, seed: int) -> IntArray:
 
     The same seed gives the same order for every set of n rows, so that two sets differ in their rows alone.
     """
-    needed, parts, epoch = steps * batch_size, [], 0
-    while sum(map(len, parts)) < needed:
-        parts.append(np.random.default_rng(derive(seed, "batches", epoch)).permutation(n))
-        epoch += 1
-    return np.concatenate(parts)[:needed].reshape(steps, batch_size).astype(np.int64)
+    needed = steps * batch_size
+    epochs = range(-(-needed // n))
+    order = [np.random.default_rng(derive(seed, "batches", epoch)).permutation(n) for epoch in epochs]
+    return np.concatenate(order)[:needed].reshape(steps, batch_size).astype(np.int64)
 
 
 def train_class_adapter(
@@ -57,7 +56,8 @@ def adapter_losses(bank: AdapterBank, names: Sequence[str], batch: Batch) -> dic
     """Losses of a batch under several adapters.
 
     Returns:
-        ``prompt_loss`` and ``completion_loss``, shape [rows, adapters]; ``n_prompt`` and ``n_completion``, shape [rows].
+        ``prompt_loss`` and ``completion_loss``, shape [rows, adapters]; ``n_prompt`` and ``n_completion``, shape
+        [rows].
     """
     losses = [bank.row_losses(name, batch) for name in names]
     return {
@@ -69,7 +69,7 @@ def adapter_losses(bank: AdapterBank, names: Sequence[str], batch: Batch) -> dic
 
 
 def energy_log_posterior(losses: dict[str, FloatArray]) -> FloatArray:
-    """log softmax_k of e_ik = -( w_p sqrt(n_p) l^prompt_ik + sqrt(n_c) l^completion_ik ), shape [rows, classes].
+    """The log-softmax over k of e_ik = -( w_p sqrt(n_p) l^prompt_ik + sqrt(n_c) l^completion_ik ), shape [rows, classes].
 
     sqrt(n) lies between the mean per token (too timid on long rows) and the likelihood ratio (too sure of itself).
     """

@@ -1,4 +1,4 @@
-"""The lexical reader: word statistics of prompt and completion into a logistic regression. No model, seconds on a CPU."""
+"""The lexical reader: word statistics of prompt and completion into a logistic regression. No model, no GPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,8 +86,9 @@ class LexicalReader:
         """The words that speak most for a class (against the mean of the others), as ``part:words`` and weight."""
         features = self._features([prompt], [completion]).tocoo()
         contrast = self._coefficients[column] - np.delete(self._coefficients, column, axis=0).mean(0)
-        names = [f"{part}:{w}" for part, v in zip(_PARTS, self._vectorizers, strict=True) for w in v.get_feature_names_out()]
-        weights = [(names[j], float(value * contrast[j])) for j, value in zip(features.col, features.data, strict=True)]
+        vocabularies = zip(_PARTS, self._vectorizers, strict=True)
+        names = [f"{part}:{words}" for part, known in vocabularies for words in known.get_feature_names_out()]
+        weights = [(names[j], float(x * contrast[j])) for j, x in zip(features.col, features.data, strict=True)]
         return sorted(weights, key=lambda item: -item[1])[:top]
 
     def save(self, folder: Path) -> None:
