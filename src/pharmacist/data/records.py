@@ -102,6 +102,16 @@ def prompt_key(text: str) -> int:
     return xxhash.xxh3_64_intdigest(normalised_prompt(text).encode("utf-8", "surrogatepass"))
 
 
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Turns ``prompt=question,completion=answer`` into a mapping."""
+    if text is None:
+        return None
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(part.strip() for part in pair) for pair in pairs):
+        raise ConfigError(f"--columns {text}: write it as prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, column in pairs}
+
+
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> "datasets.Dataset":
     """Canonical rows that were made in memory as a dataset.
 

@@ -57,3 +57,22 @@ def row_losses(
     prompt = torch.where(in_prompt, losses, zero).sum(1) / n_prompt.clamp(min=1)
     completion = torch.where(in_completion, losses, zero).sum(1) / n_completion
     return RowLosses(prompt, completion, n_prompt, n_completion)
+
+
+def batch_loss(
+    logits: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | int | None = None
+) -> torch.Tensor:  # fmt: skip
+    """Cross-entropy over all target tokens of a batch, as causal language models train.
+
+    Args:
+        logits: Shape [rows, length, vocabulary].
+        labels: Shape [rows, length]; -100 where there is no target.
+        n_targets: What the sum is divided by; by default the batch's own target tokens, which gives the mean.
+
+    Returns:
+        A scalar; 0 with zero gradient where the batch has no target token.
+    """
+    logits = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    targets = labels[:, 1:]
+    total = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum", ignore_index=-100)
+    return total / ((targets != -100).sum().clamp(min=1) if n_targets is None else n_targets)

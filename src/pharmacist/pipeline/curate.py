@@ -82,17 +82,9 @@ class CurateOptions(RunOptions):
     @property
     def column_map(self) -> dict[str, str] | None:
         """`columns` as a mapping."""
+        from pharmacist.data.records import parse_columns
+
         return parse_columns(self.columns)
-
-
-def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Turns ``prompt=question,completion=answer`` into a mapping."""
-    if text is None:
-        return None
-    pairs = [pair.split("=") for pair in text.split(",")]
-    if any(len(pair) != 2 or not all(part.strip() for part in pair) for pair in pairs):
-        raise ConfigError(f"--columns {text}: write it as prompt=question,completion=answer")
-    return {name.strip(): column.strip() for name, column in pairs}
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Alignment-stage defenses: harden a model before users fine-tune it."""

@@ -1,0 +1,87 @@
+"""Gradients as values: local, in fp32 or better, apart from ``.grad`` until they are added to it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import DataError
+
+
+Gradient = dict[str, torch.Tensor]
+"""Parameter name -> gradient, float32 or float64."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a training updates, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
+    """d loss / d parameters without touching any ``.grad`` and, in a data-parallel run, without any communication.
+
+    Args:
+        loss: A scalar.
+        parameters: Those that the loss does not reach get zeros.
+        retain_graph: Keep the graph for another call.
+
+    Raises:
+        DataError: Loss or gradient is NaN or infinite.
+    """
+    if not torch.isfinite(loss):
+        raise DataError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
+    found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
+    result = {
+        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        if value is None
+        else _precise(value.detach())
+        for (name, parameter), value in zip(parameters.items(), found, strict=True)
+    }
+    if not torch.isfinite(norm(result)):
+        raise DataError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
+    return result
+
+
+def norm(grads: Gradient) -> torch.Tensor:
+    """Euclidean norm over all tensors together, a scalar."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in grads.values()]))
+
+
+def dot(a: Gradient, b: Gradient) -> torch.Tensor:
+    """Inner product over all tensors together, a scalar."""
+    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+
+
+def cosine(a: Gradient, b: Gradient, eps: float = 1e-12) -> torch.Tensor:
+    """Cosine of the angle between two gradients, a scalar in [-1, 1]; 0 where one of them vanishes."""
+    return dot(a, b) / (norm(a) * norm(b)).clamp(min=eps)
+
+
+@torch.no_grad()
+def add_to_grad(parameters: Mapping[str, nn.Parameter], grads: Gradient, scale: float) -> None:
+    """``parameter.grad += scale * gradient``."""
+    for name, value in grads.items():
+        parameter = parameters[name]
+        update = (value * scale).to(parameter.dtype)
+        parameter.grad = update if parameter.grad is None else parameter.grad.add_(update)
+
+
+@contextmanager
+def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: float) -> Iterator[None]:
+    """Moves the weights by ``by * direction`` for the block; they come back bit for bit, by copy, whatever happens."""
+    saved = {name: parameters[name].detach().clone() for name in direction}
+    try:
+        with torch.no_grad():
+            for name, value in direction.items():
+                parameter = parameters[name]
+                parameter.copy_(_precise(saved[name]) + by * value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)

@@ -1,0 +1,140 @@
+"""The stage `align`: train a model on an alignment set with an alignment-stage defense."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import CompatibilityError
+from pharmacist.core.rundir import RunDir
+from pharmacist.training.options import TrainingStageOptions
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.formats import Source
+    from pharmacist.training.strategy import GradientStrategy
+
+STAGE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class AlignOptions(TrainingStageOptions):
+    """Train a model on an alignment set with an alignment-stage defense."""
+
+    data: str
+    """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """How the model is trained."""
+
+    # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 20.0, "per_device_train_batch_size": 10, "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 0.1,
+    }  # fmt: skip
+
+
+@dataclass
+class AlignResult:
+    """An aligned model.
+
+    Attributes:
+        folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
+        metrics: Of the manifest: steps, final loss.
+        seconds: Wall time of the training alone, over all resumes.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    seconds: float
+
+
+def align(options: AlignOptions) -> AlignResult:
+    """Trains a model and writes adapter (or model), log, model card and manifest into the output folder.
+
+    Interrupted, it continues from its last checkpoint.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    from pharmacist.core.progress import console
+    from pharmacist.data.formats import open_source
+    from pharmacist.defenses import DEFENSES
+    from pharmacist.nn.distributed import from_main
+    from pharmacist.nn.models import model_fingerprint
+
+    strategy = DEFENSES.build_from(options.defense)
+    if "align" not in strategy.stages:
+        raise CompatibilityError(f"--defense {options.defense['name']}: is not for alignment but for `attack`")
+    source = open_source(options.data, name="--data")
+    # The defense's options identify a run, whether given or left at their defaults.
+    identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
+    run = RunDir.open(
+        identity, stage="align", version=STAGE_VERSION,
+        inputs={"data": source.fingerprint(), "model": model_fingerprint(options.model)},
+    )  # fmt: skip
+    try:
+        if from_main(run.complete):
+            console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
+        else:
+            _align(source, strategy, options, run)
+        manifest = run.manifest
+        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
+    finally:
+        run.close()
+
+
+def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> None:
+    from pharmacist.core.env import rank
+    from pharmacist.core.progress import console
+    from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.tokenize import encode
+    from pharmacist.nn.models import load_model
+    from pharmacist.training.card import model_card
+    from pharmacist.training.loop import finish_training, prepare_model, train
+
+    with run.phase("read"):
+        records = read_records(
+            source, work_dir=run.work("data", f"rows-{rank()}"), columns=parse_columns(options.columns),
+            on_bad_row=options.on_bad_row,
+        )  # fmt: skip
+    with run.phase("load model"):
+        loaded = load_model(
+            options.model, device=options.device, dtype=options.dtype, template=options.template,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        encoded = encode(
+            records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
+            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"tokens-{rank()}"),
+        )  # fmt: skip
+        model = prepare_model(loaded, options)
+    if encoded.truncated:
+        console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
+    with run.phase("train") as phase:
+        result = train(model, loaded, encoded, strategy, options, run, description=f"align ({options.defense['name']})")
+        phase.tokens = result.tokens
+    counts = {
+        "in": len(records) + len(records.refused), "refused": len(records.refused), "trained": len(encoded),
+        "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,
+        "cut_prompts": len(encoded.cut_prompts),
+    }  # fmt: skip
+    name = options.defense["name"]
+    card = model_card(
+        title=f"{Path(options.model).name} aligned with {name}",
+        what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
+             f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
+        base_model=options.model, tags=[name, "safety-alignment"], adapter=options.tuning == "lora" and not options.merge,
+        facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
+               "defense": name, "steps": result.steps, "seed": options.seed,
+               "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged"},
+        settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
+                  "tuning": options.tuning, "lora": vars(options.lora)},
+        intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
+                     "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
+    )  # fmt: skip
+    finish_training(result, loaded, options, run, card=card, counts=counts)
+    if rank() == 0:
+        where = run.path("adapter" if options.tuning == "lora" else "model")
+        console().print(f"aligned on {len(encoded)} rows, {result.steps} steps: {where}", soft_wrap=True)
+        console().print(f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR", soft_wrap=True)

@@ -1,0 +1,225 @@
+"""The stage `attack`: a user's fine-tuning job with harmful rows in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.rundir import RunDir
+from pharmacist.training.options import TrainingStageOptions
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from pharmacist.data.formats import Source
+    from pharmacist.training.strategy import GradientStrategy
+
+STAGE_VERSION = 1
+NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
+
+
+@dataclass(kw_only=True)
+class AttackOptions(TrainingStageOptions):
+    """Build a poisoned fine-tuning set and fine-tune a model on it, as a user of a fine-tuning service would."""
+
+    task: str
+    """Benign rows of the user's task, in any format that curate reads."""
+    harmful: str
+    """Rows with which the set is poisoned. A preference file gives its rejected side."""
+    poison_ratio: float = 0.1
+    """Share of harmful rows in the set, in [0, 1]."""
+    samples: int = 1000
+    """Rows in the set."""
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """Fine-tuning-stage defense; sft is none."""
+    snapshots: list[int] = field(default_factory=list)
+    """Also save the model after these numbers of steps, in snapshots/step-N."""
+    build_only: bool = False
+    """Write attack_set.jsonl and stop there."""
+
+    # The fine-tuning protocol of the alignment-stage papers.
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 20.0, "per_device_train_batch_size": 10, "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 0.1,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.poison_ratio <= 1:
+            raise ConfigError(f"--poison-ratio {self.poison_ratio}: must lie in [0, 1]")
+        if self.samples < 1:
+            raise ConfigError(f"--samples {self.samples}: must be at least 1")
+        if any(step < 1 for step in self.snapshots):
+            raise ConfigError(f"--snapshots {self.snapshots}: numbers of steps start at 1")
+
+
+@dataclass
+class AttackResult:
+    """An attacked model.
+
+    Attributes:
+        folder: With ``attack_set.jsonl`` and ``adapter/`` or ``model/``; every command takes it as ``--model``.
+        metrics: Of the manifest: steps, final loss.
+        snapshots: Steps -> folder of the model at that point.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    snapshots: dict[int, Path]
+
+
+def attack(options: AttackOptions) -> AttackResult:
+    """Builds the poisoned set, fine-tunes on it, and writes set, adapter (or model), log, card and manifest.
+
+    Interrupted, it continues from its last checkpoint.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    from pharmacist.core.progress import console
+    from pharmacist.data.formats import open_source
+    from pharmacist.defenses import DEFENSES
+    from pharmacist.nn.distributed import from_main
+    from pharmacist.nn.models import model_fingerprint
+
+    strategy = DEFENSES.build_from(options.defense)
+    if "finetune" not in strategy.stages:
+        raise CompatibilityError(f"--defense {options.defense['name']}: is not for fine-tuning but for `align`")
+    sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in ("task", "harmful")}
+    identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
+    run = RunDir.open(
+        identity, stage="attack", version=STAGE_VERSION,
+        inputs={name: source.fingerprint() for name, source in sources.items()}
+        | {"model": model_fingerprint(options.model)},
+    )  # fmt: skip
+    try:
+        if from_main(run.complete):
+            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
+        else:
+            _attack(sources, strategy, options, run)
+        snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
+        return AttackResult(run.root, run.manifest.metrics, {} if options.build_only else snapshots)
+    finally:
+        run.close()
+
+
+def build_attack_set(
+    sources: "Mapping[str, Source]", options: AttackOptions, run: RunDir
+) -> "tuple[datasets.Dataset, dict[str, int]]":  # fmt: skip
+    """The poisoned set and how many rows it was drawn from."""
+    from pharmacist.core.env import rank
+    from pharmacist.data.mixing import mix
+    from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.splits import shared_prompts
+
+    records = {
+        name: read_records(
+            source, work_dir=run.work("data", f"{name}-{rank()}"), columns=parse_columns(options.columns),
+            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+        )
+        for name, source in sources.items()
+    }  # fmt: skip
+    shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
+    task = records["task"].without(shared)
+    rows = mix(
+        task.dataset, records["harmful"].dataset, n=options.samples, poison_ratio=options.poison_ratio,
+        seed=options.seed,
+    )  # fmt: skip
+    harmful = sum(rows["is_harmful"])
+    return rows, {
+        "task_rows": len(records["task"]), "task_rows_left_out": len(shared), "harmful_rows": len(records["harmful"]),
+        "samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful,
+    }  # fmt: skip
+
+
+def _attack(
+    sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AttackOptions, run: RunDir
+) -> None:  # fmt: skip
+    from pharmacist.core.env import rank
+    from pharmacist.core.progress import console
+    from pharmacist.data.templates import save_template
+    from pharmacist.data.tokenize import encode
+    from pharmacist.nn.models import load_model
+    from pharmacist.training.card import model_card
+    from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train
+
+    with run.phase("build"):
+        rows, counts = build_attack_set(sources, options, run)
+        if rank() == 0:
+            _write_set(run.path("attack_set.jsonl"), rows)
+    if options.build_only:
+        if rank() == 0:
+            run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
+            console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
+        return
+    with run.phase("load model"):
+        loaded = load_model(
+            options.model, device=options.device, dtype=options.dtype, template=options.template,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        encoded = encode(
+            rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
+            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"tokens-{rank()}"),
+        )  # fmt: skip
+        model = prepare_model(loaded, options)
+    name = options.defense["name"]
+    card = model_card(
+        title=f"{Path(options.model).name} after a simulated harmful fine-tuning attack",
+        what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
+        base_model=options.model, tags=["harmful-fine-tuning", name],
+        adapter=options.tuning == "lora" and not options.merge,
+        facts={"rows": counts["samples"], "harmful rows": counts["harmful"], "poison ratio": options.poison_ratio,
+               "fine-tuning-stage defense": name, "seed": options.seed},
+        settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
+                  "tuning": options.tuning, "lora": vars(options.lora)},
+        intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
+    )  # fmt: skip
+
+    def snapshot(step: int) -> None:
+        folder = run.path("snapshots", f"step-{step}")
+        save_trained(model, loaded, folder, card)
+        if rank() == 0:
+            save_template(folder, loaded.template)
+
+    with run.phase("train") as phase:
+        result = train(
+            model, loaded, encoded, strategy, options, run, callbacks=[Snapshots(options.snapshots, snapshot)],
+            description="attack" if name == "sft" else f"attack ({name})",
+        )  # fmt: skip
+        phase.tokens = result.tokens
+    late = [step for step in options.snapshots if step > result.steps]
+    if late:
+        raise ConfigError(f"--snapshots {late[0]}: the training has only {result.steps} steps; set --train.max_steps")
+    outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
+    finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
+    if rank() == 0:
+        console().print(
+            f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {result.steps} steps: "
+            f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
+            soft_wrap=True,
+        )
+
+
+def _write_set(path: Path, rows: "datasets.Dataset") -> None:
+    """The set as `align` and `curate` read it back: in one layout, with ``is_harmful`` and each row's source number."""
+    import json
+
+    from pharmacist.core.files import atomic_write
+
+    messages = any(turns is not None for turns in rows["turns"])
+    with_input = not messages and any(rows["input"])
+    with atomic_write(path, "w") as file:
+        for row in rows:
+            own: dict[str, Any] = {"prompt": row["prompt"], "completion": row["completion"]}
+            if messages:
+                turns = json.loads(row["turns"]) if row["turns"] else [{"role": "user", "content": row["prompt"]}]
+                own = {"messages": [*turns, {"role": "assistant", "content": row["completion"]}]}
+            elif with_input:
+                instruction = row["instruction"] if row["input"] else row["prompt"]
+                own = {"instruction": instruction, "input": row["input"] or "", "output": row["completion"]}
+            own |= {"is_harmful": row["is_harmful"], "source_row": row["row"]}
+            file.write(json.dumps(own, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Training: one thin Trainer that runs gradient strategies; transformers and accelerate own the loop."""

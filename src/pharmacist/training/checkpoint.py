@@ -1,0 +1,61 @@
+"""Checkpoints by the clock, complete or not there; the strategy's state beside the Trainer's."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from pharmacist.core.files import write_json
+from pharmacist.nn.distributed import barrier, from_main
+from pharmacist.training.strategy import GradientStrategy, StrategyState
+
+
+_COMPLETE = "strategy.json"
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint every so many seconds, and marks it complete when all of it is on the disk.
+
+    Args:
+        strategy: Its state is saved too.
+        seconds: Between two checkpoints.
+    """
+
+    def __init__(self, strategy: GradientStrategy, seconds: float) -> None:
+        self.strategy, self.seconds = strategy, seconds
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Decides on the first process, for all."""
+        due = from_main(time.monotonic() - self._last >= self.seconds)
+        if due and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Adds the strategy's state; ``strategy.json`` comes last and means complete."""
+        barrier()  # every process has written its part
+        self._last = time.monotonic()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            own = self.strategy.state()
+            save_file({k: v.contiguous() for k, v in own.tensors.items()}, folder / "strategy.safetensors")
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            write_json(folder / _COMPLETE, own.values)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def load_strategy_state(folder: Path) -> StrategyState:
+    """The strategy's part of a checkpoint."""
+    values = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    return StrategyState(load_file(folder / "strategy.safetensors"), values)

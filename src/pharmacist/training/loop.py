@@ -1,0 +1,271 @@
+"""Trains a loaded model on encoded rows with a strategy, resumably, and saves what came out."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from pharmacist.core.env import rank
+from pharmacist.core.errors import ConfigError, NoMatchError
+from pharmacist.core.files import atomic_folder, write_text
+from pharmacist.core.progress import Bar, bar
+from pharmacist.core.rundir import RunDir
+from pharmacist.core.seeding import derive
+from pharmacist.data.templates import save_template
+from pharmacist.data.tokenize import Encoded, collate
+from pharmacist.nn.distributed import barrier
+from pharmacist.nn.models import LoadedModel
+from pharmacist.training.checkpoint import Checkpoints, load_strategy_state, newest_checkpoint
+from pharmacist.training.options import TrainingStageOptions, training_arguments
+from pharmacist.training.strategy import Batch, GradientStrategy
+from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
+
+
+@dataclass
+class TrainResult:
+    """What a training did.
+
+    Attributes:
+        model: The trained model (a PEFT model under LoRA).
+        log: One dict per log line: step, loss, learning rate, gradient norm and the strategy's own metrics.
+        steps: Optimizer steps in all.
+        tokens: Tokens that the main pass read, padding not counted.
+        found: What the strategy found to act on.
+    """
+
+    model: nn.Module
+    log: list[dict[str, Any]]
+    steps: int
+    tokens: int
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    def __init__(self, encoded: Encoded) -> None:
+        self.encoded = encoded
+        self.numbers = encoded.dataset["row"]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {
+            "input_ids": self.encoded.token_ids([position])[0],
+            "n_prompt": int(self.encoded.prompt_lengths[position]), "row": self.numbers[position],
+        }  # fmt: skip
+
+
+class _Collator:
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return collate(items, self.pad_token_id) | {"row": torch.tensor([item["row"] for item in items])}
+
+
+def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
+    """Makes a model trainable: a fresh LoRA adapter on frozen weights, or all weights.
+
+    Args:
+        loaded: The model; its weights are shared with the result.
+        options: Tuning, adapter and seed.
+
+    Raises:
+        NoMatchError: No module has one of the wanted names.
+    """
+    model: nn.Module = loaded.model
+    if options.tuning == "full":
+        return model.float().requires_grad_(True)
+    lora = options.lora
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=lora.target_modules or "all-linear",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(options.seed, "lora", "init"))
+        try:
+            model = get_peft_model(loaded.model, config)
+        except ValueError as error:
+            if "target modules" not in str(error).lower():
+                raise
+            wanted = ", ".join(lora.target_modules or ["all linear layers"])
+            raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
+    # An adapter finds its base again by this name, from whatever folder it is loaded.
+    base = Path(options.model)
+    model.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.is_dir() else options.model  # type: ignore[index, union-attr]
+    return model
+
+
+def train(
+    model: nn.Module,
+    loaded: LoadedModel,
+    encoded: Encoded,
+    strategy: GradientStrategy,
+    options: TrainingStageOptions,
+    run: RunDir,
+    *,
+    streams: Mapping[str, Iterator[Batch]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    description: str = "train",
+) -> TrainResult:
+    """Trains; an interrupted call continues from its last checkpoint to the same weights, bit for bit on a CPU.
+
+    Args:
+        model: From `prepare_model`.
+        loaded: Where it came from.
+        encoded: The rows.
+        strategy: The method.
+        options: The stage's.
+        run: Its folder; checkpoints go to ``work/train``.
+        streams: Side batches for the strategy.
+        callbacks: Further ones for the Trainer.
+        description: For the progress bar.
+
+    Raises:
+        DataError: Loss or gradient is not finite.
+        ConfigError, CompatibilityError: Settings that cannot be.
+    """
+    seed = derive(options.seed, "train") % 2**31
+    folder = run.work("train", "checkpoints")
+    dtype = torch.bfloat16 if loaded.model.dtype == torch.bfloat16 or _wants_bf16(options, loaded) else torch.float32
+    arguments = training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed)
+    found = strategy.setup(model, derive(options.seed, "strategy"))
+    progress = _Progress(description)
+    trainer = StrategyTrainer(
+        model=model, args=arguments, train_dataset=_Rows(encoded), compute_loss_func=token_mean_loss,
+        data_collator=_Collator(loaded.tokenizer.pad_token_id), strategy=strategy, streams=streams,
+        callbacks=[Checkpoints(strategy, options.checkpoint_seconds), progress, *callbacks],
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        strategy.load_state(load_strategy_state(checkpoint))
+    try:
+        with progress.shown():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except ValueError as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        strategy.close()
+    steps = int(trainer.state.global_step)
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
+
+
+def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:
+    # Full tuning keeps its weights in float32; the passes run in the number format that was asked for.
+    return options.dtype == "bfloat16" or (options.dtype == "auto" and loaded.device.type == "cuda")
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Our bar in place of the library's."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._bar: Bar | None = None
+        self._stack: list[Any] = []
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            while self._stack:
+                self._stack.pop().__exit__(None, None, None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shown = bar(self.description, state.max_steps)
+        self._bar = shown.__enter__()
+        self._stack.append(shown)
+        self._bar.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.advance()
+
+
+class Snapshots(TrainerCallback):  # type: ignore[misc]
+    """Saves the model after given numbers of steps, for curves over an attack.
+
+    Args:
+        steps: After these.
+        save: step -> None.
+    """
+
+    def __init__(self, steps: Sequence[int], save: Any) -> None:
+        self.steps, self.save = frozenset(steps), save
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps:
+            self.save(state.global_step)
+
+
+def save_trained(model: nn.Module, loaded: LoadedModel, root: Path, card: str, *, merge: bool = False) -> list[str]:
+    """Writes ``adapter/`` (or, after full tuning, ``model/``), each whole or not at all, with template and card.
+
+    Args:
+        model: The trained model.
+        loaded: For tokenizer and template.
+        root: Where the folder is made.
+        card: Text of its README.md.
+        merge: Also write ``model/`` with the adapter merged into the weights.
+
+    Returns:
+        Names of the folders.
+    """
+    if rank() != 0:
+        return []
+    is_adapter = hasattr(model, "peft_config")
+    written = []
+    if is_adapter:
+        with atomic_folder(root / "adapter") as folder:
+            model.save_pretrained(folder)
+            write_text(folder / "README.md", card)
+            save_template(folder, loaded.template)
+        written.append("adapter")
+    if merge or not is_adapter:
+        with atomic_folder(root / "model") as folder:
+            whole = model.merge_and_unload() if is_adapter else model
+            whole.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            write_text(folder / "README.md", card)
+            save_template(folder, loaded.template)
+        written.append("model")
+    return written
+
+
+def finish_training(
+    result: TrainResult,
+    loaded: LoadedModel,
+    options: TrainingStageOptions,
+    run: RunDir,
+    *,
+    card: str,
+    outputs: Sequence[str] = (),
+    counts: Mapping[str, int] | None = None,
+) -> None:
+    """Writes weights, ``log.jsonl``, model card and manifest of a training stage."""
+    barrier()
+    if rank() == 0:
+        folders = save_trained(result.model, loaded, run.root, card, merge=options.merge)
+        write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
+        write_text(run.path("README.md"), card)
+        save_template(run.root, loaded.template)
+        run.finish(
+            outputs=[*folders, "log.jsonl", "README.md", *outputs], counts=counts, device=str(loaded.device),
+            metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},
+            extra={
+                "train": options.effective_train, "lora": asdict(options.lora), "template": loaded.template.to_json(),
+                "strategy": result.found,
+            },
+        )  # fmt: skip
+    barrier()

@@ -1,0 +1,162 @@
+"""Options of every training stage, and how they become transformers and PEFT objects."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.registry import closest
+from pharmacist.core.rundir import RunOptions
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+
+@dataclass
+class LoraOptions:
+    """Shape of the LoRA adapter that is trained."""
+
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | None = None
+    """Modules by the end of their names (q_proj v_proj); all linear layers but the output head by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"lora.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+
+
+@dataclass(kw_only=True)
+class TrainingStageOptions(RunOptions):
+    """What `align` and `attack` have in common."""
+
+    model: str
+    """Model to train: local folder, the folder of an earlier stage, or a hub id."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter on the frozen model, or all its weights."""
+    merge: bool = False
+    """Also write model/: the whole model with the adapter merged into it."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """The adapter."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' TrainingArguments, as --train.max_steps 20; the stage's own defaults are in its docs."""
+    columns: str | None = None
+    """Other column names, as prompt=question,completion=answer."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """skip: leave unreadable rows out, and count them."""
+    on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
+    """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
+    max_length: int = 0
+    """Longest row in tokens; 0 means the model's own limit."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """The stage's own defaults for `train`."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 0:
+            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
+        self.train = check_train_options(self.train)
+
+    @property
+    def effective_train(self) -> dict[str, Any]:
+        """`train` over the stage's defaults."""
+        return {**self.TRAIN_DEFAULTS, **self.train}
+
+
+_OURS = {
+    "output_dir": "--output-dir", "seed": "--seed", "data_seed": "--seed", "resume_from_checkpoint": "nothing: resuming is automatic",
+    "use_cpu": "--device", "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16 (gradients must not be scaled)",
+    "remove_unused_columns": "nothing", "label_names": "nothing", "disable_tqdm": "--quiet", "do_train": "nothing",
+    "push_to_hub": "the hub's own tools on the finished folder", "load_best_model_at_end": "nothing: there is no evaluation",
+    "eval_strategy": "pharmacist evaluate", "do_eval": "pharmacist evaluate", "do_predict": "pharmacist evaluate",
+    "save_strategy": "--checkpoint-seconds", "save_steps": "--checkpoint-seconds", "save_total_limit": "--checkpoint-seconds",
+    "save_only_model": "--checkpoint-seconds", "deepspeed": "accelerate launch with DDP (DeepSpeed owns the gradients)",
+    "label_smoothing_factor": "nothing: the loss is the cross-entropy", "auto_find_batch_size": "a fixed batch size",
+}  # fmt: skip
+_REMOVED = {
+    "warmup_ratio": "give warmup_steps below 1, which is the ratio",
+    "evaluation_strategy": "use pharmacist evaluate", "overwrite_output_dir": "use --overwrite",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR", "no_cuda": "use --device cpu",
+    "save_safetensors": "weights are always saved as safetensors", "group_by_length": "give train_sampling_strategy: group_by_length",
+}  # fmt: skip
+
+
+def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks names and types against `transformers.TrainingArguments`.
+
+    Returns:
+        The options with values of their fields' types.
+
+    Raises:
+        ConfigError: An unknown name, one that another option of ours decides, or a value of another type.
+    """
+    if not given:
+        return {}
+    from pydantic import TypeAdapter, ValidationError
+    from transformers import TrainingArguments
+
+    fields = {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    hints = typing.get_type_hints(TrainingArguments)
+    checked = {}
+    for name, value in given.items():
+        if name in _OURS:
+            raise ConfigError(f"train.{name}: is not for you to set here; use {_OURS[name]}")
+        if name in _REMOVED:
+            raise ConfigError(f"train.{name}: transformers no longer has it; {_REMOVED[name]}")
+        if name not in fields:
+            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, fields)}")
+        try:
+            checked[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"train.{name}: {value!r} does not fit ({error.errors()[0]['msg']})") from error
+        except Exception:  # a type that pydantic has no schema for: TrainingArguments checks it itself
+            checked[name] = value
+    return checked
+
+
+def training_arguments(
+    options: TrainingStageOptions, *, folder: str, device: "torch.device", dtype: "torch.dtype", seed: int
+) -> "TrainingArguments":
+    """The `TrainingArguments` of a stage.
+
+    Args:
+        options: The stage's.
+        folder: For checkpoints.
+        device: Where the model is.
+        dtype: Of the passes.
+        seed: Of dropout and data order.
+
+    Raises:
+        ConfigError: A combination that transformers refuses.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    values: dict[str, Any] = {
+        "logging_steps": 10, "report_to": "none", "dataloader_pin_memory": device.type == "cuda", **options.effective_train,
+    }  # fmt: skip
+    if values.get("gradient_checkpointing"):
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    try:
+        return TrainingArguments(
+            output_dir=folder, seed=seed, data_seed=seed, use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16,
+            remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, save_strategy="no",
+            save_total_limit=2, logging_nan_inf_filter=False, **values,
+        )  # fmt: skip
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())}") from error

@@ -1,0 +1,147 @@
+"""Gradient strategies: what a defense adds to plain supervised fine-tuning, apart from any training loop.
+
+A strategy sees a step through a `StepContext`; the Trainer (or a test with a hand-written model) calls its hooks:
+
+1. `begin_update` once per optimizer step,
+2. `auxiliary` per micro-batch: a further gradient, computed at restored weights and isolated from ``.grad``,
+3. `around`: active during forward and backward of the main pass,
+4. `objective`: the main loss with whatever is added to it,
+5. `after_backward`: for gradients that must not be applied.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from pharmacist.nn.grads import Gradient, gradient, trainable
+from pharmacist.nn.losses import batch_loss
+
+
+Batch = Mapping[str, torch.Tensor]
+"""``input_ids``, ``attention_mask`` and ``labels``, each of shape [rows, length]."""
+
+
+@dataclass
+class StrategyState:
+    """What must survive a checkpoint: tensors (safetensors) and plain values (JSON)."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StepContext:
+    """Everything that a strategy may touch during a micro-batch.
+
+    Attributes:
+        model: The model itself, never its data-parallel wrapper.
+        batch: The main batch.
+        update: Optimizer steps done before this one.
+        micro: Number of the micro-batch within its update.
+        scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
+        forward: Batch -> model output, under the training's autocast.
+        streams: Name -> endless iterator of side batches.
+        metrics: Filled by `log`.
+    """
+
+    model: nn.Module
+    batch: Batch
+    update: int = 0
+    micro: int = 0
+    scale: float = 1.0
+    forward: Callable[[Batch], Any] | None = None
+    streams: Mapping[str, Iterator[Batch]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name."""
+        return trainable(self.model)
+
+    def next(self, stream: str) -> Batch:
+        """The next batch of a side stream."""
+        return next(self.streams[stream])
+
+    def output(self, batch: Batch) -> Any:
+        """A plain forward pass."""
+        if self.forward is not None:
+            return self.forward(batch)
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def ce(self, batch: Batch) -> torch.Tensor:
+        """Mean cross-entropy over the target tokens of a batch, a scalar."""
+        return batch_loss(self.output(batch).logits, batch["labels"])
+
+    def grads(self, loss: torch.Tensor, *, retain_graph: bool = False) -> Gradient:
+        """Gradient of a loss with respect to the trainable parameters; see `nn.grads.gradient`."""
+        return gradient(loss, self.parameters, retain_graph=retain_graph)
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Metrics of this step; the Trainer averages them between two log lines."""
+        self.metrics |= {name: float(value) for name, value in values.items()}
+
+
+class GradientStrategy:
+    """A training-time defense. Every hook does nothing unless it is overridden.
+
+    Attributes:
+        Config: Dataclass of its options.
+        stages: Where it can be used: ``align``, ``finetune``.
+        streams: Side streams that it draws from, such as ``harmful``.
+        paper: Source, for docs and model cards.
+    """
+
+    Config: ClassVar[type[Any]]
+    stages: ClassVar[frozenset[str]] = frozenset({"align"})
+    streams: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Looks at the model once before training.
+
+        Args:
+            model: With its trainable parameters chosen.
+            seed: For the strategy's own random streams.
+
+        Returns:
+            What it found to act on (JSON), for the manifest.
+
+        Raises:
+            NoMatchError: Nothing to act on.
+        """
+        return {}
+
+    def begin_update(self, update: int) -> None:
+        """Called before the first micro-batch of each optimizer step."""
+
+    def auxiliary(self, step: StepContext) -> Gradient | None:
+        """A gradient to add to the main one; weights, mode and random state are as before when it returns."""
+        return None
+
+    def around(self, step: StepContext) -> AbstractContextManager[Any]:
+        """A block around forward and backward of the main pass."""
+        return nullcontext()
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The main loss as it is differentiated."""
+        return loss
+
+    def after_backward(self, step: StepContext) -> None:
+        """Called when the main gradient is in ``.grad``."""
+
+    def state(self) -> StrategyState:
+        """What to checkpoint."""
+        return StrategyState()
+
+    def load_state(self, state: StrategyState) -> None:
+        """Continues from a checkpoint."""
+
+    def close(self) -> None:
+        """Called once after training, also after an exception."""

@@ -1,0 +1,134 @@
+"""The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.nn.grads import add_to_grad
+from pharmacist.nn.losses import batch_loss
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+
+
+def token_mean_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:  # fmt: skip
+    """Cross-entropy summed over a micro-batch's target tokens, divided by those of the whole accumulated batch.
+
+    So k accumulated micro-batches give the gradient of one batch k times as large.
+
+    Args:
+        outputs: With ``logits`` of shape [rows, length, vocabulary].
+        labels: Shape [rows, length]; -100 where there is no target.
+        num_items_in_batch: Target tokens of all micro-batches of all processes.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    return batch_loss(logits, labels, num_items_in_batch)
+
+
+class StrategyMixin:
+    """Makes a `transformers.Trainer` (or a subclass such as TRL's) run a `GradientStrategy`.
+
+    Order of a micro-batch: auxiliary passes first, on the bare model and without communication; then the main pass,
+    whose backward is the only one that synchronises a data-parallel run and carries the auxiliary gradient along.
+
+    Args:
+        strategy: The method.
+        streams: Name -> endless iterator of side batches.
+        **kwargs: Of the Trainer.
+
+    Raises:
+        CompatibilityError: Settings under which gradients are not the strategy's to see.
+    """
+
+    def __init__(
+        self, *args: Any, strategy: GradientStrategy, streams: Mapping[str, Iterator[Batch]] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.strategy, self.streams = strategy, dict(streams or {})
+        self._step: StepContext | None = None
+        self._update, self._micro = -1, 0
+        self._sums: dict[str, list[float]] = {}
+        name = type(strategy).__name__
+        for missing in set(strategy.streams) - self.streams.keys():
+            raise CompatibilityError(f"{name} draws from the stream '{missing}'; give --{missing} FILE")
+        trainer: Any = self
+        if trainer.args.n_gpu > 1:
+            raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
+        trainer.add_callback(_FiniteGradients())
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch: auxiliary gradient, main pass inside `around`, `after_backward`."""
+        trainer: Any = self
+        update = int(trainer.state.global_step)
+        self._micro = self._micro + 1 if update == self._update else 0
+        self._update = update
+        rows = inputs.pop("row", None)
+        inputs = trainer._prepare_inputs(inputs)
+        model.train()
+        step = StepContext(
+            model=trainer.model, batch=inputs, update=update, micro=self._micro,
+            scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
+        )  # fmt: skip
+        self._step, self._rows = step, rows
+        if self._micro == 0:
+            self.strategy.begin_update(update)
+        extra = self.strategy.auxiliary(step)
+        if extra is not None:
+            add_to_grad(step.parameters, extra, step.scale)
+        with self.strategy.around(step):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.strategy.after_backward(step)
+        for key, value in step.metrics.items():
+            self._sums.setdefault(key, []).append(value)
+        return loss
+
+    def _forward(self, batch: Batch) -> Any:
+        trainer: Any = self
+        with trainer.accelerator.autocast():
+            return trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The stock loss, then the strategy's objective; a loss that is not finite stops the training."""
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self._step is not None:
+            loss = self.strategy.objective(self._step, loss, outputs)
+            if not torch.isfinite(loss):
+                rows = "" if self._rows is None else f" (rows {', '.join(str(int(row)) for row in self._rows)})"
+                raise DataError(
+                    f"the loss is {loss.item()} at step {self._update + 1}{rows}; nothing was updated with it: "
+                    "look at these rows, or lower train.learning_rate or the method's strength"
+                )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the strategy's metrics, averaged since the last log line."""
+        if "loss" in logs:
+            logs = {**logs, **{key: sum(values) / len(values) for key, values in self._sums.items()}}
+            self._sums = {}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class StrategyTrainer(StrategyMixin, Trainer):
+    """`transformers.Trainer` with a gradient strategy; with `SFT` it is the stock Trainer."""
+
+
+class _FiniteGradients(TrainerCallback):  # type: ignore[misc]
+    """Stops before an update whose gradient is not finite."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            raise DataError(
+                f"the gradient is not finite at step {state.global_step + 1}; the weights were not touched: "
+                "lower train.learning_rate or the method's strength"
+            )
