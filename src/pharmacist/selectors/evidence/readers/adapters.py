@@ -69,7 +69,7 @@ def adapter_losses(bank: AdapterBank, names: Sequence[str], batch: Batch) -> dic
 
 
 def energy_log_posterior(losses: dict[str, FloatArray]) -> FloatArray:
-    """The log-softmax over k of e_ik = -( w_p sqrt(n_p) l^prompt_ik + sqrt(n_c) l^completion_ik ), shape [rows, classes].
+    """Log-softmax over k of e_ik = -( w_p sqrt(n_p) l^prompt_ik + sqrt(n_c) l^completion_ik ), shape [rows, classes].
 
     sqrt(n) lies between the mean per token (too timid on long rows) and the likelihood ratio (too sure of itself).
     """
