@@ -257,7 +257,7 @@ def collate(
     attention_mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
     for i, item in enumerate(items):
-        ids = torch.as_tensor(item["input_ids"], dtype=torch.long)
+        ids = torch.from_numpy(np.array(item["input_ids"], dtype=np.int64))  # a copy: the original is a read-only map
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
         labels[i, item["n_prompt"] : len(ids)] = ids[item["n_prompt"] :]

@@ -228,7 +228,7 @@ def save_trained(model: nn.Module, loaded: LoadedModel, root: Path, card: str, *
     written = []
     if is_adapter:
         with atomic_folder(root / "adapter") as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_embedding_layers=False)
             write_text(folder / "README.md", card)
             save_template(folder, loaded.template)
         written.append("adapter")
