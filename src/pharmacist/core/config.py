@@ -8,19 +8,22 @@ follow as ``--selector.gamma 0.5``.
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.registry import Registry, closest
+from pharmacist.core.registry import Registry
 
 
 T = TypeVar("T")
@@ -35,7 +38,8 @@ def method(default: str, registry: str) -> Any:
         default: The method used where none is named.
         registry: ``"module:NAME"`` of its `Registry`, imported only when needed.
     """
-    return dataclasses.field(default_factory=lambda: {"name": default}, metadata={"registry": registry})
+    metadata = {"registry": registry, "default": default}
+    return dataclasses.field(default_factory=lambda: {"name": default}, metadata=metadata)
 
 
 def _registry(field: "dataclasses.Field[Any]") -> Registry[Any]:
@@ -56,48 +60,97 @@ def _methods(options: type[Any]) -> dict[str, "dataclasses.Field[Any]"]:
     return {field.name: field for field in dataclasses.fields(options) if "registry" in field.metadata}
 
 
+def _described(hint: Any) -> str:
+    """A type as messages name it."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in {Union, UnionType}:
+        return " or ".join(_described(kind) for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) in {list, tuple}:
+        return "a list, written [a, b]"
+    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return known.get(hint, "of another type")
+
+
+def _nearest(name: str, known: Iterable[str], prog: str) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{match[0]}'?" if match else f"see {prog} --help"
+
+
 class _Parser(ArgumentParser):
     """Raises one-line `ConfigError`s instead of printing usage and exiting."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ConfigError(self._one_line(message))
+    hints: Mapping[str, Any]
+    """Option (dotted, with underscores) -> its type."""
 
-    def _one_line(self, message: str) -> str:
-        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        match = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
-        if match:
-            option = match[1].split("=")[0]
-            return f"unknown option '{option}'{closest(option, known) if option.startswith('-') else ''}"
-        match = re.search(r"[Kk]ey \"?'?([\w.]+)\"?'? is not expected", message)
-        if match:
-            names = [option.lstrip("-").replace("-", "_") for option in known]
-            return f"unknown key '{match[1]}'{closest(match[1], names)}"
-        return " ".join(message.split())
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ConfigError(self.one_line(message))
+
+    def one_line(self, message: str) -> str:
+        """What is wrong, in our words."""
+        message = " ".join(message.split())
+        if match := re.search(r"[Uu]nrecognized arguments: ([^\s=]+)", message):
+            if not match[1].startswith("-"):
+                return f"'{match[1]}' belongs to no option; quote values that hold spaces"
+            known = [flag(name).lstrip("-") for name in self.hints]
+            return f"unknown option '{match[1]}'; " + _nearest(match[1].lstrip("-"), known, self.prog).replace(
+                "did you mean '", "did you mean '--"
+            )  # fmt: skip
+        if match := re.search(r"arguments are required: (.*)", message):
+            missing = " and ".join(flag(name) for name in match[1].split(", "))
+            return f"{missing} must be given; see {self.prog} --help"
+        if match := re.search(r"argument (--\S+): expected one argument", message):
+            return f"{flag(match[1].lstrip('-').removesuffix('.name'))} needs a value"
+        if match := re.search(r"key \"([\w.]+)\":.* value: (.*)", message):
+            return f"{flag(match[1])} {match[2]}: must be {_described(self.hints.get(match[1]))}"
+        return message
+
+
+def flag(name: str) -> str:
+    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
+    head, dot, rest = name.partition(".")
+    return f"--{head.replace('_', '-')}{dot}{rest}"
 
 
 def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, description: str, example: str) -> _Parser:
     parser = _Parser(
-        prog=prog, description=description, epilog=f"example: {example}", exit_on_error=False, add_help=True
+        prog=prog, description=description, epilog=f"example: {example}", exit_on_error=False, add_help=True,
+        allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
     hints, docs = get_type_hints(options), _docs(options)
+    known: dict[str, Any] = {"config": str}
     for field in dataclasses.fields(options):
-        flag, doc = "--" + field.name.replace("_", "-"), docs.get(field.name)
+        doc = docs.get(field.name)
+        own = None
         if field.name in chosen:
             names = ", ".join(_registry(field).names())
+            own = _registry(field).config_type(chosen[field.name])
             parser.add_argument(f"--{field.name}.name", default=chosen[field.name], help=f"{doc} One of: {names}.")
-            parser.add_class_arguments(_registry(field).config_type(chosen[field.name]), field.name)
+            known |= {field.name: str, f"{field.name}.name": str}
         elif dataclasses.is_dataclass(hints[field.name]):
-            parser.add_class_arguments(hints[field.name], field.name, help=doc)
-        elif field.default is False:
-            parser.add_argument(flag, action="store_true", help=doc)
+            own = hints[field.name]
+        elif hints[field.name] is bool:
+            parser.add_argument(
+                flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=doc
+            )  # fmt: skip
+            known[field.name] = bool
         else:
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             required = default is dataclasses.MISSING
             parser.add_argument(
-                flag, type=hints[field.name], help=doc, required=required, default=None if required else default
+                flag(field.name), type=hints[field.name], help=doc, required=required,
+                default=None if required else default,
             )  # fmt: skip
+            known[field.name] = hints[field.name]
+        if own is not None:
+            parser.add_class_arguments(own, field.name, help=doc)
+            known |= {f"{field.name}.{name}": hint for name, hint in get_type_hints(own).items()}
+            for action in parser._actions:
+                if action.dest == field.name:  # jsonargparse's own way to give a group as a file; `--config` does that
+                    action.help = argparse.SUPPRESS
+    parser.hints = known
     return parser
 
 
@@ -133,43 +186,28 @@ def parse(
         ConfigError: Unknown or ill-typed options, unknown keys in the file, required ones missing.
         SystemExit: ``--help``.
     """
-    methods = _methods(options)
-    words, config = [], {}
-    chosen = {name: str(field.default_factory()["name"]) for name, field in methods.items()}  # type: ignore[misc]
-    arguments = list(arguments)
+    methods, hints = _methods(options), get_type_hints(options)
+    words, path, named = _normalised(options, methods, arguments)
+    config: dict[str, Any] = {} if path is None else _read_yaml(path)
+    chosen = {name: str(field.metadata["default"]) for name, field in methods.items()}
     # Method names must be known before the parser can be made, since they decide which options there are.
-    for position, word in enumerate(arguments):
-        name, value = _split_option(word)
-        following = arguments[position + 1] if position + 1 < len(arguments) else None
-        if name == "--config":
-            path = value if value is not None else following
-            if path is None:
-                raise ConfigError("--config needs the path of a YAML file")
-            config = _read_yaml(path)
-        if name.startswith("--"):
-            # Underscores are accepted for hyphens, so that YAML keys and Python names work as options too.
-            head, dot, rest = name[2:].partition(".")
-            name = f"--{head if dot else head.replace('_', '-')}{dot}{rest}"
-            name += ".name" if name[2:] in methods else ""
-        words.append(name if value is None else f"{name}={value}")
     for name in methods:
-        if isinstance(config.get(name), str):
-            config[name] = {"name": config[name]}
-        chosen[name] = (config.get(name) or {}).get("name", chosen[name])
-        for position, word in enumerate(words):
-            option, value = _split_option(word)
-            if option == f"--{name}.name":
-                chosen[name] = value if value is not None else (words[position + 1 : position + 2] or [""])[0]
+        choice = config.pop(name, None)
+        if choice is not None:
+            choice = {"name": choice} if isinstance(choice, str) else choice
+            if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
+                raise ConfigError(f"--config {path}: '{name}' needs the name of a method, or name and options of one")
+            chosen[name] = choice.get("name", chosen[name])
+        if named.get(name, chosen[name]) != chosen[name]:
+            choice = None  # another method on the line: the file's options are not its own
+        chosen[name] = named.get(name, chosen[name])
+        config |= {name: choice} if choice is not None else {}
     parser = _parser(options, chosen, prog, inspect.getdoc(options) or "", example)
+    before = _config_words(parser, config, str(path))
     try:
-        if config:
-            parser.set_defaults(_flatten(parser, config))
-        parsed = parser.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise ConfigError(parser._one_line(str(error))) from error
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(parser._one_line(str(error))) from error
-    hints = get_type_hints(options)
+        parsed = parser.parse_args(before + words)
+    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(parser.one_line(str(error))) from error
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = parsed[field.name]
@@ -181,17 +219,55 @@ def parse(
     return options(**values)
 
 
-def _flatten(parser: _Parser, config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a nested configuration as far down as the parser has options."""
-    known = {action.dest for action in parser._actions}
-    flat: dict[str, Any] = {}
+def _normalised(
+    options: type[Any], methods: Mapping[str, Any], arguments: Sequence[str]
+) -> tuple[list[str], str | None, dict[str, str]]:
+    """The words as the parser wants them, the path of the YAML file, and the methods named on the line."""
+    hints = get_type_hints(options)
+    words: list[str] = []
+    path, named = None, {}
+    for position, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            # Underscores are accepted for hyphens, so that YAML keys and Python names work as options too.
+            field = name[2:].replace("-", "_") if "." not in name else name[2:]
+            following = value if equals else "".join(arguments[position + 1 : position + 2])
+            if field == "config":
+                if not following:
+                    raise ConfigError("--config needs the path of a YAML file")
+                path = following
+            elif field.removesuffix(".name") in methods:
+                field = field.removesuffix(".name")
+                named[field] = following
+                field += ".name"
+            elif dataclasses.is_dataclass(hints.get(field)):
+                first = dataclasses.fields(hints[field])[0].name
+                raise ConfigError(f"{name} has options of its own, such as {name}.{first}")
+            name = flag(field)
+        words.append(f"{name}{equals}{value}")
+    return words, path, named
+
+
+def _config_words(parser: _Parser, config: Mapping[str, Any], path: str, prefix: str = "") -> list[str]:
+    """The file's content as words that come before those of the line, so that both are checked alike."""
+    words: list[str] = []
     for key, value in config.items():
-        dotted = prefix + str(key)
-        inner = any(name.startswith(dotted + ".") for name in known)
-        if isinstance(value, Mapping) and inner:
-            flat |= _flatten(parser, value, dotted + ".")
-        elif dotted in known and dotted != "config":
-            flat[dotted] = value
-        else:
-            raise ConfigError(f"unknown key '{dotted}' in the --config file{closest(dotted, known)}")
-    return flat
+        name = prefix + str(key).replace("-", "_")
+        if any(known.startswith(name + ".") for known in parser.hints):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"--config {path}: key '{name}' needs keys and values of its own")
+            words += _config_words(parser, value, path, name + ".")
+        elif name not in parser.hints or name == "config":
+            known = sorted(set(parser.hints) - {"config"})
+            raise ConfigError(f"--config {path}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
+        elif parser.hints[name] is bool and not prefix:
+            if not isinstance(value, bool):
+                raise ConfigError(f"--config {path}: {name} {value}: must be true or false")
+            words.append(flag(name if value else "no_" + name))
+        elif isinstance(value, str):
+            # Numbers such as 5e-4, which YAML takes for text, are left to the parser, which knows the type.
+            words.append(f"{flag(name)}={value}")
+        elif value is not None:  # null: not given
+            text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
+            words.append(f"{flag(name)}={text.removesuffix('...' + chr(10)).strip()}")
+    return words

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers that mean: no room for what was to be written."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -28,7 +33,7 @@ def commit_file(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path` for libraries that want a file name; renames it when the block succeeds."""
+    """Yields a temporary path beside `path` for libraries that want a file name; renamed when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -69,7 +74,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         mode: ``"wb"`` or ``"w"`` (UTF-8).
     """
     with atomic_path(path) as temporary:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
             yield file
 
 

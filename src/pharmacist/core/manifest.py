@@ -58,7 +58,7 @@ def read_manifest(folder: str | Path) -> RunManifest:
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise DataError(f"{folder}: no manifest.json, so this is not the folder of a run; give the --output-dir of one")
+        raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
     try:
         manifest = RunManifest.model_validate(read_json(path))
     except (ValidationError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Progress bars and console on standard error (rich); one switch makes both silent."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol, TypeVar
@@ -103,7 +103,7 @@ def bar(description: str, total: float | None = None) -> Iterator[Bar]:
 
 def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
     """Yields from `iterable` under a progress bar."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with bar(description, total) as handle:
         for item in iterable:

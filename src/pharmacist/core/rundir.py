@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from pharmacist.core.env import rank, versions
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.files import read_json, write_json
+from pharmacist.core.files import FULL_DISK, read_json, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import Phase, RunManifest, read_manifest
 
@@ -67,7 +67,11 @@ class RunDir:
         root = Path(options.output_dir)
         config = {field.name: getattr(options, field.name) for field in fields(options)}
         config = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
-        relevant = {name: value for name, value in config.items() if name not in _NOT_IN_KEY}
+        # Of an input its content counts, not the path that led to it.
+        relevant = {
+            name: value for name, value in config.items()
+            if name not in _NOT_IN_KEY and not (name in inputs and isinstance(value, str))
+        }  # fmt: skip
         key = sha256_json({"stage": stage, "version": version, "config": relevant, "inputs": dict(inputs)})
         manifest = RunManifest(
             stage=stage, status="started", key=key, config=config, inputs=dict(inputs), versions=versions(),
@@ -77,27 +81,30 @@ class RunDir:
             return cls(root, manifest, None)
         if root.exists() and not root.is_dir():
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
+
+        def previous() -> RunManifest | None:
+            return _previous(root, key, stage, relevant, inputs)
+
+        # A folder that is not this run's is not touched, not even by a lock.
+        if root.is_dir() and options.overwrite:
+            _check_overwritable(root)
+        elif root.is_dir():
+            found = previous()
+            if found is not None and found.status == "success":
+                return cls(root, found, None)
+        lock = _lock(root)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-        except (PermissionError, NotADirectoryError) as error:
-            raise ConfigError(f"{root}: cannot be made ({error.strerror}); choose another --output-dir") from error
-        if options.overwrite:
-            _clear(root)
-        previous = _previous(root, key, stage, relevant, inputs)
-        if previous is not None:
-            manifest = previous
-        (root / "work").mkdir(exist_ok=True)
-        lock = (root / "work" / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{root}: another process is working in this folder; wait for it or choose another") from error
-        run = cls(root, manifest, lock)
-        if run.complete:
-            run.close()
-        elif previous is None:
-            manifest.write(root)
-        return run
+            if options.overwrite:
+                _clear(root)
+            found = previous()
+            if found is None:
+                manifest.write(root)
+        except BaseException:
+            lock.close()
+            raise
+        for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        return cls(root, found or manifest, lock)
 
     @property
     def complete(self) -> bool:
@@ -166,6 +173,14 @@ class RunDir:
             self.close()
         return manifest
 
+    def discard(self) -> None:
+        """Forgets a run without results, so that the folder is free for one with mended input."""
+        if self._lock is not None and {path.name for path in self.root.iterdir()} <= {"manifest.json", "work"}:
+            (self.root / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(self.root / "work", ignore_errors=True)
+            self._lock.close()
+            self._lock = None
+
     def close(self) -> None:
         """Releases the folder; partial state stays unless the run is complete."""
         if self._lock is not None:
@@ -175,14 +190,42 @@ class RunDir:
             self._lock = None
 
 
+def _lock(root: Path) -> IO[str]:
+    try:
+        (root / "work").mkdir(parents=True, exist_ok=True)
+        lock = (root / "work" / "lock").open("w")
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise ConfigError(f"{root}: cannot be written ({error.strerror}); choose another --output-dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ConfigError(
+            f"{root}: another process is working in this folder; wait for it or choose another --output-dir"
+        ) from error
+    except OSError:
+        pass  # a file system without locks, such as Lustre mounted without flock: the user must see to it
+    return lock
+
+
+def _ours(root: Path) -> bool:
+    """Whether a run, or the very beginning of one, lies in the folder, or nothing at all."""
+    if (root / "manifest.json").is_file():
+        return True
+    # A run killed before its first manifest leaves at most a work folder with a lock.
+    names = {path.name for path in root.iterdir() if not path.name.startswith(".manifest.json.")}
+    return names <= {"work"} and {path.name for path in root.glob("work/*")} <= {"lock"}
+
+
 def _previous(
     root: Path, key: str, stage: str, relevant: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> RunManifest | None:
     """The manifest of the run that lies in `root` if it is this one; raises if it is another."""
+    if not _ours(root):
+        raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
     if not (root / "manifest.json").is_file():
-        # A run killed before its first manifest leaves at most an empty work folder.
-        if any(path.name != "work" and not path.name.startswith(".manifest.json.") for path in root.iterdir()):
-            raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
         return None
     found = read_manifest(root)
     if found.key == key:
@@ -191,21 +234,30 @@ def _previous(
         difference = f"a run of '{found.stage}'"
     else:
         changed = [name for name, value in relevant.items() if found.config.get(name) != value]
-        changed += [f"content of {name}" for name, value in inputs.items() if found.inputs.get(name) != value]
-        difference = f"a run with other {', '.join(changed) or 'code'}"
+        changed += [f"content of {name}" for name in inputs if found.inputs.get(name) != inputs[name]]
+        changed += [name for name in found.inputs if name not in inputs]
+        difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
     raise ConfigError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
 
 
-def _clear(root: Path) -> None:
-    """Deletes an earlier run, and nothing that is not one."""
-    if not any(root.iterdir()):
-        return
-    if not (root / "manifest.json").is_file():
+def _check_overwritable(root: Path) -> None:
+    if not _ours(root):
         raise ConfigError(f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone")
-    read_manifest(root)
+    if (root / "manifest.json").is_file():
+        read_manifest(root)
+
+
+def _clear(root: Path) -> None:
+    """Deletes an earlier run, all but its lock."""
     # The manifest goes last: until then the folder is still known as a run that may be overwritten.
     for path in sorted(root.iterdir(), key=lambda path: path.name == "manifest.json"):
-        if path.is_dir():
+        if path.name == "work":
+            for part in path.iterdir():
+                if part.is_dir():
+                    shutil.rmtree(part)
+                elif part.name != "lock":
+                    part.unlink()
+        elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -214,4 +266,3 @@ def _clear(root: Path) -> None:
 def finished(folder: str | Path) -> bool:
     """Whether `folder` holds a finished run."""
     return (Path(folder) / "manifest.json").is_file() and read_manifest(folder).status == "success"
-
