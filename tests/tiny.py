@@ -1,10 +1,13 @@
 """Offline models for tests: a word-level tokenizer, a random Llama, and a hand-written float64 decoder."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,6 +56,31 @@ def save_tiny_model(path: Path, chat: bool = True, seed: int = 0, **overrides: o
     tiny_llama(tokenizer, seed, **overrides).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+class TokenRows:
+    """Tokenised rows held in memory, for code that takes `nn.batching.Sequences`: (prompt ids, completion ids) pairs."""
+
+    def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        self.pairs = [(list(prompt), list(completion)) for prompt, completion in pairs]
+        self.ids = [np.array([*prompt, *completion], dtype=np.int32) for prompt, completion in self.pairs]
+        self.lengths = np.array([len(row) for row in self.ids], dtype=np.int32)
+        self.prompt_lengths = np.array([len(prompt) for prompt, _ in self.pairs], dtype=np.int32)
+        hashes = (xxhash.xxh3_64_intdigest(row.tobytes(), seed=len(p)) for row, (p, _) in zip(self.ids, self.pairs))
+        self.content_keys = np.array(list(hashes), dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def token_ids(self, rows: Sequence[int]) -> list[np.ndarray]:
+        return [self.ids[row] for row in rows]
+
+
+def random_token_rows(n: int, vocab: int, seed: int = 0, longest: int = 12) -> TokenRows:
+    """Rows of random tokens and lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = lambda: rng.integers(1, vocab, size=rng.integers(1, longest + 1)).tolist()  # noqa: E731
+    return TokenRows([(tokens(), tokens()) for _ in range(n)])
 
 
 class _Block(nn.Module):

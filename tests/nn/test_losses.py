@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from pharmacist.nn.batching import Batch, make_batch
+from pharmacist.nn.losses import row_losses, token_losses
+from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+
+
+CPU = torch.device("cpu")
+VOCABULARY = 11
+
+
+def by_hand(logits: list[list[float]], ids: list[int], n_prompt: int) -> tuple[float, float, int, int]:
+    """Mean cross-entropy of prompt and completion with Python floats; logits[t] predicts token t + 1."""
+    losses = []
+    for t in range(1, len(ids)):
+        losses.append(math.log(math.fsum(map(math.exp, logits[t - 1]))) - logits[t - 1][ids[t]])
+    prompt, completion = losses[: max(n_prompt - 1, 0)], losses[max(n_prompt - 1, 0) :]
+    mean = lambda values: math.fsum(values) / len(values) if values else 0.0  # noqa: E731
+    return mean(prompt), mean(completion), len(prompt), len(completion)
+
+
+def losses_of(model: TinyDecoder, batch: Batch):
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+
+
+def test_losses_equal_a_hand_computation():
+    model = TinyDecoder(VOCABULARY)
+    rows = TokenRows([([3], [4]), ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 9, 9, 9], [1]), ([2, 7], [0, 0, 3])])
+    found = losses_of(model, make_batch(rows, range(4), CPU))
+    for i, (prompt, completion) in enumerate(rows.pairs):
+        ids = prompt + completion
+        logits = model(input_ids=torch.tensor([ids])).logits[0].tolist()
+        expected = by_hand(logits, ids, len(prompt))
+        assert [float(value[i]) for value in found] == pytest.approx(expected, abs=1e-12)
+    assert found.prompt[0] == 0, "a prompt of one token has nothing to predict"
+
+
+def test_padding_batch_and_order_do_not_change_a_loss():
+    model, rows = TinyDecoder(VOCABULARY), random_token_rows(12, VOCABULARY)
+    alone = torch.stack([torch.stack(losses_of(model, make_batch(rows, [i], CPU))[:2])[:, 0] for i in range(12)])
+    order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
+    together = losses_of(model, make_batch(rows, order, CPU))
+    torch.testing.assert_close(torch.stack(together[:2], 1), alone[order], rtol=0, atol=1e-12)
+    # Negative control: with padding counted as tokens they do change.
+    batch = make_batch(rows, order, CPU)
+    broken = losses_of(model, Batch(batch.input_ids, torch.full_like(batch.lengths, int(batch.lengths.max())),
+                                    batch.prompt_lengths))  # fmt: skip
+    assert (broken.completion - alone[order, 1]).abs().max() > 0.01
+
+
+def test_the_prompt_never_enters_the_completion_loss():
+    logits, ids = torch.randn(1, 6, VOCABULARY, dtype=torch.float64), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    lengths, prompts = torch.tensor([6]), torch.tensor([3])
+    before = row_losses(logits, ids, lengths, prompts)
+    changed = logits.clone()
+    changed[0, :2] += torch.randn(2, VOCABULARY)  # the logits of prompt tokens 1 and 2
+    after = row_losses(changed, ids, lengths, prompts)
+    assert after.completion == before.completion and after.prompt != before.prompt
+    changed[0, 2, 4] += 1  # the first completion token
+    assert row_losses(changed, ids, lengths, prompts).completion < before.completion
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits, ids = torch.randn(2, 9, 50).bfloat16(), torch.randint(0, 50, (2, 9))
+    assert token_losses(logits, ids).dtype == torch.float32
+    assert token_losses(logits.double(), ids).dtype == torch.float64
+    torch.testing.assert_close(token_losses(logits, ids).double(), token_losses(logits.double(), ids), rtol=0, atol=1e-5)
