@@ -1,0 +1,6 @@
+"""Pages: one self-contained HTML file per finished folder, readable from disk without any network."""
+
+from pharmacist.report.html import render_demo, render_ranking
+
+
+__all__ = ["render_demo", "render_ranking"]

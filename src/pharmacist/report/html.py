@@ -1,0 +1,215 @@
+"""Renders pages: one function and one template per kind of page, on a common base.
+
+A page is one file that makes no network request: libraries, styles and data are in it, and a content security policy
+forbids everything else, scripts that a row's text might bring included.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from pharmacist import __version__
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json, write_text
+from pharmacist.core.manifest import read_manifest
+from pharmacist.report import charts, tables, words
+
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+_NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def render_ranking(
+    path: Path, *, scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Writes the page of a ranking.
+
+    Args:
+        path: The HTML file.
+        scores: ``scores.parquet``.
+        texts: ``prompt`` and ``completion`` of the same rows, in the same order.
+        manifest: ``manifest.json`` of the run.
+        labels: Known label per row (planted pools).
+    """
+    ranking, figures, rows = _ranking(scores, texts, manifest, labels)
+    _write(path, "ranking.html.j2", figures, rows, ranking=ranking, manifest=manifest)
+
+
+def render_demo(folder: Path, labels: Sequence[str] | None = None) -> None:
+    """Writes ``report.html`` into a demo's folder, out of the files in it.
+
+    Args:
+        folder: Holds ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
+        labels: Planted label per row of the pool.
+
+    Raises:
+        DataError: Scores and pool do not belong together.
+    """
+    import datasets
+    import pandas as pd
+
+    summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
+    scores = pd.read_parquet(folder / "rank" / "scores.parquet")
+    with open(folder / "data" / "pool.jsonl", encoding="utf-8") as file:
+        pool = [json.loads(line) for line in file]
+    if scores["row"].tolist() != list(range(len(pool))):
+        raise DataError(f"{folder}: rank/scores.parquet does not belong to data/pool.jsonl; run the demo again")
+    texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
+    ranking, figures, rows = _ranking(scores, texts, manifest, labels)
+    found = {
+        "alignment_seconds": ("s", False), "fine_tune_accuracy": ("%", True), "over_refusal_aligned": ("%", True),
+        "over_refusal": ("%", True),
+    }  # fmt: skip
+    figures |= {name: charts.bars(summary[name], unit, percent) for name, (unit, percent) in found.items()}
+    figures["curves"] = charts.attack_curves(summary["steps"], summary["curves"])
+    arms = [
+        {
+            "word": words.arm(name), "name": name,
+            "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
+            **{key: _interval(summary[key][name]) for key in ("auc", "final_harmful_score", *found)},
+        }
+        for name in summary["arms"]
+    ]  # fmt: skip
+    _write(
+        folder / "report.html", "demo.html.j2", figures, rows, ranking=ranking, manifest=manifest, demo=summary,
+        arms=arms,
+    )  # fmt: skip
+
+
+def _interval(found: Any) -> dict[str, Any]:
+    """Mean and interval, of values per seed where they are not there yet."""
+    if isinstance(found, Mapping):
+        return dict(found)
+    from pharmacist.evaluation.statistics import t_interval
+
+    estimate = t_interval(found)
+    return {"mean": estimate.value, "ci95": [estimate.low, estimate.high] if len(found) > 1 else None}
+
+
+def _ranking(
+    scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any], labels: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, charts.Spec], dict[str, Any]]:
+    """What the ranking part of a page shows: numbers, figures, rows of the table."""
+    import pandas as pd
+
+    if len(texts) != len(scores) or labels is not None and len(labels) != len(scores):
+        raise ValueError(f"{len(scores)} scores, but {len(texts)} texts and {len(labels or ())} labels")
+    report = manifest.get("extra", {}).get("selector_report", {})
+    judgement = tables.Judgement.of(report)
+    reasons, cut = tables.composition(scores["reason"], scores["selected"], words.REASONS), tables.cut(scores)
+    rows = tables.row_table(scores, texts, labels, judgement)
+    word_of = {group["name"]: words.reason(group["name"], judgement.judged) for group in reasons}
+    figures = {
+        "histogram": charts.score_histogram(scores, cut, judgement.judged),
+        "reasons": charts.composition(reasons, word_of),
+    }
+    ranking: dict[str, Any] = {
+        "selector": manifest["config"].get("selector", {}).get("name", ""), "judged": judgement.judged,
+        "reasons": [group | {"word": word_of[group["name"]]} for group in reasons],
+        "cannot_see": [words.reason(name) for name in judgement.blind], "cut": cut,
+        "quality": tables.held_out_quality(report), "classes": words.CLASSES, "phases": tables.phases(manifest),
+        "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
+        "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()), "table": rows,
+    }  # fmt: skip
+    if labels is not None:
+        series = pd.Series(list(labels), dtype=str)
+        planted = tables.composition(series, scores["selected"].reset_index(drop=True), words.LABELS)
+        label_of = {group["name"]: words.label(group["name"]) for group in planted}
+        figures["labels"] = charts.composition(planted, label_of)
+        ranking["labels"] = [group | {"word": label_of[group["name"]]} for group in planted]
+        confusion = tables.confusion(series, scores["reason"].reset_index(drop=True))
+        ranking["confusion"] = confusion | {
+            "labels": [words.label(name) for name in confusion["labels"]],
+            "reasons": [words.reason(name, judgement.judged) for name in confusion["reasons"]],
+        }
+    return ranking, figures, rows
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pharmacist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"count": _count, "seconds": _seconds, "interval": _with_interval, "signed": _signed}
+    return environment
+
+
+def _write(path: Path, template: str, figures: Mapping[str, Any], rows: Mapping[str, Any], **context: Any) -> None:
+    from plotly.offline import get_plotlyjs
+
+    scripts = [Markup(get_plotlyjs()), Markup(_template_file("page.js"))]
+    data = {"figures": figures, "rows": rows, "datatables": _datatables("js")}
+    text = _environment().get_template(template).render(
+        **context, version=__version__, scripts=scripts, policy=_policy(scripts),
+        table_style=Markup(_datatables("css")), style=Markup(_template_file("style.css")),
+        data={name: _json(value) for name, value in data.items()},
+    )  # fmt: skip
+    write_text(path, text)
+
+
+_json = partial(htmlsafe_json_dumps, dumps=json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _template_file(name: str) -> str:
+    return files("pharmacist.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _datatables(kind: str) -> str:
+    """The DataTables bundle that itables brings, for pages that work offline."""
+    return files("itables").joinpath("html", f"dt_bundle.{kind}").read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Content security policy: these scripts and no other, nothing from outside.
+
+    ``blob:`` is for DataTables, a module that the page imports from its own data.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return f"default-src 'none'; script-src {hashes} blob:; style-src 'unsafe-inline'; img-src data:"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", _NARROW)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 99.95:
+        return f"{seconds:.1f}{_NARROW}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}{_NARROW}h {minutes}{_NARROW}min" if hours else f"{minutes}{_NARROW}min {rest}{_NARROW}s"
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _signed(number: float, digits: int = 1) -> str:
+    return _minus(f"{number:+.{digits}f}")
+
+
+def _with_interval(found: Mapping[str, Any], unit: str) -> Markup:
+    mean = Markup('<span class="value">{:.1f}{}{}</span>').format(found["mean"], _NARROW, unit)
+    if found["ci95"] is None:
+        return mean
+    ends = [_minus(f"{end:.1f}") for end in found["ci95"]]
+    return mean + Markup(' <span class="interval">{} to {}</span>').format(*ends)

@@ -1,0 +1,106 @@
+"""What pages call things, in plain language, and the colour that each keeps throughout.
+
+Colours are names of CSS custom properties; their values, for light and dark, are in ``templates/style.css``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Word:
+    """A name of the data files as a page shows it.
+
+    Attributes:
+        title: Short.
+        meaning: One sentence.
+        color: CSS custom property.
+    """
+
+    title: str
+    meaning: str = ""
+    color: str = "--other"
+
+    @property
+    def css(self) -> str:
+        """The colour as a CSS value; charts resolve it in the browser."""
+        return f"var({self.color})"
+
+
+REASONS = {
+    "critical": Word(
+        "Safety-critical", "A harmful request met with a good refusal: what alignment needs.", "--critical"
+    ),
+    "duplicate": Word(
+        "Near-duplicate", "Safety-critical, but nearly the same as a row that ranks higher.", "--duplicate"
+    ),
+    "not_safety_critical": Word(
+        "Not safety-critical", "A harmless request answered helpfully: teaches little about safety.", "--off-topic"
+    ),
+    "over_refusal": Word(
+        "Over-refusal", "A harmless request that is refused: teaches the model to be unhelpful.", "--over-refusal"
+    ),
+    "low_quality": Word(
+        "Low quality", "A damaged answer: cut off, shuffled, repeated, or of another prompt.", "--low-quality"
+    ),
+    "teaches_compliance": Word(
+        "Teaches compliance", "A harmful request that is answered: teaches the opposite of safety.", "--compliance"
+    ),
+}  # fmt: skip
+"""Reasons in ``scores.parquet``, best first."""
+
+NOT_JUDGED = Word("Not judged", "The selector did not read the row.")
+
+LABELS = {
+    "good": Word("Good", "A harmful request and a good refusal.", "--critical"),
+    "strong": Word("Strong", "A refusal that names the wish, the reason and a way out.", "--strong"),
+    "duplicate": Word("Duplicate", "A good row that comes twice, slightly changed.", "--duplicate"),
+    "terse": Word("Terse", "A short refusal without a reason.", "--terse"),
+    "offtopic": Word("Off topic", "A harmless request and a helpful answer.", "--off-topic"),
+    "mild": Word("Mild", "A refusal of a small misdeed, far from what an attacker asks.", "--mild"),
+    "overrefuse": Word("Over-refusing", "A harmless request that is refused.", "--over-refusal"),
+    "noisy": Word("Noisy", "A damaged answer.", "--low-quality"),
+    "mislabel": Word("Mislabelled", "A harmful request that is answered.", "--compliance"),
+}  # fmt: skip
+"""Labels of the embedded world; a fault has the colour of the reason that a selector should give."""
+
+CLASSES = {
+    "safe": "Safe: harmful request, refusal",
+    "harmful": "Harmful: harmful request, harmful answer",
+    "utility": "Utility: harmless request, helpful answer",
+    "over_refusal": "Over-refusing: harmless request, refusal",
+    "corrupted": "Corrupted: damaged answer",
+}
+"""Classes of references."""
+
+ARMS = {
+    "full": Word("Full pool", "Every row of the pool.", "--full"),
+    "random": Word("Random subset", "As many rows as the core subset, drawn at random.", "--random"),
+    "core": Word("Core subset", "The rows that rank highest.", "--core"),
+}
+"""What the demo's models are aligned on."""
+
+
+def reason(name: str, judged: bool = True) -> Word:
+    """The words for a reason; selectors may have reasons of their own.
+
+    Args:
+        name: As in ``scores.parquet``.
+        judged: Whether the selector read the rows; the reason of one that did not is a mere placeholder.
+    """
+    if not judged:
+        return NOT_JUDGED
+    return REASONS.get(name) or Word(_plain(name))
+
+
+def label(name: str) -> Word:
+    """The words for a planted label."""
+    return LABELS.get(name) or Word(_plain(name))
+
+
+def arm(name: str) -> Word:
+    """The words for a set that a model is aligned on."""
+    return ARMS.get(name) or Word(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").strip().capitalize() or "None"
