@@ -116,8 +116,8 @@ class TinyDecoder(nn.Module):
         self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
         self.double()
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.ndim > 1:
+            for name, parameter in self.named_parameters():
+                if "norm" not in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
         self.requires_grad_(False)
         self.eval()
