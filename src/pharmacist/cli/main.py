@@ -1,16 +1,17 @@
 """Entry point: finds the command, reads its options, runs its stage, turns errors into exit codes."""
 
-import errno
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from pharmacist import __version__
 from pharmacist.core.errors import PharmacistError
+from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import closest
 
@@ -61,7 +62,8 @@ COMMANDS = {
     ),
 }  # fmt: skip
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_DISK_MESSAGES = ("No space left on device", "Disk quota exceeded", "File too large")
+"""What libraries that have no `OSError` of their own (Rust, Arrow) say."""
 
 
 def _usage() -> str:
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("pharmacist", f"unknown command '{name}'{closest(name, COMMANDS)}", 2)
     command, where = COMMANDS[name], f"pharmacist {name}"
     options = None
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries among themselves; what a user has to know, we say
     try:
         from pharmacist.core.config import parse
 
@@ -105,20 +109,28 @@ def main(arguments: list[str] | None = None) -> int:
     except PharmacistError as error:
         return _fail(where, str(error), 2)
     except KeyboardInterrupt:
-        print(f"\n{where}: interrupted; what was finished is kept, run the same command again to resume", file=sys.stderr)
+        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has just shown ^C
+        kept = "interrupted; what was finished is kept, run the same command again to resume"
+        print(f"{after_echo}{where}: {kept}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK or "No space left on device" in str(error):
-            return _fail(where, "the disk is full; free some space and run the same command again to resume", 1)
-        log = _write_log(getattr(options, "output_dir", None))
+        output_dir = getattr(options, "output_dir", None)
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        if full or any(message in str(error) for message in _FULL_DISK_MESSAGES):
+            place = f"{output_dir}: " if output_dir else ""
+            remedy = "free some space and run the same command again to resume"
+            return _fail(where, f"{place}the disk is full; {remedy}", 1)
+        log = _write_log(output_dir)
         return _fail(where, f"{type(error).__name__}: {str(error)[:200]} (traceback in {log})", 1)
     return 0
 
 
 def _write_log(output_dir: str | None) -> str:
-    folder = Path(output_dir) if output_dir and Path(output_dir).is_dir() else Path(tempfile.gettempdir())
+    # Only beside a run of ours: a log alone in a folder would make it look like somebody else's.
+    beside = output_dir is not None and (Path(output_dir) / "manifest.json").is_file()
+    folder = Path(output_dir) if output_dir is not None and beside else Path(tempfile.gettempdir())
     path = folder / f"pharmacist-error-{os.getpid()}.log"
     try:
         path.write_text(traceback.format_exc(), encoding="utf-8")

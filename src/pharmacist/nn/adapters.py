@@ -66,6 +66,8 @@ class AdapterBank:
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self._parameters: dict[str, dict[str, nn.Parameter]] = {"start": self._find("start")}
         self._training: tuple[str, ...] = ()
+        self.tokens = 0
+        """Tokens read by `row_losses` so far, padding not counted."""
         self._start = self.state("start")
         self.model.requires_grad_(False)
         self.model.eval()
@@ -152,6 +154,7 @@ class AdapterBank:
 
     def row_losses(self, name: str | None, batch: Batch) -> RowLosses:
         """Losses of a batch under an adapter (or the base alone)."""
+        self.tokens += batch.tokens
         with self.using(name) as model:
             output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -71,8 +72,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def model_fingerprint(name: str) -> str:
-    """sha256 of a local model's content (of its base too where it is an adapter); a hub id stands for itself."""
-    folder = Path(name)
+    """sha256 of a local model's content (of its base too where it is an adapter); a hub id stands for itself.
+
+    Raises:
+        DataError: Neither a model folder nor what could be a hub id.
+    """
+    folder = _check_place(name)
     if not folder.is_dir():
         return f"hub:{name}"
     adapter = _adapter_folder(folder)
@@ -102,11 +107,7 @@ def load_model(
     """
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
-    folder = Path(name)
-    if folder.is_file():
-        raise DataError(f"{name}: is a file; --model needs a model folder or a hub id")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise DataError(f"{name}: no such folder; --model needs a model folder or a hub id")
+    folder = _check_place(name)
     adapter = _adapter_folder(folder) if folder.is_dir() else None
     if adapter is not None:
         loaded = load_model(
@@ -127,7 +128,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         with _without_bars():
             model = AutoModelForCausalLM.from_pretrained(where, dtype=number_format, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise DataError(_why_not_loaded(name, folder, error)) from error
     if tokenizer.eos_token_id is None:
         raise CompatibilityError(
@@ -174,14 +175,25 @@ def _weights_folder(folder: Path) -> Path:
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
+def _check_place(name: str) -> Path:
+    """Refuses at once, before anything is read, what can be no model."""
+    folder = Path(name)
+    if folder.is_file():
+        raise DataError(f"{name}: is a file; --model needs a model folder or a hub id")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"{name}: no such folder; --model needs a model folder or a hub id")
+    if folder.is_dir() and _adapter_folder(folder) is None:
+        if not (_weights_folder(folder) / "config.json").is_file():
+            raise DataError(f"{name}: a model folder without config.json; save it with model.save_pretrained")
+        if not any(_weights_folder(folder).glob("*.safetensors")):
+            raise DataError(f"{name}: a model folder without safetensors weights; save it with model.save_pretrained")
+    return folder
+
+
 def _why_not_loaded(name: str, folder: Path, error: Exception) -> str:
     if not folder.is_dir():
         reason = "HF_HUB_OFFLINE forbids the hub" if offline() else "not found on the hub or not reachable"
         return f"{name}: no such model folder, and as a hub id: {reason}; give the path of a downloaded model folder"
-    if not (_weights_folder(folder) / "config.json").is_file():
-        return f"{name}: a model folder without config.json; save it with model.save_pretrained"
-    if not any(_weights_folder(folder).glob("*.safetensors")):
-        return f"{name}: a model folder without safetensors weights; save it with model.save_pretrained"
     return f"{name}: cannot be loaded as a causal language model ({' '.join(str(error).split())[:200]})"
 
 

@@ -2,12 +2,12 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pharmacist.data.formats import Source
     from pharmacist.data.records import Records
-    from pharmacist.selectors.base import Scores
+    from pharmacist.selectors.base import Scores, Selector
 
 STAGE_VERSION = 1
 REFERENCES = ("safe", "harmful", "utility")
@@ -30,7 +30,7 @@ class CurateOptions(RunOptions):
     """Rank an alignment pool and write its core subset."""
 
     pool: str
-    """Rows to rank: a .jsonl, .json, .csv or .parquet file (also .gz, .zst), a folder saved by datasets, or a hub id."""
+    """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a hub id."""
     safe: str | None = None
     """Safe references: harmful prompt, refusal. A preference file gives its chosen side."""
     harmful: str | None = None
@@ -54,11 +54,11 @@ class CurateOptions(RunOptions):
     duplicate_threshold: float = 0.8
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     columns: str | None = None
-    """Other column names, as prompt=question,completion=answer."""
+    """The pool's own column names, as prompt=question,completion=answer; references that have them too are read so."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """skip: write unreadable rows to refused.jsonl and go on."""
     format: Literal["jsonl", "input"] = "jsonl"
-    """Format of the selected rows: JSON lines, or the input's own."""
+    """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt template; auto is the model's own where it has one, else Alpaca."""
     max_length: int = 0
@@ -94,13 +94,13 @@ class Ranking:
     Attributes:
         records: The rows, with their source.
         table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
-        report: What the selector says about itself.
+        about: What the selector says about itself, such as its quality on held-out references.
         manifest: Manifest of the run, as JSON.
     """
 
     records: "Records"
     table: "pd.DataFrame"
-    report: dict[str, Any]
+    about: dict[str, Any]
     manifest: dict[str, Any] = field(default_factory=dict)
     _keep_alive: Any = None
 
@@ -127,7 +127,7 @@ class Ranking:
         with atomic_path(path) as temporary:
             self.table.to_parquet(temporary, index=False)
 
-    def write_page(self, path: str | Path, labels: list[str] | None = None) -> None:
+    def report(self, path: str | Path, labels: list[str] | None = None) -> None:
         """Writes the page.
 
         Args:
@@ -151,17 +151,20 @@ def curate(options: CurateOptions) -> Ranking | None:
     """
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source, write_rows
+    from pharmacist.nn.distributed import barrier, from_main
 
     sources = {"pool": open_source(options.pool, name="--pool")}
     for name in REFERENCES:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
+    selector, options = _selector(options)
     run = RunDir.open(options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options))
-    if run.complete:
-        console().print(f"{run.root}: complete already; --overwrite ranks again")
-        return None
     try:
-        ranking, selector = _rank(sources, options, run)
+        if from_main(run.complete):
+            console().print(f"{run.root}: complete already; --overwrite ranks again", soft_wrap=True)
+            return None
+        ranking = _rank(sources, selector, options, run)
+        barrier()  # the first process removes the partial state that the others still read
         if not _is_main():
             return None
         selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
@@ -177,11 +180,15 @@ def curate(options: CurateOptions) -> Ranking | None:
         if selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")
-        ranking.write_page(run.path("report.html"))
+        ranking.report(run.path("report.html"))
         run.finish(outputs=outputs)
         ranking.manifest = run.manifest.model_dump(mode="json")
         _summarise(ranking, run, name)
         return ranking
+    except PharmacistError:
+        if not any(run.root.glob("work/**/*.safetensors")):  # nothing was trained or measured yet
+            run.discard()
+        raise
     finally:
         run.close()
 
@@ -220,19 +227,29 @@ def rank(
     sources = {name: open_source(value, name=name) for name, value in given.items() if value is not None}
     choice = {"name": selector} if isinstance(selector, str) else dict(selector)
     keep_alive = None if output_dir else tempfile.TemporaryDirectory(prefix="pharmacist-")
+    labels: dict[str, Any] = {name: source.label for name, source in sources.items()}
     settings = CurateOptions(
         output_dir=output_dir or keep_alive.name,  # type: ignore[union-attr]
         model=model, selector=choice, columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
-        **{name: source.label for name, source in sources.items()}, **options,
+        **labels, **options,
     )  # fmt: skip
+    chosen, settings = _selector(settings)
     run = RunDir.open(settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings))
     try:
-        ranking, _ = _rank(sources, settings, run)
+        ranking = _rank(sources, chosen, settings, run)
     finally:
         run.close()
     ranking.manifest = run.manifest.model_dump(mode="json")
     ranking._keep_alive = keep_alive  # the rows are memory-mapped from there
     return ranking
+
+
+def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
+    """The selector, and the options with all of its own, those left at their defaults too: they identify the run."""
+    from pharmacist.selectors import SELECTORS
+
+    selector = SELECTORS.build_from(options.selector)
+    return selector, replace(options, selector={"name": options.selector["name"], **asdict(selector.config)})
 
 
 def _is_main() -> bool:
@@ -254,16 +271,13 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
     return found
 
 
-def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> tuple[Ranking, Any]:
+def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, run: RunDir) -> Ranking:
     import numpy as np
 
-    from pharmacist.core.progress import console
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.nn.distributed import barrier
-    from pharmacist.selectors import SELECTORS
     from pharmacist.selectors.base import SelectionContext
 
-    selector = SELECTORS.build_from(options.selector)
     barrier()
     with run.phase("read"):
         records = _read(sources, options, run)
@@ -271,8 +285,8 @@ def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
     for need in sorted(selector.needs & set(REFERENCES)):
         if need not in records and options.resume_selector is None:
             raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
-    if selector.needs & set(REFERENCES) and options.model is None and options.resume_selector is None:
-        console().print("no --model: only readers that need none can be used")
+    if options.top_k is not None and options.top_k > len(pool):
+        raise ConfigError(f"--top-k {options.top_k}: the pool has {len(pool)} rows to rank; give at most that number")
     with run.phase("find duplicates"):
         clusters = find_duplicates(
             pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
@@ -301,7 +315,7 @@ def _rank(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
         }  # fmt: skip
     device = str(context.model.device) if "model" in context.__dict__ else "cpu"
     run.record(counts=counts, device=device, extra={"selector_report": scores.report})
-    return Ranking(records=pool, table=table, report=scores.report), selector
+    return Ranking(records=pool, table=table, about=scores.report)
 
 
 def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> "dict[str, Records]":
@@ -311,35 +325,38 @@ def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
     from pharmacist.data.records import read_records
     from pharmacist.data.splits import shared_prompts
 
-    records = {}
-    for name, source in sources.items():
-        records[name] = read_records(
-            source, work_dir=run.work("data", f"{name}-{process()}"), columns=options.column_map,
-            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+    def read(name: str, role: str) -> "Records":
+        source, columns = sources[name], options.column_map
+        if name != "pool" and columns is not None:
+            first = next(source.scan(), None)
+            if first is None or not set(columns.values()) <= set(first.value or ()):
+                columns = None
+        return read_records(
+            source, work_dir=run.work("data", f"{role}-{process()}"), columns=columns,
+            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row,
         )  # fmt: skip
+
+    records = {name: read(name, name) for name in sources}
     if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
-        records["harmful"] = read_records(
-            sources["safe"], work_dir=run.work("data", f"rejected-{process()}"), columns=options.column_map,
-            side="rejected", on_bad_row=options.on_bad_row,
-        )  # fmt: skip
-    if {"safe", "harmful"} <= set(records) and _same_rows(records["safe"], records["harmful"]):
+        records["harmful"] = read("safe", "harmful")
+    if {"safe", "harmful"} <= set(records) and _rows(records["safe"]) == _rows(records["harmful"]):
         raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
     for name in REFERENCES:
         if name not in records:
             continue
         shared = shared_prompts(records["pool"].dataset, records[name].dataset)
         if len(shared) == len(records[name]):
-            raise DataError(f"--{name}: every prompt also occurs in --pool; references must be rows that are not ranked")
+            raise DataError(f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked")
         if len(shared):
-            console().print(f"--{name}: {len(shared)} rows share a prompt with --pool and are left out")
+            number = f"{len(shared)} of {len(records[name])} rows share a prompt"
+            console().print(f"--{name}: {number} with --pool and are left out", soft_wrap=True)
             records[name] = records[name].without(shared)
         run.record(counts={f"references_{name}_left_out": len(shared)})
     return records
 
 
-def _same_rows(a: "Records", b: "Records") -> bool:
-    columns = ["prompt", "completion"]
-    return len(a) == len(b) and a.dataset.select_columns(columns)[:] == b.dataset.select_columns(columns)[:]
+def _rows(records: "Records") -> set[tuple[str, str]]:
+    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
 
 
 def _fraction(options: CurateOptions, n: int) -> float:
@@ -394,10 +411,10 @@ def _choose(
         if k is None or k < 1:
             raise ConfigError(f"k {k}: must be at least 1")
         if k > len(table):
-            raise ConfigError(f"--top-k {k}: the pool has {len(table)} rows that could be ranked")
+            raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
         chosen = candidates.nsmallest(k, "rank").index
     if not len(chosen):
-        raise ConfigError(f"--min-score {min_score}: no row has it; the best score is {table['score'].max():.4g}")
+        raise ConfigError(f"min score {min_score}: no row has it; the best score is {table['score'].max():.4g}")
     return np.sort(chosen.to_numpy())
 
 
@@ -421,11 +438,14 @@ def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
     for reason, row in counts.iterrows():
         table.add_row(str(reason), str(int(row.get(True, 0))), str(int(row.get(False, 0))))
     console().print(table)
-    for name in ("auc_safe_against_rest",):
-        quality = ranking.report.get("out_of_fold", {}).get("combined", {})
-        if name in quality:
-            console().print(f"held-out references, safe against the rest: AUC {quality[name]:.3f}")
-    for reason in ranking.report.get("cannot_see", []):
-        console().print(f"without more references it cannot see: {reason}")
-    console().print(f"scores {run.path('scores.parquet')}\ncore subset {run.path(selected)}\npage {run.path('report.html')}")
-    console().print(f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR")
+    quality = ranking.about.get("out_of_fold", {}).get("combined", {})
+    lines = []
+    if "auc_safe_against_rest" in quality:
+        auc = quality["auc_safe_against_rest"]
+        lines.append(f"held-out references, safe against the rest: AUC {auc:.3f}")
+    lines += [f"without more references it cannot see: {reason}" for reason in ranking.about.get("cannot_see", [])]
+    lines += [f"scores {run.path('scores.parquet')}", f"core subset {run.path(selected)}"]
+    lines += [f"page {run.path('report.html')}"]
+    lines += [f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR"]
+    for line in lines:
+        console().print(line, soft_wrap=True, markup=False)

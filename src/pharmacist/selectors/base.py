@@ -117,11 +117,13 @@ class Selector(ABC):
 
     Attributes:
         Config: Dataclass of its options.
+        config: The options that it was built with.
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``.
         paper: Source, for the docs.
     """
 
     Config: ClassVar[type[Any]]
+    config: Any
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 

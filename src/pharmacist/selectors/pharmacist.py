@@ -1,5 +1,7 @@
 """The Pharmacist selector: evidence classes throw out faults, the contrast of safe and toxic twins orders the rest."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,6 +200,7 @@ class _Worker:
         self.config, self.context, self.run = config, context, context.run
         self.seed = derive(context.seed, "pharmacist")
         self._bank: AdapterBank | None = None
+        self._base_tokens = 0
 
     # --- the parts that read tokens ------------------------------------------------------------------------------
 
@@ -214,6 +217,25 @@ class _Worker:
         vocabulary = getattr(self.context.model.model.config, "vocab_size", 32768)
         budget = 2**25 if self.context.model.device.type == "cpu" else 2**30
         return max(1024, min(65536, budget // int(vocabulary)))  # bounds the logits, the largest tensor of a pass
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures a phase, with the tokens that go through the model in it (once per adapter)."""
+        with self.run.phase(name) as phase:
+            before = self.tokens()
+            try:
+                yield
+            finally:
+                phase.tokens += self.tokens() - before
+
+    def tokens(self) -> int:
+        return self._base_tokens + (self._bank.tokens if self._bank is not None else 0)
+
+    def features(self, batch: Batch) -> FloatArray:
+        """What the probe reads: the base model alone."""
+        self._base_tokens += batch.tokens
+        with self._bank.using(None) if self._bank is not None else nullcontext():
+            return hidden_features(self.context.model.model, batch)
 
     def encode_references(self, references: EvidenceReferences) -> "Encoded":
         from pharmacist.data.records import to_dataset
@@ -237,10 +259,10 @@ class _Worker:
         )  # fmt: skip
         trained.report["cannot_see"] = [REASONS[name] for name in REASONS if name not in references.classes]
         if config.form != "bilevel":
-            with self.run.phase("train readers"):
+            with self.phase("train readers"):
                 self.train_readers(trained, references)
         if config.form != "evidence":
-            with self.run.phase("train twins"):
+            with self.phase("train twins"):
                 self.train_twins(trained, references)
         if self.context.model_name is not None and trained.reads_tokens:
             trained.model = model_fingerprint(self.context.model_name)
@@ -275,22 +297,12 @@ class _Worker:
         self.combine(trained, references, out_of_fold)
 
     def reference_features(self, encoded: "Encoded") -> FloatArray:
-        model = self.context.model
-
-        def measure(batch: Batch) -> dict[str, FloatArray]:
-            return {"features": hidden_features(model.model, batch)}
-
-        with self._base_alone():
-            result = run_pass(
-                encoded, measure, work=self.run.work("probe"), device=model.device,
-                tokens_per_batch=self.tokens_per_batch, description="probe, references",
-            )  # fmt: skip
+        result = run_pass(
+            encoded, lambda batch: {"features": self.features(batch)}, work=self.run.work("probe"),
+            device=self.context.model.device, tokens_per_batch=self.tokens_per_batch,
+            description="probe, references",
+        )  # fmt: skip
         return result["features"]
-
-    def _base_alone(self) -> Any:
-        from contextlib import nullcontext
-
-        return self._bank.using(None) if self._bank is not None else nullcontext()
 
     def train_adapters(self, references: EvidenceReferences) -> FloatArray:
         """Trains one adapter per class, and per class and fold for the out-of-fold predictions, which it returns."""
@@ -440,13 +452,11 @@ class _Worker:
     # --- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, trained: _Trained) -> Scores:
-        with self.run.phase("score") as phase:
+        with self.phase("score"):
             readers: dict[str, FloatArray] = {}
             if trained.lexical is not None:
                 readers["lexical"] = self.score_lexical(trained.lexical)
             measured = self.score_pool(trained, readers)
-            if trained.reads_tokens:
-                phase.tokens += int(self.context.encoded_pool.lengths.sum())
         signals: dict[str, npt.NDArray[Any]] = {}
         evidence = reason = None
         if trained.combination is not None:
@@ -475,13 +485,11 @@ class _Worker:
         adapters_now = trained.adapters if not 0 < cascade < 1 else ()
         if not trained.reads_tokens:
             return {}
-        model = self.context.model.model
 
         def measure(batch: Batch) -> dict[str, FloatArray]:
             found: dict[str, FloatArray] = {}
             if probe is not None:
-                with self._base_alone():
-                    found["probe"] = probe.log_posterior(hidden_features(model, batch))
+                found["probe"] = probe.log_posterior(self.features(batch))
             if adapters_now:
                 found |= adapter_losses(self.bank, adapters_now, batch)
             if trained.twins:
