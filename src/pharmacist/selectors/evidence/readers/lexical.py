@@ -41,7 +41,10 @@ def fit_logistic(
     Returns:
         Coefficients, shape [classes, features], and intercepts, shape [classes].
     """
-    model = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=1000, tol=1e-5)
+    # Newton's method reaches the exact optimum sooner than L-BFGS a rough one, which favoured one of two equal classes.
+    model = LogisticRegression(
+        C=regularisation, class_weight="balanced", solver="newton-cg", max_iter=1000, tol=1e-12
+    )  # fmt: skip
     model.fit(features, labels)
     coefficients, intercept = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
