@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -79,16 +80,17 @@ class RunDir:
         )  # fmt: skip
         if rank() != 0:
             return cls(root, manifest, None)
-        if root.exists() and not root.is_dir():
+        if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
 
         def previous() -> RunManifest | None:
             return _previous(root, key, stage, relevant, inputs)
 
         # A folder that is not this run's is not touched, not even by a lock.
-        if root.is_dir() and options.overwrite:
+        exists = os.path.isdir(root)
+        if exists and options.overwrite:
             _check_overwritable(root)
-        elif root.is_dir():
+        elif exists:
             found = previous()
             if found is not None and found.status == "success":
                 return cls(root, found, None)

@@ -213,12 +213,13 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     where = f"{name} {text}"
     if not text.strip():
         raise DataError(f"{name}: an empty path; give a file, a folder saved by datasets or a hub id")
-    if path.is_dir():
+    # Unlike Path's own, these make no error of names that no file system takes.
+    if os.path.isdir(path):
         return _open_folder(path, None, text, name)
-    if path.exists():
+    if os.path.exists(path):
         return _open_file(path, text, name)
     folder, _, split = text.rpartition(":")
-    if folder and Path(folder).expanduser().is_dir():
+    if folder and os.path.isdir(Path(folder).expanduser()):
         return _open_folder(Path(folder).expanduser(), split, text, name)
     known = split_suffix(path)[0] in _READERS or path.suffix.lower() in SUFFIXES
     if isinstance(spec, os.PathLike) or known or not _HUB_ID.fullmatch(text):

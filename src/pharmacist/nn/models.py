@@ -1,5 +1,6 @@
 """Loading a causal language model, its tokenizer and its prompt template from wherever they lie."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,11 +179,12 @@ def _weights_folder(folder: Path) -> Path:
 def _check_place(name: str) -> Path:
     """Refuses at once, before anything is read, what can be no model."""
     folder = Path(name)
-    if folder.is_file():
+    exists = os.path.isdir(folder)
+    if os.path.isfile(folder):
         raise DataError(f"{name}: is a file; --model needs a model folder or a hub id")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"{name}: no such folder; --model needs a model folder or a hub id")
-    if folder.is_dir() and _adapter_folder(folder) is None:
+    if exists and _adapter_folder(folder) is None:
         if not (_weights_folder(folder) / "config.json").is_file():
             raise DataError(f"{name}: a model folder without config.json; save it with model.save_pretrained")
         if not any(_weights_folder(folder).glob("*.safetensors")):

@@ -1,0 +1,139 @@
+"""Registry, seeds, fingerprints, manifest, environment."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from pharmacist.core import registry as registry_module
+from pharmacist.core.env import offline, versions
+from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
+from pharmacist.core.hashing import sha256_file, sha256_folder, sha256_json, sha256_text
+from pharmacist.core.manifest import SCHEMA_VERSION, Phase, RunManifest, read_manifest
+from pharmacist.core.registry import Registry, closest
+from pharmacist.core.seeding import derive
+
+
+@dataclass
+class SpoonConfig:
+    length: int = 3
+
+
+class Spoon:
+    Config = SpoonConfig
+
+    def __init__(self, config: SpoonConfig) -> None:
+        self.config = config
+
+
+def tools(**more: str) -> Registry[Spoon]:
+    return Registry("tool", {"spoon": f"{__name__}:Spoon", "fork": "no.such.module:Fork"} | more, group="tests.tools")
+
+
+def test_names_are_looked_up_without_importing() -> None:
+    assert tools().names() == ["fork", "spoon"]
+    assert tools().get("spoon") is Spoon
+    with pytest.raises(ModuleNotFoundError):
+        tools().get("fork")
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"^unknown tool 'spon'; did you mean 'spoon'\?$"):
+        tools().get("spon")
+    with pytest.raises(UnknownNameError, match="^unknown tool 'xyz'; known: fork, spoon$"):
+        tools().get("xyz")
+    assert closest("a", []) == "; known: none"
+
+
+def test_methods_are_built_from_their_options() -> None:
+    assert tools().build("spoon", {"length": 5}).config == SpoonConfig(5)
+    assert tools().build_from({"name": "spoon"}).config == SpoonConfig(3)
+    with pytest.raises(ConfigError, match=r"tool 'spoon' has no option 'lenght'; did you mean 'length'\?"):
+        tools().build_from({"name": "spoon", "lenght": 5})
+
+
+def test_other_packages_add_methods_but_replace_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("ladle", f"{__name__}:Spoon", "tests.tools"),
+        EntryPoint("spoon", "other:Spoon", "tests.tools"),
+    ]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points if group == "tests.tools" else [])
+    assert tools().names() == ["fork", "ladle", "spoon"]
+    assert tools().get("ladle") is Spoon
+    assert tools().get("spoon") is Spoon
+
+
+def test_streams_are_stable_and_apart() -> None:
+    assert derive(0, "readers", "folds") == 6429608829961109110  # of old: other seeds would change published results
+    names = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("a", 0), ("a", 1), ("b", "a")]
+    seeds = {derive(seed, *name) for seed in (0, 1, 2) for name in names}
+    assert len(seeds) == 3 * len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    assert sha256_text("ü") == hashlib.sha256("ü".encode()).hexdigest()
+    assert sha256_text("\ud800") != sha256_text("?")
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1}) != sha256_json({"a": 1, "b": 3})
+    (tmp_path / "a.json").write_text("1")
+    (tmp_path / "b.bin").write_text("2")
+    assert sha256_file(tmp_path / "a.json") == hashlib.sha256(b"1").hexdigest()
+    all_files, only_json = sha256_folder(tmp_path), sha256_folder(tmp_path, (".json",))
+    (tmp_path / "b.bin").write_text("3")
+    assert sha256_folder(tmp_path, (".json",)) == only_json
+    assert sha256_folder(tmp_path) != all_files
+    (tmp_path / "a.json").rename(tmp_path / "c.json")  # names count too
+    assert sha256_folder(tmp_path, (".json",)) != only_json
+
+
+def manifest() -> RunManifest:
+    return RunManifest(stage="curate", status="success", key="k", config={"seed": 0}, inputs={"pool": "abc"})
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    written = manifest()
+    written.phases["read"] = Phase(seconds=1.5, tokens=7)
+    written.write(tmp_path)
+    assert read_manifest(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "not a manifest that this version reads"),
+        ("[]", "not a manifest that this version reads"),
+        ({"status": "maybe"}, "not a manifest that this version reads"),
+        ({"unknown": 1}, "not a manifest that this version reads"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "newer version"),
+        (None, "no manifest.json"),
+    ],
+)
+def test_a_manifest_that_is_none(change: object, message: str, tmp_path: Path) -> None:
+    if isinstance(change, dict):
+        change = json.dumps(manifest().model_dump(mode="json") | change)
+    if change is not None:
+        (tmp_path / "manifest.json").write_text(str(change))
+    with pytest.raises(DataError, match=message) as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_versions_name_what_changes_results() -> None:
+    assert {"python", "pharmacist", "torch", "transformers", "peft", "datasets"} <= set(versions())
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("ON", True), ("0", False), ("", False)])
+def test_offline(value: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert offline() is expected
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, pharmacist, pharmacist.cli.main; print('torch' in sys.modules, 'datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

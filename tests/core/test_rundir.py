@@ -1,0 +1,215 @@
+"""Output folders: resume, complete, refusal, overwriting, lock, phases."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.hashing import sha256_folder
+from pharmacist.core.manifest import read_manifest
+from pharmacist.core.rundir import RunDir, RunOptions, finished
+
+
+@dataclass(kw_only=True)
+class Options(RunOptions):
+    pool: str = "pool.jsonl"
+    top: float = 0.3
+
+
+def start(root: Path, *, stage: str = "curate", version: int = 1, content: str = "abc", **options: object) -> RunDir:
+    settings = Options(output_dir=str(root), **options)  # type: ignore[arg-type]
+    return RunDir.open(settings, stage=stage, version=version, inputs={"pool": content})
+
+
+def finish(root: Path, **options: object) -> None:
+    run = start(root, **options)  # type: ignore[arg-type]
+    run.path("result").write_text("result")
+    run.finish(outputs=["result"], counts={"in": 3}, metrics={"x": 1.5}, device="cpu")
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.status, manifest.outputs, manifest.counts) == ("success", ["result"], {"in": 3})
+    assert manifest.config["pool"] == "pool.jsonl"
+    assert manifest.inputs == {"pool": "abc"}
+    assert manifest.created <= manifest.finished
+    assert finished(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "result"}
+
+
+def test_a_second_run_is_complete_and_changes_nothing(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    before = sha256_folder(tmp_path / "out")
+    run = start(tmp_path / "out")
+    assert run.complete
+    run.close()
+    assert sha256_folder(tmp_path / "out") == before
+
+
+def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    run.work("deep", "state").write_text("half")
+    created = run.manifest.created
+    run.close()
+    assert not finished(tmp_path / "out")
+    (tmp_path / "out" / ".scores.parquet.123.tmp").write_text("half")
+    (tmp_path / "out" / ".adapter.123.tmp").mkdir()
+    again = start(tmp_path / "out")
+    assert not again.complete
+    assert again.work("deep", "state").read_text() == "half"
+    assert again.manifest.created == created
+    again.finish(outputs=[])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json"
+    }  # nor what a kill left half written
+
+
+def test_a_run_killed_before_its_manifest_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "lock").touch()
+    (tmp_path / "out" / ".manifest.json.7.tmp").touch()
+    run = start(tmp_path / "out")
+    assert not run.complete
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"top": 0.5}, "a run with other top"),
+        ({"seed": 1}, "a run with other seed"),
+        ({"content": "other"}, "a run with other content of pool"),
+        ({"stage": "align"}, "a run of 'curate'"),
+        ({"version": 2}, "a run with other code"),
+    ],
+)
+@pytest.mark.parametrize("done", [True, False])
+def test_another_run_is_refused_and_untouched(change: dict, named: str, done: bool, tmp_path: Path) -> None:
+    if done:
+        finish(tmp_path / "out")
+    else:
+        run = start(tmp_path / "out")
+        run.work("state").write_text("half")
+        run.close()
+    before = sha256_folder(tmp_path / "out")
+    with pytest.raises(ConfigError, match=named) as caught:
+        start(tmp_path / "out", **change)
+    assert "--overwrite" in str(caught.value)
+    assert sha256_folder(tmp_path / "out") == before
+    assert (tmp_path / "out" / "work").exists() is not done
+
+
+@pytest.mark.parametrize(
+    "change", [{"quiet": True}, {"checkpoint_seconds": 1.0}, {"pool": "elsewhere/pool.jsonl"}, {"overwrite": False}]
+)
+def test_what_cannot_change_a_result_makes_no_other_run(change: dict, tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    assert start(tmp_path / "out", **change).complete
+
+
+def test_overwriting_deletes_runs(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    (tmp_path / "out" / "folder").mkdir()
+    (tmp_path / "out" / "folder" / "file").touch()
+    run = start(tmp_path / "out", top=0.5, overwrite=True)
+    assert not run.complete
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "work"}
+    run.work("state").write_text("half")
+    run.close()
+    run = start(tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out" / "work").iterdir()] == ["lock"]
+    run.close()
+    (tmp_path / "empty").mkdir()
+    start(tmp_path / "empty", overwrite=True).close()
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "work/thesis.tex", "manifest.json"])
+def test_overwriting_deletes_nothing_but_runs(foreign: str, tmp_path: Path) -> None:
+    path = tmp_path / "out" / foreign
+    path.parent.mkdir(parents=True)
+    path.write_text('{"name": "my web app"}')
+    before = sha256_folder(tmp_path / "out")
+    for overwrite in (True, False):
+        with pytest.raises((ConfigError, DataError), match="not a pharmacist run|not a manifest"):
+            start(tmp_path / "out", overwrite=overwrite)
+        assert sha256_folder(tmp_path / "out") == before
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    run.work("state").write_text("half")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="another process is working in this folder"):
+            start(tmp_path / "out", overwrite=overwrite)
+    assert run.work("state").read_text() == "half"
+    run.close()
+    start(tmp_path / "out").close()
+
+
+def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom pathlib import Path\nfrom tests.core.test_rundir import start\n"
+        f"run = start(Path({str(tmp_path / 'out')!r}))\nos.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == -9
+    run = start(tmp_path / "out")
+    assert not run.complete
+    run.close()
+
+
+def test_places_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file; --output-dir needs a folder"):
+        start(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        start(tmp_path / "file" / "below")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        start(tmp_path / ("x" * 300))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_phases_add_up_over_resumes(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    with run.phase("train") as phase:
+        phase.tokens += 10
+    with pytest.raises(KeyboardInterrupt), run.phase("score") as phase:
+        phase.tokens += 3
+        raise KeyboardInterrupt
+    first = run.manifest.phases["score"].seconds
+    run.close()
+    run = start(tmp_path / "out")
+    with run.phase("score") as phase:
+        phase.tokens += 4
+        phase.extra["note"] = 1
+    run.finish(outputs=[])
+    phases = read_manifest(tmp_path / "out").phases
+    assert {name: phase.tokens for name, phase in phases.items()} == {"train": 10, "score": 7}
+    assert phases["score"].seconds > first > 0
+    assert phases["score"].extra == {"note": 1}
+
+
+def test_a_run_without_results_can_be_forgotten(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    run.work("data", "rows").write_text("x")
+    run.discard()
+    assert list((tmp_path / "out").iterdir()) == []
+    run = start(tmp_path / "out", top=0.5)  # other options
+    run.path("scores.parquet").write_text("x")
+    run.discard()
+    assert run.path("scores.parquet").exists()
+    run.close()
+    assert read_manifest(tmp_path / "out").status == "started"
+
+
+def test_other_processes_of_a_launcher_leave_the_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    run = start(tmp_path / "out")
+    with run.phase("read"):
+        pass
+    run.finish(outputs=[])
+    run.close()
+    assert not (tmp_path / "out" / "manifest.json").exists()
