@@ -41,7 +41,7 @@ def fit_logistic(
     Returns:
         Coefficients, shape [classes, features], and intercepts, shape [classes].
     """
-    # Newton's method reaches the exact optimum sooner than L-BFGS a rough one, which favoured one of two equal classes.
+    # Newton's method finds the exact optimum; where L-BFGS stops, one of two equal classes is favoured.
     model = LogisticRegression(
         C=regularisation, class_weight="balanced", solver="newton-cg", max_iter=1000, tol=1e-12
     )  # fmt: skip
