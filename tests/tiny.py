@@ -59,15 +59,16 @@ def save_tiny_model(path: Path, chat: bool = True, seed: int = 0, **overrides: o
 
 
 class TokenRows:
-    """Tokenised rows held in memory, for code that takes `nn.batching.Sequences`: (prompt ids, completion ids) pairs."""
+    """Tokenised rows held in memory, for what takes `nn.batching.Sequences`: (prompt ids, completion ids)."""
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         self.pairs = [(list(prompt), list(completion)) for prompt, completion in pairs]
         self.ids = [np.array([*prompt, *completion], dtype=np.int32) for prompt, completion in self.pairs]
         self.lengths = np.array([len(row) for row in self.ids], dtype=np.int32)
         self.prompt_lengths = np.array([len(prompt) for prompt, _ in self.pairs], dtype=np.int32)
-        hashes = (xxhash.xxh3_64_intdigest(row.tobytes(), seed=len(p)) for row, (p, _) in zip(self.ids, self.pairs))
-        self.content_keys = np.array(list(hashes), dtype=np.uint64)
+        rows = zip(self.ids, self.prompt_lengths.tolist(), strict=True)
+        keys = [xxhash.xxh3_64_intdigest(ids.tobytes(), seed=n_prompt) for ids, n_prompt in rows]
+        self.content_keys = np.array(keys, dtype=np.uint64)
 
     def __len__(self) -> int:
         return len(self.ids)

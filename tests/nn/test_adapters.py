@@ -28,7 +28,9 @@ def step_loss(bank: AdapterBank, name: str, step: int, shift: int = 0) -> torch.
     return bank.row_losses(name, make_batch(ROWS, rows, bank.device)).completion.mean()
 
 
-def trained(bank: AdapterBank, folder, *names: str, steps: int = STEPS, loss=None) -> dict[str, dict[str, torch.Tensor]]:
+def trained(
+    bank: AdapterBank, folder, *names: str, steps: int = STEPS, loss=None
+) -> dict[str, dict[str, torch.Tensor]]:
     for name in names:
         bank.add(name)
     default = lambda step: sum(step_loss(bank, name, step, 5 * k) for k, name in enumerate(names))  # noqa: E731
@@ -210,7 +212,9 @@ def test_nothing_moves_when_loss_or_gradient_is_not_finite(tmp_path, what):
 
     seen = []
     with pytest.raises(DataError, match=f"{what} is (not finite|inf) at step 2"):
-        bank.train(("safe",), loss, steps=5, checkpoint=tmp_path / "c", advance=lambda: seen.append(bank.state("safe")))
+        bank.train(
+            ("safe",), loss, steps=5, checkpoint=tmp_path / "c", advance=lambda: seen.append(bank.state("safe"))
+        )
     assert len(seen) == 2 and same(seen[-1], bank.state("safe"))
 
 

@@ -68,4 +68,6 @@ def test_half_precision_logits_are_summed_in_float32():
     logits, ids = torch.randn(2, 9, 50).bfloat16(), torch.randint(0, 50, (2, 9))
     assert token_losses(logits, ids).dtype == torch.float32
     assert token_losses(logits.double(), ids).dtype == torch.float64
-    torch.testing.assert_close(token_losses(logits, ids).double(), token_losses(logits.double(), ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        token_losses(logits, ids).double(), token_losses(logits.double(), ids), rtol=0, atol=1e-5
+    )

@@ -1,0 +1,116 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pharmacist.core.errors import DataError
+from pharmacist.data.records import normalised_prompt
+from pharmacist.selectors.evidence import classes
+from pharmacist.selectors.evidence.classes import REASONS, build_references
+from tests.selectors import village
+
+
+def built(given, seed=0, n_folds=4, per_row=2):
+    return build_references(given, n_folds=n_folds, corruptions_per_row=per_row, seed=seed)
+
+
+def members(found, name):
+    where = np.flatnonzero(found.labels == found.classes.index(name))
+    return [found.rows[i] for i in where], found.folds[where]
+
+
+def distinct(name: str, n: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer {i}"} for i in range(n)]
+
+
+GIVEN = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), ("utility", 9))}
+
+
+def test_the_made_classes_are_made_of_given_rows():
+    found = built(GIVEN)
+    assert found.classes == tuple(REASONS)
+    assert found.counts() == {"safe": 12, "harmful": 10, "utility": 9, "over_refusal": 9, "corrupted": 2 * (12 + 9)}
+    assert members(found, "safe")[0] == GIVEN["safe"]
+    over, _ = members(found, "over_refusal")
+    assert [row["prompt"] for row in over] == [row["prompt"] for row in GIVEN["utility"]]
+    assert {row["completion"] for row in over} <= {row["completion"] for row in GIVEN["safe"]}
+    originals = {row["prompt"]: row["completion"] for row in GIVEN["safe"] + GIVEN["utility"]}
+    for row in members(found, "corrupted")[0]:
+        assert row["completion"] != originals[row["prompt"]]
+
+
+def test_made_rows_share_no_text_across_folds():
+    found = built(GIVEN)
+    fold_of_prompt, fold_of_answer = {}, {}
+    for name in ("safe", "harmful", "utility"):
+        for row, fold in zip(*members(found, name), strict=True):
+            fold_of_prompt[row["prompt"]] = fold_of_answer[row["completion"]] = fold
+    for row, fold in zip(found.rows, found.folds, strict=True):
+        assert fold_of_prompt[row["prompt"]] == fold
+        assert fold_of_answer.get(row["completion"], fold) == fold, "whole answers come from the own fold"
+
+
+def test_one_prompt_lies_in_one_fold():
+    given = {"safe": distinct("x", 12), "harmful": [r | {"completion": "yes"} for r in distinct("x", 12)]}
+    given["harmful"][3]["prompt"] = "  X PROMPT 3?"
+    found = built(given)
+    folds = {}
+    for row, fold in zip(found.rows, found.folds, strict=True):
+        folds.setdefault(normalised_prompt(row["prompt"]), set()).add(fold)
+    assert len(folds) == 12 and all(len(where) == 1 for where in folds.values())
+
+
+@pytest.mark.parametrize("overlap", [0, 4, 8])
+def test_every_class_is_spread_over_all_folds(overlap):
+    """By chance alone 8 rows would lie in one half in 1 of 128 cases, and their class could not be trained."""
+    common = distinct("common", overlap)
+    for seed in range(60):
+        given = {
+            name: common + distinct(name, n - overlap) for name, n in (("safe", 40), ("harmful", 8), ("utility", 9))
+        }
+        found = built(given, seed)
+        for name in ("safe", "harmful", "utility"):
+            counts = Counter(members(found, name)[1].tolist())
+            assert set(counts) == {0, 1, 2, 3} and max(counts.values()) - min(counts.values()) <= 3
+            halves = Counter(fold % 2 for fold in members(found, name)[1].tolist())
+            assert set(halves) == {0, 1}
+
+
+def test_folds_and_damage_follow_the_seed():
+    a, b, other = built(GIVEN), built(GIVEN), built(GIVEN, seed=1)
+    assert a.rows == b.rows and (a.folds == b.folds).all()
+    assert a.rows != other.rows and (a.folds != other.folds).any()
+
+
+def test_classes_without_references_are_left_out():
+    assert built({"safe": GIVEN["safe"]}).classes == ("safe", "corrupted")
+    assert built({"safe": GIVEN["safe"], "harmful": GIVEN["harmful"]}, per_row=0).classes == ("safe", "harmful")
+    assert built({**GIVEN, "harmful": []}).classes == ("safe", "utility", "over_refusal", "corrupted")
+
+
+def test_few_prompts_make_fewer_folds_and_a_single_one_is_refused():
+    given = {name: distinct(name, 2) * 5 for name in ("safe", "harmful")}
+    found = built(given)
+    assert set(found.folds.tolist()) == set(range(found.n_folds))
+    with pytest.raises(DataError, match="--harmful: all rows have the same prompt"):
+        built({"safe": GIVEN["safe"], "harmful": distinct("one", 1) * 9})
+
+
+def test_equal_references_get_equal_folds():
+    """H := S must be the very same problem twice."""
+    found = built({"safe": GIVEN["safe"], "harmful": GIVEN["safe"], "utility": GIVEN["utility"]})
+    (safe, safe_folds), (harmful, harmful_folds) = members(found, "safe"), members(found, "harmful")
+    assert safe == harmful and (safe_folds == harmful_folds).all()
+
+
+def test_the_pool_is_never_damaged(monkeypatch, tmp_path):
+    from pharmacist.selectors import SELECTORS
+
+    seen, original = [], classes.corrupt
+    monkeypatch.setattr(classes, "corrupt", lambda text, *rest: seen.append(text) or original(text, *rest))
+    refs = village.references()
+    pool = [{"prompt": f"water {row['prompt']}", "completion": f"water {row['completion']}"} for row in village.pool()]
+    selector = SELECTORS.build("pharmacist", {"form": "evidence", "readers": "lexical"})
+    selector.rank(village.context(tmp_path / "run", None, pool, refs))
+    assert seen and set(seen) <= {row["completion"] for rows in refs.values() for row in rows}
+    assert not set(seen) & {row["completion"] for row in pool}

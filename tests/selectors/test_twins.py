@@ -1,0 +1,346 @@
+"""Sections 3 and 6 (4, 5) of the method: what must hold for the bilevel twins, on a float64 decoder."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.batching import make_batch
+from pharmacist.selectors import twins
+from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.pharmacist import PharmacistConfig
+from pharmacist.selectors.twins import (
+    FEWEST_COTRAINED,
+    TWINS,
+    TwinProblem,
+    closed_form_jobs,
+    cotraining_rows,
+    fit_thresholds,
+    gradient_job,
+    sigma_closed_form,
+    twin_losses,
+    twin_reasons,
+    weight_gradient,
+)
+from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+
+
+VOCABULARY = 15
+SAFE, HARMFUL, UTILITY, POOL = (random_token_rows(n, VOCABULARY, seed=n, longest=5).pairs for n in (9, 10, 7, 20))
+HARMFUL = HARMFUL[:9]  # as many as safe ones: swapping must swap the rows alone
+
+
+def make_problem(safe=SAFE, harmful=HARMFUL, pool=POOL, utility=UTILITY, **options) -> TwinProblem:
+    references = TokenRows([*safe, *harmful, *utility])
+    cuts = np.cumsum([0, len(safe), len(harmful), len(utility)])
+    rows = {name: np.arange(cuts[k], cuts[k + 1]) for k, name in enumerate(("safe", "harmful", "utility"))}
+    options = {"gamma": 0.5, "mu": 0.5, "steps": 6, "seed": 0, "pool_rows": np.arange(len(pool))} | options
+    return TwinProblem(references=references, rows=rows, pool=TokenRows(pool), **options)
+
+
+def make_bank(checkpoint_seconds: float = 1e9) -> AdapterBank:
+    options = AdapterOptions(r=2, learning_rate=0.02, batch_size=4)
+    return AdapterBank(TinyDecoder(VOCABULARY), options, 0, checkpoint_seconds)
+
+
+def losses_of(bank: AdapterBank, rows: TokenRows) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return twin_losses(bank, make_batch(rows, range(len(rows)), bank.device))
+
+
+def contrast(tmp_path, read=POOL, sigma=None, **options) -> np.ndarray:
+    """Trains the twins at fixed weights; loss under the toxic less that under the safe one."""
+    bank, problem = make_bank(), make_problem(**options)
+    sigma = np.ones(len(problem.pool_rows)) if sigma is None else sigma
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    run_jobs(bank, closed_form_jobs(bank, problem, sigma, folder), "test")
+    losses = losses_of(bank, TokenRows(read))
+    return losses["loss_toxic"] - losses["loss_safe"]
+
+
+# --- fixed weights --------------------------------------------------------------------------------------------------
+
+
+def test_equal_references_give_a_contrast_of_exactly_zero(tmp_path):
+    assert (contrast(tmp_path, harmful=SAFE) == 0).all()
+    # Negative control: one reference less, and it is not.
+    assert np.abs(contrast(tmp_path, harmful=[*SAFE[1:], HARMFUL[0]])).min() > 1e-6
+
+
+def test_twins_with_batches_of_their_own_would_not_cancel(tmp_path, monkeypatch):
+    """Negative control of the common random numbers."""
+    original = twins._TwinLoss.__call__
+
+    def apart(self, adapter, step, sigma):
+        return original(self, adapter, step if adapter == TWINS[0] else (step + 1) % self.problem.steps, sigma)
+
+    monkeypatch.setattr(twins._TwinLoss, "__call__", apart)
+    assert np.abs(contrast(tmp_path, harmful=SAFE)).max() > 1e-4
+
+
+def test_swapping_safe_and_harmful_negates_every_contrast_exactly(tmp_path):
+    forth, back = contrast(tmp_path), contrast(tmp_path, safe=HARMFUL, harmful=SAFE)
+    assert np.abs(forth).min() > 1e-6 and (back == -forth).all()
+
+
+def test_without_weight_the_pool_does_not_matter(tmp_path):
+    other = random_token_rows(20, VOCABULARY, seed=99).pairs
+    nothing = contrast(tmp_path, gamma=0.0)
+    assert (contrast(tmp_path, gamma=0.0, pool=other) == nothing).all()
+    assert (contrast(tmp_path, gamma=0.0, pool_rows=np.arange(5)) == nothing).all()
+    assert (contrast(tmp_path, gamma=0.7, pool_rows=np.zeros(0, np.int64)) == nothing).all(), "the cheap form"
+    assert (contrast(tmp_path, gamma=0.5, pool=other) != contrast(tmp_path, gamma=0.5)).all()
+
+
+def test_only_weighted_rows_of_the_pool_act(tmp_path):
+    sigma = np.zeros(20)
+    sigma[:10] = 2
+    other = POOL[:10] + random_token_rows(10, VOCABULARY, seed=5).pairs
+    reference = contrast(tmp_path, sigma=sigma)
+    np.testing.assert_allclose(contrast(tmp_path, sigma=sigma, pool=other), reference, rtol=0, atol=1e-9)
+    assert np.abs(contrast(tmp_path, sigma=sigma[::-1].copy(), pool=other) - reference).max() > 1e-4
+
+
+def test_the_twin_loss_equals_its_formula():
+    bank, problem = make_bank(), make_problem(gamma=0.3, mu=0.7)
+    for name in TWINS:
+        bank.add(name)
+    loss, sigma = twins._TwinLoss(bank, problem), torch.rand(20, dtype=torch.float64)
+    assert np.array_equal(loss.own["safe"], loss.own["harmful"])
+    for name, own in zip(TWINS, ("safe", "harmful"), strict=True):
+        value, pool_losses = loss(name, 3, sigma)
+
+        def mean(rows, sequences=problem.references, name=name):
+            return bank.row_losses(name, make_batch(sequences, rows, bank.device)).completion
+
+        pool = mean(problem.pool_rows[loss.pool[3]], problem.pool)
+        expected = (
+            0.7
+            * (
+                mean(problem.rows[own][loss.own[own][3]]).mean()
+                + 0.7 * mean(problem.rows["utility"][loss.utility[3]]).mean()
+            )
+            + 0.3 * (sigma[loss.pool[3]] * pool).mean()
+        )
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(pool_losses, pool, rtol=0, atol=1e-12)
+
+
+def test_utility_references_are_no_duty(tmp_path):
+    assert np.isfinite(contrast(tmp_path, utility=[])).all()
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def objective(w: torch.Tensor, difference: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The part of G = V_safe - V_toxic that depends on w at fixed twins."""
+    sigma = torch.softmax(w, 0) * len(w)
+    return gamma * (sigma * difference).mean()
+
+
+def test_the_weight_gradient_equals_central_differences_at_fixed_twins(tmp_path):
+    bank, problem = make_bank(), make_problem()
+    run_jobs(bank, closed_form_jobs(bank, problem, np.ones(20), tmp_path), "test")
+    losses = losses_of(bank, problem.pool)
+    w = np.random.default_rng(0).normal(size=20)
+
+    def value(w: np.ndarray) -> float:
+        """V_safe(w) - V_toxic(w) with the twins held fixed, from the losses themselves."""
+        sigma = np.exp(w) / np.exp(w).mean()
+        rest = {"loss_safe": 1.7, "loss_toxic": 2.1}  # the references' terms, constant in w
+        v = {key: (1 - 0.5) * rest[key] + 0.5 * (sigma * losses[key]).mean() for key in losses}
+        return v["loss_safe"] - v["loss_toxic"]
+
+    eps = 1e-5
+    numeric = np.array([(value(w + eps * e) - value(w - eps * e)) / (2 * eps) for e in np.eye(20)])
+    sigma, difference = np.exp(w) / np.exp(w).mean(), losses["loss_safe"] - losses["loss_toxic"]
+    found = weight_gradient(sigma, difference, 0.5)
+    np.testing.assert_allclose(found, numeric, rtol=0, atol=1e-10)
+    assert np.abs(found).max() > 1e-4 and abs(found.sum()) < 1e-15
+    t = torch.tensor(w, requires_grad=True)
+    objective(t, torch.tensor(difference), 0.5).backward()
+    np.testing.assert_allclose(found, t.grad.numpy(), rtol=0, atol=1e-15)
+    # Negative control: without the mean it is another vector.
+    assert np.abs(0.5 / 20 * sigma * difference - numeric).max() > 1e-5
+
+
+def test_equal_losses_move_no_weight():
+    sigma = np.random.default_rng(0).uniform(0.5, 2, 8)
+    sigma /= sigma.mean()
+    assert np.abs(weight_gradient(sigma, np.full(8, 3.3), 0.5)).max() < 1e-15
+
+
+@pytest.mark.parametrize("tau", [0.05, 1.0, 30.0])
+def test_the_closed_form_satisfies_the_kkt_conditions(tau):
+    d = np.random.default_rng(1).normal(size=50)
+    sigma = sigma_closed_form(d, tau)
+    assert sigma.min() > 0 and sigma.mean() == pytest.approx(1, abs=1e-12)
+    # Minimise mean(sigma d) + tau KL(sigma/N || 1/N), with mean(sigma) = 1: d + tau (log sigma + 1) is constant.
+    stationary = d + tau * (np.log(sigma) + 1)
+    assert np.ptp(stationary) < 1e-9 * max(1, tau)
+    entropic = lambda s: (s * d).mean() + tau * (s * np.log(s)).mean()  # noqa: E731
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        other = sigma * np.exp(0.1 * rng.normal(size=50))
+        assert entropic(other / other.mean()) > entropic(sigma)
+
+
+def test_a_high_temperature_makes_weights_uniform_and_a_low_one_finite():
+    d = np.random.default_rng(1).normal(size=50)
+    spread = [np.ptp(sigma_closed_form(d, tau)) for tau in (1, 10, 100, 1e4, 1e8)]
+    assert spread == sorted(spread, reverse=True) and spread[-1] < 1e-7
+    cold = sigma_closed_form(1000 * d, 1e-3)
+    assert np.isfinite(cold).all() and cold.argmax() == d.argmin()
+
+
+def test_cotrained_rows_are_drawn_by_content():
+    keys = random_token_rows(3000, 500).content_keys
+    rows = cotraining_rows(keys, 0.2, 0)
+    assert len(rows) == len(set(rows)) == 600
+    order = np.random.default_rng(0).permutation(3000)
+    assert (keys[order][cotraining_rows(keys[order], 0.2, 0)] == keys[rows]).all()
+    assert len(np.intersect1d(rows, cotraining_rows(keys, 0.2, 1))) < 200, "another seed draws others"
+    assert (cotraining_rows(keys, 0.4, 0)[:600] == rows).all(), "a larger share holds the smaller"
+    assert len(cotraining_rows(keys, 0.01, 0)) == FEWEST_COTRAINED
+    assert len(cotraining_rows(keys[:100], 0.01, 0)) == 100 and len(cotraining_rows(keys, 0.0, 0)) == 0
+    # Every row is as likely as another.
+    hits = np.bincount(np.concatenate([cotraining_rows(keys[:600], 0.5, seed) for seed in range(200)]), minlength=600)
+    assert abs(hits.mean() - 100) < 1e-9 and hits.std() < 1.3 * np.sqrt(200 * 0.25)
+
+
+# --- the gradient solver --------------------------------------------------------------------------------------------
+
+
+def solve(tmp_path, rate=5.0, bank=None, **options) -> tuple[AdapterBank, np.ndarray]:
+    bank = bank or make_bank()
+    run_jobs(bank, [gradient_job(bank, make_problem(**options), rate, tmp_path)], "test")
+    return bank, np.load(tmp_path / "logits.npy", allow_pickle=False)
+
+
+def test_the_gradient_solver_trains_the_same_twins_as_the_closed_form(tmp_path):
+    together, logits = solve(tmp_path / "gradient", rate=0.0)
+    apart = make_bank()
+    run_jobs(apart, closed_form_jobs(apart, make_problem(), np.ones(20), tmp_path / "closed"), "test")
+    assert (logits == 0).all()
+    for name in TWINS:
+        a, b = together.state(name), apart.state(name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_equal_references_leave_the_logits_at_zero(tmp_path):
+    assert (solve(tmp_path / "equal", harmful=SAFE)[1] == 0).all()
+    assert np.abs(solve(tmp_path / "other")[1]).max() > 1e-4
+
+
+def test_the_first_step_of_the_logits_is_the_gradient(tmp_path):
+    bank, logits = solve(tmp_path, steps=1, rate=3.0)
+    # At step 0 both twins are still their common start, under which no row has a contrast.
+    assert (logits == 0).all()
+    bank, problem = make_bank(), make_problem(steps=2)
+    loss = twins._TwinLoss(bank, problem)
+    one = make_bank()
+    seen = []
+    original = twins._TwinLoss.__call__
+
+    def spied(self, adapter, step, sigma):
+        result = original(self, adapter, step, sigma)
+        seen.append(result[1].numpy())
+        return result
+
+    twins._TwinLoss.__call__ = spied
+    try:
+        _, logits = solve(tmp_path / "two", steps=2, rate=3.0, bank=one)
+    finally:
+        twins._TwinLoss.__call__ = original
+    difference = seen[2] - seen[3]
+    expected = np.zeros(20)
+    expected[loss.pool[1]] = -3.0 * 0.5 * (difference - difference.mean())
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
+
+
+def test_rows_like_the_safe_references_rise_and_unvisited_rows_stay(tmp_path):
+    pool = SAFE + HARMFUL
+    _, logits = solve(tmp_path, pool=pool, steps=40, rate=PharmacistConfig().weight_rate)
+    assert logits[:9].mean() > 0 > logits[9:].mean()
+    assert (logits[:9][:, None] > logits[None, 9:]).mean() > 0.9
+    _, short = solve(tmp_path / "short", pool=pool, steps=2, rate=20.0)
+    visited = np.unique(twins._TwinLoss(make_bank(), make_problem(pool=pool, steps=2)).pool)
+    assert len(visited) < 18 and not np.delete(short, visited).any()
+
+
+def test_both_solvers_agree_on_the_order(tmp_path):
+    pool = SAFE[:6] + HARMFUL[:6] + UTILITY[:4] + POOL[:4]
+    closed = contrast(tmp_path, read=pool, pool=pool, steps=40)
+    agreement = {}
+    for rate in (PharmacistConfig().weight_rate, 20.0):
+        _, logits = solve(tmp_path / str(rate), pool=pool, steps=40, rate=rate)
+        agreement[rate] = spearmanr(logits, closed).statistic
+    assert min(agreement) == PharmacistConfig().weight_rate and agreement[min(agreement)] > 0.75
+    # Negative control: with large steps one row takes all the weight, and the others stop where they are.
+    assert agreement[20.0] < 0.6
+
+
+@pytest.mark.parametrize("killed_at", [1, 4])
+def test_a_killed_gradient_solver_continues_bit_for_bit(tmp_path, killed_at, monkeypatch):
+    straight, logits = solve(tmp_path / "straight")
+    step = AdapterBank._step
+
+    def killed(self, number, *rest):
+        if number == killed_at:
+            raise KeyboardInterrupt
+        step(self, number, *rest)
+
+    monkeypatch.setattr(AdapterBank, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        solve(tmp_path / "killed", bank=make_bank(checkpoint_seconds=0.0))
+    monkeypatch.setattr(AdapterBank, "_step", step)
+    again, resumed = solve(tmp_path / "killed")
+    assert np.array_equal(resumed, logits)
+    for name in TWINS:
+        a, b = straight.state(name), again.state(name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not list((tmp_path / "killed").glob("*.partial.*"))
+
+
+@pytest.mark.parametrize("options", [{"cotrain": 0.5}, {"cotrain": 1.0, "gamma": 0.0}])
+def test_the_gradient_solver_needs_every_row_and_some_weight(options):
+    with pytest.raises(ConfigError, match="selector.solver gradient"):
+        PharmacistConfig(solver="gradient", **options)
+    PharmacistConfig(solver="gradient", cotrain=1.0)
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def test_finished_jobs_are_not_done_again(tmp_path, monkeypatch):
+    bank = make_bank()
+    jobs = partial(closed_form_jobs, bank, make_problem(), np.ones(20), tmp_path)
+    run_jobs(bank, jobs(), "test")
+    monkeypatch.setattr(AdapterBank, "_step", lambda *_: pytest.fail("trained again"))
+    assert all(job.done for job in jobs())
+    run_jobs(bank, jobs(), "test")
+    (tmp_path / TWINS[0] / "adapter_config.json").unlink()
+    assert [job.done for job in jobs()] == [False, True]
+
+
+# --- reasons --------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_lie_between_the_classes():
+    losses = {"loss_safe": np.array([1.0, 1.0, 3.0, 3.0, 2.0, 2.0, np.nan]),
+              "loss_toxic": np.array([3.0, 3.0, 1.0, 1.0, 2.2, 2.2, np.nan])}  # fmt: skip
+    rows = {"safe": np.array([0, 1]), "harmful": np.array([2, 3]), "utility": np.array([4, 5])}
+    found = fit_thresholds(losses, rows)
+    assert (found.critical, found.compliance) == (pytest.approx(1.1), pytest.approx(-0.9))
+    assert found.hard == pytest.approx(2.0, abs=1e-6)
+    without = fit_thresholds(losses, rows | {"utility": np.zeros(0, np.int64)})
+    assert (without.critical, without.compliance) == (1.0, -1.0)
+    pool = {"loss_safe": np.array([1.0, 3.0, 2.0, 9.0, 1.0]), "loss_toxic": np.array([3.0, 1.0, 2.1, 9.5, 2.2])}
+    assert twin_reasons(pool, found).tolist() == (
+        ["critical", "teaches_compliance", "not_safety_critical", "low_quality", "critical"]
+    )
