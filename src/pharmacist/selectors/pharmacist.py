@@ -75,7 +75,7 @@ class PharmacistConfig(AdapterOptions):
     tau: float = 1.0
     """Temperature of the pool weights in nats; larger is closer to uniform."""
     weight_rate: float = 0.3
-    """Step size of the gradient solver's logits; from about 3 on few rows take all the weight, and the order is lost."""
+    """Step size of the gradient solver's logits; from about 3 on few rows take all the weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
