@@ -55,7 +55,7 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
 
     config = manifest.config
     scores = _scores(folder / "scores.parquet")
-    again = "put it back as it was, or rank it again with pharmacist curate"
+    again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
     try:
         source = open_source(config["pool"], name="pool")
     except DataError as error:

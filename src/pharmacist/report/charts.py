@@ -62,9 +62,9 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged:
             "yanchor": "top", "xshift": 6, "font": {"color": _INK, "size": 12}, "bgcolor": "var(--card)",
         }]  # fmt: skip
     return _figure(
-        traces, 380, barmode="stack", bargap=0.05, showlegend=len(traces) > 1,
+        traces, 340, barmode="stack", bargap=0.05, showlegend=False, margin={"l": 64, "r": 24, "t": 16, "b": 56},
         xaxis={"title": {"text": "score (higher = keep)"}, "showgrid": False}, yaxis={"title": {"text": "rows"}},
-        legend={"traceorder": "normal"}, **extra,
+        **extra,
     )  # fmt: skip
 
 
@@ -88,8 +88,7 @@ def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.
             hovertemplate=f"{word.title}: %{{x:.1f}} % (%{{customdata}} rows)<extra>%{{y}}</extra>",
         ))  # fmt: skip
     return _figure(
-        traces, 210, barmode="stack", bargap=0.28, margin={"l": 76, "r": 24, "t": 52, "b": 32},
-        legend={"traceorder": "normal"}, showlegend=True,
+        traces, 160, barmode="stack", bargap=0.28, margin={"l": 76, "r": 24, "t": 8, "b": 32}, showlegend=False,
         xaxis={"range": [0, 100], "ticksuffix": " %", "showgrid": False},
         yaxis={"showgrid": False, "tickfont": {"color": _INK}},
     )  # fmt: skip

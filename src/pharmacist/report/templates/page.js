@@ -144,7 +144,7 @@
       if (type !== "display") return value;
       return element("span", { class: value ? "yes" : "no" }, value ? "✓ yes" : "no");
     };
-    const number = (digits) => (value, type) => (type === "display" ? value.toFixed(digits) : value);
+    const number = (digits) => (value, type) => (type === "display" ? value.toFixed(digits).replace("-", "\u2212") : value);
     const orNothing = (value, type) => (type === "display" && value < 0 ? "" : value);
     const columns = [
       { title: "Rank", data: RANK, type: "num", className: "figure" },
@@ -154,8 +154,8 @@
       ...(labels.length ? [{ title: "Label", data: LABEL, type: "num", className: "dt-left", render: key(labels) }] : []),
       { title: "Prompt", data: PROMPT, type: "string", className: "words", render: text(2, "prompt") },
       { title: "Completion", data: COMPLETION, type: "string", className: "words", render: text(1, "completion") },
-      { title: "Row", data: ROW, type: "num", className: "figure" },
-      { title: "Repeats row", data: DUPLICATE, type: "num", className: "figure", render: orNothing },
+      { title: "Row", data: ROW, type: "num", className: "figure row-number" },
+      { title: "Repeats row", data: DUPLICATE, type: "num", className: "figure repeats", render: orNothing },
     ].map((column) => ({ ...column, searchable: false }));
     // DataTables' own search would put raw text into an element to decode it; ours only ever compares strings.
     const lower = [];
@@ -175,7 +175,10 @@
       data: rows, columns, autoWidth: false, deferRender: true, pageLength: 25, lengthMenu: [10, 25, 50, 100],
       order: [[0, "asc"]], orderClasses: false,
       layout: { topStart: null, topEnd: null, bottomStart: ["pageLength", "info"], bottomEnd: "paging" },
-      language: { emptyTable: "No rows", zeroRecords: "No row matches; widen search or filters" },
+      language: {
+        info: "_START_ to _END_ of _TOTAL_ rows", infoEmpty: "no rows", infoFiltered: "(out of _MAX_)",
+        lengthMenu: "_MENU_ rows per page", thousands: "\u202f", zeroRecords: "No row matches; widen search or filters.",
+      },
     });
     table.search.fixed("filters", passes);
     const redraw = () => table.draw();

@@ -1,0 +1,266 @@
+"""Pages: what they say, that text stays text, and that nothing is loaded from anywhere."""
+
+import base64
+import hashlib
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pharmacist.report import render_demo, render_ranking, tables
+from pharmacist.worlds import World
+from tests.report.pages import NASTY, REASON_OF, Page, manifest, report, scores, texts, write_demo
+
+
+RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL = range(10)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[list[dict[str, str]], list[str]]:
+    return World(0).pool(120)
+
+
+def render(path: Path, rows: list[dict[str, str]], reasons: list[str], **options: Any) -> Page:
+    selector_report = options.pop("report", report())
+    table = scores(reasons, selected=options.pop("selected", 36))
+    about = manifest(len(rows), selector_report, options.pop("selector", "pharmacist"))
+    render_ranking(path, scores=table, texts=texts(rows), manifest=about, **options)
+    return Page.read(path)
+
+
+def loads(page: Page) -> list[str]:
+    """Everything in a page that would make a browser ask for something."""
+    found = []
+    for tag, attributes in page.tags:
+        for name in ("src", "srcset", "href", "poster", "data", "action", "background", "xlink:href"):
+            value = attributes.get(name) or ""
+            if value and not value.startswith("#") and not value.startswith("data:"):
+                found.append(f"<{tag} {name}={value}>")
+    for style in page.styles:
+        found += re.findall(r"@import[^;]*", style)
+        found += [url for url in re.findall(r"url\(([^)]{0,40})", style) if not url.strip("\"' ").startswith("data:")]
+    return found
+
+
+def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
+    rows, labels = world
+    page = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels])
+    for words in (
+        "Core subset of 120 rows", "Rows in 122", "Refused 2", "Ranked 120", "Selected 36 30 % of the ranked",
+        "Near-duplicates 5", "Held-out AUC 0.957", "1 min 42 s", "12 345", "probe left out",
+        "lexical weight 1.25", "Harmful: harmful request, harmful answer 96 87.5 % 0.957 0.912 0.934",
+    ):  # fmt: skip
+        assert words in page.text, words
+    good, duplicates = labels.count("good"), labels.count("duplicate")
+    assert re.search(rf"Safety-critical A harmful [^.]*\. {good} 36 {good - 36} 100\.0 % ", page.text)
+    assert re.search(rf"Near-duplicate Safety[^.]*\. {duplicates} 0 {duplicates} 0\.0 % ", page.text)
+    assert "Planted label" not in page.text
+    assert "could not see" not in page.text
+    table = page.json("rows")["rows"]
+    assert [row[RANK] for row in table] == list(range(1, 121))
+    assert [row[SELECTED] for row in table] == [1] * 36 + [0] * 84
+    assert all((row[PROMPT], row[COMPLETION]) == tuple(rows[row[ROW]].values()) for row in table)
+    figures = page.json("figures")
+    assert sum(sum(trace["y"]) for trace in figures["histogram"]["data"]) == 120
+    assert set(figures) == {name["data-figure"] for _, name in page.tags if "data-figure" in name}
+
+
+def test_planted_labels(tmp_path: Path, world: Any) -> None:
+    rows, labels = world
+    page = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels], labels=labels)
+    mislabelled = labels.count("mislabel")
+    assert f"Mislabelled A harmful request that is answered. {mislabelled} 0 {mislabelled}" in page.text
+    assert f"Mislabelled · · · · · {mislabelled} " in page.text, "label against reason"
+    data = page.json("rows")
+    names = [label["name"] for label in data["labels"]]
+    assert [names[row[LABEL]] for row in data["rows"]] == [labels[row[ROW]] for row in data["rows"]]
+    with pytest.raises(ValueError, match="119 labels"):
+        render(tmp_path / "page.html", rows, ["critical"] * 120, labels=labels[1:])
+
+
+def test_text_stays_text(tmp_path: Path, world: Any) -> None:
+    harmless = [{"prompt": "a", "completion": "b"}] * 5
+    plain = render(tmp_path / "plain.html", harmless, ["critical"] * 5, labels=["x"] * 5)
+    rows = [{"prompt": text, "completion": text} for text in NASTY]
+    page = render(tmp_path / "page.html", rows, ["critical"] * 5, labels=["x"] * 5)
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags], "no text made an element"
+    assert page.scripts == plain.scripts
+    found = {row[ROW]: row for row in page.json("rows")["rows"]}
+    assert [found[i][PROMPT] for i in range(5)] == [found[i][COMPLETION] for i in range(5)] == list(NASTY)
+    # Negative control: unescaped, the same text does make elements.
+    html = (tmp_path / "page.html").read_text()
+    assert len(Page(html.replace("\\u003c", "<").replace("\\u003e", ">")).tags) != len(plain.tags)
+
+
+def test_names_are_escaped_like_texts(tmp_path: Path) -> None:
+    name = '"><img src=x onerror=alert(1)></script>'
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    page = render(
+        tmp_path / "page.html", rows, [name, "critical"] * 2, labels=[name, "good"] * 2, selector=name, selected=2
+    )
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert f"Ranking · selector {name}" in page.text
+    assert page.json("rows")["labels"][-1]["name"] == name
+
+
+def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
+    rows, labels = world
+    ranking = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels])
+    write_demo(tmp_path / "demo")
+    render_demo(tmp_path / "demo")
+    for page in (ranking, Page.read(tmp_path / "demo/report.html")):
+        assert loads(page) == []
+        policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "content" in a and "http-equiv" in a)
+        assert policy is not None
+        hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+        allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+        assert policy == (
+            f"default-src 'none'; script-src {allowed} blob:; style-src 'unsafe-inline'; img-src data:"
+        )
+        assert len(hashes) == 2, "plotly and our own"
+        assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    # Negative controls.
+    for bad in (
+        "<script src='https://x.org/a.js'></script>", "<link rel=stylesheet href=//x.org/a.css>", "<img src=a.png>",
+        "<style>@import 'https://x.org/a.css';</style>", "<p style='background: url(https://x.org/a.png)'>",
+    ):  # fmt: skip
+        assert len(loads(Page(bad))) == 1, bad
+
+
+@pytest.mark.parametrize(
+    ("reason", "veil"),
+    [("critical", 0), ("duplicate", 0), ("not_safety_critical", 0), ("over_refusal", 0), ("low_quality", 1),
+     ("teaches_compliance", 3), ("some_new_reason", 3)],
+)  # fmt: skip
+def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, veil: int) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 2
+    for selector_report, expected in (
+        (report(), veil),
+        (report(cannot_see=["over_refusal"]), veil),
+        (report(cannot_see=["teaches_compliance"]), 3),  # then any row may hold a harmful answer
+        ({}, 3),  # nobody read the rows
+    ):
+        page = render(tmp_path / "page.html", rows, [reason] * 2, report=selector_report)
+        assert [row[VEIL] for row in page.json("rows")["rows"]] == [expected] * 2
+
+
+def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    page = render(tmp_path / "page.html", rows, ["critical"] * 3, report={}, selector="random", selected=1)
+    assert "The selector “random” does not read the rows" in page.text
+    assert "was not tested on held-out references" in page.text
+    assert "Held-out AUC" not in page.text and "Safety-critical" not in page.text
+    assert "Not judged The selector did not read the row. 3 1 2" in page.text
+
+
+def test_what_could_not_be_seen(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    page = render(tmp_path / "page.html", rows, ["critical"] * 3, report=report(cannot_see=["teaches_compliance"]))
+    assert "could not see" in page.text
+    assert "Teaches compliance. A harmful request that is answered" in page.text
+
+
+def test_one_row(tmp_path: Path) -> None:
+    page = render(tmp_path / "page.html", [{"prompt": "a", "completion": "b"}], ["critical"], selected=1)
+    assert "Core subset of 1 row " in page.text
+    assert "All rows are selected, so there is no cut" in page.text
+    assert page.json("rows")["rows"] == [[1, 5.0, 0, 1, -1, "a", "b", 0, -1, 0]]
+    assert sum(page.json("figures")["histogram"]["data"][0]["y"]) == 1
+
+
+def test_the_cut(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    clean = render(tmp_path / "page.html", rows, ["critical"] * 4, selected=2)
+    assert "rows to its right are selected" in clean.text
+    assert clean.json("figures")["histogram"]["layout"]["shapes"][0]["x0"] == 4.75
+    table = scores(["critical"] * 4, 2).assign(selected=[True, False, True, False])
+    assert tables.cut(table) == {"score": 4.5, "clean": False}
+    assert tables.cut(table.assign(selected=True)) is None
+
+
+def test_a_score_without_value_is_refused_and_the_old_page_stays(tmp_path: Path) -> None:
+    table = scores(["critical"] * 3, 1).assign(score=[1.0, np.nan, 0.0])
+    (tmp_path / "page.html").write_text("old")
+    with pytest.raises(ValueError):
+        render_ranking(
+            tmp_path / "page.html", scores=table, texts=texts([{"prompt": "a", "completion": "b"}] * 3),
+            manifest=manifest(3, report()),
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_long_rankings_are_thinned_and_long_texts_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MOST_ROWS", 50)
+    monkeypatch.setattr(tables, "LONGEST", 10)
+    monkeypatch.setattr(tables, "SHORTEST", 10)
+    rows = [{"prompt": "0123456789", "completion": "0123456789\U0001f600"}] * 120
+    page = render(tmp_path / "page.html", rows, ["critical"] * 120)
+    assert "50 of 120 rows, at even steps of rank" in page.text
+    assert "50 texts are longer than 10 characters" in page.text
+    table = page.json("rows")["rows"]
+    ranks = [row[RANK] for row in table]
+    assert len(ranks) == 50 and (ranks[0], ranks[-1]) == (1, 120) and set(np.diff(ranks)) <= {2, 3}
+    assert {(row[PROMPT], row[COMPLETION]) for row in table} == {("0123456789", "0123456789…")}
+    assert "Rows 120" not in page.text and "Ranked 120" in page.text, "the numbers are those of all rows"
+
+
+def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
+    n = 100_000
+    reasons = [list(REASON_OF.values())[i % 6] for i in range(n)]
+    rows = [{"prompt": f"prompt {i} " + "word " * 20, "completion": "answer " * 200} for i in range(n)]
+    table, given, about = scores(reasons, 30_000), texts(rows), manifest(n, report())
+    start = time.perf_counter()
+    render_ranking(tmp_path / "page.html", scores=table, texts=given, manifest=about)
+    seconds, size = time.perf_counter() - start, (tmp_path / "page.html").stat().st_size
+    assert seconds < 60, "about 3 s on one quiet core"
+    assert 30e6 < size < 60e6, "completions are cut to keep the page at some 50 MB"
+    html = (tmp_path / "page.html").read_text()
+    assert "100\u202f000 texts are longer than 240 characters" in html
+    assert html.count("<tr") < 60, "rows are data, not elements"
+
+
+def test_the_same_input_gives_the_same_page(tmp_path: Path, world: Any) -> None:
+    rows, labels = world
+    for name in ("a", "b"):
+        render(tmp_path / f"{name}.html", rows, [REASON_OF[label] for label in labels])
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_demo(tmp_path: Path) -> None:
+    labels = write_demo(tmp_path)
+    render_demo(tmp_path, labels=labels)
+    page = Page.read(tmp_path / "report.html")
+    assert page.text.index("The comparison") < page.text.index("Scores and reasons")
+    # Fine-tune accuracy 3 and 5: mean 4, half width t(0.975, 1) * sqrt(2) / sqrt(2) = 12.7.
+    assert (
+        "Core subset 36 2.3 % 0.8 to 3.8 90.0 % 88.5 to 91.5 4.0 % −8.7 to 16.7 4.0 % −8.7 to 16.7 4.0 % −8.7 to 16.7 "
+        "4.0 s −8.7 to 16.7"
+    ) in page.text
+    assert "core minus full: −38.0 points , 95 % interval −39.5 to −36.5. The core subset is safer." in page.text
+    assert "core minus random: −1.0 points , 95 % interval −6.0 to +4.0. The interval holds zero" in page.text
+    assert "−95 % core subset against full pool" in page.text
+    assert "with a chance of 0.987" in page.text
+    assert "Planted label against given reason" in page.text
+    curves = page.json("figures")["curves"]["data"]
+    core = next(trace for trace in curves if trace.get("name") == "Core subset")
+    assert core["x"] == ["0", "4", "64"] and core["y"] == [3.0, 50.0, 90.0]
+    band = next(trace for trace in curves if trace["legendgroup"] == "core" and trace.get("fill"))
+    assert band["y"] == [4.0, 50.0, 90.0, 90.0, 50.0, 2.0]
+    bars = page.json("figures")["alignment_seconds"]["data"]
+    assert bars[0]["x"] == [4.0, 22.0, 42.0] and len(bars[1]["x"]) == 6
+    colors = {trace["name"]: trace["line"]["color"] for trace in curves if "name" in trace}
+    assert bars[0]["marker"]["color"] == [colors[title] for title in bars[0]["y"]], "an arm keeps its colour"
+
+
+def test_every_colour_is_defined(tmp_path: Path, world: Any) -> None:
+    write_demo(tmp_path)
+    render_demo(tmp_path, labels=world[1])
+    page = Page.read(tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    used = set(re.findall(r"var\((--[\w-]+)\)", page.data["data-figures"] + page.data["data-rows"] + page.styles[-1]))
+    assert "--core" in used
+    assert used <= set(re.findall(r"(--[\w-]+):", html))
