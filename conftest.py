@@ -50,7 +50,7 @@ _docstrings = Sybil(
 )  # fmt: skip
 _documents = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser(language="bash", evaluator=run_bash), SkipParser()],
-    patterns=["README.md", "docs/**/*.md"], path=str(ROOT), setup=enter_world, teardown=leave_world,
+    patterns=["README.md", "docs/*.md", "docs/*/*.md"], path=str(ROOT), setup=enter_world, teardown=leave_world,
 )  # fmt: skip
 
 pytest_collect_file = (_docstrings + _documents).pytest()

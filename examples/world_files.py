@@ -14,7 +14,7 @@ from pathlib import Path
 from pharmacist.worlds import BASE_MODEL, World
 
 
-def write_world(folder: Path, rows: int = 300, seed: int = 0) -> None:
+def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
     """Writes the files.
 
     Args:
@@ -26,7 +26,8 @@ def write_world(folder: Path, rows: int = 300, seed: int = 0) -> None:
     pool, labels = world.pool(rows, mislabel=0.05)
     files = {
         "pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility(),
-        "attack": world.attack_harmful(100), "task": world.task_train(1000), "task-test": world.task_test(100),
+        "attack": world.attack_harmful(100, ("potions",)),
+        "task": world.task_train(1000), "task-test": world.task_test(100),
         "prompts": world.eval_prompts(60), "borderline": world.borderline(40),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
     }  # fmt: skip

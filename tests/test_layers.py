@@ -21,14 +21,14 @@ MAY_IMPORT = {
     "attacks": {"core", "data"},
     "repairs": ABOVE_DATA,
     "evaluation": ABOVE_DATA,
-    "report": {"core"},
-    "pipeline": ABOVE_DATA | {"worlds", "training", "selectors", "defenses", "attacks", "repairs", "evaluation", "report"},
+    "report": {"core", "evaluation.statistics"},
     "cli": {"core", "pipeline"},
-}  # fmt: skip
+}
+MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {"cli"}
 """Package -> packages or modules; everything may import itself and `pharmacist` alone."""
 
 MODELS = {"torch", "transformers", "peft", "accelerate", "trl"}
-NEVER = {"core": MODELS | {"datasets", "pandas"}, "report": MODELS | {"datasets"}, "defenses": {"datasets"}}
+NEVER = {"core": MODELS | {"datasets", "pandas"}, "report": MODELS, "defenses": {"datasets"}}
 """Package -> libraries that it imports nowhere."""
 LAZY = {"core", "pipeline", "cli"}
 """Packages that load with the command line: at module level they import none of these."""
@@ -96,6 +96,6 @@ def test_the_rules_can_fail(package: str, source: str) -> None:
 
 
 def test_what_the_rules_allow() -> None:
-    lazy = "if TYPE_CHECKING:\n    import pandas\ndef f():\n    import numpy\n    from pharmacist.training import trainer"
+    lazy = "if TYPE_CHECKING:\n    import pandas\ndef f():\n    import numpy\n    from pharmacist.training import loop"
     assert not broken_rules("pipeline", lazy)
     assert not broken_rules("defenses", "from pharmacist.training.strategy import GradientStrategy\nimport torch")

@@ -1,0 +1,130 @@
+"""Writes what the docs must not restate: tables of commands, options and methods, from the code that declares them.
+
+A line ``{{ options curate }}`` in a page becomes the table of that command's options, ``{{ methods curate }}`` the
+methods that it knows with their own options, ``{{ train align }}`` its training defaults, ``{{ commands }}`` the table
+of commands.
+"""
+
+import dataclasses
+import inspect
+import re
+from importlib import import_module
+from typing import Any, get_origin, get_type_hints
+
+from pharmacist.cli.main import COMMANDS
+from pharmacist.core.config import _docs, _methods, _registry
+from pharmacist.core.rundir import RunOptions
+
+
+COMMON = [field.name for field in dataclasses.fields(RunOptions)]
+REQUIRED = "required"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |" for line in lines)
+
+
+def _code(text: object) -> str:
+    return "`" + str(text).replace("|", "\\|") + "`"
+
+
+def _kind(hint: Any) -> str:
+    """Values in words of the command line; nothing for a switch."""
+    if hint is bool:
+        return ""
+    text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else str(hint)
+    choices = re.findall(r"'([^']*)'", text) if "Literal" in text else []
+    return " ".join(map(_code, choices)) if choices else _code(text.removeprefix("typing.").replace(" | None", ""))
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        value = value.get("name", "") if "registry" in field.metadata else value
+    else:
+        value = field.default
+    if value is dataclasses.MISSING:
+        return REQUIRED
+    return "" if value in (None, "", False, {}, []) else _code(value)
+
+
+def _options(options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Rows of a table: a field that is a dataclass itself gives one row per option of its own."""
+    hints, docs, rows = get_type_hints(options), _docs(options), []
+    for field in dataclasses.fields(options):
+        if field.name in leave_out:
+            continue
+        if dataclasses.is_dataclass(hints[field.name]):
+            rows += _options(hints[field.name], f"{prefix}{field.name}.")
+            continue
+        name = prefix + field.name
+        flag, kind = "--" + (name if prefix else name.replace("_", "-")), _kind(hints[field.name])
+        if "registry" in field.metadata:
+            kind = " ".join(map(_code, _registry(field).names()))
+        elif get_origin(hints[field.name]) is dict:
+            flag, kind = f"{flag}.NAME", ""
+        rows.append((_code(flag), kind, _default(field), docs.get(field.name, "")))
+    return rows
+
+
+HEAD = ("option", "values", "default", "meaning")
+
+
+def options_of(name: str) -> type[Any]:
+    """The options dataclass of a command."""
+    command = COMMANDS[name]
+    found: type[Any] = getattr(import_module(command.module), command.options)
+    return found
+
+
+def commands() -> str:
+    """The table of commands."""
+    rows = [(f"[`{name}`](../how-to/{name}.md)", command.summary) for name, command in COMMANDS.items()]
+    return _table(("command", "does"), rows)
+
+
+def options(name: str) -> str:
+    """The table of a command's own options; those that all commands share are at `common`."""
+    own = options_of(name)
+    shared = tuple(COMMON) if issubclass(own, RunOptions) else ()
+    return _table(HEAD, _options(own, leave_out=shared))
+
+
+def common() -> str:
+    """The table of the options that every run has."""
+    return _table(HEAD, _options(RunOptions))
+
+
+def methods(name: str) -> str:
+    """One section per method that a command can be told to use, with the method's own options."""
+    parts = []
+    for option, field in _methods(options_of(name)).items():
+        registry = _registry(field)
+        for method in registry.names():
+            found = registry.get(method)
+            about = inspect.getdoc(found) or ""
+            if about.startswith("See the module"):
+                about = inspect.getdoc(inspect.getmodule(found)) or ""
+            about, rows = about.split("\n\n")[0], _options(registry.config_type(method), f"{option}.")
+            parts += [f"### `--{option} {method}`", about, _table(HEAD, rows) if rows else "It has no options."]
+    return "\n\n".join(parts)
+
+
+def train(name: str) -> str:
+    """The table of a training command's own defaults for ``train.``."""
+    defaults = options_of(name).TRAIN_DEFAULTS
+    return _table(("option", "default"), [(_code(f"--train.{key}"), _code(value)) for key, value in defaults.items()])
+
+
+TABLES = {"commands": commands, "options": options, "common": common, "methods": methods, "train": train}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by MkDocs for every page."""
+    return re.sub(
+        r"^\{\{ (\w+)(?: (\w+))? \}\}$",
+        lambda found: TABLES[found[1]](*([found[2]] if found[2] else [])),
+        markdown,
+        flags=re.M,
+    )
