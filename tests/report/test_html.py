@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pharmacist.core.files import read_json, write_json
 from pharmacist.report import render_demo, render_ranking, tables
 from pharmacist.worlds import World
 from tests.report.pages import NASTY, REASON_OF, Page, manifest, report, scores, texts, write_demo
@@ -264,3 +265,21 @@ def test_every_colour_is_defined(tmp_path: Path, world: Any) -> None:
     used = set(re.findall(r"var\((--[\w-]+)\)", page.data["data-figures"] + page.data["data-rows"] + page.styles[-1]))
     assert "--core" in used
     assert used <= set(re.findall(r"(--[\w-]+):", html))
+
+
+def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
+    labels = write_demo(tmp_path)
+    summary = read_json(tmp_path / "demo.json")
+    for name in ("auc", "final_harmful_score", "differences"):
+        summary[name] = {key: value | {"ci95": None} for key, value in summary[name].items()}
+    for name in ("curves", "fine_tune_accuracy", "over_refusal", "over_refusal_aligned", "alignment_seconds"):
+        summary[name] = {arm: values[:1] for arm, values in summary[name].items()}
+    summary["ranking"]["auc"] = None
+    write_json(tmp_path / "demo.json", summary | {"seeds": [0]})
+    render_demo(tmp_path, labels=labels)
+    page = Page.read(tmp_path / "report.html")
+    assert "One seed only, so there are no intervals" in page.text
+    assert "Core subset 36 2.3 % 90.0 % 3.0 % 3.0 % 3.0 % 3.0 s" in page.text
+    assert "−38.0 points ; without repetition, chance cannot be told from a difference." in page.text
+    assert "The interval holds zero" not in page.text and "is safer" not in page.text
+    assert len(page.json("figures")["curves"]["data"]) == 3, "lines without bands"
