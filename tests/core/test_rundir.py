@@ -111,6 +111,25 @@ def test_what_cannot_change_a_result_makes_no_other_run(change: dict, tmp_path: 
     assert start(tmp_path / "out", **change).complete
 
 
+def test_late_options_may_change_before_the_end(tmp_path: Path) -> None:
+    def open_with(top: float, seed: int = 0) -> RunDir:
+        options = Options(output_dir=str(tmp_path / "out"), top=top, seed=seed)
+        return RunDir.open(options, stage="curate", version=1, inputs={}, late=frozenset({"top"}))
+
+    run = open_with(0.3)
+    run.work("state").write_text("half")
+    run.close()
+    with pytest.raises(ConfigError, match="other seed, top"):
+        open_with(0.5, seed=1)
+    run = open_with(0.5)
+    assert run.work("state").read_text() == "half"
+    assert read_manifest(tmp_path / "out").config["top"] == 0.5
+    run.finish(outputs=[])
+    with pytest.raises(ConfigError, match="other top"):  # what is finished says 0.5
+        open_with(0.3)
+    assert open_with(0.5).complete
+
+
 def test_overwriting_deletes_runs(tmp_path: Path) -> None:
     finish(tmp_path / "out")
     (tmp_path / "out" / "folder").mkdir()

@@ -30,6 +30,8 @@ class RunManifest(BaseModel):
     status: Literal["started", "success"]
     key: str
     """sha256 of stage, stage version, options that matter and input fingerprints."""
+    work_key: str = ""
+    """The same without options that only matter once all is computed: runs that share it share partial state."""
     config: dict[str, Any]
     inputs: dict[str, str]
     """Fingerprint (sha256 of content) of each input, or its hub id and revision."""

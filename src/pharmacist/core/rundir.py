@@ -53,7 +53,10 @@ class RunDir:
         self.root, self.manifest, self._lock = root, manifest, lock
 
     @classmethod
-    def open(cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str]) -> "RunDir":
+    def open(
+        cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str],
+        late: frozenset[str] = frozenset(),
+    ) -> "RunDir":  # fmt: skip
         """Takes possession of the output folder.
 
         Args:
@@ -61,6 +64,7 @@ class RunDir:
             stage: Name of the stage ("curate").
             version: Raised by hand whenever the stage's results change, so that old folders are not taken for new.
             inputs: Fingerprint per input.
+            late: Options that no partial state depends on; an unfinished run goes on when they change.
 
         Raises:
             ConfigError: The folder holds another run or other files, is a file, or another process works in it.
@@ -73,10 +77,14 @@ class RunDir:
             name: value for name, value in config.items()
             if name not in _NOT_IN_KEY and not (name in inputs and isinstance(value, str))
         }  # fmt: skip
-        key = sha256_json({"stage": stage, "version": version, "config": relevant, "inputs": dict(inputs)})
+        early = {name: value for name, value in relevant.items() if name not in late}
+        key, work_key = (
+            sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(inputs)})
+            for identity in (relevant, early)
+        )  # fmt: skip
         manifest = RunManifest(
-            stage=stage, status="started", key=key, config=config, inputs=dict(inputs), versions=versions(),
-            seeds={"seed": options.seed}, created=datetime.now(UTC).isoformat(timespec="seconds"),
+            stage=stage, status="started", key=key, work_key=work_key, config=config, inputs=dict(inputs),
+            versions=versions(), seeds={"seed": options.seed}, created=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         if rank() != 0:
             return cls(root, manifest, None)
@@ -84,7 +92,7 @@ class RunDir:
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
 
         def previous() -> RunManifest | None:
-            return _previous(root, key, stage, relevant, inputs)
+            return _previous(root, manifest, relevant)
 
         # A folder that is not this run's is not touched, not even by a lock.
         exists = os.path.isdir(root)
@@ -99,14 +107,16 @@ class RunDir:
             if options.overwrite:
                 _clear(root)
             found = previous()
-            if found is None:
+            if found is not None:
+                manifest = found if found.key == key else manifest.model_copy(update={"created": found.created})
+            if manifest is not found:
                 manifest.write(root)
         except BaseException:
             lock.close()
             raise
         for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        return cls(root, found or manifest, lock)
+        return cls(root, manifest, lock)
 
     @property
     def complete(self) -> bool:
@@ -221,23 +231,21 @@ def _ours(root: Path) -> bool:
     return names <= {"work"} and {path.name for path in root.glob("work/*")} <= {"lock"}
 
 
-def _previous(
-    root: Path, key: str, stage: str, relevant: Mapping[str, Any], inputs: Mapping[str, str]
-) -> RunManifest | None:
-    """The manifest of the run that lies in `root` if it is this one; raises if it is another."""
+def _previous(root: Path, asked: RunManifest, relevant: Mapping[str, Any]) -> RunManifest | None:
+    """The manifest of the run that lies in `root` if it is the one asked for; raises if it is another."""
     if not _ours(root):
         raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
     if not (root / "manifest.json").is_file():
         return None
     found = read_manifest(root)
-    if found.key == key:
+    if found.key == asked.key or (found.status == "started" and found.work_key == asked.work_key):
         return found
-    if found.stage != stage:
+    if found.stage != asked.stage:
         difference = f"a run of '{found.stage}'"
     else:
         changed = [name for name, value in relevant.items() if found.config.get(name) != value]
-        changed += [f"content of {name}" for name in inputs if found.inputs.get(name) != inputs[name]]
-        changed += [name for name in found.inputs if name not in inputs]
+        changed += [f"content of {name}" for name, value in asked.inputs.items() if found.inputs.get(name) != value]
+        changed += [name for name in found.inputs if name not in asked.inputs]
         difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
     raise ConfigError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
 

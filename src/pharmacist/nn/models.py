@@ -127,10 +127,18 @@ def load_model(
     try:
         AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=number_format, use_safetensors=True, **options)
+        with _silent_library():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=number_format, use_safetensors=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise DataError(_why_not_loaded(name, folder, error)) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CompatibilityError(
+            f"{name}: {len(missing)} tensors of a causal language model are not in it (such as {missing[0]}) and "
+            "would be random; give a complete model"
+        )
     if tokenizer.eos_token_id is None:
         raise CompatibilityError(
             f"{name}: the tokenizer has no end-of-sequence token, so no completion could end; "
@@ -147,13 +155,15 @@ def load_model(
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keeps the library's own progress bar out of our output, whatever it is set to."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+def _silent_library() -> Iterator[None]:
+    """Keeps the library's own progress bar and loading report out of our output, whatever they are set to."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()
 

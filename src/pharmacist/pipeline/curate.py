@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STAGE_VERSION = 1
 REFERENCES = ("safe", "harmful", "utility")
+_LATE = frozenset({"min_score", "diversity", "format"})
 
 
 @dataclass(kw_only=True)
@@ -158,7 +159,9 @@ def curate(options: CurateOptions) -> Ranking | None:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
     selector, options = _selector(options)
-    run = RunDir.open(options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options))
+    run = RunDir.open(
+        options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options), late=_LATE
+    )  # fmt: skip
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite ranks again", soft_wrap=True)
@@ -234,7 +237,9 @@ def rank(
         **labels, **options,
     )  # fmt: skip
     chosen, settings = _selector(settings)
-    run = RunDir.open(settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings))
+    run = RunDir.open(
+        settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings), late=_LATE
+    )  # fmt: skip
     try:
         ranking = _rank(sources, chosen, settings, run)
     finally:
@@ -414,7 +419,8 @@ def _choose(
             raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
         chosen = candidates.nsmallest(k, "rank").index
     if not len(chosen):
-        raise ConfigError(f"min score {min_score}: no row has it; the best score is {table['score'].max():.4g}")
+        best = table["score"].max()
+        raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
     return np.sort(chosen.to_numpy())
 
 

@@ -1,0 +1,238 @@
+"""The command line: exit codes, one line on standard error, help."""
+
+import errno
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pharmacist
+from pharmacist.cli import main as cli
+from pharmacist.cli.main import COMMANDS, main
+from pharmacist.core import files as core_files
+from pharmacist.core.manifest import read_manifest
+from pharmacist.pipeline import curate as stage
+from tests.cli.world import CHEAP, curate_words, fingerprints, write_world
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_world(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def pool(files: dict[str, str]) -> dict[str, str]:
+    return {"pool": files["pool"]}
+
+
+def chance(pool: dict[str, str], output: Path, *more: str) -> list[str]:
+    """The cheapest run: no model, no references."""
+    return curate_words(pool, output, "--selector", "random", *more, model=None)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    assert "Traceback" not in captured.err
+    return captured.err.rstrip()
+
+
+def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    usage = capsys.readouterr().out
+    assert all(name in usage and command.summary in usage for name, command in COMMANDS.items())
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == usage
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pharmacist {pharmacist.__version__}\n"
+
+
+def test_an_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curat"]) == 2
+    assert one_line(capsys) == "pharmacist: error: unknown command 'curat'; did you mean 'curate'?"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_options_and_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    example = COMMANDS[name].example
+    assert f"example: {example}" in shown
+    assert "--config FILE.yaml" in shown
+    # The example is a line that the command understands.
+    options = [word for word in shlex.split(example)[2:] if word.startswith("--")]
+    assert options and all(option in shown for option in options)
+
+
+def test_examples_parse() -> None:
+    from importlib import import_module
+
+    from pharmacist.core.config import parse
+
+    for command in COMMANDS.values():
+        options = getattr(import_module(command.module), command.options)
+        assert parse(options, shlex.split(command.example)[2:]) is not None
+
+
+def test_done_is_0_and_the_result_is_said(
+    pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(chance(pool, tmp_path / "out")) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""  # what people read goes to standard error
+    assert "60 rows ranked, 18 selected" in captured.err
+    selected = tmp_path / "out" / "selected.jsonl"
+    assert f"next: pharmacist align --data {selected} --model MODEL --output-dir DIR\n" in captured.err
+    assert main(chance(pool, tmp_path / "out")) == 0
+    assert "complete already" in capsys.readouterr().err
+    assert main(chance(pool, tmp_path / "quiet", "--quiet")) == 0
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_options_from_a_file(pool: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "curate.yaml"
+    config.write_text(
+        f"pool: {pool['pool']}\noutput_dir: {tmp_path / 'out'}\nselector: random\ntop: 5e-1\nquiet: true\n"
+    )
+    assert main(["curate", "--config", str(config), "--top", "0.1"]) == 0
+    assert read_manifest(tmp_path / "out").counts["selected"] == 6
+    assert main(["curate", "--config", str(config), "--output-dir", str(tmp_path / "other")]) == 0
+    assert read_manifest(tmp_path / "other").counts["selected"] == 30
+
+
+def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate"]) == 2
+    assert one_line(capsys).startswith("pharmacist curate: error: --output-dir and --pool must be given")
+    assert main(chance(pool, tmp_path / "out", "--topk", "3")) == 2
+    assert "unknown option '--topk'; did you mean '--top-k'?" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unexpected_failure_is_1_with_a_log(
+    pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise RuntimeError("the spoon\nbroke")
+
+    monkeypatch.setattr(stage, "_rank", fail)
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 1
+    line = one_line(capsys)
+    assert line.startswith("pharmacist curate: error: RuntimeError: the spoon broke (traceback in ")
+    log = Path(line.rpartition(" in ")[2].rstrip(")"))
+    assert log.parent == tmp_path / "out"
+    assert "in fail" in log.read_text() and "RuntimeError: the spoon" in log.read_text()
+    monkeypatch.undo()
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 0  # and the folder is still good
+
+
+def test_a_log_is_not_left_in_somebody_elses_folder(
+    pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise RuntimeError("broke")
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(stage, "_fingerprints", fail)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert main(chance(pool, tmp_path / "mine")) == 1
+    assert f"(traceback in {tmp_path}/pharmacist-error-" in one_line(capsys)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_an_interruption_is_130_and_says_how_to_resume(
+    pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_table", stop)
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 130
+    assert "interrupted; what was finished is kept, run the same command again to resume" in one_line(capsys)
+    assert read_manifest(tmp_path / "out").status == "started"
+    monkeypatch.undo()
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 0
+    assert read_manifest(tmp_path / "out").status == "success"
+
+
+def test_ctrl_c(files: dict[str, str], tmp_path: Path) -> None:
+    words = curate_words(
+        files, tmp_path / "out", *CHEAP, "--selector.twin_steps", "100000", "--checkpoint-seconds", "0"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pharmacist", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("work/twins/*/*.partial.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == b""
+    assert err.count(b"\n") == 1 and b"run the same command again to resume" in err
+    assert list((tmp_path / "out").glob("work/twins/*/*.partial.safetensors"))  # what was finished is kept
+
+
+def test_a_full_disk_is_1_and_loses_nothing(
+    pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    real = core_files.commit_file
+
+    def full(temporary: Path, path: Path) -> None:
+        if path.name == "scores.parquet":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(temporary, path)
+
+    monkeypatch.setattr(core_files, "commit_file", full)
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 1
+    line = one_line(capsys)
+    assert line.endswith(
+        f"{tmp_path / 'out'}: the disk is full; free some space and run the same command again to resume"
+    )
+    assert not [path for path in (tmp_path / "out").iterdir() if "scores" in path.name or path.suffix == ".log"]
+    monkeypatch.undo()
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == 0
+
+
+def test_a_file_size_limit_is_a_full_disk(pool: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pharmacist", *chance(pool, tmp_path / "out")], env=ENVIRONMENT, capture_output=True,
+        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "the disk is full" in done.stderr
+    assert not (tmp_path / "out" / "scores.parquet").exists()
+
+
+def test_a_disk_that_is_really_full(pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        (disk / "mine").write_text("my own file")
+        assert main(chance(pool, disk / "out", "--quiet")) == 1
+        assert f"{disk / 'out'}: the disk is full" in one_line(capsys)
+        assert (disk / "mine").read_text() == "my own file"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)  # space is freed
+        assert main(chance(pool, disk / "out", "--quiet")) == 0
+        assert read_manifest(disk / "out").status == "success"
+        before = fingerprints(disk / "out")
+        assert main(chance(pool, disk / "out", "--quiet")) == 0
+        assert fingerprints(disk / "out") == before
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

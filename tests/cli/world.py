@@ -1,0 +1,56 @@
+"""Small files of the village world, and what the tests of the command line do with them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pharmacist.core.hashing import sha256_file
+from pharmacist.worlds import BASE_MODEL, World
+
+
+FEW_STEPS = (
+    "--selector.adapter_steps 3 --selector.twin_steps 4 --selector.folds 2 --selector.corruptions_per_row 1 "
+    "--selector.batch_size 4"
+).split()  # fmt: skip
+"""Options of the selector that train little."""
+CHEAP = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.cotrain", "0"]
+"""Less still."""
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> str:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_world(folder: Path, rows: int = 60, references: int = 16) -> dict[str, str]:
+    """Writes pool and references; gives their paths by option."""
+    world = World(3)
+    sets = {
+        "pool": world.pool(rows)[0], "safe": world.safe(references), "harmful": world.harmful(references),
+        "utility": world.utility(references),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in sets.items()}
+
+
+def curate_words(files: dict[str, str], output: Path, *more: str, model: str | None = str(BASE_MODEL)) -> list[str]:
+    """A command line of `curate`."""
+    words = ["curate", "--output-dir", str(output), "--device", "cpu"]
+    words += ["--model", model] if model else []
+    for name, path in files.items():
+        words += [f"--{name}", path]
+    return [*words, *more]
+
+
+def fingerprints(*places: Path) -> dict[str, str | None]:
+    """Content of every file below some places, and the folders there."""
+    found: dict[str, str | None] = {}
+    for place in places:
+        for path in [place, *place.rglob("*")]:
+            if path.is_file():
+                found[str(path)] = sha256_file(path)
+            elif path.exists():
+                found[str(path)] = None
+    return found
