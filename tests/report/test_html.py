@@ -281,5 +281,5 @@ def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
     assert "One seed only, so there are no intervals" in page.text
     assert "Core subset 36 2.3 % 90.0 % 3.0 % 3.0 % 3.0 % 3.0 s" in page.text
     assert "−38.0 points ; without repetition, chance cannot be told from a difference." in page.text
-    assert "The interval holds zero" not in page.text and "is safer" not in page.text
+    assert "The interval holds zero" not in page.text and "core subset is safer" not in page.text
     assert len(page.json("figures")["curves"]["data"]) == 3, "lines without bands"
