@@ -76,8 +76,12 @@ class _Bar:
 def _progress() -> Progress:
     # One live display for all bars: rich allows a single one per console, and phases nest.
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     return Progress(*columns, console=console(), transient=True, refresh_per_second=4)
 
