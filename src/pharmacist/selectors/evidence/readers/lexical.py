@@ -1,5 +1,6 @@
 """The lexical reader: word statistics of prompt and completion into a logistic regression. No model, no GPU."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def fit_logistic(
     Returns:
         Coefficients, shape [classes, features], and intercepts, shape [classes].
     """
-    # Newton's method finds the exact optimum; where L-BFGS stops, one of two equal classes is favoured.
+    # Newton's method finds the optimum to the last digits; where L-BFGS stops, one of two equal classes is favoured.
     model = LogisticRegression(
         C=regularisation, class_weight="balanced", solver="newton-cg", max_iter=1000, tol=1e-12
     )  # fmt: skip
-    model.fit(features, labels)
+    with warnings.catch_warnings():
+        # The last step may find nothing better but rounding.
+        warnings.filterwarnings("ignore", "Line Search failed|The line search|Rounding errors prevent")
+        model.fit(features, labels)
     coefficients, intercept = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
