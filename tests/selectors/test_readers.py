@@ -16,7 +16,7 @@ from pharmacist.selectors.evidence.readers.adapters import (
     energy_log_posterior,
     train_class_adapter,
 )
-from pharmacist.selectors.evidence.readers.lexical import LexicalReader
+from pharmacist.selectors.evidence.readers.lexical import LexicalReader, fit_logistic
 from pharmacist.selectors.evidence.readers.probe import ProbeReader, hidden_features, probe_layers
 from tests.selectors import village
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows, tiny_tokenizer
@@ -194,6 +194,22 @@ def test_a_lexical_reader_names_the_words(readers):
     assert any(word.startswith("completion:") for word in words[:5])
     weights = [weight for _, weight in readers.reader.contributions(**SAFE[0], column=0, top=30)]
     assert weights == sorted(weights, reverse=True)
+
+
+@pytest.mark.parametrize("regularisation", [0.01, 100.0])
+def test_the_logistic_regression_is_exact(regularisation, recwarn):
+    """The gradient of the class-balanced, penalised likelihood, written from its definition, is zero."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = np.sort(rng.integers(0, 4, 60))
+        features = rng.normal(size=(60, 25)) * rng.uniform(0.1, 3, 25) + labels[:, None] * rng.normal(size=25)
+        w, b = fit_logistic(features, labels, 4, regularisation)
+        counts = np.bincount(labels, minlength=4)
+        balance = (60 / (4 * counts))[labels][:, None]
+        residual = balance * (np.exp(log_softmax(features @ w.T + b, axis=1)) - np.eye(4)[labels])
+        gradient = residual.T @ features + w / regularisation
+        assert np.abs(gradient).max() < 1e-7 * 60 and np.abs(residual.sum(0)).max() < 1e-7 * 60
+    assert not recwarn.list
 
 
 def test_words_never_seen_are_no_error(readers):

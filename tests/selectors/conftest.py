@@ -1,0 +1,11 @@
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A random two-layer Llama and its tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", initializer_range=0.2)

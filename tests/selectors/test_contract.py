@@ -1,0 +1,86 @@
+"""What every selector owes, whatever it does: parametrised over the registry, so that a new one is tested too."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import pharmacist as ph
+from pharmacist.selectors import SELECTORS
+from pharmacist.selectors.base import Scores
+from tests.selectors import village
+
+
+QUICK = {
+    "readers": "lexical,adapters", "adapter_steps": 2, "twin_steps": 2, "steps": 2, "epochs": 1, "batch_size": 4,
+    "r": 2, "folds": 2, "corruptions_per_row": 1,
+}  # fmt: skip
+"""Small values of options that selectors may have."""
+EVERY = pytest.mark.parametrize("name", SELECTORS.names())
+POOL = village.pool(24)
+
+
+def choice(name: str) -> dict:
+    known = {field.name for field in dataclasses.fields(SELECTORS.config_type(name))}
+    return {"name": name, **{key: value for key, value in QUICK.items() if key in known}}
+
+
+def ranked(root, model, name: str, pool=POOL, seed: int = 0) -> Scores:
+    work = village.context(root, model, pool, seed=seed)
+    try:
+        return SELECTORS.build_from(choice(name)).rank(work)
+    finally:
+        work.run.close()
+
+
+@EVERY
+def test_scores_are_finite_and_complete(model, tmp_path, name):
+    found = ranked(tmp_path, model, name)
+    assert found.score.shape == found.reason.shape == (len(POOL),) and np.isfinite(found.score).all()
+    assert found.score.dtype == np.float64 and all(reason for reason in found.reason)
+    assert all(len(values) == len(POOL) for values in found.signals.values())
+
+
+@EVERY
+def test_the_order_of_the_pool_does_not_matter(model, tmp_path, name):
+    order = np.random.default_rng(0).permutation(len(POOL))
+    a = ranked(tmp_path / "a", model, name)
+    b = ranked(tmp_path / "b", model, name, [POOL[i] for i in order])
+    copies = np.array([POOL.count(row) > 1 for row in POOL])
+    assert np.array_equal(b.score[~copies[order]], a.score[order][~copies[order]])
+    # Copies are the same rows, so they may change places among themselves.
+    assert np.array_equal(np.sort(b.score), np.sort(a.score))
+
+
+@EVERY
+def test_the_same_seed_gives_the_same_scores(model, tmp_path, name):
+    np.random.seed(5)
+    a = ranked(tmp_path / "a", model, name)
+    np.random.seed(6)
+    b = ranked(tmp_path / "b", model, name)
+    assert np.array_equal(a.score, b.score) and (a.reason == b.reason).all()
+
+
+@EVERY
+def test_the_budget_is_exact(model, name):
+    ranking = ph.rank(POOL, **village.references(), model=str(model), selector=choice(name))
+    for k in (1, 7, len(POOL)):
+        core = ranking.select(k=k)
+        assert len(core) == k and core.column_names == ["prompt", "completion"]
+    assert len(ranking.select(fraction=0.3)) == 7
+    assert sorted(ranking.table["rank"]) == list(range(1, len(POOL) + 1))
+    best = ranking.table.nsmallest(7, "rank")
+    assert best["score"].min() >= ranking.table.drop(best.index)["score"].max()
+    in_order = [POOL[i] for i in sorted(best["row"])]
+    assert ranking.select(k=7).to_list() == in_order, "input columns, input order"
+
+
+def test_random_is_uniform_and_follows_the_seed(tmp_path):
+    pool = [{"prompt": f"p {i}", "completion": f"c {i}"} for i in range(2000)]
+    a = ranked(tmp_path / "a", None, "random", pool).score
+    b = ranked(tmp_path / "b", None, "random", pool, seed=1).score
+    assert 0 <= a.min() and a.max() < 1 and abs(np.corrcoef(a, b)[0, 1]) < 0.1
+    deciles = np.histogram(a, bins=10, range=(0, 1))[0]
+    assert ((deciles - 200) ** 2 / 200).sum() < 30  # chi-square with 9 degrees of freedom: p < 0.001
+    copies = ranked(tmp_path / "c", None, "random", [pool[0]] * 500).score
+    assert len(np.unique(copies)) == 500, "chance treats copies as any other rows"
