@@ -200,6 +200,7 @@ class _Worker:
         self.config, self.context, self.run = config, context, context.run
         self.seed = derive(context.seed, "pharmacist")
         self._bank: AdapterBank | None = None
+        self._encoded_references: Encoded | None = None
         self._base_tokens = 0
 
     # --- the parts that read tokens ------------------------------------------------------------------------------
@@ -240,7 +241,9 @@ class _Worker:
     def encode_references(self, references: EvidenceReferences) -> "Encoded":
         from pharmacist.data.records import to_dataset
 
-        return self.context.encode(to_dataset(references.rows), "references")
+        if self._encoded_references is None:
+            self._encoded_references = self.context.encode(to_dataset(references.rows), "references")
+        return self._encoded_references
 
     # --- training ------------------------------------------------------------------------------------------------
 
