@@ -53,7 +53,8 @@ COMMANDS = {
     "evaluate": Command(
         "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate",
         "harmful score, fine-tune accuracy, over-refusal, with intervals",
-        "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --output-dir runs/scores",
+        "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
+        "--harmful harmful.jsonl --output-dir runs/scores",
     ),
     "report": Command(
         "pharmacist.pipeline.report", "ReportOptions", "report",
