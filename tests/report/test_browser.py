@@ -123,7 +123,7 @@ def test_search_filters_and_sorting(browser: Browser, ranking: Path) -> None:
     page.select_option("#chosen", "")
     page.locator("th.row-number [tabindex='0']").focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#table tbody tr:first-child td.row-number:text-is('0')", timeout=5000)  # sorts a moment later
+    page.wait_for_selector("#table tbody tr:first-child td.row-number:text-is('0')", timeout=5000)  # not at once
     page.close()
 
 
