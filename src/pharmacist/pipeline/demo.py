@@ -19,7 +19,7 @@ ARMS = ("full", "random", "core")
 STEPS = (0, 4, 8, 16, 32, 64)
 """Attack steps at which the harmful score is measured."""
 FRACTION = 0.3
-LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LORA: dict[str, Any] = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 ALIGN = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
 ATTACK = {"max_steps": STEPS[-1], "per_device_train_batch_size": 16, "learning_rate": 1.5e-3}
 """The same settings for every arm: epochs, not steps, so that a subset costs its share of the time."""
@@ -203,6 +203,7 @@ def _align(demo: _Demo, arm: str, seed: int) -> tuple[str, float]:
     """Aligns on an arm's rows; returns the model's folder and the seconds that training took."""
     from pharmacist.core.manifest import read_manifest
     from pharmacist.pipeline.align import AlignOptions, align
+    from pharmacist.training.options import LoraOptions
     from pharmacist.worlds import BASE_MODEL
 
     data = {
@@ -211,18 +212,19 @@ def _align(demo: _Demo, arm: str, seed: int) -> tuple[str, float]:
         "core": str(demo.run.path("rank", "selected.jsonl")),
     }
     common = demo.common(seed, "align", f"{arm}-{seed}")
-    align(AlignOptions(data=data[arm], model=str(BASE_MODEL), train=dict(ALIGN), lora=dict(LORA), **common))
+    align(AlignOptions(data=data[arm], model=str(BASE_MODEL), train=dict(ALIGN), lora=LoraOptions(**LORA), **common))
     return common["output_dir"], read_manifest(common["output_dir"]).phases["train"].seconds
 
 
 def _attack(demo: _Demo, arm: str, seed: int, aligned: str) -> dict[int, str]:
     """Fine-tunes an aligned model on the poisoned task; returns the model's folder at each of `STEPS`."""
     from pharmacist.pipeline.attack import AttackOptions, attack
+    from pharmacist.training.options import LoraOptions
 
     common = demo.common(seed, "attack", f"{arm}-{seed}")
     attack(AttackOptions(
         model=aligned, task=demo.files["task"], harmful=demo.files["attack"], poison_ratio=0.1, samples=640,
-        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=dict(LORA), **common,
+        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**LORA), **common,
     ))  # fmt: skip
     folder = Path(common["output_dir"])
     snapshots = {step: str(folder / "snapshots" / f"step-{step}") for step in STEPS[1:-1]}
