@@ -1,5 +1,7 @@
 """Section 6.1 of the method: what must hold for each evidence reader, on a float64 decoder."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pharmacist.selectors.evidence.readers.adapters import (
     train_class_adapter,
 )
 from pharmacist.selectors.evidence.readers.lexical import LexicalReader, fit_logistic
-from pharmacist.selectors.evidence.readers.probe import ProbeReader, hidden_features, probe_layers
+from pharmacist.selectors.evidence.readers.probe import N_STATISTICS, ProbeReader, hidden_features, probe_layers
 from tests.selectors import village
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows, tiny_tokenizer
 
@@ -221,13 +223,29 @@ def test_probe_features_are_means_over_prompt_and_completion_and_the_last_token(
     model, rows = TinyDecoder(9), random_token_rows(7, 9)
     features = hidden_features(model, make_batch(rows, range(7), CPU))
     layers = probe_layers(2)
-    assert features.shape == (7, 3 * len(layers) * 16)
+    assert features.shape == (7, 4 * len(layers) * 16 + N_STATISTICS)
     for i, (prompt, completion) in enumerate(rows.pairs):
         states = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states
         n = len(prompt)
         parts = [p for layer in layers for p in (states[layer][0, :n].mean(0), states[layer][0, n:].mean(0),
-                                                 states[layer][0, -1])]  # fmt: skip
-        np.testing.assert_allclose(features[i], torch.cat(parts).numpy(), rtol=0, atol=1e-12)
+                                                 states[layer][0, -1], states[layer][0, -2])]  # fmt: skip
+        np.testing.assert_allclose(features[i, :-N_STATISTICS], torch.cat(parts).numpy(), rtol=0, atol=1e-12)
+
+
+def test_probe_statistics_equal_a_computation_by_hand():
+    model, rows = TinyDecoder(9), random_token_rows(7, 9)
+    found = hidden_features(model, make_batch(rows, range(7), CPU))[:, -N_STATISTICS:]
+    for i, (prompt, completion) in enumerate(rows.pairs):
+        ids = torch.tensor([prompt + completion])
+        log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        losses = -log_p[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        n = len(prompt)
+        of_prompt, body = losses[: n - 1], losses[n - 1 : -1]
+        expected = [
+            of_prompt.mean() if len(of_prompt) else 0.0, body.mean() if len(body) else 0.0,
+            body.std(correction=0) if len(body) else 0.0, losses[-1], math.log(len(completion)), math.log(n),
+        ]  # fmt: skip
+        np.testing.assert_allclose(found[i], [float(value) for value in expected], rtol=0, atol=1e-12)
 
 
 def test_probed_layers_lie_in_the_later_half():

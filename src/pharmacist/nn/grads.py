@@ -23,7 +23,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
-    """d loss / d parameters without touching any ``.grad`` and, in a data-parallel run, without any communication.
+    """The derivative of a loss by the parameters; touches no ``.grad`` and, in a data-parallel run, talks to no one.
 
     Args:
         loss: A scalar.
@@ -54,7 +54,8 @@ def norm(grads: Gradient) -> torch.Tensor:
 
 def dot(a: Gradient, b: Gradient) -> torch.Tensor:
     """Inner product over all tensors together, a scalar."""
-    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+    total: torch.Tensor = torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+    return total
 
 
 def cosine(a: Gradient, b: Gradient, eps: float = 1e-12) -> torch.Tensor:

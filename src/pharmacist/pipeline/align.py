@@ -112,7 +112,8 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
     if encoded.truncated:
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     with run.phase("train") as phase:
-        result = train(model, loaded, encoded, strategy, options, run, description=f"align ({options.defense['name']})")
+        what = f"align ({options.defense['name']})"
+        result = train(model, loaded, encoded, strategy, options, run, description=what)
         phase.tokens = result.tokens
     counts = {
         "in": len(records) + len(records.refused), "refused": len(records.refused), "trained": len(encoded),
@@ -124,7 +125,8 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
         title=f"{Path(options.model).name} aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
              f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=options.model, tags=[name, "safety-alignment"], adapter=options.tuning == "lora" and not options.merge,
+        base_model=options.model, tags=[name, "safety-alignment"],
+        adapter=options.tuning == "lora" and not options.merge,
         facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
                "defense": name, "steps": result.steps, "seed": options.seed,
                "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged"},
@@ -136,5 +138,7 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
     finish_training(result, loaded, options, run, card=card, counts=counts)
     if rank() == 0:
         where = run.path("adapter" if options.tuning == "lora" else "model")
-        console().print(f"aligned on {len(encoded)} rows, {result.steps} steps: {where}", soft_wrap=True)
-        console().print(f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR", soft_wrap=True)
+        console().print(
+            f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
+            f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR", soft_wrap=True,
+        )  # fmt: skip

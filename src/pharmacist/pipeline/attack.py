@@ -205,7 +205,7 @@ def _attack(
 
 
 def _write_set(path: Path, rows: "datasets.Dataset") -> None:
-    """The set as `align` and `curate` read it back: in one layout, with ``is_harmful`` and each row's source number."""
+    """The set as `align` and `curate` read it back: one layout, with ``is_harmful`` and each row's source number."""
     import json
 
     from pharmacist.core.files import atomic_write

@@ -100,7 +100,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
     # An adapter finds its base again by this name, from whatever folder it is loaded.
     base = Path(options.model)
-    model.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.is_dir() else options.model  # type: ignore[index, union-attr]
+    peft: Any = model
+    peft.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.is_dir() else options.model
     return model
 
 
@@ -176,6 +177,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def shown(self) -> Iterator[None]:
+        """Takes the bar away at the end, whatever happens."""
         try:
             yield
         finally:
@@ -205,11 +207,12 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
         self.steps, self.save = frozenset(steps), save
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Saves where it is time."""
         if state.global_step in self.steps:
             self.save(state.global_step)
 
 
-def save_trained(model: nn.Module, loaded: LoadedModel, root: Path, card: str, *, merge: bool = False) -> list[str]:
+def save_trained(model: Any, loaded: LoadedModel, root: Path, card: str, *, merge: bool = False) -> list[str]:
     """Writes ``adapter/`` (or, after full tuning, ``model/``), each whole or not at all, with template and card.
 
     Args:

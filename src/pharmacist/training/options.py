@@ -79,20 +79,21 @@ class TrainingStageOptions(RunOptions):
 
 
 _OURS = {
-    "output_dir": "--output-dir", "seed": "--seed", "data_seed": "--seed", "resume_from_checkpoint": "nothing: resuming is automatic",
-    "use_cpu": "--device", "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16 (gradients must not be scaled)",
-    "remove_unused_columns": "nothing", "label_names": "nothing", "disable_tqdm": "--quiet", "do_train": "nothing",
-    "push_to_hub": "the hub's own tools on the finished folder", "load_best_model_at_end": "nothing: there is no evaluation",
+    "output_dir": "--output-dir", "seed": "--seed", "data_seed": "--seed", "use_cpu": "--device",
+    "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
+    "disable_tqdm": "--quiet", "push_to_hub": "the hub's own tools on the finished folder",
+    "save_strategy": "--checkpoint-seconds", "save_steps": "--checkpoint-seconds",
+    "save_total_limit": "--checkpoint-seconds", "save_only_model": "--checkpoint-seconds",
+    "resume_from_checkpoint": "the same command again, which resumes", "auto_find_batch_size": "a fixed batch size",
     "eval_strategy": "pharmacist evaluate", "do_eval": "pharmacist evaluate", "do_predict": "pharmacist evaluate",
-    "save_strategy": "--checkpoint-seconds", "save_steps": "--checkpoint-seconds", "save_total_limit": "--checkpoint-seconds",
-    "save_only_model": "--checkpoint-seconds", "deepspeed": "accelerate launch with DDP (DeepSpeed owns the gradients)",
-    "label_smoothing_factor": "nothing: the loss is the cross-entropy", "auto_find_batch_size": "a fixed batch size",
+    "load_best_model_at_end": "pharmacist evaluate", "deepspeed": "accelerate launch with DDP",
 }  # fmt: skip
+_FIXED = ("remove_unused_columns", "label_names", "do_train", "label_smoothing_factor")
 _REMOVED = {
-    "warmup_ratio": "give warmup_steps below 1, which is the ratio",
-    "evaluation_strategy": "use pharmacist evaluate", "overwrite_output_dir": "use --overwrite",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR", "no_cuda": "use --device cpu",
-    "save_safetensors": "weights are always saved as safetensors", "group_by_length": "give train_sampling_strategy: group_by_length",
+    "warmup_ratio": "give warmup_steps below 1, which is the ratio", "evaluation_strategy": "use pharmacist evaluate",
+    "overwrite_output_dir": "use --overwrite", "no_cuda": "use --device cpu",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "weights are always safetensors", "group_by_length": "give train_sampling_strategy",
 }  # fmt: skip
 
 
@@ -115,7 +116,9 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
     checked = {}
     for name, value in given.items():
         if name in _OURS:
-            raise ConfigError(f"train.{name}: is not for you to set here; use {_OURS[name]}")
+            raise ConfigError(f"train.{name}: is decided by another option; use {_OURS[name]}")
+        if name in _FIXED:
+            raise ConfigError(f"train.{name}: cannot be changed here; leave it out")
         if name in _REMOVED:
             raise ConfigError(f"train.{name}: transformers no longer has it; {_REMOVED[name]}")
         if name not in fields:
@@ -148,7 +151,8 @@ def training_arguments(
     from transformers import TrainingArguments
 
     values: dict[str, Any] = {
-        "logging_steps": 10, "report_to": "none", "dataloader_pin_memory": device.type == "cuda", **options.effective_train,
+        "logging_steps": 10, "report_to": "none", "dataloader_pin_memory": device.type == "cuda",
+        **options.effective_train,
     }  # fmt: skip
     if values.get("gradient_checkpointing"):
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})

@@ -45,7 +45,11 @@ class StrategyMixin:
     """
 
     def __init__(
-        self, *args: Any, strategy: GradientStrategy, streams: Mapping[str, Iterator[Batch]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        strategy: GradientStrategy,
+        streams: Mapping[str, Iterator[Batch]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.strategy, self.streams = strategy, dict(streams or {})
@@ -118,7 +122,7 @@ class StrategyMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class StrategyTrainer(StrategyMixin, Trainer):
+class StrategyTrainer(StrategyMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with a gradient strategy; with `SFT` it is the stock Trainer."""
 
 

@@ -1,8 +1,9 @@
 """The lexical reader: word statistics of prompt and completion into a logistic regression. No model, no GPU."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,11 @@ def _vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
     )
 
 
+def _framed(text: str) -> str:
+    """Marks start and end, so that how a text begins and ends is a word pair like any other."""
+    return f"\x02 {text} \x03"
+
+
 def fit_logistic(
     features: FloatArray | scipy.sparse.spmatrix, labels: npt.NDArray[np.int64], n_classes: int, regularisation: float
 ) -> tuple[FloatArray, FloatArray]:
@@ -49,8 +55,9 @@ def fit_logistic(
     with warnings.catch_warnings():
         # The last step may find nothing better but rounding.
         warnings.filterwarnings("ignore", "Line Search failed|The line search|Rounding errors prevent")
-        model.fit(features, labels)
-    coefficients, intercept = model.coef_, model.intercept_
+        rotated, back = _into_row_space(features)
+        model.fit(rotated, labels)
+    coefficients, intercept = back(model.coef_), model.intercept_
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
@@ -58,6 +65,30 @@ def fit_logistic(
     all_intercepts = np.full(n_classes, -50.0)  # as good as probability 0, and still finite
     all_coefficients[model.classes_], all_intercepts[model.classes_] = coefficients, intercept
     return all_coefficients, all_intercepts
+
+
+def _into_row_space(
+    features: FloatArray | scipy.sparse.spmatrix,
+) -> tuple[FloatArray | scipy.sparse.spmatrix, Callable[[FloatArray], FloatArray]]:
+    """Turns more features than rows into as many as rows, by a rotation, and tells how to turn coefficients back.
+
+    An L2 penalty does not see rotations, and the optimum lies in the span of the rows: the regression is the same, at
+    a cost that no longer grows with the vocabulary or the model's width.
+    """
+    n_rows, n_features = features.shape
+    if n_features <= n_rows:
+        return features, lambda coefficients: coefficients
+    gram: Any = features @ features.T
+    values, vectors = np.linalg.eigh(gram.toarray() if scipy.sparse.issparse(gram) else gram)
+    kept = values > 1e-12 * max(values[-1], 1e-300)
+    root, basis = np.sqrt(values[kept]), vectors[:, kept]
+
+    def back(coefficients: FloatArray) -> FloatArray:
+        over_rows = (coefficients / root) @ basis.T
+        result: FloatArray = np.asarray((features.T @ over_rows.T).T)
+        return result
+
+    return basis * root, back
 
 
 class LexicalReader:
@@ -74,13 +105,16 @@ class LexicalReader:
         self, prompts: Sequence[str], completions: Sequence[str], labels: npt.NDArray[np.int64], n_classes: int
     ) -> "LexicalReader":
         """Learns vocabulary, document frequencies and weights from references."""
-        self._vectorizers = [_vectorizer().fit(texts) for texts in (prompts, completions)]
+        self._vectorizers = [_vectorizer().fit(map(_framed, texts)) for texts in (prompts, completions)]
         features = self._features(prompts, completions)
         self._coefficients, self._intercept = fit_logistic(features, labels, n_classes, _REGULARISATION)
         return self
 
     def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> scipy.sparse.csr_matrix:
-        parts = [v.transform(texts) for v, texts in zip(self._vectorizers, (prompts, completions), strict=True)]
+        parts = [
+            vectorizer.transform(map(_framed, texts))
+            for vectorizer, texts in zip(self._vectorizers, (prompts, completions), strict=True)
+        ]
         return scipy.sparse.hstack(parts, format="csr")
 
     def log_posterior(self, prompts: Sequence[str], completions: Sequence[str]) -> FloatArray:

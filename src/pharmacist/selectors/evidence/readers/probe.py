@@ -1,4 +1,8 @@
-"""The hidden-state probe: the base model's own representations into a logistic regression. One forward per row."""
+"""The probe: what one forward pass of the base model shows of a row, into a logistic regression.
+
+Hidden states tell what a row is about and how it answers; the losses of the same pass tell whether its text holds
+together (a shuffled completion surprises the model all along, a cut one where it ends).
+"""
 
 from pathlib import Path
 
@@ -11,12 +15,15 @@ from torch import nn
 
 from pharmacist.core.files import atomic_path
 from pharmacist.nn.batching import Batch
+from pharmacist.nn.losses import token_losses
 from pharmacist.selectors.evidence.readers.lexical import fit_logistic
 
 
 FloatArray = npt.NDArray[np.float64]
 
-_REGULARISATION = 0.01  # scikit-learn's C: far more features than references
+_REGULARISATION = 25.0  # scikit-learn's C for rows whose features have a total variance of 1
+_HIDDEN_SHARE = 0.75  # of that variance; the few statistics get the rest, or thousands of features would drown them
+N_STATISTICS = 6
 
 
 def probe_layers(n_layers: int) -> tuple[int, ...]:
@@ -25,29 +32,63 @@ def probe_layers(n_layers: int) -> tuple[int, ...]:
 
 
 def hidden_features(model: nn.Module, batch: Batch) -> FloatArray:
-    """Mean hidden states of prompt and of completion, and that of the last token, at the probed layers.
+    """Hidden states and loss statistics of a batch.
+
+    At the probed layers: the mean over the prompt, the mean over the completion, the last token and the one before it
+    (the completion's last, where the last is EOS). Then `loss_statistics`.
 
     Returns:
-        Shape [rows, 3 * layers * width].
+        Shape [rows, 4 * layers * width + N_STATISTICS].
     """
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     states = output.hidden_states
     position = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
     in_prompt = position < batch.prompt_lengths[:, None]
     in_completion = ~in_prompt & (position < batch.lengths[:, None])
-    at_end = position == batch.lengths[:, None] - 1
+    at_end, before_end = (position == batch.lengths[:, None] - back for back in (1, 2))
     features = []
     for layer in probe_layers(len(states) - 1):
         state = states[layer] if states[layer].dtype == torch.float64 else states[layer].float()
-        for mask in (in_prompt, in_completion, at_end):
+        for mask in (in_prompt, in_completion, at_end, before_end):
             weight = mask.to(state.dtype)[:, :, None]
             features.append((state * weight).sum(1) / weight.sum(1).clamp(min=1))
+    features.append(loss_statistics(output.logits, batch))
     stacked: FloatArray = torch.cat(features, 1).double().cpu().numpy()
     return stacked
 
 
+def loss_statistics(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """How well a row's text holds together in the model's eyes.
+
+    Mean loss of the prompt; mean and standard deviation of the completion's token losses; loss of the last token (EOS:
+    does it end here?); logarithms of both lengths.
+
+    Args:
+        logits: Shape [rows, length, vocabulary].
+        batch: The rows.
+
+    Returns:
+        Shape [rows, N_STATISTICS].
+    """
+    losses = token_losses(logits, batch.input_ids)
+    position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
+    in_prompt, at_end = position < batch.prompt_lengths[:, None], position == batch.lengths[:, None] - 1
+    in_body = ~in_prompt & (position < batch.lengths[:, None] - 1)
+
+    def mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+    body = mean(losses, in_body)
+    spread = mean((losses - body[:, None]) ** 2, in_body).sqrt()
+    n_completion = (batch.lengths - batch.prompt_lengths).to(losses.dtype)
+    n_prompt = batch.prompt_lengths.to(losses.dtype).clamp(min=1)
+    return torch.stack(
+        [mean(losses, in_prompt), body, spread, mean(losses, at_end), n_completion.log(), n_prompt.log()], 1
+    )  # fmt: skip
+
+
 class ProbeReader:
-    """Standardised hidden-state features into a strongly regularised multinomial logistic regression."""
+    """Standardised features of one forward pass into a strongly regularised multinomial logistic regression."""
 
     name = "probe"
 
@@ -59,7 +100,9 @@ class ProbeReader:
     def fit(self, features: FloatArray, labels: npt.NDArray[np.int64], n_classes: int) -> "ProbeReader":
         """Learns from features of references, shape [references, features]."""
         self._mean, scale = features.mean(0), features.std(0)
-        self._scale = np.where(scale > 1e-12, scale, 1.0)
+        n_hidden = features.shape[1] - N_STATISTICS
+        share = np.repeat([_HIDDEN_SHARE / n_hidden, (1 - _HIDDEN_SHARE) / N_STATISTICS], [n_hidden, N_STATISTICS])
+        self._scale = np.where(scale > 1e-12, scale, 1.0) / np.sqrt(share)
         self._coefficients, self._intercept = fit_logistic(
             (features - self._mean) / self._scale, labels, n_classes, _REGULARISATION
         )
