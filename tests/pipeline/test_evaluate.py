@@ -93,8 +93,8 @@ def test_the_command_line_and_python_are_the_same_run(
     assert main(arguments(some(files, "prompts"), tmp_path / "out", "--quiet")) == 0
     before = (tmp_path / "out/manifest.json").read_bytes()
     options = EvaluateOptions(
-        model=str(BASE_MODEL), prompts=files["prompts"], output_dir=str(tmp_path / "out"), device="cpu", max_new_tokens=16,
-        judge={"name": "keyword"}, quiet=True,
+        model=str(BASE_MODEL), prompts=files["prompts"], output_dir=str(tmp_path / "out"), device="cpu",
+        max_new_tokens=16, judge={"name": "keyword"}, quiet=True,
     )  # fmt: skip
     assert evaluate(options).metrics == json.loads((tmp_path / "out/metrics.json").read_text())
     assert (tmp_path / "out/manifest.json").read_bytes() == before

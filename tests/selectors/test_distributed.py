@@ -43,6 +43,6 @@ def test_two_processes_rank_like_one(model, tmp_path, options):
     given = {name: str(tmp_path / f"{name}.jsonl") for name in files}
     common = {"model": str(model), "selector": OPTIONS | options, **given}
     tables = [curated(tmp_path, common | {"output_dir": str(tmp_path / f"{n}")}, n) for n in (1, 2)]
-    # Better than the promised rank correlation: jobs and chunks are shared out whole, so nothing is summed differently.
+    # More than the promised rank correlation: jobs and chunks are shared out whole, so nothing is summed differently.
     for column in tables[0]:
         assert np.array_equal(tables[0][column], tables[1][column]), column

@@ -49,7 +49,10 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, reta
 
 def norm(grads: Gradient) -> torch.Tensor:
     """Euclidean norm over all tensors together, a scalar."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in grads.values()]))
+    total: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(value) for value in grads.values()])
+    )
+    return total
 
 
 def dot(a: Gradient, b: Gradient) -> torch.Tensor:

@@ -188,13 +188,13 @@ def _ranking_quality(demo: _Demo) -> dict[str, Any]:
     keep = labels.isin(["good", "duplicate", "strong"]).to_numpy()
     auc = float(roc_auc_score(keep, table["score"])) if 0 < keep.sum() < len(keep) else None
     selected = labels[table["selected"].to_numpy()].value_counts()
-    reasons = table.groupby([labels, "reason"]).size()
+    reasons = table.groupby([labels, "reason"]).size().reset_index(name="rows")
     return {
         "auc": auc, "keep": "good and duplicate" if demo.options.pool == "planted" else "strong",
         "selected": {str(label): int(count) for label, count in selected.items()},
         "reasons": [
-            {"label": str(label), "reason": str(reason), "rows": int(count)}
-            for (label, reason), count in reasons.items()
+            {"label": str(found["label"]), "reason": str(found["reason"]), "rows": int(found["rows"])}
+            for found in reasons.to_dict("records")
         ],
     }  # fmt: skip
 
