@@ -237,5 +237,6 @@ def test_help_shows_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> N
         assert doc in text
     assert "One of: full, pharmacist, random" in text
     assert "--selector.gamma" in text  # the chosen method's options
+    assert "--selector NAME" in text and "selector.name" not in text
     assert "example: cauldron --stirs 3" in text
     assert "configuration file" not in text.replace("YAML file", "")

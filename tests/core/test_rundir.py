@@ -146,6 +146,23 @@ def test_overwriting_deletes_runs(tmp_path: Path) -> None:
     start(tmp_path / "empty", overwrite=True).close()
 
 
+def test_a_run_killed_while_it_is_deleted_is_neither_complete_nor_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def killed(_: object) -> None:
+        raise SystemExit
+
+    finish(tmp_path / "out")
+    (tmp_path / "out" / "folder").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("shutil.rmtree", killed)
+        start(tmp_path / "out", overwrite=True)
+    with pytest.raises(ConfigError, match="--overwrite to delete it"):
+        start(tmp_path / "out")
+    start(tmp_path / "out", overwrite=True).close()
+    assert not (tmp_path / "out" / "result").exists()
+
+
 @pytest.mark.parametrize("foreign", ["thesis.tex", "work/thesis.tex", "manifest.json"])
 def test_overwriting_deletes_nothing_but_runs(foreign: str, tmp_path: Path) -> None:
     path = tmp_path / "out" / foreign

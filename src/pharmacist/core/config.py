@@ -86,6 +86,11 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise ConfigError(self.one_line(message))
 
+    def format_help(self, *formatter: Any) -> str:
+        """The help, with methods as they are chosen: ``--selector NAME``."""
+        text: str = super().format_help(*formatter)
+        return re.sub(r"(--[\w-]+)\.name NAME( {2})?", lambda it: f"{it[1]} NAME{' ' * 7 if it[2] else ''}", text)
+
     def one_line(self, message: str) -> str:
         """What is wrong, in our words."""
         message = " ".join(message.split())

@@ -259,7 +259,9 @@ def _check_overwritable(root: Path) -> None:
 
 def _clear(root: Path) -> None:
     """Deletes an earlier run, all but its lock."""
-    # The manifest goes last: until then the folder is still known as a run that may be overwritten.
+    if (root / "manifest.json").is_file():
+        # Killed from here on, the folder is still a run that may be overwritten, but none that looks complete.
+        read_manifest(root).model_copy(update={"status": "started", "key": "", "work_key": ""}).write(root)
     for path in sorted(root.iterdir(), key=lambda path: path.name == "manifest.json"):
         if path.name == "work":
             for part in path.iterdir():

@@ -281,8 +281,10 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
 
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.nn.distributed import barrier
+    from pharmacist.nn.models import resolve_device
     from pharmacist.selectors.base import SelectionContext
 
+    resolve_device(options.device)  # one that is not there is told before the pool is read
     barrier()
     with run.phase("read"):
         records = _read(sources, options, run)
