@@ -127,11 +127,12 @@ class _Finder:
                     text = f"{normalised_prompt(prompts[i])}\0{normalised_prompt(completions[i])}"
                     keys[at + i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
                 # The low byte is enough to compare two signatures, and keeps the file at num_perm bytes a row.
-                (batch & np.uint32(0xFF)).astype(np.uint8).tofile(signatures)
+                # (Not numpy's tofile, which drops what a full disk does not take without a word.)
+                signatures.write((batch & np.uint32(0xFF)).astype(np.uint8).data)
                 used = batch[:, : self.bands * self.band_rows].astype(np.uint64)
                 mixed = (used.reshape(len(batch), self.bands, self.band_rows) * odd).sum(axis=2)
                 for i, file in enumerate(bands):
-                    np.ascontiguousarray(mixed[:, i]).tofile(file)
+                    file.write(np.ascontiguousarray(mixed[:, i]).data)
                 at += len(prompts)
                 progress.advance(len(prompts))
         return keys

@@ -4,6 +4,7 @@ Two adapters share their start, every pool and utility batch and every seed; one
 other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
 """
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,10 @@ def save_logits(folder: Path, logits: FloatArray) -> None:
     from pharmacist.core.files import atomic_write
 
     with atomic_write(folder / "logits.npy") as file:
-        np.save(file, logits, allow_pickle=False)
+        # Through memory: numpy's own writing to files drops what a full disk does not take without a word.
+        buffer = io.BytesIO()
+        np.save(buffer, logits, allow_pickle=False)
+        file.write(buffer.getbuffer())
 
 
 def twin_losses(bank: AdapterBank, batch: Batch) -> dict[str, FloatArray]:
