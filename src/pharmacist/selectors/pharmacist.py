@@ -295,8 +295,10 @@ class _Worker:
                 out_of_fold["probe"][held] = probe.log_posterior(features[held])
             trained.probe = ProbeReader().fit(features, labels, n_classes)
         if "adapters" in names:
-            out_of_fold["adapters"] = self.train_adapters(references)
-            trained.bank = self.bank
+            found = self.train_adapters(references, out_of_fold)
+            if found is not None:
+                out_of_fold["adapters"] = found
+                trained.bank = self.bank
         self.combine(trained, references, out_of_fold)
 
     def reference_features(self, encoded: "Encoded") -> FloatArray:
@@ -307,8 +309,11 @@ class _Worker:
         )  # fmt: skip
         return result["features"]
 
-    def train_adapters(self, references: EvidenceReferences) -> FloatArray:
-        """Trains one adapter per class, and per class and fold for the out-of-fold predictions, which it returns."""
+    def train_adapters(self, references: EvidenceReferences, cheaper: dict[str, FloatArray]) -> FloatArray | None:
+        """Trains one adapter per class, and per class and fold for the out-of-fold predictions, which it returns.
+
+        None where, under ``readers: auto``, the first fold shows that they add too little to the cheaper readers.
+        """
         encoded, bank, classes = self.encode_references(references), self.bank, references.classes
         root, steps = self.run.work("adapters"), self.config.adapter_steps
         n_folds = min(self.config.adapter_folds, references.n_folds)
@@ -322,16 +327,18 @@ class _Worker:
 
             return Job((name,), folder, steps, run)
 
-        jobs = []
-        for fold in [*range(n_folds), None]:
+        def jobs(fold: int | None) -> list[Job]:
+            made = []
             for label, name in enumerate(classes):
                 rows = np.flatnonzero((references.labels == label) & (folds != fold))
                 if not len(rows):
                     raise DataError(f"references of class {name} have too few prompts to hold some out; give more")
-                jobs.append(job(name, root / ("final" if fold is None else f"fold{fold}"), rows))
-        run_jobs(bank, jobs, "class adapters")
+                made.append(job(name, root / ("final" if fold is None else f"fold{fold}"), rows))
+            return made
+
         result = np.zeros((len(references.labels), len(classes)))
         for fold in range(n_folds):
+            run_jobs(bank, jobs(fold), f"class adapters, fold {fold + 1}/{n_folds}")
             for name in classes:
                 bank.load(name, root / f"fold{fold}" / name)
             held = np.flatnonzero(folds == fold)
@@ -341,6 +348,11 @@ class _Worker:
                 description=f"class adapters, held-out references {fold + 1}/{n_folds}",
             )  # fmt: skip
             result[held] = energy_log_posterior({key: value[held] for key, value in losses.items()})
+            if fold == 0 and self.config.readers == "auto" and cheaper:
+                before = {name: value[held] for name, value in cheaper.items()}
+                if not _pays("adapters", before | {"adapters": result[held]}, references.labels[held]):
+                    return None
+        run_jobs(bank, jobs(None), "class adapters")
         for name in classes:
             bank.load(name, root / "final" / name)
         return result
@@ -351,8 +363,7 @@ class _Worker:
         if self.config.readers == "auto":
             # From the costliest: a reader stays if held-out references miss it.
             for name in reversed(kept.copy()):
-                rest = {other: out_of_fold[other] for other in kept if other != name}
-                if rest and _loss_of(rest, labels) - _loss_of({n: out_of_fold[n] for n in kept}, labels) < _WORTH:
+                if len(kept) > 1 and not _pays(name, {n: out_of_fold[n] for n in kept}, labels):
                     kept.remove(name)
         trained.readers = tuple(kept)
         used = {name: out_of_fold[name] for name in kept}
@@ -362,7 +373,7 @@ class _Worker:
         trained.lexical = trained.lexical if "lexical" in kept else None
         trained.probe = trained.probe if "probe" in kept else None
         trained.report |= {
-            "readers": kept, "left_out": [name for name in out_of_fold if name not in kept],
+            "readers": kept, "left_out": [name for name in self.config.reader_names() if name not in kept],
             "weights": trained.combination.weights, "weights_fitted": trained.combination.fitted,
             "out_of_fold": {name: quality(value, labels, references.classes) for name, value in out_of_fold.items()}
             | {"combined": quality(trained.combination.log_posterior(used), labels, references.classes)},
@@ -598,6 +609,12 @@ def _standardised(values: FloatArray) -> FloatArray:
 
 def _take(items: list[str], mask: npt.NDArray[np.bool_]) -> list[str]:
     return [item for item, wanted in zip(items, mask, strict=True) if wanted]
+
+
+def _pays(name: str, out_of_fold: dict[str, FloatArray], labels: IntArray) -> bool:
+    """Whether held-out references miss a reader that is taken away."""
+    rest = {other: values for other, values in out_of_fold.items() if other != name}
+    return _loss_of(rest, labels) - _loss_of(out_of_fold, labels) >= _WORTH
 
 
 def _loss_of(out_of_fold: dict[str, FloatArray], labels: IntArray) -> float:

@@ -1,0 +1,104 @@
+"""Quality and cost of the selector's parts, against one LoRA SFT epoch over the same pool, in one run.
+
+    python benchmarks/selection_cost.py --pool POOL --safe S --harmful H --utility U --model MODEL \
+        --labels LABELS.json --output-dir DIR
+
+LABELS.json is a list with the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy,
+mislabel. Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
+`pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch; what is spent on references
+does not grow with the pool and is shown apart from what is spent per row.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from pharmacist.core.files import write_json
+from pharmacist.core.manifest import read_manifest
+from pharmacist.pipeline.align import AlignOptions, align
+from pharmacist.pipeline.curate import CurateOptions, curate
+
+
+FAULTS = ("offtopic", "overrefuse", "noisy", "mislabel")
+REASONS = {
+    "good": {"critical", "duplicate"}, "duplicate": {"critical", "duplicate"}, "offtopic": {"not_safety_critical"},
+    "overrefuse": {"over_refusal"}, "noisy": {"low_quality"}, "mislabel": {"teaches_compliance"},
+}  # fmt: skip
+VARIANTS = {
+    "lexical": {"form": "evidence", "readers": "lexical"},
+    "probe": {"form": "evidence", "readers": "probe"},
+    "lexical + probe": {"form": "evidence", "readers": "lexical,probe"},
+    "class adapters": {"form": "evidence", "readers": "adapters"},
+    "all three readers": {"form": "evidence", "readers": "lexical,probe,adapters"},
+    "all three, cascade 0.3": {"form": "evidence", "readers": "lexical,probe,adapters", "cascade": 0.3},
+    "twins, references only": {"form": "bilevel", "cotrain": 0.0},
+    "twins, 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
+    "default": {},
+}  # fmt: skip
+PER_ROW = ("score",)
+ONCE = ("train readers", "train twins")
+
+
+def quality(table, labels):
+    """AUC, purity of the top 30 %, AUC per fault, share of right reasons; `labels` per row."""
+    keep = labels.isin(["good", "duplicate"]).to_numpy()
+    score = table["score"].to_numpy()
+    top = table["rank"].to_numpy() <= round(0.3 * len(table))
+    found = {"auc": roc_auc_score(keep, score), "purity": float(keep[top].mean())}
+    for fault in FAULTS:
+        rows = keep | (labels == fault).to_numpy()
+        found[fault] = roc_auc_score(keep[rows], score[rows])
+    right = np.array([reason in REASONS[label] for reason, label in zip(table["reason"], labels, strict=True)])
+    found["reason"] = float(right.mean())
+    found["reason by label"] = {label: float(right[(labels == label).to_numpy()].mean()) for label in REASONS}
+    return {key: float(value) if not isinstance(value, dict) else value for key, value in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("pool", "safe", "harmful", "utility", "model", "labels"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    arguments = parser.parse_args()
+    labels = pd.Series(json.loads(Path(arguments.labels).read_text()))
+    common = {"model": arguments.model, "seed": arguments.seed}
+    folder = arguments.output_dir / "sft-epoch"
+    epoch = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
+    unit = align(AlignOptions(
+        data=arguments.pool, train=epoch, on_long_prompt="cut", output_dir=str(folder), **common
+    )).seconds  # fmt: skip
+    print(f"one LoRA SFT epoch over the pool: {unit:.1f} s")
+    found = {"sft_epoch_seconds": unit}
+    for number, name in enumerate(VARIANTS):
+        if name not in arguments.only:
+            continue
+        folder = arguments.output_dir / f"{number}"
+        curate(CurateOptions(
+            pool=arguments.pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
+            selector={"name": "pharmacist", **VARIANTS[name]}, output_dir=str(folder), **common,
+        ))  # fmt: skip
+        manifest = read_manifest(folder)
+        seconds = {phase: value.seconds for phase, value in manifest.phases.items()}
+        table = pd.read_parquet(folder / "scores.parquet").set_index("row")
+        found[name] = quality(table, labels.iloc[table.index].reset_index(drop=True)) | {
+            "seconds": seconds, "readers": manifest.extra["selector_report"].get("readers"),
+            "once": sum(seconds.get(phase, 0.0) for phase in ONCE) / unit,
+            "per row": sum(seconds.get(phase, 0.0) for phase in PER_ROW) / unit,
+        }  # fmt: skip
+        write_json(arguments.output_dir / "selection.json", found)
+    print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + " | reason right | references | per row |")
+    print("|" + "---|" * (6 + len(FAULTS)))
+    for name in arguments.only:
+        row = found[name]
+        cells = [f"{row['auc']:.3f}", f"{row['purity']:.3f}", *(f"{row[fault]:.3f}" for fault in FAULTS)]
+        print(f"| {name} | {' | '.join(cells)} | {row['reason']:.3f} | {row['once']:.2f} | {row['per row']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
