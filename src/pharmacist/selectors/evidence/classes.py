@@ -61,8 +61,6 @@ def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) 
             members.setdefault(prompt, []).append(name)
     order = list(members)
     np.random.default_rng(derive(seed, "evidence", "folds")).shuffle(order)
-    # Those in several sets first, while all folds are still open to them.
-    order.sort(key=lambda prompt: -len(members[prompt]))
     filled = {name: np.zeros(n_folds, dtype=np.int64) for name in sets}
     fold_of = {}
     for prompt in order:
