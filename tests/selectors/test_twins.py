@@ -263,6 +263,22 @@ def test_the_first_step_of_the_logits_is_the_gradient(tmp_path):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
 
 
+def test_rows_with_equal_losses_keep_the_weights_they_have(tmp_path, monkeypatch):
+    """The batch's mean is taken under its own weights: with unequal ones any other would move all rows of a batch."""
+    difference = torch.linspace(-1, 1, 4, dtype=torch.float64)
+
+    def losses(self, adapter, step, sigma):
+        value = sum(parameter.sum() for parameter in self.bank.parameters(adapter).values())
+        unequal = difference if step < 5 else torch.full((4,), 0.8, dtype=torch.float64)
+        return value, unequal if adapter == TWINS[0] else torch.zeros(4, dtype=torch.float64)
+
+    monkeypatch.setattr(twins._TwinLoss, "__call__", losses)
+    _, before = solve(tmp_path / "before", steps=5)
+    _, after = solve(tmp_path / "after", steps=10)
+    assert np.ptp(before) > 1
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-12)
+
+
 def test_rows_like_the_safe_references_rise_and_unvisited_rows_stay(tmp_path):
     pool = SAFE + HARMFUL
     _, logits = solve(tmp_path, pool=pool, steps=40, rate=PharmacistConfig().weight_rate)
