@@ -3,8 +3,8 @@
     python benchmarks/selection_cost.py --pool POOL --safe S --harmful H --utility U --model MODEL \
         --labels LABELS.json --output-dir DIR
 
-LABELS.json is a list with the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy,
-mislabel. Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
+LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
+Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch; what is spent on references
 does not grow with the pool and is shown apart from what is spent per row.
 """

@@ -295,19 +295,20 @@ def _show(result: DemoResult) -> None:
     pool = summary["pool"]
     kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"
     table = Table(title=f"Pool of {pool['rows']} rows, {kind}; {len(summary['seeds'])} seeds, 95 % intervals")
-    table.add_column("aligned on")
-    for name in ("harmful score,\nmean over attack", "after attack", "fine-tune\naccuracy", "over-refusal\naligned",
-                 "over-refusal\nattacked", "alignment"):  # fmt: skip
-        table.add_column(name, justify="right")
+    table.add_column("aligned\non")
+    for name in ("HS over\nattack", "HS at\nend", "FA", "over-\nrefusal", "alignment\ntime"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in summary["arms"]:
         saved = summary["time_saved"].get(arm)
         table.add_row(
             arm, _with_interval(summary["auc"][arm]), f"{summary['final_harmful_score'][arm]['mean']:.1f}",
-            *(f"{_mean(summary[name][arm]):.1f}" for name in
-              ("fine_tune_accuracy", "over_refusal_aligned", "over_refusal")),
+            f"{_mean(summary['fine_tune_accuracy'][arm]):.1f}",
+            f"{_mean(summary['over_refusal_aligned'][arm]):.1f} / {_mean(summary['over_refusal'][arm]):.1f}",
             f"{_mean(summary['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved is not None else ""),
         )  # fmt: skip
     out.print(table)
+    out.print("HS: harmful score, mean over the attack's steps and at its end; FA: fine-tune accuracy; over-refusal: "
+              "after alignment / after the attack; all in %")  # fmt: skip
     for name, difference in summary["differences"].items():
         out.print(f"harmful score, {name}: {_with_interval(difference)} points")
     quality = summary["ranking"]
