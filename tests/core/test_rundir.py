@@ -50,6 +50,14 @@ def test_a_second_run_is_complete_and_changes_nothing(tmp_path: Path) -> None:
     assert sha256_folder(tmp_path / "out") == before
 
 
+def test_a_kill_after_the_last_manifest_leaves_nothing_behind(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    (tmp_path / "out" / "work" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "lock").touch()
+    assert start(tmp_path / "out").complete
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "result"}
+
+
 def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     run = start(tmp_path / "out")
     run.work("deep", "state").write_text("half")

@@ -101,6 +101,7 @@ class RunDir:
         elif exists:
             found = previous()
             if found is not None and found.status == "success":
+                shutil.rmtree(root / "work", ignore_errors=True)  # left where a kill fell between manifest and removal
                 return cls(root, found, None)
         lock = _lock(root)
         try:
