@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pharmacist.nn.batching import Batch, make_batch
-from pharmacist.nn.losses import row_losses, token_losses
+from pharmacist.nn.losses import batch_loss, row_losses, token_losses
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
@@ -71,3 +71,29 @@ def test_half_precision_logits_are_summed_in_float32():
     torch.testing.assert_close(
         token_losses(logits, ids).double(), token_losses(logits.double(), ids), rtol=0, atol=1e-5
     )
+
+
+def test_the_batch_loss_is_the_mean_over_all_target_tokens():
+    model, rows = TinyDecoder(VOCABULARY), random_token_rows(6, VOCABULARY)
+    batch = make_batch(rows, range(6), CPU)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.requires_grad_()
+    position = torch.arange(batch.input_ids.shape[1])[None, :]
+    target = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
+    labels = torch.where(target, batch.input_ids, -100)
+    found = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+    expected = (found.completion * found.n_completion).sum() / found.n_completion.sum()
+    torch.testing.assert_close(batch_loss(logits, labels), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        batch_loss(logits, labels, 7), expected * found.n_completion.sum() / 7, rtol=0, atol=1e-12
+    )
+    nothing = batch_loss(logits, torch.full_like(labels, -100))
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert nothing == 0 and not gradient.any()
+
+
+def test_the_last_logits_of_a_row_predict_nothing():
+    logits, ids = torch.randn(2, 5, VOCABULARY, dtype=torch.float64), torch.randint(0, VOCABULARY, (2, 5))
+    changed = logits.clone()
+    changed[:, -1] += 5
+    assert torch.equal(token_losses(logits, ids), token_losses(changed, ids))
+    assert token_losses(logits, ids).shape == (2, 4)

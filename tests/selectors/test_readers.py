@@ -199,12 +199,14 @@ def test_a_lexical_reader_names_the_words(readers):
 
 
 @pytest.mark.parametrize("regularisation", [0.01, 100.0])
-def test_the_logistic_regression_is_exact(regularisation, recwarn):
+@pytest.mark.parametrize("width", [25, 150])
+def test_the_logistic_regression_is_exact(regularisation, width, recwarn):
     """The gradient of the class-balanced, penalised likelihood, written from its definition, is zero."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         labels = np.sort(rng.integers(0, 4, 60))
-        features = rng.normal(size=(60, 25)) * rng.uniform(0.1, 3, 25) + labels[:, None] * rng.normal(size=25)
+        features = rng.normal(size=(60, width)) * rng.uniform(0.1, 3, width)
+        features += labels[:, None] * rng.normal(size=width)
         w, b = fit_logistic(features, labels, 4, regularisation)
         counts = np.bincount(labels, minlength=4)
         balance = (60 / (4 * counts))[labels][:, None]
