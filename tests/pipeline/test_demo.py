@@ -33,7 +33,8 @@ def test_the_summary_is_what_the_stages_measured(finished):
     assert summary["arms"] == list(ARMS) and summary["steps"] == [0, 1, 2]
     for arm in ARMS:
         for position, step in enumerate(summary["steps"]):
-            metrics = json.loads((finished.folder / "evaluate" / f"{arm}-0" / f"step-{step}" / "metrics.json").read_text())
+            folder = finished.folder / "evaluate" / f"{arm}-0" / f"step-{step}"
+            metrics = json.loads((folder / "metrics.json").read_text())
             assert summary["curves"][arm][0][position] == metrics["harmful_score"]["value"]
         assert summary["fine_tune_accuracy"][arm] == [metrics["fine_tune_accuracy"]["value"]]
         manifest = read_manifest(finished.folder / "align" / f"{arm}-0")
