@@ -14,8 +14,10 @@ def built(given, seed=0, n_folds=4, per_row=2):
     return build_references(given, n_folds=n_folds, corruptions_per_row=per_row, seed=seed)
 
 
-def members(found, name):
+def members(found, name, made=None):
     where = np.flatnonzero(found.labels == found.classes.index(name))
+    if made is not None:
+        where = where[found.made[where] == made]
     return [found.rows[i] for i in where], found.folds[where]
 
 
@@ -29,7 +31,10 @@ GIVEN = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), 
 def test_the_made_classes_are_made_of_given_rows():
     found = built(GIVEN)
     assert found.classes == tuple(REASONS)
-    assert found.counts() == {"safe": 12, "harmful": 10, "utility": 9, "over_refusal": 9, "corrupted": 2 * (12 + 9)}
+    assert found.counts() == {
+        "safe": 12, "harmful": 10, "utility": 2 * 9, "over_refusal": 9, "corrupted": 2 * 12 + 9,
+    }  # fmt: skip
+    assert members(found, "utility", made=False)[0] == GIVEN["utility"]
     assert members(found, "safe")[0] == GIVEN["safe"]
     over, _ = members(found, "over_refusal")
     assert [row["prompt"] for row in over] == [row["prompt"] for row in GIVEN["utility"]]
@@ -43,11 +48,22 @@ def test_made_rows_share_no_text_across_folds():
     found = built(GIVEN)
     fold_of_prompt, fold_of_answer = {}, {}
     for name in ("safe", "harmful", "utility"):
-        for row, fold in zip(*members(found, name), strict=True):
+        for row, fold in zip(*members(found, name, made=False), strict=True):
             fold_of_prompt[row["prompt"]] = fold_of_answer[row["completion"]] = fold
     for row, fold in zip(found.rows, found.folds, strict=True):
         assert fold_of_prompt[row["prompt"]] == fold
         assert fold_of_answer.get(row["completion"], fold) == fold, "whole answers come from the own fold"
+
+
+def test_a_terse_answer_is_one_word_of_the_given_one():
+    given = {**GIVEN, "utility": [*GIVEN["utility"], {"prompt": "how many?", "completion": "42 or so"}]}
+    found = built(given)
+    terse, _ = members(found, "utility", made=True)
+    answers = {row["prompt"]: row["completion"] for row in given["utility"]}
+    assert len(terse) == 9, "a row without a longer word has no terse version"
+    assert all(row["completion"] in answers[row["prompt"]].split() and len(row["completion"]) > 4 for row in terse)
+    over, _ = members(found, "over_refusal")
+    assert len(over) == 10, "made rows are not made of made rows"
 
 
 def test_one_prompt_lies_in_one_fold():

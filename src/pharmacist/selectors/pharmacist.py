@@ -55,7 +55,7 @@ class PharmacistConfig(AdapterOptions):
     adapter_folds: int = 2
     """Cross-fitting folds of the adapters, which cost more to train."""
     corruptions_per_row: int = 2
-    """Damaged versions made of each safe and each utility reference."""
+    """Damaged versions made of each safe reference, and half as many of each utility reference."""
     adapter_steps: int = 60
     """Training steps of each class adapter."""
     cascade: float = 0.0
@@ -386,7 +386,7 @@ class _Worker:
         encoded, bank, pool = self.encode_references(references), self.bank, context.encoded_pool
         trained.bank = bank
         rows = {
-            name: np.flatnonzero(references.labels == references.classes.index(name))
+            name: np.flatnonzero((references.labels == references.classes.index(name)) & ~references.made)
             if name in references.classes
             else np.zeros(0, np.int64)
             for name in ("safe", "harmful", "utility")

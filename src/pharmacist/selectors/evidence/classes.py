@@ -1,5 +1,6 @@
 """The evidence classes and their references, given by the user or made by the selector."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from pharmacist.selectors.evidence.corruptions import CORRUPTIONS, corrupt
 
 
 Row = Mapping[str, Any]
+
+_SHORT_WORD = 4
 
 REASONS = {
     "safe": CRITICAL,
@@ -34,6 +37,7 @@ class EvidenceReferences:
         classes: Names, `REASONS` in order, those without references left out.
         rows: Canonical rows (`data.records`), n of them.
         labels: Index into `classes`, shape [n].
+        made: Whether a row was made rather than given, shape [n].
         folds: Cross-fitting fold; a made row lies in the fold of the rows it was made from, shape [n].
         n_folds: How many folds.
     """
@@ -41,6 +45,7 @@ class EvidenceReferences:
     classes: tuple[str, ...]
     rows: list[Row]
     labels: npt.NDArray[np.int64]
+    made: npt.NDArray[np.bool_]
     folds: npt.NDArray[np.int64]
     n_folds: int
 
@@ -79,11 +84,15 @@ def build_references(
 ) -> EvidenceReferences:
     """Adds the made classes (over-refusing, corrupted) to the given ones (safe, harmful, utility).
 
+    The utility class also gets a terse version of each of its rows: a label or a number is an answer too, and short is
+    not damaged.
+
     Args:
         given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from
             it.
         n_folds: Cross-fitting folds, at most.
-        corruptions_per_row: Damaged versions of each safe and each utility row; 0 leaves the class out.
+        corruptions_per_row: Damaged versions of each safe row; each utility row gets half as many, since what is
+            damaged and not safety-critical is rejected either way. 0 leaves the class out.
         seed: Of folds and damage.
 
     Raises:
@@ -98,6 +107,11 @@ def build_references(
     fold: dict[str, list[int]] = {name: folds(rows) for name, rows in members.items()}
     members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed)
     members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
+    made = {name: [name in ("over_refusal", "corrupted")] * len(rows) for name, rows in members.items()}
+    terse, of_terse = _terse(members["utility"], fold["utility"], seed)
+    members["utility"] += terse
+    fold["utility"] += of_terse
+    made["utility"] += [True] * len(terse)
     classes = tuple(name for name in REASONS if members[name])
     # With fewer prompts than folds some folds are empty, and not counted.
     used, numbers = np.unique([f for name in classes for f in fold[name]], return_inverse=True)
@@ -105,6 +119,7 @@ def build_references(
         classes=classes,
         rows=[row for name in classes for row in members[name]],
         labels=np.repeat(np.arange(len(classes)), [len(members[name]) for name in classes]),
+        made=np.array([m for name in classes for m in made[name]], dtype=np.bool_),
         folds=numbers.astype(np.int64),
         n_folds=len(used),
     )
@@ -127,6 +142,19 @@ def _over_refusals(
     return made, list(fold["utility"])
 
 
+def _terse(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
+    """Each row with one longer word of its completion as the whole answer; rows that have none are passed over."""
+    rng = np.random.default_rng(derive(seed, "evidence", "terse"))
+    made: list[Row] = []
+    folds: list[int] = []
+    for row, f in zip(rows, fold, strict=True):
+        words = [word for word in re.findall(r"\w+", row["completion"]) if len(word) > _SHORT_WORD]
+        if words:
+            made.append({**row, "completion": words[int(rng.integers(len(words)))]})
+            folds.append(f)
+    return made, folds
+
+
 def _corrupted(
     members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], per_row: int, seed: int
 ) -> tuple[list[Row], list[int]]:
@@ -138,7 +166,7 @@ def _corrupted(
         # A refusal under another harmful prompt is mostly still a good one; so swaps bring in benign answers.
         source = other if members[other] else name
         for row, f in zip(members[name], fold[name], strict=True):
-            for _ in range(per_row):
+            for _ in range(per_row if name == "safe" else (per_row + 1) // 2):
                 partner = _partner(members[source], fold[source], f, rng)
                 kind = kinds[len(made) % len(kinds)]
                 made.append({**row, "completion": corrupt(row["completion"], kind, rng, partner["completion"])})
