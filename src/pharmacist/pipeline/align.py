@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import CompatibilityError
+from pharmacist.core.errors import CompatibilityError, PharmacistError
 from pharmacist.core.rundir import RunDir
 from pharmacist.training.options import TrainingStageOptions
 
@@ -80,6 +80,10 @@ def align(options: AlignOptions) -> AlignResult:
             _align(source, strategy, options, run)
         manifest = run.manifest
         return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
+    except PharmacistError:
+        if not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
+            run.discard()
+        raise
     finally:
         run.close()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.env import rank
+from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
 from pharmacist.core.rundir import RunDir
 from pharmacist.training.options import TrainingStageOptions
 
@@ -102,6 +103,11 @@ def attack(options: AttackOptions) -> AttackResult:
             _attack(sources, strategy, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
         return AttackResult(run.root, run.manifest.metrics, {} if options.build_only else snapshots)
+    except PharmacistError:
+        if rank() == 0 and not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
+            run.path("attack_set.jsonl").unlink(missing_ok=True)
+            run.discard()
+        raise
     finally:
         run.close()
 
@@ -110,7 +116,6 @@ def build_attack_set(
     sources: "Mapping[str, Source]", options: AttackOptions, run: RunDir
 ) -> "tuple[datasets.Dataset, dict[str, int]]":  # fmt: skip
     """The poisoned set and how many rows it was drawn from."""
-    from pharmacist.core.env import rank
     from pharmacist.data.mixing import mix
     from pharmacist.data.records import parse_columns, read_records
     from pharmacist.data.splits import shared_prompts
@@ -138,7 +143,6 @@ def build_attack_set(
 def _attack(
     sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AttackOptions, run: RunDir
 ) -> None:  # fmt: skip
-    from pharmacist.core.env import rank
     from pharmacist.core.progress import console
     from pharmacist.data.templates import save_template
     from pharmacist.data.tokenize import encode
@@ -191,9 +195,6 @@ def _attack(
             description="attack" if name == "sft" else f"attack ({name})",
         )  # fmt: skip
         phase.tokens = result.tokens
-    late = [step for step in options.snapshots if step > result.steps]
-    if late:
-        raise ConfigError(f"--snapshots {late[0]}: the training has only {result.steps} steps; set --train.max_steps")
     outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
     finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
     if rank() == 0:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from pharmacist.core.env import rank
 from pharmacist.core.files import write_json
 from pharmacist.nn.distributed import barrier, from_main
 from pharmacist.training.strategy import GradientStrategy, StrategyState
@@ -30,7 +32,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Decides on the first process, for all."""
+        """Decides on the first process, for all; the last step is logged, however few there are."""
+        control.should_log |= state.global_step >= state.max_steps
         due = from_main(time.monotonic() - self._last >= self.seconds)
         if due and state.global_step < state.max_steps:
             control.should_save = True
@@ -50,7 +53,16 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder."""
+    """The newest complete checkpoint in a folder.
+
+    Those that a kill left incomplete are deleted: among the ones that the Trainer keeps, they would push out complete
+    ones.
+    """
+    if rank() == 0:
+        for path in folder.glob("checkpoint-*"):
+            if not (path / _COMPLETE).is_file():
+                shutil.rmtree(path)
+    barrier()
     found = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 

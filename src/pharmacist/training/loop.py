@@ -206,6 +206,12 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
     def __init__(self, steps: Sequence[int], save: Any) -> None:
         self.steps, self.save = frozenset(steps), save
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuses steps that will not come."""
+        late = [step for step in sorted(self.steps) if step > state.max_steps]
+        if late:
+            raise ConfigError(f"--snapshots {late[0]}: the training has only {state.max_steps} steps")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Saves where it is time."""
         if state.global_step in self.steps:

@@ -1,6 +1,7 @@
 """Options of every training stage, and how they become transformers and PEFT objects."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,10 @@ _OURS = {
     "eval_strategy": "pharmacist evaluate", "do_eval": "pharmacist evaluate", "do_predict": "pharmacist evaluate",
     "load_best_model_at_end": "pharmacist evaluate", "deepspeed": "accelerate launch with DDP",
 }  # fmt: skip
-_FIXED = ("remove_unused_columns", "label_names", "do_train", "label_smoothing_factor")
+_FIXED = (
+    "remove_unused_columns", "label_names", "do_train", "label_smoothing_factor", "logging_nan_inf_filter",
+    "ignore_data_skip", "average_tokens_across_devices", "use_liger_kernel",
+)  # fmt: skip
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio", "evaluation_strategy": "use pharmacist evaluate",
     "overwrite_output_dir": "use --overwrite", "no_cuda": "use --device cpu",
@@ -125,6 +129,10 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, fields)}")
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
+            if isinstance(checked[name], float) and not math.isfinite(checked[name]):
+                raise ConfigError(f"train.{name}: {value!r} is not a finite number")
+        except ConfigError:
+            raise
         except ValidationError as error:
             raise ConfigError(f"train.{name}: {value!r} does not fit ({error.errors()[0]['msg']})") from error
         except Exception:  # a type that pydantic has no schema for: TrainingArguments checks it itself
