@@ -32,7 +32,6 @@ VARIANTS = {
     "lexical": {"form": "evidence", "readers": "lexical"},
     "probe": {"form": "evidence", "readers": "probe"},
     "lexical + probe": {"form": "evidence", "readers": "lexical,probe"},
-    "class adapters": {"form": "evidence", "readers": "adapters"},
     "all three readers": {"form": "evidence", "readers": "lexical,probe,adapters"},
     "all three, cascade 0.3": {"form": "evidence", "readers": "lexical,probe,adapters", "cascade": 0.3},
     "twins, references only": {"form": "bilevel", "cotrain": 0.0},
@@ -43,19 +42,27 @@ PER_ROW = ("score",)
 ONCE = ("train readers", "train twins")
 
 
-def quality(table, labels):
-    """AUC, purity of the top 30 %, AUC per fault, share of right reasons; `labels` per row."""
+def ranking_quality(score, labels):
+    """AUC, purity of the top 30 % and AUC per fault of a score; `labels` per row."""
     keep = labels.isin(["good", "duplicate"]).to_numpy()
-    score = table["score"].to_numpy()
-    top = table["rank"].to_numpy() <= round(0.3 * len(table))
-    found = {"auc": roc_auc_score(keep, score), "purity": float(keep[top].mean())}
+    top = np.argsort(-score, kind="stable")[: round(0.3 * len(score))]
+    found = {"auc": float(roc_auc_score(keep, score)), "purity": float(keep[top].mean())}
     for fault in FAULTS:
         rows = keep | (labels == fault).to_numpy()
-        found[fault] = roc_auc_score(keep[rows], score[rows])
+        found[fault] = float(roc_auc_score(keep[rows], score[rows]))
+    return found
+
+
+def reason_quality(table, labels):
+    """Share of rows whose reason is right, over all and by label."""
     right = np.array([reason in REASONS[label] for reason, label in zip(table["reason"], labels, strict=True)])
-    found["reason"] = float(right.mean())
-    found["reason by label"] = {label: float(right[(labels == label).to_numpy()].mean()) for label in REASONS}
-    return {key: float(value) if not isinstance(value, dict) else value for key, value in found.items()}
+    by_label = {label: float(right[(labels == label).to_numpy()].mean()) for label in REASONS}
+    return {"reason": float(right.mean()), "reason by label": by_label}
+
+
+def table_line(name, found, rest):
+    cells = [f"{found['auc']:.3f}", f"{found['purity']:.3f}", *(f"{found[fault]:.3f}" for fault in FAULTS)]
+    return f"| {name} | {' | '.join(cells)} | {' | '.join(rest)} |"
 
 
 def main():
@@ -86,18 +93,24 @@ def main():
         manifest = read_manifest(folder)
         seconds = {phase: value.seconds for phase, value in manifest.phases.items()}
         table = pd.read_parquet(folder / "scores.parquet").set_index("row")
-        found[name] = quality(table, labels.iloc[table.index].reset_index(drop=True)) | {
+        known = labels.iloc[table.index].reset_index(drop=True)
+        found[name] = ranking_quality(table["score"].to_numpy(), known) | reason_quality(table, known) | {
             "seconds": seconds, "readers": manifest.extra["selector_report"].get("readers"),
             "once": sum(seconds.get(phase, 0.0) for phase in ONCE) / unit,
             "per row": sum(seconds.get(phase, 0.0) for phase in PER_ROW) / unit,
+            "signals": {
+                signal: ranking_quality(table[signal].to_numpy(), known)
+                for signal in table if signal.endswith("_log_odds") or signal == "contrast"
+            },
         }  # fmt: skip
         write_json(arguments.output_dir / "selection.json", found)
     print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + " | reason right | references | per row |")
     print("|" + "---|" * (6 + len(FAULTS)))
     for name in arguments.only:
         row = found[name]
-        cells = [f"{row['auc']:.3f}", f"{row['purity']:.3f}", *(f"{row[fault]:.3f}" for fault in FAULTS)]
-        print(f"| {name} | {' | '.join(cells)} | {row['reason']:.3f} | {row['once']:.2f} | {row['per row']:.2f} |")
+        print(table_line(name, row, [f"{row['reason']:.3f}", f"{row['once']:.2f}", f"{row['per row']:.2f}"]))
+        for signal, alone in row["signals"].items():
+            print(table_line(f"{name}: {signal} alone", alone, ["", "", ""]))
 
 
 if __name__ == "__main__":

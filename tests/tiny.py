@@ -10,6 +10,7 @@ import torch
 import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -84,22 +85,39 @@ def random_token_rows(n: int, vocab: int, seed: int = 0, longest: int = 12) -> T
     return TokenRows([(tokens(), tokens()) for _ in range(n)])
 
 
-class _Block(nn.Module):
+class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
-        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        b, t, d = x.shape
-        h = self.norm1(x)
+    def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        b, t, d = h.shape
         q, k, v = (p(h).view(b, t, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(d // self.heads)
         attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        x = x + self.o_proj((attention @ v).transpose(1, 2).reshape(b, t, d))
-        return x + self.down_proj(torch.tanh(self.up_proj(self.norm2(x))))
+        return self.o_proj((attention @ v).transpose(1, 2).reshape(b, t, d))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.tanh(self.up_proj(h)))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attend, self.feed = _Attention(width, heads), _FeedForward(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attend(self.norm1(x), mask))
+        return x + self.dropout(self.feed(self.norm2(x)))
 
 
 class TinyDecoder(nn.Module):
@@ -108,12 +126,16 @@ class TinyDecoder(nn.Module):
     Called like a Hugging Face model; returns `logits` and, on demand, `hidden_states`.
     """
 
-    def __init__(self, vocab: int, width: int = 16, layers: int = 2, heads: int = 2, length: int = 64, seed: int = 0):
+    def __init__(
+        self, vocab: int, width: int = 16, layers: int = 2, heads: int = 2, length: int = 64, seed: int = 0,
+        dropout: float = 0.0, checkpointing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.checkpointing = checkpointing
         generator = torch.Generator().manual_seed(seed)
         self.config = SimpleNamespace(num_hidden_layers=layers, hidden_size=width, max_position_embeddings=length)
         self.embed, self.position = nn.Embedding(vocab, width), nn.Embedding(length, width)
-        self.layers = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
         self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
         self.double()
         with torch.no_grad():
@@ -139,7 +161,7 @@ class TinyDecoder(nn.Module):
         x = self.embed(input_ids) + self.position.weight[:t]
         hidden = [x]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpointing else layer(x, mask)
             hidden.append(x)
         hidden[-1] = self.norm(x)
         return SimpleNamespace(

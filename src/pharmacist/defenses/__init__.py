@@ -8,6 +8,8 @@ DEFENSES: Registry[GradientStrategy] = Registry(
     "defense",
     {
         "sft": "pharmacist.defenses.alignment.sft:SFT",
+        "vaccine": "pharmacist.defenses.alignment.vaccine:Vaccine",
+        "booster": "pharmacist.defenses.alignment.booster:Booster",
     },
     group="pharmacist.defenses",
 )

@@ -1,4 +1,4 @@
-"""The few things that data-parallel selection needs: processes meet, and share out independent jobs."""
+"""The few things that data-parallel runs need: processes meet, share out independent jobs, and add up."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -7,6 +7,7 @@ from pharmacist.core.env import rank, world_size
 
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 T = TypeVar("T")
@@ -41,3 +42,39 @@ def from_main(value: T) -> T:
         broadcast_object_list(values)
         return values[0]
     return value
+
+
+def total(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Sum of a tensor over all processes, detached; the same on each."""
+    if world_size() == 1:
+        return tensor.detach()
+    from accelerate.utils import reduce
+
+    _state()
+    summed: torch.Tensor = reduce(tensor.detach().clone(), reduction="sum")
+    return summed
+
+
+def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
+    """Rows of all processes, in the order of the processes, detached; rows may differ in number and length.
+
+    Args:
+        tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
+
+    Returns:
+        Shape [all rows, greatest length, ...], and at which row those of this process begin.
+    """
+    if world_size() == 1:
+        return tensor.detach(), 0
+    import torch
+    from accelerate.utils import gather
+
+    _state()
+    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
+    rows, length = sizes.max(0).values.tolist()
+    padded = tensor.new_zeros((1, rows, length, *tensor.shape[2:]))
+    padded[0, : tensor.shape[0], : tensor.shape[1]] = tensor.detach()
+    gathered = gather(padded)
+    counts = sizes[:, 0].tolist()
+    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    return torch.cat(parts), sum(counts[: rank()])

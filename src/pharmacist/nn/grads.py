@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pharmacist.core.env import world_size
 from pharmacist.core.errors import DataError
+from pharmacist.nn.distributed import total
 
 
 Gradient = dict[str, torch.Tensor]
@@ -23,7 +25,9 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
-    """The derivative of a loss by the parameters; touches no ``.grad`` and, in a data-parallel run, talks to no one.
+    """The derivative of a loss by the parameters; touches no ``.grad``.
+
+    In a data-parallel run it is the mean over the processes, the same on each; all of them must call.
 
     Args:
         loss: A scalar.
@@ -36,15 +40,24 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, reta
     if not torch.isfinite(loss):
         raise DataError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
-    result = {
+    result = averaged({
         name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
         if value is None
         else _precise(value.detach())
         for (name, parameter), value in zip(parameters.items(), found, strict=True)
-    }
+    })  # fmt: skip
     if not torch.isfinite(norm(result)):
         raise DataError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
     return result
+
+
+def averaged(grads: Gradient) -> Gradient:
+    """The mean over the processes of a data-parallel run, in one message."""
+    if world_size() == 1 or not grads:
+        return grads
+    flat = total(torch.cat([value.flatten() for value in grads.values()])) / world_size()
+    parts = flat.split([value.numel() for value in grads.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(grads.items(), parts, strict=True)}
 
 
 def norm(grads: Gradient) -> torch.Tensor:
@@ -76,16 +89,26 @@ def add_to_grad(parameters: Mapping[str, nn.Parameter], grads: Gradient, scale: 
 
 
 @contextmanager
-def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: float) -> Iterator[None]:
-    """Moves the weights by ``by * direction`` for the block; they come back bit for bit, by copy, whatever happens."""
-    saved = {name: parameters[name].detach().clone() for name in direction}
+def preserved(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Weights and ``.grad`` may change in the block; both come back bit for bit, by copy, whatever happens."""
+    saved = {name: (parameter.detach().clone(), parameter.grad) for name, parameter in parameters.items()}
     try:
-        with torch.no_grad():
-            for name, value in direction.items():
-                parameter = parameters[name]
-                parameter.copy_(_precise(saved[name]) + by * value)
+        for parameter in parameters.values():
+            parameter.grad = None
         yield
     finally:
         with torch.no_grad():
-            for name, value in saved.items():
+            for name, (value, grad) in saved.items():
                 parameters[name].copy_(value)
+                parameters[name].grad = grad
+
+
+@contextmanager
+def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: float) -> Iterator[None]:
+    """Moves the weights by ``by * direction`` for the block; they come back bit for bit."""
+    with preserved({name: parameters[name] for name in direction}):
+        with torch.no_grad():
+            for name, value in direction.items():
+                parameter = parameters[name]
+                parameter.copy_(_precise(parameter) + by * value)
+        yield

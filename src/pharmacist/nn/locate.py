@@ -1,9 +1,20 @@
 """Modules found by structure, never by class name."""
 
+import inspect
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pharmacist.core.errors import NoMatchError
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits; None where the model names none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = get_head() if get_head is not None else getattr(model, "lm_head", None)
+    return found
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -12,9 +23,114 @@ def linear_names(model: nn.Module) -> list[str]:
     Raises:
         NoMatchError: The model has none.
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else getattr(model, "lm_head", None)
+    head = output_head(model)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if not names:
         raise NoMatchError(f"{type(model).__name__}: no linear layer found to attach LoRA adapters to")
     return names
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layers in order, by name: the list of modules of which each holds a self-attention module.
+
+    Where there are several such lists (a vision tower), it is the one as long as the configuration says the text
+    model is deep, else the longest.
+
+    Raises:
+        NoMatchError: There is no such list.
+    """
+    lists = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_attention(layer) for layer in module)
+    }  # fmt: skip
+    if not lists:
+        raise _nothing(model, "decoder layers (a list of modules, each with a self-attention module)")
+    depth = _depth(model)
+    name = max(lists, key=lambda name: (len(lists[name]) == depth, len(lists[name])))
+    return {f"{name}.{number}": layer for number, layer in enumerate(lists[name])}
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention module of each decoder layer, by name: the part with linear layers that is given a mask.
+
+    Raises:
+        NoMatchError: There are no decoder layers.
+    """
+    found = {}
+    for name, layer in decoder_layers(model).items():
+        child, module = _attention(layer)[0]
+        found[f"{name}.{child}"] = module
+    return found
+
+
+def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What computes the output of each decoder layer's feed-forward part, by name.
+
+    It is the largest part of a layer with linear layers that is given no mask; where those lie in the decoder layer
+    itself (OPT), the last of them.
+
+    Raises:
+        NoMatchError: A layer has none.
+    """
+    found = {}
+    for name, layer in decoder_layers(model).items():
+        attention = [module for _, module in _attention(layer)]
+        rest = [(child, module) for child, module in layer.named_children()
+                if module not in attention and _has_linear(module)]  # fmt: skip
+        if not rest:
+            raise _nothing(model, f"a feed-forward part with linear layers in {name}")
+        blocks = [item for item in rest if not _is_linear(item[1])]
+        child, module = max(blocks, key=lambda item: _size(item[1])) if blocks else rest[-1]
+        found[f"{name}.{child}"] = module
+    return found
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The normalisation between the last decoder layer and the output head.
+
+    It is the last module beside the decoder layers that has vectors for parameters and nothing else.
+
+    Raises:
+        NoMatchError: There is none.
+    """
+    parent = model.get_submodule(next(iter(decoder_layers(model))).rpartition(".")[0].rpartition(".")[0])
+    found = [
+        module for module in parent.children()
+        if (weights := list(module.parameters())) and all(weight.ndim == 1 for weight in weights)
+    ]  # fmt: skip
+    if not found:
+        raise _nothing(model, "a final normalisation beside the decoder layers")
+    return found[-1]
+
+
+def _attention(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module) for name, module in layer.named_children()
+        if _has_linear(module) and not _is_linear(module) and _takes_mask(module)
+    ]  # fmt: skip
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    return any("mask" in name for name in inspect.signature(type(module).forward).parameters)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(_is_linear(part) for part in module.modules())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _depth(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
+
+
+def _nothing(model: nn.Module, what: str) -> NoMatchError:
+    return NoMatchError(f"{type(model).__name__}: looked for {what} and found nothing; this method cannot act on it")

@@ -85,3 +85,71 @@ def batch_loss(
     """
     total = _next_token_losses(logits, labels, "sum")
     return total / ((labels[:, 1:] != _IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
+
+
+def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a batch predicts a target token, and which.
+
+    Args:
+        labels: Shape [rows, length]; -100 where there is no target.
+
+    Returns:
+        Bool of shape [rows, length], true at position t where token t + 1 is a target; and those tokens, in the same
+        order.
+    """
+    following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    keep = following != _IGNORED
+    return keep, following[keep]
+
+
+def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over target tokens, a scalar; 0 where there are none.
+
+    Args:
+        logits: Shape [targets, vocabulary].
+        tokens: Shape [targets].
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits, tokens, reduction="sum")
+
+
+def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Minus the entropy of the predicted distributions, summed over positions, in nats.
+
+    Between minus log(vocabulary) per position, where all tokens are equally likely, and 0, where one is certain.
+
+    Args:
+        logits: Shape [positions, vocabulary].
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p).sum()
+
+
+def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Squared maximum mean discrepancy of two samples under five Gaussian kernels of doubling width.
+
+    The mean of K_xx + K_yy - K_xy - K_yx with diagonals (a V-statistic, so never negative), where the middle kernel's
+    width is the mean squared distance over all pairs of distinct rows, held constant in the derivative.
+
+    Source: RepNoise (arXiv 2405.14577), noise loss.
+
+    Args:
+        x: Shape [rows, features].
+        y: Shape [rows, features].
+
+    Returns:
+        A scalar; with one row each 6.186 whatever they hold.
+    """
+    n = len(x)
+    rows = torch.cat([x, y])
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows - rows.detach().mean(0)  # distances stay, and rounding loses less
+    gram = rows @ rows.T
+    squares = gram.diagonal()
+    distance = (squares[:, None] + squares[None, :] - 2 * gram).clamp(min=0)
+    # The diagonal is 0 in exact arithmetic; rounding must not make it count.
+    distance = distance * (1 - torch.eye(2 * n, dtype=rows.dtype, device=rows.device))
+    width = (distance.detach().sum() / (4 * n * n - 2 * n)).clamp(min=torch.finfo(rows.dtype).tiny) / 4
+    kernel = torch.stack([torch.exp(-distance / (width * 2**i)) for i in range(5)]).sum(0)
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()

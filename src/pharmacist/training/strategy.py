@@ -9,7 +9,7 @@ A strategy sees a step through a `StepContext`; the Trainer (or a test with a ha
 5. `after_backward`: for gradients that must not be applied.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,8 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import DataError
+from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
-from pharmacist.nn.losses import batch_loss
+from pharmacist.nn.hooks import head_at, replayed_rng
+from pharmacist.nn.locate import output_head
+from pharmacist.nn.losses import target_loss, targets
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -40,11 +45,12 @@ class StepContext:
     Attributes:
         model: The model itself, never its data-parallel wrapper.
         batch: The main batch.
+        rows: Numbers of its rows in the alignment set, where they are known.
         update: Optimizer steps done before this one.
         micro: Number of the micro-batch within its update.
         scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
         forward: Batch -> model output, under the training's autocast.
-        streams: Name -> endless iterator of side batches.
+        streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
     """
 
@@ -54,8 +60,9 @@ class StepContext:
     micro: int = 0
     scale: float = 1.0
     forward: Callable[[Batch], Any] | None = None
-    streams: Mapping[str, Iterator[Batch]] = field(default_factory=dict)
+    streams: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: Sequence[int] = ()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -64,7 +71,8 @@ class StepContext:
 
     def next(self, stream: str) -> Batch:
         """The next batch of a side stream."""
-        return next(self.streams[stream])
+        batch: Batch = next(self.streams[stream])
+        return batch
 
     def output(self, batch: Batch) -> Any:
         """A plain forward pass."""
@@ -72,9 +80,48 @@ class StepContext:
             return self.forward(batch)
         return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
+    def logits(self, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
+        """Logits at some positions only, shape [positions, vocabulary].
+
+        Args:
+            batch: What the model reads.
+            keep: Shape [rows, length], bool.
+        """
+        with head_at(output_head(self.model), keep):
+            logits: torch.Tensor = self.output(batch).logits
+        return logits
+
     def ce(self, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy over the target tokens of a batch, a scalar."""
-        return batch_loss(self.output(batch).logits, batch["labels"])
+        """Mean cross-entropy over the target tokens of a batch, a scalar; of all processes' batches, see `mean`."""
+        keep, tokens = targets(batch["labels"])
+        return self.mean(target_loss(self.logits(batch, keep), tokens), len(tokens))
+
+    def mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
+        """A sum over this process's tokens (or rows) as this process's part of the mean over those of all processes.
+
+        The parts' own mean is that value, so that a gradient averaged over the processes is the one that a single
+        process would get from all their batches. 0 where there is nothing to count.
+        """
+        everywhere = total(torch.tensor(float(count), dtype=torch.float64, device=summed.device))
+        return summed * (world_size() / max(float(everywhere), 1.0))
+
+    def value(self, part: torch.Tensor) -> float:
+        """What the processes' parts of a `mean` amount to."""
+        return float(total(part)) / world_size()
+
+    def replay(self) -> AbstractContextManager[None]:
+        """A block that leaves the random state as it was: passes that are compared draw the same dropout masks."""
+        return replayed_rng(self.batch["input_ids"].device)
+
+    @staticmethod
+    def check(*values: torch.Tensor) -> None:
+        """Stops where an auxiliary pass gave NaN or infinity, before anything is changed by it.
+
+        Raises:
+            DataError: It did.
+        """
+        if not all(bool(torch.isfinite(value)) for value in values):
+            raise DataError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
 
     def grads(self, loss: torch.Tensor, *, retain_graph: bool = False) -> Gradient:
         """Gradient of a loss with respect to the trainable parameters; see `nn.grads.gradient`."""

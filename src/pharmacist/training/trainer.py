@@ -1,16 +1,20 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from torch.nn.utils import get_total_norm
+from transformers import Trainer
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.losses import batch_loss
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+
+
+_NAMED = 20
 
 
 def token_mean_loss(
@@ -37,7 +41,7 @@ class StrategyMixin:
 
     Args:
         strategy: The method.
-        streams: Name -> endless iterator of side batches.
+        streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         **kwargs: Of the Trainer.
 
     Raises:
@@ -48,13 +52,14 @@ class StrategyMixin:
         self,
         *args: Any,
         strategy: GradientStrategy,
-        streams: Mapping[str, Iterator[Batch]] | None = None,
+        streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.strategy, self.streams = strategy, dict(streams or {})
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
+        self._rows: list[int] = []  # of the update so far
         self._sums: dict[str, list[float]] = {}
         name = type(strategy).__name__
         for missing in set(strategy.streams) - self.streams.keys():
@@ -64,7 +69,8 @@ class StrategyMixin:
             raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
-        trainer.add_callback(_FiniteGradients())
+        if trainer.args.fp16:
+            raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: auxiliary gradient, main pass inside `around`, `after_backward`."""
@@ -73,21 +79,29 @@ class StrategyMixin:
         self._micro = self._micro + 1 if update == self._update else 0
         self._update = update
         rows = inputs.pop("row", None)
+        self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
         inputs = trainer._prepare_inputs(inputs)
         model.train()
         step = StepContext(
             model=trainer.model, batch=inputs, update=update, micro=self._micro,
             scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
+            rows=() if rows is None else rows.tolist(),
         )  # fmt: skip
-        self._step, self._rows = step, rows
         if self._micro == 0:
             self.strategy.begin_update(update)
         extra = self.strategy.auxiliary(step)
         if extra is not None:
             add_to_grad(step.parameters, extra, step.scale)
-        with self.strategy.around(step):
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self._step = step  # from here on the stock Trainer's loss is the strategy's too
+        try:
+            with self.strategy.around(step):
+                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        finally:
+            self._step = None
         self.strategy.after_backward(step)
+        if trainer.accelerator.sync_gradients:
+            # Before the clipping, which would turn a norm that overflows into a gradient of zeros.
+            self._check("gradient", get_total_norm([p.grad for p in step.parameters.values() if p.grad is not None]))
         for key, value in step.metrics.items():
             self._sums.setdefault(key, []).append(value)
         return loss
@@ -106,13 +120,17 @@ class StrategyMixin:
         )
         if self._step is not None:
             loss = self.strategy.objective(self._step, loss, outputs)
-            if not torch.isfinite(loss):
-                rows = "" if self._rows is None else f" (rows {', '.join(str(int(row)) for row in self._rows)})"
-                raise DataError(
-                    f"the loss is {loss.item()} at step {self._update + 1}{rows}; nothing was updated with it: "
-                    "look at these rows, or lower train.learning_rate or the method's strength"
-                )
+            self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _check(self, what: str, value: torch.Tensor) -> None:
+        if not torch.isfinite(value):
+            named = ", ".join(map(str, self._rows[:_NAMED])) + (", ..." if len(self._rows) > _NAMED else "")
+            rows = f" (rows {named})" if named else ""
+            raise DataError(
+                f"the {what} is {value.item()} at step {self._update + 1}{rows}; the weights were not touched: look "
+                "at these rows, or lower train.learning_rate or the method's strength"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the strategy's metrics, averaged since the last log line."""
@@ -124,15 +142,3 @@ class StrategyMixin:
 
 class StrategyTrainer(StrategyMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with a gradient strategy; with `SFT` it is the stock Trainer."""
-
-
-class _FiniteGradients(TrainerCallback):  # type: ignore[misc]
-    """Stops before an update whose gradient is not finite."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise DataError(
-                f"the gradient is not finite at step {state.global_step + 1}; the weights were not touched: "
-                "lower train.learning_rate or the method's strength"
-            )
