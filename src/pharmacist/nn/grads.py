@@ -56,7 +56,7 @@ def averaged(grads: Gradient) -> Gradient:
     if world_size() == 1 or not grads:
         return grads
     flat = total(torch.cat([value.flatten() for value in grads.values()])) / world_size()
-    parts = flat.split([value.numel() for value in grads.values()])
+    parts = torch.split(flat, [value.numel() for value in grads.values()])
     return {name: part.view_as(value) for (name, value), part in zip(grads.items(), parts, strict=True)}
 
 

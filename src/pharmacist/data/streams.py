@@ -1,0 +1,132 @@
+"""Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pharmacist.core.env import rank, world_size
+from pharmacist.core.seeding import derive
+from pharmacist.data.tokenize import Encoded, collate
+
+
+if TYPE_CHECKING:
+    import datasets
+
+IntArray = npt.NDArray[np.int64]
+
+
+class SideStream(Iterator[dict[str, torch.Tensor]]):
+    """Endless batches: every row once per round, in a fresh order each round, batches of exact size.
+
+    The rows of a batch follow from seed and position alone, so that a run that resumes at a position draws on as if
+    nothing had happened. In a data-parallel run the processes share out each batch of ``processes x batch_size`` rows.
+
+    Args:
+        encoded: The rows.
+        batch_size: Rows per batch and process.
+        pad_token_id: The tokenizer's.
+        seed: Of the orders.
+        device: Where batches go.
+
+    Attributes:
+        position: Batches drawn so far; set it to continue from there.
+    """
+
+    def __init__(
+        self, encoded: Encoded, batch_size: int, *, pad_token_id: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.encoded, self.batch_size, self.pad_token_id = encoded, batch_size, pad_token_id
+        self.seed, self.device = seed, device
+        self.position = 0
+        self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        size = self.batch_size * world_size()
+        first = self.position * size
+        self.position += 1
+        rows = [self._row(number) for number in range(first, first + size)][rank() :: world_size()]
+        return _batch(self.encoded, rows, self.pad_token_id, self.device)
+
+    def _row(self, number: int) -> int:
+        turn, place = divmod(number, len(self.encoded))
+        if self._order[0] != turn:
+            order = np.random.default_rng(derive(self.seed, "round", turn)).permutation(len(self.encoded))
+            self._order = (turn, order)
+        return int(self._order[1][place])
+
+
+class PairedRows:
+    """The harmful partner of each alignment row: same prompt, harmful answer. It holds no state.
+
+    Args:
+        encoded: The harmful rows.
+        partners: Number of an alignment row -> position of its partner in `encoded`.
+        pad_token_id: The tokenizer's.
+        device: Where batches go.
+    """
+
+    def __init__(
+        self, encoded: Encoded, partners: Mapping[int, int], *, pad_token_id: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.encoded, self.partners = encoded, dict(partners)
+        self.pad_token_id, self.device = pad_token_id, device
+
+    def __len__(self) -> int:
+        return len(self.partners)
+
+    def batch(self, rows: Sequence[int]) -> tuple[list[int], dict[str, torch.Tensor] | None]:
+        """The partners of some alignment rows.
+
+        Returns:
+            Which of `rows` have one (positions in it), and the batch of these; None where none has.
+        """
+        having = [position for position, row in enumerate(rows) if row in self.partners]
+        if not having:
+            return having, None
+        partners = [self.partners[rows[position]] for position in having]
+        return having, _batch(self.encoded, partners, self.pad_token_id, self.device)
+
+
+def pair_rows(
+    alignment: "datasets.Dataset", harmful: "datasets.Dataset", by: Literal["prompt", "row"]
+) -> dict[int, int]:  # fmt: skip
+    """Finds the harmful partner of each alignment row.
+
+    Args:
+        alignment: Canonical rows.
+        harmful: Canonical rows.
+        by: ``prompt``: equal up to case, white space and final punctuation; where a prompt occurs several times, its
+            n-th alignment row gets the n-th harmful row, over and over. ``row``: equal row numbers.
+
+    Returns:
+        ``row`` of an alignment row -> ``row`` of its partner.
+    """
+    if by == "row":
+        known = set(harmful["row"])
+        return {row: row for row in alignment["row"] if row in known}
+    by_prompt: dict[int, list[int]] = {}
+    for key, row in zip(harmful["prompt_key"], harmful["row"], strict=True):
+        by_prompt.setdefault(key, []).append(row)
+    seen: dict[int, int] = {}
+    pairs = {}
+    for key, row in zip(alignment["prompt_key"], alignment["row"], strict=True):
+        if key in by_prompt:
+            pairs[row] = by_prompt[key][seen.get(key, 0) % len(by_prompt[key])]
+            seen[key] = seen.get(key, 0) + 1
+    return pairs
+
+
+def _batch(
+    encoded: Encoded, rows: Sequence[int], pad_token_id: int, device: torch.device | str
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    items: list[dict[str, Any]] = [
+        {"input_ids": ids, "n_prompt": int(encoded.prompt_lengths[row])}
+        for row, ids in zip(rows, encoded.token_ids(rows), strict=True)
+    ]
+    return {name: tensor.to(device) for name, tensor in collate(items, pad_token_id).items()}

@@ -1,0 +1,101 @@
+"""Booster: make one step on harmful data lower the harmful loss as little as possible."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.alignment.vaccine import EPS, perturbed
+from pharmacist.nn.grads import Gradient, dot, norm, shifted
+from pharmacist.nn.locate import attention_modules
+from pharmacist.training.strategy import GradientStrategy, StepContext
+
+
+@dataclass
+class BoosterConfig:
+    """Options of Booster."""
+
+    lam: float = 5.0
+    """Weight of the harmful loss's attenuation; 0 is sft."""
+    alpha: float = 0.1
+    """Length of the simulated harmful step, over all trained weights together."""
+    rho: float = 0.0
+    """Above 0 the alignment pass is perturbed as by vaccine with this rho (the paper's perturbation-aware variant)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lam", "alpha", "rho"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+def attenuation(here: Gradient, there: Gradient, lam: float) -> Gradient:
+    """``lam * (here - there)``: gradient of how much a harmful step helps, with the step held constant."""
+    return {name: lam * (g - there[name]) for name, g in here.items()}
+
+
+class Booster(GradientStrategy):
+    """Adds lam * (h(w) - h(w - alpha * g / |g|)), where h is the harmful loss and g its gradient, held constant.
+
+    Paper: Huang et al., "Booster: Tackling Harmful Fine-tuning for Large Language Models via Attenuating Harmful
+    Perturbation", ICLR 2025, algorithm 1.
+    """
+
+    Config = BoosterConfig
+    streams = ("harmful",)
+    paper = "arXiv 2409.01586"
+    config: BoosterConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Finds the self-attention modules if they are to be perturbed."""
+        self.modules = attention_modules(model) if self.config.rho else {}
+        return {"attention_modules": list(self.modules)} if self.config.rho else {}
+
+    def auxiliary(self, step: StepContext) -> Gradient:
+        """Two passes over one harmful batch, before and after a step of length alpha on it."""
+        batch, parameters = step.next("harmful"), step.parameters
+        with step.replay():
+            before = step.ce(batch)
+            here = step.grads(before)
+        length = norm(here)
+        with shifted(parameters, here, -self.config.alpha / float(length + EPS)), step.replay():
+            after = step.ce(batch)
+            there = step.grads(after)
+        extra = attenuation(here, there, self.config.lam)
+        step.log(
+            harmful_loss=step.value(before), harmful_loss_after_step=step.value(after), harmful_gradient_norm=length,
+            attenuation_norm=norm(extra),
+        )  # fmt: skip
+        self._harmful = (here, extra) if step.micro == 0 else None
+        return extra
+
+    def around(self, step: StepContext) -> AbstractContextManager[None]:
+        """Perturbs the alignment pass in the perturbation-aware variant."""
+        return perturbed(step, self.modules, self.config.rho) if self.config.rho else nullcontext()
+
+    def after_backward(self, step: StepContext) -> None:
+        """Logs the angle between alignment and harmful gradient, of the first micro-batch."""
+        if self._harmful is None:
+            return
+        (here, extra), self._harmful = self._harmful, None
+        step.log(safe_harmful_cosine=main_cosine(step, here, extra))
+
+    _harmful: tuple[Gradient, Gradient] | None = None
+
+
+def main_cosine(step: StepContext, harmful: Gradient, extra: Gradient) -> torch.Tensor:
+    """Cosine of the main pass's gradient and a harmful one, a scalar in [-1, 1].
+
+    Args:
+        step: Its first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
+        harmful: The harmful gradient.
+        extra: What was added.
+    """
+    main = {
+        name: parameter.grad.to(harmful[name].dtype) - step.scale * extra[name]
+        for name, parameter in step.parameters.items()
+        if parameter.grad is not None and name in harmful
+    }
+    return dot(main, harmful) / (norm(main) * norm(harmful)).clamp(min=EPS**2)

@@ -1,0 +1,100 @@
+"""Vaccine: train so that hidden embeddings may drift without the aligned answers being lost."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import ConfigError
+from pharmacist.nn.distributed import total
+from pharmacist.nn.hooks import Activations, activation_gradients, add_offsets
+from pharmacist.nn.locate import attention_modules
+from pharmacist.training.strategy import GradientStrategy, StepContext
+
+
+EPS = 1e-7
+"""Added to norms that are divided by."""
+
+
+@dataclass
+class VaccineConfig:
+    """Options of Vaccine."""
+
+    rho: float = 2.0
+    """Norm of the perturbation over all layers, rows, tokens and channels of a batch together; 0 is sft."""
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 0:
+            raise ConfigError(f"rho must not be negative, not {self.rho}")
+
+
+def joint_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm over all tensors of all processes together, a scalar, in float32 at least."""
+    norms = [
+        torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        for value in tensors.values()
+    ]
+    return total(torch.stack(norms).square().sum()).sqrt()
+
+
+def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Activations:
+    """The offsets that raise a loss most, to first order: ``rho * g / (norm + 1e-7)``, each in its gradient's dtype.
+
+    Args:
+        gradients: Derivatives of the loss by the offsets.
+        rho: Joint norm of the offsets.
+        norm: Joint norm of the gradients, a scalar.
+    """
+    factor = rho / (norm + EPS)
+    return {name: (g.to(factor.dtype) * factor).to(g.dtype) for name, g in gradients.items()}
+
+
+@contextmanager
+def perturbed(step: StepContext, modules: Mapping[str, nn.Module], rho: float) -> Iterator[None]:
+    """A block in which `modules` put out what hurts the loss of the step's batch most.
+
+    One pass for the derivatives by activations; the main pass in the block draws the same dropout masks.
+    """
+    with step.replay():
+        loss, gradients = activation_gradients(modules, lambda: step.ce(step.batch))
+    # Each process differentiates its part of the mean, which is as many times too large as there are processes.
+    norm = joint_norm(gradients) / world_size()
+    step.check(loss, norm)
+    offsets = perturbation(gradients, rho / world_size(), norm)
+    del gradients
+    step.log(clean_loss=step.value(loss), activation_gradient_norm=norm)
+    with add_offsets(modules, offsets):
+        yield
+    step.log(perturbation_norm=joint_norm(offsets))
+
+
+class Vaccine(GradientStrategy):
+    """Minimises the loss under the worst perturbation of all self-attention outputs of a given joint norm.
+
+    Paper: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning
+    Attack", NeurIPS 2024, algorithm 1.
+    """
+
+    Config = VaccineConfig
+    paper = "arXiv 2402.01109"
+    config: VaccineConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Finds the self-attention modules."""
+        self.modules = attention_modules(model)
+        return {"attention_modules": list(self.modules)}
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Perturbs the main pass."""
+        with perturbed(step, self.modules, self.config.rho):
+            yield
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The perturbed loss as it is, logged."""
+        step.log(perturbed_loss=loss.detach() / step.scale)
+        return loss
