@@ -72,6 +72,15 @@ class StrategyMixin:
         if trainer.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The window of an optimizer step: the user's, or what the strategy puts in its place, tokens counted."""
+        trainer: Any = self
+        window, count = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        drawn = self.strategy.draw(int(trainer.state.global_step), len(window), self.streams) if window else None
+        if drawn is None:
+            return window, count
+        return drawn, trainer._get_num_items_in_batch(drawn, device)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: auxiliary gradient, main pass inside `around`, `after_backward`."""
         trainer: Any = self
@@ -85,7 +94,7 @@ class StrategyMixin:
         step = StepContext(
             model=trainer.model, batch=inputs, update=update, micro=self._micro,
             scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
-            rows=() if rows is None else rows.tolist(),
+            rows=() if rows is None else rows.tolist(), targets=num_items_in_batch,
         )  # fmt: skip
         if self._micro == 0:
             self.strategy.begin_update(update)
@@ -115,9 +124,12 @@ class StrategyMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The stock loss, then the strategy's objective; a loss that is not finite stops the training."""
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
-            model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
+        own = type(self.strategy).objective is not GradientStrategy.objective
+        found = super().compute_loss(  # type: ignore[misc]
+            model, dict(inputs), return_outputs=own or return_outputs, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = found if own or return_outputs else (found, None)
         if self._step is not None:
             loss = self.strategy.objective(self._step, loss, outputs)
             self._check("loss", loss)

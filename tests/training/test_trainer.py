@@ -1,0 +1,310 @@
+"""The Trainer side of strategies: what is added where, and that nothing else changes."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.nn.losses import batch_loss
+from pharmacist.training.strategy import StepContext
+from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
+from tests.training.toy import (
+    Alone,
+    Constant,
+    Numbers,
+    Toy,
+    Twice,
+    Watch,
+    distance,
+    options,
+    rows,
+    same,
+    setting,
+    sft,
+    trained,
+    trainer,
+)
+
+
+def logged(own: Trainer, key: str) -> list[float]:
+    return [line[key] for line in own.state.log_history if key in line]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sft_is_the_stock_trainer(model: Path, tmp_path: Path, accumulation: int) -> None:
+    given = {"dropout": 0.2, "max_steps": 7, "gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0}
+    ours, stock, other = (setting(options(model, tmp_path, **given)) for _ in range(3))
+    before = ours.weights()
+    runs = []
+    for own, strategy in ((ours, sft()), (stock, None), (other, Constant(1e-3))):
+        runs.append(trainer(own, strategy, cls=Trainer if strategy is None else StrategyTrainer))  # seeds the dropout
+        runs[-1].train()
+    assert same(ours.weights(), stock.weights())
+    assert logged(runs[0], "loss") == logged(runs[1], "loss") and len(logged(runs[0], "loss")) == 7
+    assert logged(runs[0], "grad_norm") == logged(runs[1], "grad_norm")
+    assert all(not torch.equal(value, before[name]) for name, value in ours.weights().items())
+    assert not same(ours.weights(), other.weights())  # the comparison can tell
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_auxiliary_gradient_ends_in_grad_exactly(model: Path, tmp_path: Path, accumulation: int) -> None:
+    grads = {}
+    for name, strategy in {"alone": Alone(), "added": Constant(), "plain": sft()}.items():
+        own, watch = setting(options(model, tmp_path, gradient_accumulation_steps=accumulation)), Watch()
+        trainer(own, strategy, watch).train()
+        assert watch.grads[0].keys() == own.weights().keys()
+        grads[name] = watch.grads[0]
+    assert all(bool((grad == 0.5).all()) for grad in grads["alone"].values())
+    if accumulation == 1:
+        assert same(grads["added"], {name: grad + 0.5 for name, grad in grads["plain"].items()})
+    else:
+        assert distance(grads["added"], {name: grad + 0.5 for name, grad in grads["plain"].items()}) < 1e-6
+
+
+def test_a_strategy_of_no_strength_is_sft(model: Path, tmp_path: Path) -> None:
+    class Idle(Toy):
+        def auxiliary(self, step: StepContext) -> None:
+            return None
+
+        def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+            return loss
+
+    given = options(model, tmp_path, dropout=0.2, max_steps=5)
+    plain, idle = setting(given), setting(given)
+    trainer(plain, sft()).train()
+    trainer(idle, Idle()).train()
+    assert same(plain.weights(), idle.weights())
+
+
+class Diary(Toy):
+    """Writes down what happens in which order."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__()
+        self.broken, self.events = broken, []
+        self.closed = 0
+
+    def setup(self, model: Any, seed: int) -> dict[str, Any]:
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        model.register_forward_hook(lambda *_: self.events.append("forward"))
+        parameter.register_post_accumulate_grad_hook(lambda _: self.note("backward"))
+        return {"found": 1}
+
+    def note(self, event: str) -> None:
+        self.events.append(event)
+        if event == self.broken:
+            raise RuntimeError(event)
+
+    def begin_update(self, update: int) -> None:
+        self.note(f"update {update}")
+
+    def auxiliary(self, step: StepContext) -> None:
+        self.note(f"auxiliary {step.micro}")
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        self.note("open")
+        try:
+            yield
+        finally:
+            self.note("shut")
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        self.note("objective")
+        return loss
+
+    def after_backward(self, step: StepContext) -> None:
+        self.note("after")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+MICRO = ["open", "forward", "objective", "backward", "shut", "after"]
+
+
+def test_hooks_come_in_order_and_around_covers_both_passes(model: Path, tmp_path: Path) -> None:
+    diary = Diary()
+    result = trained(setting(options(model, tmp_path, max_steps=2, gradient_accumulation_steps=2)), diary)
+    assert diary.events == [
+        "update 0", "auxiliary 0", *MICRO, "auxiliary 1", *MICRO,
+        "update 1", "auxiliary 0", *MICRO, "auxiliary 1", *MICRO,
+    ]  # fmt: skip
+    assert diary.closed == 1
+    assert result.found == {"found": 1}
+
+
+@pytest.mark.parametrize("broken", ["objective", "backward"])
+def test_around_is_shut_after_an_exception(model: Path, tmp_path: Path, broken: str) -> None:
+    diary = Diary(broken)
+    with pytest.raises(RuntimeError, match=broken):
+        trained(setting(options(model, tmp_path)), diary)
+    assert diary.events[-2:] == [broken, "shut"]
+    assert diary.closed == 1
+
+
+def test_accumulated_batches_are_one_batch(model: Path, tmp_path: Path) -> None:
+    def first_gradient(size: int, accumulation: int, **more: Any) -> dict[str, torch.Tensor]:
+        given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        own, watch = setting(options(model, tmp_path, **given)), Watch()
+        numbers = Numbers(0)
+        trainer(own, sft(), watch, collator=numbers, **more).train()
+        drawn.append(sum(numbers.batches[:accumulation], []))
+        return watch.grads[0]
+
+    def mean_of_means(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return batch_loss(outputs.logits, labels) / 2
+
+    drawn: list[list[int]] = []
+    large, small = first_gradient(6, 1), first_gradient(3, 2)
+    naive = first_gradient(3, 2, compute_loss_func=mean_of_means)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert distance(large, small) < 1e-6
+    assert distance(large, naive) > 1e-3  # the rows' lengths do tell the two apart
+
+
+def test_the_last_and_smaller_accumulation_of_an_epoch_counts_its_own_micro_batches(
+    model: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    # 12 rows in batches of 2 are 6 micro-batches: 4 and then 2.
+    own, watch = setting(options(model, tmp_path, gradient_accumulation_steps=4, max_steps=2)), Watch()
+    trainer(own, Alone(), watch).train()
+    assert [bool((grad == 0.5).all()) for grads in watch.grads for grad in grads.values()] == [True] * 2 * len(
+        own.weights()
+    )
+
+
+class Poison(Toy):
+    """Spoils the third update in one way."""
+
+    def __init__(self, how: str, value: float, own: Any) -> None:
+        super().__init__()
+        self.how, self.value, self.own = how, value, own
+
+    def begin_update(self, update: int) -> None:
+        if update == 2:
+            self.before = self.own.weights()
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        return loss * self.value if self.how == "loss" and step.update == 2 else loss
+
+    def after_backward(self, step: StepContext) -> None:
+        if self.how == "gradient" and step.update == 2:
+            next(iter(step.parameters.values())).grad[0, 0] = self.value
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_is_not_finite_stops_before_the_weights_move(
+    model: Path, tmp_path: Path, how: str, value: float
+) -> None:  # fmt: skip
+    own, numbers = setting(options(model, tmp_path, gradient_accumulation_steps=2, max_grad_norm=1.0)), Numbers(0)
+    poison = Poison(how, value, own)
+    what = "loss" if how == "loss" and value != 1e30 else "gradient"  # 1e30 is finite, and its norm is not
+    with pytest.raises(DataError, match=f"the {what} is (nan|inf) at step 3 .*the weights were not touched") as caught:
+        trainer(own, poison, collator=numbers).train()
+    assert same(poison.before, own.weights())
+    # It names the rows that were read for this update, and no others.
+    third = numbers.batches[4:5] if what == "loss" else numbers.batches[4:6]
+    named = re.search(r"\(rows ([\d, ]+)\)", str(caught.value))
+    assert named and [int(row) for row in named[1].split(", ")] == sum(third, [])
+
+
+def test_a_broken_model_is_noticed_at_its_first_step(model: Path, tmp_path: Path) -> None:
+    own = setting(options(model, tmp_path))
+    with torch.no_grad():
+        own.loaded.model.get_input_embeddings().weight[:] = float("nan")
+    before = own.weights()
+    with pytest.raises(DataError, match="the loss is nan at step 1"):
+        trainer(own, sft()).train()
+    assert same(before, own.weights())
+
+
+def test_metrics_of_a_strategy_are_averaged_into_the_log(model: Path, tmp_path: Path) -> None:
+    class Logs(Toy):
+        def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+            step.log(own=step.update, twice=2 * loss.detach())
+            return loss
+
+    run = trainer(setting(options(model, tmp_path, logging_steps=2)), Logs())
+    run.train()
+    assert logged(run, "own") == [0.5, 2.5]
+    assert logged(run, "twice") == pytest.approx([2 * value for value in logged(run, "loss")])
+
+
+def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(model: Path, tmp_path: Path) -> None:
+    class Thirsty(Toy):
+        streams = ("harmful",)
+
+    own = setting(options(model, tmp_path))
+    with pytest.raises(CompatibilityError, match="Thirsty draws from the stream 'harmful'; give --harmful FILE"):
+        trainer(own, Thirsty())
+    seen = []
+
+    class Drinks(Thirsty):
+        def auxiliary(self, step: StepContext) -> None:
+            seen.append(step.next("harmful"))
+
+    trainer(own, Drinks(), streams={"harmful": iter(range(10))}).train()
+    assert seen == [0, 1, 2, 3]
+    for arguments, message in (({"fp16": True}, "fp16"), ({"n_gpu": 2}, "without a launcher")):
+        with pytest.raises(CompatibilityError, match=message):
+            StrategyMixinOnStub(SimpleNamespace(**({"fp16": False, "n_gpu": 1} | arguments)), strategy=sft())
+
+
+class Stub:
+    """A Trainer as far as the mixin's constructor looks at it."""
+
+    is_deepspeed_enabled = is_fsdp_enabled = False
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+
+
+class StrategyMixinOnStub(StrategyMixin, Stub):
+    pass
+
+
+def test_a_pass_of_ones_own_gives_the_main_gradient(model: Path, tmp_path: Path) -> None:
+    plain, twice = Watch(), Watch()
+    trainer(setting(options(model, tmp_path)), sft(), plain).train()
+    trainer(setting(options(model, tmp_path)), Twice(), twice).train()
+    assert distance(twice.grads[0], {name: 2 * grad for name, grad in plain.grads[0].items()}) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trls_trainer_takes_the_mixin(model: Path, tmp_path: Path) -> None:
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    class Ours(StrategyMixin, SFTTrainer):
+        pass
+
+    pairs = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows()]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False,
+        report_to="none", save_strategy="no", max_length=64, max_grad_norm=0.0, gradient_checkpointing=False,
+    )  # fmt: skip
+    grads = {}
+    for name, strategy in {"sft": sft(), "constant": Constant(), "alone": Alone(), "twice": Twice()}.items():
+        own, watch = setting(options(model, tmp_path)), Watch()
+        before = own.weights()
+        run = Ours(
+            model=own.model, args=arguments, train_dataset=datasets.Dataset.from_list(pairs), callbacks=[watch],
+            processing_class=own.loaded.tokenizer, strategy=strategy,
+        )  # fmt: skip
+        run.train()
+        assert not same(before, own.weights())
+        assert len(watch.grads) == 2
+        grads[name] = watch.grads[0]
+    plain = grads.pop("sft")
+    assert distance(grads["constant"], {name: grad + 0.5 for name, grad in plain.items()}) < 1e-6
+    assert distance(grads["alone"], {name: torch.full_like(grad, 0.5) for name, grad in plain.items()}) < 1e-6
+    assert distance(grads["twice"], {name: 2 * grad for name, grad in plain.items()}) < 1e-6
