@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import CompatibilityError, PharmacistError
+from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
 from pharmacist.core.rundir import RunDir
+from pharmacist.pipeline.side_data import SideData
 from pharmacist.training.options import TrainingStageOptions
 
 
@@ -26,12 +27,24 @@ class AlignOptions(TrainingStageOptions):
     """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """How the model is trained."""
+    harmful: str | None = None
+    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. A preference file gives its
+    rejected side; where --data is one, so does it."""
+    harmful_batch_size: int = 0
+    """Harmful rows per pass; 0 means as many as alignment rows."""
+    pair_by: Literal["prompt", "row"] = "prompt"
+    """How repnoise finds the harmful row of an alignment row: equal prompts, or equal row numbers."""
 
     # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "num_train_epochs": 20.0, "per_device_train_batch_size": 10, "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 0.1,
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.harmful_batch_size < 0:
+            raise ConfigError(f"--harmful-batch-size {self.harmful_batch_size}: must not be negative")
 
 
 @dataclass
@@ -66,18 +79,21 @@ def align(options: AlignOptions) -> AlignResult:
     strategy = DEFENSES.build_from(options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"--defense {options.defense['name']}: is not for alignment but for `attack`")
-    source = open_source(options.data, name="--data")
+    sources = {"data": open_source(options.data, name="--data")}
+    if options.harmful is not None:
+        sources["harmful"] = open_source(options.harmful, name="--harmful")
     # The defense's options identify a run, whether given or left at their defaults.
     identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
     run = RunDir.open(
         identity, stage="align", version=STAGE_VERSION,
-        inputs={"data": source.fingerprint(), "model": model_fingerprint(options.model)},
+        inputs={name: source.fingerprint() for name, source in sources.items()}
+        | {"model": model_fingerprint(options.model)},
     )  # fmt: skip
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
         else:
-            _align(source, strategy, options, run)
+            _align(sources, strategy, options, run)
         manifest = run.manifest
         return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
     except PharmacistError:
@@ -88,7 +104,9 @@ def align(options: AlignOptions) -> AlignResult:
         run.close()
 
 
-def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> None:
+def _align(
+    sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir
+) -> None:  # fmt: skip
     from pharmacist.core.env import rank
     from pharmacist.core.progress import console
     from pharmacist.data.records import parse_columns, read_records
@@ -99,9 +117,10 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
 
     with run.phase("read"):
         records = read_records(
-            source, work_dir=run.work("data", f"rows-{rank()}"), columns=parse_columns(options.columns),
+            sources["data"], work_dir=run.work("data", f"rows-{rank()}"), columns=parse_columns(options.columns),
             on_bad_row=options.on_bad_row,
         )  # fmt: skip
+        side = SideData.read(sources, records, strategy, options, run)
     with run.phase("load model"):
         loaded = load_model(
             options.model, device=options.device, dtype=options.dtype, template=options.template,
@@ -112,17 +131,18 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
             max_length=min(options.max_length or loaded.max_length, loaded.max_length),
             work_dir=run.work("data", f"tokens-{rank()}"),
         )  # fmt: skip
+        streams = side.streams(encoded, loaded, run)
         model = prepare_model(loaded, options)
     if encoded.truncated:
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     with run.phase("train") as phase:
         what = f"align ({options.defense['name']})"
-        result = train(model, loaded, encoded, strategy, options, run, description=what)
+        result = train(model, loaded, encoded, strategy, options, run, streams=streams, description=what)
         phase.tokens = result.tokens
     counts = {
         "in": len(records) + len(records.refused), "refused": len(records.refused), "trained": len(encoded),
         "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,
-        "cut_prompts": len(encoded.cut_prompts),
+        "cut_prompts": len(encoded.cut_prompts), **side.counts,
     }  # fmt: skip
     name = options.defense["name"]
     card = model_card(
@@ -132,6 +152,7 @@ def _align(source: "Source", strategy: "GradientStrategy", options: AlignOptions
         base_model=options.model, tags=[name, "safety-alignment"],
         adapter=options.tuning == "lora" and not options.merge,
         facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
+               **{key.replace("_", " "): value for key, value in side.counts.items()},
                "defense": name, "steps": result.steps, "seed": options.seed,
                "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged"},
         settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,

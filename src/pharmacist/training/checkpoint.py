@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     Args:
         strategy: Its state is saved too.
         seconds: Between two checkpoints.
+        streams: Side streams; where each stands (its ``position``, if it has one) is saved too.
     """
 
-    def __init__(self, strategy: GradientStrategy, seconds: float) -> None:
-        self.strategy, self.seconds = strategy, seconds
+    def __init__(
+        self, strategy: GradientStrategy, seconds: float, streams: Mapping[str, Any] | None = None
+    ) -> None:  # fmt: skip
+        self.strategy, self.seconds, self.streams = strategy, seconds, streams or {}
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -49,7 +53,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             for path in folder.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            write_json(folder / _COMPLETE, own.values)
+            positions = {n: stream.position for n, stream in self.streams.items() if hasattr(stream, "position")}
+            write_json(folder / _COMPLETE, {"strategy": own.values, "streams": positions})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -67,7 +72,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def load_strategy_state(folder: Path) -> StrategyState:
-    """The strategy's part of a checkpoint."""
+def load_side_state(folder: Path, strategy: GradientStrategy, streams: Mapping[str, Any]) -> None:
+    """Brings strategy and side streams to where they stood at a checkpoint."""
     values = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-    return StrategyState(load_file(folder / "strategy.safetensors"), values)
+    strategy.load_state(StrategyState(load_file(folder / "strategy.safetensors"), values["strategy"]))
+    for name, position in values["streams"].items():
+        streams[name].position = position

@@ -23,9 +23,9 @@ from pharmacist.data.templates import save_template
 from pharmacist.data.tokenize import Encoded, collate
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.models import LoadedModel
-from pharmacist.training.checkpoint import Checkpoints, load_strategy_state, newest_checkpoint
+from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
-from pharmacist.training.strategy import Batch, GradientStrategy
+from pharmacist.training.strategy import GradientStrategy
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
 
 
@@ -113,7 +113,7 @@ def train(
     options: TrainingStageOptions,
     run: RunDir,
     *,
-    streams: Mapping[str, Iterator[Batch]] | None = None,
+    streams: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     description: str = "train",
 ) -> TrainResult:
@@ -126,7 +126,7 @@ def train(
         strategy: The method.
         options: The stage's.
         run: Its folder; checkpoints go to ``work/train``.
-        streams: Side batches for the strategy.
+        streams: Side batches for the strategy (`data.streams`).
         callbacks: Further ones for the Trainer.
         description: For the progress bar.
 
@@ -143,13 +143,13 @@ def train(
     trainer = StrategyTrainer(
         model=model, args=arguments, train_dataset=_Rows(encoded), compute_loss_func=token_mean_loss,
         data_collator=_Collator(loaded.tokenizer.pad_token_id), strategy=strategy, streams=streams,
-        callbacks=[Checkpoints(strategy, options.checkpoint_seconds), progress, *callbacks],
+        callbacks=[Checkpoints(strategy, options.checkpoint_seconds, streams), progress, *callbacks],
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
-        strategy.load_state(load_strategy_state(checkpoint))
+        load_side_state(checkpoint, strategy, streams or {})
     try:
         with progress.shown():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,0 +1,171 @@
+"""The harmful rows of `align`, and the streams that its defenses draw from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pharmacist.core.errors import ConfigError, DataError, NoMatchError
+from pharmacist.core.rundir import RunDir
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from pharmacist.data.formats import Source
+    from pharmacist.data.records import Records
+    from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.models import LoadedModel
+    from pharmacist.pipeline.align import AlignOptions
+    from pharmacist.training.strategy import GradientStrategy
+
+HARMFUL_STREAMS = frozenset({"harmful", "held_out", "paired"})
+"""Streams made of harmful rows; ``retain`` draws from the alignment set."""
+
+
+@dataclass
+class SideData:
+    """What a defense reads besides the alignment set.
+
+    Attributes:
+        options: Of the stage.
+        wanted: Names of streams.
+        alignment: The alignment set.
+        harmful: Harmful rows, if a stream needs them.
+        held_out_share: Share of the harmful rows' prompts that goes to ``held_out`` and not to ``harmful``.
+        counts: Filled as streams are made, for the manifest.
+    """
+
+    options: "AlignOptions"
+    wanted: frozenset[str]
+    alignment: "Records"
+    harmful: "Records | None"
+    held_out_share: float
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls, sources: "Mapping[str, Source]", alignment: "Records", strategy: "GradientStrategy",
+        options: "AlignOptions", run: RunDir,
+    ) -> "SideData":  # fmt: skip
+        """Reads the harmful rows if the defense needs any.
+
+        Raises:
+            ConfigError: It does and there are none.
+            DataError: They are the alignment rows.
+        """
+        from pharmacist.core.env import rank
+        from pharmacist.core.progress import console
+        from pharmacist.data.records import parse_columns, read_records
+
+        wanted, name = frozenset(strategy.streams), options.defense["name"]
+        share = float(getattr(strategy.config, "held_out", 0.0))
+        if not wanted & HARMFUL_STREAMS:
+            if "harmful" in sources:
+                console().print(f"--harmful: the defense '{name}' does not use it", soft_wrap=True)
+            return cls(options, wanted, alignment, None, share)
+        if "harmful" not in sources and alignment.layout != "preference":
+            raise ConfigError(
+                f"--defense {name} needs harmful rows: give --harmful FILE, or a --data file with prompt, chosen and "
+                "rejected"
+            )
+        source, columns = sources.get("harmful", sources["data"]), parse_columns(options.columns)
+        if columns is not None:
+            first = next(source.scan(), None)
+            if first is None or not set(columns.values()) <= set(first.value or ()):
+                columns = None
+        harmful = read_records(
+            source, work_dir=run.work("data", f"harmful-{rank()}"), columns=columns, side="rejected",
+            on_bad_row=options.on_bad_row,
+        )  # fmt: skip
+        if _texts(harmful) == _texts(alignment):
+            raise DataError("--data and --harmful hold the same rows; check the two files")
+        return cls(options, wanted, alignment, harmful, share)
+
+    def streams(self, encoded: "Encoded", loaded: "LoadedModel", run: RunDir) -> dict[str, Any]:
+        """The streams by name.
+
+        Args:
+            encoded: The alignment rows.
+            loaded: For its tokenizer.
+            run: Tokenised rows go to its work folder.
+
+        Raises:
+            NoMatchError: No alignment row has a harmful partner.
+            DataError: Too few harmful rows to hold some out.
+        """
+        from pharmacist.core.progress import console
+        from pharmacist.core.seeding import derive
+        from pharmacist.data.streams import PairedRows, SideStream, pair_rows
+
+        place: dict[str, Any] = {"pad_token_id": loaded.tokenizer.pad_token_id, "device": loaded.device}
+        size = self.options.harmful_batch_size or int(self.options.effective_train["per_device_train_batch_size"])
+
+        def endless(name: str, rows: "Encoded") -> SideStream:
+            return SideStream(rows, size, seed=derive(self.options.seed, "stream", name), **place)
+
+        found: dict[str, Any] = {}
+        if self.harmful is not None:
+            self.counts["harmful_rows"] = len(self.harmful)
+        if "retain" in self.wanted:
+            found["retain"] = endless("retain", encoded)
+        parts = self._split()
+        for name in sorted(self.wanted & parts.keys()):
+            found[name] = endless(name, self._encode(parts[name], name, loaded, run))
+            self.counts[f"{name}_rows"] = len(parts[name])
+        if "paired" in self.wanted:
+            assert self.harmful is not None
+            harmful = self._encode(self.harmful.dataset, "paired", loaded, run)
+            position = {row: number for number, row in enumerate(harmful.dataset["row"])}
+            pairs = pair_rows(self.alignment.dataset, self.harmful.dataset, self.options.pair_by)
+            kept = set(encoded.dataset["row"])
+            pairs = {a: position[h] for a, h in pairs.items() if a in kept and h in position}
+            self.counts["pairs"] = len(pairs)
+            if not pairs:
+                other = "row" if self.options.pair_by == "prompt" else "prompt"
+                raise NoMatchError(
+                    f"none of {len(encoded)} alignment rows has a harmful row with the same {self.options.pair_by}; "
+                    f"give harmful answers to the same prompts, or --pair-by {other}"
+                )
+            console().print(
+                f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner (same {self.options.pair_by})",
+                soft_wrap=True,
+            )
+            found["paired"] = PairedRows(harmful, pairs, **place)
+        return found
+
+    def _split(self) -> "dict[str, datasets.Dataset]":
+        """Harmful rows by stream; where some are held out, no prompt is in both parts."""
+        if self.harmful is None:
+            return {}
+        rows = self.harmful.dataset
+        if "held_out" not in self.wanted:
+            return {"harmful": rows}
+        import numpy as np
+
+        from pharmacist.core.seeding import derive
+        from pharmacist.data.splits import prompt_keys
+
+        keys = prompt_keys(rows)
+        prompts = np.random.default_rng(derive(self.options.seed, "held out")).permutation(np.unique(keys))
+        number = max(1, round(self.held_out_share * len(prompts)))
+        if len(prompts) <= number:
+            raise DataError(f"--harmful: {len(prompts)} prompts are too few to hold out a share {self.held_out_share}")
+        held_out = np.isin(keys, prompts[:number])
+        return {"harmful": rows.select(np.flatnonzero(~held_out)), "held_out": rows.select(np.flatnonzero(held_out))}
+
+    def _encode(self, rows: "datasets.Dataset", name: str, loaded: "LoadedModel", run: RunDir) -> "Encoded":
+        from pharmacist.core.env import rank
+        from pharmacist.data.tokenize import encode
+
+        try:
+            return encode(
+                rows, loaded.tokenizer, loaded.template, on_long_prompt=self.options.on_long_prompt,
+                max_length=min(self.options.max_length or loaded.max_length, loaded.max_length),
+                work_dir=run.work("data", f"tokens-{name}-{rank()}"),
+            )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"--harmful: {error}") from error
+
+
+def _texts(records: "Records") -> set[tuple[str, str]]:
+    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
