@@ -9,7 +9,14 @@ DEFENSES: Registry[GradientStrategy] = Registry(
     {
         "sft": "pharmacist.defenses.alignment.sft:SFT",
         "vaccine": "pharmacist.defenses.alignment.vaccine:Vaccine",
+        "t-vaccine": "pharmacist.defenses.alignment.t_vaccine:TVaccine",
         "booster": "pharmacist.defenses.alignment.booster:Booster",
+        "constrained-sft": "pharmacist.defenses.finetuning.constrained_sft:ConstrainedSFT",
+        "ewc": "pharmacist.defenses.finetuning.ewc:EWC",
+        "kl": "pharmacist.defenses.finetuning.kl:KL",
+        "ldifs": "pharmacist.defenses.finetuning.ldifs:LDIFS",
+        "lisa": "pharmacist.defenses.finetuning.lisa:Lisa",
+        "vlguard": "pharmacist.defenses.finetuning.vlguard:VLGuard",
     },
     group="pharmacist.defenses",
 )

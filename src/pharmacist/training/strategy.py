@@ -2,7 +2,7 @@
 
 A strategy sees a step through a `StepContext`; the Trainer (or a test with a hand-written model) calls its hooks:
 
-1. `begin_update` once per optimizer step,
+1. `draw`, `begin_update` once per optimizer step,
 2. `auxiliary` per micro-batch: a further gradient, computed at restored weights and isolated from ``.grad``,
 3. `around`: active during forward and backward of the main pass,
 4. `objective`: the main loss with whatever is added to it,
@@ -52,6 +52,7 @@ class StepContext:
         forward: Batch -> model output, under the training's autocast.
         streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
+        targets: Target tokens of the whole update, over all its micro-batches and all processes.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class StepContext:
     streams: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     rows: Sequence[int] = ()
+    targets: torch.Tensor | int | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -104,6 +106,12 @@ class StepContext:
         """
         everywhere = total(torch.tensor(float(count), dtype=torch.float64, device=summed.device))
         return summed * (world_size() / max(float(everywhere), 1.0))
+
+    def token_mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
+        """A sum over this micro-batch's target tokens as its part of the update's mean, as in the main loss."""
+        if self.targets is None:
+            return self.scale * self.mean(summed, count)
+        return summed * (world_size() / self.targets)
 
     def value(self, part: torch.Tensor) -> float:
         """What the processes' parts of a `mean` amount to."""
@@ -164,6 +172,14 @@ class GradientStrategy:
             NoMatchError: Nothing to act on.
         """
         return {}
+
+    def mixed_in(self, rows: int) -> tuple[int, bool]:
+        """How many rows of the stream ``safe`` join `rows` of the user, and whether they replace benign ones."""
+        return 0, False
+
+    def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
+        """The `window` micro-batches of an optimizer step, where they are not to be the user's."""
+        return None
 
     def begin_update(self, update: int) -> None:
         """Called before the first micro-batch of each optimizer step."""

@@ -1,0 +1,108 @@
+"""Constrained SFT: the first tokens of an answer, where alignment sits, may not drift far."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.finetuning.start import at_start, weights_now
+from pharmacist.nn.losses import targets
+from pharmacist.training.strategy import GradientStrategy, StepContext
+
+
+@dataclass
+class ConstrainedSFTConfig:
+    """Options of constrained SFT."""
+
+    beta: float = 0.1
+    """How strongly a token may not move away from the aligned model; 0 is sft."""
+    first_factor: float = 5.0
+    """The answer's first token has beta times this."""
+    early_factor: float = 20.0
+    """The next tokens have beta times this."""
+    early_tokens: int = 5
+    """So many tokens, the first included, count as early."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "first_factor", "early_factor", "early_tokens"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor:
+    """Strength per token.
+
+    Args:
+        positions: Place in the answer, from 0.
+        config: Strength and factors.
+
+    Returns:
+        Same shape, float64.
+    """
+    factors = torch.ones(positions.shape, dtype=torch.float64, device=positions.device)
+    factors[positions < config.early_tokens] = config.early_factor
+    if config.early_tokens:
+        factors[positions == 0] = config.first_factor
+    return config.beta * factors
+
+
+def token_weights(log_ratio: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """``2 * (1 - sigmoid(beta * log_ratio))``, in (0, 2): 1 at the start, towards 0 as a token becomes likelier.
+
+    The loss -2/beta * log sigmoid(beta * log_ratio) has the gradient of the cross-entropy times this weight.
+
+    Args:
+        log_ratio: log p(token) minus what it was at the start.
+        beta: Same shape.
+    """
+    return 2 * torch.sigmoid(-beta.to(log_ratio.dtype) * log_ratio)
+
+
+class ConstrainedSFT(GradientStrategy):
+    """Weights each token's cross-entropy by how far its probability has moved already, early tokens most strongly.
+
+    Paper: Qi et al., "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", ICLR 2025, section 4. The
+    published code also keeps weights above 0.001, which this does not.
+    """
+
+    Config = ConstrainedSFTConfig
+    stages = frozenset({"finetune"})
+    paper = "arXiv 2406.05946"
+    config: ConstrainedSFTConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Keeps the weights of the start."""
+        self.start = weights_now(model) if self.config.beta else {}
+        return {"tensors": len(self.start)}
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Losses of the start, before the main pass."""
+        if self.config.beta:
+            keep, tokens = targets(step.batch["labels"])
+            with at_start(step, self.start):
+                self._start = _losses(step.logits(step.batch, keep), tokens)
+        yield
+        self._start = torch.empty(0)
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The weighted cross-entropy in place of the main loss."""
+        if not self.config.beta:
+            return loss
+        keep, tokens = targets(step.batch["labels"])
+        now = _losses(outputs.logits[keep], tokens)
+        position = (keep.cumsum(1) - 1)[keep]
+        weight = token_weights(self._start - now.detach(), betas(position, self.config))
+        step.check(weight.sum())
+        step.log(token_weight=weight.mean() if len(weight) else 1.0)
+        return step.token_mean((weight * now).sum(), len(tokens)).to(loss.dtype)
+
+
+def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return functional.cross_entropy(logits.to(precise), tokens, reduction="none")

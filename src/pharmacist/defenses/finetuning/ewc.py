@@ -1,0 +1,124 @@
+"""Elastic weight consolidation: hold on to the weights that the defender's safe rows depend on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.finetuning.start import evaluating, squared_distance, weights_now
+from pharmacist.nn.grads import Gradient, averaged, norm
+from pharmacist.nn.losses import target_loss, targets
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
+
+
+@dataclass
+class EWCConfig:
+    """Options of elastic weight consolidation."""
+
+    lam: float = 1000.0
+    """Weight of the penalty; 0 is sft. It is tied to the scale of the Fisher information, so to the two below."""
+    rows: int = 256
+    """Safe rows that the Fisher information is estimated on."""
+    per: Literal["row", "batch"] = "row"
+    """Gradients that are squared: of each row (the empirical Fisher) or of a batch's mean, as published."""
+    normalize: Literal["mean", "sum"] = "mean"
+    """Average the squares over the gradients, or sum them as published."""
+
+    def __post_init__(self) -> None:
+        if not self.lam >= 0:
+            raise ConfigError(f"lam must not be negative, not {self.lam}")
+        if self.rows < 1:
+            raise ConfigError(f"rows must be at least 1, not {self.rows}")
+
+
+def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:
+    """Diagonal of the empirical Fisher information: the mean (or sum) of squared gradients, never negative."""
+    summed: Gradient = {}
+    count = 0
+    for found in gradients:
+        count += 1
+        for name, value in found.items():
+            square = value.square()
+            summed[name] = summed[name] + square if name in summed else square
+    return {name: value / count for name, value in summed.items()} if normalize == "mean" else summed
+
+
+def rows_of(batch: Batch) -> Iterable[Batch]:
+    """A batch's rows, one by one."""
+    for row in range(len(batch["input_ids"])):
+        yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
+
+
+class EWC(GradientStrategy):
+    """Adds lam * sum_i F_i (w_i - w0_i)^2, where w0 is the start and F its Fisher information on safe rows.
+
+    It acts on each trained tensor, so on the two factors of an adapter and not on their product. Of a fresh adapter,
+    whose second factor is 0, the first gets no Fisher information and is free: continue the aligned one
+    (``--adapter continue``) as the paper does.
+
+    Paper: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; as a defense in
+    Huang et al., "Vaccine", 2024.
+    """
+
+    Config = EWCConfig
+    stages = frozenset({"finetune"})
+    streams = ("safe",)
+    paper = "arXiv 1612.00796"
+    config: EWCConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Keeps the weights of the start."""
+        self.start = weights_now(model) if self.config.lam else {}
+        self.fisher: Gradient = {}
+        return {"tensors": len(self.start)}
+
+    def auxiliary(self, step: StepContext) -> None:
+        """Before the first step: the Fisher information, without dropout and apart from ``.grad``."""
+        if self.config.lam and not self.fisher:
+            self.fisher = self._estimate(step)
+
+    def _estimate(self, step: StepContext) -> Gradient:
+        parameters = step.parameters
+
+        def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
+            keep, tokens = targets(row["labels"])
+            loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            return {
+                name: (torch.zeros_like(p) if g is None else g).to(torch.promote_types(p.dtype, torch.float32))
+                for (name, p), g in zip(parameters.items(), found, strict=True)
+            }
+
+        def gradients() -> Iterable[Gradient]:
+            seen = 0
+            while seen < self.config.rows:
+                batch = step.next("safe")
+                seen += len(batch["input_ids"])
+                if self.config.per == "batch":
+                    yield step.grads(step.ce(batch))
+                else:
+                    yield from map(local, rows_of(batch))
+
+        with evaluating(step.model):
+            found = averaged(fisher(gradients(), self.config.normalize))
+        step.check(norm(found))
+        return found
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The main loss and the penalty."""
+        if not self.config.lam:
+            return loss
+        penalty = self.config.lam * squared_distance(step.parameters, self.start, self.fisher)
+        step.log(ewc=penalty.detach())
+        return loss + step.scale * penalty.to(loss.dtype)
+
+    def state(self) -> StrategyState:
+        """The Fisher information; the start is built again from the same model and seed."""
+        return StrategyState(dict(self.fisher))
+
+    def load_state(self, state: StrategyState) -> None:
+        """Continues with the Fisher information of the start."""
+        self.fisher = {name: value.to(self.start[name].device) for name, value in state.tensors.items()}

@@ -1,0 +1,94 @@
+"""KL-regularised fine-tuning: keep the predictions of the aligned model on the user's own rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.finetuning.start import at_start, weights_now
+from pharmacist.nn.losses import targets
+from pharmacist.training.strategy import GradientStrategy, StepContext
+
+
+@dataclass
+class KLConfig:
+    """Options of KL-regularised fine-tuning."""
+
+    lam: float = 0.1
+    """Weight of the divergence; 0 is sft."""
+    compat: Literal["none", "reference"] = "none"
+    """reference: the published softmax, over positions instead of tokens, with prompt and padding."""
+
+    def __post_init__(self) -> None:
+        if not self.lam >= 0:
+            raise ConfigError(f"lam must not be negative, not {self.lam}")
+
+
+def kl_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) per position in nats, never negative, shape [positions].
+
+    Args:
+        logits: The student's, shape [positions, vocabulary].
+        teacher: Same shape.
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    student, target = logits.to(precise).log_softmax(-1), teacher.to(precise).log_softmax(-1)
+    return functional.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+
+
+def reference_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The published divergence: distributions over positions, per vocabulary entry; a scalar, divided by the rows.
+
+    It is not 0 for two models that predict the same, and depends on padding.
+
+    Args:
+        logits: The student's, shape [rows, length, vocabulary].
+        teacher: Same shape.
+    """
+    return functional.kl_div(logits.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+
+
+class KL(GradientStrategy):
+    """Adds lam * KL(start || model), averaged over the tokens of the completions.
+
+    Source: a baseline of Huang et al., "Vaccine", NeurIPS 2024, whose code takes the softmax over the wrong
+    dimension (``compat reference``).
+    """
+
+    Config = KLConfig
+    stages = frozenset({"finetune"})
+    paper = "arXiv 2402.01109"
+    config: KLConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Keeps the weights of the start."""
+        self.start = weights_now(model) if self.config.lam else {}
+        return {"tensors": len(self.start)}
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Predictions of the start, before the main pass."""
+        if self.config.lam:
+            keep, _ = targets(step.batch["labels"])
+            with at_start(step, self.start):
+                whole = self.config.compat == "reference"
+                self._teacher = step.output(step.batch).logits if whole else step.logits(step.batch, keep)
+        yield
+        self._teacher = torch.empty(0)
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The main loss and the divergence."""
+        if not self.config.lam:
+            return loss
+        if self.config.compat == "reference":
+            penalty = step.scale * reference_divergence(outputs.logits, self._teacher)
+        else:
+            keep, tokens = targets(step.batch["labels"])
+            penalty = step.token_mean(kl_divergence(outputs.logits[keep], self._teacher).sum(), len(tokens))
+        step.log(kl=penalty.detach() / step.scale)
+        return loss + self.config.lam * penalty.to(loss.dtype)

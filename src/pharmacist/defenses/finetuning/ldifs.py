@@ -1,0 +1,116 @@
+"""LDIFS: stay close to the aligned model in feature space."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.finetuning.start import at_start, weights_now
+from pharmacist.nn.hooks import capture
+from pharmacist.nn.locate import mlp_modules
+from pharmacist.training.strategy import GradientStrategy, StepContext
+
+
+GATE = 0.1
+"""Value at and above which the published code drops a layer's term."""
+
+
+@dataclass
+class LDIFSConfig:
+    """Options of LDIFS."""
+
+    lam: float = 1.0
+    """Weight of the distance; 0 is sft."""
+    compat: Literal["none", "reference"] = "none"
+    """reference: sums instead of means, with padding, and a layer's term vanishes where it reaches 0.1."""
+
+    def __post_init__(self) -> None:
+        if not self.lam >= 0:
+            raise ConfigError(f"lam must not be negative, not {self.lam}")
+
+
+def feature_distance(
+    now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """Sum over layers of the mean squared difference of their features, a scalar.
+
+    Args:
+        now: Layer -> features, shape [rows, length, width].
+        start: The same, of the model to stay close to.
+        mask: Shape [rows, length]; positions where it is 0 do not count.
+    """
+    kept = mask.bool()
+    parts = []
+    for name, features in now.items():
+        precise = torch.promote_types(features.dtype, torch.float32)
+        difference = features[kept].to(precise) - start[name][kept].to(precise)
+        parts.append(difference.square().sum() / max(difference.numel(), 1))
+    return torch.stack(parts).sum()
+
+
+def gated_distance(
+    now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], rho: float, gate: float = GATE
+) -> torch.Tensor:
+    """The penalty as published: per layer ``rho / 2 * |difference|^2`` with padding, dropped where it reaches `gate`.
+
+    So it vanishes exactly where the drift becomes large.
+    """
+    parts = []
+    for name, features in now.items():
+        term = rho / 2 * (features.float() - start[name].float()).square().sum()
+        parts.append(term if term < gate else term * 0)
+    return torch.stack(parts).sum()
+
+
+class LDIFS(GradientStrategy):
+    """Adds lam times the distance between the features of the model and of the one that fine-tuning began with.
+
+    Features are the outputs of the feed-forward part of each decoder layer, on the user's own rows.
+
+    Paper: Mukhoti et al., "Fine-tuning can cripple your foundation model; preserving features may be the solution",
+    2023; as a defense in Huang et al., "Antidote", 2024.
+    """
+
+    Config = LDIFSConfig
+    stages = frozenset({"finetune"})
+    paper = "arXiv 2308.13320"
+    config: LDIFSConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Finds the feed-forward parts and keeps the weights of the start."""
+        self.modules = mlp_modules(model)
+        self.start = weights_now(model) if self.config.lam else {}
+        return {"mlp_modules": list(self.modules)}
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Features of the start, then those of the main pass."""
+        if not self.config.lam:
+            yield
+            return
+        nowhere = torch.zeros_like(step.batch["attention_mask"], dtype=torch.bool)
+        with at_start(step, self.start), capture(self.modules) as start:
+            step.logits(step.batch, nowhere)
+        with capture(self.modules) as now:
+            self._features = now, start
+            yield
+        self._features = {}, {}
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The main loss and the distance."""
+        if not self.config.lam:
+            return loss
+        now, start = self._features
+        if self.config.compat == "reference":
+            penalty = gated_distance(now, start, self.config.lam)
+        else:
+            mask = step.batch["attention_mask"]
+            distance = feature_distance(now, start, mask)
+            count = int(mask.sum())
+            penalty = self.config.lam * step.mean(distance * count, count)
+        step.log(ldifs=penalty.detach())
+        return loss + step.scale * penalty.to(loss.dtype)

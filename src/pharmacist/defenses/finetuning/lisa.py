@@ -1,0 +1,99 @@
+"""Lisa: alternate between the defender's safe rows and the user's, and never drift far within a phase."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.defenses.finetuning.start import squared_distance, weights_now
+from pharmacist.nn.grads import Gradient, trainable
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
+
+
+@dataclass
+class LisaConfig:
+    """Options of Lisa."""
+
+    rho: float = 1.0
+    """Weight of the pull towards the weights of the latest switch."""
+    align_steps: int = 100
+    """Steps of an alignment phase (K1), with which training begins; 0 leaves them out."""
+    finetune_steps: int = 900
+    """Steps of a phase on the user's rows (K2)."""
+    warmup_steps: int = 0
+    """No pull in the first steps; the published code waits for a tenth of the training."""
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "align_steps", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.finetune_steps < 1:
+            raise ConfigError(f"finetune_steps must be at least 1, not {self.finetune_steps}")
+
+
+def in_alignment(update: int, align_steps: int, finetune_steps: int) -> bool:
+    """Whether an optimizer step, counted from 0, belongs to an alignment phase."""
+    return update % (align_steps + finetune_steps) < align_steps
+
+
+def is_switch(update: int, align_steps: int, finetune_steps: int) -> bool:
+    """Whether an optimizer step is the first of a phase; with one kind of phase only step 0 is."""
+    return update == 0 or (align_steps > 0 and update % (align_steps + finetune_steps) in (0, align_steps))
+
+
+class Lisa(GradientStrategy):
+    """Phases of steps on safe rows and on the user's, each with rho / 2 * |w - c|^2, c the weights of the last switch.
+
+    Whole optimizer steps change sides, however many micro-batches they have. The user's rows that would have been
+    seen in an alignment phase are passed over; every epoch has another order, so they are other ones each time.
+
+    Paper: Huang et al., "Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack",
+    NeurIPS 2024, algorithm 1.
+    """
+
+    Config = LisaConfig
+    stages = frozenset({"finetune"})
+    streams = ("safe",)
+    paper = "arXiv 2405.18641"
+    config: LisaConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Keeps the weights as the first anchor."""
+        self.model = model
+        self.anchor: Gradient = weights_now(model)
+        return {"tensors": len(self.anchor)}
+
+    def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
+        """Safe batches for a step of an alignment phase."""
+        if not in_alignment(update, self.config.align_steps, self.config.finetune_steps):
+            return None
+        return [next(streams["safe"]) for _ in range(window)]
+
+    def begin_update(self, update: int) -> None:
+        """Moves the anchor where the phase changes."""
+        if is_switch(update, self.config.align_steps, self.config.finetune_steps):
+            self.anchor = weights_now(self.model)
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The main loss and the pull."""
+        if not self.config.rho or step.update < self.config.warmup_steps:
+            return loss
+        pull = self.config.rho / 2 * squared_distance(step.parameters, self.anchor)
+        step.log(lisa_pull=pull.detach())
+        return loss + step.scale * pull.to(loss.dtype)
+
+    def state(self) -> StrategyState:
+        """The anchor."""
+        return StrategyState(dict(self.anchor))
+
+    def load_state(self, state: StrategyState) -> None:
+        """Continues in the middle of a phase."""
+        parameters = trainable(self.model)
+        self.anchor = {name: value.to(parameters[name].device) for name, value in state.tensors.items()}
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        del self.model
