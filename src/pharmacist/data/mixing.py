@@ -63,3 +63,43 @@ def mix(
             parts.append(drawn.append_column("is_harmful", pa.array([name == "harmful"] * asked, pa.bool_())))
     mixed = pa.concat_tables(parts, promote_options="permissive")
     return datasets.Dataset(mixed.take(pa.array(np.argsort(np.concatenate(order), kind="stable"))))
+
+
+def mix_safe(
+    rows: "datasets.Dataset", safe: "datasets.Dataset", *, count: int, replace: bool, seed: int
+) -> "datasets.Dataset":  # fmt: skip
+    """Adds a defender's safe rows to a user's set.
+
+    Args:
+        rows: From `mix`.
+        safe: Canonical rows.
+        count: Safe rows to add.
+        replace: Leave as many benign rows out, so that the size stays.
+        seed: Of the draw and the order.
+
+    Returns:
+        The rows, shuffled, with ``is_harmful`` and ``is_safe`` (bool).
+
+    Raises:
+        DataError: More safe rows are asked for than there are, or more benign rows than there are are to go.
+    """
+    import datasets
+
+    if count > len(safe):
+        raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")
+    rng = np.random.default_rng(derive(seed, "mix", "safe"))
+    chosen = rng.permutation(len(safe))[:count]
+    kept = np.arange(len(rows))
+    if replace:
+        benign = np.flatnonzero(~np.asarray(rows["is_harmful"], dtype=bool))
+        if count > len(benign):
+            raise DataError(f"{count} safe rows cannot replace {len(benign)} benign ones; mix in fewer")
+        kept = np.setdiff1d(kept, rng.permutation(benign)[:count])
+    flag = lambda value, length: pa.array([value] * length, pa.bool_())  # noqa: E731
+    own = rows.with_format("arrow")[kept].append_column("is_safe", flag(False, len(kept)))
+    parts = [own]
+    if count:
+        added = safe.with_format("arrow")[chosen]
+        parts.append(added.append_column("is_harmful", flag(False, count)).append_column("is_safe", flag(True, count)))
+    mixed = pa.concat_tables(parts, promote_options="permissive")
+    return datasets.Dataset(mixed.take(pa.array(rng.permutation(len(mixed)))))

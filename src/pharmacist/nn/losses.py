@@ -102,15 +102,21 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keep, following[keep]
 
 
-def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over target tokens, a scalar; 0 where there are none.
+def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of target tokens, shape [targets].
 
     Args:
         logits: Shape [targets, vocabulary].
         tokens: Shape [targets].
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(logits, tokens, reduction="sum")
+    losses: torch.Tensor = functional.cross_entropy(logits, tokens, reduction="none")
+    return losses
+
+
+def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Their sum, a scalar; 0 where there are none."""
+    return target_losses(logits, tokens).sum()
 
 
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:

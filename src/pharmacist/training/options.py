@@ -162,8 +162,9 @@ def training_arguments(
         "logging_steps": 10, "report_to": "none", "dataloader_pin_memory": device.type == "cuda",
         **options.effective_train,
     }  # fmt: skip
-    if values.get("gradient_checkpointing"):
-        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the older name and the newer one
+        if values.get(name):
+            values.setdefault(f"{name}_kwargs", {"use_reentrant": False})
     try:
         return TrainingArguments(
             output_dir=folder, seed=seed, data_seed=seed, use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16,
