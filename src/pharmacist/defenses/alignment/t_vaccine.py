@@ -1,0 +1,189 @@
+"""T-Vaccine: Vaccine on the layers that harmful data moves most, the others frozen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import ConfigError, DataError, NoMatchError
+from pharmacist.core.seeding import derive
+from pharmacist.defenses.alignment.vaccine import perturbed
+from pharmacist.nn.distributed import from_main, total
+from pharmacist.nn.hooks import Activations, activation_gradients
+from pharmacist.nn.locate import attention_modules, decoder_layers
+from pharmacist.nn.losses import target_losses, targets
+from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
+
+
+@dataclass
+class TVaccineConfig:
+    """Options of T-Vaccine."""
+
+    rho: float = 3.0
+    """Norm of the perturbation over the sampled layers, and all rows, tokens and channels of a batch together."""
+    layers: int = 8
+    """Layers that are sampled, trained and perturbed at a time."""
+    sample_every: int = 20
+    """Steps between two draws of layers."""
+    score_every: int = 200
+    """Steps between two measurements of the layers' probabilities; they come before the draw of the same step."""
+    score_rows: int = 100
+    """Harmful rows per measurement; the published code takes a single one."""
+    freeze: Literal["layer", "attention"] = "layer"
+    """What is frozen in layers that are not sampled: all of them, as in the paper, or their self-attention, as in the
+    published code."""
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 0:
+            raise ConfigError(f"rho must not be negative, not {self.rho}")
+        for name in ("layers", "sample_every", "score_every", "score_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.freeze not in ("layer", "attention"):
+            raise ConfigError(f"freeze must be layer or attention, not {self.freeze}")
+
+
+def row_norms(gradients: Activations) -> torch.Tensor:
+    """Norm of each row's gradient at each module, shape [modules, rows], in float32 at least."""
+    return torch.stack([
+        torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in gradients.values()
+    ])  # fmt: skip
+
+
+def probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """``scores / sum(scores)``, shape [layers]."""
+    return scores / scores.sum()
+
+
+def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
+    """Draws layers one after the other without replacement, each with probability proportional to `p`.
+
+    Args:
+        p: Shape [layers].
+        count: How many.
+        seed: Of this draw.
+
+    Returns:
+        Their numbers, ascending.
+
+    Raises:
+        DataError: Fewer than `count` layers have a chance.
+    """
+    if int((p > 0).sum()) < count:
+        raise DataError(
+            f"only {int((p > 0).sum())} layers have a harmful gradient, so {count} cannot be sampled; lower "
+            "defense.layers or give other --harmful rows"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU, so that the same layers come on every device.
+    return sorted(torch.multinomial(p.double().cpu(), count, replacement=False, generator=generator).tolist())
+
+
+class TVaccine(GradientStrategy):
+    """Vaccine on a few layers, sampled by how strongly harmful data moves them; the rest is frozen meanwhile.
+
+    Paper: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
+    Layer-wise Perturbation", 2024, algorithm 1.
+    """
+
+    Config = TVaccineConfig
+    streams = ("harmful",)
+    paper = "arXiv 2410.09760"
+    config: TVaccineConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Finds decoder layers and their self-attention modules.
+
+        Raises:
+            ConfigError: More layers are to be sampled than there are.
+        """
+        self.modules = attention_modules(model)
+        depth = len(self.modules)
+        if self.config.layers > depth:
+            raise ConfigError(f"defense.layers {self.config.layers}: the model has {depth} layers; give at most that")
+        frozen = decoder_layers(model) if self.config.freeze == "layer" else self.modules
+        # Weights outside the decoder layers (under full tuning) are always trained.
+        self.owned = [[p for p in module.parameters() if p.requires_grad] for module in frozen.values()]
+        if not all(self.owned):
+            raise NoMatchError(
+                f"{list(frozen)[[bool(owned) for owned in self.owned].index(False)]} has no trained weights, so it "
+                "cannot be trained in its turn; let lora.target_modules reach it"
+            )
+        self.seed, self.p = seed, torch.zeros(depth)
+        self.active: list[int] = []
+        return {"attention_modules": list(self.modules), "sampled_at_a_time": self.config.layers}
+
+    def auxiliary(self, step: StepContext) -> None:
+        """Measures the layers' probabilities and draws layers, where it is time."""
+        if step.micro:
+            return
+        if step.update % self.config.score_every == 0:
+            self.p = probabilities(self.scores(step)).cpu()
+        if step.update % self.config.sample_every == 0:
+            drawn = sample_layers(self.p, self.config.layers, derive(self.seed, "layers", step.update))
+            self.active = from_main(drawn)
+
+    def scores(self, step: StepContext) -> torch.Tensor:
+        """Mean over harmful rows of the norm of the row's own gradient at each layer, shape [layers]."""
+        summed, count = torch.zeros((), dtype=torch.float64), 0
+        while count < self.config.score_rows:
+            batch = step.next("harmful")
+            rows = len(batch["input_ids"])
+            keep, tokens = targets(batch["labels"])
+            owner = keep.nonzero()[:, 0]
+            share = 1.0 / keep.sum(1).clamp(min=1)[owner]
+
+            def loss(batch: Any = batch, keep: Any = keep, tokens: Any = tokens, share: Any = share) -> torch.Tensor:
+                # A row's gradient depends on its own loss alone, so one pass serves all of them.
+                summed: torch.Tensor = (target_losses(step.logits(batch, keep), tokens) * share).sum()
+                return summed
+
+            with step.replay():
+                value, gradients = activation_gradients(self.modules, loss)
+            norms = row_norms({name: gradients[name] for name in self.modules})
+            step.check(value, norms.sum())
+            summed = summed.to(norms.device) + norms.double().sum(1)
+            count += rows * world_size()
+        return total(summed) / count
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Perturbs the sampled layers in the main pass, in which the others are constants."""
+        modules = {name: module for number, (name, module) in enumerate(self.modules.items()) if number in self.active}
+        # Under data parallelism the wrapper waits for every gradient, so there they are computed and thrown away.
+        frozen = self._frozen() if world_size() == 1 else []
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            with perturbed(step, modules, self.config.rho):
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def after_backward(self, step: StepContext) -> None:
+        """Frozen weights have no gradient at all: neither decay nor momentum moves them."""
+        for parameter in self._frozen():
+            parameter.grad = None
+        step.log(lowest_sampled_layer=float(min(self.active)))
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The perturbed loss as it is, logged."""
+        step.log(perturbed_loss=loss.detach() / step.scale)
+        return loss
+
+    def _frozen(self) -> list[nn.Parameter]:
+        return [p for number, owned in enumerate(self.owned) if number not in self.active for p in owned]
+
+    def state(self) -> StrategyState:
+        """Probabilities and sampled layers."""
+        return StrategyState(tensors={"p": self.p}, values={"active": self.active})
+
+    def load_state(self, state: StrategyState) -> None:
+        """Goes on with the same layers."""
+        self.p, self.active = state.tensors["p"], list(state.values["active"])
