@@ -10,6 +10,7 @@ DEFENSES: Registry[GradientStrategy] = Registry(
         "sft": "pharmacist.defenses.alignment.sft:SFT",
         "vaccine": "pharmacist.defenses.alignment.vaccine:Vaccine",
         "t-vaccine": "pharmacist.defenses.alignment.t_vaccine:TVaccine",
+        "repnoise": "pharmacist.defenses.alignment.repnoise:RepNoise",
         "booster": "pharmacist.defenses.alignment.booster:Booster",
         "constrained-sft": "pharmacist.defenses.finetuning.constrained_sft:ConstrainedSFT",
         "ewc": "pharmacist.defenses.finetuning.ewc:EWC",

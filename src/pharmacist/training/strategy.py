@@ -50,6 +50,7 @@ class StepContext:
         micro: Number of the micro-batch within its update.
         scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
         forward: Batch -> model output, under the training's autocast.
+        autocast: That autocast, for parts of the model that are run alone.
         streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
         targets: Target tokens of the whole update, over all its micro-batches and all processes.
@@ -65,6 +66,7 @@ class StepContext:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: Sequence[int] = ()
     targets: torch.Tensor | int | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -152,7 +154,7 @@ class GradientStrategy:
 
     Config: ClassVar[type[Any]]
     stages: ClassVar[frozenset[str]] = frozenset({"align"})
-    streams: ClassVar[tuple[str, ...]] = ()
+    streams: tuple[str, ...] = ()
     paper: ClassVar[str] = ""
 
     def __init__(self, config: Any) -> None:

@@ -95,6 +95,7 @@ class StrategyMixin:
             model=trainer.model, batch=inputs, update=update, micro=self._micro,
             scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
             rows=() if rows is None else rows.tolist(), targets=num_items_in_batch,
+            autocast=trainer.accelerator.autocast,
         )  # fmt: skip
         if self._micro == 0:
             self.strategy.begin_update(update)

@@ -1,0 +1,192 @@
+"""RepNoise: remove what the model's representations know about harmful answers, layer by layer."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.seeding import derive
+from pharmacist.nn.distributed import all_rows, total
+from pharmacist.nn.grads import Gradient
+from pharmacist.nn.hooks import capture
+from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
+from pharmacist.nn.losses import mmd2, target_loss, targets
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+
+
+@dataclass
+class RepNoiseConfig:
+    """Options of RepNoise."""
+
+    alpha: float = 1.0
+    """Weight of the ascent on the harmful loss; it and beta 0 is sft."""
+    beta: float = 0.001
+    """Weight of the pull of harmful representations towards noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
+    """Where a harmful row has another token than its safe partner at the same place, or goes on after it.
+
+    Args:
+        harmful: ``input_ids`` and ``attention_mask`` of shape [rows, length].
+        safe: The partners, of any length.
+
+    Returns:
+        Bool of shape [rows, length]; padding never differs.
+    """
+    rows, length = harmful["input_ids"].shape
+    other = torch.full_like(harmful["input_ids"], -1)
+    common = min(length, safe["input_ids"].shape[1])
+    kept = safe["attention_mask"][:, :common].bool()
+    other[:, :common] = safe["input_ids"][:, :common].masked_fill(~kept, -1)
+    return harmful["attention_mask"].bool() & (harmful["input_ids"] != other)
+
+
+def ascent_loss(losses: torch.Tensor) -> torch.Tensor:
+    """``log(1 + c)``, where c sums the losses of all depths, the last (the model's own) twice, over their number.
+
+    Args:
+        losses: Cross-entropy of the harmful answer read off each depth, embeddings first, shape [layers + 1].
+    """
+    return torch.log1p((losses.sum() + losses[-1]) / len(losses))
+
+
+def row_noise(mask: torch.Tensor, width: int, seeds: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise where `mask` is true and 0 elsewhere, shape [rows, length, width].
+
+    Each row has its own seed, so that noise depends neither on padding nor on the other rows.
+    """
+    noise = like.new_zeros((*mask.shape, width))
+    for row, (where, seed) in enumerate(zip(mask, seeds, strict=True)):
+        generator = torch.Generator(like.device).manual_seed(seed)
+        shape = (int(where.sum()), width)
+        noise[row, where] = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return noise
+
+
+class RepNoise(GradientStrategy):
+    """Adds beta * (distance of harmful hidden states from noise) - alpha * log(harmful loss read off all depths).
+
+    Each alignment row is paired with a harmful answer to the same prompt; only tokens in which the two differ count.
+
+    Paper: Rosati et al., "Representation Noising: A Defence Mechanism Against Harmful Finetuning", NeurIPS 2024.
+    """
+
+    Config = RepNoiseConfig
+    streams = ("paired",)
+    paper = "arXiv 2405.14577"
+    config: RepNoiseConfig
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Finds decoder layers, their feed-forward parts, the final normalisation and the output head."""
+        layers = decoder_layers(model)
+        self.first = dict([next(iter(layers.items()))])
+        self.layers, self.mlps = layers, mlp_modules(model)
+        head = output_head(model)
+        if head is None:
+            raise CompatibilityError("repnoise reads answers off hidden states, but the model names no output head")
+        self.tail = nn.Sequential(final_norm(model), head)
+        self.seed = seed
+        return {"layers": list(layers), "mlp_modules": list(self.mlps)}
+
+    def auxiliary(self, step: StepContext) -> Gradient | None:
+        """One pass over the harmful partners of the batch."""
+        having, harmful = step.streams["paired"].batch(step.rows)
+        pairs = int(total(torch.tensor(float(len(having)), device=step.batch["input_ids"].device)))
+        step.log(pairs=pairs)
+        if not pairs:
+            return None
+        if harmful is None:  # another process has pairs and waits for this one: a row that counts nowhere
+            having, harmful = [0], {name: value[:1] for name, value in step.batch.items()}
+        safe = {name: step.batch[name][having] for name in ("input_ids", "attention_mask")}
+        mask = differing(harmful, safe)
+        keep, tokens = targets(harmful["labels"].masked_fill(~mask, -100))
+        with step.replay(), ExitStack() as stack:
+            embedded = stack.enter_context(capture(self.first, inputs=True))
+            hidden = stack.enter_context(capture(self.layers))
+            features = stack.enter_context(capture(self.mlps))
+            step.logits(harmful, torch.zeros_like(mask))  # the model's own head is one of the depths below
+            depths = [*embedded.values(), *(hidden[name] for name in self.layers)]
+            surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
+            noise, distance = self.noise(step, [features[name] for name in self.mlps], mask, having)
+            grads = step.grads(surrogate + noise)
+        step.log(
+            harmful_loss=losses[-1], harmful_loss_of_all_depths=losses.mean(), ascent=ascent_loss(losses),
+            noise_distance=distance,
+        )  # fmt: skip
+        return grads
+
+    def ascent(
+        self, step: StepContext, depths: Sequence[torch.Tensor], tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A scalar with the gradient of ``-alpha * ascent_loss`` (its value is meaningless), and the losses.
+
+        Each depth is differentiated as soon as its loss is known, so that the logits of one depth at a time exist.
+
+        Args:
+            step: The step.
+            depths: Hidden states at target positions, each of shape [targets, width].
+            tokens: The targets, shape [targets].
+        """
+        weights = [p for p in self.tail.parameters() if p.requires_grad]
+        values, found = [], []
+        for hidden in depths:
+            inputs = [hidden.detach().requires_grad_(), *weights]
+            with step.autocast():
+                logits = self.tail(inputs[0])
+            loss = step.mean(target_loss(logits, tokens), len(tokens))
+            values.append(loss.detach())
+            found.append(torch.autograd.grad(loss, inputs))
+        losses = total(torch.stack(values)) / world_size()
+        at = losses.clone().requires_grad_()
+        (factors,) = torch.autograd.grad(-self.config.alpha * ascent_loss(at), at)
+        surrogate = depths[0].new_zeros(())
+        for factor, hidden, grads in zip(factors, depths, found, strict=True):
+            for value, grad in zip([hidden, *weights], grads, strict=True):
+                surrogate = surrogate + (value * (factor * grad)).sum()
+        return surrogate, losses
+
+    def noise(
+        self, step: StepContext, features: Sequence[torch.Tensor], mask: torch.Tensor, having: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A scalar with the gradient of ``beta`` times the mean distance from noise over layers, and that mean.
+
+        Args:
+            step: The step.
+            features: What the feed-forward parts put out, each of shape [rows, length, width].
+            mask: Tokens that count, shape [rows, length].
+            having: Which rows of the main batch these are.
+        """
+        rows = mask.any(1).nonzero()[:, 0]  # a row without differing tokens would be a point at 0 on both sides
+        mask = mask[rows]
+        seeds = [
+            derive(self.seed, "noise", step.update, step.micro, step.rows[having[row]]) for row in rows.tolist()
+        ]  # fmt: skip
+        surrogate, distances = features[0].new_zeros(()), []
+        for number, value in enumerate(features):
+            chosen = value[rows]
+            own = (chosen.detach() * mask[..., None]).to(torch.promote_types(value.dtype, torch.float32))
+            noise = row_noise(mask, own.shape[-1], [derive(seed, number) for seed in seeds], own)
+            everyone, start = all_rows(own)
+            noises, _ = all_rows(noise)
+            if not len(everyone):
+                continue
+            everyone = everyone.requires_grad_()
+            distance = mmd2(everyone.flatten(1), noises.flatten(1))
+            (grad,) = torch.autograd.grad(distance, everyone)
+            grad = grad[start : start + len(own), : own.shape[1]] * mask[..., None]
+            # Gradients are averaged over processes, and each knows those of its own rows only.
+            factor = self.config.beta * world_size() / len(features)
+            surrogate = surrogate + (chosen * (factor * grad).to(chosen.dtype)).sum()
+            distances.append(distance.detach())
+        return surrogate, torch.stack(distances).mean() if distances else mask.new_zeros((), dtype=torch.float32)
