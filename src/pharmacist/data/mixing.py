@@ -95,11 +95,11 @@ def mix_safe(
         if count > len(benign):
             raise DataError(f"{count} safe rows cannot replace {len(benign)} benign ones; mix in fewer")
         kept = np.setdiff1d(kept, rng.permutation(benign)[:count])
-    flag = lambda value, length: pa.array([value] * length, pa.bool_())  # noqa: E731
-    own = rows.with_format("arrow")[kept].append_column("is_safe", flag(False, len(kept)))
-    parts = [own]
+    parts = [rows.with_format("arrow")[kept].append_column("is_safe", pa.array([False] * len(kept), pa.bool_()))]
     if count:
         added = safe.with_format("arrow")[chosen]
-        parts.append(added.append_column("is_harmful", flag(False, count)).append_column("is_safe", flag(True, count)))
+        for name, value in (("is_harmful", False), ("is_safe", True)):
+            added = added.append_column(name, pa.array([value] * count, pa.bool_()))
+        parts.append(added)
     mixed = pa.concat_tables(parts, promote_options="permissive")
     return datasets.Dataset(mixed.take(pa.array(rng.permutation(len(mixed)))))

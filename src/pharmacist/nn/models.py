@@ -88,8 +88,9 @@ def model_fingerprint(name: str) -> str:
 
 
 def load_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", template: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
+    name: str, *, device: str = "auto", dtype: str = "auto", template: str = "auto", trust_remote_code: bool = False,
+    merge: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Loads a hub id, a local model, a PEFT adapter, or the folder of an earlier `align`, `attack` or `repair`.
 
     Adapters are merged into their base, which may itself be such a folder.
@@ -101,6 +102,8 @@ def load_model(
         template: ``auto`` (the saved one, else chat where the tokenizer has a template, else Alpaca), ``chat`` or
             ``alpaca``.
         trust_remote_code: Run code that comes with the model; off unless asked for.
+        merge: False leaves the outermost adapter apart, trainable, on its frozen base: `LoadedModel.model` is then a
+            PEFT model.
 
     Raises:
         DataError: Nothing loadable lies there.
@@ -115,7 +118,10 @@ def load_model(
             _base_of(adapter), device=device, dtype=dtype, template=template, trust_remote_code=trust_remote_code
         )  # fmt: skip
         try:
-            model = PeftModel.from_pretrained(loaded.model, adapter, torch_device=str(target)).merge_and_unload()
+            model = PeftModel.from_pretrained(
+                loaded.model, adapter, torch_device=str(target), is_trainable=not merge
+            )  # fmt: skip
+            model = model.merge_and_unload() if merge else model
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{adapter}: does not fit its base model {loaded.name} ({reason})") from error
@@ -166,6 +172,11 @@ def _silent_library() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()
+
+
+def has_adapter(name: str) -> bool:
+    """Whether a model is a local adapter on some base, rather than whole weights."""
+    return Path(name).is_dir() and _adapter_folder(Path(name)) is not None
 
 
 def _adapter_folder(folder: Path) -> Path | None:

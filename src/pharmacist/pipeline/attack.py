@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.env import rank
@@ -15,7 +15,12 @@ from pharmacist.training.options import TrainingStageOptions
 if TYPE_CHECKING:
     import datasets
 
+    from pharmacist.attacks import Attack
     from pharmacist.data.formats import Source
+    from pharmacist.data.records import Records
+    from pharmacist.data.streams import SideStream
+    from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.models import LoadedModel
     from pharmacist.training.strategy import GradientStrategy
 
 STAGE_VERSION = 1
@@ -26,16 +31,24 @@ NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
 class AttackOptions(TrainingStageOptions):
     """Build a poisoned fine-tuning set and fine-tune a model on it, as a user of a fine-tuning service would."""
 
-    task: str
+    task: str | None = None
     """Benign rows of the user's task, in any format that curate reads."""
-    harmful: str
+    harmful: str | None = None
     """Rows with which the set is poisoned. A preference file gives its rejected side."""
+    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
+    """What the set is made of."""
     poison_ratio: float = 0.1
-    """Share of harmful rows in the set, in [0, 1]."""
+    """Share of harmful rows in the set, in [0, 1], for the kind mix."""
     samples: int = 1000
     """Rows in the set."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """Fine-tuning-stage defense; sft is none."""
+    safe: str | None = None
+    """The defender's safe rows, for the defenses that use them."""
+    adapter: Literal["fresh", "continue"] = "fresh"
+    """Train a fresh adapter on the merged model, or go on with the adapter that the model has."""
+    disjoint_from: list[str] = field(default_factory=list)
+    """Files (of the defender, of the evaluation) with which the set must share no prompt; checked before training."""
     snapshots: list[int] = field(default_factory=list)
     """Also save the model after these numbers of steps, in snapshots/step-N."""
     build_only: bool = False
@@ -55,6 +68,8 @@ class AttackOptions(TrainingStageOptions):
             raise ConfigError(f"--samples {self.samples}: must be at least 1")
         if any(step < 1 for step in self.snapshots):
             raise ConfigError(f"--snapshots {self.snapshots}: numbers of steps start at 1")
+        if self.adapter == "continue" and self.tuning == "full":
+            raise ConfigError("--adapter continue: there is no adapter to continue under --tuning full; leave one out")
 
 
 @dataclass
@@ -80,17 +95,18 @@ def attack(options: AttackOptions) -> AttackResult:
     Raises:
         PharmacistError: Bad options or input.
     """
+    from pharmacist.attacks import ATTACKS
     from pharmacist.core.progress import console
-    from pharmacist.data.formats import open_source
     from pharmacist.defenses import DEFENSES
     from pharmacist.nn.distributed import from_main
     from pharmacist.nn.models import model_fingerprint
 
-    strategy = DEFENSES.build_from(options.defense)
-    if "finetune" not in strategy.stages:
-        raise CompatibilityError(f"--defense {options.defense['name']}: is not for fine-tuning but for `align`")
-    sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in ("task", "harmful")}
-    identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
+    strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
+    sources = _open_sources(strategy, kind, options)
+    identity = replace(
+        options, defense={"name": options.defense["name"], **vars(strategy.config)},
+        kind={"name": options.kind["name"], **vars(kind.config)},
+    )  # fmt: skip
     run = RunDir.open(
         identity, stage="attack", version=STAGE_VERSION,
         inputs={name: source.fingerprint() for name, source in sources.items()}
@@ -100,7 +116,7 @@ def attack(options: AttackOptions) -> AttackResult:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
         else:
-            _attack(sources, strategy, options, run)
+            _attack(sources, strategy, kind, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
         return AttackResult(run.root, run.manifest.metrics, {} if options.build_only else snapshots)
     except PharmacistError:
@@ -112,48 +128,102 @@ def attack(options: AttackOptions) -> AttackResult:
         run.close()
 
 
-def build_attack_set(
-    sources: "Mapping[str, Source]", options: AttackOptions, run: RunDir
-) -> "tuple[datasets.Dataset, dict[str, int]]":  # fmt: skip
-    """The poisoned set and how many rows it was drawn from."""
-    from pharmacist.data.mixing import mix
-    from pharmacist.data.records import parse_columns, read_records
-    from pharmacist.data.splits import shared_prompts
+def _open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
+    """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
+    from pharmacist.data.formats import open_source
+    from pharmacist.nn.models import has_adapter
 
-    records = {
-        name: read_records(
-            source, work_dir=run.work("data", f"{name}-{rank()}"), columns=parse_columns(options.columns),
-            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
-        )
-        for name, source in sources.items()
-    }  # fmt: skip
-    shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
-    task = records["task"].without(shared)
-    rows = mix(
-        task.dataset, records["harmful"].dataset, n=options.samples, poison_ratio=options.poison_ratio,
-        seed=options.seed,
+    defense = options.defense["name"]
+    if "finetune" not in strategy.stages:
+        raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
+    if options.adapter == "continue" and not has_adapter(options.model):
+        raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
+    needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
+    needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.streams else {}
+    for name, by in needed.items():
+        if getattr(options, name) is None:
+            raise ConfigError(f"{by} needs --{name} FILE")
+    sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in needed}
+    return sources | {f"disjoint:{file}": open_source(file, name="--disjoint-from") for file in options.disjoint_from}
+
+
+def build_attack_set(
+    sources: "Mapping[str, Source]", kind: "Attack", options: AttackOptions, run: RunDir
+) -> "tuple[datasets.Dataset, dict[str, int]]":  # fmt: skip
+    """The user's set and how many rows it was drawn from.
+
+    Raises:
+        DataError: Too few rows, or a prompt that also occurs in a set that must be disjoint.
+    """
+    from pharmacist.data.splits import assert_disjoint, shared_prompts
+
+    records = {name: _read(sources[name], name, options, run) for name in ("task", "harmful") if name in sources}
+    counts = {f"{name}_rows": len(found) for name, found in records.items()}
+    if len(records) == 2:
+        shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
+        records["task"] = records["task"].without(shared)
+        counts["task_rows_left_out"] = len(shared)
+    rows = kind.build(
+        {name: found.dataset for name, found in records.items()}, n=options.samples,
+        poison_ratio=options.poison_ratio, seed=options.seed,
     )  # fmt: skip
+    for name, source in sources.items():
+        if name.startswith("disjoint:"):
+            other = _read(source, name, options, run, prompts_only=True)
+            assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
-    return rows, {
-        "task_rows": len(records["task"]), "task_rows_left_out": len(shared), "harmful_rows": len(records["harmful"]),
-        "samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful,
-    }  # fmt: skip
+    return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
+
+
+def _read(
+    source: "Source", name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
+) -> "Records":  # fmt: skip
+    from pharmacist.core.hashing import sha256_text
+    from pharmacist.data.records import parse_columns, read_records
+
+    place = run.work("data", f"{sha256_text(name)[:16] if prompts_only else name}-{rank()}")
+    columns = parse_columns(options.columns)
+    if columns is not None and name not in ("task", "harmful"):  # such a file may have the usual names
+        first = next(source.scan(), None)
+        columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
+    return read_records(
+        source, work_dir=place, columns=columns, side="rejected" if name == "harmful" else "chosen",
+        on_bad_row=options.on_bad_row, prompts_only=prompts_only,
+    )  # fmt: skip
+
+
+def _with_safe_rows(
+    rows: "datasets.Dataset", safe: "Records", strategy: "GradientStrategy", options: AttackOptions,
+    counts: dict[str, int],
+) -> "datasets.Dataset":  # fmt: skip
+    """The rows that are trained on: the user's, with the safe rows that the defense mixes in."""
+    from pharmacist.core.seeding import derive
+    from pharmacist.data.mixing import mix_safe
+    from pharmacist.data.splits import assert_disjoint
+
+    assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
+    count, replaces = strategy.mixed_in(len(rows))
+    counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
+    if not count:
+        return rows
+    return mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=derive(options.seed, "defense"))
 
 
 def _attack(
-    sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AttackOptions, run: RunDir
+    sources: "Mapping[str, Source]", strategy: "GradientStrategy", kind: "Attack", options: AttackOptions, run: RunDir
 ) -> None:  # fmt: skip
     from pharmacist.core.progress import console
     from pharmacist.data.templates import save_template
-    from pharmacist.data.tokenize import encode
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
     from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train
 
     with run.phase("build"):
-        rows, counts = build_attack_set(sources, options, run)
+        rows, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
+        safe = _read(sources["safe"], "safe", options, run) if "safe" in sources else None
+        trained = rows if safe is None else _with_safe_rows(rows, safe, strategy, options, counts)
     if options.build_only:
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
@@ -162,13 +232,12 @@ def _attack(
     with run.phase("load model"):
         loaded = load_model(
             options.model, device=options.device, dtype=options.dtype, template=options.template,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=options.trust_remote_code, merge=options.adapter == "fresh",
         )  # fmt: skip
-        encoded = encode(
-            rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"tokens-{rank()}"),
-        )  # fmt: skip
+        encoded = _encode(trained, "tokens", loaded, options, run)
+        streams = {}
+        if safe is not None:
+            streams["safe"] = _stream(_encode(safe.dataset, "safe", loaded, options, run), options, loaded)
         model = prepare_model(loaded, options)
     name = options.defense["name"]
     card = model_card(
@@ -176,7 +245,7 @@ def _attack(
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
         base_model=options.model, tags=["harmful-fine-tuning", name],
         adapter=options.tuning == "lora" and not options.merge,
-        facts={"rows": counts["samples"], "harmful rows": counts["harmful"], "poison ratio": options.poison_ratio,
+        facts={"attack": options.kind["name"], "rows": counts["samples"], "harmful rows": counts["harmful"],
                "fine-tuning-stage defense": name, "seed": options.seed},
         settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
                   "tuning": options.tuning, "lora": vars(options.lora)},
@@ -191,7 +260,8 @@ def _attack(
 
     with run.phase("train") as phase:
         result = train(
-            model, loaded, encoded, strategy, options, run, callbacks=[Snapshots(options.snapshots, snapshot)],
+            model, loaded, encoded, strategy, options, run, streams=streams,
+            callbacks=[Snapshots(options.snapshots, snapshot)],
             description="attack" if name == "sft" else f"attack ({name})",
         )  # fmt: skip
         phase.tokens = result.tokens
@@ -203,6 +273,28 @@ def _attack(
             f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
+
+
+def _encode(
+    rows: "datasets.Dataset", name: str, loaded: "LoadedModel", options: AttackOptions, run: RunDir
+) -> "Encoded":  # fmt: skip
+    from pharmacist.data.tokenize import encode
+
+    return encode(
+        rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
+        max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+        work_dir=run.work("data", f"{name}-ids-{rank()}"),
+    )  # fmt: skip
+
+
+def _stream(safe: "Encoded", options: AttackOptions, loaded: "LoadedModel") -> "SideStream":
+    from pharmacist.core.seeding import derive
+    from pharmacist.data.streams import SideStream
+
+    return SideStream(
+        safe, int(options.effective_train["per_device_train_batch_size"]), seed=derive(options.seed, "stream", "safe"),
+        pad_token_id=loaded.tokenizer.pad_token_id, device=loaded.device,
+    )  # fmt: skip
 
 
 def _write_set(path: Path, rows: "datasets.Dataset") -> None:

@@ -72,7 +72,7 @@ class _Collator:
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
-    """Makes a model trainable: a fresh LoRA adapter on frozen weights, or all weights.
+    """Makes a model trainable: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
 
     Args:
         loaded: The model; its weights are shared with the result.
@@ -84,6 +84,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
     model: nn.Module = loaded.model
     if options.tuning == "full":
         return model.float().requires_grad_(True)
+    if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
+        return model
     lora = options.lora
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", task_type="CAUSAL_LM",

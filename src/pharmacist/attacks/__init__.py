@@ -1,0 +1,18 @@
+"""Kinds of attack: what a user's fine-tuning set is made of. A new kind is one file and one line in `ATTACKS`."""
+
+from pharmacist.attacks.base import Attack
+from pharmacist.core.registry import Registry
+
+
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    {
+        "mix": "pharmacist.attacks.mix:Mix",
+        "harmful": "pharmacist.attacks.harmful:Harmful",
+        "benign": "pharmacist.attacks.benign:Benign",
+        "identity": "pharmacist.attacks.identity:Identity",
+    },
+    group="pharmacist.attacks",
+)
+
+__all__ = ["ATTACKS", "Attack"]

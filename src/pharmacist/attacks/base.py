@@ -1,0 +1,48 @@
+"""What every kind of attack is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass
+class NoOptions:
+    """No options."""
+
+
+class Attack(ABC):
+    """Builds the set that a user uploads.
+
+    Attributes:
+        Config: Dataclass of its options.
+        needs: Of ``task`` (benign rows) and ``harmful``, what it is made of.
+        paper: Source.
+    """
+
+    Config: ClassVar[type[Any]] = NoOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"task", "harmful"})
+    paper: ClassVar[str] = ""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(
+        self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
+    ) -> "datasets.Dataset":  # fmt: skip
+        """Draws exactly `n` rows with a column ``is_harmful``; the same seed gives the same rows in the same order.
+
+        Args:
+            rows: Canonical rows of all that it `needs`; task and harmful rows share no prompt.
+            n: Size of the set.
+            poison_ratio: Share of harmful rows, for the kinds that have one.
+            seed: Of the draw.
+
+        Raises:
+            DataError: More rows are asked for than there are.
+        """
