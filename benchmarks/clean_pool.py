@@ -99,13 +99,14 @@ def main():
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args()
     root = arguments.output_dir
     pool, probes = make_pool(arguments, root)
     found = {arm: {"aligned": [], "attacked": [], "seconds": []} for arm in arguments.arms}
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for number, arm in enumerate(ARMS):
             if arm not in arguments.arms:
                 continue
