@@ -12,6 +12,7 @@ DEFENSES: Registry[GradientStrategy] = Registry(
         "t-vaccine": "pharmacist.defenses.alignment.t_vaccine:TVaccine",
         "repnoise": "pharmacist.defenses.alignment.repnoise:RepNoise",
         "booster": "pharmacist.defenses.alignment.booster:Booster",
+        "tar": "pharmacist.defenses.alignment.tar:TAR",
         "constrained-sft": "pharmacist.defenses.finetuning.constrained_sft:ConstrainedSFT",
         "ewc": "pharmacist.defenses.finetuning.ewc:EWC",
         "kl": "pharmacist.defenses.finetuning.kl:KL",

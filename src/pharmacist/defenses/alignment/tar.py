@@ -1,0 +1,291 @@
+"""TAR: meta-learn weights from which an attacker's training run does not get far."""
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.seeding import derive
+from pharmacist.nn.grads import Gradient, norm, preserved
+from pharmacist.nn.hooks import Activations, capture
+from pharmacist.nn.locate import decoder_layers, final_norm
+from pharmacist.nn.losses import negative_entropy, targets
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+
+
+_FORMS: dict[str, dict[str, Any]] = {
+    # The original's settings for weaponisation knowledge (its code, not all of which the paper states).
+    "original": {
+        "lam": 4.0, "inner_steps": 64, "inner_optimizer": "adamw", "inner_learning_rates": [2e-6, 2e-5, 4e-5],
+        "every": 4, "adversaries": ["harmful", "switch"], "objective": "entropy", "representation": 1.0,
+    },
+    # What T-Vaccine's authors meant to compare with: one plain gradient step, and the alignment loss after it.
+    "one-step": {
+        "lam": 2.0, "inner_steps": 1, "inner_optimizer": "sgd", "inner_learning_rates": [0.01],
+        "every": 1, "adversaries": ["harmful"], "objective": "alignment", "representation": 0.0,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class TARConfig:
+    """Options of TAR; those that are not given are the form's own."""
+
+    form: Literal["original", "one-step"] = "original"
+    """original: a simulated attack of many AdamW steps per step; one-step: of a single gradient step."""
+    lam: float | None = None
+    """Weight of tamper resistance at the attack's end: 4, one-step 2; it and representation 0 is sft."""
+    inner_steps: int | None = None
+    """Steps of the simulated attack: 64, one-step 1; with 0 the loss is taken at the weights as they are."""
+    inner_optimizer: Literal["adamw", "sgd"] | None = None
+    """The attacker's optimizer, fresh in every attack: adamw, one-step sgd."""
+    inner_learning_rates: list[float] | None = None
+    """One of these is drawn for each attack: [2e-6, 2e-5, 4e-5], made for full tuning; one-step [0.01]."""
+    every: int | None = None
+    """Attack steps between two evaluations of tamper resistance: 4, one-step 1."""
+    schedule: Literal["exponential", "uniform"] = "exponential"
+    """Weights of the evaluations: rising towards lam at the attack's end, or lam / inner_steps each."""
+    schedule_rate: float = 0.0625
+    """Rate of the exponential schedule per attack step."""
+    tasks: int = 1
+    """Simulated attacks per step."""
+    adversaries: list[str] | None = None
+    """Kinds of attack; each draws one, so a name given twice comes twice as often. harmful: harmful rows; switch:
+    alignment rows first. [harmful, switch], one-step [harmful]."""
+    objective: Literal["entropy", "alignment"] | None = None
+    """Tamper resistance: entropy of answers to held-out harmful rows, or the alignment loss, one-step's own."""
+    entropy_positions: Literal["response", "all"] = "response"
+    """Positions whose entropy counts; all takes in prompt and padding, as the published code does."""
+    representation: float | None = None
+    """Weight of the distance of hidden states from the initial model's: 1, one-step 0."""
+    held_out: float = 0.2
+    """Share of the harmful prompts that attacks never train on, for the entropy objective."""
+
+    def __post_init__(self) -> None:
+        if self.form not in _FORMS:
+            raise ConfigError(f"form must be one of {', '.join(_FORMS)}, not {self.form}")
+        for name, value in _FORMS[self.form].items():
+            if getattr(self, name) is None:
+                setattr(self, name, copy.copy(value))
+        for name in ("lam", "inner_steps", "representation", "schedule_rate"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("every", "tasks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)}")
+        rates, kinds = self.inner_learning_rates or [], self.adversaries or []
+        if not rates or not all(rate >= 0 for rate in rates):
+            raise ConfigError(f"inner_learning_rates must be one or more numbers that are not negative, not {rates}")
+        if not kinds or not set(kinds) <= set(_ADVERSARIES):
+            raise ConfigError(f"adversaries must be some of {', '.join(_ADVERSARIES)}, not {kinds}")
+        if 0 < self.steps < self.evaluate_every:
+            raise ConfigError(f"every {self.every}: the attack has only {self.inner_steps} steps")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out must lie in (0, 1), not {self.held_out}")
+
+    @property
+    def steps(self) -> int:
+        """`inner_steps`, filled in."""
+        return self.inner_steps or 0
+
+    @property
+    def evaluate_every(self) -> int:
+        """`every`, filled in."""
+        return self.every or 1
+
+
+_CHOICES = {
+    "inner_optimizer": ("adamw", "sgd"), "schedule": ("exponential", "uniform"),
+    "objective": ("entropy", "alignment"), "entropy_positions": ("response", "all"),
+}  # fmt: skip
+_ADVERSARIES = ("harmful", "switch")
+
+
+def evaluation_weights(
+    steps: int, every: int, lam: float, schedule: str = "exponential", rate: float = 0.0625
+) -> dict[int, float]:
+    """Weight of the tamper-resistance gradient after each attack step at which it is taken.
+
+    Args:
+        steps: Length K of the attack.
+        every: Evaluations come after the steps i (from 0) with (i + 1) divisible by this.
+        lam: Weight after the last step.
+        schedule: ``exponential``: lam * exp(rate * (i - (K - 1))); ``uniform``: lam / K.
+        rate: Of the exponential schedule.
+
+    Returns:
+        Step -> weight.
+    """
+    return {
+        i: lam * math.exp(rate * (i - (steps - 1))) if schedule == "exponential" else lam / steps
+        for i in range(every - 1, steps, every)
+    }
+
+
+def hidden_distance(states: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Euclidean distance of each token's hidden states from their reference, mean over depths, shape [rows, length].
+
+    Args:
+        states: One tensor of shape [rows, length, width] per depth.
+        reference: Likewise.
+    """
+    distances = []
+    for state, other in zip(states, reference, strict=True):
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        distances.append(torch.linalg.vector_norm(state.to(dtype) - other.to(dtype), dim=-1))
+    return torch.stack(distances).mean(0)
+
+
+class TAR(GradientStrategy):
+    """Adds the gradient of a tamper-resistance loss taken along simulated attacks, as if it were taken here.
+
+    Paper: Tamirisa et al., "Tamper-Resistant Safeguards for Open-Weight LLMs", ICLR 2025, algorithm 1.
+    """
+
+    Config = TARConfig
+    streams: tuple[str, ...] = ("harmful", "held_out", "retain")
+    paper = "arXiv 2408.00761"
+    config: TARConfig
+
+    def __init__(self, config: TARConfig) -> None:
+        super().__init__(config)
+        needed = {"harmful"}
+        needed |= {"held_out"} if config.objective == "entropy" else set()
+        needed |= {"retain"} if "switch" in (config.adversaries or []) else set()
+        self.streams = tuple(name for name in type(self).streams if name in needed)
+        self._reference: list[Activations] = []
+        self._states: list[Activations] = []
+
+    def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Keeps the initial model where the representation term needs it: a LoRA model's own base, else a copy."""
+        self.seed, self.base = seed, None
+        if not self.config.representation:
+            return {}
+        if not hasattr(model, "disable_adapter"):
+            self.base = copy.deepcopy(model).requires_grad_(False).eval()
+        return {"hidden_states": len(decoder_layers(model)) + 1}
+
+    def auxiliary(self, step: StepContext) -> Gradient:
+        """Attacks the model, takes the tamper-resistance gradient on the way, and restores the weights."""
+        config, parameters = self.config, step.parameters
+        weights = evaluation_weights(
+            config.steps, config.evaluate_every, config.lam or 0.0, config.schedule, config.schedule_rate
+        )  # fmt: skip
+        found = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in parameters.items()
+        }
+        for task in range(config.tasks):
+            draw = random.Random(derive(self.seed, "attack", step.update, step.micro, task))
+            held_out = step.next("held_out") if config.objective == "entropy" else None
+            with step.replay(), preserved(parameters):
+                if not config.steps:
+                    self._add(step, held_out, (config.lam or 0.0) / config.tasks, found)
+                for i in self._attack(step, draw):
+                    if i in weights:
+                        self._add(step, held_out, weights[i] / config.tasks, found)
+        step.log(tamper_gradient_norm=norm(found))
+        return found
+
+    def _attack(self, step: StepContext, draw: random.Random) -> Iterator[int]:
+        """Takes the attacker's steps one by one, in place."""
+        kind, rate = draw.choice(self.config.adversaries or []), draw.choice(self.config.inner_learning_rates or [])
+        benign = draw.betavariate(6, 3) * self.config.steps if kind == "switch" else 0
+        parameters = step.parameters
+        make: Any = torch.optim.AdamW if self.config.inner_optimizer == "adamw" else torch.optim.SGD
+        optimizer = make(parameters.values(), lr=rate)
+        for i in range(self.config.steps):
+            loss = step.ce(step.next("retain" if i < benign else "harmful"))
+            for name, g in step.grads(loss).items():
+                parameters[name].grad = g.to(parameters[name].dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+            step.log(**{f"attack_loss_{'first' if i == 0 else 'last'}": step.value(loss)})
+            yield i
+
+    def _add(self, step: StepContext, held_out: Batch | None, weight: float, found: Gradient) -> None:
+        loss = self.tamper_loss(step, held_out)
+        for name, g in step.grads(loss).items():
+            found[name] += weight * g
+        step.log(tamper_loss=step.value(loss))
+
+    def tamper_loss(self, step: StepContext, held_out: Batch | None) -> torch.Tensor:
+        """The loss that is to stay low under attack, a scalar."""
+        if held_out is None:
+            return step.ce(step.batch)
+        keep, _ = targets(held_out["labels"])
+        if self.config.entropy_positions == "all":
+            keep = torch.ones_like(keep)
+        return step.mean(negative_entropy(step.logits(held_out, keep)), int(keep.sum()))
+
+    @contextmanager
+    def around(self, step: StepContext) -> Iterator[None]:
+        """Notes the hidden states of the main pass, and those that the initial model has."""
+        if not self.config.representation:
+            yield
+            return
+        with step.replay(), torch.no_grad(), self._initial(step.model) as (model, forward):
+            with _hidden_states(model) as self._reference:
+                forward(step)
+        try:
+            with _hidden_states(step.model) as self._states:
+                yield
+        finally:
+            self._reference, self._states = [], []
+
+    @contextmanager
+    def _initial(self, model: Any) -> Iterator[tuple[nn.Module, Any]]:
+        if self.base is not None:
+            base = self.base
+            yield base, lambda step: _run(step, base)
+            return
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with model.disable_adapter():
+                yield model, lambda step: step.output(step.batch)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        """The alignment loss and the distance of the hidden states from the initial ones."""
+        if not self.config.representation:
+            return loss
+        mask = step.batch["attention_mask"]
+        distance = hidden_distance(_in_order(self._states), _in_order(self._reference))
+        drift = step.mean((distance * mask).sum(), int(mask.sum()))
+        step.log(representation_distance=step.value(drift))
+        return loss + self.config.representation * step.scale * drift
+
+
+def _run(step: StepContext, model: nn.Module) -> Any:
+    with step.autocast():
+        return model(input_ids=step.batch["input_ids"], attention_mask=step.batch["attention_mask"])
+
+
+@contextmanager
+def _hidden_states(model: nn.Module) -> Iterator[list[Activations]]:
+    """Collects embeddings, what all layers but the last put out, and the last's after the final normalisation."""
+    layers = decoder_layers(model)
+    first, last = next(iter(layers)), next(reversed(layers))
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(capture({first: layers[first]}, inputs=True)),
+            stack.enter_context(capture({name: layer for name, layer in layers.items() if name != last})),
+            stack.enter_context(capture({last: final_norm(model)})),
+        ]
+
+
+def _in_order(parts: Sequence[Activations]) -> list[torch.Tensor]:
+    return [value for part in parts for value in part.values()]
