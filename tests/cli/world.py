@@ -1,6 +1,7 @@
 """Small files of the village world, and what the tests of the command line do with them."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ FEW_STEPS = (
 """Options of the selector that train little."""
 CHEAP = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.cotrain", "0"]
 """Less still."""
+
+TWO_PROCESSES = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m pharmacist".split()]
+"""A launcher; `accelerate launch --cpu` is none, it starts a single process however many it is asked for."""
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> str:

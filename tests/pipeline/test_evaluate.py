@@ -16,6 +16,7 @@ from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
 from pharmacist.worlds.potions import BASE_MODEL, World
+from tests.cli.world import TWO_PROCESSES
 from tests.tiny import save_tiny_model
 
 
@@ -211,10 +212,9 @@ def test_two_processes_find_what_one_finds(files: dict[str, str], tmp_path: Path
     own = some(files, "prompts", "task")
     assert main(arguments(own, tmp_path / "one", "--batch-size", "4", "--quiet")) == 0
     words = arguments(own, tmp_path / "two", "--batch-size", "4", "--quiet")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--main_process_port", "0", "-m", "pharmacist", *words]
     for _ in range(2):  # the second time it is complete, on both
-        done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*TWO_PROCESSES, *words], env=environment, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
     for name in ("metrics.json", "items.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

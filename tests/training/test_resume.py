@@ -1,0 +1,107 @@
+"""A training that was interrupted ends with the weights of one that was not, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.training.checkpoint import newest_checkpoint
+from pharmacist.training.loop import Snapshots
+from pharmacist.training.strategy import StrategyState
+from tests.training.toy import Noise, Stop, options, same, setting, sft, trained
+
+
+LONG = {"dropout": 0.3, "max_steps": 8}
+
+
+class Forgetful(Noise):
+    """Saves its state and does not read it."""
+
+    def load_state(self, state: StrategyState) -> None:
+        pass
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "work/train/checkpoints").iterdir())
+
+
+# 12 rows in batches of 2 are 6 micro-batches: after 5 the last one of the epoch is left, after 6 none.
+@pytest.mark.parametrize(("stops", "accumulation"), [((3,), 1), ((5,), 1), ((6,), 1), ((1, 7), 1), ((5,), 2)])
+def test_resumed_at_an_odd_step(model: Path, tmp_path: Path, stops: tuple[int, ...], accumulation: int) -> None:
+    more = LONG | {"gradient_accumulation_steps": accumulation}
+    whole, steady = setting(options(model, tmp_path / "whole", **more)), Noise()
+    expected = trained(whole, steady)
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            trained(setting(options(model, tmp_path / "cut", **more)), Noise(), Stop(stop))
+        assert f"checkpoint-{stop}" in checkpoints(tmp_path / "cut")
+    cut, resumed = setting(options(model, tmp_path / "cut", **more)), Noise()
+    result = trained(cut, resumed)
+    assert same(whole.weights(), cut.weights())
+    assert resumed.draws == steady.draws == 8 * accumulation
+    assert (result.steps, result.tokens) == (expected.steps, expected.tokens)
+    timeless = [[{k: v for k, v in line.items() if "runtime" not in k} for line in r.log] for r in (result, expected)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 8
+
+
+def test_the_comparison_notices_a_state_that_is_not_restored(model: Path, tmp_path: Path) -> None:
+    whole, cut = (setting(options(model, tmp_path / name, **LONG)) for name in ("whole", "cut"))
+    trained(whole, Noise())
+    with pytest.raises(KeyboardInterrupt):
+        trained(setting(options(model, tmp_path / "cut", **LONG)), Noise(), Stop(3))
+    trained(cut, Forgetful())
+    assert not same(whole.weights(), cut.weights())
+
+
+def test_an_incomplete_checkpoint_is_ignored_and_removed(model: Path, tmp_path: Path) -> None:
+    whole, cut = (setting(options(model, tmp_path / name, **LONG)) for name in ("whole", "cut"))
+    trained(whole, Noise())
+    with pytest.raises(KeyboardInterrupt):
+        trained(setting(options(model, tmp_path / "cut", **LONG)), Noise(), Stop(3))
+    folder = tmp_path / "cut/work/train/checkpoints"
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-2", "checkpoint-3"]  # no more are kept
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-20")
+    (folder / "checkpoint-20/strategy.json").unlink()
+    (folder / "checkpoint-3/strategy.json").unlink()
+    assert newest_checkpoint(folder) == folder / "checkpoint-2"
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-2"]
+    trained(cut, Noise())
+    assert same(whole.weights(), cut.weights())
+
+
+def test_numbers_are_not_compared_as_text(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/strategy.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_checkpoints_come_by_the_clock(model: Path, tmp_path: Path) -> None:
+    given = options(model, tmp_path, max_steps=4)
+    given.checkpoint_seconds = 3600.0
+    with pytest.raises(KeyboardInterrupt):
+        trained(setting(given), sft(), Stop(3))
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_holds_the_adapter_alone(model: Path, tmp_path: Path) -> None:
+    own = setting(options(model, tmp_path, **LONG))
+    with pytest.raises(KeyboardInterrupt):
+        trained(own, Noise(), Stop(3))
+    folder = tmp_path / "work/train/checkpoints/checkpoint-3"
+    assert len(load_file(folder / "adapter_model.safetensors")) == len(own.weights())
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_snapshots_are_taken_at_their_steps_or_refused_before_the_first(model: Path, tmp_path: Path) -> None:
+    own, taken = setting(options(model, tmp_path / "a")), []
+    trained(own, sft(), Snapshots([3, 1, 4], taken.append))
+    assert taken == [1, 3, 4]
+    before = (other := setting(options(model, tmp_path / "b"))).weights()
+    with pytest.raises(ConfigError, match="--snapshots 5: the training has only 4 steps"):
+        trained(other, sft(), Snapshots([2, 5, 9], taken.append))
+    assert taken == [1, 3, 4]
+    assert same(before, other.weights())
