@@ -133,7 +133,7 @@ def load_model(
     try:
         AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        with _silent_library():
+        with silent_library():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=number_format, use_safetensors=True, output_loading_info=True, **options
             )
@@ -161,8 +161,8 @@ def load_model(
 
 
 @contextmanager
-def _silent_library() -> Iterator[None]:
-    """Keeps the library's own progress bar and loading report out of our output, whatever they are set to."""
+def silent_library() -> Iterator[None]:
+    """Keeps transformers' own progress bars, reports and advice out of our output, whatever they are set to."""
     enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

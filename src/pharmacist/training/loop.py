@@ -22,7 +22,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.data.templates import save_template
 from pharmacist.data.tokenize import Encoded, collate
 from pharmacist.nn.distributed import barrier
-from pharmacist.nn.models import LoadedModel
+from pharmacist.nn.models import LoadedModel, silent_library
 from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy
@@ -153,7 +153,7 @@ def train(
     if checkpoint is not None:
         load_side_state(checkpoint, strategy, streams or {})
     try:
-        with progress.shown():
+        with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ValueError as error:
         raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
@@ -244,7 +244,7 @@ def save_trained(model: Any, loaded: LoadedModel, root: Path, card: str, *, merg
             save_template(folder, loaded.template)
         written.append("adapter")
     if merge or not is_adapter:
-        with atomic_folder(root / "model") as folder:
+        with atomic_folder(root / "model") as folder, silent_library():
             whole = model.merge_and_unload() if is_adapter else model
             whole.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
