@@ -8,8 +8,10 @@ Aligns by LoRA SFT on each subset, attacks, and measures a margin.
 The clean pool is the rows labelled good; some of them are held out for their refusals, and rows labelled mislabel give
 prompts with harmful answers that neither selector, nor alignment, nor attack has seen. The margin is the mean over
 those prompts of (loss of the harmful answer - loss of a held-out refusal), in nats; higher is safer. It stands in for
-the harmful score where a model is too small to judge its text. Every step is an ordinary run of curate, align or
-attack, so the benchmark resumes. Prints a Markdown table and writes clean_pool.json.
+the harmful score where a model is too small to judge its text.
+
+The pool is ranked once; seeds vary the random subset, the alignment and the attack. Every step is an ordinary run of
+curate, align or attack, so the benchmark resumes. Prints a Markdown table and writes clean_pool.json.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from pharmacist.core.files import write_json, write_text
@@ -31,17 +34,21 @@ from pharmacist.nn.models import load_model
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.curate import CurateOptions, curate
+from pharmacist.selectors.pharmacist import both
 
 
-ARMS = {
-    "full": None,
-    "random 30 %": {"name": "random"},
-    "evidence, top 30 %": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-    "twins on references, top 30 %": {"name": "pharmacist", "form": "bilevel", "cotrain": 0.0},
-    "twins on 25 % of the pool, top 30 %": {"name": "pharmacist", "form": "bilevel", "cotrain": 0.25},
-    "evidence + twins on references, top 30 %": {"name": "pharmacist", "readers": "lexical,probe", "cotrain": 0.0},
-    "evidence + twins on 25 %, top 30 %": {"name": "pharmacist", "readers": "lexical,probe", "cotrain": 0.25},
+RANKINGS = {
+    "evidence": {"form": "evidence", "readers": "lexical,probe"},
+    "twins on references": {"form": "bilevel", "cotrain": 0.0},
+    "twins on 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
 }
+BOTH = {
+    "evidence + twins on references": "twins on references",
+    "evidence + twins on 25 % of the pool": "twins on 25 % of the pool",
+}
+"""Joined as the selector joins them, from rankings that are there already: the readers and twins would be the same."""
+ARMS = ("full", "random", *RANKINGS, *BOTH)
+FRACTION = 0.3
 ATTACK_ROWS = 360
 HELD_OUT = 60
 
@@ -67,6 +74,30 @@ def make_pool(arguments, folder):
         (row["prompt"], row["completion"], refusals[i % len(refusals)]) for i, row in enumerate(rows["mislabel"])
     ]  # fmt: skip
     return path, probes
+
+
+def rank(arguments, pool, root):
+    """Ranks the pool once per ranking; returns the file of each arm's core subset."""
+    tables, files = {}, {}
+    for name, options in RANKINGS.items():
+        if not {name, *(arm for arm, twins in BOTH.items() if name in ("evidence", twins))} & set(arguments.arms):
+            continue
+        folder = root / "rank" / name.replace(" % ", "-percent-").replace(" ", "-")
+        curate(CurateOptions(
+            pool=pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
+            model=arguments.model, selector={"name": "pharmacist", **options}, top=FRACTION, output_dir=str(folder),
+        ))  # fmt: skip
+        files[name], tables[name] = str(folder / "selected.jsonl"), pd.read_parquet(folder / "scores.parquet")
+    rows = list(read_records(open_source(pool), work_dir=root / "pool-rows").dataset)
+    for arm, twins in BOTH.items():
+        if arm in arguments.arms:
+            evidence = tables["evidence"]
+            score = both(
+                evidence["score"].to_numpy(), tables[twins]["contrast"].to_numpy(), evidence["reason"].to_numpy(str)
+            )  # fmt: skip
+            chosen = np.sort(np.argsort(-score, kind="stable")[: round(FRACTION * len(rows))])
+            files[arm] = write_rows(root / f"{twins.replace(' % ', '-percent-')}.jsonl", [rows[i] for i in chosen])
+    return files
 
 
 @torch.inference_mode()
@@ -106,19 +137,17 @@ def main():
     root = arguments.output_dir
     pool, probes = make_pool(arguments, root)
     found = {arm: {"aligned": [], "attacked": [], "seconds": []} for arm in arguments.arms}
+    subsets = rank(arguments, pool, root)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        for number, arm in enumerate(ARMS):
-            if arm not in arguments.arms:
-                continue
-            place, data = root / f"seed{seed}" / f"{number}", pool
-            if ARMS[arm] is not None:
-                references = {name: getattr(arguments, name) for name in ("safe", "harmful", "utility")}
-                given = references if ARMS[arm]["name"] == "pharmacist" else {}
+        for arm in arguments.arms:
+            place, data = root / f"seed{seed}" / arm.replace(" % ", "-percent-").replace(" ", "-"), pool
+            if arm == "random":
                 curate(CurateOptions(
-                    pool=pool, model=arguments.model, selector=dict(ARMS[arm]), top=0.3, seed=seed,
-                    output_dir=str(place / "rank"), **given,
+                    pool=pool, selector={"name": "random"}, top=FRACTION, seed=seed, output_dir=str(place / "rank")
                 ))  # fmt: skip
                 data = str(place / "rank" / "selected.jsonl")
+            elif arm != "full":
+                data = subsets[arm]
             aligned = align(AlignOptions(
                 data=data, model=arguments.model, seed=seed, on_long_prompt="cut", output_dir=str(place / "aligned"),
                 train={"num_train_epochs": arguments.epochs, "per_device_train_batch_size": 16, "learning_rate": 1e-3},
