@@ -118,7 +118,10 @@ class RepNoise(GradientStrategy):
             step.logits(harmful, torch.zeros_like(mask))  # the model's own head is one of the depths below
             depths = [*embedded.values(), *(hidden[name] for name in self.layers)]
             surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
-            noise, distance = self.noise(step, [features[name] for name in self.mlps], mask, having)
+            noise, distance = self.noise(
+                # OPT's feed-forward layers see all tokens in one row.
+                step, [features[name].view(*mask.shape, -1) for name in self.mlps], mask, having
+            )  # fmt: skip
             grads = step.grads(surrogate + noise)
         step.log(
             harmful_loss=losses[-1], harmful_loss_of_all_depths=losses.mean(), ascent=ascent_loss(losses),
