@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.attack import AttackOptions, attack
     from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
     from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+    from pharmacist.pipeline.repair import RepairOptions, repair
 
 __version__ = version("pharmacist")
 
@@ -21,6 +22,7 @@ _EXPORTS = {
     "AttackOptions": "attack", "attack": "attack",
     "CurateOptions": "curate", "Ranking": "curate", "curate": "curate", "rank": "curate",
     "EvaluateOptions": "evaluate", "evaluate": "evaluate",
+    "RepairOptions": "repair", "repair": "repair",
 }  # fmt: skip
 
 __all__ = [
@@ -29,12 +31,14 @@ __all__ = [
     "CurateOptions",
     "EvaluateOptions",
     "Ranking",
+    "RepairOptions",
     "__version__",
     "align",
     "attack",
     "curate",
     "evaluate",
     "rank",
+    "repair",
 ]
 
 

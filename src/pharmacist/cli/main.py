@@ -50,6 +50,11 @@ COMMANDS = {
         "pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
         "--samples 1000 --output-dir runs/attacked",
     ),
+    "repair": Command(
+        "pharmacist.pipeline.repair", "RepairOptions", "repair",
+        "take safety lost in fine-tuning back, without training",
+        "pharmacist repair --model runs/attacked --aligned runs/aligned --method safe-lora --output-dir runs/repaired",
+    ),
     "evaluate": Command(
         "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate",
         "harmful score, fine-tune accuracy, over-refusal, with intervals",

@@ -174,9 +174,10 @@ def silent_library() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def has_adapter(name: str) -> bool:
-    """Whether a model is a local adapter on some base, rather than whole weights."""
-    return Path(name).is_dir() and _adapter_folder(Path(name)) is not None
+def base_of(name: str) -> str | None:
+    """What a local adapter rests on; None where a model is whole weights or a hub id."""
+    adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
+    return None if adapter is None else _base_of(adapter)
 
 
 def _adapter_folder(folder: Path) -> Path | None:

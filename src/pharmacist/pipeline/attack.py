@@ -131,12 +131,12 @@ def attack(options: AttackOptions) -> AttackResult:
 def _open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
     """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
     from pharmacist.data.formats import open_source
-    from pharmacist.nn.models import has_adapter
+    from pharmacist.nn.models import base_of
 
     defense = options.defense["name"]
     if "finetune" not in strategy.stages:
         raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
-    if options.adapter == "continue" and not has_adapter(options.model):
+    if options.adapter == "continue" and base_of(options.model) is None:
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
     needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.streams else {}

@@ -1,0 +1,308 @@
+"""The stage `repair`: take safety back that a user's fine-tuning has cost, without training."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.rundir import RunDir, RunOptions
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.formats import Source
+    from pharmacist.nn.lowrank import Factors
+    from pharmacist.nn.models import LoadedModel
+    from pharmacist.repairs.base import Change, Form, References, Repair, Side
+
+STAGE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class RepairOptions(RunOptions):
+    """Take safety back that a user's fine-tuning has cost, without training."""
+
+    model: str
+    """The fine-tuned model: the folder of an `attack`, an adapter, whole weights or a hub id."""
+    aligned: str | None = None
+    """The model that the fine-tuning started from."""
+    base: str | None = None
+    """What the aligned model was made from; not needed where that is an adapter, which knows its base."""
+    method: dict[str, Any] = method("safe-lora", "pharmacist.repairs:REPAIRS")
+    """How the model is repaired."""
+    harmful: str | None = None
+    """The defender's harmful rows, for antidote. A preference file gives its rejected side."""
+    safe: str | None = None
+    """The defender's safe rows, for nlsr."""
+    form: Literal["auto", "adapter", "weights"] = "auto"
+    """What is repaired: the factors of the fine-tuned adapter, or whole weights with all adapters merged; auto is the
+    adapter where the fine-tuned model is one."""
+    merge: bool = False
+    """Also write model/: the whole model with the repaired adapter merged into it."""
+    columns: str | None = None
+    """Other column names, as prompt=question,completion=answer."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """skip: leave unreadable rows out, and count them."""
+    on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
+    """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
+    max_length: int = 0
+    """Longest row in tokens; 0 means the model's own limit."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 0:
+            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
+
+
+@dataclass
+class RepairResult:
+    """A repaired model.
+
+    Attributes:
+        folder: With ``adapter/`` or ``model/`` and ``repair.json``; every command takes it as ``--model``.
+        metrics: Of the manifest: tensors and entries changed, norms.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def repair(options: RepairOptions) -> RepairResult:
+    """Repairs a model and writes adapter (or model), ``repair.json``, card and manifest into the output folder.
+
+    Raises:
+        PharmacistError: Bad options or input, models that do not belong together, or nothing to repair.
+    """
+    from pharmacist.core.progress import console
+    from pharmacist.data.formats import open_source
+    from pharmacist.nn.distributed import from_main
+    from pharmacist.nn.models import model_fingerprint
+    from pharmacist.repairs import REPAIRS
+
+    chosen = REPAIRS.build_from(options.method)
+    _check_given(chosen, options)
+    rows = sorted({"harmful", "safe"} & chosen.needs)
+    sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in rows}
+    prints = {
+        name: model_fingerprint(place)
+        for name in ("model", "aligned", "base")
+        if (place := getattr(options, name)) is not None
+    }
+    form, continued = _relation(options, prints)
+    chosen.check(form, continued=continued)
+    identity = replace(options, method={"name": options.method["name"], **vars(chosen.config)})
+    run = RunDir.open(
+        identity, stage="repair", version=STAGE_VERSION,
+        inputs={name: source.fingerprint() for name, source in sources.items()} | prints,
+    )  # fmt: skip
+    try:
+        if from_main(run.complete):
+            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
+        else:
+            _repair(sources, chosen, form, continued, options, run)
+        return RepairResult(run.root, run.manifest.metrics)
+    except PharmacistError:
+        run.discard()
+        raise
+    finally:
+        run.close()
+
+
+def _check_given(chosen: "Repair", options: RepairOptions) -> None:
+    from pharmacist.nn.models import base_of
+
+    name = options.method["name"]
+    for needed in sorted(chosen.needs - {"base"}):
+        if getattr(options, needed) is None:
+            raise ConfigError(f"--method {name} needs --{needed} {'MODEL' if needed == 'aligned' else 'FILE'}")
+    if "base" in chosen.needs and options.base is None and base_of(str(options.aligned)) is None:
+        raise ConfigError(f"--method {name}: {options.aligned} is no adapter that knows its base; give --base MODEL")
+
+
+def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form, bool]":
+    """What is repaired, and whether the fine-tuned adapter began as the aligned one.
+
+    Raises:
+        CompatibilityError: The adapter rests on another model than the aligned one.
+    """
+    from pharmacist.nn.models import base_of, model_fingerprint
+
+    base = base_of(options.model)
+    if options.form == "weights" or (options.form == "auto" and base is None):
+        return "weights", False
+    if base is None:
+        raise ConfigError(f"--form adapter: {options.model} holds no adapter; use --form weights")
+    if options.aligned is None:
+        return "adapter", False
+    rests_on, below = model_fingerprint(base), base_of(options.aligned)
+    if rests_on == prints["aligned"]:
+        return "adapter", False
+    if below is not None and rests_on == model_fingerprint(below):
+        return "adapter", True
+    raise CompatibilityError(
+        f"--model: its adapter rests on {base}, which is neither --aligned {options.aligned} nor what that rests on"
+    )
+
+
+def _repair(
+    sources: "Mapping[str, Source]", chosen: "Repair", form: "Form", continued: bool, options: RepairOptions,
+    run: RunDir,
+) -> None:  # fmt: skip
+    from pharmacist.core.env import rank
+    from pharmacist.core.files import write_json
+    from pharmacist.data.templates import save_template
+    from pharmacist.nn.models import load_model
+    from pharmacist.repairs.base import Side, apply
+    from pharmacist.training.card import model_card
+    from pharmacist.training.loop import save_trained
+
+    name = options.method["name"]
+    with run.phase("load"):
+        loaded = load_model(
+            options.model, device=options.device, dtype=options.dtype, template=options.template,
+            trust_remote_code=options.trust_remote_code, merge=form == "weights",
+        )  # fmt: skip
+        tuned = Side(loaded.model.eval(), form)
+        references = _references(sources, chosen, tuned, continued, loaded, options, run)
+    with run.phase("repair"):
+        plan = chosen.plan(tuned, references)
+        changes = apply(tuned, plan)
+    metrics = _metrics(changes)
+    if rank() == 0:
+        adapter_only = form == "adapter" and not options.merge
+        card = model_card(
+            title=f"{Path(options.model).name} repaired with {name}",
+            what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
+                 "fine-tuning has cost.",
+            base_model=options.model, tags=[name, "safety-repair"], adapter=adapter_only,
+            facts={"aligned model": options.aligned or "not used",
+                   "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
+                   "entries changed": f"{100 * metrics['share_changed']:.2f} %", "seed": options.seed},
+            settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
+            intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
+        )  # fmt: skip
+        folders = save_trained(loaded.model, loaded, run.root, card, merge=options.merge)
+        save_template(run.root, loaded.template)
+        write_json(run.path("repair.json"), {
+            "method": name, "form": form, "continued": continued, "findings": plan.findings,
+            "changes": [asdict(change) for change in changes],
+        })  # fmt: skip
+        run.path("README.md").write_text(card, encoding="utf-8")
+        run.finish(
+            outputs=[*folders, "repair.json", "README.md"], metrics=metrics, device=str(loaded.device),
+            extra={"form": form, "template": loaded.template.to_json()},
+        )  # fmt: skip
+        _show(changes, metrics, name, run.root)
+
+
+def _references(
+    sources: "Mapping[str, Source]", chosen: "Repair", tuned: "Side", continued: bool, loaded: "LoadedModel",
+    options: RepairOptions, run: RunDir,
+) -> "References":  # fmt: skip
+    """Loads what the method reads besides the model.
+
+    Raises:
+        CompatibilityError: The aligned model or its base has other layers or shapes.
+    """
+    from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.tokenize import encode
+    from pharmacist.repairs.base import References
+
+    references = References(continued=continued, device=loaded.device, seed=options.seed)
+    if "aligned" in chosen.needs:
+        references.aligned, references.update = _aligned(tuned, loaded, options)
+    for name, source in sources.items():
+        records = read_records(
+            source, work_dir=run.work("data", name), columns=parse_columns(options.columns),
+            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+        )  # fmt: skip
+        encoded = encode(
+            records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
+            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"{name}-ids"),
+        )  # fmt: skip
+        setattr(references, name, encoded)
+    return references
+
+
+def _aligned(tuned: "Side", loaded: "LoadedModel", options: RepairOptions) -> "tuple[Side, dict[str, Factors]]":
+    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
+    from pharmacist.nn.lowrank import adapter_factors, factorise
+    from pharmacist.nn.models import base_of, load_model
+    from pharmacist.repairs.base import Side, linear_weights
+
+    assert options.aligned is not None
+    place: dict[str, Any] = {
+        "device": options.device, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code,
+    }  # fmt: skip
+    update: dict[str, Factors]
+    is_adapter = base_of(options.aligned) is not None and options.base is None
+    model: Any = load_model(options.aligned, merge=not is_adapter, **place).model
+    if is_adapter:
+        update = {
+            name: replace(own, A=own.A.detach().clone(), B=own.B.detach().clone())
+            for name, own in adapter_factors(model).items()
+        }
+        if tuned.form == "weights":
+            model = model.merge_and_unload()
+        side = Side(model.eval(), tuned.form)
+    else:
+        assert options.base is not None
+        base, side = load_model(options.base, **place).model, Side(model.eval(), "weights")
+        below = linear_weights(base)
+        _check_shapes("--base", below, side.tensors())
+        update = {name: factorise(weight, below[name]) for name, weight in side.tensors().items()}
+    if tuned.form == "weights":
+        _check_shapes("--aligned", side.tensors(), tuned.tensors())
+    return side, update
+
+
+def _check_shapes(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name, tensor in ours.items():
+        if name not in theirs:
+            raise CompatibilityError(f"{what}: has no layer {name}, which --model has; give the model it came from")
+        if theirs[name].shape != tensor.shape:
+            shapes = f"{tuple(theirs[name].shape)} and not {tuple(tensor.shape)}"
+            raise CompatibilityError(f"{what}: {name} has the shape {shapes}; give the model it came from")
+
+
+def _metrics(changes: "list[Change]") -> dict[str, Any]:
+    entries, changed = sum(c.entries for c in changes), sum(c.changed for c in changes)
+    return {
+        "tensors": len(changes), "tensors_changed": sum(bool(c.changed) for c in changes), "entries": entries,
+        "entries_changed": changed, "share_changed": changed / entries,
+        "norm_before": sum(c.norm_before**2 for c in changes) ** 0.5,
+        "norm_after": sum(c.norm_after**2 for c in changes) ** 0.5,
+    }  # fmt: skip
+
+
+def _show(changes: "list[Change]", metrics: Mapping[str, Any], name: str, root: Path) -> None:
+    """Prints what was touched, summed over the layers."""
+    from rich.table import Table
+
+    from pharmacist.core.progress import console
+
+    groups: dict[str, list[Change]] = {}
+    for change in changes:
+        parts = change.tensor.split(".")
+        groups.setdefault(".".join(parts[-2:] if parts[-1].startswith("lora_") else parts[-1:]), []).append(change)
+    table = Table(title=f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed")
+    table.add_column("tensors")
+    for column in ("changed", "entries", "norm before", "norm after"):
+        table.add_column(column, justify="right")
+    for group, members in groups.items():
+        own = _metrics(members)
+        table.add_row(
+            group, f"{own['tensors_changed']} of {own['tensors']}", f"{100 * own['share_changed']:.1f} %",
+            f"{own['norm_before']:.4g}", f"{own['norm_after']:.4g}",
+        )  # fmt: skip
+    out = console()
+    out.print(table)
+    out.print(
+        f"repaired: {root}\nnext: pharmacist evaluate --model {root} --prompts PROMPTS --output-dir DIR",
+        soft_wrap=True,
+    )

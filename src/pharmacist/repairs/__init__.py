@@ -1,0 +1,17 @@
+"""Repairs of a model after a user's fine-tuning. A new one is one file and one line in `REPAIRS`."""
+
+from pharmacist.core.registry import Registry
+from pharmacist.repairs.base import Repair
+
+
+REPAIRS: Registry[Repair] = Registry(
+    "repair",
+    {
+        "antidote": "pharmacist.repairs.antidote:Antidote",
+        "nlsr": "pharmacist.repairs.nlsr:NLSR",
+        "safe-lora": "pharmacist.repairs.safe_lora:SafeLora",
+    },
+    group="pharmacist.repairs",
+)
+
+__all__ = ["REPAIRS", "Repair"]

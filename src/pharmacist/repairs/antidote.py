@@ -1,0 +1,78 @@
+"""Antidote: prune the weights that harmful rows use most."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.repairs.base import Plan, References, Repair, Side, each_input
+
+
+@dataclass
+class AntidoteConfig:
+    """Options of Antidote."""
+
+    alpha: float = 0.1
+    """Share of the entries of each row that is pruned, in (0, 1]."""
+    compat: Literal["none", "reference"] = "none"
+    """reference: rounds the number of pruned entries as the published code does, up to one more."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha must lie in (0, 1], not {self.alpha}: pruning nothing would be no repair")
+
+
+def scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Wanda's score |W_ij| * |x_j|, shape [out, in].
+
+    Args:
+        weight: Shape [out, in].
+        squares: Sum of squares per input over all tokens, shape [in].
+    """
+    return weight.detach().double().abs() * squares.double().sqrt()
+
+
+def bad_mask(score: torch.Tensor, alpha: float, compat: str = "none") -> torch.Tensor:
+    """The entries of the largest scores in each row, ``round(alpha * in)`` of them, bool of the same shape.
+
+    Masks are nested in `alpha`; of equal scores the first columns go first.
+    """
+    width = score.shape[1]
+    count = width - int(width * (1 - alpha)) if compat == "reference" else int(alpha * width + 0.5)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, order[:, :count], True)
+
+
+class Antidote(Repair):
+    """Sets the entries with the largest Wanda scores on harmful rows to 0, in every row of every matrix.
+
+    Of an adapter both factors are pruned, never the weights below it; at alpha 1 that leaves the aligned model. It
+    depends on the factorisation, not on the product alone.
+
+    Paper: Huang et al., "Antidote: Post-fine-tuning Safety Alignment for Large Language Models against Harmful
+    Fine-tuning Attack", ICML 2025.
+    """
+
+    Config = AntidoteConfig
+    needs = frozenset({"harmful"})
+    paper = "arXiv 2408.09600"
+    config: AntidoteConfig
+
+    def plan(self, tuned: Side, references: References) -> Plan:
+        """One forward pass over the harmful rows, and a sort per matrix."""
+        assert references.harmful is not None
+        squares: dict[str, torch.Tensor] = {}
+
+        def see(name: str, inputs: torch.Tensor) -> None:
+            found = inputs.double().square().sum(0)
+            squares[name] = squares[name] + found if name in squares else found
+
+        each_input(tuned, references.harmful, see, device=references.device, completion_only=False)
+        new, findings = {}, []
+        for name, weight in tuned.tensors().items():
+            mask = bad_mask(scores(weight, squares[name]), self.config.alpha, self.config.compat)
+            new[name] = weight.detach().masked_fill(mask, 0)
+            findings.append({"tensor": name, "pruned": int((mask & (weight != 0)).sum())})
+        return Plan(new, findings)

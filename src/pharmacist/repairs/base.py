@@ -1,0 +1,224 @@
+"""What every repair is: a plan, computed without touching the model, and its application."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pharmacist.core.errors import NoMatchError
+from pharmacist.nn.batching import Sequences, make_batch
+from pharmacist.nn.locate import linear_names
+from pharmacist.nn.lowrank import Factors, adapter_factors, adapter_layers
+
+
+Form = Literal["adapter", "weights"]
+Tensors = dict[str, torch.Tensor]
+
+
+def linear_weights(model: nn.Module) -> Tensors:
+    """Weights of all linear layers but the output head, by name, as [out, in] views of the parameters."""
+    modules = dict(model.named_modules())
+    return {
+        name: modules[name].weight.T if isinstance(modules[name], Conv1D) else modules[name].weight
+        for name in linear_names(model)
+    }  # fmt: skip
+
+
+@dataclass
+class Side:
+    """One of the models that a repair looks at.
+
+    Attributes:
+        model: In evaluation mode.
+        form: ``adapter``: a PEFT model, only its factors count. ``weights``: its linear layers count.
+    """
+
+    model: nn.Module
+    form: Form
+
+    def factors(self) -> dict[str, Factors]:
+        """Factors by module, in the form adapter."""
+        return adapter_factors(self.model)
+
+    def tensors(self) -> Tensors:
+        """What may be changed: views of the parameters, shape [out, in] each.
+
+        Of an adapter ``MODULE.lora_A`` and ``MODULE.lora_B``, else ``MODULE``.
+        """
+        if self.form == "weights":
+            return linear_weights(self.model)
+        found: Tensors = {}
+        for name, own in self.factors().items():
+            found |= {f"{name}.lora_A": own.A, f"{name}.lora_B": own.B}
+        return found
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The module of each of `tensors`, by the same name; its input is what the tensor is multiplied with."""
+        if self.form == "weights":
+            modules = dict(self.model.named_modules())
+            return {name: modules[name] for name in linear_names(self.model)}
+        found: dict[str, nn.Module] = {}
+        for name, (a, b) in adapter_layers(self.model).items():
+            found |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        return found
+
+
+@dataclass
+class References:
+    """What a repair may read besides the model.
+
+    Attributes:
+        aligned: The model before the fine-tuning, in the same form (an adapter of its own where `continued`).
+        update: What alignment has added to the base, by module.
+        harmful: Tokenised harmful rows of the defender.
+        safe: Tokenised safe rows of the defender.
+        continued: The fine-tuned adapter began as the aligned one, on the same base.
+        device: Where the models are.
+        seed: Of random draws.
+    """
+
+    aligned: Side | None = None
+    update: Mapping[str, Factors] | None = None
+    harmful: Sequences | None = None
+    safe: Sequences | None = None
+    continued: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+
+
+@dataclass
+class Plan:
+    """New values of tensors, and what was found on the way.
+
+    Attributes:
+        tensors: By name, as in `Side.tensors`.
+        findings: One dict per module or tensor (JSON): its name and figures of the method's own.
+    """
+
+    tensors: Tensors
+    findings: list[dict[str, Any]]
+
+
+@dataclass
+class Change:
+    """What became of a tensor: entries in all and changed, Frobenius norm before and after."""
+
+    tensor: str
+    entries: int
+    changed: int
+    norm_before: float
+    norm_after: float
+
+
+class Repair(ABC):
+    """Takes safety lost in fine-tuning back, without training.
+
+    Attributes:
+        Config: Dataclass of its options.
+        needs: Of ``aligned``, ``base``, ``harmful`` and ``safe``, what must be given.
+        paper: Source.
+    """
+
+    Config: ClassVar[type[Any]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check(self, form: Form, *, continued: bool) -> None:
+        """Refuses what it cannot repair, before any model is loaded.
+
+        Args:
+            form: Of the fine-tuned model.
+            continued: Its adapter rests on the aligned model's base, not on the aligned model.
+
+        Raises:
+            CompatibilityError: It cannot.
+        """
+        del form, continued
+
+    @abstractmethod
+    def plan(self, tuned: Side, references: References) -> Plan:
+        """Finds the new values; changes nothing.
+
+        Raises:
+            PharmacistError: The references do not fit.
+        """
+
+
+@torch.no_grad()
+def apply(tuned: Side, plan: Plan) -> list[Change]:
+    """Writes the new values.
+
+    Raises:
+        NoMatchError: Not a single entry changes. A repair that does nothing is never passed off as one.
+    """
+    tensors, changes = tuned.tensors(), []
+    for name, value in plan.tensors.items():
+        tensor = tensors[name]
+        value = value.to(tensor.dtype).to(tensor.device)
+        if not torch.isfinite(value).all():
+            raise NoMatchError(f"{name}: the repaired values are not finite; the models cannot be repaired like this")
+        changed = int((value != tensor).sum())
+        before, after = float(tensor.float().norm()), float(value.float().norm())
+        changes.append(Change(name, tensor.numel(), changed, before, after))
+    if not any(change.changed for change in changes):
+        raise NoMatchError("the repair would not change a single weight; look at its options and at the models given")
+    for name, value in plan.tensors.items():
+        tensors[name].copy_(value)
+    return changes
+
+
+@torch.no_grad()
+def each_input(
+    side: Side, rows: Sequences, see: Callable[[str, torch.Tensor], None], *, device: torch.device,
+    completion_only: bool, rows_per_batch: int = 16,
+) -> None:  # fmt: skip
+    """Shows what every tensor of a model is multiplied with on some rows, by one ordinary forward pass.
+
+    Args:
+        side: The model.
+        rows: Tokenised rows.
+        see: Called with a tensor's name and inputs of shape [tokens, in], padding left out.
+        device: Where the model is.
+        completion_only: Only positions of the completions.
+        rows_per_batch: Rows per forward pass.
+
+    Raises:
+        NoMatchError: A module was not run.
+    """
+    modules = side.modules()
+    seen: set[str] = set()
+    keep = torch.empty(0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: Sequence[torch.Tensor]) -> None:
+            seen.add(name)
+            see(name, args[0][keep])
+
+        return read
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    mode = side.model.training
+    side.model.eval()
+    try:
+        for start in range(0, len(rows.lengths), rows_per_batch):
+            batch = make_batch(rows, range(start, min(start + rows_per_batch, len(rows.lengths))), device)
+            mask = batch.attention_mask
+            keep = mask.bool()
+            if completion_only:
+                position = torch.arange(mask.shape[1], device=device)[None, :]
+                keep = keep & (position >= batch.prompt_lengths[:, None])
+            side.model(input_ids=batch.input_ids, attention_mask=mask)
+    finally:
+        side.model.train(mode)
+        for handle in handles:
+            handle.remove()
+    missed = modules.keys() - seen
+    if missed:
+        raise NoMatchError(f"{min(missed)}: did not run in the forward pass")

@@ -1,0 +1,244 @@
+"""NLSR: give the neurons that safety sits in their values of a safe reference back."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.seeding import derive
+from pharmacist.nn.lowrank import Factors, cosine
+from pharmacist.repairs.base import Form, Plan, References, Repair, Side, Tensors, each_input
+
+
+_SHARED = 0.5
+"""Least cosine between the factors of two adapters of which one was trained from the other."""
+
+
+@dataclass
+class NLSRConfig:
+    """Options of NLSR."""
+
+    beta: float = 0.9
+    """Amplification of the reference: its update is multiplied by 1 + beta."""
+    rank_share: float = 0.8
+    """Share of the rank of each matrix that its low-rank approximation keeps."""
+    region: float = 0.2
+    """Share of the entries that make up the safety region."""
+    prune_rate: float = 0.5
+    """Mean probability that a module's safety region is given back."""
+    epsilon: float = 0.2
+    """Spread of that probability around its mean: highest for the module least similar to the reference."""
+    compat: Literal["none", "reference"] = "none"
+    """reference: the published ranking, by which the most similar module is the likeliest, and the published
+    amplification, which multiplies the update by 4 * beta^2."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank_share", "region"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], not {getattr(self, name)}")
+        for name in ("beta", "epsilon"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 < self.prune_rate <= 1:
+            raise ConfigError(f"prune_rate must lie in (0, 1], not {self.prune_rate}")
+
+
+def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_outputs: bool = False) -> torch.Tensor:
+    """The directions in which a matrix's outputs vary most, shape [out, q], orthonormal.
+
+    They are the top eigenvectors of ``W G W^T``; with more outputs than inputs by way of W = Q R, so that nothing is
+    ever [out, out].
+
+    Args:
+        weight: Shape [out, in].
+        gram: ``sum x x^T`` over the inputs, shape [in, in].
+        share: q = share * min(out, in), at least 1.
+        of_outputs: `gram` is that of the outputs already, shape [out, out].
+    """
+    out, width = weight.shape
+    keep = max(1, int(share * min(out, width) + 1e-9))
+    basis, small = torch.linalg.qr(weight) if out > width and not of_outputs else (None, weight)
+    varying = gram if of_outputs else small @ gram @ small.T
+    vectors: torch.Tensor = torch.linalg.eigh(varying).eigenvectors[:, -keep:]
+    return vectors if basis is None else basis @ vectors
+
+
+def safety_region(weight: torch.Tensor, basis: torch.Tensor, region: float) -> torch.Tensor:
+    """The largest entries of a matrix's projection onto some output directions, bool of its shape.
+
+    Exactly ``round(region * entries)`` of them; of equal ones the first.
+
+    Args:
+        weight: Shape [out, in].
+        basis: From `output_basis`, shape [out, q].
+        region: Share of the entries.
+    """
+    size = (basis @ (basis.T @ weight)).abs().flatten()
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.argsort(descending=True, stable=True)[: max(1, int(region * len(size) + 0.5))]] = True
+    return mask.view_as(weight)
+
+
+def probabilities(
+    similarities: Sequence[float], prune_rate: float, epsilon: float, *, inverted: bool = False
+) -> list[float]:  # fmt: skip
+    """Probability per module, linear in its rank from ``prune_rate + epsilon`` for the least similar down to
+    ``prune_rate - epsilon``, clipped to [0, 1]; modules without a similarity rank as least similar.
+
+    Args:
+        similarities: Cosine per module.
+        prune_rate: The mean.
+        epsilon: Half of the range.
+        inverted: As published: highest for the most similar one.
+    """
+    n = len(similarities)
+    if n == 1:
+        return [min(max(prune_rate, 0.0), 1.0)]
+    order = sorted(range(n), key=lambda i: -math.inf if math.isnan(similarities[i]) else similarities[i])
+    found = [0.0] * n
+    for rank, position in enumerate(reversed(order) if inverted else order):
+        found[position] = min(max(prune_rate + epsilon * (1 - 2 * rank / (n - 1)), 0.0), 1.0)
+    return found
+
+
+class NLSR(Repair):
+    """Amplifies the aligned model, finds its safety region, and copies that region into modules that moved away.
+
+    Entries of factors mean something only in a common basis: the fine-tuned adapter must have been continued from the
+    aligned one. For others there is ``--form weights``, which does the same with whole weights.
+
+    Paper: Yi et al., "NLSR: Neuron-Level Safety Realignment of Large Language Models Against Harmful Fine-Tuning",
+    AAAI 2025. One pass through the unchanged reference finds all regions; theirs projects layer after layer.
+    """
+
+    Config = NLSRConfig
+    needs = frozenset({"aligned", "base", "safe"})
+    paper = "arXiv 2412.12497"
+    config: NLSRConfig
+
+    def check(self, form: Form, *, continued: bool) -> None:
+        """Factors need a common basis."""
+        if form == "adapter" and not continued:
+            raise CompatibilityError(
+                "--method nlsr: the fine-tuned adapter was not continued from the aligned one, so their entries have "
+                "no common meaning; give --form weights, or fine-tune with --adapter continue"
+            )
+
+    def plan(self, tuned: Side, references: References) -> Plan:
+        """Regions from one pass over the safe rows, similarities, a draw per module."""
+        assert references.aligned is not None and references.safe is not None and references.update is not None
+        aligned, config = references.aligned, self.config
+        if tuned.form == "adapter":
+            _check_common_basis(tuned.factors(), aligned.factors())
+        reference = self._amplified(aligned, references)
+        masks = self._regions(aligned, reference, references)
+        own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
+        names, similarities = self._similarities(tuned, aligned, own, reference, masks, references)
+        chances = probabilities(
+            similarities, config.prune_rate, config.epsilon, inverted=config.compat == "reference"
+        )  # fmt: skip
+        drawn = np.random.default_rng(derive(references.seed, "nlsr")).random(len(names)) < chances
+        new = {}
+        for name in (name for name, picked in zip(names, drawn, strict=True) if picked):
+            for tensor in (f"{name}.lora_A", f"{name}.lora_B") if tuned.form == "adapter" else (name,):
+                new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
+        findings = [
+            {"module": name, "similarity": None if math.isnan(value) else round(value, 6),
+             "probability": round(chance, 6), "replaced": bool(picked)}
+            for name, value, chance, picked in zip(names, similarities, chances, drawn, strict=True)
+        ]  # fmt: skip
+        return Plan(new, findings)
+
+    def _amplified(self, aligned: Side, references: References) -> Tensors:
+        """The aligned model's tensors with its update from the base multiplied by 1 + beta."""
+        published = self.config.compat == "reference"
+        factor = 4 * self.config.beta**2 if published else 1 + self.config.beta
+        found = {name: tensor.detach().double() for name, tensor in aligned.tensors().items()}
+        if aligned.form == "adapter":
+            # As published both factors grow; here one of them does, so that entries of the other stay comparable.
+            each = {"A": math.sqrt(factor), "B": math.sqrt(factor)} if published else {"A": 1.0, "B": factor}
+            return {name: each[name[-1]] * tensor for name, tensor in found.items()}
+        assert references.update is not None
+        for name in found:
+            if name in references.update:
+                found[name] = found[name] + (factor - 1) * references.update[name].double().dense()
+        return found
+
+    def _regions(self, aligned: Side, reference: Tensors, references: References) -> Tensors:
+        """Safety regions of the reference, on the completions of the safe rows."""
+        assert references.safe is not None
+        grams: dict[str, torch.Tensor] = {}
+
+        def by_outputs(name: str) -> bool:
+            # Of a factor with few outputs the Gram matrix of these: [r, r] instead of [in, in].
+            return aligned.form == "adapter" and name.endswith(".lora_A")
+
+        def see(name: str, inputs: torch.Tensor) -> None:
+            rows = inputs.double() @ reference[name].T if by_outputs(name) else inputs.double()
+            gram = rows.T @ rows
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        tensors = aligned.tensors()
+        saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            try:
+                for name, tensor in tensors.items():
+                    tensor.copy_(reference[name])
+                each_input(aligned, references.safe, see, device=references.device, completion_only=True)
+            finally:
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved[name])
+        share, region = self.config.rank_share, self.config.region
+        return {
+            name: safety_region(weight, output_basis(weight, grams[name], share, of_outputs=by_outputs(name)), region)
+            for name, weight in reference.items()
+        }
+
+    def _similarities(
+        self, tuned: Side, aligned: Side, own: Mapping[str, torch.Tensor], reference: Tensors, masks: Tensors,
+        references: References,
+    ) -> tuple[list[str], list[float]]:  # fmt: skip
+        """Cosine per module between what the fine-tuned and the reference model have in the safety region."""
+        names, values = [], []
+        if tuned.form == "adapter":
+            for name in aligned.factors():
+                a, b = f"{name}.lora_A", f"{name}.lora_B"
+                names.append(name)
+                values.append(float(cosine(
+                    Factors(own[a] * masks[a], own[b] * masks[b]),
+                    Factors(reference[a] * masks[a], reference[b] * masks[b]),
+                )))  # fmt: skip
+            return names, values
+        assert references.update is not None
+        weights = {name: tensor.detach().double() for name, tensor in aligned.tensors().items()}
+        for name, value in own.items():
+            if name not in references.update:
+                continue
+            base = weights[name] - references.update[name].double().dense()
+            mine, theirs = ((tensor - base)[masks[name]] for tensor in (value, reference[name]))
+            names.append(name)
+            values.append(float(mine @ theirs / (mine.norm() * theirs.norm())))
+        return names, values
+
+
+def _check_common_basis(tuned: Mapping[str, Factors], aligned: Mapping[str, Factors]) -> None:
+    """Refuses two adapters of which one was not trained from the other, or whose shapes differ."""
+    if {name: (f.A.shape, f.B.shape) for name, f in tuned.items()} != {
+        name: (f.A.shape, f.B.shape) for name, f in aligned.items()
+    }:
+        raise CompatibilityError("--aligned: its adapter has other modules or another rank than that of --model")
+    cosines = []
+    for name, own in tuned.items():
+        ours, theirs = (factors.A.detach().double().flatten() for factors in (own, aligned[name]))
+        cosines.append(functional.cosine_similarity(ours, theirs, dim=0))
+    mean = float(torch.stack(cosines).mean())
+    if not mean > _SHARED:
+        raise CompatibilityError(
+            f"--aligned: the two adapters have no common basis (mean cosine of their factors A: {mean:.2f}); give the "
+            "adapter that the fine-tuning started from, or --form weights"
+        )

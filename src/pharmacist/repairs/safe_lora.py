@@ -1,0 +1,139 @@
+"""Safe LoRA: project a user's update onto the subspace in which alignment has moved the model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
+from pharmacist.nn.lowrank import Factors, column_basis, inner, norm
+from pharmacist.repairs.base import Form, Plan, References, Repair, Side
+
+
+Kind = Literal["orthogonal", "paper", "trace"]
+
+
+@dataclass
+class SafeLoraConfig:
+    """Options of Safe LoRA."""
+
+    select: Literal["threshold", "number"] = "threshold"
+    """Which modules are projected: those at or below the threshold, or a number of the most dissimilar ones."""
+    threshold: float = 0.5
+    """Cosine between an update and its projection at or below which it is projected."""
+    number: int = 10
+    """How many modules are projected under number."""
+    projector: Literal["orthogonal", "paper", "trace"] = "orthogonal"
+    """orthogonal: onto the column space of the alignment update V; of no use where that is the whole space, as after
+    full tuning. paper: V V^T / |V|, which also rescales by the size of V. trace: V V^T / |V|^2, which only shrinks."""
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ConfigError(f"number must be at least 1, not {self.number}")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold must lie in [0, 1], not {self.threshold}")
+
+
+def project(update: Factors, columns: torch.Tensor, kind: Kind = "orthogonal") -> torch.Tensor:
+    """``C X``, without forming the [out, out] matrix C.
+
+    Args:
+        update: V, what alignment has added to a weight, not 0.
+        columns: X, shape [out, any].
+        kind: ``orthogonal``: C = U U^T, U a basis of the column space of V. ``paper``: V V^T / |V|. ``trace``:
+            V V^T / |V|^2.
+    """
+    if kind == "orthogonal":
+        basis = column_basis(update)
+        return basis @ (basis.T @ columns)
+    size, left = norm(update), update.scale * update.B
+    moved = left @ ((update.A @ update.A.T) @ (left.T @ columns))
+    return moved / (size if kind == "paper" else size**2)
+
+
+def similarity(own: Factors, projected: Factors) -> float:
+    """Cosine of an update and its projection, in [0, 1]; NaN where one of them is 0."""
+    size = float(norm(own) * norm(projected))
+    return min(max(float(inner(own, projected)) / size, 0.0), 1.0) if size > 0 else math.nan
+
+
+def chosen(cosines: Sequence[float], config: SafeLoraConfig) -> list[int]:
+    """Positions of the modules that are projected; those without a cosine never are, ties go to the first."""
+    known = [position for position, value in enumerate(cosines) if not math.isnan(value)]
+    if config.select == "number":
+        return sorted(sorted(known, key=lambda position: cosines[position])[: config.number])
+    return [position for position in known if cosines[position] <= config.threshold]
+
+
+class SafeLora(Repair):
+    """Where a user's update points away from the alignment update's column space, only its part in there is kept.
+
+    Needs no data. It looks at products alone, so the factorisation does not matter.
+
+    Paper: Hsu et al., "Safe LoRA: The Silver Lining of Reducing Safety Risks when Finetuning Large Language Models",
+    NeurIPS 2024. Their matrix V V^T / |V| is no projector (`projector paper`).
+    """
+
+    Config = SafeLoraConfig
+    needs = frozenset({"aligned", "base"})
+    paper = "arXiv 2405.16833"
+    config: SafeLoraConfig
+
+    def check(self, form: Form, *, continued: bool) -> None:
+        """The user's update must stand apart from the alignment's."""
+        if form == "adapter" and continued:
+            raise CompatibilityError(
+                "--method safe-lora: the fine-tuned adapter holds alignment and user's update in one; give --form "
+                "weights, or a fine-tuning with an adapter of its own on the aligned model"
+            )
+
+    def plan(self, tuned: Side, references: References) -> Plan:
+        """Cosines of all modules, then the projection of the chosen ones."""
+        assert references.update is not None
+        updates = self._user_updates(tuned, references)
+        names = [name for name in updates if name in references.update]
+        if not names:
+            raise NoMatchError("alignment and fine-tuning have no module in common, so there is nothing to project")
+        projected, cosines = [], []
+        for name in names:
+            own, alignment = updates[name], references.update[name].double()
+            if not float(norm(alignment)):
+                projected.append(own)
+                cosines.append(math.nan)
+                continue
+            moved = replace(own, B=project(alignment, own.B, self.config.projector))
+            projected.append(moved)
+            cosines.append(similarity(own, moved))
+        picked = chosen(cosines, self.config)
+        if not picked:
+            known = [value for value in cosines if not math.isnan(value)]
+            least = f"the lowest cosine is {min(known):.3f}" if known else "no update is other than 0"
+            raise NoMatchError(f"safe-lora would project no module ({least}); raise --method.threshold")
+        new = {}
+        for position in picked:
+            name, moved = names[position], projected[position]
+            if tuned.form == "adapter":
+                new[f"{name}.lora_B"] = moved.B
+            else:
+                assert references.aligned is not None
+                new[name] = references.aligned.tensors()[name].detach().double() + moved.dense()
+        findings = [
+            {"module": name, "cosine": None if math.isnan(cosine) else round(cosine, 6),
+             "projected": position in picked, "update_norm": float(norm(updates[name])),
+             "kept_norm": float(norm(projected[position] if position in picked else updates[name]))}
+            for position, (name, cosine) in enumerate(zip(names, cosines, strict=True))
+        ]  # fmt: skip
+        return Plan(new, findings)
+
+    def _user_updates(self, tuned: Side, references: References) -> dict[str, Factors]:
+        if tuned.form == "adapter":
+            return {name: own.double() for name, own in tuned.factors().items()}
+        assert references.aligned is not None
+        aligned = references.aligned.tensors()
+        found = {}
+        for name, weight in tuned.tensors().items():
+            difference = weight.detach().double() - aligned[name].detach().double()
+            found[name] = Factors(torch.eye(weight.shape[1], dtype=torch.float64).to(difference.device), difference)
+        return found

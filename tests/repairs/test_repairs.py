@@ -1,0 +1,553 @@
+"""The mathematics of the repairs, in float64: factored form against dense, gauge tests, exact counts."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
+from pharmacist.nn.lowrank import Factors, adapter_factors, column_basis, cosine, factorise, inner, norm
+from pharmacist.repairs import REPAIRS, base
+from pharmacist.repairs.antidote import bad_mask, scores
+from pharmacist.repairs.base import Change, Plan, References, Side, each_input, linear_weights
+from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
+from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
+from tests.defenses import toy
+from tests.tiny import TinyDecoder, random_token_rows
+
+
+R = 2
+WIDTH = 8
+ROWS = random_token_rows(6, toy.VOCABULARY, seed=4, longest=5)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factors(out=WIDTH, width=6, r=R, seed=0, scale=0.5):
+    return Factors(random(r, width, seed=seed), random(out, r, seed=seed + 100), scale)
+
+
+def regauged(f, seed=7):
+    """The same product by other factors."""
+    turn = random(f.A.shape[0], f.A.shape[0], seed=seed)
+    return Factors(turn @ f.A, f.B @ torch.linalg.inv(turn), f.scale)
+
+
+def peft_model(r=R, seed=0, zero=False):
+    """A float64 decoder, with biases, under a LoRA adapter on attention and feed-forward layers."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=r, lora_alpha=3 * r, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.1)
+    net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
+    model = get_peft_model(nn.Module.double(_Wrapped(net)), config, autocast_adapter_dtype=False).double().eval()
+    if not zero:
+        with torch.no_grad():
+            for number, own in enumerate(adapter_factors(model).values()):
+                own.A.copy_(random(*own.A.shape, seed=seed + number))
+                own.B.copy_(random(*own.B.shape, seed=seed + 50 + number) * 0.2)
+    return model
+
+
+class _Wrapped(nn.Module):
+    """PEFT asks a model for a configuration that can be read like a dictionary."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.config = {"model_type": "tiny"}
+
+    def forward(self, **batch):
+        return self.net(**batch)
+
+
+def build(name, **options):
+    return REPAIRS.build(name, options)
+
+
+# --- factors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [R, WIDTH])
+def test_factored_algebra_equals_dense(r):
+    a, b = factors(r=r), factors(r=r + 1, seed=3, scale=2.0)
+    assert float(inner(a, b)) == pytest.approx(float((a.dense() * b.dense()).sum()))
+    assert float(norm(a)) == pytest.approx(float(a.dense().norm()))
+    expected = float(nn.functional.cosine_similarity(a.dense().flatten(), b.dense().flatten(), dim=0))
+    assert float(cosine(a, b)) == pytest.approx(expected)
+    assert float(cosine(a, Factors(a.A, a.B, 9.0))) == pytest.approx(1.0)
+
+
+def test_factored_algebra_does_not_see_the_factorisation():
+    a, b = factors(), factors(seed=3)
+    assert float(cosine(regauged(a), b)) == pytest.approx(float(cosine(a, b)), rel=1e-9)
+    assert float(norm(regauged(a))) == pytest.approx(float(norm(a)), rel=1e-9)
+    assert not torch.allclose(regauged(a).A, a.A)
+
+
+@pytest.mark.parametrize("out", [WIDTH, R])
+def test_column_basis_spans_the_product(out):
+    f = factors(out=out)
+    basis = column_basis(f)
+    assert basis.shape == (out, R)
+    assert torch.allclose(basis.T @ basis, torch.eye(R, dtype=torch.float64))
+    assert torch.allclose(basis @ (basis.T @ f.dense()), f.dense())
+    redundant = Factors(torch.cat([f.A, f.A]), torch.cat([f.B, f.B], 1))
+    assert column_basis(redundant).shape == (out, R)
+
+
+def test_a_difference_of_rounded_weights_has_the_rank_of_the_update():
+    weight, f = random(WIDTH, 6, seed=9), factors()
+    after, before = (weight + f.dense()).float(), weight.float()
+    found = factorise(after, before)
+    assert found.A.shape[0] == R and torch.allclose(found.dense(), f.dense(), atol=1e-6)
+    assert torch.linalg.matrix_rank((after - before).double()) > R
+    assert factorise(before, before).A.shape[0] == 0
+
+
+def test_factors_of_a_model_are_told_apart_by_name():
+    """r == d_out of the first layer: shapes alone would take B for A."""
+    model = peft_model(r=WIDTH)
+    found = adapter_factors(model)
+    assert len(found) == 6 and all(".lora" not in name and name.startswith("net.layers.") for name in found)
+    before = model(input_ids=torch.arange(1, 5)[None]).logits
+    for name, own in found.items():
+        layer = dict(model.base_model.model.named_modules())[name]
+        assert own.A.shape == (WIDTH, layer.base_layer.in_features)
+        assert own.scale == 3.0
+        layer.base_layer.weight.data += own.dense()
+        own.B.data.zero_()
+    assert torch.allclose(model(input_ids=torch.arange(1, 5)[None]).logits, before)
+    with pytest.raises(NoMatchError):
+        adapter_factors(TinyDecoder(5))
+
+
+# --- frame ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_repair_that_changes_nothing_is_refused():
+    side = Side(peft_model(), "adapter")
+    name, tensor = next(iter(side.tensors().items()))
+    with pytest.raises(NoMatchError, match="would not change a single weight"):
+        base.apply(side, Plan({name: tensor.detach().clone()}, []))
+    with pytest.raises(NoMatchError):
+        base.apply(side, Plan({}, []))
+    with pytest.raises(NoMatchError, match="not finite"):
+        base.apply(side, Plan({name: tensor.detach() * torch.nan}, []))
+    new = tensor.detach().clone()
+    new[0, 0] += 1
+    assert base.apply(side, Plan({name: new}, [])) == [
+        Change(name, tensor.numel(), 1, pytest.approx(float((new - 0).norm()), rel=1), float(new.float().norm()))
+    ]
+    assert torch.equal(side.tensors()[name], new)
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_inputs_are_seen_without_padding(completion_only):
+    """All rows in one batch, or each by itself: the same sums."""
+    side = Side(peft_model(), "adapter")
+    sums = []
+    for size in (1, 6):
+        squares = {}
+
+        def see(name, inputs, squares=squares):
+            squares[name] = squares.get(name, 0) + inputs.square().sum(0)
+
+        each_input(
+            side, ROWS, see, device=torch.device("cpu"), completion_only=completion_only, rows_per_batch=size
+        )  # fmt: skip
+        sums.append(squares)
+    assert len(sums[0]) == 12
+    assert all(torch.allclose(sums[0][name], sums[1][name], rtol=1e-10) for name in sums[0])
+    assert toy.hooks(side.model) == 0
+
+
+def test_hooks_and_mode_come_back_when_a_pass_fails():
+    side = Side(peft_model(), "adapter")
+    side.model.train()
+
+    def see(name, inputs):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        each_input(side, ROWS, see, device=torch.device("cpu"), completion_only=False)
+    assert toy.hooks(side.model) == 0 and side.model.training
+
+
+def test_a_module_that_does_not_run_is_named():
+    unused = get_peft_model(_Unused(), LoraConfig(r=1, target_modules=["used", "unused"]))
+    with pytest.raises(NoMatchError, match="unused"):
+        each_input(
+            Side(unused, "adapter"), ROWS, lambda *_: None, device=torch.device("cpu"), completion_only=False
+        )  # fmt: skip
+
+
+class _Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = {"model_type": "tiny"}
+        self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, input_ids, attention_mask):
+        return self.used(torch.ones(*input_ids.shape, 3))
+
+
+# --- Antidote ------------------------------------------------------------------------------------------------------
+
+
+def antidote(alpha, seed=0, model=None, **more):
+    side = Side(model or peft_model(seed=seed), "adapter")
+    return side, build("antidote", alpha=alpha, **more).plan(side, References(harmful=ROWS))
+
+
+@pytest.mark.parametrize(
+    ("width", "alpha", "count"), [(10, 0.9, 9), (10, 0.29, 3), (7, 0.5, 4), (8, 0.1, 1), (5, 1, 5)]
+)
+def test_exactly_k_entries_of_each_row_are_its_largest(width, alpha, count):
+    score = random(4, width).abs()
+    mask = bad_mask(score, alpha)
+    assert mask.sum(1).tolist() == [count] * 4
+    for row, pruned in zip(score, mask, strict=True):
+        assert count == width or float(row[pruned].min()) > float(row[~pruned].max())
+
+
+def test_the_published_count_is_one_more_at_times():
+    assert bad_mask(random(1, 10).abs(), 0.9, "reference").sum() == 10  # int(10 * 0.0999...) are kept
+    assert bad_mask(random(1, 10).abs(), 0.9).sum() == 9
+
+
+def test_masks_are_nested_in_alpha_and_ties_go_to_the_first():
+    score = random(5, 9).abs()
+    masks = [bad_mask(score, alpha) for alpha in (0.1, 0.3, 0.5, 1.0)]
+    assert all((a <= b).all() for a, b in itertools.pairwise(masks))
+    assert bad_mask(torch.zeros(1, 4, dtype=torch.float64), 0.5).tolist() == [[True, True, False, False]]
+
+
+def test_scores_depend_on_the_column_norms_alone():
+    weight, x = random(3, 4), random(20, 4, seed=2)
+    squares = x.square().sum(0)
+    score = scores(weight, squares)
+    assert float(score[1, 2]) == pytest.approx(abs(float(weight[1, 2])) * float(x[:, 2].norm()))
+    mask = bad_mask(score, 0.5)
+    assert torch.equal(bad_mask(scores(weight, (3 * x).square().sum(0)), 0.5), mask)
+    assert torch.equal(bad_mask(scores(weight, x[torch.randperm(20)].square().sum(0)), 0.5), mask)
+    louder = x * torch.tensor([1e6, 1, 1, 1], dtype=torch.float64)
+    assert bad_mask(scores(weight, louder.square().sum(0)), 0.25)[:, 0].all()
+
+
+def test_antidote_prunes_factors_and_nothing_else():
+    side, plan = antidote(0.5)
+    model = side.model
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+    before = {name: tensor.detach().clone() for name, tensor in side.tensors().items()}
+    base.apply(side, plan)
+    for name, tensor in side.tensors().items():
+        assert (tensor == 0).sum(1).tolist() == [round(0.5 * tensor.shape[1])] * len(tensor)
+        assert ((tensor == 0) | (tensor == before[name])).all()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora" not in n)
+    with pytest.raises(NoMatchError):
+        base.apply(side, plan)  # idempotent: a second time nothing changes
+
+
+def test_antidote_with_alpha_1_gives_the_aligned_model():
+    side, plan = antidote(1.0)
+    base.apply(side, plan)
+    ids = torch.arange(1, 6)[None]
+    with side.model.disable_adapter():
+        expected = side.model(input_ids=ids).logits
+    assert torch.equal(side.model(input_ids=ids).logits, expected)
+
+
+def test_antidote_of_a_fresh_adapter_and_of_nothing():
+    with pytest.raises(ConfigError, match="pruning nothing would be no repair"):
+        build("antidote", alpha=0.0)
+    side, plan = antidote(0.5, model=peft_model(r=1, zero=True))
+    # B is zero: only A has entries to prune.
+    changes = {change.tensor: change.changed for change in base.apply(side, plan)}
+    assert all(bool(count) == name.endswith("A") for name, count in changes.items())
+
+
+def test_antidote_on_whole_weights():
+    net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
+    side = Side(net, "weights")
+    head, biases = net.lm_head.weight.clone(), [p.clone() for n, p in net.named_parameters() if n.endswith("bias")]
+    base.apply(side, build("antidote", alpha=0.25).plan(side, References(harmful=ROWS)))
+    assert all((w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in linear_weights(net).values())
+    assert torch.equal(net.lm_head.weight, head)
+    assert all(torch.equal(a, p) for a, (n, p) in zip(
+        biases, ((n, p) for n, p in net.named_parameters() if n.endswith("bias")), strict=True
+    ))  # fmt: skip
+
+
+def test_antidote_does_depend_on_the_factorisation():
+    """The negative control of the gauge tests: entries of factors have no meaning of their own."""
+    dense = []
+    for turn in (False, True):
+        model = peft_model()
+        if turn:
+            for own in adapter_factors(model).values():
+                other = regauged(own)
+                own.A.data.copy_(other.A)
+                own.B.data.copy_(other.B)
+        side, plan = antidote(0.5, model=model)
+        base.apply(side, plan)
+        dense.append([own.dense().detach() for own in adapter_factors(model).values()])
+    assert any(not torch.allclose(a, b) for a, b in zip(*dense, strict=True))
+
+
+# --- Safe LoRA -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "paper", "trace"])
+def test_factored_projection_equals_dense(kind):
+    v, x = factors(seed=5), random(WIDTH, 3, seed=6)
+    dense = v.dense()
+    size = float(dense.norm())
+    u = torch.linalg.svd(dense).U[:, :R]
+    c = {"orthogonal": u @ u.T, "paper": dense @ dense.T / size, "trace": dense @ dense.T / size**2}[kind]
+    assert torch.allclose(project(v, x, kind), c @ x)
+    assert torch.allclose(project(factorise(dense, torch.zeros_like(dense)), x, kind), c @ x)
+    assert torch.allclose(project(Factors(v.A, v.B, -v.scale), x, kind), c @ x)
+    assert torch.allclose(project(regauged(v), x, kind), c @ x)
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+    matrix = project(v, eye, kind)
+    assert torch.allclose(matrix, matrix.T) and torch.linalg.matrix_rank(matrix) == R
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-12
+
+
+def test_only_the_orthogonal_projection_is_one():
+    v, x = factors(seed=5), random(WIDTH, 3, seed=6)
+    for kind, idempotent in (("orthogonal", True), ("paper", False), ("trace", False)):
+        once = project(v, x, kind)
+        assert torch.allclose(project(v, once, kind), once) == idempotent
+    triple = Factors(v.A, v.B, 3 * v.scale)
+    assert torch.allclose(project(triple, x, "paper"), 3 * project(v, x, "paper"))
+    assert torch.allclose(project(triple, x, "trace"), project(v, x, "trace"))
+
+
+def test_similarity_is_the_cosine_of_update_and_projection():
+    for seed, kind in itertools.product(range(5), ("orthogonal", "paper", "trace")):
+        v, own = factors(seed=seed), factors(seed=seed + 20)
+        moved = Factors(own.A, project(v, own.B, kind), own.scale)
+        value = similarity(own, moved)
+        a, b = own.dense().flatten(), moved.dense().flatten()
+        assert value == pytest.approx(float(a @ b / (a.norm() * b.norm()))) and 0 <= value <= 1
+        if kind == "orthogonal":
+            assert value == pytest.approx(float(norm(moved) / norm(own)))
+        again = regauged(own, seed)
+        other = similarity(again, Factors(again.A, project(regauged(v, 3), again.B, kind), own.scale))
+        assert other == pytest.approx(value, rel=1e-7)
+
+
+def test_kantorovich_bounds_the_published_cosine():
+    v, own = random(WIDTH, WIDTH, seed=2), factors()
+    values = torch.linalg.eigvalsh(v @ v.T)
+    low, high = float(values[0]), float(values[-1])
+    full = factorise(v, torch.zeros_like(v))
+    cos = similarity(own, Factors(own.A, project(full, own.B, "paper"), own.scale))
+    assert cos >= 2 * math.sqrt(low * high) / (low + high) - 1e-12
+
+
+def test_an_orthogonal_alignment_update_keeps_everything():
+    q = torch.linalg.qr(random(WIDTH, WIDTH, seed=2)).Q
+    q, own = factorise(q, torch.zeros_like(q)), factors()
+    assert torch.allclose(project(q, own.B, "paper"), own.B / math.sqrt(WIDTH))
+    assert similarity(own, Factors(own.A, project(q, own.B), own.scale)) == pytest.approx(1.0)
+
+
+def test_which_modules_are_projected():
+    cosines = [0.3, math.nan, 0.1, 0.3, 0.9]
+    pick = lambda **options: chosen(cosines, SafeLoraConfig(**options))  # noqa: E731
+    assert pick(threshold=0.3) == [0, 2, 3] and pick(threshold=0.29) == [2] and pick(threshold=1.0) == [0, 2, 3, 4]
+    assert [pick(select="number", number=k) for k in (1, 2, 3, 9)] == [[2], [0, 2], [0, 2, 3], [0, 2, 3, 4]]
+    with pytest.raises(ConfigError):
+        pick(number=0)
+
+
+def safe_lora(tuned, update, form="adapter", aligned=None, **options):
+    return build("safe-lora", **options).plan(Side(tuned, form), References(update=update, aligned=aligned))
+
+
+@pytest.mark.parametrize("r", [R, WIDTH])
+def test_safe_lora_moves_updates_into_the_alignment_space(r):
+    tuned, update = peft_model(r=r), {}
+    for number, (name, own) in enumerate(adapter_factors(tuned).items()):
+        update[name] = factors(own.B.shape[0], own.A.shape[1], seed=number + 30)
+    before = {name: own.dense().detach() for name, own in adapter_factors(tuned).items()}
+    side = Side(tuned, "adapter")
+    plan = safe_lora(tuned, update, threshold=1.0)
+    assert torch.equal(next(iter(adapter_factors(tuned).values())).dense(), next(iter(before.values())))  # only a plan
+    base.apply(side, plan)
+    for (name, own), finding in zip(adapter_factors(tuned).items(), plan.findings, strict=True):
+        basis = column_basis(update[name])
+        assert torch.allclose(own.dense(), basis @ basis.T @ before[name])
+        assert finding["cosine"] == pytest.approx(float(own.dense().detach().norm() / before[name].norm()), abs=1e-6)
+    with pytest.raises(NoMatchError):  # the projector is one: nothing is left to do but rounding
+        safe_lora(tuned, update, threshold=0.5)
+
+
+def test_safe_lora_on_whole_weights_is_the_same():
+    tuned, update = peft_model(), {}
+    for number, (name, own) in enumerate(adapter_factors(tuned).items()):
+        update[name] = factors(own.B.shape[0], own.A.shape[1], seed=number + 30)
+    plain = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
+    aligned = Side(_Wrapped(plain), "weights")
+    aligned.model.get_output_embeddings = lambda: plain.lm_head
+    base.apply(Side(peft := peft_model(), "adapter"), safe_lora(peft, update, threshold=0.5))
+    expected = peft.merge_and_unload()
+    merged = tuned.merge_and_unload()
+    merged.get_output_embeddings = lambda: merged.net.lm_head
+    base.apply(Side(merged, "weights"), safe_lora(merged, update, "weights", aligned, threshold=0.5))
+    for name, weight in linear_weights(merged).items():
+        assert torch.allclose(weight, dict(expected.named_modules())[name].weight), name
+
+
+def test_safe_lora_leaves_modules_without_an_update_alone():
+    tuned = peft_model()
+    empty = {n: Factors(torch.zeros_like(f.A), f.B.detach()) for n, f in adapter_factors(tuned).items()}
+    with pytest.raises(NoMatchError, match="would project no module"):
+        safe_lora(tuned, empty, threshold=1.0)
+    with pytest.raises(NoMatchError, match="no module in common"):
+        safe_lora(tuned, {"elsewhere": factors()})
+    with pytest.raises(CompatibilityError, match="--form weights"):
+        build("safe-lora").check("adapter", continued=True)
+
+
+# --- NLSR ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("out", "width"), [(5, 9), (9, 5), (6, 6)])
+def test_the_basis_gives_the_best_low_rank_outputs(out, width):
+    weight, x = random(out, width), random(40, width, seed=3)
+    basis = output_basis(weight, x.T @ x, 0.6)
+    q = int(0.6 * min(out, width) + 1e-9)
+    assert basis.shape == (out, q)
+    projector = basis @ basis.T
+    assert torch.allclose(projector @ projector, projector)
+    outputs = x @ weight.T
+    tail = torch.linalg.svdvals(outputs)[q:].square().sum().sqrt()
+    assert float((outputs - x @ (projector @ weight).T).norm()) == pytest.approx(float(tail))
+    whole = output_basis(weight, x.T @ x, 1.0)
+    assert torch.allclose(whole @ (whole.T @ weight), weight)
+    by_outputs = output_basis(weight, outputs.T @ outputs, 0.6, of_outputs=True)
+    assert torch.allclose(by_outputs @ by_outputs.T, projector)
+
+
+@pytest.mark.parametrize("region", [0.2, 0.29, 0.5, 1.0])
+def test_the_region_has_exactly_its_share_of_largest_entries(region):
+    weight, x = random(6, 7), random(40, 7, seed=3)
+    basis = output_basis(weight, x.T @ x, 0.5)
+    mask = safety_region(weight, basis, region)
+    size = (basis @ basis.T @ weight).abs()
+    assert int(mask.sum()) == round(region * 42)
+    assert region == 1 or float(size[mask].min()) > float(size[~mask].max())
+
+
+def test_the_least_similar_module_is_the_likeliest():
+    values = [0.9, 0.1, 0.5, math.nan]
+    found = probabilities(values, 0.5, 0.2)
+    assert found == pytest.approx([0.3, 0.5 + 0.2 / 3, 0.5 - 0.2 / 3, 0.7])
+    assert sum(found) / 4 == pytest.approx(0.5)
+    assert probabilities(values[:3], 0.5, 0.2, inverted=True) == pytest.approx([0.7, 0.3, 0.5])
+    assert probabilities([0.2], 0.5, 0.2) == [0.5] and max(probabilities(values, 0.9, 0.3)) == 1.0
+
+
+def nlsr_sides(r=R, drift=0.1):
+    """An aligned adapter, and one that was continued from it."""
+    aligned, tuned = peft_model(r=r), peft_model(r=r)
+    with torch.no_grad():
+        for number, own in enumerate(adapter_factors(tuned).values()):
+            own.A.add_(drift * random(*own.A.shape, seed=number + 200))
+            own.B.add_(drift * random(*own.B.shape, seed=number + 300))
+    return Side(tuned, "adapter"), Side(aligned, "adapter")
+
+
+def nlsr(tuned, aligned, seed=0, **options):
+    references = References(
+        aligned=aligned, update=adapter_factors(aligned.model), safe=ROWS, continued=True, seed=seed
+    )
+    return build("nlsr", **options).plan(tuned, references)
+
+
+@pytest.mark.parametrize("r", [R, WIDTH])
+def test_nlsr_with_everything_gives_the_reference(r):
+    tuned, aligned = nlsr_sides(r)
+    before = {name: tensor.detach().clone() for name, tensor in aligned.tensors().items()}
+    plan = nlsr(tuned, aligned, prune_rate=1.0, epsilon=0.0, region=1.0, beta=0.9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in aligned.tensors().items())
+    base.apply(tuned, plan)
+    for name, own in adapter_factors(tuned.model).items():
+        assert torch.allclose(own.dense(), 1.9 * adapter_factors(aligned.model)[name].dense())
+    with pytest.raises(NoMatchError):
+        base.apply(tuned, plan)
+
+
+def test_nlsr_replaces_the_region_and_nothing_else():
+    tuned, aligned = nlsr_sides()
+    before = {name: tensor.detach().clone() for name, tensor in tuned.tensors().items()}
+    plan = nlsr(tuned, aligned, beta=0.0, region=0.25, prune_rate=0.5)
+    replaced = {finding["module"] for finding in plan.findings if finding["replaced"]}
+    assert 0 < len(replaced) < 6
+    base.apply(tuned, plan)
+    reference = aligned.tensors()
+    for name, tensor in tuned.tensors().items():
+        if name.rpartition(".")[0] in replaced:
+            changed = tensor != before[name]
+            assert int(changed.sum()) == round(0.25 * tensor.numel())
+            assert torch.equal(tensor[changed], reference[name][changed].detach())
+        else:
+            assert torch.equal(tensor, before[name])
+
+
+def test_nlsr_repeats_and_other_seeds_draw_otherwise():
+    tuned, aligned = nlsr_sides()
+    draws = [[f["replaced"] for f in nlsr(tuned, aligned, seed=seed).findings] for seed in (0, 0, 1, 2, 3)]
+    assert draws[0] == draws[1] and any(draw != draws[0] for draw in draws[2:])
+
+
+def test_nlsr_similarities_are_those_of_dense_masked_products():
+    tuned, aligned = nlsr_sides()
+    plan = nlsr(tuned, aligned, region=1.0, beta=0.4)
+    for finding in plan.findings:
+        a, b = (adapter_factors(side.model)[finding["module"]].dense().detach().flatten() for side in (tuned, aligned))
+        assert finding["similarity"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
+
+
+def test_the_published_amplification_is_another():
+    tuned, aligned = nlsr_sides()
+    more = {"prune_rate": 1.0, "epsilon": 0.0, "region": 1.0, "beta": 0.9}
+    base.apply(tuned, nlsr(tuned, aligned, compat="reference", **more))
+    for name, own in adapter_factors(tuned.model).items():
+        assert torch.allclose(own.dense(), 3.24 * adapter_factors(aligned.model)[name].dense())
+
+
+def test_nlsr_needs_a_common_basis():
+    tuned, _ = nlsr_sides()
+    with pytest.raises(CompatibilityError, match="no common basis"):
+        nlsr(tuned, Side(peft_model(seed=900), "adapter"))
+    with pytest.raises(CompatibilityError, match="another rank"):
+        nlsr(tuned, Side(peft_model(r=3), "adapter"))
+    with pytest.raises(CompatibilityError, match="--adapter continue"):
+        build("nlsr").check("adapter", continued=False)
+
+
+def test_nlsr_on_whole_weights():
+    start = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
+    nets = [TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1) for _ in range(2)]
+    for seed, net in enumerate(nets):
+        for number, weight in enumerate(linear_weights(net).values()):
+            weight.data += 0.1 * random(*weight.shape, seed=10 * number + seed)
+    aligned, tuned = (Side(net, "weights") for net in nets)
+    update = {name: factorise(w, linear_weights(start)[name]) for name, w in aligned.tensors().items()}
+    references = References(aligned=aligned, update=update, safe=ROWS)
+    before = {name: tensor.detach().clone() for name, tensor in tuned.tensors().items()}
+    plan = build("nlsr", prune_rate=1.0, epsilon=0.0, region=0.25, beta=0.5).plan(tuned, references)
+    base.apply(tuned, plan)
+    for name, tensor in tuned.tensors().items():
+        changed = tensor != before[name]
+        assert int(changed.sum()) == round(0.25 * tensor.numel())
+        reference = aligned.tensors()[name] + 0.5 * update[name].dense()
+        assert torch.allclose(tensor[changed], reference[changed])
