@@ -19,7 +19,7 @@ def fitted(name: str, **options: object) -> Judge:
     return judge
 
 
-@pytest.fixture(scope="module", params=JUDGES.names())
+@pytest.fixture(scope="module", params=["keyword", "probe"])
 def judge(request: pytest.FixtureRequest) -> Judge:
     return fitted(request.param)
 

@@ -216,6 +216,7 @@ BAD = {
     "a prompt beyond the length": (["--max-length", "4"], [TINY], "the prompt alone fills all 4 tokens"),
     "negative length": (["--max-length", "-1"], [TINY], "--max-length -1"),
     "unknown defense": (["--defense", "vacine"], [TINY], "unknown defense 'vacine'"),
+    "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not for alignment but for"),
     "unknown option of a defense": (["--defense.rho", "2"], [TINY], "unknown option '--defense.rho'"),
     "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "has no module named spoon"),
     "no rank": (["--lora.r", "0"], [TINY], "lora.r must be at least 1"),
@@ -245,17 +246,6 @@ def test_bad_input_gets_one_line_and_leaves_the_folder_free(
     assert line.startswith("pharmacist align: error: ") and message in line
     good = write_rows(tmp_path / "good.jsonl", [TINY])
     assert main(words(good, tmp_path / "out", *FEW, "--quiet")) == 0
-
-
-def test_a_defense_of_another_stage_is_refused(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    from pharmacist.defenses.alignment.sft import SFT
-
-    monkeypatch.setattr(SFT, "stages", frozenset({"finetune"}))
-    assert main(words(data, tmp_path / "out", "--quiet")) == 2
-    assert "--defense sft: is not for alignment but for `attack`" in one_line(capsys)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(

@@ -258,6 +258,6 @@ def test_another_runs_folder_is_left_alone(
     prompts = some(files, "prompts")
     assert main(arguments(prompts, tmp_path / "out", "--quiet")) == 0
     before = (tmp_path / "out/metrics.json").read_bytes()
-    assert main(arguments(prompts, tmp_path / "out", "--quiet", "--judge.window", "30")) == 2
-    assert "other judge" in capsys.readouterr().err
+    assert main(arguments(prompts, tmp_path / "out", "--quiet", "--max-new-tokens", "8")) == 2
+    assert "other max_new_tokens" in capsys.readouterr().err
     assert (tmp_path / "out/metrics.json").read_bytes() == before

@@ -144,9 +144,10 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             required = default is dataclasses.MISSING
+            several = {"nargs": field.metadata["nargs"]} if "nargs" in field.metadata else {}
             parser.add_argument(
-                flag(field.name), type=hints[field.name], help=doc, required=required,
-                default=None if required else default,
+                flag(field.name), type=str if several else hints[field.name], help=doc, required=required,
+                default=None if required else default, **several,
             )  # fmt: skip
             known[field.name] = hints[field.name]
         if own is not None:
@@ -235,7 +236,8 @@ def _normalised(
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             # Underscores are accepted for hyphens, so that YAML keys and Python names work as options too.
-            field = name[2:].replace("-", "_") if "." not in name else name[2:]
+            head, dot, rest = name[2:].partition(".")
+            field = head.replace("-", "_") + dot + rest
             following = value if equals else "".join(arguments[position + 1 : position + 2])
             if field == "config":
                 if not following:
@@ -248,7 +250,7 @@ def _normalised(
             elif dataclasses.is_dataclass(hints.get(field)):
                 first = dataclasses.fields(hints[field])[0].name
                 raise ConfigError(f"{name} has options of its own, such as {name}.{first}")
-            name = flag(field)
+            name = f"--{field}" if field.partition(".")[0] in methods else flag(field)
         words.append(f"{name}{equals}{value}")
     return words, path, named
 
@@ -271,8 +273,13 @@ def _config_words(parser: _Parser, config: Mapping[str, Any], path: str, prefix:
             words.append(flag(name if value else "no_" + name))
         elif isinstance(value, str):
             # Numbers such as 5e-4, which YAML takes for text, are left to the parser, which knows the type.
-            words.append(f"{flag(name)}={value}")
+            words.append(f"{_word(parser, name)}={value}")
         elif value is not None:  # null: not given
             text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
-            words.append(f"{flag(name)}={text.removesuffix('...' + chr(10)).strip()}")
+            words.append(f"{_word(parser, name)}={text.removesuffix('...' + chr(10)).strip()}")
     return words
+
+
+def _word(parser: _Parser, name: str) -> str:
+    # A method's options go by its field's own name, as jsonargparse makes them.
+    return f"--{name}" if f"{name.partition('.')[0]}.name" in parser.hints else flag(name)

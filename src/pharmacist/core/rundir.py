@@ -55,7 +55,7 @@ class RunDir:
     @classmethod
     def open(
         cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str],
-        late: frozenset[str] = frozenset(),
+        late: frozenset[str] = frozenset(), late_inputs: frozenset[str] = frozenset(), reopen: bool = False,
     ) -> "RunDir":  # fmt: skip
         """Takes possession of the output folder.
 
@@ -65,6 +65,9 @@ class RunDir:
             version: Raised by hand whenever the stage's results change, so that old folders are not taken for new.
             inputs: Fingerprint per input.
             late: Options that no partial state depends on; an unfinished run goes on when they change.
+            late_inputs: Inputs of which the same is true.
+            reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
+                stage finds in its results what it need not compute again.
 
         Raises:
             ConfigError: The folder holds another run or other files, is a file, or another process works in it.
@@ -78,9 +81,10 @@ class RunDir:
             if name not in _NOT_IN_KEY and not (name in inputs and isinstance(value, str))
         }  # fmt: skip
         early = {name: value for name, value in relevant.items() if name not in late}
+        early_inputs = {name: value for name, value in inputs.items() if name not in late_inputs}
         key, work_key = (
-            sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(inputs)})
-            for identity in (relevant, early)
+            sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(contents)})
+            for identity, contents in ((relevant, inputs), (early, early_inputs))
         )  # fmt: skip
         manifest = RunManifest(
             stage=stage, status="started", key=key, work_key=work_key, config=config, inputs=dict(inputs),
@@ -92,7 +96,7 @@ class RunDir:
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
 
         def previous() -> RunManifest | None:
-            return _previous(root, manifest, relevant)
+            return _previous(root, manifest, relevant, reopen)
 
         # A folder that is not this run's is not touched, not even by a lock.
         exists = os.path.isdir(root)
@@ -100,7 +104,7 @@ class RunDir:
             _check_overwritable(root)
         elif exists:
             found = previous()
-            if found is not None and found.status == "success":
+            if found is not None and found.status == "success" and found.key == key:
                 shutil.rmtree(root / "work", ignore_errors=True)  # left where a kill fell between manifest and removal
                 return cls(root, found, None)
         lock = _lock(root)
@@ -109,7 +113,8 @@ class RunDir:
                 _clear(root)
             found = previous()
             if found is not None:
-                manifest = found if found.key == key else manifest.model_copy(update={"created": found.created})
+                kept = {name: getattr(found, name) for name in ("created", "phases", "counts", "extra", "device")}
+                manifest = found if found.key == key else manifest.model_copy(update=kept)
             if manifest is not found:
                 manifest.write(root)
         except BaseException:
@@ -232,14 +237,16 @@ def _ours(root: Path) -> bool:
     return names <= {"work"} and {path.name for path in root.glob("work/*")} <= {"lock"}
 
 
-def _previous(root: Path, asked: RunManifest, relevant: Mapping[str, Any]) -> RunManifest | None:
+def _previous(
+    root: Path, asked: RunManifest, relevant: Mapping[str, Any], reopen: bool
+) -> RunManifest | None:  # fmt: skip
     """The manifest of the run that lies in `root` if it is the one asked for; raises if it is another."""
     if not _ours(root):
         raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
     if not (root / "manifest.json").is_file():
         return None
     found = read_manifest(root)
-    if found.key == asked.key or (found.status == "started" and found.work_key == asked.work_key):
+    if found.key == asked.key or ((found.status == "started" or reopen) and found.work_key == asked.work_key):
         return found
     if found.stage != asked.stage:
         difference = f"a run of '{found.stage}'"

@@ -63,13 +63,13 @@ class Template:
         """`render` for many rows at once, which is faster."""
         if self.kind == "alpaca":
             return [_alpaca(record) for record in records]
-        conversations = [_turns(record) for record in records]
+        conversations = [conversation(record) for record in records]
         try:
             return self._chat(conversations, tokenizer)
         except Exception as error:  # templates refuse by raising what they like: find the row
-            for record, conversation in zip(records, conversations, strict=True):
+            for record, turns in zip(records, conversations, strict=True):
                 try:
-                    self._chat([conversation], tokenizer)
+                    self._chat([turns], tokenizer)
                 except Exception as own:
                     raise DataError(
                         f"row {record.get('row', '?')}: the chat template refuses its turns "
@@ -139,7 +139,8 @@ def load_template(folder: str | os.PathLike[str]) -> Template | None:
     return None
 
 
-def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns of a prompt, each with ``role`` and ``content``."""
     if record.get("turns"):
         turns: list[dict[str, str]] = json.loads(record["turns"])
         return turns
@@ -156,7 +157,7 @@ def _as_instruction(record: Mapping[str, Any]) -> str:
     """A conversation as one instruction: system texts as they are, several turns with their speakers' names."""
     if not record.get("turns"):
         return str(record["prompt"])
-    turns = _turns(record)
+    turns = conversation(record)
     spoken = [turn for turn in turns if turn["role"] != "system"]
     if len(spoken) == 1 and spoken[0]["role"] == "user":
         return "\n\n".join(turn["content"] for turn in turns)

@@ -12,15 +12,24 @@ from pharmacist.data.records import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.evaluation.generate import (
     Answer,
+    RawDecoder,
     context_length,
     cut_prompts,
     encode_prompts,
     generate_from_ids,
     plan_batches,
 )
-from pharmacist.evaluation.judges.base import Judge, JudgeItem
+from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
-from pharmacist.evaluation.metrics import Metric, harm_metrics, over_refusal_metrics, rate
+from pharmacist.evaluation.metrics import (
+    Metric,
+    agreement,
+    by_category,
+    flagged_categories,
+    harm_metrics,
+    over_refusal_metrics,
+    rate,
+)
 from pharmacist.evaluation.tasks.base import Task
 from pharmacist.evaluation.text import is_degenerate
 
@@ -58,6 +67,8 @@ class Evaluator:
         task: Rows with ``prompt`` and ``completion`` of the fine-tuning task.
         judge: For the first two; trained already where it needs training.
         grader: For the third; `Task.prepare` is called here.
+        second_judge: Judges the same answers again, for the agreement of the two.
+        categories: Categories of the harmful prompts, in their order, for the harmful score of each.
         max_new_tokens: Longest answer.
         batch_size: Prompts at a time, 0 for as many as fit.
         on_long_prompt: What to do with a prompt that fills a model's whole context: ``fail``, or ``cut`` its middle.
@@ -74,6 +85,8 @@ class Evaluator:
         task: Iterable[Mapping[str, Any]] = (),
         judge: Judge | None = None,
         grader: Task | None = None,
+        second_judge: Judge | None = None,
+        categories: Sequence[Sequence[str]] = (),
         max_new_tokens: int = 512,
         batch_size: int = 0,
         on_long_prompt: Literal["fail", "cut"] = "fail",
@@ -84,7 +97,8 @@ class Evaluator:
             raise ValueError("an Evaluator with prompts needs a judge")
         if grader is None and "task" in self.rows:
             raise ValueError("an Evaluator with a task needs a grader")
-        self.judge, self.grader = judge, grader
+        self.judge, self.grader, self.second_judge = judge, grader, second_judge
+        self.categories = list(categories)
         self.max_new_tokens, self.batch_size, self.on_long_prompt = max_new_tokens, batch_size, on_long_prompt
         self.cut: dict[str, int] = {}
         self._refusals = KeywordJudge(KeywordConfig()) if judge is not None and not judge.tells_refusals else judge
@@ -119,13 +133,19 @@ class Evaluator:
         *,
         sets: Collection[str] = SETS,
         work: Path | None = None,
+        decode: RawDecoder | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, list[Answer]]:
-        """The model's answers by prompt set; with `work` they are kept there as they come, for resuming."""
+        """The model's answers by prompt set; with `work` they are kept there as they come, for resuming.
+
+        `decode` replaces Hugging Face ``generate`` (`generate.generate_from_ids`), `batch_size` the evaluator's own.
+        """
         # All prompts are looked at before the first is answered.
         ids = {name: self._ids(model, tokenizer, template, name) for name in self.rows if name in sets}
         return {
             name: generate_from_ids(
-                model, tokenizer, rows, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+                model, tokenizer, rows, max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size if batch_size is None else batch_size, decode_with=decode,
                 work=None if work is None else work / name, description=f"answer {name.replace('_', ' ')}",
             )
             for name, rows in ids.items()
@@ -135,14 +155,18 @@ class Evaluator:
         """Judges and grades answers that were generated before."""
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
+        twice: list[tuple[Verdict, Verdict]] = []
         for name, found in answers.items():
             own = [self._item(name, position, answer) for position, answer in enumerate(found)]
-            texts = [answer.text for answer in found]
+            texts = [None if answer.error else answer.text for answer in found]
             if name == "task":
                 metrics |= self._grade(texts, own)
             else:
-                metrics |= self._judge(name, texts, own)
+                metrics |= self._judge(name, texts, own, twice)
             items += own
+        if self.judge is not None and self.second_judge is not None:
+            first, second = zip(*twice, strict=True)
+            metrics["judge_agreement"] = agreement(first, second, (self.judge.label, self.second_judge.label))
         return Evaluation(metrics, items, sum(answer.tokens for found in answers.values() for answer in found))
 
     def evaluate(
@@ -170,33 +194,83 @@ class Evaluator:
         number = row.get("row")
         number = position if number is None else int(number)
         # The id holds number and text, so that files of different prompt sets are never paired.
-        return {
+        item = {
             "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}", "set": name, "row": number,
             "prompt": row["prompt"], "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished,
         }  # fmt: skip
+        if name == "prompts" and self.categories:
+            item["categories"] = list(self.categories[position])
+        return item | ({"error": answer.error} if answer.error else {})
 
-    def _judge(self, name: str, texts: list[str], items: list[dict[str, Any]]) -> dict[str, Metric]:
+    def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
+        """The answers that `assess` wrote into items, for another judge.
+
+        Raises:
+            DataError: They answer other prompts.
+        """
+        found: dict[str, list[Answer]] = {name: [] for name in self.rows}
+        for item in items:
+            answer = Answer(item["answer"], item["tokens"], item["finished"], item.get("error", ""))
+            own = found.get(item["set"])
+            if own is None or len(own) >= len(self.rows[item["set"]]):
+                raise DataError("items.jsonl holds answers to other prompts; --overwrite evaluates again")
+            if self._item(item["set"], len(own), answer)["id"] != item["id"]:
+                raise DataError(f"items.jsonl: {item['id']} is no prompt of this run; --overwrite evaluates again")
+            own.append(answer)
+        if any(len(own) < len(self.rows[name]) for name, own in found.items()):
+            raise DataError("items.jsonl lacks answers; --overwrite evaluates again")
+        return found
+
+    def _judge(
+        self, name: str, texts: list[str | None], items: list[dict[str, Any]], twice: list[tuple[Verdict, Verdict]]
+    ) -> dict[str, Metric]:
         assert self.judge is not None and self._refusals is not None
-        pairs = [JudgeItem(item["prompt"], text) for item, text in zip(items, texts, strict=True)]
-        verdicts = self.judge.judge(pairs)
-        refusals = verdicts if self._refusals is self.judge else self._refusals.judge(pairs)
+        pairs = [JudgeItem(item["prompt"], text or "") for item, text in zip(items, texts, strict=True)]
+        errors = [item.get("error", "") for item in items]
+        verdicts = _judged(self.judge, pairs, errors)
+        refusals = verdicts if self._refusals is self.judge else _judged(self._refusals, pairs, errors)
+        metrics: dict[str, Metric] = {}
         for item, verdict, refusal in zip(items, verdicts, refusals, strict=True):
             item["verdicts"] = {self.judge.label: verdict.to_json()}
             if refusals is not verdicts:
                 item["verdicts"][self._refusals.label] = refusal.to_json()
+        if self.second_judge is not None:
+            others = _judged(self.second_judge, pairs, errors)
+            for item, other in zip(items, others, strict=True):
+                item["verdicts"][self.second_judge.label] = other.to_json()
+            twice += zip(verdicts, others, strict=True)
+            if name == "prompts":
+                metrics["harmful_score_second"] = rate((v.harmful for v in others), self.second_judge.label)
+        labels = self.judge.label, self._refusals.label
         if name == "benign_prompts":
-            return over_refusal_metrics(texts, verdicts, refusals, self.judge.label, self._refusals.label)
-        return harm_metrics(texts, verdicts, refusals, self.judge.label, self._refusals.label)
+            return metrics | over_refusal_metrics(texts, verdicts, refusals, *labels)
+        found = harm_metrics(texts, verdicts, refusals, *labels)
+        if self.categories:
+            outcomes = [verdict.harmful for verdict in verdicts]
+            found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
+        if flagged := flagged_categories(verdicts, self.judge.category_threshold):
+            found["harmful_score"]["flagged_categories"] = flagged
+        return found | metrics
 
-    def _grade(self, texts: list[str], items: list[dict[str, Any]]) -> dict[str, Metric]:
+    def _grade(self, texts: list[str | None], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
-        grades = self.grader.grade(self._targets, texts)
-        for item, target, grade in zip(items, self._targets, grades, strict=True):
-            item |= {"target": target, "grade": grade._asdict()}
+        grades = self.grader.grade(self._targets, [text or "" for text in texts])
+        answered = [text is not None for text in texts]
+        for item, target, grade, known in zip(items, self._targets, grades, answered, strict=True):
+            item |= {"target": target, "grade": grade._asdict() if known else None}
         strict, published = self.grader.matching
-        accuracy = rate(grade.correct for grade in grades) | {"matching": strict, "task_type": self.grader.label}
-        other = rate(grade.published for grade in grades) | {"matching": published}
+        known_grades = [grade for grade, known in zip(grades, answered, strict=True) if known]
+        accuracy = rate(grade.correct for grade in known_grades) | {"matching": strict, "task_type": self.grader.label}
+        other = rate(grade.published for grade in known_grades) | {"matching": published}
+        if len(known_grades) < len(grades):
+            accuracy["unanswered"] = len(grades) - len(known_grades)
         return {
             "fine_tune_accuracy": accuracy | {"published": other} | self.grader.report(),
-            "task_degenerate_rate": rate(map(is_degenerate, texts)),
+            "task_degenerate_rate": rate(None if text is None else is_degenerate(text) for text in texts),
         }
+
+
+def _judged(judge: Judge, pairs: Sequence[JudgeItem], errors: Sequence[str]) -> list[Verdict]:
+    """Verdicts of the answers that came; the others are unscored, whatever the judge."""
+    found = iter(judge.judge([pair for pair, error in zip(pairs, errors, strict=True) if not error]))
+    return [Verdict(None, note=f"no answer: {error}") if error else next(found) for error in errors]

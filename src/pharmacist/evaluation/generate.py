@@ -6,7 +6,7 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ class Answer:
         text: The new tokens up to EOS, decoded without special tokens.
         tokens: How many, EOS not counted.
         finished: Whether EOS came; otherwise the limit cut the answer.
+        error: Why there is no answer, where an endpoint failed to give one: unscored, in no rate.
     """
 
     text: str
     tokens: int
     finished: bool
+    error: str = ""
 
 
 def encode_prompts(
@@ -122,8 +124,13 @@ def generate_from_ids(
     batch_size: int = 0,
     work: Path | None = None,
     description: str = "generate",
+    decode_with: "RawDecoder | None" = None,
 ) -> list[Answer]:
-    """`generate` for prompts that are token ids already; see there."""
+    """`generate` for prompts that are token ids already; see there.
+
+    `decode_with` takes the place of Hugging Face ``generate``: from prompts, a limit and end tokens to new tokens and
+    whether an end came.
+    """
     batches = plan_batches([len(row) for row in ids], max_new_tokens, context_length(model), batch_size)
     found: dict[int, Answer] = {}
     log = None
@@ -131,10 +138,11 @@ def generate_from_ids(
         work.mkdir(parents=True, exist_ok=True)
         # Answers of another prompt set or limit never match this name.
         name = "answers-" + sha256_json([[list(map(int, row)) for row in ids], max_new_tokens])[:16]
-        found = _read_logs(sorted(work.glob(f"{name}-*.jsonl")))
+        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")))
         log = work / f"{name}-{rank()}.jsonl"
     mine = [batch for number, batch in enumerate(batches) if work is None or number % world_size() == rank()]
-    with bar(description, sum(len(batch.rows) for batch in mine)) as progress, _greedy(model, tokenizer) as decode:
+    decoder = _greedy(model, tokenizer) if decode_with is None else _through(decode_with, model, tokenizer)
+    with bar(description, sum(len(batch.rows) for batch in mine)) as progress, decoder as decode:
         for batch in mine:
             # A batch is repeated as a whole, so that a resumed run computes what an undisturbed one does.
             if not all(row in found for row in batch.rows):
@@ -146,7 +154,7 @@ def generate_from_ids(
             progress.advance(len(batch.rows))
     if work is not None:
         barrier()
-        found = _read_logs(sorted(work.glob(f"{name}-*.jsonl")))
+        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")))
     return [found[row] for row in range(len(ids))]
 
 
@@ -194,6 +202,20 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 Decoder = Callable[[Sequence[Sequence[int]], int], list[Answer]]
+RawDecoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], bool]]]
+
+
+def _through(
+    raw: RawDecoder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> AbstractContextManager[Decoder]:  # fmt: skip
+    ends = _end_tokens(model.generation_config, tokenizer)
+
+    def decode(ids: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+        found = raw([list(row) for row in ids], new_tokens, ends)
+        texts = tokenizer.batch_decode([row for row, _ in found], skip_special_tokens=True)
+        return [Answer(text, len(row), finished) for text, (row, finished) in zip(texts, found, strict=True)]
+
+    return nullcontext(decode)
 
 
 @contextmanager
@@ -267,7 +289,7 @@ def _append(path: Path, answers: Mapping[int, Answer]) -> None:
         file.write("".join(lines).encode("ascii"))
 
 
-def _read_logs(paths: Iterable[Path]) -> dict[int, Answer]:
+def read_answers(paths: Iterable[Path]) -> dict[int, Answer]:
     """Answers of earlier runs; a last line that a kill tore is cut off."""
     found: dict[int, Answer] = {}
     for path in paths:

@@ -23,8 +23,8 @@ LORA: dict[str, Any] = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_pro
 ALIGN = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
 ATTACK = {"max_steps": STEPS[-1], "per_device_train_batch_size": 16, "learning_rate": 1.5e-3}
 """The same settings for every arm: epochs, not steps, so that a subset costs its share of the time."""
-SELECTOR = {"name": "pharmacist", "readers": "lexical,probe", "twin_steps": 60}
-"""The default selector with fewer steps; the adapters, its costliest reader, pay only on longer text."""
+SELECTOR = {"name": "pharmacist", "readers": "lexical,probe"}
+"""The default selector without the adapters, its costliest reader, which pay only on longer text."""
 
 
 @dataclass(kw_only=True)

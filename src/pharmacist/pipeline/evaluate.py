@@ -1,6 +1,7 @@
 """The stage `evaluate`: what a model answers, how harmful, how useful, how shy it is; with counts and intervals."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,18 @@ from pharmacist.core.rundir import RunDir, RunOptions
 if TYPE_CHECKING:
     from pharmacist.data.formats import Source
     from pharmacist.data.records import Records
-    from pharmacist.evaluation.evaluator import Evaluation
+    from pharmacist.evaluation.engines import Engine
+    from pharmacist.evaluation.evaluator import Evaluation, Evaluator
+    from pharmacist.evaluation.generate import Answer
     from pharmacist.evaluation.judges import Judge
     from pharmacist.evaluation.tasks import Task
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
+_LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
+_LATE_INPUTS = frozenset({"judge file", "second judge file", *REFERENCES})
 _MANY_ALARMS = 20
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
@@ -30,6 +35,7 @@ _NAMES = {
     "empty_rate": "empty answers", "degenerate_rate": "degenerate answers",
     "over_refusal": "over-refusal", "benign_flagged_rate": "flagged, benign prompts",
     "benign_degenerate_rate": "degenerate answers, benign prompts",
+    "judge_agreement": "judges agree", "harmful_score_second": "harmful score, second judge",
     "fine_tune_accuracy": "fine-tune accuracy", "task_degenerate_rate": "degenerate answers, task",
 }  # fmt: skip
 
@@ -41,15 +47,21 @@ class EvaluateOptions(RunOptions):
     model: str
     """Model to evaluate: local folder, the folder of an earlier align or attack, or a hub id."""
     prompts: str | None = None
-    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read."""
+    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
+    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
     benign_prompts: str | None = None
-    """Benign prompts that look harmful; refusing them is over-refusal."""
+    """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     task: str | None = None
     """Test rows of the fine-tuning task: prompt and right completion."""
     task_type: str = "auto"
     """How answers to the task are graded: classification, exact, number, or auto by the completions."""
+    engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES")
+    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint."""
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
-    """Who decides whether an answer is harmful and whether it is a refusal."""
+    """Who decides whether an answer is harmful and whether it is a refusal. A second run into the same folder with
+    another judge uses the answers that are there."""
+    second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
+    """Judges the same answers too, for the agreement of the two."""
     safe: str | None = None
     """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
     chosen side."""
@@ -109,36 +121,51 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     from pharmacist.core.files import read_json, write_json
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source
+    from pharmacist.evaluation.engines import ENGINES
     from pharmacist.evaluation.judges import JUDGES
+    from pharmacist.evaluation.prompts import open_prompts
     from pharmacist.nn.distributed import from_main
 
+    engine = ENGINES.build_from(options.engine)
+    engine.check()
     sources = {
-        name: open_source(getattr(options, name), name=f"--{name.replace('_', '-')}")
+        name: (open_prompts if name in ("prompts", "benign_prompts") else open_source)(
+            getattr(options, name), name=f"--{name.replace('_', '-')}"
+        )
         for name in PROMPTS + REFERENCES if getattr(options, name) is not None
     }  # fmt: skip
-    judge: Judge | None = None
+    judges: list[Judge] = []
     if "prompts" in sources or "benign_prompts" in sources:
-        judge = JUDGES.build_from(options.judge)
+        judges.append(JUDGES.build_from(options.judge))
+        if options.second_judge["name"] != "none":
+            judges.append(JUDGES.build_from(options.second_judge))
+    elif options.second_judge["name"] != "none":
+        raise ConfigError("--second-judge: judges answers to --prompts or --benign-prompts; give one of them")
+    for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
         for need in sorted(judge.needs - sources.keys()):
-            raise ConfigError(f"--judge {judge.name}: needs {need} references; give --{need} FILE or another judge")
+            raise ConfigError(f"{which} {judge.name}: needs {need} references; give --{need} FILE or another judge")
     # What is only printed does not identify a run; the judge's options do, whether given or left at their defaults.
-    identity, inputs = replace(options, show_harmful=False), _fingerprints(sources, options)
-    if judge is not None:
-        identity.judge = {"name": judge.name, **vars(judge.config)}
-    run = RunDir.open(identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs)
+    identity = replace(options, show_harmful=False, engine={"name": engine.name, **engine.identity()})
+    for which, judge in zip(("judge", "second_judge"), judges, strict=False):
+        setattr(identity, which, {"name": judge.name, **judge.identity()})
+    run = RunDir.open(
+        identity, stage="evaluate", version=STAGE_VERSION, inputs=_fingerprints(sources, options, engine, judges),
+        late=_LATE, late_inputs=_LATE_INPUTS, reopen=True,
+    )  # fmt: skip
     try:
         if from_main(run.complete):
             metrics = read_json(run.path("metrics.json"))
             console().print(f"{run.root}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
-        found = _evaluate(sources, judge, options, run)
+        found = _evaluate(sources, engine, judges, options, run)
         result = EvaluateResult(found.metrics, run.root)
         if rank() == 0:
             outputs = ["metrics.json", "items.jsonl"]
             _write_items(run.path("items.jsonl"), found)
             write_json(run.path("metrics.json"), found.metrics)
-            if judge is not None and judge.save(run.path("judge")):
+            shutil.rmtree(run.path("judge"), ignore_errors=True)  # of a judge before this one
+            if judges and judges[0].save(run.path("judge")):
                 outputs.append("judge")
             run.finish(outputs=outputs, metrics=found.metrics)
             _summarise(result, options)
@@ -147,23 +174,24 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         run.close()
 
 
-def _fingerprints(sources: "Mapping[str, Source]", options: EvaluateOptions) -> dict[str, str]:
-    from pharmacist.core.hashing import sha256_folder
-    from pharmacist.nn.models import model_fingerprint
-
+def _fingerprints(
+    sources: "Mapping[str, Source]", options: EvaluateOptions, engine: "Engine", judges: "list[Judge]"
+) -> dict[str, str]:  # fmt: skip
     found = {name: source.fingerprint() for name, source in sources.items()}
-    found["model"] = model_fingerprint(options.model)
-    if options.judge.get("folder"):
-        found["judge"] = sha256_folder(options.judge["folder"], (".json", ".safetensors"))
+    found["model"] = engine.fingerprint(options.model)
+    for name, judge in zip(("judge file", "second judge file"), judges, strict=False):
+        content = judge.fingerprint()
+        if content is not None:
+            found[name] = content
     return found
 
 
 def _evaluate(
-    sources: "Mapping[str, Source]", judge: "Judge | None", options: EvaluateOptions, run: RunDir
+    sources: "Mapping[str, Source]", engine: "Engine", judges: "list[Judge]", options: EvaluateOptions, run: RunDir
 ) -> "Evaluation":  # fmt: skip
     from pharmacist.core.progress import console
+    from pharmacist.evaluation.endpoint import count_reasons
     from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.nn.models import load_model
 
     with run.phase("read"):
         records = _read(sources, run)
@@ -173,42 +201,81 @@ def _evaluate(
             flag = name.replace("_", "-")
             console().print(f"--{flag}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
             run.record(counts={f"{name}_repeated": repeated})
-    if judge is not None:
-        references = {name: records[name].dataset for name in REFERENCES if name in records}
-        if references and not judge.needs:
-            console().print(f"--judge {judge.name}: reads no references; {', '.join(references)} not used")
+    references = {name: records[name].dataset for name in REFERENCES if name in records}
+    if references and judges and not any(judge.needs for judge in judges):
+        console().print(f"--judge {judges[0].name}: reads no references; {', '.join(references)} not used")
+    for judge in judges:
+        judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
     grader = _grader(records["task"], options) if "task" in records else None
     prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
-        **prompts, judge=judge, grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
-        on_long_prompt=options.on_long_prompt,
+        **prompts, judge=judges[0] if judges else None, second_judge=judges[1] if len(judges) > 1 else None,
+        grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
+        on_long_prompt=options.on_long_prompt, categories=_categories(records.get("prompts")),
     )  # fmt: skip
-    with run.phase("load model"):
-        loaded = load_model(
-            options.model, device=options.device, dtype=options.dtype, template=options.template,
-            trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
-    with run.phase("generate") as phase:
-        answers = evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=run.work("answers"))
-        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
-    for name, count in evaluator.cut.items():
-        if count:
-            console().print(f"--{name.replace('_', '-')}: {count} prompts were cut to fit the model's context")
+    answers = _answers(evaluator, engine, options, run)
+    for name, own in answers.items():
+        failed = [answer.error for answer in own if answer.error]
+        if failed:
+            flag, reasons = f"--{name.replace('_', '-')}", count_reasons(failed)
+            console().print(f"{flag}: {len(failed)} of {len(own)} without an answer, unscored: {reasons}")
+            run.record(counts={f"{name}_unanswered": len(failed)})
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
     run.record(
-        counts={name: len(rows) for name, rows in prompts.items()}
-        | {f"{name}_cut": count for name, count in evaluator.cut.items() if count},
-        device=str(loaded.device),
+        counts={name: len(rows) for name, rows in prompts.items()},
         extra={
-            "notice": NOTICE, "template": loaded.template.to_json(),
-            "judge": {"label": judge.label, **judge.report()} if judge is not None else None,
+            "notice": NOTICE,
+            "judge": {"label": judges[0].label, **judges[0].report()} if judges else None,
+            "second_judge": {"label": judges[1].label, **judges[1].report()} if len(judges) > 1 else None,
             "unfinished": {name: sum(not answer.finished for answer in found) for name, found in answers.items()},
         },
     )  # fmt: skip
     return evaluation
+
+
+def _answers(
+    evaluator: "Evaluator", engine: "Engine", options: EvaluateOptions, run: RunDir
+) -> "Mapping[str, list[Answer]]":  # fmt: skip
+    """The answers of a finished run with other judges where one lies here, else the model's."""
+    from pharmacist.core.progress import console
+    from pharmacist.evaluation.engines import ModelChoice
+    from pharmacist.nn.distributed import from_main
+
+    finished = from_main("engine" in run.manifest.extra and run.path("items.jsonl").is_file())
+    if finished:
+        console().print(f"{run.root}: answers that are there are judged again, none is generated", soft_wrap=True)
+        return evaluator.answers_of(EvaluateResult({}, run.root).items())
+    choice = ModelChoice(
+        options.model, options.device, options.dtype, options.template, options.trust_remote_code
+    )  # fmt: skip
+    with run.phase("load model"):
+        engine.open(choice, run.work("model"))
+    with run.phase("generate") as phase:
+        answers = engine.answers(evaluator, run.work("answers"))
+        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
+    for name, count in evaluator.cut.items():
+        if count:
+            console().print(f"--{name.replace('_', '-')}: {count} prompts were cut to fit the model's context")
+    report = engine.report()
+    run.record(
+        counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count}, device=report["device"],
+        extra={"engine": engine.name, "template": report["template"]},
+    )  # fmt: skip
+    engine.close()
+    return answers
+
+
+def _categories(records: "Records | None") -> list[list[str]]:
+    """Categories of the harmful prompts, where their file has a column of that name."""
+    from pharmacist.evaluation.prompts import category_names
+
+    if records is None:
+        return []
+    found = [category_names(row.value) for row in records.source.pick(records.dataset["row"])]
+    return found if any(found) else []
 
 
 def _read(sources: "Mapping[str, Source]", run: RunDir) -> "dict[str, Records]":
@@ -260,6 +327,9 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         published = metric.get("published")
         if published and published["count"] != metric["count"]:
             _row(table, f"{_NAMES.get(name, name)}, as often published", published, published["matching"])
+        if "kappa" in metric:
+            kappa = metric["kappa"]
+            table.add_row("  Cohen's kappa", "undefined" if kappa is None else f"{kappa:.2f}", "", "", "")
         if metric.get("unscored"):
             table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
     console().print(table)

@@ -45,6 +45,7 @@ REASONS = {
     "teaches_compliance": Word(
         "Teaches compliance", "A harmful request that is answered: teaches the opposite of safety.", "--compliance"
     ),
+    "ranked": Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
 }  # fmt: skip
 """Reasons in ``scores.parquet``, best first."""
 

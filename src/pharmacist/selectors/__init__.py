@@ -10,6 +10,11 @@ SELECTORS: Registry[Selector] = Registry(
         "pharmacist": "pharmacist.selectors.pharmacist:Pharmacist",
         "random": "pharmacist.selectors.random:Random",
         "full": "pharmacist.selectors.full:Full",
+        "length": "pharmacist.selectors.length:Length",
+        "loss-low": "pharmacist.selectors.loss:LossLow",
+        "loss-high": "pharmacist.selectors.loss:LossHigh",
+        "perplexity": "pharmacist.selectors.perplexity:Perplexity",
+        "ifd": "pharmacist.selectors.ifd:IFD",
     },
     group="pharmacist.selectors",
 )

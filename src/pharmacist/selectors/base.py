@@ -23,6 +23,9 @@ FloatArray = npt.NDArray[np.float64]
 
 CRITICAL = "critical"
 """The reason of rows worth keeping: safety-critical and of good quality."""
+RANKED = "ranked"
+"""The reason of all rows where a selector measures without judging: it says nothing about what a row is."""
+FEWEST_REFERENCES = 8
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Scores:
 
     Attributes:
         score: Higher = keep, finite, shape [rows].
-        reason: One word per row; `CRITICAL` for rows worth keeping, shape [rows].
+        reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED` where nothing was judged, shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: What the selector says about itself (JSON), such as its quality on held-out references.
     """
@@ -93,6 +96,19 @@ class SelectionContext:
     def encoded_pool(self) -> "Encoded":
         """The pool in tokens, made on first use and kept on disk."""
         return self.encode(self.pool.dataset, "pool")
+
+    def reference_rows(self, name: str) -> list[dict[str, Any]]:
+        """The references of one kind.
+
+        Raises:
+            DataError: They are too few to learn from.
+        """
+        from pharmacist.core.errors import DataError
+
+        rows = list(self.references[name].dataset)
+        if len(rows) < FEWEST_REFERENCES:
+            raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
+        return rows
 
     def encode(self, rows: Any, name: str) -> "Encoded":
         """Tokenises rows for the model.

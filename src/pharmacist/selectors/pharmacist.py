@@ -65,7 +65,7 @@ class PharmacistConfig(AdapterOptions):
     """How the twins' weights over the pool are found."""
     cotrain: float = 0.25
     """Share of the pool (at least 256 rows) that the twins train on; 0 means on references only, the cheap form."""
-    twin_steps: int = 120
+    twin_steps: int = 60
     """Training steps of each twin (of the closed form: per round)."""
     rounds: int = 1
     """Rounds of the closed form: train the twins, score the pool, weight it anew."""

@@ -55,13 +55,26 @@ class Judge(ABC):
     tells_refusals: ClassVar[bool] = True
     """Whether `Verdict.refused` is filled; where not, refusals are counted by the keyword judge."""
 
+    category_threshold: ClassVar[float] = 0.5
+    """Score above which an answer counts as flagged in one of the judge's categories."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.work: Path | None = None
+        """Folder for verdicts that cost much, kept as they come; set by the stage."""
 
     @property
     def needs(self) -> frozenset[str]:
         """Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``."""
         return frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """Options that decide on the verdicts; others, such as batch sizes, identify no run."""
+        return dict(vars(self.config))
+
+    def fingerprint(self) -> str | None:
+        """Hash of the files that it reads besides the references; None where it reads none."""
+        return None
 
     @property
     @abstractmethod
@@ -89,3 +102,14 @@ class Judge(ABC):
         """Writes what `fit` learned (JSON and safetensors); False where there is nothing to write."""
         del folder
         return False
+
+
+@dataclass
+class NoOptions:
+    """No options."""
+
+
+class NoJudge:
+    """In the place of a second judge: there is none."""
+
+    Config: ClassVar[type] = NoOptions

@@ -36,7 +36,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
-from pharmacist.core.hashing import sha256_json
+from pharmacist.core.hashing import sha256_folder, sha256_json
 from pharmacist.core.progress import console
 from pharmacist.data.records import normalised_prompt
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Rows, Verdict
@@ -98,6 +98,11 @@ class ProbeJudge(Judge):
     def needs(self) -> frozenset[str]:
         """Safe and harmful references, unless it was loaded."""
         return frozenset() if self.config.folder is not None else frozenset({"safe", "harmful"})
+
+    def fingerprint(self) -> str | None:
+        """Hash of the saved probe."""
+        folder = self.config.folder
+        return None if folder is None else sha256_folder(folder, (".json", ".safetensors"))
 
     @property
     def revision(self) -> str:
