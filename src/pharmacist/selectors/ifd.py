@@ -1,0 +1,79 @@
+"""Instruction-following difficulty: how little the prompt helps the model to expect the completion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pharmacist.nn.batching import IntArray, Sequences
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
+from pharmacist.selectors.reading import completion_losses
+
+
+NO_HELP = "prompt_does_not_help"
+"""The reason of rows whose completion is likelier without its prompt."""
+
+
+@dataclass
+class IFDConfig:
+    """Options of the selector."""
+
+    most: float = 1.0
+    """Rows with a larger ratio rank last, the largest at the very end; the paper's code drops those above 1."""
+
+
+class Alone:
+    """Completions without their prompts, each after one start token; equal completions are equal rows.
+
+    Args:
+        sequences: The rows.
+        start: Id of the start token, which gives the first completion token something to follow.
+    """
+
+    def __init__(self, sequences: Sequences, start: int) -> None:
+        self._sequences, self._start = sequences, np.array([start], dtype=np.int32)
+        self.lengths = (sequences.lengths - sequences.prompt_lengths + 1).astype(np.int32)
+        self.prompt_lengths = np.ones(len(self.lengths), dtype=np.int32)
+        keys = (xxhash.xxh3_64_intdigest(self._row(row).tobytes()) for row in range(len(self.lengths)))
+        self.content_keys = np.fromiter(keys, dtype=np.uint64, count=len(self.lengths))
+
+    def _row(self, row: int) -> npt.NDArray[np.int32]:
+        return np.concatenate(
+            [self._start, self._sequences.token_ids([row])[0][int(self._sequences.prompt_lengths[row]) :]]
+        )
+
+    def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
+        """The token ids of some rows."""
+        return [self._row(int(row)) for row in rows]
+
+
+class IFD(Selector):
+    """Prefers completions that their prompt makes hardly easier: mean loss given the prompt over mean loss alone.
+
+    Refusals depend little on their prompt, so that many ratios lie near 1; the report says how many lie above.
+    """
+
+    Config = IFDConfig
+    needs = frozenset({"model"})
+    paper = "Li et al. 2023, arXiv 2308.12032"
+
+    def __init__(self, config: IFDConfig) -> None:
+        self.config = config
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool twice, the second time without prompts."""
+        tokenizer = context.model.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        given = completion_losses(context, context.encoded_pool, "losses")
+        alone = completion_losses(context, Alone(context.encoded_pool, start), "losses-alone")
+        # A completion that the model is sure of either way (its rounded loss is 0) is not helped by the prompt.
+        sure = alone == 0
+        ratio = np.where(sure, 1.0, given / np.where(sure, 1.0, alone))
+        last = ratio > self.config.most
+        return Scores(
+            np.where(last, -ratio, ratio), np.where(last, NO_HELP, RANKED),
+            {"ifd": ratio, "loss": given, "loss_alone": alone},
+            {"above_most": int(last.sum()), "most": self.config.most},
+        )  # fmt: skip

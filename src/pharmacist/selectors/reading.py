@@ -1,0 +1,70 @@
+"""What selectors read of a row with the base model alone: forward passes over pool or references."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pharmacist.nn.batching import Batch, Sequences
+from pharmacist.nn.losses import row_losses
+from pharmacist.nn.passes import Measure, run_pass
+
+
+if TYPE_CHECKING:
+    from pharmacist.selectors.base import SelectionContext
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def tokens_per_batch(model: Any, device: torch.device) -> int:
+    """Padded tokens per batch that bound the logits, the largest tensor of a pass."""
+    budget = 2**25 if device.type == "cpu" else 2**30
+    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
+
+
+def read(context: "SelectionContext", sequences: Sequences, measure: Measure, name: str) -> dict[str, FloatArray]:
+    """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
+
+    Args:
+        context: Of the ranking.
+        sequences: The rows.
+        measure: As in `nn.passes.run_pass`.
+        name: Of what is measured; the same name means the same measurement of the same rows.
+    """
+    device = context.model.device
+    with context.run.phase("score") as phase:
+
+        def counted(batch: Batch) -> dict[str, FloatArray]:
+            phase.tokens += batch.tokens
+            return measure(batch)
+
+        return run_pass(
+            sequences, counted, work=context.run.work("read", name), device=device,
+            tokens_per_batch=tokens_per_batch(context.model.model, device), description=f"reading rows ({name})",
+        )  # fmt: skip
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:
+    """Mean cross-entropy of each row's completion tokens in nats, shape [rows]."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    losses = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+    found: FloatArray = losses.completion.double().cpu().numpy()
+    return found
+
+
+def completion_losses(context: "SelectionContext", sequences: Sequences, name: str) -> FloatArray:
+    """`completion_loss` of all rows under the base model, shape [rows]."""
+    model = context.model.model
+    return read(context, sequences, lambda batch: {"loss": completion_loss(model, batch)}, name)["loss"]
+
+
+def mean_state(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The last hidden state of each row, averaged over its tokens; shape [rows, width], float32 at least."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+    state = output.hidden_states[-1]
+    state = state if state.dtype == torch.float64 else state.float()
+    weight = batch.attention_mask.to(state.dtype)[:, :, None]
+    mean: torch.Tensor = (state * weight).sum(1) / weight.sum(1)
+    return mean
