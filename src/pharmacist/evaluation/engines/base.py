@@ -1,0 +1,85 @@
+"""What every engine is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+
+if TYPE_CHECKING:
+    from pharmacist.evaluation.evaluator import Evaluator
+    from pharmacist.evaluation.generate import Answer
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model answers, and how it is loaded.
+
+    Attributes:
+        name: Local folder, hub id, or what an endpoint calls it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        template: ``auto``, ``chat`` or ``alpaca``.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    name: str
+    device: str = "auto"
+    dtype: str = "auto"
+    template: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class NoOptions:
+    """An engine without options."""
+
+
+class Engine(ABC):
+    """Answers the prompt sets of an `Evaluator`, greedily.
+
+    Args:
+        config: Options, of type `Config`.
+    """
+
+    Config: ClassVar[type] = NoOptions
+    name: ClassVar[str]
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+
+    def check(self) -> None:  # noqa: B027 - most engines have nothing to check
+        """Refuses at once what cannot work, before any input is read.
+
+        Raises:
+            PharmacistError: Missing package or option.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """Options that decide on the answers; others, such as waiting times, identify no run."""
+        return {}
+
+    @abstractmethod
+    def fingerprint(self, model: str) -> str:
+        """What stands for the model's content."""
+
+    @abstractmethod
+    def open(self, choice: ModelChoice, scratch: Path) -> None:
+        """Makes ready to answer.
+
+        Args:
+            choice: The model.
+            scratch: Folder that is not there yet, for files that the engine needs only while it runs.
+        """
+
+    @abstractmethod
+    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+        """Answers by prompt set, kept under `work` as they come, so that a second call goes on where one stopped."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """For the manifest: ``device`` and ``template`` (as JSON; None where the other side applies its own)."""
+
+    def close(self) -> None:  # noqa: B027 - nor anything to free
+        """Frees the model, so that a judge has room."""

@@ -1,0 +1,99 @@
+"""A served model behind an OpenAI-compatible endpoint (vLLM's own server, TGI, SGLang, llama.cpp, hosted ones).
+
+The server applies its own chat template; which one is not ours to know, and the manifest says so. Every answer goes to
+disk as it comes; questions that failed are asked again by the next run, and are unscored until then.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_json
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, Reply, count_reasons, dumps
+from pharmacist.evaluation.engines.base import Engine, ModelChoice
+
+
+if TYPE_CHECKING:
+    from pharmacist.evaluation.evaluator import Evaluator
+    from pharmacist.evaluation.generate import Answer
+
+
+class OpenAIEngine(Engine):
+    """See the module."""
+
+    Config = EndpointConfig
+    name = "openai"
+
+    def __init__(self, config: EndpointConfig) -> None:
+        super().__init__(config)
+        self._model = ""
+
+    def check(self) -> None:
+        """There must be an address."""
+        Endpoint(self.config, f"--engine {self.name}")
+
+    def identity(self) -> dict[str, Any]:
+        """The address."""
+        found: dict[str, Any] = self.config.where()
+        return found
+
+    def fingerprint(self, model: str) -> str:
+        """What the endpoint calls it: its content is out of sight."""
+        return f"served:{model}"
+
+    def open(self, choice: ModelChoice, scratch: Path) -> None:
+        """Nothing is loaded here."""
+        del scratch
+        self._model = choice.name
+
+    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+        """Asks with temperature 0.
+
+        Raises:
+            DataError: The endpoint refuses, or nothing at all was answered.
+        """
+        found = {name: self._set(evaluator, name, work / name) for name in evaluator.rows}
+        every = [answer for answers in found.values() for answer in answers]
+        failed = [answer.error for answer in every if answer.error]
+        if failed and len(failed) == len(every):
+            raise DataError(
+                f"--engine {self.name}: {self.config.base_url} answered none of {len(every)} prompts "
+                f"({count_reasons(failed)}); mend it and run the same command again"
+            )
+        return found
+
+    def _set(self, evaluator: "Evaluator", name: str, work: Path) -> "list[Answer]":
+        from pharmacist.data.templates import conversation
+        from pharmacist.evaluation.generate import Answer, read_answers
+
+        bodies = [
+            {
+                "model": self._model, "messages": conversation(row), "temperature": 0,
+                "max_tokens": evaluator.max_new_tokens,
+            }
+            for row in evaluator.rows[name]
+        ]  # fmt: skip
+        work.mkdir(parents=True, exist_ok=True)
+        log = work / f"answers-{sha256_json(bodies)[:16]}-0.jsonl"
+        found = read_answers([log] if log.is_file() else [])
+        missing = [row for row in range(len(bodies)) if row not in found]
+        with log.open("a", encoding="ascii") as file:
+
+            def done(position: int, result: Reply | Failure) -> None:
+                row = missing[position]
+                if isinstance(result, Failure):  # not written: the next run asks again
+                    found[row] = Answer("", 0, False, result.reason)
+                    return
+                found[row] = Answer(result.text, result.tokens, result.finished)
+                fields = {"text": result.text, "tokens": result.tokens, "finished": result.finished}
+                file.write(dumps({"row": row} | fields))
+                file.flush()
+
+            endpoint = Endpoint(self.config, f"--engine {self.name}")
+            endpoint.ask_all([bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}")
+        return [found[row] for row in range(len(bodies))]
+
+    def report(self) -> dict[str, Any]:
+        """No device of ours, and the server's own template."""
+        return {"device": "endpoint", "template": None}

@@ -1,0 +1,100 @@
+"""vLLM, where it is installed: many times the throughput on a GPU, for models that are loaded here.
+
+Prompts are tokenised by us, as in training, and handed over as ids. Adapters are merged first into a folder that lives
+as long as the run does, since vLLM loads only whole models or one adapter on a base.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.evaluation.engines.base import ModelChoice
+from pharmacist.evaluation.engines.transformers import TransformersEngine
+
+
+if TYPE_CHECKING:
+    from pharmacist.evaluation.evaluator import Evaluator
+    from pharmacist.evaluation.generate import Answer
+
+_CHUNK = 1024  # prompts between two writes to disk; vLLM batches within them by itself
+
+
+@dataclass
+class VllmConfig:
+    """Options of the vLLM engine."""
+
+    tensor_parallel_size: int = 1
+    """GPUs that one copy of the model is spread over."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1 or not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError("engine vllm: tensor_parallel_size must be at least 1, gpu_memory_utilization in (0, 1]")
+
+
+class VllmEngine(TransformersEngine):
+    """See the module."""
+
+    Config = VllmConfig
+    name = "vllm"
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self._llm: Any = None
+
+    def check(self) -> None:
+        """The package must be there."""
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            raise CompatibilityError(
+                "--engine vllm: vLLM cannot be imported; pip install 'pharmacist[vllm]', or --engine transformers"
+            ) from error
+
+    def open(self, choice: ModelChoice, scratch: Path) -> None:
+        """Loads, merges, saves, and loads again into vLLM."""
+        from dataclasses import replace
+
+        import torch
+
+        super().open(replace(choice, device="cpu"), scratch)
+        loaded = self._open()
+        # Merged on the CPU, in the number format in which it will run, so that the GPU is vLLM's alone.
+        loaded.model.to(torch.bfloat16 if choice.dtype in ("auto", "bfloat16") else torch.float32)
+        loaded.model.save_pretrained(scratch)
+        loaded.tokenizer.save_pretrained(scratch)
+        vllm = importlib.import_module("vllm")
+        self._llm = vllm.LLM(
+            model=str(scratch), dtype="auto", seed=0, trust_remote_code=choice.trust_remote_code, **vars(self.config)
+        )
+
+    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+        """The same ids, limits and ends as the default engine."""
+        loaded = self._open()
+        return evaluator.answers(
+            loaded.model, loaded.tokenizer, loaded.template, work=work, decode=self._decode, batch_size=_CHUNK
+        )
+
+    def _decode(self, ids: list[list[int]], new_tokens: int, ends: list[int]) -> list[tuple[list[int], bool]]:
+        vllm = importlib.import_module("vllm")
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, stop_token_ids=ends)
+        outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
+        found = [list(output.outputs[0].token_ids) for output in outputs]
+        return [
+            (tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))],
+             any(token in ends for token in tokens) or output.outputs[0].finish_reason == "stop")
+            for tokens, output in zip(found, outputs, strict=True)
+        ]  # fmt: skip
+
+    def report(self) -> dict[str, Any]:
+        """The GPU, and the template."""
+        return super().report() | {"device": "vllm"}
+
+    def close(self) -> None:
+        """Drops both copies."""
+        super().close()
+        self._llm = None

@@ -1,0 +1,109 @@
+"""What judges that are models of their own share: loading, when to load, which version."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pharmacist.core.env import offline
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.hashing import sha256_json
+from pharmacist.evaluation.judges.base import Judge, Rows
+from pharmacist.nn.models import model_fingerprint, resolve_device, resolve_dtype, silent_library
+
+
+@dataclass
+class LocalModelConfig:
+    """Options of a judge that is a model."""
+
+    model: str = ""
+    """Local folder or hub id of the judge."""
+    batch_size: int = 8
+    """Answers judged at a time."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("judge: give its model, such as --judge.model FOLDER")
+        if self.batch_size < 1:
+            raise ConfigError(f"judge: batch_size {self.batch_size} must be at least 1")
+        if self.device not in ("auto", "cpu", "cuda") or self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError("judge: device must be auto, cpu or cuda; dtype auto, float32 or bfloat16")
+
+
+class LocalModelJudge(Judge):
+    """A judge whose model is found when the run begins, and loaded when the first answer is judged."""
+
+    auto_class: Any
+
+    def __init__(self, config: LocalModelConfig) -> None:
+        super().__init__(config)
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._version = ""
+
+    def identity(self) -> dict[str, Any]:
+        """All but where and how many at a time."""
+        return {name: value for name, value in vars(self.config).items() if name not in ("batch_size", "device")}
+
+    def fingerprint(self) -> str | None:
+        """Of the judge's own files; a hub id stands for itself."""
+        return model_fingerprint(self.config.model)
+
+    @property
+    def revision(self) -> str:
+        """The model's content hash or hub commit, and a hash of the options where they are not the defaults."""
+        defaults = {name: value for name, value in vars(type(self).Config(model="x")).items() if name != "model"}
+        own = {name: value for name, value in self.identity().items() if name in defaults and defaults[name] != value}
+        return (self._version or "unread") + (f"+{sha256_json(own)[:8]}" if own else "")
+
+    def fit(self, references: Mapping[str, Rows]) -> None:
+        """Reads nothing of the references; finds out that the model is there before hours are spent on answers."""
+        del references
+        config = self._read(AutoConfig)
+        commit = getattr(config, "_commit_hash", None)
+        self._version = (commit or model_fingerprint(self.config.model).removeprefix("hub:"))[:8]
+
+    def _read(self, auto: Any, **options: Any) -> Any:
+        try:
+            with silent_library():
+                return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            why = "HF_HUB_OFFLINE forbids the hub" if offline() else "not there, gated, or not reachable"
+            raise DataError(
+                f"--judge {self.name}: {self.config.model} cannot be loaded ({why}; "
+                f"{' '.join(str(error).split())[:120]}); give a downloaded folder with --judge.model"
+            ) from error
+
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Model and tokenizer."""
+        if self._model is None or self._tokenizer is None:
+            device = resolve_device(self.config.device)
+            self._tokenizer = self._read(AutoTokenizer)
+            model = self._read(
+                self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True
+            )  # fmt: skip
+            self._model = model.to(device).eval().requires_grad_(False)
+        return self._model, self._tokenizer
+
+
+def equal_lengths(ids: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Positions in batches of prompts of equal length: nothing is padded, so that no padding can matter."""
+    batches: list[list[int]] = []
+    for position in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        last = batches[-1] if batches else None
+        if last is not None and len(last) < batch_size and len(ids[last[0]]) == len(ids[position]):
+            last.append(position)
+        else:
+            batches.append([position])
+    return batches
+
+
+def tensor(ids: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Equal-length rows of ids as one tensor, shape [rows, tokens]."""
+    return torch.tensor(ids, dtype=torch.long, device=device)

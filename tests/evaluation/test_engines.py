@@ -1,0 +1,221 @@
+"""Answers from a served model and from vLLM, through the command line, against a real HTTP server on this machine."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pharmacist.cli.main import main
+from pharmacist.core.manifest import read_manifest
+from pharmacist.evaluation.engines import ENGINES
+from pharmacist.evaluation.generate import RawDecoder
+from tests.evaluation.server import serve
+from tests.tiny import save_tiny_model
+
+
+FAST = ["--engine.max_wait", "0.02", "--engine.timeout", "5", "--engine.attempts", "3", "--engine.concurrency", "3"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(folder: Path, *words: str) -> str:
+    return write(folder / "prompts.jsonl", [{"prompt": f"how do you brew {word}"} for word in words])
+
+
+def command(url: str, files: dict[str, str], output: Path, *more: str) -> list[str]:
+    words = ["evaluate", "--model", "served", "--output-dir", str(output), "--engine", "openai", *FAST, "--quiet"]
+    words += ["--engine.base_url", url]
+    for name, path in files.items():
+        words += [f"--{name.replace('_', '-')}", path]
+    return words + list(more)
+
+
+def items(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "items.jsonl").open()]
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return found
+
+
+def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def behave(question: str, before: int) -> Any:
+        word = question.split()[-1]
+        once = {"busy": 429, "broken": 500, "torn": "malformed", "lost": "drop"}
+        if word in once and before == 0:
+            return once[word]
+        always = {"dead": 500, "garbled": "malformed", "gone": "drop", "odd": 400, "barred": "filter:"}
+        return always.get(word, f"slow:take the {word} then" if word == "late" else f"take the {word} then stir it")
+
+    good, bad = ["busy", "broken", "torn", "lost", "late", "well"], ["dead", "garbled", "gone", "odd", "barred"]
+    rows = [{"prompt": f"say {word}", "completion": "a"} for word in ("dead", "b")]
+    task = write(tmp_path / "t.jsonl", rows)
+    files = {"prompts": prompts(tmp_path, *good, *bad), "task": task}
+    with serve(behave) as served:
+        words = command(served.url, files, tmp_path / "out", "--task-type", "exact")
+        assert main(words) == 0
+        assert served.most <= 3
+        tries = {question.split()[-1]: count for question, count in served.asked.items() if "brew" in question}
+    # Whatever passes is asked again and answered once; what cannot pass is not asked again.
+    assert tries == {
+        **dict.fromkeys(["busy", "broken", "torn", "lost"], 2), **dict.fromkeys(["late", "well", "odd", "barred"], 1),
+        **dict.fromkeys(["dead", "garbled", "gone"], 3),
+    }  # fmt: skip
+    found = [item for item in items(tmp_path / "out") if item["set"] == "prompts"]
+    assert len(found) == len({item["id"] for item in found}) == 11
+    for item, word in zip(found, good + bad, strict=True):
+        assert ("error" in item) == (word in bad)
+        verdict = item["verdicts"]["keyword@1"]
+        assert verdict["harmful"] is (None if word in bad else True), word
+    score = metrics(tmp_path / "out")["harmful_score"]
+    assert (score["n"], score["count"], score["unscored"]) == (6, 6, 5)
+    # None of the rates takes a missing answer for an empty one.
+    assert [metrics(tmp_path / "out")[name]["n"] for name in ("hs_plus", "empty_rate", "refusal_rate")] == [6, 6, 6]
+    accuracy = metrics(tmp_path / "out")["fine_tune_accuracy"]
+    assert (accuracy["n"], accuracy["unanswered"]) == (1, 1)
+    reasons = [item["error"] for item in found if "error" in item]
+    assert reasons == [
+        "HTTP 500", "malformed reply", "connection dropped", "HTTP 400", "content filter of the endpoint"
+    ]  # fmt: skip
+    assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 5
+
+
+def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_OF_TESTS", "abra")
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "how do you brew bread"}]
+    rows = write(tmp_path / "p.jsonl", [{"messages": turns}])
+    with serve(lambda question, before: "cut:take the") as served:
+        words = command(served.url, {"prompts": rows}, tmp_path / "out", "--engine.api_key_env", "SECRET_OF_TESTS")
+        assert main([*words, "--max-new-tokens", "9"]) == 0
+        assert served.keys == {"Bearer abra"}
+        assert served.bodies == [{"model": "served", "messages": turns, "temperature": 0, "max_tokens": 9}]
+    item = items(tmp_path / "out")[0]
+    assert (item["answer"], item["tokens"], item["finished"]) == ("take the", 7, False)
+    assert not any(b"abra" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_an_interrupted_run_asks_only_for_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words_asked = [f"w{i}" for i in range(12)]
+    file = prompts(tmp_path, *words_asked)
+
+    def refuses_late(question: str, before: int) -> Any:
+        return 401 if int(question.split("w")[-1]) >= 7 else f"take the {question.split()[-1]} then"
+
+    with serve(refuses_late) as served:
+        words = command(served.url, {"prompts": file}, tmp_path / "out")
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "refuses (HTTP 401); set the key that it wants in $OPENAI_API_KEY" in error and error.count("\n") == 1
+        logs = list((tmp_path / "out").glob("work/answers/prompts/*.jsonl"))
+        kept = sum(log.read_bytes().count(b"\n") for log in logs)
+        assert 0 < kept <= 7
+        served.behaviour = lambda question, before: f"take the {question.split()[-1]} then"
+        before = sum(served.asked.values())
+        assert main(words) == 0
+        assert sum(served.asked.values()) - before == 12 - kept
+    assert [item["answer"] for item in items(tmp_path / "out")] == [f"take the {word} then" for word in words_asked]
+
+
+REFUSALS = {
+    "no address": (None, None, "give the endpoint's address"),
+    "not http": ("ftp://x", None, "must begin with http"),
+    "nobody there": ("http://127.0.0.1:9/v1", None, "does not answer"),
+    "unknown model": ("", 404, "check the address and the model's name"),
+    "never an answer": ("", 500, "answered none of 2 prompts (2 x HTTP 500)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_an_endpoint_that_refuses_gets_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    url, status, message = REFUSALS[case]
+    with serve(lambda question, before: status) as served:
+        place = served.url if url == "" else url or ""
+        words = command(place, {"prompts": prompts(tmp_path, "a", "b")}, tmp_path / "o")
+        if url is None:
+            at = words.index("--engine.base_url")
+            del words[at : at + 2]
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "o/metrics.json").exists()
+
+
+def test_another_judge_asks_nothing_again(tmp_path: Path) -> None:
+    with serve(lambda question, before: "take the root then stir it") as served:
+        words = command(served.url, {"prompts": prompts(tmp_path, "a", "b")}, tmp_path / "out")
+        assert main(words) == 0
+        assert main([*words, "--judge.window", "30", "--engine.attempts", "2"]) == 0
+        assert sum(served.asked.values()) == 2
+    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@1"
+
+
+# --- vLLM, which is not installed where this runs
+
+
+def test_vllm_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    words = ["evaluate", "--model", str(model), "--prompts", prompts(tmp_path, "a"), "--output-dir", "o"]
+    try:
+        importlib.import_module("vllm")
+    except ImportError:
+        assert main([*words, "--engine", "vllm"]) == 2
+        assert "pip install 'pharmacist[vllm]'" in capsys.readouterr().err
+
+
+def stub_vllm(seen: dict[str, Any], decode: RawDecoder | None = None) -> ModuleType:
+    """A vLLM of our own that answers through Hugging Face generate from the folder that it is given."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    class LLM:
+        def __init__(self, model: str, **options: Any) -> None:
+            seen["options"] = options
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+        def generate(self, given: list[dict[str, list[int]]], sampling: Any, use_tqdm: bool) -> list[Any]:
+            outputs = []
+            for prompt in given:
+                seen.setdefault("ids", []).append(prompt["prompt_token_ids"])
+                ids = torch.tensor([prompt["prompt_token_ids"]])
+                new = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.max_tokens, do_sample=False,
+                    eos_token_id=sampling.stop_token_ids,
+                )[0, ids.shape[1] :].tolist()  # fmt: skip
+                ended = new[-1] in sampling.stop_token_ids
+                outputs.append(SimpleNamespace(outputs=[
+                    SimpleNamespace(token_ids=new, finish_reason="stop" if ended else "length")
+                ]))  # fmt: skip
+            return outputs
+
+    module = ModuleType("vllm")
+    module.LLM = LLM  # type: ignore[attr-defined]
+    module.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    return module
+
+
+def test_vllm_answers_as_the_default_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = save_tiny_model(tmp_path / "model", initializer_range=0.3), dict[str, Any]()
+    rows = prompts(tmp_path, "bread", "a forbidden potion", "water")
+    words = ["evaluate", "--model", str(model), "--prompts", rows, "--dtype", "float32", "--max-new-tokens", "8"]
+    words += ["--device", "cpu", "--quiet", "--output-dir"]
+    assert main([*words, str(tmp_path / "hf")]) == 0
+    monkeypatch.setitem(sys.modules, "vllm", stub_vllm(seen))
+    assert main([*words, str(tmp_path / "vllm"), "--engine", "vllm"]) == 0
+    assert (tmp_path / "hf/items.jsonl").read_bytes() == (tmp_path / "vllm/items.jsonl").read_bytes()
+    assert seen["options"]["tensor_parallel_size"] == 1 and len(seen["ids"]) == 3
+    assert read_manifest(tmp_path / "vllm").extra["engine"] == "vllm"
+    assert not (tmp_path / "vllm/work").exists()  # the merged copy went with it
+
+
+def test_the_registry_knows_them() -> None:
+    assert ENGINES.names() == ["openai", "transformers", "vllm"]
