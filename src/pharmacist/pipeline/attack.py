@@ -32,7 +32,8 @@ class AttackOptions(TrainingStageOptions):
     """Build a poisoned fine-tuning set and fine-tune a model on it, as a user of a fine-tuning service would."""
 
     task: str | None = None
-    """Benign rows of the user's task, in any format that curate reads."""
+    """Benign rows of the user's task, in any format that curate reads; or sst2, agnews, gsm8k, alpaca or dolly, which
+    come from the hub."""
     harmful: str | None = None
     """Rows with which the set is poisoned. A preference file gives its rejected side."""
     kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
@@ -131,6 +132,7 @@ def attack(options: AttackOptions) -> AttackResult:
 def _open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
     """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
     from pharmacist.data.formats import open_source
+    from pharmacist.data.tasks import open_task
     from pharmacist.nn.models import base_of
 
     defense = options.defense["name"]
@@ -143,7 +145,8 @@ def _open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackO
     for name, by in needed.items():
         if getattr(options, name) is None:
             raise ConfigError(f"{by} needs --{name} FILE")
-    sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in needed}
+    opened = {"task": open_task}
+    sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
     return sources | {f"disjoint:{file}": open_source(file, name="--disjoint-from") for file in options.disjoint_from}
 
 
