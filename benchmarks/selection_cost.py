@@ -5,8 +5,9 @@
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
-`pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch; what is spent on references
-does not grow with the pool and is shown apart from what is spent per row.
+`pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through the
+model in units of the epoch's tokens (which do not depend on what else the machine does); what is spent on references
+and twins does not grow with the pool and is shown apart from what is spent per row.
 """
 
 import argparse
@@ -77,9 +78,8 @@ def main():
     common = {"model": arguments.model, "seed": arguments.seed}
     folder = arguments.output_dir / "sft-epoch"
     epoch = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
-    unit = align(AlignOptions(
-        data=arguments.pool, train=epoch, on_long_prompt="cut", output_dir=str(folder), **common
-    )).seconds  # fmt: skip
+    align(AlignOptions(data=arguments.pool, train=epoch, on_long_prompt="cut", output_dir=str(folder), **common))
+    unit, tokens = (getattr(read_manifest(folder).phases["train"], field) for field in ("seconds", "tokens"))
     print(f"one LoRA SFT epoch over the pool: {unit:.1f} s")
     found = {"sft_epoch_seconds": unit}
     for number, name in enumerate(VARIANTS):
@@ -98,19 +98,23 @@ def main():
             "seconds": seconds, "readers": manifest.extra["selector_report"].get("readers"),
             "once": sum(seconds.get(phase, 0.0) for phase in ONCE) / unit,
             "per row": sum(seconds.get(phase, 0.0) for phase in PER_ROW) / unit,
+            "tokens": {phase: value.tokens / tokens for phase, value in manifest.phases.items() if value.tokens},
             "signals": {
                 signal: ranking_quality(table[signal].to_numpy(), known)
                 for signal in table if signal.endswith("_log_odds") or signal == "contrast"
             },
         }  # fmt: skip
         write_json(arguments.output_dir / "selection.json", found)
-    print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + " | reason right | references | per row |")
-    print("|" + "---|" * (6 + len(FAULTS)))
+    costs = "| reason right | time: training | time: per row | tokens: training | tokens: per row |"
+    print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + f" {costs}")
+    print("|" + "---|" * (8 + len(FAULTS)))
     for name in arguments.only:
         row = found[name]
-        print(table_line(name, row, [f"{row['reason']:.3f}", f"{row['once']:.2f}", f"{row['per row']:.2f}"]))
+        trained, read = (sum(row["tokens"].get(phase, 0.0) for phase in phases) for phases in (ONCE, PER_ROW))
+        rest = [row["once"], row["per row"], trained, read]
+        print(table_line(name, row, [f"{row['reason']:.3f}", *(f"{value:.2f}" for value in rest)]))
         for signal, alone in row["signals"].items():
-            print(table_line(f"{name}: {signal} alone", alone, ["", "", ""]))
+            print(table_line(f"{name}: {signal} alone", alone, [""] * 5))
 
 
 if __name__ == "__main__":
