@@ -5,9 +5,9 @@
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
-`pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through the
-model in units of the epoch's tokens (which do not depend on what else the machine does); what is spent on references
-and twins does not grow with the pool and is shown apart from what is spent per row.
+`pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
+the model in units of the epoch's tokens (whatever else the machine does); what is spent on training does not grow with
+the pool and is shown apart from what is spent per row.
 """
 
 import argparse
