@@ -94,7 +94,7 @@ def align(options: AlignOptions) -> AlignResult:
             console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
         else:
             _align(sources, strategy, options, run)
-        manifest = run.manifest
+        manifest = from_main(run.manifest)
         return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
     except PharmacistError:
         if not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet

@@ -119,7 +119,7 @@ def attack(options: AttackOptions) -> AttackResult:
         else:
             _attack(sources, strategy, kind, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
-        return AttackResult(run.root, run.manifest.metrics, {} if options.build_only else snapshots)
+        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots)
     except PharmacistError:
         if rank() == 0 and not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
             run.path("attack_set.jsonl").unlink(missing_ok=True)
