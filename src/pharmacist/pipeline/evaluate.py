@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,8 +44,9 @@ _NAMES = {
 class EvaluateOptions(RunOptions):
     """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
 
-    model: str
-    """Model to evaluate: local folder, the folder of an earlier align or attack, or a hub id."""
+    model: str = ""
+    """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
+    it. Needed unless two folders are compared."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
     name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
@@ -81,8 +82,18 @@ class EvaluateOptions(RunOptions):
     """Print example answers that were flagged as harmful, instead of hiding them."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    compare: list[str] | None = field(default=None, metadata={"nargs": 2})
+    """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
 
     def __post_init__(self) -> None:
+        if self.compare is not None:
+            if len(self.compare) != 2:
+                raise ConfigError("--compare: needs two folders of finished evaluations")
+            if self.model or any(getattr(self, name) is not None for name in PROMPTS):
+                raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
+            return
+        if not self.model:
+            raise ConfigError("--model must be given; see pharmacist evaluate --help")
         if all(getattr(self, name) is None for name in PROMPTS):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts or --task")
         if self.max_new_tokens < 1:
@@ -110,13 +121,17 @@ class EvaluateResult:
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
-    """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest.
+    """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest; or compares two such folders.
 
     Interrupted, it keeps the answers that it has and continues with the rest.
 
     Raises:
         PharmacistError: Bad options or input.
     """
+    if options.compare is not None:
+        from pharmacist.pipeline.compare import compare_runs
+
+        return EvaluateResult(compare_runs(options, options.compare), Path(options.output_dir))
     from pharmacist.core.env import rank
     from pharmacist.core.files import read_json, write_json
     from pharmacist.core.progress import console
