@@ -15,6 +15,8 @@ SELECTORS: Registry[Selector] = Registry(
         "loss-high": "pharmacist.selectors.loss:LossHigh",
         "perplexity": "pharmacist.selectors.perplexity:Perplexity",
         "ifd": "pharmacist.selectors.ifd:IFD",
+        "dsir": "pharmacist.selectors.dsir:DSIR",
+        "classifier": "pharmacist.selectors.classifier:Classifier",
     },
     group="pharmacist.selectors",
 )
