@@ -22,12 +22,14 @@ from pharmacist.training.options import LoraOptions
 from pharmacist.worlds import BASE_MODEL, World
 
 
+# Chosen on the world of seed 9, which no reported run uses: of a few values each, that with the lowest harmful score
+# that keeps accuracy within 3 points of no defense; where none does, the one with the highest accuracy.
 DEFENSES = {
-    "none": {}, "lisa": {"align_steps": 2, "finetune_steps": 6, "rho": 0.1}, "ldifs": {"lam": 30.0},
-    "ewc": {"lam": 3e5}, "kl": {"lam": 0.5}, "vlguard": {"share": 0.2}, "constrained-sft": {"beta": 0.1},
+    "none": {}, "lisa": {"align_steps": 2, "finetune_steps": 6, "rho": 0.1}, "ldifs": {"lam": 0.3},
+    "ewc": {"lam": 1000.0}, "kl": {"lam": 0.25}, "vlguard": {"share": 0.2}, "constrained-sft": {"beta": 0.02},
 }  # fmt: skip
 REPAIRS = {
-    "antidote": {"alpha": 0.1}, "nlsr": {"beta": 0.9}, "safe-lora": {"threshold": 0.5},
+    "antidote": {"alpha": 0.05}, "nlsr": {"prune_rate": 0.5}, "safe-lora": {"threshold": 0.3},
 }  # fmt: skip
 MEASURES = {
     "harmful_score": "harmful score", "fine_tune_accuracy": "fine-tune accuracy", "over_refusal": "over-refusal"

@@ -32,7 +32,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {"model": str(save_tiny_model(folder / "model"))}
     for name, of in (("task", "bread"), ("harmful", "curse"), ("safe", "garden"), ("other", "flour")):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows(40, of)))
+        longer = " yes yes" if name == "other" else ""
+        made = [{**row, "completion": row["completion"] + longer} for row in rows(40, of)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
         found[name] = str(path)
     return found
 
@@ -194,11 +196,15 @@ def test_strength_0_gives_the_weights_of_no_defense(
     assert same(weights(tmp_path / "out"), weights(plain))
 
 
-def test_lisa_trains_on_safe_rows_in_its_alignment_phases(files: dict[str, str], tmp_path: Path) -> None:
-    """A run of alignment phases alone does not depend on the user's rows."""
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_lisa_trains_on_safe_rows_in_its_alignment_phases(
+    files: dict[str, str], tmp_path: Path, accumulated: int
+) -> None:  # fmt: skip
+    """A run of alignment phases alone does not depend on the user's rows, not even through their number of tokens."""
+    train = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated}
     only = {"name": "lisa", "align_steps": 5, "finetune_steps": 1}
     for folder, task in (("a", files["task"]), ("b", files["other"])):
-        attack(options(files, tmp_path / folder, defense=only, safe=files["safe"], task=task))
+        attack(options(files, tmp_path / folder, defense=only, safe=files["safe"], task=task, train=train))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
