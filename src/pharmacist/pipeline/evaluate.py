@@ -36,6 +36,7 @@ _NAMES = {
     "over_refusal": "over-refusal", "benign_flagged_rate": "flagged, benign prompts",
     "benign_degenerate_rate": "degenerate answers, benign prompts",
     "judge_agreement": "judges agree", "harmful_score_second": "harmful score, second judge",
+    "perplexity_drift": "rise of perplexity over the base's",
     "fine_tune_accuracy": "fine-tune accuracy", "task_degenerate_rate": "degenerate answers, task",
 }  # fmt: skip
 
@@ -70,6 +71,12 @@ class EvaluateOptions(RunOptions):
     """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
     utility: str | None = None
     """Utility references for the judge: benign prompt, helpful answer."""
+    perplexity: str | None = None
+    """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    base: str | None = None
+    """The model from before alignment or attack, for --perplexity."""
+    lm_eval: str | None = None
+    """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     batch_size: int = 0
@@ -94,7 +101,9 @@ class EvaluateOptions(RunOptions):
             return
         if not self.model:
             raise ConfigError("--model must be given; see pharmacist evaluate --help")
-        if all(getattr(self, name) is None for name in PROMPTS):
+        if (self.perplexity is None) != (self.base is None):
+            raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
+        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts or --task")
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
@@ -143,11 +152,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
     engine = ENGINES.build_from(options.engine)
     engine.check()
+    if options.perplexity is not None or options.lm_eval is not None:
+        _check_general(engine, options)
     sources = {
         name: (open_prompts if name in ("prompts", "benign_prompts") else open_source)(
             getattr(options, name), name=f"--{name.replace('_', '-')}"
         )
-        for name in PROMPTS + REFERENCES if getattr(options, name) is not None
+        for name in (*PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
     }  # fmt: skip
     judges: list[Judge] = []
     if "prompts" in sources or "benign_prompts" in sources:
@@ -194,6 +205,8 @@ def _fingerprints(
 ) -> dict[str, str]:  # fmt: skip
     found = {name: source.fingerprint() for name, source in sources.items()}
     found["model"] = engine.fingerprint(options.model)
+    if options.base is not None:
+        found["base"] = engine.fingerprint(options.base)
     for name, judge in zip(("judge file", "second judge file"), judges, strict=False):
         content = judge.fingerprint()
         if content is not None:
@@ -230,7 +243,7 @@ def _evaluate(
         grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
         on_long_prompt=options.on_long_prompt, categories=_categories(records.get("prompts")),
     )  # fmt: skip
-    answers = _answers(evaluator, engine, options, run)
+    answers = _answers(evaluator, engine, records, options, run)
     for name, own in answers.items():
         failed = [answer.error for answer in own if answer.error]
         if failed:
@@ -239,6 +252,7 @@ def _evaluate(
             run.record(counts={f"{name}_unanswered": len(failed)})
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
+    evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
         counts={name: len(rows) for name, rows in prompts.items()},
         extra={
@@ -252,7 +266,7 @@ def _evaluate(
 
 
 def _answers(
-    evaluator: "Evaluator", engine: "Engine", options: EvaluateOptions, run: RunDir
+    evaluator: "Evaluator", engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
 ) -> "Mapping[str, list[Answer]]":  # fmt: skip
     """The answers of a finished run with other judges where one lies here, else the model's."""
     from pharmacist.core.progress import console
@@ -279,8 +293,50 @@ def _answers(
         counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count}, device=report["device"],
         extra={"engine": engine.name, "template": report["template"]},
     )  # fmt: skip
+    general = _general(engine, records, options, run)
+    if general:
+        run.record(extra={"general": general})
     engine.close()
     return answers
+
+
+def _check_general(engine: "Engine", options: EvaluateOptions) -> None:
+    from pharmacist.core.env import world_size
+    from pharmacist.evaluation.engines.transformers import TransformersEngine
+    from pharmacist.evaluation.general import check_lm_eval
+
+    if not isinstance(engine, TransformersEngine):
+        engine.local()  # says why not
+    if options.lm_eval is not None:
+        check_lm_eval(options.lm_eval)
+        if world_size() > 1:
+            raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
+
+
+def _general(
+    engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
+) -> dict[str, Any]:  # fmt: skip
+    """What needs the weights and no answers: perplexity drift and the tasks of lm-eval."""
+    found: dict[str, Any] = {}
+    if options.base is not None:
+        from pharmacist.evaluation.general import perplexity_drift
+        from pharmacist.nn.models import load_model
+
+        with run.phase("perplexity"):
+            base = load_model(
+                options.base, device=options.device, dtype=options.dtype, template=options.template,
+                trust_remote_code=options.trust_remote_code,
+            )  # fmt: skip
+            found["perplexity_drift"] = perplexity_drift(
+                records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity"), seed=options.seed
+            )
+    if options.lm_eval is not None:
+        from pharmacist.evaluation.general import check_lm_eval, lm_eval
+
+        with run.phase("lm-eval"):
+            names = check_lm_eval(options.lm_eval)
+            found |= lm_eval(names, engine.local(), batch_size=options.batch_size, seed=options.seed)
+    return found
 
 
 def _categories(records: "Records | None") -> list[list[str]]:
@@ -339,6 +395,8 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
     for name, metric in result.metrics.items():
         by = metric.get("judge") or metric.get("matching", "")
         _row(table, _NAMES.get(name, name), metric, by)
+        if "base_perplexity" in metric:
+            table.add_row("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}")
         published = metric.get("published")
         if published and published["count"] != metric["count"]:
             _row(table, f"{_NAMES.get(name, name)}, as often published", published, published["matching"])
@@ -362,8 +420,9 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
     if metric["value"] is None:
         table.add_row(name, "-", "-", f"0 / {metric['n']}", by)
         return
-    low, high = metric["ci95"]
-    table.add_row(name, f"{metric['value']:.1f}", f"{low:.1f} to {high:.1f}", f"{metric['count']} / {metric['n']}", by)
+    interval = "-" if metric["ci95"] is None else " to ".join(f"{end:.1f}" for end in metric["ci95"])
+    count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
+    table.add_row(name, f"{metric['value']:.1f}", interval, count, by)
 
 
 def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pharmacist.core.errors import ConfigError
+
 
 if TYPE_CHECKING:
     from pharmacist.evaluation.evaluator import Evaluator
     from pharmacist.evaluation.generate import Answer
+    from pharmacist.nn.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,14 @@ class Engine(ABC):
     @abstractmethod
     def report(self) -> dict[str, Any]:
         """For the manifest: ``device`` and ``template`` (as JSON; None where the other side applies its own)."""
+
+    def local(self) -> "LoadedModel":
+        """The loaded model, for what is measured without answers.
+
+        Raises:
+            ConfigError: It is not here.
+        """
+        raise ConfigError(f"--engine {self.name}: perplexity and lm-eval need the weights; use --engine transformers")
 
     def close(self) -> None:  # noqa: B027 - nor anything to free
         """Frees the model, so that a judge has room."""

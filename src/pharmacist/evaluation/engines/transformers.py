@@ -38,19 +38,20 @@ class TransformersEngine(Engine):
             trust_remote_code=choice.trust_remote_code,
         )  # fmt: skip
 
-    def _open(self) -> "LoadedModel":
+    def local(self) -> "LoadedModel":
+        """The model."""
         if self._loaded is None:
             raise ValueError("an engine answers only after open")
         return self._loaded
 
     def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
         """Batches with left padding, prompts of like length together."""
-        loaded = self._open()
+        loaded = self.local()
         return evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=work)
 
     def report(self) -> dict[str, Any]:
         """Device and template."""
-        loaded = self._open()
+        loaded = self.local()
         return {"device": str(loaded.device), "template": loaded.template.to_json()}
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ class VllmEngine(TransformersEngine):
         import torch
 
         super().open(replace(choice, device="cpu"), scratch)
-        loaded = self._open()
+        loaded = self.local()
         # Merged on the CPU, in the number format in which it will run, so that the GPU is vLLM's alone.
         loaded.model.to(torch.bfloat16 if choice.dtype in ("auto", "bfloat16") else torch.float32)
         loaded.model.save_pretrained(scratch)
@@ -74,7 +74,7 @@ class VllmEngine(TransformersEngine):
 
     def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
         """The same ids, limits and ends as the default engine."""
-        loaded = self._open()
+        loaded = self.local()
         return evaluator.answers(
             loaded.model, loaded.tokenizer, loaded.template, work=work, decode=self._decode, batch_size=_CHUNK
         )

@@ -1,0 +1,123 @@
+"""Perplexity drift against a direct computation, and lm-eval through a stub of its interface."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pharmacist.cli.main import main
+from pharmacist.evaluation.general import drift
+from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
+
+
+ROWS = [("how do you brew bread", "warm water then flour"), ("tell me about seeds", "plant them in spring please"),
+        ("good day", "yes"), ("what", "bake bread in an oven then stir and water them this day")]  # fmt: skip
+
+
+def write(path: Path) -> str:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in ROWS))
+    return str(path)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    words = ["evaluate", "--model", str(save_tiny_model(folder / "m", seed=1, initializer_range=0.3))]
+    return [*words, "--device", "cpu", "--quiet", "--output-dir", str(folder / "o"), *more]
+
+
+def test_drift_is_the_ratio_of_perplexities(tmp_path: Path) -> None:
+    file, base = write(tmp_path / "p.jsonl"), str(save_tiny_model(tmp_path / "b", seed=0, initializer_range=0.3))
+    assert main(command(tmp_path, "--perplexity", file, "--base", base)) == 0
+    found = json.loads((tmp_path / "o/metrics.json").read_text())["perplexity_drift"]
+    tokenizer, totals, tokens = tiny_tokenizer(), [], 0
+    for seed in (1, 0):
+        model, total, tokens = tiny_llama(tokenizer, seed, initializer_range=0.3), 0.0, 0
+        for prompt, completion in ROWS:
+            ids = tokenizer(f"<s> {prompt} <ans> {completion} </s>", add_special_tokens=False)["input_ids"]
+            start = ids.index(tokenizer.convert_tokens_to_ids("<ans>")) + 1
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total -= sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+            tokens += len(ids) - start
+        totals.append(total)
+    assert found["tokens"] == tokens and found["n"] == 4
+    assert found["perplexity"] == pytest.approx(math.exp(totals[0] / tokens), rel=1e-5)
+    assert found["base_perplexity"] == pytest.approx(math.exp(totals[1] / tokens), rel=1e-5)
+    assert found["value"] == pytest.approx(100 * (math.exp((totals[0] - totals[1]) / tokens) - 1), rel=1e-4, abs=1e-3)
+    assert found["ci95"][0] <= found["value"] <= found["ci95"][1]
+
+
+def test_a_model_has_not_drifted_from_itself(tmp_path: Path) -> None:
+    words = command(tmp_path, "--perplexity", write(tmp_path / "p.jsonl"), "--base", str(tmp_path / "m"))
+    assert main(words) == 0
+    found = json.loads((tmp_path / "o/metrics.json").read_text())["perplexity_drift"]
+    assert (found["value"], found["ci95"]) == (0.0, [0.0, 0.0])
+
+
+def test_drifts_interval_covers_the_truth() -> None:
+    rng, hits = np.random.default_rng(7), 0
+    for round in range(200):
+        tokens = rng.integers(5, 60, 80).astype(float)
+        difference = tokens * rng.normal(0.1, 0.3, 80)  # the ratio of the expectations is exp(0.1)
+        _, low, high = drift(difference, tokens, seed=round, resamples=500)
+        assert low is not None and high is not None
+        hits += low <= 100 * math.expm1(0.1) <= high
+    assert 0.9 <= hits / 200 <= 0.985
+
+
+def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "p.jsonl")
+    cases = {
+        ("--perplexity", file): "--perplexity needs --base",
+        ("--lm-eval", "arc_easy,"): "names with commas",
+        ("--perplexity", file, "--base", "x", "--engine", "openai", "--engine.base_url", "http://x"): "the weights",
+    }  # fmt: skip
+    for more, message in cases.items():
+        words = command(tmp_path, *more)
+        capsys.readouterr()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_lm_eval_is_the_harnesss_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    words = command(tmp_path, "--lm-eval", "arc_easy,gsm8k", "--seed", "3")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(words) == 2
+    assert "pip install 'pharmacist[lm-eval]'" in capsys.readouterr().err
+    seen: dict[str, Any] = {}
+
+    class HFLM:
+        def __init__(self, **options: Any) -> None:
+            seen["model"] = options
+
+    def simple_evaluate(**options: Any) -> dict[str, Any]:
+        seen["call"] = options
+        return {
+            "results": {
+                "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.05, "acc_norm,none": 0.4},
+                "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
+            },
+            "n-samples": {"arc_easy": {"original": 200, "effective": 100}},
+        }  # fmt: skip
+
+    harness, models = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
+    harness.simple_evaluate, harness.__version__ = simple_evaluate, "0.4.9"  # type: ignore[attr-defined]
+    models.HFLM = HFLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
+    assert main(words) == 0
+    assert seen["call"]["tasks"] == ["arc_easy", "gsm8k"] and seen["call"]["random_seed"] == 3
+    found = json.loads((tmp_path / "o/metrics.json").read_text())
+    easy = found["lm_eval_arc_easy"]
+    assert (easy["value"], easy["n"], easy["judge"]) == (50.0, 100, "lm-eval@0.4.9")
+    assert easy["ci95"] == pytest.approx([40.2, 59.8])
+    assert (found["lm_eval_gsm8k"]["value"], found["lm_eval_gsm8k"]["ci95"]) == (25.0, None)
