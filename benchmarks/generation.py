@@ -1,0 +1,60 @@
+"""Throughput of `evaluate`'s generation: batches against one prompt at a time, on the same model in one run.
+
+    python benchmarks/generation.py [--model MODEL] [--prompts 256] [--max-new-tokens 32] [--repeats 3]
+
+The default model is the embedded base model; its prompts are those of the made-up world. Both ways answer the same
+prompts through `pharmacist.evaluation.generate.generate`; the answers are compared, for a faster wrong answer is none.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+from pharmacist.evaluation.generate import ROWS_PER_BATCH, Answer, generate
+from pharmacist.nn.models import load_model
+from pharmacist.worlds.potions import BASE_MODEL, World
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(BASE_MODEL))
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+
+    loaded = load_model(options.model, device=options.device)
+    world = World(0)
+    rows = world.utility(options.prompts)
+    prompts = [row["prompt"] for row in rows]
+
+    def measure(batch_size: int) -> tuple[float, list[Answer]]:
+        best, answers = float("inf"), []
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            answers = generate(
+                loaded.model, loaded.tokenizer, loaded.template, prompts, max_new_tokens=options.max_new_tokens,
+                batch_size=batch_size,
+            )  # fmt: skip
+            best = min(best, time.perf_counter() - start)
+        return best, answers
+
+    measure(ROWS_PER_BATCH)  # warms up
+    batched, many = measure(0)
+    single, one = measure(1)
+    tokens = sum(answer.tokens for answer in many)
+    same = sum(a == b for a, b in zip(many, one, strict=True))
+    found = {
+        "model": options.model, "prompts": len(prompts), "tokens": tokens, "device": options.device,
+        "threads": torch.get_num_threads(), "rows_per_batch": ROWS_PER_BATCH,
+        "batched_tokens_per_second": round(tokens / batched, 1), "single_tokens_per_second": round(tokens / single, 1),
+        "ratio": round(single / batched, 2), "equal_answers": same,
+    }  # fmt: skip
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
