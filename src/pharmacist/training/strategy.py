@@ -12,6 +12,7 @@ A strategy sees a step through a `StepContext`; the Trainer (or a test with a ha
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -68,9 +69,9 @@ class StepContext:
     targets: torch.Tensor | int | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name."""
+        """Trainable parameters by name, as they are when first asked for."""
         return trainable(self.model)
 
     def next(self, stream: str) -> Batch:

@@ -144,18 +144,21 @@ class RepNoise(GradientStrategy):
         weights = [p for p in self.tail.parameters() if p.requires_grad]
         values, found = [], []
         for hidden in depths:
-            inputs = [hidden.detach().requires_grad_(), *weights]
+            # Frozen embeddings, the first depth, need no derivative.
+            own = hidden.detach().requires_grad_(hidden.requires_grad)
+            inputs = [value for value in (own, *weights) if value.requires_grad]
             with step.autocast():
-                logits = self.tail(inputs[0])
+                logits = self.tail(own)
             loss = step.mean(target_loss(logits, tokens), len(tokens))
             values.append(loss.detach())
-            found.append(torch.autograd.grad(loss, inputs))
+            moved = [value for value in (hidden, *weights) if value.requires_grad]
+            found.append(list(zip(moved, torch.autograd.grad(loss, inputs), strict=True)) if inputs else [])
         losses = total(torch.stack(values)) / world_size()
         at = losses.clone().requires_grad_()
         (factors,) = torch.autograd.grad(-self.config.alpha * ascent_loss(at), at)
         surrogate = depths[0].new_zeros(())
-        for factor, hidden, grads in zip(factors, depths, found, strict=True):
-            for value, grad in zip([hidden, *weights], grads, strict=True):
+        for factor, pairs in zip(factors, found, strict=True):
+            for value, grad in pairs:
                 surrogate = surrogate + (value * (factor * grad)).sum()
         return surrogate, losses
 
