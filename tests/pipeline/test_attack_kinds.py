@@ -262,3 +262,25 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
     assert main(words) == 2
     assert capsys.readouterr().err == "pharmacist attack: error: --defense ewc needs --safe FILE\n"
     assert main([*words, "--samples", "41"]) == 2
+
+
+@pytest.mark.parametrize("name", ["kl", "constrained-sft", "lisa", "ewc"])
+def test_accumulated_micro_batches_give_the_weights_of_one_batch(
+    files: dict[str, str], tmp_path: Path, name: str
+) -> None:  # fmt: skip
+    """Completions differ in length, so that a mean of means would not do."""
+    task = tmp_path / "task.jsonl"
+    made = [{"prompt": sentence(i, "bread"), "completion": " ".join(["yes"] * (1 + 4 * (i % 2)))} for i in range(20)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in made))
+    # EWC's usual strength here would raise rounding by a million.
+    strong = {"name": name, **DEFENSES[name], **{"lisa": {"align_steps": 0}, "ewc": {"lam": 1e3}}.get(name, {})}
+    for folder, size, accumulated in (("one", 4, 1), ("two", 2, 2)):
+        train = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated,
+                 "learning_rate": 1e-2, "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0.0}  # fmt: skip
+        attack(options(
+            files, tmp_path / folder, task=str(task), kind={"name": "benign"}, defense=strong, safe=files["safe"],
+            train=train,
+        ))  # fmt: skip
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    assert max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key) > 1e-4
