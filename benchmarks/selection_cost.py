@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.files import write_json
+from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
@@ -81,7 +81,8 @@ def main():
     align(AlignOptions(data=arguments.pool, train=epoch, on_long_prompt="cut", output_dir=str(folder), **common))
     unit, tokens = (getattr(read_manifest(folder).phases["train"], field) for field in ("seconds", "tokens"))
     print(f"one LoRA SFT epoch over the pool: {unit:.1f} s")
-    found = {"sft_epoch_seconds": unit}
+    path = arguments.output_dir / "selection.json"
+    found = (read_json(path) if path.is_file() else {}) | {"sft_epoch_seconds": unit}
     for number, name in enumerate(VARIANTS):
         if name not in arguments.only:
             continue
@@ -104,7 +105,7 @@ def main():
                 for signal in table if signal.endswith("_log_odds") or signal == "contrast"
             },
         }  # fmt: skip
-        write_json(arguments.output_dir / "selection.json", found)
+        write_json(path, found)
     costs = "| reason right | time: training | time: per row | tokens: training | tokens: per row |"
     print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + f" {costs}")
     print("|" + "---|" * (8 + len(FAULTS)))
