@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from multiprocessing.context import ForkServerContext
@@ -20,10 +21,11 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import load_template
 from pharmacist.nn.models import load_model
 from pharmacist.pipeline.align import AlignOptions, align
+from pharmacist.training.checkpoint import newest_checkpoint
 from pharmacist.training.options import LoraOptions
 from pharmacist.worlds import BASE_MODEL, World
 from tests.cli.world import TWO_PROCESSES, fingerprints, write_rows
-from tests.pipeline.kills import kill_until_done, undisturbed
+from tests.pipeline.kills import kill_until_done, start, undisturbed
 from tests.tiny import save_tiny_model
 
 
@@ -297,10 +299,16 @@ KILLED += ["--checkpoint-seconds", "0"]
 
 
 def test_a_run_killed_twice(forks: ForkServerContext, data: str, tmp_path: Path) -> None:
-    expected, seconds, _ = undisturbed(forks, words(data, tmp_path / "whole", *KILLED), tmp_path / "whole")
+    expected, _, made = undisturbed(forks, words(data, tmp_path / "whole", *KILLED), tmp_path / "whole")
     assert WEIGHTS in expected
-    moments = iter([0.8 * seconds, 0.6 * seconds])
-    assert kill_until_done(forks, words(data, tmp_path / "cut", *KILLED), tmp_path / "cut", moments, expected) >= 1
+    given, checkpoints = words(data, tmp_path / "cut", *KILLED), []
+    for last_file, half_written in ((made // 3, True), (made // 3, False)):
+        process = start(forks, given, last_file, half_written)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        checkpoints.append(newest_checkpoint(tmp_path / "cut/work/train/checkpoints"))
+    assert checkpoints[0] != checkpoints[1] and None not in checkpoints  # each went on where the last one was killed
+    assert kill_until_done(forks, given, tmp_path / "cut", iter([]), expected) == 0
 
 
 @pytest.mark.slow

@@ -68,8 +68,11 @@ COMMANDS = {
     ),
 }  # fmt: skip
 
-_FULL_DISK_MESSAGES = ("No space left on device", "Disk quota exceeded", "File too large")
-"""What libraries that have no `OSError` of their own (Rust, Arrow) say."""
+_FULL_DISK_MESSAGES = (
+    "No space left on device", "Disk quota exceeded", "File too large",
+    "PytorchStreamWriter failed writing file", "unexpected pos ",
+)  # fmt: skip
+"""What libraries that have no `OSError` of their own (Rust, Arrow, torch) say."""
 
 
 def _usage() -> str:
