@@ -96,12 +96,13 @@ def test_arguments_are_what_the_stage_says(model: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_recomputed_activations_change_nothing(model: Path, tmp_path: Path, name: str) -> None:
-    plain, recomputed = setting(options(model, tmp_path / "a")), setting(options(model, tmp_path / "b", **{name: True}))
+    plain = setting(options(model, tmp_path / "a"))
+    recomputed = setting(options(model, tmp_path / "b", **{name: True}))
     calls = {}
-    for own in (plain, recomputed):
-        reads = own.loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls[id(own)].append(1))  # noqa: B023
-        calls[id(own)] = []
-        trained(own, sft())
+    for ours in (plain, recomputed):
+        reads = ours.loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls[id(ours)].append(1))  # noqa: B023
+        calls[id(ours)] = []
+        trained(ours, sft())
         reads.remove()
     assert [len(made) for made in calls.values()] == [4, 8]  # it does recompute
     assert distance(plain.weights(), recomputed.weights()) < 1e-6
