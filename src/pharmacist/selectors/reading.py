@@ -58,13 +58,3 @@ def completion_losses(context: "SelectionContext", sequences: Sequences, name: s
     """`completion_loss` of all rows under the base model, shape [rows]."""
     model = context.model.model
     return read(context, sequences, lambda batch: {"loss": completion_loss(model, batch)}, name)["loss"]
-
-
-def mean_state(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The last hidden state of each row, averaged over its tokens; shape [rows, width], float32 at least."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    state = output.hidden_states[-1]
-    state = state if state.dtype == torch.float64 else state.float()
-    weight = batch.attention_mask.to(state.dtype)[:, :, None]
-    mean: torch.Tensor = (state * weight).sum(1) / weight.sum(1)
-    return mean
