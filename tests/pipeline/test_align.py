@@ -302,7 +302,7 @@ def test_a_run_killed_twice(forks: ForkServerContext, data: str, tmp_path: Path)
     expected, _, made = undisturbed(forks, words(data, tmp_path / "whole", *KILLED), tmp_path / "whole")
     assert WEIGHTS in expected
     given, checkpoints = words(data, tmp_path / "cut", *KILLED), []
-    for last_file, half_written in ((made // 3, True), (made // 3, False)):
+    for last_file, half_written in ((made // 2, True), (made // 2, False)):
         process = start(forks, given, last_file, half_written)
         process.join()
         assert process.exitcode == -signal.SIGKILL
