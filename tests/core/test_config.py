@@ -8,6 +8,7 @@ import pytest
 
 from pharmacist.core.config import method, parse
 from pharmacist.core.errors import ConfigError, PharmacistError, UnknownNameError
+from pharmacist.selectors import SELECTORS
 
 
 @dataclass
@@ -235,7 +236,7 @@ def test_help_shows_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> N
     assert "Stir the cauldron." in text
     for doc in ("Where it goes.", "How often to stir. (type: int, default: 1)", "Rank of the update.", "Who chooses."):
         assert doc in text
-    assert "One of: full, pharmacist, random" in text
+    assert f"One of: {', '.join(SELECTORS.names())}" in text
     assert "--selector.gamma" in text  # the chosen method's options
     assert "--selector NAME" in text and "selector.name" not in text
     assert "example: cauldron --stirs 3" in text
