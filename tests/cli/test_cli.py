@@ -173,8 +173,10 @@ def test_ctrl_c(files: dict[str, str], tmp_path: Path) -> None:
         files, tmp_path / "out", *CHEAP, "--selector.twin_steps", "100000", "--checkpoint-seconds", "0"
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "pharmacist", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-m", "pharmacist", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell's background jobs, and so their children, ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     deadline = time.monotonic() + 600
     while not list((tmp_path / "out").glob("work/twins/*/*.partial.safetensors")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
