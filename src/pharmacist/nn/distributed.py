@@ -27,6 +27,15 @@ def barrier() -> None:
         _state().wait_for_everyone()
 
 
+def leave() -> None:
+    """Takes leave of the other processes before this one ends; else its connections can abort it at its exit."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        barrier()  # nobody goes while another one still waits for what he sent
+        dist.destroy_process_group()
+
+
 def my_share(jobs: Sequence[T]) -> list[T]:
     """The jobs of this process: every `world_size`-th."""
     return list(jobs[rank() :: world_size()])
