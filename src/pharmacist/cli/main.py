@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 from pharmacist import __version__
-from pharmacist.core.env import world_size
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
@@ -116,10 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(getattr(module, command.options), rest, prog=where, example=command.example)
         set_quiet(getattr(options, "quiet", False))
         getattr(module, command.function)(options)
-        if world_size() > 1:
-            from pharmacist.nn.distributed import leave
-
-            leave()
     except PharmacistError as error:
         return _fail(where, str(error), 2)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The few things that data-parallel runs need: processes meet, share out independent jobs, and add up."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from pharmacist.core.env import rank, world_size
@@ -17,23 +18,25 @@ def _state() -> "PartialState":
     import torch
     from accelerate import PartialState
 
+    _leave_in_the_end()
     # accelerate counts processes on CPUs only when it is told that this is a run on CPUs; else nobody would wait.
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+@cache
+def _leave_in_the_end() -> None:
+    import atexit
+
+    import torch.distributed as dist
+
+    # What still holds connections at its exit can be aborted by their threads, after all its work is done.
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def barrier() -> None:
     """Waits until every process of the launcher has come here; nothing without a launcher."""
     if world_size() > 1:
         _state().wait_for_everyone()
-
-
-def leave() -> None:
-    """Takes leave of the other processes before this one ends; else its connections can abort it at its exit."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        barrier()  # nobody goes while another one still waits for what he sent
-        dist.destroy_process_group()
 
 
 def my_share(jobs: Sequence[T]) -> list[T]:
