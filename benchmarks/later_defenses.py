@@ -29,7 +29,7 @@ DEFENSES = {
     "ewc": {"lam": 1000.0}, "kl": {"lam": 0.25}, "vlguard": {"share": 0.2}, "constrained-sft": {"beta": 0.02},
 }  # fmt: skip
 REPAIRS = {
-    "antidote": {"alpha": 0.05}, "nlsr": {"prune_rate": 0.5}, "safe-lora": {"threshold": 0.3},
+    "antidote": {"alpha": 0.05}, "nlsr": {"prune_rate": 0.5}, "safe-lora": {"select": "number", "number": 1},
 }  # fmt: skip
 MEASURES = {
     "harmful_score": "harmful score", "fine_tune_accuracy": "fine-tune accuracy", "over_refusal": "over-refusal"
