@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.nn.losses import batch_loss
@@ -225,6 +225,47 @@ def test_a_broken_model_is_noticed_at_its_first_step(model: Path, tmp_path: Path
     with pytest.raises(DataError, match="the loss is nan at step 1"):
         trainer(own, sft()).train()
     assert same(before, own.weights())
+
+
+class Silent(Numbers):
+    """Takes all targets from some batches."""
+
+    def __init__(self, *silent: int) -> None:
+        super().__init__(0)
+        self.silent = silent
+
+    def __call__(self, items: Any) -> dict[str, torch.Tensor]:
+        batch = super().__call__(items)
+        if len(self.batches) - 1 in self.silent:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+
+def test_a_batch_without_target_is_skipped_and_counted(model: Path, tmp_path: Path) -> None:
+    diary, weights = Diary(), []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            weights.append(own.weights())
+
+    own = setting(options(model, tmp_path, logging_steps=1, weight_decay=0.1))
+    run = trainer(own, diary, Weights(), collator=Silent(1))
+    run.train()
+    assert diary.events.count("open") == 3
+    # Neither decay nor momentum moves the weights in the second step; the third goes on.
+    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+    assert logged(run, "batches_without_targets") == [1, 1, 1]
+
+
+def test_a_micro_batch_without_target_leaves_the_update_to_the_others(model: Path, tmp_path: Path) -> None:
+    grads = []
+    for accumulation, silent in ((2, (1,)), (1, ())):
+        own, watch = setting(options(model, tmp_path, gradient_accumulation_steps=accumulation)), Watch()
+        run = trainer(own, sft(), watch, collator=Silent(*silent))
+        run.train()
+        grads.append(watch.grads[0])
+        assert run.without_targets == len(silent)
+    assert distance(*grads) < 1e-6
 
 
 def test_metrics_of_a_strategy_are_averaged_into_the_log(model: Path, tmp_path: Path) -> None:

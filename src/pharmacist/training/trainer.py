@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.nn.grads import add_to_grad
-from pharmacist.nn.losses import batch_loss
+from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -44,6 +44,9 @@ class StrategyMixin:
         streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         **kwargs: Of the Trainer.
 
+    Attributes:
+        without_targets: Micro-batches so far that had no target token; they moved nothing.
+
     Raises:
         CompatibilityError: Settings under which gradients are not the strategy's to see.
     """
@@ -61,6 +64,7 @@ class StrategyMixin:
         self._update, self._micro = -1, 0
         self._rows: list[int] = []  # of the update so far
         self._sums: dict[str, list[float]] = {}
+        self.without_targets = 0
         name = type(strategy).__name__
         for missing in set(strategy.streams) - self.streams.keys():
             raise CompatibilityError(f"{name} draws from the stream '{missing}'; give --{missing} FILE")
@@ -90,6 +94,10 @@ class StrategyMixin:
         rows = inputs.pop("row", None)
         self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
         inputs = trainer._prepare_inputs(inputs)
+        self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
+        if num_items_in_batch is not None and int(num_items_in_batch) == 0:
+            # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
+            return torch.zeros((), device=inputs["labels"].device)
         model.train()
         step = StepContext(
             model=trainer.model, batch=inputs, update=update, micro=self._micro,
@@ -150,6 +158,8 @@ class StrategyMixin:
         if "loss" in logs:
             logs = {**logs, **{key: sum(values) / len(values) for key, values in self._sums.items()}}
             self._sums = {}
+            if self.without_targets:
+                logs["batches_without_targets"] = self.without_targets
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
