@@ -1,0 +1,101 @@
+"""What a benchmark found: ``results.parquet``, one row per cell and seed.
+
+A cell is one choice on every axis of the grid. Only cells whose last evaluation is finished have a row, so a partial
+run leaves a partial table; ``manifest.json`` beside it says which stages failed. Rates are percentages, times seconds
+summed over resumes, and what was not measured is null. The columns are the fields of `Result`, in their order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
+"""Columns that make up a cell; `Result.seed` comes on top."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One row of ``results.parquet``.
+
+    ``_before`` is the aligned model, before the attack; without a suffix it is the model at the end, attacked and, where
+    there is a repair, repaired.
+    """
+
+    cell: str
+    """The choices joined by " / ", seed left out: equal for the rows of one cell."""
+    model: str
+    """Names as the grid gives them, here and below."""
+    pool: str
+    selector: str
+    fraction: float
+    """Share of the ranked rows that was kept, in (0, 1]; 1 for the selector full."""
+    defense: str
+    """Alignment-stage defense."""
+    attack: str
+    poison_ratio: float
+    """Share of harmful rows in the attack's set."""
+    samples: int
+    """Rows in the attack's set."""
+    later_defense: str
+    """Fine-tuning-stage defense or repair; "none" where there is none."""
+    task: str
+    judge: str
+    seed: int
+
+    harmful_score: float | None = None
+    harmful_score_before: float | None = None
+    harmful_score_over_attack: float | None = None
+    """Mean height of the harmful score over the attack's steps (trapezoids from step 0 to the last); null unless it was
+    measured between the two ends. A repair comes after the attack and is not part of it."""
+    attack_steps: list[int] = field(default_factory=list)
+    """Steps at which the curve was measured, 0 and the last one included; empty like the next one where it was not."""
+    harmful_scores: list[float] = field(default_factory=list)
+    """Harmful score at each of `attack_steps`."""
+    hs_plus: float | None = None
+    """HS+: harmful or degenerate, as in ``metrics.json``."""
+    hs_plus_before: float | None = None
+    fine_tune_accuracy: float | None = None
+    fine_tune_accuracy_before: float | None = None
+    over_refusal: float | None = None
+    over_refusal_before: float | None = None
+    prompts: int = 0
+    """Harmful prompts whose answers were judged, at the end."""
+
+    pool_rows: int = 0
+    """Rows that were ranked."""
+    alignment_rows: int = 0
+    """Rows that were aligned on."""
+    selection_seconds: float = 0.0
+    """Ranking and selecting; a ranking that cells share counts in full in each of them."""
+    alignment_seconds: float = 0.0
+    """Training of the alignment alone, without loading."""
+    attack_seconds: float = 0.0
+    """Training of the attack alone."""
+    repair_seconds: float | None = None
+    alignment_tokens: int = 0
+    """Tokens that the alignment's main pass read."""
+    attack_tokens: int = 0
+    alignment_peak_memory: float | None = None
+    """MB (10^6 bytes) during the alignment's training: allocated on the GPU, or resident in the process on a CPU."""
+    device: str = ""
+    """Of the alignment."""
+    folder: str = ""
+    """Of the last evaluation, relative to the benchmark's folder."""
+
+
+def write_results(path: Path, rows: Sequence[Result]) -> None:
+    """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pharmacist.core.files import atomic_path
+
+    kinds: dict[Any, Any] = {
+        str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64(),
+        list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64()),
+    }  # fmt: skip
+    schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
