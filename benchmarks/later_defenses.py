@@ -1,15 +1,19 @@
 """Defenses during and after a user's fine-tuning, on the made-up world: what each takes and what it costs.
 
-    python benchmarks/later_defenses.py OUTPUT_DIR [--seeds 3] [--first-seed 0] [--arms none lisa ...]
+    python benchmarks/later_defenses.py OUTPUT_DIR [--seeds 5] [--tuning-seeds 3] [--arms none lisa ...]
 
-For each seed one model is aligned on 300 clean rows and attacked (640 rows, a tenth harmful, 64 steps) with each
+For each seed one model is aligned on 300 clean rows and attacked (640 rows, a tenth harmful, 3 epochs) with each
 fine-tuning-stage defense; repairs start from the undefended attack. The defender's safe rows are the alignment rows.
-Prints a Markdown table (for docs/results.md) and writes table.json. Interrupted, the benchmark resumes.
+Each method's settings are chosen among a few, on worlds of their own: the lowest harmful score among those that keep
+accuracy within 2 points of no defense; where none does, the highest accuracy. Prints Markdown tables (for
+docs/results.md) and writes table.json. Interrupted, the benchmark resumes.
 """
 
 import argparse
 import json
 from pathlib import Path
+
+import numpy as np
 
 from pharmacist.core.files import write_json, write_text
 from pharmacist.evaluation.statistics import t_interval
@@ -22,15 +26,24 @@ from pharmacist.training.options import LoraOptions
 from pharmacist.worlds import BASE_MODEL, World
 
 
-# Chosen on the world of seed 9, which no reported run uses: of a few values each, that with the lowest harmful score
-# that keeps accuracy within 3 points of no defense; where none does, the one with the highest accuracy.
+# Around the published settings, whose strength on the made-up world nobody could know.
 DEFENSES = {
-    "none": {}, "lisa": {"align_steps": 2, "finetune_steps": 6, "rho": 0.1}, "ldifs": {"lam": 0.3},
-    "ewc": {"lam": 1000.0}, "kl": {"lam": 0.25}, "vlguard": {"share": 0.2}, "constrained-sft": {"beta": 0.02},
+    "none": [{}],
+    "lisa": [{"align_steps": a, "finetune_steps": 8 - a, "rho": 0.1} for a in (1, 2, 4)],
+    "ldifs": [{"lam": lam} for lam in (0.1, 0.3, 1.0)],
+    "ewc": [{"lam": lam} for lam in (300.0, 1000.0, 3000.0)],
+    "kl": [{"lam": lam} for lam in (0.03, 0.1, 0.25)],
+    "vlguard": [{"share": share} for share in (0.05, 0.1, 0.2)],
+    "constrained-sft": [{"beta": beta} for beta in (0.02, 0.1)],
 }  # fmt: skip
 REPAIRS = {
-    "antidote": {"alpha": 0.05}, "nlsr": {"prune_rate": 0.5}, "safe-lora": {"select": "number", "number": 1},
-}  # fmt: skip
+    "antidote": [{"alpha": alpha} for alpha in (0.03, 0.05, 0.1)],
+    "nlsr": [{"prune_rate": rate} for rate in (0.3, 0.5, 0.8)],
+    "safe-lora": [{"select": "number", "number": number} for number in (1, 3, 6)],
+}
+EPOCHS, SAMPLES, POISON_RATIO = 3, 640, 0.1
+TUNING_SEED = 100  # the first of the worlds on which settings are chosen
+TOLERANCE = 2.0  # points of accuracy
 MEASURES = {
     "harmful_score": "harmful score", "fine_tune_accuracy": "fine-tune accuracy", "over_refusal": "over-refusal"
 }  # fmt: skip
@@ -39,8 +52,8 @@ MEASURES = {
 def write_world(folder, seed):
     world = World(seed)
     sets = {
-        "aligned": world.clean_pool(300)[0], "harmful": world.harmful(), "attack": world.attack_harmful(64),
-        "task": world.task_train(640), "task-test": world.task_test(150), "prompts": world.eval_prompts(120),
+        "aligned": world.clean_pool(300)[0], "harmful": world.harmful(), "attack": world.attack_harmful(round(POISON_RATIO * SAMPLES)),
+        "task": world.task_train(SAMPLES), "task-test": world.task_test(150), "prompts": world.eval_prompts(120),
         "borderline": world.borderline(60),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
     }  # fmt: skip
@@ -60,7 +73,13 @@ def measure(model, folder, files, common):
 
 
 def run_seed(folder, seed, arms):
-    """Figures per arm; the arm 'aligned' is the model before the attack."""
+    """Figures per arm and settings; the arm 'aligned' is the model before the attack.
+
+    Args:
+        folder: Of this seed.
+        seed: Of its world.
+        arms: Arm -> settings to try, ``none`` first.
+    """
     files = write_world(folder / "data", seed)
     common = {"seed": seed, "device": "cpu", "quiet": True}
     lora = LoraOptions(**LORA)
@@ -68,25 +87,50 @@ def run_seed(folder, seed, arms):
     align(AlignOptions(
         data=files["aligned"], model=str(BASE_MODEL), train=dict(ALIGN), lora=lora, output_dir=aligned, **common
     ))  # fmt: skip
-    found = {"aligned": measure(aligned, folder / "evaluate-aligned", files, common)}
-    for arm in ["none", *(arm for arm in arms if arm != "none")]:
-        model = str(folder / arm)
-        if arm in REPAIRS:
-            repair(RepairOptions(
-                model=str(folder / "none"), aligned=aligned, method={"name": arm, **REPAIRS[arm]},
-                form="weights" if arm == "nlsr" else "auto", harmful=files["harmful"], safe=files["aligned"],
-                output_dir=model, **common,
-            ))  # fmt: skip
-        else:
-            name = {"none": "sft"}.get(arm, arm)
-            attack(AttackOptions(
-                model=aligned, task=files["task"], harmful=files["attack"], poison_ratio=0.1, samples=640,
-                defense={"name": name, **DEFENSES[arm]}, safe=files["aligned"], train=dict(ATTACK), lora=lora,
-                disjoint_from=[files["prompts"], files["task-test"]], output_dir=model, **common,
-            ))  # fmt: skip
-        found[arm] = measure(model, folder / f"evaluate-{arm}", files, common)
-        print(seed, arm, found[arm], flush=True)
+    found = {"aligned": [measure(aligned, folder / "evaluate-aligned", files, common)]}
+    steps = {name: value for name, value in ATTACK.items() if name != "max_steps"} | {"num_train_epochs": EPOCHS}
+    for arm, tries in arms.items():
+        found[arm] = []
+        for settings in tries:
+            name = "-".join([arm, *map(str, settings.values())])
+            model = str(folder / name)
+            if arm in REPAIRS:
+                repair(RepairOptions(
+                    model=str(folder / "none"), aligned=aligned, method={"name": arm, **settings},
+                    form="weights" if arm == "nlsr" else "auto", harmful=files["harmful"], safe=files["aligned"],
+                    output_dir=model, **common,
+                ))  # fmt: skip
+            else:
+                attack(AttackOptions(
+                    model=aligned, task=files["task"], harmful=files["attack"], poison_ratio=POISON_RATIO,
+                    samples=SAMPLES, defense={"name": {"none": "sft"}.get(arm, arm), **settings},
+                    safe=files["aligned"], train=steps, lora=lora, output_dir=model,
+                    disjoint_from=[files["prompts"], files["task-test"]], **common,
+                ))  # fmt: skip
+            found[arm].append(measure(model, folder / f"evaluate-{name}", files, common))
+            print(seed, name, found[arm][-1], flush=True)
     return found
+
+
+def choose(found, arms):
+    """The settings of each arm that did best over the worlds of `found`."""
+
+    def mean(arm, position, name):
+        return float(np.mean([one[arm][position][name] for one in found]))
+
+    floor = mean("none", 0, "fine_tune_accuracy") - TOLERANCE
+    chosen = {}
+    for arm, tries in arms.items():
+        accuracy = [mean(arm, position, "fine_tune_accuracy") for position in range(len(tries))]
+        harm = [mean(arm, position, "harmful_score") for position in range(len(tries))]
+        kept = [position for position, value in enumerate(accuracy) if value >= floor]
+        best = min(kept, key=harm.__getitem__) if kept else int(np.argmax(accuracy))
+        chosen[arm] = [tries[best]]
+        for settings, safety, use in zip(tries, harm, accuracy, strict=True):
+            print(
+                f"| {arm} | {settings or ''} | {safety:.1f} | {use:.1f} | {'x' if settings is tries[best] else ''} |"
+            )
+    return chosen
 
 
 def cell(values):
@@ -97,25 +141,29 @@ def cell(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning-seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=[*DEFENSES, *REPAIRS], default=[*DEFENSES, *REPAIRS])
     arguments = parser.parse_args()
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    found = [run_seed(arguments.output_dir / f"seed-{seed}", seed, arguments.arms) for seed in seeds]
-    write_json(
-        arguments.output_dir / "table.json", {"seeds": list(seeds), "settings": DEFENSES | REPAIRS, "found": found}
-    )
+    arms = {arm: (DEFENSES | REPAIRS)[arm] for arm in dict.fromkeys(["none", *arguments.arms])}
+
+    def run(first, count, arms):
+        return [run_seed(arguments.output_dir / f"seed-{seed}", seed, arms) for seed in range(first, first + count)]
+
+    tuning = run(TUNING_SEED, arguments.tuning_seeds, arms)
+    print("| method | settings | harmful score | accuracy | chosen |\n|---|---|---|---|---|")
+    chosen = choose(tuning, arms)
+    found = run(0, arguments.seeds, chosen)
+    write_json(arguments.output_dir / "table.json", {"chosen": chosen, "tuning": tuning, "found": found})
     print("| method | " + " | ".join(MEASURES.values()) + " | harmful score - none | accuracy - none |")
     print("|---" * (len(MEASURES) + 3) + "|")
     for arm in found[0]:
-        cells = [cell([one[arm][name] for one in found]) for name in MEASURES]
-        changes = [cell([one[arm][name] - one["none"][name] for one in found]) for name in list(MEASURES)[:2]]
-        print(
-            "| "
-            + " | ".join([arm, *cells, *([] if arm == "none" else changes)])
-            + (" | | |" if arm == "none" else " |")
-        )
+        own, none = ([one[name][0] for one in found] for name in (arm, "none"))
+        cells = [cell([one[name] for one in own]) for name in MEASURES]
+        for name in list(MEASURES)[:2]:
+            changes = [one[name] - other[name] for one, other in zip(own, none, strict=True)]
+            cells.append("" if arm == "none" else cell(changes))
+        print("| " + " | ".join([arm, *cells]) + " |")
 
 
 if __name__ == "__main__":
