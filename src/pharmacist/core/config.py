@@ -22,7 +22,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
 from pharmacist.core.registry import Registry
 
 
@@ -31,14 +31,15 @@ T = TypeVar("T")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def method(default: str, registry: str) -> Any:
+def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
     """A field that holds a method and its options as ``{"name": ..., **options}``.
 
     Args:
         default: The method used where none is named.
         registry: ``"module:NAME"`` of its `Registry`, imported only when needed.
+        short: Options of its methods that may be given without the field's name in front.
     """
-    metadata = {"registry": registry, "default": default}
+    metadata = {"registry": registry, "default": default, "short": short}
     return dataclasses.field(default_factory=lambda: {"name": default}, metadata=metadata)
 
 
@@ -58,6 +59,11 @@ def _docs(options: type[Any]) -> dict[str, str]:
 
 def _methods(options: type[Any]) -> dict[str, "dataclasses.Field[Any]"]:
     return {field.name: field for field in dataclasses.fields(options) if "registry" in field.metadata}
+
+
+def _short(methods: Mapping[str, "dataclasses.Field[Any]"]) -> dict[str, tuple[str, str]]:
+    """Short names -> field and option."""
+    return {name: (field, name) for field, of in methods.items() for name in of.metadata["short"]}
 
 
 def _described(hint: Any) -> str:
@@ -82,6 +88,8 @@ class _Parser(ArgumentParser):
 
     hints: Mapping[str, Any]
     """Option (dotted, with underscores) -> its type."""
+    several: frozenset[str]
+    """Options that take several words."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise ConfigError(self.one_line(message))
@@ -157,6 +165,7 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
                 if action.dest == field.name:  # jsonargparse's own way to give a group as a file; `--config` does that
                     action.help = argparse.SUPPRESS
     parser.hints = known
+    parser.several = frozenset(field.name for field in dataclasses.fields(options) if "nargs" in field.metadata)
     return parser
 
 
@@ -192,28 +201,59 @@ def parse(
         ConfigError: Unknown or ill-typed options, unknown keys in the file, required ones missing.
         SystemExit: ``--help``.
     """
+    words, path, named = _normalised(options, _methods(options), arguments)
+    config = {} if path is None else _read_yaml(path)
+    return _parsed(options, config, f"--config {path}", words, named, prog, example)
+
+
+def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Reads keys and values, as a YAML file holds them, into an options dataclass; checked like a command line.
+
+    Args:
+        options: The dataclass.
+        values: Its fields, or some of them.
+        where: Where they come from, for messages.
+
+    Raises:
+        ConfigError: Unknown or ill-typed keys, required ones missing.
+    """
+    return _parsed(options, dict(values), where, [], {}, "", "")
+
+
+def _parsed(
+    options: type[T], config: dict[str, Any], where: str, words: Sequence[str], named: Mapping[str, str], prog: str,
+    example: str,
+) -> T:  # fmt: skip
+    """Options from keys and values and from the words of a command line, which win."""
     methods, hints = _methods(options), get_type_hints(options)
-    words, path, named = _normalised(options, methods, arguments)
-    config: dict[str, Any] = {} if path is None else _read_yaml(path)
     chosen = {name: str(field.metadata["default"]) for name, field in methods.items()}
+    for key in list(config):
+        if str(key).replace("-", "_") in _short(methods):
+            field_name, option = _short(methods)[str(key).replace("-", "_")]
+            own = config.get(field_name) or {}
+            config[field_name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
     # Method names must be known before the parser can be made, since they decide which options there are.
     for name in methods:
         choice = config.pop(name, None)
         if choice is not None:
             choice = {"name": choice} if isinstance(choice, str) else choice
             if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
-                raise ConfigError(f"--config {path}: '{name}' needs the name of a method, or name and options of one")
+                raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
             chosen[name] = choice.get("name", chosen[name])
         if named.get(name, chosen[name]) != chosen[name]:
             choice = None  # another method on the line: the file's options are not its own
         chosen[name] = named.get(name, chosen[name])
         config |= {name: choice} if choice is not None else {}
-    parser = _parser(options, chosen, prog, inspect.getdoc(options) or "", example)
-    before = _config_words(parser, config, str(path))
     try:
-        parsed = parser.parse_args(before + words)
-    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise ConfigError(parser.one_line(str(error))) from error
+        parser = _parser(options, chosen, prog, inspect.getdoc(options) or "", example)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where}: {error}" if not prog else str(error)) from error
+    before = _config_words(parser, config, where)
+    try:
+        parsed = parser.parse_args([*before, *words])
+    except (argparse.ArgumentError, ConfigError, TypeError, ValueError, KeyError) as error:
+        message = parser.one_line(str(error))
+        raise ConfigError(message if prog else f"{where}: {message}") from error
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = parsed[field.name]
@@ -238,6 +278,8 @@ def _normalised(
             # Underscores are accepted for hyphens, so that YAML keys and Python names work as options too.
             head, dot, rest = name[2:].partition(".")
             field = head.replace("-", "_") + dot + rest
+            if field in _short(methods):
+                field = ".".join(_short(methods)[field])
             following = value if equals else "".join(arguments[position + 1 : position + 2])
             if field == "config":
                 if not following:
@@ -255,21 +297,23 @@ def _normalised(
     return words, path, named
 
 
-def _config_words(parser: _Parser, config: Mapping[str, Any], path: str, prefix: str = "") -> list[str]:
+def _config_words(parser: _Parser, config: Mapping[str, Any], where: str, prefix: str = "") -> list[str]:
     """The file's content as words that come before those of the line, so that both are checked alike."""
     words: list[str] = []
     for key, value in config.items():
         name = prefix + str(key).replace("-", "_")
         if any(known.startswith(name + ".") for known in parser.hints):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"--config {path}: key '{name}' needs keys and values of its own")
-            words += _config_words(parser, value, path, name + ".")
+                raise ConfigError(f"{where}: key '{name}' needs keys and values of its own")
+            words += _config_words(parser, value, where, name + ".")
         elif name not in parser.hints or name == "config":
             known = sorted(set(parser.hints) - {"config"})
-            raise ConfigError(f"--config {path}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
+            raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
+        elif name in parser.several and isinstance(value, list):
+            words += [flag(name), *map(str, value)]
         elif parser.hints[name] is bool and not prefix:
             if not isinstance(value, bool):
-                raise ConfigError(f"--config {path}: {name} {value}: must be true or false")
+                raise ConfigError(f"{where}: {name} {value}: must be true or false")
             words.append(flag(name if value else "no_" + name))
         elif isinstance(value, str):
             # Numbers such as 5e-4, which YAML takes for text, are left to the parser, which knows the type.
