@@ -12,6 +12,10 @@ class ConfigError(PharmacistError):
     """An option, a configuration file or an output folder cannot be used as given."""
 
 
+class BusyError(ConfigError):
+    """Another process works in the output folder."""
+
+
 class UnknownNameError(ConfigError):
     """A method name that no registry knows."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pharmacist.core.env import rank, versions
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import BusyError, ConfigError
 from pharmacist.core.files import FULL_DISK, read_json, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import Phase, RunManifest, read_manifest
@@ -40,6 +40,18 @@ class RunOptions:
 
 
 _NOT_IN_KEY = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})
+
+
+def as_json(options: RunOptions) -> dict[str, Any]:
+    """A stage's options as the manifest holds them."""
+    config = {field.name: getattr(options, field.name) for field in fields(options)}
+    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
+    return found
+
+
+def identifying(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's options can change its results."""
+    return {name: value for name, value in config.items() if name not in _NOT_IN_KEY}
 
 
 class RunDir:
@@ -73,12 +85,11 @@ class RunDir:
             ConfigError: The folder holds another run or other files, is a file, or another process works in it.
         """
         root = Path(options.output_dir)
-        config = {field.name: getattr(options, field.name) for field in fields(options)}
-        config = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
+        config = as_json(options)
         # Of an input its content counts, not the path that led to it.
         relevant = {
-            name: value for name, value in config.items()
-            if name not in _NOT_IN_KEY and not (name in inputs and isinstance(value, str))
+            name: value for name, value in identifying(config).items()
+            if not (name in inputs and isinstance(value, str))
         }  # fmt: skip
         early = {name: value for name, value in relevant.items() if name not in late}
         early_inputs = {name: value for name, value in inputs.items() if name not in late_inputs}
@@ -176,15 +187,17 @@ class RunDir:
         manifest.device = device or manifest.device
         return manifest
 
-    def finish(self, *, outputs: list[str], **results: Any) -> RunManifest:
+    def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:
         """Declares the run complete: writes the manifest, then removes the partial state.
 
         Args:
             outputs: Files and folders that make up the result.
+            partial: Something failed on the way: the results may be used, but the partial state stays, and the same
+                run goes on from it.
             **results: As in `record`.
         """
         manifest = self.record(**results)
-        manifest.status, manifest.outputs = "success", outputs
+        manifest.status, manifest.outputs = "partial" if partial else "success", outputs
         manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
         if self._lock is not None:
             manifest.write(self.root)
@@ -220,7 +233,7 @@ def _lock(root: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ConfigError(
+        raise BusyError(
             f"{root}: another process is working in this folder; wait for it or choose another --output-dir"
         ) from error
     except OSError:
