@@ -52,7 +52,8 @@ MEASURES = {
 def write_world(folder, seed):
     world = World(seed)
     sets = {
-        "aligned": world.clean_pool(300)[0], "harmful": world.harmful(), "attack": world.attack_harmful(round(POISON_RATIO * SAMPLES)),
+        "aligned": world.clean_pool(300)[0], "harmful": world.harmful(),
+        "attack": world.attack_harmful(round(POISON_RATIO * SAMPLES)),
         "task": world.task_train(SAMPLES), "task-test": world.task_test(150), "prompts": world.eval_prompts(120),
         "borderline": world.borderline(60),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
