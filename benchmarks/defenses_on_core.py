@@ -30,7 +30,8 @@ from pharmacist.pipeline.curate import CurateOptions, curate
 
 LINES = {
     "sft": [], "vaccine": [], "t-vaccine": ["--defense.layers", "1"], "repnoise": ["--pair-by", "row"],
-    "booster": [], "tar, 16 inner steps": ["--defense.inner_steps", "16"], "tar, one step": ["--defense.form", "one-step"],
+    "booster": [], "tar, 16 inner steps": ["--defense.inner_steps", "16"],
+    "tar, one step": ["--defense.form", "one-step"],
 }  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def main():
     root = arguments.output_dir
     curate(CurateOptions(
         pool=arguments.pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
-        model=arguments.model, selector={"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"}, top=0.3,
-        on_long_prompt="cut", output_dir=str(root / "core"),
+        model=arguments.model, selector={"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
+        top=0.3, on_long_prompt="cut", output_dir=str(root / "core"),
     ))  # fmt: skip
     core = str(root / "core" / "selected.jsonl")
     sets = {
