@@ -94,6 +94,11 @@ class AdapterBank:
         """Trainable tensors of an adapter by name (the adapter's own name left out, as PEFT saves them)."""
         return self._parameters[name]
 
+    def linears(self, name: str) -> dict[str, nn.Module]:
+        """The linear layers of an adapter by the names of their weights (as in `parameters`)."""
+        find = self.model.get_submodule
+        return {key: find(f"{key.removesuffix('.weight')}.{name}") for key in self.parameters(name)}
+
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """A copy of an adapter's tensors."""
         return {n: p.detach().clone().contiguous() for n, p in self.parameters(name).items()}
@@ -152,6 +157,17 @@ class AdapterBank:
             for parameter in parameters.values():
                 parameter.requires_grad_(name in self._training)
 
+    @contextmanager
+    def differentiable(self, *names: str) -> Iterator[None]:
+        """Lets adapters have gradients for the block, and no others."""
+        self._training = names
+        self._mark_trained()
+        try:
+            yield
+        finally:
+            self._training = ()
+            self._mark_trained()
+
     def row_losses(self, name: str | None, batch: Batch) -> RowLosses:
         """Losses of a batch under an adapter (or the base alone)."""
         self.tokens += batch.tokens
@@ -169,6 +185,7 @@ class AdapterBank:
         advance: Callable[[], object] = lambda: None,
         extra: Callable[[], dict[str, torch.Tensor]] = dict,
         restore: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
+        observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None,
     ) -> None:
         """Trains adapters by AdamW for a fixed number of steps; killed at any moment, it continues bit for bit.
 
@@ -180,6 +197,7 @@ class AdapterBank:
             advance: Called after each step, for a progress bar.
             extra: Further tensors to checkpoint, such as the gradient solver's logits.
             restore: Receives those tensors on resume.
+            observe: Called after each update with the step and the optimizer; again for some steps after a kill.
 
         Raises:
             DataError: Loss or gradient is not finite; that step updates nothing.
@@ -187,28 +205,22 @@ class AdapterBank:
         parameters = {f"{name}/{key}": p for name in names for key, p in self.parameters(name).items()}
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.options.learning_rate, weight_decay=0.0)
         first = self._resume(checkpoint, parameters, optimizer, restore)
-        self._training = names
-        self._mark_trained()
-        try:
+        with self.differentiable(*names):
             last_saved = time.monotonic()
             for step in range(steps):
                 if step >= first:
                     self._step(step, steps, loss, optimizer)
+                    observe(step, optimizer)
                     if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
                         self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
                         last_saved = time.monotonic()
                 advance()
-        finally:
-            self._training = ()
-            self._mark_trained()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     def _step(
         self, step: int, steps: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        warmup = max(1, steps // 10)
-        factor = min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
-        optimizer.param_groups[0]["lr"] = self.options.learning_rate * factor
+        optimizer.param_groups[0]["lr"] = self.options.learning_rate * learning_rate_factor(step, steps)
         optimizer.zero_grad(set_to_none=True)
         value = loss(step)
         if not torch.isfinite(value):
@@ -260,6 +272,12 @@ class AdapterBank:
                 }
         restore({key.removeprefix("extra/"): value for key, value in tensors.items() if key.startswith("extra/")})
         return step
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up over a tenth of the steps, then linear decay."""
+    warmup = max(1, steps // 10)
+    return min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
 
 
 def adapter_shape(folder: Path) -> AdapterOptions:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,13 @@ from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch, plan_
 from pharmacist.nn.distributed import barrier
 
 
+Arrays = dict[str, npt.NDArray[Any]]
 Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
 
 
 def run_pass(
     sequences: Sequences,
-    measure: Measure,
+    measure: Callable[[Batch], Arrays],
     *,
     work: Path,
     device: torch.device,
@@ -29,6 +31,7 @@ def run_pass(
     description: str,
     rows: IntArray | None = None,
     rows_per_chunk: int = 2048,
+    reduce: Callable[[Arrays], Arrays] = lambda arrays: arrays,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Measures every row (or `rows`) once.
 
@@ -43,6 +46,7 @@ def run_pass(
         description: For the progress bar.
         rows: Row numbers to visit, all by default.
         rows_per_chunk: Rows saved together.
+        reduce: What is kept in memory of a saved chunk's arrays, for measurements that are too large to keep.
 
     Returns:
         One array per measurement, first axis in row order over the whole pool; NaN on rows that were not asked for.
@@ -64,7 +68,7 @@ def run_pass(
                     save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
             progress.advance(sum(len(batch) for batch in chunk) * world_size())
     barrier()
-    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
+    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows, reduce)
 
 
 def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]]:
@@ -80,13 +84,14 @@ def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]
 
 
 def _gather(
-    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
-) -> dict[str, npt.NDArray[np.float64]]:
+    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None,
+    reduce: Callable[[Arrays], Arrays],
+) -> dict[str, npt.NDArray[np.float64]]:  # fmt: skip
     result: dict[str, npt.NDArray[np.float64]] = {}
     for number in range(chunks):
         arrays = load_file(work / f"{number:06d}.safetensors")
         where = arrays.pop("rows")
-        for key, values in arrays.items():
+        for key, values in reduce(arrays).items():
             if key not in result:
                 result[key] = np.full((total, *values.shape[1:]), np.nan)
             result[key][where] = values
@@ -97,8 +102,9 @@ def _gather(
 
 
 def _fitting(
-    sequences: Sequences, measure: Measure, work: Path, device: torch.device, tokens: int, rows: IntArray | None
-) -> int:
+    sequences: Sequences, measure: Callable[[Batch], Arrays], work: Path, device: torch.device, tokens: int,
+    rows: IntArray | None,
+) -> int:  # fmt: skip
     """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks."""
     path = work / "plan.json"
     if rank() == 0 and not path.is_file():

@@ -569,13 +569,7 @@ class _Worker:
         logits = np.load(self.run.work("twins", "gradient", "logits.npy"), allow_pickle=False)
         keys = self.context.encoded_pool.content_keys
         rows = twins.cotraining_rows(keys, self.config.cotrain, self.seed)
-        # Equal rows were drawn apart; their mean is their common logit.
-        _, inverse = np.unique(keys, return_inverse=True)
-        totals, counts = np.zeros(inverse.max() + 1), np.zeros(inverse.max() + 1)
-        np.add.at(totals, inverse[rows], logits)
-        np.add.at(counts, inverse[rows], 1)
-        score: FloatArray = (totals / counts)[inverse]
-        return score
+        return twins.mean_over_copies(keys, rows, logits)  # equal rows were drawn apart
 
 
 def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:

@@ -24,7 +24,9 @@ def tokens_per_batch(model: Any, device: torch.device) -> int:
     return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
-def read(context: "SelectionContext", sequences: Sequences, measure: Measure, name: str) -> dict[str, FloatArray]:
+def read(
+    context: "SelectionContext", sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
+) -> dict[str, FloatArray]:  # fmt: skip
     """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
 
     Args:
@@ -32,12 +34,13 @@ def read(context: "SelectionContext", sequences: Sequences, measure: Measure, na
         sequences: The rows.
         measure: As in `nn.passes.run_pass`.
         name: Of what is measured; the same name means the same measurement of the same rows.
+        forwards: How often `measure` sends a batch through the model, for the count of tokens.
     """
     device = context.model.device
     with context.run.phase("score") as phase:
 
         def counted(batch: Batch) -> dict[str, FloatArray]:
-            phase.tokens += batch.tokens
+            phase.tokens += forwards * batch.tokens
             return measure(batch)
 
         return run_pass(

@@ -83,6 +83,37 @@ def weight_gradient(sigma: FloatArray, difference: FloatArray, gamma: float) -> 
     return gradient
 
 
+def batch_weight_gradient(weights: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
+    """`weight_gradient` from a batch that stands for the pool, in units of 1 / pool rows; other rows have none.
+
+    The mean is taken over the batch under its own weights: rows with equal differences stay where they are, and so do
+    rows that are not visited. At uniform weights its mean over all batches is the gradient, but for a factor.
+
+    Args:
+        weights: Weight (pool mean 1) of each row of the batch, shape [rows].
+        difference: d_i of each, shape [rows].
+        gamma: As in `weight_gradient`.
+    """
+    gradient: FloatArray = weight_gradient(weights / weights.mean(), difference, gamma) * weights.sum()
+    return gradient
+
+
+def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: FloatArray) -> FloatArray:
+    """What equal rows have in common: the mean of their values, in pool order.
+
+    Args:
+        keys: Content of every row, shape [pool rows].
+        rows: Row of each value; every row once.
+        values: Shape [pool rows].
+    """
+    _, inverse = np.unique(keys, return_inverse=True)
+    totals, counts = np.zeros(inverse.max() + 1), np.zeros(inverse.max() + 1)
+    np.add.at(totals, inverse[rows], values)
+    np.add.at(counts, inverse[rows], 1)
+    mean: FloatArray = (totals / counts)[inverse]
+    return mean
+
+
 class _TwinLoss:
     """(1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i, as a function of the step."""
 
@@ -155,9 +186,7 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
         toxic, toxic_losses = loss(TWINS[1], step, sigma)
         rows = loss.pool[step]
         difference = (safe_losses - toxic_losses).double().cpu().numpy()
-        # The batch stands for the pool: its weights have mean 1, so that rows with equal losses stay where they are.
-        weights = sigma[rows].numpy()
-        gradient = weight_gradient(weights / weights.mean(), difference, problem.gamma) * weights.sum()
+        gradient = batch_weight_gradient(sigma[rows].numpy(), difference, problem.gamma)
         logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
         return safe + toxic
 
@@ -177,7 +206,7 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
 
 
 def save_logits(folder: Path, logits: FloatArray) -> None:
-    """Writes the gradient solver's logits."""
+    """Writes logits of pool rows as ``logits.npy``."""
     from pharmacist.core.files import atomic_write
 
     with atomic_write(folder / "logits.npy") as file:

@@ -1,0 +1,81 @@
+"""Gradients of single rows by an adapter's weights, from one backward pass; products with them without forming them.
+
+Where a linear layer reads x_t, and d_t is the derivative of the summed row losses by what it puts out, the row's own
+gradient by its weight is sum_t d_t x_t^T. LoRA's two factors are such layers, and d has scale and dropout in it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pharmacist.core.errors import CompatibilityError
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a backward pass of the SUM of row losses left at some linear layers.
+
+    Attributes:
+        inputs: Name of the weight -> what its layer read, shape [rows, length, in].
+        outputs: Name of the weight -> derivative by what it put out, shape [rows, length, out].
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+    def inner(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Inner product of each row's gradient with a direction, sum_t d_t . (G x_t), in float64; shape [rows]."""
+        parts = [
+            (self.outputs[name] * (x @ direction[name].to(x).T)).sum((1, 2)).double()
+            for name, x in self.inputs.items()
+        ]
+        return torch.stack(parts).sum(0)
+
+    def square_norms(self) -> torch.Tensor:
+        """Squared norm of each row's gradient in float64, shape [rows]; by whichever of two ways is cheaper."""
+        parts = []
+        for name, x in self.inputs.items():
+            d = self.outputs[name]
+            length, width, size = x.shape[1], x.shape[2] + d.shape[2], x.shape[2] * d.shape[2]
+            gram = length * width < size
+            part = (d @ d.mT * (x @ x.mT)).sum((1, 2)) if gram else (d.mT @ x).square().sum((1, 2))
+            parts.append(part.double())
+        return torch.stack(parts).sum(0).clamp(min=0)
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight's name and row gradients, shape [rows, out, in]; one weight at a time."""
+        for name, x in self.inputs.items():
+            yield name, self.outputs[name].mT @ x
+
+
+def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor]) -> Tape:
+    """Runs forward and backward once and records linear layers; no weight's gradient is formed.
+
+    Args:
+        layers: Name of the weight -> its layer; the model uses each once, and its weight requires a gradient.
+        losses: Runs the model and returns one loss per row, shape [rows].
+
+    Raises:
+        CompatibilityError: A layer does not see rows apart, or runs more than once.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if output.dim() != 3 or name in outputs:
+                raise CompatibilityError(f"{name}: is used in a way in which rows cannot be told apart")
+            inputs[name], outputs[name] = args[0].detach(), output
+
+        return record
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(recorder(name)).remove)
+        total = losses().sum()
+    found = torch.autograd.grad(total, list(outputs.values()))
+    return Tape(inputs, dict(zip(outputs, found, strict=True)))
