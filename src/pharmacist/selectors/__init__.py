@@ -8,6 +8,9 @@ SELECTORS: Registry[Selector] = Registry(
     "selector",
     {
         "pharmacist": "pharmacist.selectors.pharmacist:Pharmacist",
+        "seal": "pharmacist.selectors.seal:Seal",
+        "unrolled": "pharmacist.selectors.unrolled:Unrolled",
+        "less": "pharmacist.selectors.less:Less",
         "random": "pharmacist.selectors.random:Random",
         "full": "pharmacist.selectors.full:Full",
         "length": "pharmacist.selectors.length:Length",

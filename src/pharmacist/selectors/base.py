@@ -110,6 +110,15 @@ class SelectionContext:
             raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
         return rows
 
+    def encoded_references(self, name: str) -> "Encoded":
+        """The references of one kind in tokens.
+
+        Raises:
+            DataError: They are too few to learn from.
+        """
+        self.reference_rows(name)
+        return self.encode(self.references[name].dataset, name)
+
     def encode(self, rows: Any, name: str) -> "Encoded":
         """Tokenises rows for the model.
 
