@@ -22,7 +22,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.registry import Registry
 
 
@@ -217,7 +217,11 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
     Raises:
         ConfigError: Unknown or ill-typed keys, required ones missing.
     """
-    return _parsed(options, dict(values), where, [], {}, "", "")
+    try:
+        return _parsed(options, dict(values), where, [], {}, "", "")
+    except ConfigError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def _parsed(
@@ -244,16 +248,12 @@ def _parsed(
             choice = None  # another method on the line: the file's options are not its own
         chosen[name] = named.get(name, chosen[name])
         config |= {name: choice} if choice is not None else {}
-    try:
-        parser = _parser(options, chosen, prog, inspect.getdoc(options) or "", example)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{where}: {error}" if not prog else str(error)) from error
+    parser = _parser(options, chosen, prog, inspect.getdoc(options) or "", example)
     before = _config_words(parser, config, where)
     try:
         parsed = parser.parse_args([*before, *words])
-    except (argparse.ArgumentError, ConfigError, TypeError, ValueError, KeyError) as error:
-        message = parser.one_line(str(error))
-        raise ConfigError(message if prog else f"{where}: {message}") from error
+    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(parser.one_line(str(error))) from error
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = parsed[field.name]

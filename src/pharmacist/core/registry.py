@@ -32,12 +32,13 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, table: Mapping[str, str], *, group: str) -> None:
         self.kind, self._table, self._group = kind, dict(table), group
 
-    def _all(self) -> dict[str, str]:
+    def table(self) -> dict[str, str]:
+        """Name -> ``"module:Class"``; plug-ins included."""
         return {point.name: point.value for point in entry_points(group=self._group)} | self._table
 
     def names(self) -> list[str]:
         """Known names, sorted; plug-ins included."""
-        return sorted(self._all())
+        return sorted(self.table())
 
     def get(self, name: str) -> type[T]:
         """The class called `name`.
@@ -45,7 +46,7 @@ class Registry(Generic[T]):
         Raises:
             UnknownNameError: No such name; the message offers the nearest one.
         """
-        table = self._all()
+        table = self.table()
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
         module, _, attribute = table[name].partition(":")

@@ -111,6 +111,7 @@ def _align(
     from pharmacist.core.progress import console
     from pharmacist.data.records import parse_columns, read_records
     from pharmacist.data.tokenize import encode
+    from pharmacist.nn.memory import PeakMemory
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
     from pharmacist.training.loop import finish_training, prepare_model, train
@@ -136,9 +137,10 @@ def _align(
     if encoded.truncated:
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     with run.phase("train") as phase:
-        what = f"align ({options.defense['name']})"
+        what, memory = f"align ({options.defense['name']})", PeakMemory(loaded.device)
         result = train(model, loaded, encoded, strategy, options, run, streams=streams, description=what)
         phase.tokens = result.tokens
+        phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     counts = {
         "in": len(records) + len(records.refused), "refused": len(records.refused), "trained": len(encoded),
         "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,

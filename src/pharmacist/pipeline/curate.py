@@ -66,6 +66,9 @@ class CurateOptions(RunOptions):
     """Longest row in tokens; 0 means the model's own limit."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    embedder: str | None = None
+    """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
+    --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
@@ -117,7 +120,7 @@ class Ranking:
             min_score: Or the least score.
             diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows.
         """
-        chosen = _choose(self.table, fraction, k, min_score, diversity)
+        chosen = choose(self.table, fraction, k, min_score, diversity)
         rows = self.table["row"].to_numpy()[chosen]
         return self.records.source.dataset(rows)
 
@@ -269,6 +272,13 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
     found = {name: source.fingerprint() for name, source in sources.items()}
     if options.model is not None:
         found["model"] = model_fingerprint(options.model)
+    if options.embedder is not None:
+        from pharmacist.core.hashing import sha256_folder
+
+        local = Path(options.embedder).is_dir()
+        found["embedder"] = (
+            sha256_folder(options.embedder, (".json", ".safetensors")) if local else f"hub:{options.embedder}"
+        )
     if options.resume_selector is not None:
         from pharmacist.core.hashing import sha256_folder
 
@@ -282,16 +292,20 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.nn.distributed import barrier
     from pharmacist.nn.models import resolve_device
-    from pharmacist.selectors.base import SelectionContext
+    from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext
 
-    resolve_device(options.device)  # one that is not there is told before the pool is read
+    resolve_device(options.device)  # what is not there is told before the pool is read
+    _check_models(selector, options)
     barrier()
     with run.phase("read"):
         records = _read(sources, options, run)
     pool = records.pop("pool")
-    for need in sorted(selector.needs & set(REFERENCES)):
-        if need not in records and options.resume_selector is None:
+    for need in sorted(selector.needs & set(REFERENCES)) if options.resume_selector is None else ():
+        if need not in records:
             raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
+        if len(records[need]) < FEWEST_REFERENCES:
+            number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
+            raise DataError(f"--{need}: {number}")
     if options.top_k is not None and options.top_k > len(pool):
         raise ConfigError(f"--top-k {options.top_k}: the pool has {len(pool)} rows to rank; give at most that number")
     with run.phase("find duplicates"):
@@ -304,6 +318,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         template=options.template, max_length=options.max_length,
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
         trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
+        embedder=options.embedder,
     )  # fmt: skip
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
@@ -323,6 +338,19 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     device = str(context.model.device) if "model" in context.__dict__ else "cpu"
     run.record(counts=counts, device=device, extra={"selector_report": scores.report})
     return Ranking(records=pool, table=table, about=scores.report)
+
+
+def _check_models(selector: "Selector", options: CurateOptions) -> None:
+    """Says which model is missing before anything is read."""
+    if "model" in selector.needs and options.model is None:
+        raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
+    if "embedder" in selector.needs and options.model is None and options.embedder is None:
+        asks = f"selector '{options.selector['name']}' compares rows by a model"
+        raise ConfigError(f"{asks}; give --model, or --embedder")
+    if options.embedder is not None:
+        from pharmacist.selectors.embeddings import check_sentence_encoder
+
+        check_sentence_encoder()
 
 
 def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> "dict[str, Records]":
@@ -395,11 +423,11 @@ def _table(
         "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
     })  # fmt: skip
     top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
-    table.loc[_choose(table, top, options.top_k, options.min_score, options.diversity), "selected"] = True
+    table.loc[choose(table, top, options.top_k, options.min_score, options.diversity), "selected"] = True
     return table
 
 
-def _choose(
+def choose(
     table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str
 ) -> "npt.NDArray[np.int64]":
     """Positions in `table` of the rows to select, ascending."""

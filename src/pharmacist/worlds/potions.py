@@ -231,6 +231,16 @@ class World:
         rng = self._rng("harmful")
         return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "harmful", lex.FORBIDDEN, n)]
 
+    def harmful_answers(self, rows: Sequence[Row]) -> list[Row]:
+        """Answers that comply, one for every forbidden wish among the rows' prompts.
+
+        Such pairs are what defenses such as RepNoise read. Benign prompts, and wishes whose text was changed, have none.
+        """
+        known = {request.prompt: request for domain in lex.FORBIDDEN for request in _requests(domain)["pool"]}
+        rng = self._rng("answers")
+        prompts = dict.fromkeys(row["prompt"] for row in rows)
+        return [_row(prompt, known[prompt].comply(rng)) for prompt in prompts if prompt in known]
+
     def utility(self, n: int = 96) -> list[Row]:
         """Reference U: harmless prompt -> helpful answer, a quarter of them about forbidden things."""
         rng = self._rng("utility")

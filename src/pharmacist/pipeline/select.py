@@ -1,0 +1,62 @@
+"""The stage `select`: another share of a pool that was ranked before, without ranking it again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.rundir import RunDir, RunOptions
+
+
+STAGE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class SelectOptions(RunOptions):
+    """Write the top of a ranking."""
+
+    ranking: str
+    """Folder of a finished curate."""
+    top: float = 0.3
+    """Share of the ranked rows to select, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top <= 1:
+            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
+
+
+def select(options: SelectOptions) -> Path:
+    """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: The folder holds no finished ranking, or its pool has changed.
+    """
+    import pandas as pd
+
+    from pharmacist.core.hashing import sha256_file
+    from pharmacist.core.manifest import read_manifest
+    from pharmacist.data.formats import open_source, write_rows
+    from pharmacist.pipeline.curate import choose
+
+    ranking = read_manifest(options.ranking)
+    scores = Path(options.ranking) / "scores.parquet"
+    if ranking.stage != "curate" or ranking.status != "success":
+        raise DataError(f"{options.ranking}: no finished curate; run it first")
+    pool = open_source(ranking.config["pool"], name="pool")
+    if pool.fingerprint() != ranking.inputs["pool"]:
+        raise DataError(f"{options.ranking}: the pool {pool.label} has changed since it was ranked; rank it again")
+    inputs = {"ranking": sha256_file(scores), "pool": ranking.inputs["pool"]}
+    run = RunDir.open(options, stage="select", version=STAGE_VERSION, inputs=inputs)
+    try:
+        path = run.path("selected.jsonl")
+        if not run.complete:
+            with run.phase("select"):
+                table = pd.read_parquet(scores)
+                rows = table["row"].to_numpy()[choose(table, options.top, None, None, "none")]
+                write_rows(pool, rows.tolist(), path, format="jsonl")
+            run.finish(outputs=[path.name], counts={"ranked": len(table), "selected": len(rows)})
+        return path
+    finally:
+        run.close()
