@@ -20,6 +20,9 @@ SELECTORS: Registry[Selector] = Registry(
         "ifd": "pharmacist.selectors.ifd:IFD",
         "dsir": "pharmacist.selectors.dsir:DSIR",
         "classifier": "pharmacist.selectors.classifier:Classifier",
+        "embedding": "pharmacist.selectors.embedding:Embedding",
+        "k-center": "pharmacist.selectors.k_center:KCenter",
+        "facility-location": "pharmacist.selectors.facility_location:FacilityLocation",
     },
     group="pharmacist.selectors",
 )

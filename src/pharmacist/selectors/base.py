@@ -63,6 +63,8 @@ class SelectionContext:
         resume_from: Folder of a trained selector that only scores, never trains.
         trust_remote_code: Run code that comes with the model.
         checkpoint_seconds: Time between checkpoints of a training.
+        embedder: Folder or hub id of a sentence-transformers model that says how near rows are; the hidden states of
+            the model itself where there is none.
     """
 
     run: RunDir
@@ -78,6 +80,7 @@ class SelectionContext:
     resume_from: Path | None = None
     trust_remote_code: bool = False
     checkpoint_seconds: float = 30.0
+    embedder: str | None = None
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -96,6 +99,13 @@ class SelectionContext:
     def encoded_pool(self) -> "Encoded":
         """The pool in tokens, made on first use and kept on disk."""
         return self.encode(self.pool.dataset, "pool")
+
+    @cached_property
+    def points(self) -> FloatArray:
+        """The pool's rows as points of length 1 (`embeddings.pool_points`), made on first use."""
+        from pharmacist.selectors.embeddings import pool_points
+
+        return pool_points(self)
 
     def reference_rows(self, name: str) -> list[dict[str, Any]]:
         """The references of one kind.
@@ -143,13 +153,14 @@ class Selector(ABC):
     Attributes:
         Config: Dataclass of its options.
         config: The options that it was built with.
-        needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``.
+        needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
+            embedder); those of an instance may depend on its options.
         paper: Source, for the docs.
     """
 
     Config: ClassVar[type[Any]]
     config: Any
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     paper: ClassVar[str] = ""
 
     @abstractmethod

@@ -1,0 +1,121 @@
+"""Orders in which points cover each other, greedily: k-center and facility location."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.progress import track
+
+
+FloatArray = npt.NDArray[np.float64]
+
+BLOCK = 2048
+"""Rows compared with each other at most."""
+
+
+@dataclass
+class CoverConfig:
+    """Options of selectors that compare the rows of a pool with each other."""
+
+    block: int = BLOCK
+    """Rows compared with each other: a larger pool is cut by content into blocks of about that size, each ordered by
+    itself and all merged by what each row added; cost then grows with the pool, not with its square."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigError(f"selector.block must be at least 1, not {self.block}")
+
+
+def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:
+    """Farthest-first traversal: each point's distance from those before it when its turn comes.
+
+    Begins with the point nearest to the mean; then always the point farthest from all before it, the first of equals.
+    The first k points lie within twice the least possible radius of everything (Gonzalez 1985).
+
+    Args:
+        points: Shape [points, dimensions].
+        weights: How many rows each stands for; a copy changes no distance, so they are not read.
+
+    Returns:
+        Shape [points]; the start has the largest distance of all, times 2. Decreasing along the traversal.
+    """
+    norms = (points**2).sum(1)
+
+    def squared_from(point: FloatArray) -> FloatArray:
+        result: FloatArray = (norms + point @ point - 2 * points @ point).clip(min=0)
+        return result
+
+    at, left = int(squared_from(points.mean(0)).argmin()), np.full(len(points), np.inf)
+    radii = np.empty(len(points))
+    for step in range(len(points)):
+        radii[at] = left[at]
+        left = np.minimum(left, squared_from(points[at]))
+        left[at] = -1.0  # never again
+        if step == 0:
+            radii[at] = 4 * max(left.max(), 0.0)
+        at = int(left.argmax())
+    result: FloatArray = np.sqrt(radii)
+    return result
+
+
+def facility_location_gains(points: FloatArray, weights: FloatArray) -> FloatArray:
+    """Greedy facility location: what each point adds to sum_i w_i max_{j in S} s_ij when its turn comes.
+
+    s is the cosine, on a scale from 0 to 1. Lazily: a gain never grows as S does, so a point whose gain from earlier
+    is below another's present one need not be asked. The first k points reach at least 1 - 1/e of the best possible
+    sum of k (Nemhauser et al. 1978).
+
+    Args:
+        points: Of length 1, shape [points, dimensions].
+        weights: How many rows each stands for, shape [points].
+
+    Returns:
+        Shape [points]; decreasing along the greedy order, whose ties are broken by position.
+    """
+    similarity = (1 + (points @ points.T).clip(-1, 1)) / 2
+    best = np.zeros(len(weights))
+    # (minus gain, point, how many were chosen when it was computed); a gain of this very round is never asked twice.
+    waiting = [(-gain, j, -1) for j, gain in enumerate((weights @ similarity).tolist())]
+    heapq.heapify(waiting)
+    gains, last, chosen = np.empty(len(weights)), np.inf, 0
+    while waiting:
+        negative, j, when = heapq.heappop(waiting)
+        if when != chosen:
+            gain = float(weights @ np.maximum(similarity[j] - best, 0))  # the matrix is symmetric, and rows are faster
+            heapq.heappush(waiting, (-gain, j, chosen))
+            continue
+        last = min(last, -negative)  # rounding must not turn two of them round
+        gains[j] = last
+        best = np.maximum(best, similarity[j])
+        chosen += 1
+    return gains
+
+
+Cover = Callable[[FloatArray, FloatArray], FloatArray]
+COVERS: dict[str, Cover] = {"k-center": k_center_radii, "facility-location": facility_location_gains}
+
+
+def cover_scores(points: FloatArray, keys: npt.NDArray[np.uint64], cover: Cover, block: int = BLOCK) -> FloatArray:
+    """What every row adds to those before it, block by block; blocks depend on content alone.
+
+    Copies add nothing: the first of equal rows gets the score, the others 0.
+
+    Args:
+        points: Of length 1, shape [rows, dimensions].
+        keys: Equal for equal rows, shape [rows].
+        cover: (points, how many rows each stands for) -> what each adds.
+        block: Most rows that are compared with each other.
+
+    Returns:
+        Not negative, shape [rows].
+    """
+    _, first, copies = np.unique(keys, return_index=True, return_counts=True)  # in the order of the keys
+    score, blocks = np.zeros(len(keys)), -(-len(first) // block)
+    for number in track(range(blocks), "ordering rows"):
+        rows = first[number::blocks]
+        score[rows] = cover(points[rows], copies[number::blocks].astype(np.float64))
+    return score

@@ -1,0 +1,185 @@
+"""Rows as points: what selectors compare rows by, from the base model's hidden states or a sentence encoder."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import atomic_path
+from pharmacist.core.progress import track
+from pharmacist.core.seeding import derive
+from pharmacist.nn.batching import Batch, IntArray
+from pharmacist.selectors.reading import read
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from pharmacist.selectors.base import SelectionContext
+
+FloatArray = npt.NDArray[np.float64]
+Keys = npt.NDArray[np.uint64]
+Finish = Callable[[FloatArray], FloatArray]
+
+DIMENSION = 256
+"""Wider embeddings are projected at random to that many numbers per row where all rows are held at once."""
+_CHUNK = 4096
+
+
+def mean_states(model: nn.Module, batch: Batch) -> FloatArray:
+    """The last hidden state, averaged over all tokens of a row, shape [rows, width]."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+    state = output.hidden_states[-1]
+    state = state if state.dtype == torch.float64 else state.float()
+    weight = batch.attention_mask.to(state.dtype)[:, :, None]
+    mean: FloatArray = ((state * weight).sum(1) / weight.sum(1)).double().cpu().numpy()
+    return mean
+
+
+def unit(vectors: FloatArray) -> FloatArray:
+    """Vectors of length 1, shape [vectors, dimensions]; zero stays zero."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: FloatArray = vectors / np.where(length > 0, length, 1.0)
+    return scaled
+
+
+def embed(context: "SelectionContext", rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
+    """Embeds rows, each distinct one once, and keeps what `finish` makes of them.
+
+    Args:
+        context: Of the ranking; its embedder where there is one, else its model.
+        rows: Canonical rows (`data.records`).
+        name: Of what is kept; the same name means the same of the same rows.
+        finish: Embeddings of some rows, shape [rows, width] -> what is kept, first axis the same.
+    """
+    if context.embedder is not None:
+        return _sentences(context, context.embedder, rows, name, finish)
+    model = context.model.model
+    pool = rows is context.pool.dataset
+    encoded = context.encoded_pool if pool else context.encode(rows, name)
+    return read(context, encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
+
+
+def pool_keys(context: "SelectionContext") -> Keys:
+    """A hash of each row's content: equal rows have equal keys, shape [rows]."""
+    if context.embedder is None:
+        return context.encoded_pool.content_keys
+    return _text_keys(context.pool.dataset)
+
+
+def pool_points(context: "SelectionContext") -> FloatArray:
+    """The pool's rows as points of length 1, seen from the pool's centre; shape [rows, at most `DIMENSION`].
+
+    Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
+
+    Raises:
+        ConfigError: They will not fit into memory; raised before any row is read.
+    """
+    check_memory(len(context.pool))
+    projections: dict[int, FloatArray] = {}
+
+    def project(states: FloatArray) -> FloatArray:
+        width = states.shape[1]
+        if width <= DIMENSION:
+            return states
+        if width not in projections:
+            rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
+            projections[width] = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
+        return states @ projections[width]
+
+    points = embed(context, context.pool.dataset, "points", project)
+    # Summed in the order of the keys: sums depend on their order, and scores must not depend on that of the rows.
+    distinct = np.unique(pool_keys(context), return_index=True)[1]
+    points -= sum(points[distinct[start : start + _CHUNK]].sum(0) for start in range(0, len(distinct), _CHUNK)) / len(
+        distinct
+    )
+    for start in range(0, len(points), _CHUNK):
+        points[start : start + _CHUNK] = unit(points[start : start + _CHUNK])
+    return points
+
+
+def check_memory(rows: int) -> None:
+    """Refuses a pool whose points the machine's memory cannot hold.
+
+    Raises:
+        ConfigError: It says how much would be needed.
+    """
+    needed, there = 2 * 8 * rows * DIMENSION, memory()
+    if needed > there:
+        raise ConfigError(
+            f"comparing {rows} rows with each other needs {needed / 2**30:.1f} GiB of memory and this machine has "
+            f"{there / 2**30:.1f}; rank a smaller pool, or by a selector that reads one row at a time"
+        )
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_sentence_encoder(name: str, device: str = "auto") -> Any:
+    """A sentence-transformers model.
+
+    Raises:
+        ConfigError: The package is not installed.
+        DataError: Nothing loadable lies there.
+    """
+    check_sentence_encoder()
+    from sentence_transformers import SentenceTransformer
+
+    from pharmacist.core.env import offline
+    from pharmacist.nn.models import resolve_device, silent_library
+
+    try:
+        with silent_library():
+            return SentenceTransformer(name, device=str(resolve_device(device)), local_files_only=offline())
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"--embedder {name}: sentence-transformers cannot load it ({reason})") from error
+
+
+def check_sentence_encoder() -> None:
+    """Says how to install what ``--embedder`` needs, where it is missing."""
+    from importlib.util import find_spec
+
+    if find_spec("sentence_transformers") is None:
+        raise ConfigError("--embedder needs sentence-transformers; pip install 'pharmacist[embeddings]'")
+
+
+def _text_keys(rows: "datasets.Dataset") -> Keys:
+    batches = rows.select_columns(["prompt", "completion"]).iter(_CHUNK)
+    texts = ("\x1f".join(pair) for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
+    keys = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return np.fromiter(keys, dtype=np.uint64, count=len(rows))
+
+
+def _sentences(
+    context: "SelectionContext", embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
+) -> FloatArray:  # fmt: skip
+    """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
+    distinct, inverse = np.unique(_text_keys(rows), return_index=True, return_inverse=True)[1:]
+    encoder = None
+    work, columns = context.run.work("read", name), rows.select_columns(["prompt", "completion"])
+    work.mkdir(parents=True, exist_ok=True)
+    kept = []
+    with context.run.phase("score"):
+        for start in track(range(0, len(distinct), _CHUNK), f"reading rows ({name})"):
+            path = work / f"sentences-{start:012d}.safetensors"
+            if not path.is_file():
+                encoder = encoder or load_sentence_encoder(embedder, context.device)
+                chosen: IntArray = distinct[start : start + _CHUNK]
+                batch = columns[chosen.tolist()]
+                texts = ["\n".join(pair) for pair in zip(batch["prompt"], batch["completion"], strict=True)]
+                states = encoder.encode(texts, show_progress_bar=False, convert_to_numpy=True).astype(np.float64)
+                with atomic_path(path) as temporary:
+                    save_file({"kept": finish(states)}, temporary)
+            kept.append(load_file(path)["kept"])
+    found: FloatArray = np.concatenate(kept)[inverse]
+    return found
