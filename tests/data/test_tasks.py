@@ -69,6 +69,22 @@ def test_another_layout_is_named(hub: None, monkeypatch: pytest.MonkeyPatch) -> 
         open_task("dolly")
 
 
+def test_other_rows_are_evaluated_on_than_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(identifier: str, *config: str, split: str | None = None) -> datasets.Dataset:
+        asked.append((identifier, *config, split))
+        return datasets.Dataset.from_list(ROWS["gsm8k"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for test in (False, True):
+        open_task("gsm8k", test=test)
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+    assert {name for name in TASKS if TASKS[name].test == TASKS[name].source} == set()
+    with pytest.raises(DataError, match="--task alpaca: has no test rows"):
+        open_task("alpaca", test=True)
+
+
 def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("alpaca").mkdir()

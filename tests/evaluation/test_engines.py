@@ -31,7 +31,7 @@ def prompts(folder: Path, *words: str) -> str:
 
 def command(url: str, files: dict[str, str], output: Path, *more: str) -> list[str]:
     words = ["evaluate", "--model", "served", "--output-dir", str(output), "--engine", "openai", *FAST, "--quiet"]
-    words += ["--engine.base_url", url]
+    words += ["--base-url", url]
     for name, path in files.items():
         words += [f"--{name.replace('_', '-')}", path]
     return words + list(more)
@@ -81,11 +81,63 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [metrics(tmp_path / "out")[name]["n"] for name in ("hs_plus", "empty_rate", "refusal_rate")] == [6, 6, 6]
     accuracy = metrics(tmp_path / "out")["fine_tune_accuracy"]
     assert (accuracy["n"], accuracy["unanswered"]) == (1, 1)
+    assert read_manifest(tmp_path / "out").status == "partial"
     reasons = [item["error"] for item in found if "error" in item]
     assert reasons == [
         "HTTP 500", "malformed reply", "connection dropped", "HTTP 400", "content filter of the endpoint"
     ]  # fmt: skip
     assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 5
+
+
+def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    down = {"b": 500, "c": "drop", "d": 400}
+
+    def behave(question: str, before: int) -> Any:
+        word = question.split()[-1]
+        return down.get(word, f"take the {word} then stir it")
+
+    file = prompts(tmp_path, *"abcde")
+    with serve(behave) as served:
+        words = [word for word in command(served.url, {"prompts": file}, tmp_path / "out") if word != "--quiet"]
+        assert main(words) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "3 of 5 without an answer, unscored: 1 x HTTP 400, 1 x HTTP 500, 1 x connection dropped" in told
+        assert "3 replies failed on the way; the same command asks for them again" in told
+        # What is there can be used: read, compared, judged by another judge, which asks the model for nothing.
+        assert metrics(tmp_path / "out")["harmful_score"]["n"] == 2
+        whole = command(served.url, {"prompts": file}, tmp_path / "whole")
+        assert main(["evaluate", "--compare", *[str(tmp_path / "out")] * 2, "--output-dir", str(tmp_path / "ab")]) == 0
+        asked = sum(served.asked.values())
+        assert main([*words, "--judge.window", "30"]) == 0
+        assert main(words) == 0  # and back
+        assert sum(served.asked.values()) == asked
+        assert read_manifest(tmp_path / "out").status == "partial"
+        before = {name: (tmp_path / "out" / name).read_bytes() for name in ("metrics.json", "items.jsonl")}
+        # One comes back, another is cut off by an interruption: nothing that is there gets lost.
+        del down["b"]
+        down["c"] = 401
+        assert main([*words, "--engine.concurrency", "1"]) == 2
+        assert "refuses (HTTP 401)" in capsys.readouterr().err
+        assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
+        del down["c"]
+        asked = served.asked.copy()
+        assert main(words) == 0
+        assert {question.split()[-1] for question in served.asked - asked} == {"c", "d"}
+        assert metrics(tmp_path / "out")["harmful_score"]["n"] == 4
+        assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 1
+        del down["d"]
+        assert main(words) == 0
+        capsys.readouterr()
+        asked = served.asked.copy()
+        assert main(words) == 0
+        assert "complete already" in capsys.readouterr().err and served.asked == asked
+        assert main(whole) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.status, manifest.counts) == ("success", read_manifest(tmp_path / "whole").counts)
+    assert manifest.phases["generate"].tokens == 5 * 7
+    for name in ("metrics.json", "items.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "out/work").exists()
 
 
 def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +194,7 @@ def test_an_endpoint_that_refuses_gets_one_line(
         place = served.url if url == "" else url or ""
         words = command(place, {"prompts": prompts(tmp_path, "a", "b")}, tmp_path / "o")
         if url is None:
-            at = words.index("--engine.base_url")
+            at = words.index("--base-url")
             del words[at : at + 2]
         assert main(words) == 2
     error = capsys.readouterr().err

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from pharmacist.core.errors import DataError, UnknownNameError
-from pharmacist.evaluation.tasks import TASKS, Grade, detect_task
+from pharmacist.evaluation.tasks import TASKS, Grade, Task, TaskItem, detect_task
 from pharmacist.evaluation.tasks.number import final_number, published_number
 
 
@@ -14,17 +14,30 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS.names())
+def prepared(name: str, targets: list[str]) -> Task:
+    task = TASKS.build(name, {})
+    task.prepare([{"prompt": "x", "completion": target} for target in targets])
+    return task
+
+
+def graded(task: Task, targets: list[str], answers: list[str]) -> list[Grade]:
+    return task.grade([TaskItem("x", *pair) for pair in zip(targets, answers, strict=True)])
+
+
+def test_every_kind_is_looked_at() -> None:
+    assert sorted([*TARGETS, "win-rate"]) == TASKS.names()
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_gold_is_right_and_silence_wrong(name: str) -> None:
-    task, targets = TASKS.build(name, {}), TARGETS[name]
-    task.prepare(targets)
-    assert task.grade(targets, targets) == [Grade(True, True)] * len(targets)
-    assert task.grade(targets, [f"  {target}\n" for target in targets]) == [Grade(True, True)] * len(targets)
-    assert task.grade(targets, [""] * len(targets)) == [Grade(False, False)] * len(targets)
-    assert task.grade([], []) == []
+    task, targets = prepared(name, TARGETS[name]), TARGETS[name]
+    assert graded(task, targets, targets) == [Grade(True, True)] * len(targets)
+    assert graded(task, targets, [f"  {target}\n" for target in targets]) == [Grade(True, True)] * len(targets)
+    assert graded(task, targets, [""] * len(targets)) == [Grade(False, False)] * len(targets)
+    assert task.grade([]) == []
 
 
-@pytest.mark.parametrize("name", TASKS.names())
+@pytest.mark.parametrize("name", TARGETS)
 def test_the_kind_is_found_from_the_targets(name: str) -> None:
     assert detect_task(TARGETS[name]) == name
 
@@ -40,20 +53,21 @@ def test_an_unknown_kind_is_named() -> None:
 
 
 def test_naming_both_labels_is_right_only_for_published_matching() -> None:
-    task = TASKS.build("classification", {})
-    task.prepare(["positive", "negative"])
+    task = prepared("classification", ["positive", "negative"])
     answers = ["positive", "Positive", "positive.", "positive or negative", "not positive", "negative", "posit"]
-    grades = task.grade(["positive"] * len(answers), answers)
+    grades = graded(task, ["positive"] * len(answers), answers)
     assert [grade.correct for grade in grades] == [True, True, True, False, False, False, False]
     assert [grade.published for grade in grades] == [True, True, True, True, True, False, False]
-    assert task.report() == {"labels": ["negative", "positive"]}
+    accuracy = task.metrics(grades, unanswered=2)["fine_tune_accuracy"]
+    assert (accuracy["count"], accuracy["n"], accuracy["unanswered"]) == (3, 7, 2)
+    assert (accuracy["published"]["count"], accuracy["published"]["matching"]) == (5, "substring")
+    assert accuracy["labels"] == ["negative", "positive"]
 
 
 def test_a_label_with_a_slash_counts_whole() -> None:
-    task = TASKS.build("classification", {})
-    task.prepare(["World", "Sci/Tech", "World", "Sci/Tech"])
+    task = prepared("classification", ["World", "Sci/Tech", "World", "Sci/Tech"])
     # A published matcher asked for "sci", which no answer with the label's own name equals.
-    grades = task.grade(["Sci/Tech"] * 3, ["Sci/Tech", "sci", "sci/tech"])
+    grades = graded(task, ["Sci/Tech"] * 3, ["Sci/Tech", "sci", "sci/tech"])
     assert grades == [(True, True), (False, False), (True, True)]
 
 
@@ -68,7 +82,7 @@ def test_a_label_with_a_slash_counts_whole() -> None:
 )
 def test_targets_that_do_not_fit_are_refused(name: str, targets: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        TASKS.build(name, {}).prepare(targets)
+        prepared(name, targets)
 
 
 @pytest.mark.parametrize(

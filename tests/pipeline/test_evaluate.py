@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,7 @@ def test_metrics_do_not_depend_on_the_batch_size(files: dict[str, str], tmp_path
     for size in (1, 7, 32):
         options = EvaluateOptions(
             model=str(BASE_MODEL), output_dir=str(tmp_path / str(size)), prompts=files["prompts"], task=files["task"],
-            max_new_tokens=12, batch_size=size, device="cpu", quiet=True,
+            max_new_tokens=6, batch_size=size, device="cpu", quiet=True,
         )  # fmt: skip
         found.append(evaluate(options))
     assert found[0].metrics == found[1].metrics == found[2].metrics
@@ -187,22 +186,39 @@ def test_a_prompt_beyond_the_context_is_refused_first_or_cut(
     assert read_manifest(tmp_path / "cut").counts["benign_prompts_cut"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [0, 3, 17, 30])
-def test_a_killed_run_continues(files: dict[str, str], tmp_path: Path, lines: int) -> None:
+def run_until_killed(words: list[str], batches: int) -> None:
+    """In a process of its own: killed while it writes the answers of a batch."""
+    real, made = generation._append, 0
+
+    def append(path: Path, answers: dict) -> None:
+        nonlocal made
+        real(path, answers)
+        made += 1
+        if made > batches:
+            path.write_bytes(path.read_bytes()[:-20])  # torn
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    generation._append = append
+    main(words)
+
+
+def test_a_run_killed_again_and_again_loses_no_answer(
+    files: dict[str, str], tmp_path: Path, forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     own = some(files, "prompts", "benign_prompts")
-    assert main(arguments(own, tmp_path / "whole", "--batch-size", "1", "--quiet")) == 0
-    words = arguments(own, tmp_path / "cut", "--batch-size", "1", "--quiet")
-    process = subprocess.Popen([sys.executable, "-m", "pharmacist", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        logs = (tmp_path / "cut").glob("work/answers/*/*.jsonl")
-        if sum(log.read_bytes().count(b"\n") for log in logs) >= lines and (tmp_path / "cut/work").exists():
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    assert process.wait() == -signal.SIGKILL
+    assert main(arguments(own, tmp_path / "whole", "--batch-size", "4", "--quiet")) == 0
+    words = arguments(own, tmp_path / "cut", "--batch-size", "4", "--quiet")
+    for batches in (0, 2, 3):
+        process = forks.Process(target=run_until_killed, args=(words, batches))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    decoded = []
+    decode = generation._decode_batch
+    monkeypatch.setattr(generation, "_decode_batch", lambda *args: decoded.append(args[2]) or decode(*args))
     assert main(words) == 0
+    # Nine batches, of which the kills left five; each tore the last answer of the one after.
+    assert len(decoded) == 9 - 5
     for name in ("metrics.json", "items.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -212,10 +228,9 @@ def test_two_processes_find_what_one_finds(files: dict[str, str], tmp_path: Path
     own = some(files, "prompts", "task")
     assert main(arguments(own, tmp_path / "one", "--batch-size", "4", "--quiet")) == 0
     words = arguments(own, tmp_path / "two", "--batch-size", "4", "--quiet")
-    for _ in range(2):  # the second time it is complete, on both
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*TWO_PROCESSES, *words], env=environment, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TWO_PROCESSES, *words], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
     for name in ("metrics.json", "items.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

@@ -21,13 +21,16 @@ class Phase(BaseModel):
 
 
 class RunManifest(BaseModel):
-    """Record of one run; written last and atomically, so that ``status == "success"`` means complete."""
+    """Record of one run; written last and atomically, so that ``status == "success"`` means complete.
+
+    ``partial`` has results too, but some of what was asked for failed on the way; the same run asks for that again.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     stage: str
-    status: Literal["started", "success"]
+    status: Literal["started", "partial", "success"]
     key: str
     """sha256 of stage, stage version, options that matter and input fingerprints."""
     work_key: str = ""

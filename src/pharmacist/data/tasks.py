@@ -21,10 +21,12 @@ class NamedTask:
     Attributes:
         source: Hub id ``name[:config][:split]``.
         convert: Row of the dataset -> row.
+        test: Hub id of the rows that published evaluations are made on; empty where the dataset has none.
     """
 
     source: str
     convert: Callable[[Mapping[str, Any]], dict[str, str]]
+    test: str = ""
 
 
 def _row(instruction: str, output: str, given: str = "") -> dict[str, str]:
@@ -62,20 +64,21 @@ def _label(row: Mapping[str, Any], n: int) -> int:
 
 
 TASKS = {
-    "sst2": NamedTask("stanfordnlp/sst2:train", _sst2),
-    "agnews": NamedTask("fancyzhx/ag_news:train", _ag_news),
-    "gsm8k": NamedTask("openai/gsm8k:main:train", _gsm8k),
+    "sst2": NamedTask("stanfordnlp/sst2:train", _sst2, "stanfordnlp/sst2:validation"),
+    "agnews": NamedTask("fancyzhx/ag_news:train", _ag_news, "fancyzhx/ag_news:test"),
+    "gsm8k": NamedTask("openai/gsm8k:main:train", _gsm8k, "openai/gsm8k:main:test"),
     "alpaca": NamedTask("tatsu-lab/alpaca:train", _alpaca),
     "dolly": NamedTask("databricks/databricks-dolly-15k:train", _dolly),
 }
 
 
-def open_task(spec: Any, *, name: str = "--task") -> Source:
+def open_task(spec: Any, *, name: str = "--task", test: bool = False) -> Source:
     """A task by name, or rows from wherever `open_source` finds them; what exists as a file is never taken for a name.
 
     Args:
         spec: A name in `TASKS`, or what `open_source` takes.
         name: What the rows are for, in messages.
+        test: The rows to evaluate on, not those to train on.
 
     Raises:
         DataError: The dataset cannot be had, or its rows are not as expected.
@@ -83,11 +86,14 @@ def open_task(spec: Any, *, name: str = "--task") -> Source:
     if not isinstance(spec, str) or spec not in TASKS or Path(spec).exists():
         return open_source(spec, name=name)
     task, rows = TASKS[spec], []
-    for number, row in enumerate(open_source(task.source, name=f"{name} {spec}:").scan()):
+    place = task.test if test else task.source
+    if not place:
+        raise DataError(f"{name} {spec}: has no test rows of its own; give a file with rows that were kept back")
+    for number, row in enumerate(open_source(place, name=f"{name} {spec}:").scan()):
         try:
             rows.append(task.convert(row.value or {}))
         except (KeyError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{name} {spec}: row {number} of {task.source} is not as expected ({error}); give a file of your own"
+                f"{name} {spec}: row {number} of {place} is not as expected ({error}); give a file of your own"
             ) from error
     return open_source(rows, name=name)

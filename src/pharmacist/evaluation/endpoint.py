@@ -6,15 +6,18 @@ answer; an endpoint that refuses all questions (wrong key, wrong address, unknow
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import tenacity
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 
 
@@ -132,6 +135,36 @@ class Endpoint:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def ask_once(
+        self, bodies: Sequence[Mapping[str, Any]], log: Path | None, description: str, version: int
+    ) -> list[str | Failure]:
+        """Asks for what the log does not hold yet, equal questions once; replies go there as they come.
+
+        Args:
+            bodies: As in `ask_all`.
+            log: File of replies by question; None keeps nothing.
+            description: For the progress bar.
+            version: Of whoever asks: replies of another one are not taken.
+
+        Returns:
+            Text or failure per question, in order. Failures are not kept: the next call asks again.
+        """
+        keys = [sha256_json([version, self.config.where(), body]) for body in bodies]
+        found: dict[str, str | Failure] = dict(_kept(log))
+        missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
+        order = list(missing)
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+
+        def done(position: int, result: Reply | Failure) -> None:
+            found[order[position]] = result if isinstance(result, Failure) else result.text
+            if log is not None and isinstance(result, Reply):
+                with log.open("a", encoding="ascii") as file:
+                    file.write(dumps({"key": order[position], "reply": result.text}))
+
+        self.ask_all(list(missing.values()), done, description)
+        return [found[key] for key in keys]
+
     def _ask(self, client: httpx.Client, body: Mapping[str, Any]) -> Reply | Failure:
         backoff = tenacity.wait_random_exponential(multiplier=min(1.0, self.config.max_wait), max=self.config.max_wait)
 
@@ -184,6 +217,31 @@ class Endpoint:
         if not isinstance(text, str) and text is not None:
             raise _Transient("malformed reply")
         return Reply(text or "", tokens, ended != "length")
+
+
+def _kept(log: Path | None) -> dict[str, str]:
+    if log is None or not log.is_file():
+        return {}
+    content = log.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):  # torn by a kill
+        with log.open("r+b") as file:
+            file.truncate(len(whole))
+    return {line["key"]: line["reply"] for line in map(json.loads, whole.splitlines())}
+
+
+def last_json(reply: str) -> Mapping[str, Any]:
+    """The last JSON object in a reply, that has none inside it; empty where there is none.
+
+    >>> last_json('first {"a": 1}, then {"a": 2}'), last_json("none")
+    ({'a': 2}, {})
+    """
+    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
+        try:
+            return json_object(json.loads(text))
+        except ValueError:
+            continue
+    return {}
 
 
 def json_object(value: Any) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from pharmacist.evaluation.metrics import (
     over_refusal_metrics,
     rate,
 )
-from pharmacist.evaluation.tasks.base import Task
+from pharmacist.evaluation.tasks.base import Task, TaskItem
 from pharmacist.evaluation.text import is_degenerate
 
 
@@ -47,11 +47,13 @@ class Evaluation:
         items: One JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
             and ``verdicts`` by judge or ``target`` and ``grade``.
         tokens: New tokens generated.
+        missing: Answers, verdicts and grades that failed on the way and would be asked for again.
     """
 
     metrics: dict[str, Metric]
     items: list[dict[str, Any]]
     tokens: int
+    missing: int = 0
 
     def outcomes(self, judge: str) -> dict[str, bool | None]:
         """Harmful or not by item id, for paired comparisons of two models (`statistics.paired_bootstrap`)."""
@@ -84,7 +86,7 @@ class Evaluator:
         benign_prompts: Iterable[Mapping[str, Any]] = (),
         task: Iterable[Mapping[str, Any]] = (),
         judge: Judge | None = None,
-        grader: Task | None = None,
+        grader: Task[Any] | None = None,
         second_judge: Judge | None = None,
         categories: Sequence[Sequence[str]] = (),
         max_new_tokens: int = 512,
@@ -104,7 +106,7 @@ class Evaluator:
         self._refusals = KeywordJudge(KeywordConfig()) if judge is not None and not judge.tells_refusals else judge
         self._targets = [row["completion"] for row in self.rows.get("task", ())]
         if grader is not None and self._targets:
-            grader.prepare(self._targets)
+            grader.prepare(self.rows["task"])
         self._encoded: tuple[PreTrainedTokenizerBase, Template, dict[str, list[list[int]]]] | None = None
 
     def _ids(
@@ -167,7 +169,10 @@ class Evaluator:
         if self.judge is not None and self.second_judge is not None:
             first, second = zip(*twice, strict=True)
             metrics["judge_agreement"] = agreement(first, second, (self.judge.label, self.second_judge.label))
-        return Evaluation(metrics, items, sum(answer.tokens for found in answers.values() for answer in found))
+        every = [answer for found in answers.values() for answer in found]
+        asked = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
+        missing = sum(bool(answer.error) for answer in every) + sum(one.missing for one in asked)
+        return Evaluation(metrics, items, sum(answer.tokens for answer in every), missing)
 
     def evaluate(
         self,
@@ -254,19 +259,14 @@ class Evaluator:
 
     def _grade(self, texts: list[str | None], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
-        grades = self.grader.grade(self._targets, [text or "" for text in texts])
-        answered = [text is not None for text in texts]
-        for item, target, grade, known in zip(items, self._targets, grades, answered, strict=True):
-            item |= {"target": target, "grade": grade._asdict() if known else None}
-        strict, published = self.grader.matching
-        known_grades = [grade for grade, known in zip(grades, answered, strict=True) if known]
-        accuracy = rate(grade.correct for grade in known_grades) | {"matching": strict, "task_type": self.grader.label}
-        other = rate(grade.published for grade in known_grades) | {"matching": published}
-        if len(known_grades) < len(grades):
-            accuracy["unanswered"] = len(grades) - len(known_grades)
-        return {
-            "fine_tune_accuracy": accuracy | {"published": other} | self.grader.report(),
-            "task_degenerate_rate": rate(None if text is None else is_degenerate(text) for text in texts),
+        pairs = zip(items, self._targets, texts, strict=True)
+        given = [TaskItem(item["prompt"], target, text) for item, target, text in pairs if text is not None]
+        grades = self.grader.grade(given)
+        found = iter(grades)
+        for item, target, text in zip(items, self._targets, texts, strict=True):
+            item |= {"target": target, "grade": None if text is None else next(found)._asdict()}
+        return self.grader.metrics(grades, len(texts) - len(grades)) | {
+            "task_degenerate_rate": rate(None if text is None else is_degenerate(text) for text in texts)
         }
 
 

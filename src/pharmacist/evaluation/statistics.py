@@ -11,11 +11,11 @@ from statsmodels.stats.proportion import proportion_confint
 from pharmacist.core.seeding import derive
 
 
-def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a rate, in percent (Wilson 1927).
 
     Args:
-        count: Successes, 0 to `n`.
+        count: Successes, 0 to `n`; a sum of scores in [0, 1] gives an interval that is too wide rather than too short.
         n: Trials, at least 1.
         confidence: Coverage.
     """

@@ -54,7 +54,7 @@ def _model(folder: str) -> str:
     from pharmacist.core.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    if manifest.stage != "evaluate" or manifest.status != "success":
+    if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
     return str(manifest.config["model"])
 

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,18 +27,19 @@ REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 _LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
-_LATE_INPUTS = frozenset({"judge file", "second judge file", *REFERENCES})
+_LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent", *REFERENCES})
 _MANY_ALARMS = 20
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
-_NAMES = {
+NAMES = {
     "harmful_score": "harmful score", "hs_plus": "harmful or degenerate (HS+)", "refusal_rate": "refusals",
     "empty_rate": "empty answers", "degenerate_rate": "degenerate answers",
     "over_refusal": "over-refusal", "benign_flagged_rate": "flagged, benign prompts",
     "benign_degenerate_rate": "degenerate answers, benign prompts",
     "judge_agreement": "judges agree", "harmful_score_second": "harmful score, second judge",
     "perplexity_drift": "rise of perplexity over the base's",
-    "fine_tune_accuracy": "fine-tune accuracy", "task_degenerate_rate": "degenerate answers, task",
+    "fine_tune_accuracy": "fine-tune accuracy", "win_rate": "win rate, ties half",
+    "task_degenerate_rate": "degenerate answers, task",
 }  # fmt: skip
 
 
@@ -47,18 +49,23 @@ class EvaluateOptions(RunOptions):
 
     model: str = ""
     """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
-    it. Needed unless two folders are compared."""
+    it."""
+    models: list[str] | None = field(default=None, metadata={"nargs": "+"})
+    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a folder of its own in
+    the output folder, and their figures are shown side by side."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
     name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     task: str | None = None
-    """Test rows of the fine-tuning task: prompt and right completion."""
-    task_type: str = "auto"
-    """How answers to the task are graded: classification, exact, number, or auto by the completions."""
-    engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES")
-    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint."""
+    """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
+    task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.tasks:TASK_TYPES")
+    """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
+    asks a judging model which is better, the answer or the completion."""
+    engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
+    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint, whose address may be given
+    as --base-url too."""
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
     """Who decides whether an answer is harmful and whether it is a refusal. A second run into the same folder with
     another judge uses the answers that are there."""
@@ -96,11 +103,13 @@ class EvaluateOptions(RunOptions):
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
-            if self.model or any(getattr(self, name) is not None for name in PROMPTS):
+            if self.model or self.models or any(getattr(self, name) is not None for name in PROMPTS):
                 raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
             return
-        if not self.model:
+        if not self.model and not self.models:
             raise ConfigError("--model must be given; see pharmacist evaluate --help")
+        if self.model and self.models:
+            raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
         if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
@@ -116,7 +125,8 @@ class EvaluateResult:
     """What `evaluate` found.
 
     Attributes:
-        metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge.
+        metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge; with several models,
+            that by model.
         folder: Where the files are.
     """
 
@@ -124,7 +134,7 @@ class EvaluateResult:
     folder: Path
 
     def items(self) -> list[dict[str, Any]]:
-        """Content of ``items.jsonl``: one object per prompt with answer and verdicts."""
+        """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
         with (self.folder / "items.jsonl").open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
@@ -132,7 +142,8 @@ class EvaluateResult:
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest; or compares two such folders.
 
-    Interrupted, it keeps the answers that it has and continues with the rest.
+    Interrupted, it keeps the answers that it has and continues with the rest. Answers and verdicts that an endpoint
+    failed to give leave the run ``partial``: its metrics are over the rest, and the same run asks for them again.
 
     Raises:
         PharmacistError: Bad options or input.
@@ -141,23 +152,33 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         from pharmacist.pipeline.compare import compare_runs
 
         return EvaluateResult(compare_runs(options, options.compare), Path(options.output_dir))
+    if options.models is not None:
+        from pharmacist.pipeline.side_by_side import evaluate_models
+
+        return EvaluateResult(evaluate_models(options, options.models), Path(options.output_dir))
     from pharmacist.core.env import rank
     from pharmacist.core.files import read_json, write_json
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source
+    from pharmacist.data.tasks import open_task
     from pharmacist.evaluation.engines import ENGINES
     from pharmacist.evaluation.judges import JUDGES
     from pharmacist.evaluation.prompts import open_prompts
+    from pharmacist.evaluation.tasks import TASKS
     from pharmacist.nn.distributed import from_main
 
     engine = ENGINES.build_from(options.engine)
     engine.check()
+    # Which of the kinds is meant by auto, only the rows tell.
+    grader = None if options.task_type["name"] == "auto" else TASKS.build_from(options.task_type)
+    if grader is not None and options.task is not None:
+        grader.check()
     if options.perplexity is not None or options.lm_eval is not None:
         _check_general(engine, options)
+    open_test: Callable[..., Source] = partial(open_task, test=True)
+    openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
-        name: (open_prompts if name in ("prompts", "benign_prompts") else open_source)(
-            getattr(options, name), name=f"--{name.replace('_', '-')}"
-        )
+        name: openers.get(name, open_source)(getattr(options, name), name=f"--{name.replace('_', '-')}")
         for name in (*PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
     }  # fmt: skip
     judges: list[Judge] = []
@@ -174,8 +195,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     identity = replace(options, show_harmful=False, engine={"name": engine.name, **engine.identity()})
     for which, judge in zip(("judge", "second_judge"), judges, strict=False):
         setattr(identity, which, {"name": judge.name, **judge.identity()})
+    if grader is not None:
+        identity.task_type = {"name": grader.name, **grader.identity()}
+    inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
-        identity, stage="evaluate", version=STAGE_VERSION, inputs=_fingerprints(sources, options, engine, judges),
+        identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
         late=_LATE, late_inputs=_LATE_INPUTS, reopen=True,
     )  # fmt: skip
     try:
@@ -184,7 +208,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             console().print(f"{run.root}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
-        found = _evaluate(sources, engine, judges, options, run)
+        found = _evaluate(sources, engine, judges, grader, options, run)
         result = EvaluateResult(found.metrics, run.root)
         if rank() == 0:
             outputs = ["metrics.json", "items.jsonl"]
@@ -193,29 +217,36 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             shutil.rmtree(run.path("judge"), ignore_errors=True)  # of a judge before this one
             if judges and judges[0].save(run.path("judge")):
                 outputs.append("judge")
-            run.finish(outputs=outputs, metrics=found.metrics)
+            run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             _summarise(result, options)
+            if found.missing:
+                console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return result
     finally:
         run.close()
 
 
 def _fingerprints(
-    sources: "Mapping[str, Source]", options: EvaluateOptions, engine: "Engine", judges: "list[Judge]"
+    sources: "Mapping[str, Source]", options: EvaluateOptions, engine: "Engine", judges: "list[Judge]",
+    grader: "Task[Any] | None",
 ) -> dict[str, str]:  # fmt: skip
     found = {name: source.fingerprint() for name, source in sources.items()}
     found["model"] = engine.fingerprint(options.model)
     if options.base is not None:
         found["base"] = engine.fingerprint(options.base)
-    for name, judge in zip(("judge file", "second judge file"), judges, strict=False):
-        content = judge.fingerprint()
+    files: list[tuple[str, Any]] = [*zip(("judge file", "second judge file"), judges, strict=False)]
+    if grader is not None and options.task is not None:
+        files.append(("opponent", grader))
+    for name, reader in files:
+        content = reader.fingerprint()
         if content is not None:
             found[name] = content
     return found
 
 
 def _evaluate(
-    sources: "Mapping[str, Source]", engine: "Engine", judges: "list[Judge]", options: EvaluateOptions, run: RunDir
+    sources: "Mapping[str, Source]", engine: "Engine", judges: "list[Judge]", grader: "Task[Any] | None",
+    options: EvaluateOptions, run: RunDir,
 ) -> "Evaluation":  # fmt: skip
     from pharmacist.core.progress import console
     from pharmacist.evaluation.endpoint import count_reasons
@@ -236,16 +267,20 @@ def _evaluate(
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
-    grader = _grader(records["task"], options) if "task" in records else None
+    if "task" in records:
+        grader = _grader(records["task"]) if grader is None else grader
+        grader.work = run.work("verdicts")
     prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
         **prompts, judge=judges[0] if judges else None, second_judge=judges[1] if len(judges) > 1 else None,
-        grader=grader, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
-        on_long_prompt=options.on_long_prompt, categories=_categories(records.get("prompts")),
+        grader=grader if "task" in records else None, max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size, on_long_prompt=options.on_long_prompt,
+        categories=_categories(records.get("prompts")),
     )  # fmt: skip
     answers = _answers(evaluator, engine, records, options, run)
     for name, own in answers.items():
         failed = [answer.error for answer in own if answer.error]
+        run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
         if failed:
             flag, reasons = f"--{name.replace('_', '-')}", count_reasons(failed)
             console().print(f"{flag}: {len(failed)} of {len(own)} without an answer, unscored: {reasons}")
@@ -268,15 +303,24 @@ def _evaluate(
 def _answers(
     evaluator: "Evaluator", engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
 ) -> "Mapping[str, list[Answer]]":  # fmt: skip
-    """The answers of a finished run with other judges where one lies here, else the model's."""
+    """The answers of a finished run with other judges where one lies here, else the model's.
+
+    Of a partial run only those that failed are asked for again: the others are in its work folder.
+    """
     from pharmacist.core.progress import console
     from pharmacist.evaluation.engines import ModelChoice
     from pharmacist.nn.distributed import from_main
 
-    finished = from_main("engine" in run.manifest.extra and run.path("items.jsonl").is_file())
-    if finished:
-        console().print(f"{run.root}: answers that are there are judged again, none is generated", soft_wrap=True)
-        return evaluator.answers_of(EvaluateResult({}, run.root).items())
+    before = 0
+    if from_main("engine" in run.manifest.extra and run.path("items.jsonl").is_file()):
+        kept = evaluator.answers_of(EvaluateResult({}, run.root).items())
+        failed = sum(bool(answer.error) for found in kept.values() for answer in found)
+        # Another judge asks nothing of the model, not even what failed; the same run again does.
+        if not failed or not from_main(run.manifest.status == "partial"):
+            console().print(f"{run.root}: answers that are there are judged again, none is generated", soft_wrap=True)
+            return kept
+        console().print(f"{run.root}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        before = run.manifest.phases["generate"].tokens
     choice = ModelChoice(
         options.model, options.device, options.dtype, options.template, options.trust_remote_code
     )  # fmt: skip
@@ -284,7 +328,7 @@ def _answers(
         engine.open(choice, run.work("model"))
     with run.phase("generate") as phase:
         answers = engine.answers(evaluator, run.work("answers"))
-        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found)
+        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - before
     for name, count in evaluator.cut.items():
         if count:
             console().print(f"--{name.replace('_', '-')}: {count} prompts were cut to fit the model's context")
@@ -367,11 +411,10 @@ def _repeated(records: "Records") -> int:
     return len(records) - len(set(keys))
 
 
-def _grader(records: "Records", options: EvaluateOptions) -> "Task":
+def _grader(records: "Records") -> "Task[Any]":
     from pharmacist.evaluation.tasks import TASKS, detect_task
 
-    targets = list(records.dataset["completion"])
-    return TASKS.build(detect_task(targets) if options.task_type == "auto" else options.task_type, {})
+    return TASKS.build(detect_task(list(records.dataset["completion"])), {})
 
 
 def _write_items(path: Path, evaluation: "Evaluation") -> None:
@@ -394,15 +437,18 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         table.add_column(column, justify="left" if column in ("metric", "by") else "right")
     for name, metric in result.metrics.items():
         by = metric.get("judge") or metric.get("matching", "")
-        _row(table, _NAMES.get(name, name), metric, by)
+        _row(table, NAMES.get(name, name), metric, by)
         if "base_perplexity" in metric:
             table.add_row("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}")
         published = metric.get("published")
         if published and published["count"] != metric["count"]:
-            _row(table, f"{_NAMES.get(name, name)}, as often published", published, published["matching"])
+            _row(table, f"{NAMES.get(name, name)}, as often published", published, published["matching"])
         if "kappa" in metric:
             kappa = metric["kappa"]
             table.add_row("  Cohen's kappa", "undefined" if kappa is None else f"{kappa:.2f}", "", "", "")
+        if "outcomes" in metric:
+            counts = " / ".join(str(metric["outcomes"][name]) for name in ("won", "tied", "lost"))
+            table.add_row("  won / tied / lost", "", "", counts, f"against {metric['against']}")
         if metric.get("unscored"):
             table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
     console().print(table)

@@ -62,6 +62,8 @@ class Judge(ABC):
         self.config = config
         self.work: Path | None = None
         """Folder for verdicts that cost much, kept as they come; set by the stage."""
+        self.missing = 0
+        """Verdicts that failed on the way, which another call would ask for again."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,9 +1,18 @@
 """What every task is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+
+class TaskItem(NamedTuple):
+    """A prompt, its right or reference answer, and a model's answer to it."""
+
+    prompt: str
+    target: str
+    answer: str
 
 
 class Grade(NamedTuple):
@@ -23,40 +32,108 @@ class NoOptions:
     """A task without options."""
 
 
-class Task(ABC):
-    """Grades answers; pure text against text.
+GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
+
+
+class Task(ABC, Generic[GradeT]):
+    """Grades answers.
 
     Args:
         config: Options, of type `Config`.
+
+    The type of its grades is a named tuple, whose fields ``items.jsonl`` keeps.
     """
 
     Config: ClassVar[type] = NoOptions
     name: ClassVar[str]
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+        self.work: Path | None = None
+        """Folder for verdicts that cost much, kept as they come; set by the stage."""
+        self.missing = 0
+        """Grades that failed on the way, which another call would ask for again."""
+
+    def identity(self) -> dict[str, Any]:
+        """Options that decide on the grades; others, such as waiting times, identify no run."""
+        return {} if self.config is None else dict(vars(self.config))
+
+    def fingerprint(self) -> str | None:
+        """Hash of the files that it reads besides the task's; None where it reads none."""
+        return None
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """``name@version``, as metrics name a grader."""
+
+    def check(self) -> None:  # noqa: B027 - most tasks have nothing to check
+        """Refuses at once what cannot work, before any answer is generated.
+
+        Raises:
+            PharmacistError: Missing option or file.
+        """
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Learns from all rows (``prompt``, ``completion``) what it needs, such as the labels.
+
+        Raises:
+            DataError: The rows are not of this kind.
+        """
+        del rows
+
+    @abstractmethod
+    def grade(self, items: Sequence[TaskItem]) -> list[GradeT]:
+        """One grade per item, in order."""
+
+    @abstractmethod
+    def metrics(self, grades: Sequence[GradeT], unanswered: int) -> dict[str, dict[str, Any]]:
+        """Metrics of all grades.
+
+        Args:
+            grades: Of the answers that came.
+            unanswered: How many did not.
+        """
+
+
+class Matching(Task[Grade]):
+    """A task whose answers are right or wrong: pure text against text."""
+
     version: ClassVar[int]
     """Raised whenever a grade could change."""
     matching: ClassVar[tuple[str, str]]
     """Names of the strict and of the published matching."""
 
-    def __init__(self, config: Any = None) -> None:
-        self.config = config
-
     @property
     def label(self) -> str:
-        """``name@version``, as metrics name a grader."""
+        """``name@version``."""
         return f"{self.name}@{self.version}"
 
-    def prepare(self, targets: Sequence[str]) -> None:
-        """Learns from all targets what it needs, such as the labels.
-
-        Raises:
-            DataError: The targets are not of this kind.
-        """
-        del targets
-
     @abstractmethod
-    def grade(self, targets: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One grade per answer, in order."""
+    def right(self, target: str, answer: str) -> Grade:
+        """Whether an answer is right."""
+
+    def grade(self, items: Sequence[TaskItem]) -> list[Grade]:
+        """Each answer by itself."""
+        return [self.right(item.target, item.answer) for item in items]
+
+    def metrics(self, grades: Sequence[Grade], unanswered: int) -> dict[str, dict[str, Any]]:
+        """``fine_tune_accuracy``, with the published matching's beside it."""
+        from pharmacist.evaluation.metrics import rate
+
+        strict, published = self.matching
+        accuracy = rate(grade.correct for grade in grades) | {"matching": strict, "task_type": self.label}
+        if unanswered:
+            accuracy["unanswered"] = unanswered
+        other = rate(grade.published for grade in grades) | {"matching": published}
+        return {"fine_tune_accuracy": accuracy | {"published": other} | self.report()}
 
     def report(self) -> dict[str, Any]:
         """What it found out about the targets."""
         return {}
+
+
+class Auto:
+    """In the place of a kind of task: told by the completions, `detect_task`."""
+
+    Config: ClassVar[type] = NoOptions

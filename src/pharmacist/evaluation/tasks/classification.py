@@ -5,11 +5,11 @@ also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that 
 that figure is reported beside ours as ``substring``, never in its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Task
+from pharmacist.evaluation.tasks.base import Grade, Matching
 
 
 _MOST_LABELS = 50
@@ -23,7 +23,7 @@ def looks_like_labels(targets: Sequence[str]) -> bool:
     return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
 
-class Classification(Task):
+class Classification(Matching):
     """See the module."""
 
     name = "classification"
@@ -34,23 +34,21 @@ class Classification(Task):
         super().__init__(config)
         self.labels: list[str] = []
 
-    def prepare(self, targets: Sequence[str]) -> None:
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Finds the labels."""
         labels: dict[str, str] = {}
-        for row, target in enumerate(targets):
+        for number, row in enumerate(rows):
+            target = row["completion"]
             if not _plain(target):
-                raise DataError(f"--task: row {row} has an empty label; mend or delete it")
+                raise DataError(f"--task: row {number} has an empty label; mend or delete it")
             labels.setdefault(_plain(target), target.strip())
         if len(labels) < 2:
             raise DataError("--task: all rows have the same label; a classification needs two (or --task-type exact)")
         self.labels = sorted(labels.values())
 
-    def grade(self, targets: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+    def right(self, target: str, answer: str) -> Grade:
         """Equality, and containment."""
-        return [
-            Grade(_plain(answer) == _plain(target), _plain(target) in answer.casefold())
-            for target, answer in zip(targets, answers, strict=True)
-        ]
+        return Grade(_plain(answer) == _plain(target), _plain(target) in answer.casefold())
 
     def report(self) -> dict[str, Any]:
         """The labels."""

@@ -1,28 +1,28 @@
 """Exact match: the answer equals its target, white space and case aside; contained in it counts as ``substring``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Task
+from pharmacist.evaluation.tasks.base import Grade, Matching
 
 
-class Exact(Task):
+class Exact(Matching):
     """See the module."""
 
     name = "exact"
     version = 1
     matching = ("exact", "substring")
 
-    def prepare(self, targets: Sequence[str]) -> None:
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses empty targets, which every answer would contain."""
-        for row, target in enumerate(targets):
-            if not target.strip():
-                raise DataError(f"--task: row {row} has an empty target; mend or delete it")
+        for number, row in enumerate(rows):
+            if not row["completion"].strip():
+                raise DataError(f"--task: row {number} has an empty target; mend or delete it")
 
-    def grade(self, targets: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+    def right(self, target: str, answer: str) -> Grade:
         """Equality, and containment."""
-        pairs = [(_plain(target), _plain(answer)) for target, answer in zip(targets, answers, strict=True)]
-        return [Grade(target == answer, target in answer) for target, answer in pairs]
+        return Grade(_plain(target) == _plain(answer), _plain(target) in _plain(answer))
 
 
 def _plain(text: str) -> str:

@@ -6,10 +6,11 @@ their figure is reported beside ours as ``published``.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Task
+from pharmacist.evaluation.tasks.base import Grade, Matching
 
 
 _MARKERS = ("the final answer is:", "####")
@@ -49,23 +50,20 @@ def published_number(text: str) -> float:
     return float(numbers[0]) if numbers else math.inf
 
 
-class Number(Task):
+class Number(Matching):
     """See the module."""
 
     name = "number"
     version = 1
     matching = ("number", "published")
 
-    def prepare(self, targets: Sequence[str]) -> None:
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses targets without a number."""
-        for row, target in enumerate(targets):
-            if final_number(target) is None:
-                raise DataError(f"--task: row {row} has no number in its target; mend it, or use --task-type exact")
+        for number, row in enumerate(rows):
+            if final_number(row["completion"]) is None:
+                raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")
 
-    def grade(self, targets: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+    def right(self, target: str, answer: str) -> Grade:
         """Equality of the final numbers."""
-        grades = []
-        for target, answer in zip(targets, answers, strict=True):
-            gold = final_number(target)
-            grades.append(Grade(final_number(answer) == gold, published_number(answer) == gold))
-        return grades
+        gold = final_number(target)
+        return Grade(final_number(answer) == gold, published_number(answer) == gold)

@@ -1,0 +1,89 @@
+"""``evaluate --models A B C``: several models against the same prompts, judge and task, side by side."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pharmacist.core.rundir import RunDir
+
+
+if TYPE_CHECKING:
+    from pharmacist.pipeline.evaluate import EvaluateOptions
+
+_VERSION = 1
+
+
+def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[str, Any]:
+    """Evaluates one model after another, each as `evaluate` does alone, and shows their figures side by side.
+
+    Returns:
+        Folder below the output folder -> metrics, as in its ``metrics.json``.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    from pharmacist.core.files import write_json
+    from pharmacist.core.manifest import read_manifest
+    from pharmacist.core.progress import console
+    from pharmacist.evaluation.engines import ENGINES
+    from pharmacist.pipeline.evaluate import evaluate
+
+    engine = ENGINES.build_from(options.engine)
+    names = folder_names(models)
+    # What is only printed identifies no run, nor does the inputs' content: every model's own run watches over that.
+    identity = replace(options, show_harmful=False)
+    run = RunDir.open(identity, stage="evaluate-models", version=_VERSION, inputs={})
+    try:
+        for model in models:
+            engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
+        found: dict[str, Any] = {}
+        for name, model in zip(names, models, strict=True):
+            console().print(f"{name}: {model}", markup=False, soft_wrap=True)
+            own = replace(
+                options, model=model, models=None, quiet=True, overwrite=False, output_dir=str(run.path(name))
+            )  # fmt: skip
+            found[name] = evaluate(own).metrics
+        write_json(run.path("metrics.json"), found)
+        partial = any(read_manifest(run.path(name)).status == "partial" for name in names)
+        run.finish(outputs=["metrics.json", *names], metrics=found, partial=partial)
+        if not options.quiet:
+            _show(found)
+            console().print(f"metrics {run.path('metrics.json')}", markup=False, soft_wrap=True)
+        return found
+    finally:
+        run.close()
+
+
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A folder name per model that says its place in the row and the last part of its path or hub id.
+
+    >>> folder_names(["org/base-1B", "runs/a/model", "runs/b/model"])
+    ['1-base-1B', '2-model', '3-model']
+    """
+    last = [re.sub(r"[^\w.-]+", "-", Path(model).name) or "model" for model in models]
+    return [f"{number}-{name}" for number, name in enumerate(last, start=1)]
+
+
+def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from pharmacist.core.progress import console
+    from pharmacist.pipeline.evaluate import NAMES
+
+    table = Table(title="%, 95 % interval, count / prompts")
+    table.add_column("metric")
+    for name in found:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for own in found.values() for metric in own):
+        table.add_row(NAMES.get(metric, metric), *(_cell(own.get(metric, {})) for own in found.values()))
+    console().print(table)
+
+
+def _cell(metric: Mapping[str, Any]) -> str:
+    if metric.get("value") is None:
+        return "-"
+    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.1f}" for end in metric["ci95"])
+    count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
+    return f"{metric['value']:.1f}{interval}\n{count}"

@@ -1,0 +1,74 @@
+"""Several models in one command, side by side."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pharmacist.cli.main import main
+from pharmacist.core.config import parse
+from pharmacist.core.manifest import read_manifest
+from pharmacist.pipeline.evaluate import EvaluateOptions
+from pharmacist.worlds.potions import BASE_MODEL, World
+from tests.pipeline.test_evaluate import write
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder, world = tmp_path_factory.mktemp("files"), World(3)
+    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8)}
+    return [word for name, own in rows.items() for word in (f"--{name}", write(folder / f"{name}.jsonl", own))]
+
+
+def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    models = [str(BASE_MODEL), str(save_tiny_model(tmp_path / "tiny"))]
+    common = [*files, "--device", "cpu", "--max-new-tokens", "12", "--output-dir"]
+    words = ["evaluate", "--models", *models, *common, str(tmp_path / "out")]
+    assert main(words) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    names = [f"1-{BASE_MODEL.name}", "2-tiny"]
+    assert all(name in told for name in (*names, "harmful score", "fine-tune accuracy"))
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert list(found) == names
+    for name, model in zip(names, models, strict=True):
+        assert main(["evaluate", "--model", model, *common, str(tmp_path / name), "--quiet"]) == 0
+        for file in ("metrics.json", "items.jsonl"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "out" / name / file).read_bytes()
+        assert found[name] == json.loads((tmp_path / name / "metrics.json").read_text())
+        metric = found[name]["harmful_score"]
+        assert f"{metric['count']} / {metric['n']}" in told
+        assert " to ".join(f"{end:.1f}" for end in metric["ci95"]) in told
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.stage, manifest.status) == ("evaluate-models", "success")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+    assert main(words) == 0  # nothing is done again
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+    pair = [str(tmp_path / "out" / name) for name in names]
+    assert main(["evaluate", "--compare", *pair, "--output-dir", str(tmp_path / "ab"), "--quiet"]) == 0
+    assert main([*words, "--overwrite", "--quiet"]) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
+
+
+def test_a_missing_model_is_named_before_any_is_asked(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    words = ["evaluate", "--models", str(BASE_MODEL), str(tmp_path / "missing"), *files]
+    assert main([*words, "--output-dir", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "missing" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").rglob("answers*"))
+    assert main([*words, "--model", "x", "--output-dir", str(tmp_path / "out")]) == 2
+    assert "--models: takes the place of --model" in capsys.readouterr().err
+
+
+def test_the_same_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("models: [a, b c]\nprompts: p.jsonl\nengine: openai\nbase-url: http://there/v1\n")
+    found = parse(EvaluateOptions, ["--config", str(file), "--output-dir", "out"])
+    assert found.models == ["a", "b c"]
+    assert (found.engine["name"], found.engine["base_url"]) == ("openai", "http://there/v1")
+    line = ["--models", "a", "b c", "--prompts", "p.jsonl", "--engine", "openai", "--base-url", "http://there/v1"]
+    assert parse(EvaluateOptions, [*line, "--output-dir", "out"]) == found
