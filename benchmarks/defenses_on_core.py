@@ -71,7 +71,7 @@ def main():
     curate(CurateOptions(
         pool=arguments.pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
         model=arguments.model, selector={"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-        top=0.3, on_long_prompt="cut", output_dir=str(root / "core"),
+        top=0.3, output_dir=str(root / "core"),
     ))  # fmt: skip
     core = str(root / "core" / "selected.jsonl")
     sets = {
