@@ -61,6 +61,11 @@ COMMANDS = {
         "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
         "--harmful harmful.jsonl --output-dir runs/scores",
     ),
+    "bench": Command(
+        "pharmacist.pipeline.bench", "BenchOptions", "bench",
+        "a grid of selectors, defenses and attacks, every stage of it once",
+        "pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
+    ),
     "report": Command(
         "pharmacist.pipeline.report", "ReportOptions", "report",
         "write the page of a finished folder again",

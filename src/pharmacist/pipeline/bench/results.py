@@ -5,22 +5,29 @@ run leaves a partial table; ``manifest.json`` beside it says which stages failed
 summed over resumes, and what was not measured is null. The columns are the fields of `Result`, in their order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from pharmacist.core.manifest import RunManifest
+    from pharmacist.pipeline.bench.grid import Cell, Plan
 
 
 AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
 """Columns that make up a cell; `Result.seed` comes on top."""
+MEASURES = ("harmful_score", "hs_plus", "fine_tune_accuracy", "over_refusal")
+"""Metrics of evaluate that a row holds, after the attack and before it."""
 
 
 @dataclass(kw_only=True)
 class Result:
     """One row of ``results.parquet``.
 
-    ``_before`` is the aligned model, before the attack; without a suffix it is the model at the end, attacked and, where
-    there is a repair, repaired.
+    ``_before`` is the aligned model, before the attack; without a suffix it is the model at the end: attacked and,
+    where there is a repair, repaired.
     """
 
     cell: str
@@ -47,8 +54,8 @@ class Result:
     harmful_score: float | None = None
     harmful_score_before: float | None = None
     harmful_score_over_attack: float | None = None
-    """Mean height of the harmful score over the attack's steps (trapezoids from step 0 to the last); null unless it was
-    measured between the two ends. A repair comes after the attack and is not part of it."""
+    """Mean height of the harmful score over the attack's steps (trapezoids from step 0 to the last); null unless it
+    was measured between the two ends. A repair comes after the attack and is not part of it."""
     attack_steps: list[int] = field(default_factory=list)
     """Steps at which the curve was measured, 0 and the last one included; empty like the next one where it was not."""
     harmful_scores: list[float] = field(default_factory=list)
@@ -99,3 +106,49 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
     schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
+
+
+def collect(plan: "Plan") -> Iterator[Result]:
+    """The rows of the cells whose stages are all finished, in the grid's order."""
+    found = {name: manifest for name, stage in plan.stages.items() if (manifest := _finished(stage.manifest))}
+    for cell in plan.cells:
+        if all(name in found for name in cell.stages):
+            yield _row(cell, {name: found[name] for name in cell.stages}, plan)
+
+
+def _finished(manifest: "RunManifest | None") -> "RunManifest | None":
+    return manifest if manifest is not None and manifest.status == "success" else None
+
+
+def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Result:
+    from pharmacist.evaluation.statistics import curve_area
+
+    align, attack = found[cell.align], found[cell.attack]
+    before, after = found[cell.before].metrics, found[cell.after].metrics
+    last = int(attack.metrics["steps"])
+    curve = [(last if step < 0 else step, _value(found[stage].metrics, "harmful_score")) for step, stage in cell.curve]
+    # A snapshot after the last step is the attack's end itself.
+    points = {step: value for step, value in curve if value is not None}
+    whole = len(points) == len({step for step, _ in curve}) and len(points) > 1
+    steps = sorted(points) if whole else []
+    heights = [points[step] for step in steps]
+    metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
+    metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
+    selecting = [*found[cell.rank].phases.values(), *found[cell.select].phases.values()]
+    return Result(
+        cell=cell.name, **cell.axes, seed=cell.seed, **metrics,
+        harmful_score_over_attack=curve_area(steps, heights) if whole else None, attack_steps=steps,
+        harmful_scores=heights, prompts=int(after.get("harmful_score", {}).get("n", 0)),
+        pool_rows=found[cell.rank].counts["ranked"], alignment_rows=align.counts["trained"],
+        selection_seconds=sum(phase.seconds for phase in selecting), alignment_seconds=align.phases["train"].seconds,
+        attack_seconds=attack.phases["train"].seconds,
+        repair_seconds=None if cell.repair is None else found[cell.repair].phases["repair"].seconds,
+        alignment_tokens=align.phases["train"].tokens, attack_tokens=attack.phases["train"].tokens,
+        alignment_peak_memory=align.phases["train"].extra.get("peak_memory"), device=align.device,
+        folder=str(plan.stages[cell.after].folder.relative_to(plan.data.root)),
+    )  # fmt: skip
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> float | None:
+    value = metrics.get(name, {}).get("value")
+    return None if value is None else float(value)

@@ -1,0 +1,192 @@
+"""The command `bench`: runs what a grid still needs and writes the table of results."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pharmacist.core.hashing import sha256_json
+from pharmacist.core.rundir import RunDir
+from pharmacist.pipeline.bench.options import BenchOptions
+
+
+if TYPE_CHECKING:
+    from pharmacist.pipeline.bench.grid import Plan
+    from pharmacist.pipeline.bench.results import Result
+    from pharmacist.pipeline.bench.stages import Stage
+
+STAGE_VERSION = 1
+
+
+class StagesFailed(ExceptionGroup[Exception]):
+    """Some stages failed; what could be run without them is finished."""
+
+
+@dataclass
+class BenchResult:
+    """What a benchmark found.
+
+    Attributes:
+        rows: Content of ``results.parquet``.
+        ran: Names of the stages that this call ran.
+        folder: Where everything lies.
+    """
+
+    rows: "list[Result]"
+    ran: list[str]
+    folder: Path
+
+
+def bench(options: BenchOptions) -> BenchResult:
+    """Runs the stages that are missing and writes ``results.parquet`` and the manifest, also where some fail.
+
+    Raises:
+        PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
+        StagesFailed: Some stages failed.
+    """
+    from pharmacist.core.progress import bar, console
+    from pharmacist.pipeline.bench.executors import EXECUTORS
+    from pharmacist.pipeline.bench.grid import expand
+
+    root = Path(options.output_dir).resolve()
+    executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
+    if options.dry_run:
+        waiting = plan.waiting(options.only)
+        _show_costs(plan, waiting)
+        return BenchResult([], [], root)
+    plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
+    run = _open(options, plan)
+    try:
+        waiting = plan.waiting(options.only)
+        if run.complete and waiting:  # somebody deleted the folder of a stage
+            run.manifest.model_copy(update={"status": "started"}).write(run.root)
+            run = _open(options, plan)
+        if run.complete:
+            console().print(f"{run.root}: complete already, nothing to run", soft_wrap=True)
+            return BenchResult(_write(plan, run, {}), [], root)
+        plan.data.write()
+        failed: dict[str, Exception] = {}
+        ran: list[str] = []
+        try:
+            with bar("bench", total=len(waiting)) as progress:
+                outcomes = executor.run(waiting, plan.stages)
+                for outcome in outcomes:
+                    progress.advance()
+                    ran += [outcome.stage] if outcome.done else []
+                    _tell(plan.stages[outcome.stage], outcome.error, len(ran), len(waiting))
+                    if outcome.error is not None:
+                        failed[outcome.stage] = outcome.error
+                        if options.fail_fast:
+                            outcomes.close()  # type: ignore[attr-defined]
+                            break
+        finally:
+            rows = _write(plan, run, failed)
+        if failed:
+            raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
+        if not plan.waiting():
+            run.finish(outputs=["results.parquet", "stages", "data"])
+        console().print(
+            f"{len(rows)} of {len(plan.cells)} cells: {run.path('results.parquet')}\n"
+            f"next: pharmacist report --run {run.root}", soft_wrap=True,
+        )  # fmt: skip
+        return BenchResult(rows, ran, root)
+    finally:
+        run.close()
+
+
+def _open(options: BenchOptions, plan: "Plan") -> RunDir:
+    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once."""
+    from pharmacist.pipeline.bench.stages import with_options
+
+    # How it is run does not make another benchmark of it.
+    identity = with_options(options, only=None, fail_fast=False, executor={"name": "local"})
+    return RunDir.open(
+        identity, stage="bench", version=STAGE_VERSION, inputs={"stages": sha256_json(sorted(plan.stages))},
+        late=frozenset(item.name for item in fields(BenchOptions)), late_inputs=frozenset({"stages"}), reopen=True,
+    )  # fmt: skip
+
+
+def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Result]":
+    """Writes the table of results, and the manifest with what failed."""
+    from pharmacist.pipeline.bench.results import collect, write_results
+    from pharmacist.pipeline.bench.stages import is_finished
+
+    rows = list(collect(plan))
+    write_results(run.path("results.parquet"), rows)
+    finished = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
+    run.record(
+        counts={"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages), "finished": finished,
+                "failed": len(failed)},
+        seeds={f"seed {seed}": seed for seed in plan.axes["seed"]},
+        extra={"axes": plan.axes, "failed": [
+            {"stage": name, "error": _one_line(error), "cells": sum(name in cell.stages for cell in plan.cells)}
+            for name, error in failed.items()
+        ]},
+    )  # fmt: skip
+    run.manifest.write(run.root)
+    return rows
+
+
+def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFailed:
+    first = next(iter(failed))
+    more = f", {left} could not run without them" if left else ""
+    kept = "the same command runs again what is missing"
+    return StagesFailed(
+        f"{len(failed)} of {total} stages failed{more}; {kept}; {first}: {_one_line(failed[first])}",
+        list(failed.values()),
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _tell(stage: "Stage", error: Exception | None, number: int, total: int) -> None:
+    from pharmacist.core.progress import console
+
+    result = "done" if error is None else _one_line(error)
+    console().print(f"{number}/{total} {stage.name} ({stage.method}): {result}", soft_wrap=True, markup=False)
+
+
+def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
+    """Prints the graph by kind and method of stages, with what it will cost."""
+    from rich.table import Table
+
+    from pharmacist.core.progress import console
+    from pharmacist.pipeline.bench.costs import estimate
+
+    costs, out = estimate(plan, waiting), console()
+    table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
+    for column in ("stage", "method"):
+        table.add_column(column)
+    for column in ("stages", "to run", "tokens", "tokens/s", "hours"):
+        table.add_column(column, justify="right")
+    order = list(dict.fromkeys(cost.kind for cost in costs))
+    for cost in sorted(costs, key=lambda cost: order.index(cost.kind)):
+        table.add_row(
+            cost.kind, cost.method, str(cost.stages), str(cost.waiting), _number(cost.tokens, ",.0f"),
+            _number(cost.tokens_per_second, ",.0f"), _hours(cost.seconds) if cost.waiting else "",
+        )  # fmt: skip
+    known = [cost.seconds for cost in costs if cost.waiting and cost.seconds is not None]
+    unknown = sum(cost.waiting for cost in costs if cost.waiting and cost.seconds is None)
+    table.add_section()
+    table.add_row("all", "", str(len(plan.stages)), str(len(waiting)), "", "", _hours(sum(known)) if known else "-")
+    out.print(table)
+    if known:
+        measured = sum(stage.manifest is not None for stage in plan.stages.values())
+        out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
+    if unknown:
+        out.print(
+            f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
+            "--only 'PART OF ITS NAME', then ask again", soft_wrap=True,
+        )  # fmt: skip
+    names = list(dict.fromkeys(cell.name for cell in plan.cells))
+    out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _hours(seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"{seconds / 3600:.2f}"

@@ -1,0 +1,139 @@
+"""Where the stages of a graph run: in this process, or on Ray."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.registry import Registry
+from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
+
+
+class Executor(ABC):
+    """Runs stages.
+
+    Args:
+        config: Options, of type `Config`.
+    """
+
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+        """Runs stages, each after those that it needs, and yields how they went; closed early, it stops.
+
+        Args:
+            waiting: Those to run, each after those that it needs.
+            stages: All of the graph by name.
+        """
+
+
+@dataclass
+class LocalConfig:
+    """It has no options."""
+
+
+class Local(Executor):
+    """One stage after the other, in this process."""
+
+    Config = LocalConfig
+
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+        """See `Executor.run`."""
+        ran: dict[str, Outcome] = {}
+        for stage in waiting:
+            parents = [ran[name] for name in stage.parents if name in ran]
+            ran[stage.name] = attempt(stage, _needed(stage, stages), *parents)
+            yield ran[stage.name]
+
+
+@dataclass
+class RayConfig:
+    """Options of ray."""
+
+    address: str | None = None
+    """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
+    must see the output folder under the same path."""
+    cpus: float = 1.0
+    """Cores per stage."""
+    gpus: float = 0.0
+    """GPUs per stage that loads a model."""
+    max_retries: int = 3
+    """How often a stage is started again whose worker was lost; it goes on from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus", "max_retries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"executor.{name}: {getattr(self, name)} must not be negative")
+
+
+class Ray(Executor):
+    """Stages that do not need each other at the same time, on one machine or on a cluster."""
+
+    Config = RayConfig
+    config: RayConfig
+
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+        """See `Executor.run`."""
+        ray = self._started()
+        try:
+            remote = ray.remote(max_retries=self.config.max_retries)(_in_worker)
+            futures: dict[str, Any] = {}
+            for stage in waiting:
+                gpus = self.config.gpus if stage.kind != "select" else 0.0
+                parents = [futures[name] for name in stage.parents if name in futures]
+                futures[stage.name] = remote.options(num_cpus=self.config.cpus, num_gpus=gpus, name=stage.name).remote(
+                    stage, _needed(stage, stages), *parents
+                )
+            names = {future: name for name, future in futures.items()}
+            lost: set[str] = set()
+            while names:
+                (ready, *_), _ = ray.wait(list(names))
+                name = names.pop(ready)
+                try:
+                    yield ray.get(ready)
+                except ray.exceptions.RayError as error:
+                    # A stage whose worker was lost too often takes those with it that wait for its result.
+                    after = not lost.isdisjoint(stages[name].parents)
+                    lost.add(name)
+                    yield Outcome(name, error=None if after else error, skipped=after)
+        finally:
+            ray.shutdown()
+
+    def _started(self) -> Any:
+        import os
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise CompatibilityError("--executor ray needs the package ray: pip install 'pharmacist[ray]'") from error
+        local: dict[str, Any] = {} if self.config.address else {"include_dashboard": False}
+        try:
+            ray.init(address=self.config.address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
+        return ray
+
+
+def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
+    from pharmacist.core.progress import set_quiet
+
+    set_quiet(True)
+    return attempt(stage, stages, *parents)
+
+
+def _needed(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    return {name: stages[name] for name in stage.parents}
+
+
+EXECUTORS: Registry[Executor] = Registry(
+    "executor", {"local": f"{__name__}:Local", "ray": f"{__name__}:Ray"}, group="pharmacist.executors"
+)

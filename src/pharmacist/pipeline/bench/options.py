@@ -1,0 +1,188 @@
+"""What a grid file holds: one list per axis, and the settings that all cells share."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.rundir import RunOptions
+
+
+@dataclass(kw_only=True)
+class BenchOptions(RunOptions):
+    """Run a grid of selectors, defenses and attacks; what cells share runs once, and what is finished never again."""
+
+    models: list[Any] = field(default_factory=list)
+    """Models: entries of name, model (folder, hub id or world), reader, template, max_length, trust_remote_code."""
+    pools: list[Any] = field(default_factory=list)
+    """Pools: entries of name, pool (rows, or world with rows, mislabel, kind, seed), safe, harmful, utility."""
+    selectors: list[Any] = field(default_factory=lambda: ["full", "random", "pharmacist"])
+    """Selectors: names of methods, or entries of name, selector, fractions, options."""
+    fractions: list[float] = field(default_factory=lambda: [0.3])
+    """Shares of the pool to keep, for selectors without fractions of their own; full always keeps all."""
+    defenses: list[Any] = field(default_factory=lambda: ["sft"])
+    """Alignment-stage defenses: names of methods, or entries of name, defense, options."""
+    attacks: list[Any] = field(default_factory=lambda: ["mix"])
+    """Attacks: kinds, or entries of name, kind, poison_ratio, samples, options; lists of the two are sweeps."""
+    later_defenses: list[Any] = field(default_factory=lambda: ["none"])
+    """Fine-tuning-stage defenses and repairs: names of methods, or entries of name, method, options."""
+    tasks: list[Any] = field(default_factory=list)
+    """Fine-tuning tasks: entries of name, train, test, options."""
+    judges: list[Any] = field(default_factory=lambda: ["keyword"])
+    """Judges: names, or entries of name, judge, safe, harmful, utility, options."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds; of a made-up pool each draws another world."""
+    curate: dict[str, Any] = field(default_factory=dict)
+    """Options of curate for every cell."""
+    align: dict[str, Any] = field(default_factory=dict)
+    """Options of align for every cell."""
+    attack: dict[str, Any] = field(default_factory=dict)
+    """Options of attack for every cell; at its snapshots the harmful score is measured too."""
+    repair: dict[str, Any] = field(default_factory=dict)
+    """Options of repair for every cell."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Options of evaluate for every cell."""
+    only: str | None = None
+    """Only the cells whose name and seed match, as '*pharmacist*seed 0'; a part of the name is enough."""
+    dry_run: bool = False
+    """Print the graph of stages and what it will cost; nothing runs."""
+    fail_fast: bool = False
+    """Stop at the first stage that fails, instead of going on with those that do not need it."""
+    executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
+    """Where stages run."""
+
+    def __post_init__(self) -> None:
+        for axis in ("models", "pools", "selectors", "defenses", "attacks", "later_defenses", "tasks", "judges",
+                     "seeds"):  # fmt: skip
+            if not getattr(self, axis):
+                raise ConfigError(f"{axis}: must name at least one; see docs/how-to/bench.md for an example")
+        if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
+
+
+@dataclass(kw_only=True)
+class ModelEntry:
+    """A model."""
+
+    name: str = ""
+    """In the results; the last part of its path by default."""
+    model: str
+    """Local folder or hub id; world is the tiny model of the made-up world."""
+    reader: str | None = None
+    """Model that ranks the pool; the model itself by default."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template."""
+    max_length: int = 0
+    """Longest row in tokens; 0 means the model's own limit."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+@dataclass(kw_only=True)
+class PoolEntry:
+    """A pool and the references by which it is ranked."""
+
+    name: str = ""
+    """In the results; the file's name by default."""
+    pool: str
+    """Rows to rank; world makes them up."""
+    safe: str | None = None
+    """Safe references; for a made-up pool the world's."""
+    harmful: str | None = None
+    """Harmful references; likewise."""
+    utility: str | None = None
+    """Utility references; likewise."""
+    rows: int = 600
+    """Rows of a made-up pool."""
+    mislabel: float = 0.05
+    """Share of its rows whose answers do what is forbidden."""
+    kind: Literal["planted", "clean"] = "planted"
+    """planted: known faults. clean: none, but refusals that differ in force."""
+    seed: int | None = None
+    """One made-up world for all seeds; by default each has its own."""
+
+
+@dataclass(kw_only=True)
+class SelectorEntry:
+    """A selector."""
+
+    name: str = ""
+    """In the results; the method's name by default."""
+    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
+    """How rows are ranked."""
+    fractions: list[float] = field(default_factory=list)
+    """Shares to keep."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of curate."""
+
+
+@dataclass(kw_only=True)
+class DefenseEntry:
+    """An alignment-stage defense."""
+
+    name: str = ""
+    """In the results; the method's name by default."""
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """How the model is aligned."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of align."""
+
+
+@dataclass(kw_only=True)
+class AttackEntry:
+    """An attack, or a sweep over its strength."""
+
+    name: str = ""
+    """In the results; the kind's name by default. A sweep adds what it sweeps over."""
+    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
+    """What the fine-tuning set is made of."""
+    poison_ratio: float | list[float] = 0.1
+    """Share of harmful rows in the set."""
+    samples: int | list[int] = 1000
+    """Rows in the set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of attack."""
+
+
+@dataclass(kw_only=True)
+class LaterEntry:
+    """A fine-tuning-stage defense or a repair."""
+
+    name: str = ""
+    """In the results; the method's name by default."""
+    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.later:LATER_DEFENSES")
+    """What is done during or after fine-tuning."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of attack or repair."""
+
+
+@dataclass(kw_only=True)
+class TaskEntry:
+    """A fine-tuning task."""
+
+    name: str = ""
+    """In the results; the name of the training rows by default."""
+    train: str | None = None
+    """Benign rows of the user's task, or the name of a public one."""
+    test: str | None = None
+    """Test rows; without them no accuracy is measured."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of evaluate, such as task_type."""
+
+
+@dataclass(kw_only=True)
+class JudgeEntry:
+    """A judge and what it learns from."""
+
+    name: str = ""
+    """In the results; the method's name by default."""
+    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
+    """Who decides whether an answer is harmful."""
+    safe: str | None = None
+    """Safe references, for a judge that is trained."""
+    harmful: str | None = None
+    """Harmful references, likewise."""
+    utility: str | None = None
+    """Utility references, likewise."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of evaluate."""

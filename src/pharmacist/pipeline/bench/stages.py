@@ -1,0 +1,235 @@
+"""A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pharmacist.core.errors import BusyError
+from pharmacist.core.hashing import sha256_json
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.progress import hushed
+from pharmacist.core.rundir import RunOptions, as_json, identifying
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of stage.
+
+    Attributes:
+        module: Where options, function and ``STAGE_VERSION`` are.
+        options: Name of the options' class.
+        function: Name of the function.
+        section: Name of the grid's section with options for all stages of the kind.
+        files: Options that name rows.
+        models: Options that name models.
+        decided: Options that the grid's axes decide, so that a section cannot.
+    """
+
+    module: str
+    options: str
+    function: str
+    section: str
+    files: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    decided: frozenset[str] = frozenset()
+
+    @property
+    def options_type(self) -> type[Any]:
+        """The options' class."""
+        found: type[Any] = getattr(import_module(self.module), self.options)
+        return found
+
+    @property
+    def version(self) -> int:
+        """Raised by hand whenever the stage's results change."""
+        return int(import_module(self.module).STAGE_VERSION)
+
+
+KINDS = {
+    "rank": Kind(
+        "pharmacist.pipeline.curate", "CurateOptions", "curate", "curate",
+        files=("pool", "safe", "harmful", "utility"), models=("model",),
+        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format"}),
+    ),
+    "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
+    "align": Kind(
+        "pharmacist.pipeline.align", "AlignOptions", "align", "align", files=("data", "harmful"), models=("model",),
+        decided=frozenset({"data", "defense"}),
+    ),
+    "attack": Kind(
+        "pharmacist.pipeline.attack", "AttackOptions", "attack", "attack",
+        files=("task", "harmful", "safe", "disjoint_from"), models=("model",),
+        decided=frozenset({"task", "kind", "poison_ratio", "samples", "defense", "build_only"}),
+    ),
+    "repair": Kind(
+        "pharmacist.pipeline.repair", "RepairOptions", "repair", "repair", files=("harmful", "safe"),
+        models=("model", "aligned", "base"), decided=frozenset({"aligned", "method"}),
+    ),
+    "evaluate": Kind(
+        "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate", "evaluate",
+        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity"),
+        models=("model", "base"), decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
+    ),
+}  # fmt: skip
+EVERYWHERE = frozenset({"output_dir", "seed", "device", "dtype", "quiet", "overwrite", "checkpoint_seconds", "model"})
+"""Options that no section has: the grid's own hold for all stages."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a stage reads.
+
+    Attributes:
+        place: Path or hub id, as the stage's options name it.
+        content: What stands for its content: a hash, or the key of the stage that makes it.
+    """
+
+    place: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of one command.
+
+    Attributes:
+        kind: Key of `KINDS`.
+        key: Hash of the options that matter, the content of the inputs (keys of the stages that make them) and the
+            version of the stage.
+        options: With all paths filled in.
+        parents: Names of the stages whose results it reads.
+        method: What is special about it, for tables: the selector, the defense, the attack.
+    """
+
+    kind: str
+    key: str
+    options: Any
+    parents: tuple[str, ...]
+    method: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.kind}-{self.key[:16]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its result lies."""
+        return Path(self.options.output_dir)
+
+    @property
+    def manifest(self) -> RunManifest | None:
+        """What lies in its folder."""
+        return read_manifest(self.folder) if (self.folder / "manifest.json").is_file() else None
+
+
+def with_options(options: Options, **changes: Any) -> Options:
+    """Options that were checked before with other paths or another seed; unlike `replace`, without a check."""
+    changed = copy.copy(options)
+    changed.__dict__.update(changes)
+    return changed
+
+
+def make_stage(
+    root: Path, kind: str, options: RunOptions, inputs: Mapping[str, Input | list[Input]], parents: tuple[str, ...],
+    method: str,
+) -> Stage:  # fmt: skip
+    """A stage whose folder, below `root`, is named by all that its result depends on.
+
+    Args:
+        root: Of the benchmark.
+        kind: Key of `KINDS`.
+        options: All but the inputs and the folder.
+        inputs: Option -> what it names.
+        parents: Names of the stages that make the inputs.
+        method: For tables.
+    """
+    places: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
+    for name, given in inputs.items():
+        several = isinstance(given, list)
+        places[name] = [one.place for one in given] if isinstance(given, list) else given.place
+        contents[name] = [one.content for one in given] if isinstance(given, list) else given.content
+        assert several == isinstance(getattr(options, name), list), name
+    identity = {"stage": kind, "version": KINDS[kind].version, "config": identifying(as_json(options)) | contents}
+    key = sha256_json(identity)
+    folder = root / "stages" / f"{kind}-{key[:16]}"
+    return Stage(kind, key, with_options(options, **places, output_dir=str(folder)), parents, method)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage went.
+
+    Attributes:
+        stage: Its name.
+        error: What went wrong; None where nothing did.
+        skipped: It could not run, because a stage failed that it needs.
+    """
+
+    stage: str
+    error: Exception | None = None
+    skipped: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage's result is there."""
+        return self.error is None and not self.skipped
+
+
+def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
+    """Runs a stage, or goes on with it, unless a stage before it failed; never raises what the stage raises.
+
+    Args:
+        stage: The stage.
+        stages: Those that it needs, by name.
+        parents: How those of them went that ran just now.
+    """
+    if not all(parent.done for parent in parents):
+        return Outcome(stage.name, skipped=True)
+    try:
+        with hushed():
+            run_stage(stage, stages)
+    except Exception as error:
+        return Outcome(stage.name, error=error)
+    return Outcome(stage.name)
+
+
+def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
+    """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
+    kind = KINDS[stage.kind]
+    function = getattr(import_module(kind.module), kind.function)
+    options = with_options(stage.options, overwrite=is_stale(stage, stages))
+    while True:
+        try:
+            function(options)
+            return
+        except BusyError:  # a worker that outlived its driver is still at it
+            time.sleep(1)
+
+
+def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether an input was made anew after the stage had begun, as happens where somebody deletes a folder."""
+    own = stage.manifest
+    if own is None:
+        return False
+    made = [stages[name].manifest for name in stage.parents if name in stages]
+    return any(other is not None and _time(other.finished) > _time(own.created) for other in made)
+
+
+def _time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp() if text else float("inf")
+
+
+def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether a stage's result lies in its folder, and is of its inputs as they are."""
+    manifest = stage.manifest
+    return manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
