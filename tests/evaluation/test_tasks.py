@@ -33,7 +33,7 @@ def test_gold_is_right_and_silence_wrong(name: str) -> None:
     task, targets = prepared(name, TARGETS[name]), TARGETS[name]
     assert graded(task, targets, targets) == [Grade(True, True)] * len(targets)
     assert graded(task, targets, [f"  {target}\n" for target in targets]) == [Grade(True, True)] * len(targets)
-    assert graded(task, targets, [""] * len(targets)) == [Grade(False, False)] * len(targets)
+    assert graded(task, targets, [""] * len(targets)) == [Grade(False, False, name == "exact")] * len(targets)
     assert task.grade([]) == []
 
 
@@ -62,13 +62,15 @@ def test_naming_both_labels_is_right_only_for_published_matching() -> None:
     assert (accuracy["count"], accuracy["n"], accuracy["unanswered"]) == (3, 7, 2)
     assert (accuracy["published"]["count"], accuracy["published"]["matching"]) == (5, "substring")
     assert accuracy["labels"] == ["negative", "positive"]
+    assert [grade.form for grade in grades] == [True, True, True, False, False, True, False]
+    assert accuracy["without_form"] == 3
 
 
 def test_a_label_with_a_slash_counts_whole() -> None:
     task = prepared("classification", ["World", "Sci/Tech", "World", "Sci/Tech"])
     # A published matcher asked for "sci", which no answer with the label's own name equals.
     grades = graded(task, ["Sci/Tech"] * 3, ["Sci/Tech", "sci", "sci/tech"])
-    assert grades == [(True, True), (False, False), (True, True)]
+    assert grades == [(True, True, True), (False, False, False), (True, True, True)]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
-from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+from pharmacist.pipeline.evaluate import NOTICE, EvaluateOptions, evaluate
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.cli.world import TWO_PROCESSES
 from tests.tiny import save_tiny_model
@@ -22,6 +22,10 @@ from tests.tiny import save_tiny_model
 def write(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def task_rows() -> list[dict]:
+    return World(3).task_test(20)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +78,17 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     assert set(manifest.outputs) == {"metrics.json", "items.jsonl", "judge"}
     assert manifest.metrics == metrics
     assert manifest.extra["judge"]["auc"] > 0.99
+    assert manifest.extra["notice"] == NOTICE
     assert manifest.phases["generate"].tokens == sum(item["tokens"] for item in items)
     assert not (tmp_path / "out/work").exists()
+
+
+def test_wrong_label_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {"completion": {"glad": "cheerful", "sad": "gloomy"}[row["completion"]]} for row in task_rows()]
+    file = write(tmp_path / "task.jsonl", rows)
+    assert main(arguments({"task": file}, tmp_path / "out")) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--task: no answer is one of the labels cheerful, gloomy" in told
 
 
 def test_a_saved_judge_needs_no_references(files: dict[str, str], tmp_path: Path) -> None:

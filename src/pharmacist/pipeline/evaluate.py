@@ -443,6 +443,8 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         published = metric.get("published")
         if published and published["count"] != metric["count"]:
             _row(table, f"{NAMES.get(name, name)}, as often published", published, published["matching"])
+        if metric.get("without_form"):
+            table.add_row("  no label, no number", "", "", str(metric["without_form"]), "")
         if "kappa" in metric:
             kappa = metric["kappa"]
             table.add_row("  Cohen's kappa", "undefined" if kappa is None else f"{kappa:.2f}", "", "", "")
@@ -452,6 +454,10 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         if metric.get("unscored"):
             table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
     console().print(table)
+    accuracy = result.metrics.get("fine_tune_accuracy", {})
+    if accuracy.get("n") and accuracy["without_form"] == accuracy["n"]:
+        known = f"one of the labels {', '.join(accuracy['labels'][:10])}" if "labels" in accuracy else "a number"
+        console().print(f"--task: no answer is {known}: are these the answers that the model was trained to give?")
     alarms = result.metrics.get("benign_flagged_rate", {})
     # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
     if (alarms.get("value") or 0) > _MANY_ALARMS and not alarms["judge"].startswith("keyword@"):

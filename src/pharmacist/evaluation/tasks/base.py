@@ -21,10 +21,12 @@ class Grade(NamedTuple):
     Attributes:
         correct: By our own, strict matching.
         published: By the looser matching of published evaluations, for comparison with their figures.
+        form: Whether it has the form of an answer at all: one of the labels, a number.
     """
 
     correct: bool
     published: bool
+    form: bool = True
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Matching(Task[Grade]):
         accuracy = rate(grade.correct for grade in grades) | {"matching": strict, "task_type": self.label}
         if unanswered:
             accuracy["unanswered"] = unanswered
+        accuracy["without_form"] = sum(not grade.form for grade in grades)
         other = rate(grade.published for grade in grades) | {"matching": published}
         return {"fine_tune_accuracy": accuracy | {"published": other} | self.report()}
 

@@ -48,7 +48,8 @@ class Classification(Matching):
 
     def right(self, target: str, answer: str) -> Grade:
         """Equality, and containment."""
-        return Grade(_plain(answer) == _plain(target), _plain(target) in answer.casefold())
+        plain, right = _plain(answer), _plain(target)
+        return Grade(plain == right, right in answer.casefold(), plain in map(_plain, self.labels))
 
     def report(self) -> dict[str, Any]:
         """The labels."""

@@ -65,5 +65,5 @@ class Number(Matching):
 
     def right(self, target: str, answer: str) -> Grade:
         """Equality of the final numbers."""
-        gold = final_number(target)
-        return Grade(final_number(answer) == gold, published_number(answer) == gold)
+        gold, found = final_number(target), final_number(answer)
+        return Grade(found == gold, published_number(answer) == gold, found is not None)
