@@ -1,5 +1,7 @@
 """Material for the tests of pages: small rankings and demos with chosen numbers, and a parser of what was written."""
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -108,7 +110,7 @@ class Page(HTMLParser):
     Attributes:
         tags: Every start tag with its attributes.
         scripts: Content of the scripts that run.
-        data: Content of the JSON blocks, by id.
+        data: The packed blocks of data, by id.
         styles: Content of style elements and attributes.
         text: What is shown, white space made equal.
     """
@@ -148,16 +150,17 @@ class Page(HTMLParser):
         tag, attributes = self._open
         if tag == "style":
             self.styles.append(data)
-        elif attributes.get("type") == "application/json":
+        elif attributes.get("type") == "application/octet-stream":
             identifier = str(attributes["id"])
             self.data[identifier] = self.data.get(identifier, "") + data
         else:
             self.scripts.append(data)
 
     def json(self, name: str) -> Any:
-        """A JSON block; NaN and infinity, which JSON lacks and browsers refuse, raise."""
+        """A block of data; NaN and infinity, which JSON lacks and browsers refuse, raise."""
 
         def refuse(constant: str) -> None:
             raise ValueError(f"{name} holds {constant}")
 
-        return json.loads(self.data[f"data-{name}"], parse_constant=refuse)
+        packed = base64.b64decode(self.data[f"data-{name}"], validate=True)
+        return json.loads(gzip.decompress(packed), parse_constant=refuse)

@@ -57,11 +57,11 @@ def test_a_demo_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     from pharmacist.report import render_demo
 
     labels = write_demo(tmp_path)
-    render_demo(tmp_path, labels=labels)
+    render_demo(tmp_path, labels=labels, categories=[[row.category] for row in World(0).planted(120)])
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report.html").unlink()
     assert main(["report", "--run", str(tmp_path), "--quiet"]) == 0
-    assert (tmp_path / "report.html").read_bytes() == before, "with the planted labels"
+    assert (tmp_path / "report.html").read_bytes() == before, "with the planted labels and categories"
     lines = (tmp_path / "data/pool.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "data/pool.jsonl").write_text("".join(lines[::-1]))
     assert main(["report", "--run", str(tmp_path)]) == 2

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import time
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     assert re.search(rf"Near-duplicate Safety[^.]*\. {duplicates} 0 {duplicates} 0\.0 % ", page.text)
     assert "Planted label" not in page.text
     assert "could not see" not in page.text
-    table = page.json("rows")["rows"]
+    table = page.json("rows")["table"]["rows"]
     assert [row[RANK] for row in table] == list(range(1, 121))
     assert [row[SELECTED] for row in table] == [1] * 36 + [0] * 84
     assert all((row[PROMPT], row[COMPLETION]) == tuple(rows[row[ROW]].values()) for row in table)
@@ -75,10 +76,10 @@ def test_planted_labels(tmp_path: Path, world: Any) -> None:
     mislabelled = labels.count("mislabel")
     assert f"Mislabelled A harmful request that is answered. {mislabelled} 0 {mislabelled}" in page.text
     assert f"Mislabelled · · · · · {mislabelled} " in page.text, "label against reason"
-    data = page.json("rows")
+    data = page.json("rows")["table"]
     names = [label["name"] for label in data["labels"]]
     assert [names[row[LABEL]] for row in data["rows"]] == [labels[row[ROW]] for row in data["rows"]]
-    with pytest.raises(ValueError, match="119 labels"):
+    with pytest.raises(ValueError, match="120 scores, but 119 labels"):
         render(tmp_path / "page.html", rows, ["critical"] * 120, labels=labels[1:])
 
 
@@ -89,11 +90,12 @@ def test_text_stays_text(tmp_path: Path, world: Any) -> None:
     page = render(tmp_path / "page.html", rows, ["critical"] * 5, labels=["x"] * 5)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags], "no text made an element"
     assert page.scripts == plain.scripts
-    found = {row[ROW]: row for row in page.json("rows")["rows"]}
+    found = {row[ROW]: row for row in page.json("rows")["table"]["rows"]}
     assert [found[i][PROMPT] for i in range(5)] == [found[i][COMPLETION] for i in range(5)] == list(NASTY)
-    # Negative control: unescaped, the same text does make elements.
+    # Negative control: as it is, the same text does make elements.
     html = (tmp_path / "page.html").read_text()
-    assert len(Page(html.replace("\\u003c", "<").replace("\\u003e", ">")).tags) != len(plain.tags)
+    packed = page.data["data-rows"]
+    assert len(Page(html.replace(packed, json.dumps(page.json("rows")))).tags) != len(plain.tags)
 
 
 def test_names_are_escaped_like_texts(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_names_are_escaped_like_texts(tmp_path: Path) -> None:
     )
     assert "img" not in {tag for tag, _ in page.tags}
     assert f"Ranking · selector {name}" in page.text
-    assert page.json("rows")["labels"][-1]["name"] == name
+    assert page.json("rows")["table"]["labels"][-1]["name"] == name
 
 
 def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
@@ -118,10 +120,8 @@ def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
         assert policy is not None
         hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
         allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
-        assert policy == (
-            f"default-src 'none'; script-src {allowed} blob:; style-src 'unsafe-inline'; img-src data:"
-        )
-        assert len(hashes) == 2, "plotly and our own"
+        assert policy == (f"default-src 'none'; script-src {allowed} blob:; style-src 'unsafe-inline'; img-src data:")
+        assert len(hashes) == 3, "plotly and our own two"
         assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     # Negative controls.
     for bad in (
@@ -145,7 +145,7 @@ def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, veil: int) -
         ({}, 3),  # nobody read the rows
     ):
         page = render(tmp_path / "page.html", rows, [reason] * 2, report=selector_report)
-        assert [row[VEIL] for row in page.json("rows")["rows"]] == [expected] * 2
+        assert [row[VEIL] for row in page.json("rows")["table"]["rows"]] == [expected] * 2
 
 
 def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_one_row(tmp_path: Path) -> None:
     page = render(tmp_path / "page.html", [{"prompt": "a", "completion": "b"}], ["critical"], selected=1)
     assert "Core subset of 1 row " in page.text
     assert "All rows are selected, so there is no cut" in page.text
-    assert page.json("rows")["rows"] == [[1, 5.0, 0, 1, -1, "a", "b", 0, -1, 0]]
+    assert page.json("rows")["table"]["rows"] == [[1, 5.0, 0, 1, -1, "a", "b", 0, -1, 0]]
     assert sum(page.json("figures")["histogram"]["data"][0]["y"]) == 1
 
 
@@ -202,7 +202,7 @@ def test_long_rankings_are_thinned_and_long_texts_cut(tmp_path: Path, monkeypatc
     page = render(tmp_path / "page.html", rows, ["critical"] * 120)
     assert "50 of 120 rows, at even steps of rank" in page.text
     assert "50 texts are longer than 10 characters" in page.text
-    table = page.json("rows")["rows"]
+    table = page.json("rows")["table"]["rows"]
     ranks = [row[RANK] for row in table]
     assert len(ranks) == 50 and (ranks[0], ranks[-1]) == (1, 120) and set(np.diff(ranks)) <= {2, 3}
     assert {(row[PROMPT], row[COMPLETION]) for row in table} == {("0123456789", "0123456789…")}
@@ -218,7 +218,9 @@ def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
     render_ranking(tmp_path / "page.html", scores=table, texts=given, manifest=about)
     seconds, size = time.perf_counter() - start, (tmp_path / "page.html").stat().st_size
     assert seconds < 60, "about 3 s on one quiet core"
-    assert 30e6 < size < 60e6, "completions are cut to keep the page at some 50 MB"
+    assert size < 15e6, (
+        "long texts are cut, and all of it is packed; these are monotonous, and need 3 MB more than others"
+    )
     html = (tmp_path / "page.html").read_text()
     assert "100\u202f000 texts are longer than 240 characters" in html
     assert html.count("<tr") < 60, "rows are data, not elements"
@@ -262,7 +264,9 @@ def test_every_colour_is_defined(tmp_path: Path, world: Any) -> None:
     render_demo(tmp_path, labels=world[1])
     page = Page.read(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    used = set(re.findall(r"var\((--[\w-]+)\)", page.data["data-figures"] + page.data["data-rows"] + page.styles[-1]))
+    used = set(
+        re.findall(r"var\((--[\w-]+)\)", json.dumps([page.json("figures"), page.json("rows")]) + page.styles[-1])
+    )
     assert "--core" in used
     assert used <= set(re.findall(r"(--[\w-]+):", html))
 

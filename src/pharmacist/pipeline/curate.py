@@ -138,10 +138,14 @@ class Ranking:
             path: The HTML file.
             labels: Known label per ranked row, where there is one (planted pools).
         """
+        from pharmacist.pipeline.report import pool_categories
         from pharmacist.report.html import render_ranking
 
         columns = self.records.dataset.select_columns(["prompt", "completion"])
-        render_ranking(Path(path), scores=self.table, texts=columns, manifest=self.manifest, labels=labels)
+        render_ranking(
+            Path(path), scores=self.table, texts=columns, manifest=self.manifest, labels=labels,
+            categories=pool_categories(self.records),
+        )  # fmt: skip
 
 
 def curate(options: CurateOptions) -> Ranking | None:

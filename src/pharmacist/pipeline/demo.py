@@ -280,9 +280,9 @@ def _summarise(
 
 
 def _write_page(demo: _Demo) -> None:
-    from pharmacist.report import render_demo
+    from pharmacist.pipeline.report import demo_page
 
-    render_demo(demo.run.root, labels=demo.labels)
+    demo_page(demo.run.root, demo.run.manifest)
 
 
 def _show(result: DemoResult) -> None:

@@ -1,5 +1,6 @@
 """The command `report`: writes the page of a finished folder again, out of what lies in it and the pool it names."""
 
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from pharmacist.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pharmacist.core.manifest import RunManifest
+    from pharmacist.data.records import Records
+
+_FIRST = 1000
+"""Rows among which a pool with categories shows one."""
 
 
 @dataclass(kw_only=True)
@@ -17,7 +22,7 @@ class ReportOptions:
     """Write the page of a finished folder again; nothing is trained or ranked."""
 
     run: str
-    """Folder of a finished curate or demo."""
+    """Folder of a finished curate, demo or sweep."""
     quiet: bool = False
     """No progress bars and no summary."""
 
@@ -69,11 +74,19 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         if records.row_numbers.tolist() != scores["row"].tolist():
             raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
         texts = records.dataset.select_columns(["prompt", "completion"])
-        render_ranking(folder / "report.html", scores=scores, texts=texts, manifest=manifest.model_dump(mode="json"))
+        render_ranking(
+            folder / "report.html", scores=scores, texts=texts, manifest=manifest.model_dump(mode="json"),
+            categories=pool_categories(records),
+        )  # fmt: skip
         del texts, records  # memory-mapped from the folder that goes now
 
 
-def _demo_page(folder: Path, manifest: "RunManifest") -> None:
+def demo_page(folder: Path, manifest: "RunManifest") -> None:
+    """Writes ``report.html`` of a demo.
+
+    Raises:
+        DataError: Something of it is missing, or its pool has changed.
+    """
     import json
 
     from pharmacist.report import render_demo
@@ -85,14 +98,40 @@ def _demo_page(folder: Path, manifest: "RunManifest") -> None:
             raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
     _scores(folder / "rank" / "scores.parquet")
     # Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
-    world, rows = World(config["seed"]), config["rows"]
-    pool, labels = (
-        world.clean_pool(rows) if config["pool"] == "clean" else world.pool(rows, mislabel=config["mislabel"])
-    )
+    world, rows, clean = World(config["seed"]), config["rows"], config["pool"] == "clean"
+    planted = world.clean_planted(rows) if clean else world.planted(rows, mislabel=config["mislabel"])
     with open(folder / "data" / "pool.jsonl", encoding="utf-8") as file:
-        if [json.loads(line) for line in file] != pool:
+        if [json.loads(line) for line in file] != [row.row for row in planted]:
             raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
-    render_demo(folder, labels=labels)
+    render_demo(
+        folder, labels=[row.kind if clean else row.label for row in planted],
+        categories=[[row.category] for row in planted],
+    )  # fmt: skip
+
+
+def pool_categories(records: "Records") -> list[list[str]] | None:
+    """Categories of every row, out of the pool's column ``category``; None where the pool has no such column.
+
+    Args:
+        records: The pool; a row may have no category, one, or several.
+    """
+    from pharmacist.evaluation.prompts import category_names
+
+    # A pool is long, and one without categories is not read to its end.
+    columns = {"category", "categories"}
+    first = itertools.islice(records.source.scan(columns), _FIRST)
+    if not any(category_names(row.value) for row in first):
+        return None
+    wanted = set(records.row_numbers.tolist())
+    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
+
+
+def _sweep_page(folder: Path, manifest: "RunManifest") -> None:
+    from pharmacist.report.sweep import render_sweep
+
+    if not (folder / "sweep.json").is_file():
+        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
+    render_sweep(folder, manifest=manifest.model_dump(mode="json"))
 
 
 def _scores(path: Path) -> Any:
@@ -104,4 +143,4 @@ def _scores(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
 
 
-_PAGES = {"curate": _curate_page, "demo": _demo_page}
+_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": _sweep_page}

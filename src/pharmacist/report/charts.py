@@ -94,6 +94,32 @@ def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.
     )  # fmt: skip
 
 
+def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
+    """Share of each category that is selected, in percent, beside that of the pool."""
+    groups = list(categories)[::-1]
+    titles = [_short(words.category(group["name"])) for group in groups]
+    trace = go.Bar(
+        y=list(range(len(groups))), x=[group["kept"] for group in groups], orientation="h",
+        marker={"color": "var(--accent)", "line": {"width": 0}},
+        customdata=[[words.category(group["name"]), group["selected"], group["rows"]] for group in groups],
+        hovertemplate="%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra></extra>",
+        showlegend=False,
+    )  # fmt: skip
+    line = {"type": "line", "x0": overall, "x1": overall, "y0": 0, "y1": 1, "yref": "paper",
+            "line": {"color": _INK, "width": 1.5, "dash": "dash"}}  # fmt: skip
+    highest = max(overall, *(group["kept"] for group in groups))
+    return _figure(
+        [trace], 70 + 26 * len(groups), bargap=0.35, margin={"l": 76, "r": 24, "t": 8, "b": 40}, shapes=[line],
+        xaxis={"range": [0, min(100.0, 1.1 * highest)], "ticksuffix": " %", "rangemode": "tozero"},
+        yaxis={"showgrid": False, "tickvals": list(range(len(groups))), "ticktext": titles,
+               "tickfont": {"color": _INK}},
+    )  # fmt: skip
+
+
+def _short(text: str, limit: int = 32) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def attack_curves(steps: Sequence[int], curves: Mapping[str, Sequence[Sequence[float]]]) -> Spec:
     """Harmful score in percent over attack steps: the mean over seeds, and the range of the seeds as a band.
 

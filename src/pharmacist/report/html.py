@@ -5,16 +5,16 @@ forbids everything else, scripts that a row's text might bring included.
 """
 
 import base64
+import gzip
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from pharmacist import __version__
@@ -33,7 +33,7 @@ _NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 def render_ranking(
     path: Path, *, scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any],
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None,
 ) -> None:  # fmt: skip
     """Writes the page of a ranking.
 
@@ -43,17 +43,21 @@ def render_ranking(
         texts: ``prompt`` and ``completion`` of the same rows, in the same order.
         manifest: ``manifest.json`` of the run.
         labels: Known label per row (planted pools).
+        categories: Categories of each row, none or several, where the pool tells them.
     """
-    ranking, figures, rows = _ranking(scores, texts, manifest, labels)
-    _write(path, "ranking.html.j2", figures, rows, ranking=ranking, manifest=manifest)
+    ranking, data = _ranking(scores, texts, manifest, labels, categories)
+    write_page(path, "ranking.html.j2", "ranking.js", data, ranking=ranking, manifest=manifest)
 
 
-def render_demo(folder: Path, labels: Sequence[str] | None = None) -> None:
+def render_demo(
+    folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
+) -> None:  # fmt: skip
     """Writes ``report.html`` into a demo's folder, out of the files in it.
 
     Args:
         folder: Holds ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
         labels: Planted label per row of the pool.
+        categories: Categories of each row.
 
     Raises:
         DataError: Scores and pool do not belong together.
@@ -68,13 +72,13 @@ def render_demo(folder: Path, labels: Sequence[str] | None = None) -> None:
     if scores["row"].tolist() != list(range(len(pool))):
         raise DataError(f"{folder}: rank/scores.parquet does not belong to data/pool.jsonl; run the demo again")
     texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
-    ranking, figures, rows = _ranking(scores, texts, manifest, labels)
+    ranking, data = _ranking(scores, texts, manifest, labels, categories)
     found = {
         "alignment_seconds": ("s", False), "fine_tune_accuracy": ("%", True), "over_refusal_aligned": ("%", True),
         "over_refusal": ("%", True),
     }  # fmt: skip
-    figures |= {name: charts.bars(summary[name], unit, percent) for name, (unit, percent) in found.items()}
-    figures["curves"] = charts.attack_curves(summary["steps"], summary["curves"])
+    data["figures"] |= {name: charts.bars(summary[name], unit, percent) for name, (unit, percent) in found.items()}
+    data["figures"]["curves"] = charts.attack_curves(summary["steps"], summary["curves"])
     arms = [
         {
             "word": words.arm(name), "name": name,
@@ -83,8 +87,8 @@ def render_demo(folder: Path, labels: Sequence[str] | None = None) -> None:
         }
         for name in summary["arms"]
     ]  # fmt: skip
-    _write(
-        folder / "report.html", "demo.html.j2", figures, rows, ranking=ranking, manifest=manifest, demo=summary,
+    write_page(
+        folder / "report.html", "demo.html.j2", "ranking.js", data, ranking=ranking, manifest=manifest, demo=summary,
         arms=arms,
     )  # fmt: skip
 
@@ -100,17 +104,20 @@ def _interval(found: Any) -> dict[str, Any]:
 
 
 def _ranking(
-    scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any], labels: Sequence[str] | None
-) -> tuple[dict[str, Any], dict[str, charts.Spec], dict[str, Any]]:
-    """What the ranking part of a page shows: numbers, figures, rows of the table."""
+    scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any], labels: Sequence[str] | None,
+    categories: Sequence[Sequence[str]] | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What the ranking part of a page shows: its numbers, and its data, which are figures and rows."""
     import pandas as pd
 
-    if len(texts) != len(scores) or labels is not None and len(labels) != len(scores):
-        raise ValueError(f"{len(scores)} scores, but {len(texts)} texts and {len(labels or ())} labels")
+    for name, found in {"texts": texts, "labels": labels, "categories": categories}.items():
+        if found is not None and len(found) != len(scores):
+            raise ValueError(f"{len(scores)} scores, but {len(found)} {name}")
     report = manifest.get("extra", {}).get("selector_report", {})
     judgement = tables.Judgement.of(report)
     reasons, cut = tables.composition(scores["reason"], scores["selected"], words.REASONS), tables.cut(scores)
-    rows = tables.row_table(scores, texts, labels, judgement)
+    rows = tables.Rows(scores, texts, labels, judgement)
+    table, pairs = tables.row_table(rows), tables.pairs(rows)
     word_of = {group["name"]: words.reason(group["name"], judgement.judged) for group in reasons}
     figures = {
         "histogram": charts.score_histogram(scores, cut, judgement.judged),
@@ -122,8 +129,14 @@ def _ranking(
         "cannot_see": [words.reason(name) for name in judgement.blind], "cut": cut,
         "quality": tables.held_out_quality(report), "classes": words.CLASSES, "phases": tables.phases(manifest),
         "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
-        "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()), "table": rows,
+        "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()),
+        "table": table, "pairs": pairs, "categories": None,
     }  # fmt: skip
+    if categories is not None:
+        found = tables.categories(categories, scores["selected"])
+        figures["categories"] = charts.kept(found, 100 * float(scores["selected"].mean()))
+        ranking["categories"] = [group | {"title": words.category(group["name"])} for group in found]
+        ranking["several_categories"] = any(len(own) > 1 for own in categories)
     if labels is not None:
         series = pd.Series(list(labels), dtype=str)
         planted = tables.composition(series, scores["selected"].reset_index(drop=True), words.LABELS)
@@ -135,7 +148,9 @@ def _ranking(
             "labels": [words.label(name) for name in confusion["labels"]],
             "reasons": [words.reason(name, judgement.judged) for name in confusion["reasons"]],
         }
-    return ranking, figures, rows
+    return ranking, {
+        "figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs},
+    }  # fmt: skip
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -151,20 +166,31 @@ def _environment() -> Environment:
     return environment
 
 
-def _write(path: Path, template: str, figures: Mapping[str, Any], rows: Mapping[str, Any], **context: Any) -> None:
+def write_page(path: Path, template: str, script: str, data: Mapping[str, Any], **context: Any) -> None:
+    """Writes a page.
+
+    Args:
+        path: The HTML file.
+        template: Its template.
+        script: Its script, which runs after ``page.js``.
+        data: What the scripts read, by name; ``figures`` are those of the template's charts.
+        **context: For the template.
+    """
     from plotly.offline import get_plotlyjs
 
-    scripts = [Markup(get_plotlyjs()), Markup(_template_file("page.js"))]
-    data = {"figures": figures, "rows": rows, "datatables": _datatables("js")}
+    scripts = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", script))]
     text = _environment().get_template(template).render(
         **context, version=__version__, scripts=scripts, policy=_policy(scripts),
         table_style=Markup(_datatables("css")), style=Markup(_template_file("style.css")),
-        data={name: _json(value) for name, value in data.items()},
+        data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
     )  # fmt: skip
     write_text(path, text)
 
 
-_json = partial(htmlsafe_json_dumps, dumps=json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _packed(value: Any) -> str:
+    """JSON, compressed and in letters that mean nothing to HTML: small, quick to load, and nothing to escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def _template_file(name: str) -> str:

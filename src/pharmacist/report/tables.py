@@ -1,10 +1,13 @@
 """Numbers of a page, out of scores and manifests. Pure functions; everything returned can be written as JSON."""
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.report import words
@@ -19,6 +22,14 @@ TEXT_BUDGET = 48_000_000
 """Characters of prompts and completions that a page holds at most."""
 LONGEST, SHORTEST = 4000, 240
 """Characters shown of one text: of a small and of a large ranking."""
+MOST_PAIRS = 300
+"""Near-duplicates that a page sets side by side at most: those whose better row ranks highest."""
+MOST_CATEGORIES = 20
+"""Categories that a page names at most, the largest; the others are put together."""
+_EXCERPT = 1200  # characters of a text in pairs and examples
+_BEST, _AT_THE_CUT, _PER_REASON = 2, 3, 2  # examples
+_PROMPT, _COMPLETION = 5, 6  # places in a row
+_WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 _SHOWN = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
 
@@ -140,48 +151,159 @@ def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
     return {"score": float(inside.min()), "clean": bool(outside.max() <= inside.min())}
 
 
-def row_table(
-    scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, judgement: Judgement
-) -> dict[str, Any]:
-    """The rows for the page's table, in rank order.
+def categories(
+    groups: Sequence[Sequence[str]], selected: "pd.Series[Any]"
+) -> list[dict[str, Any]]:  # fmt: skip
+    """How much of each category is kept, the largest first.
 
     Args:
-        scores: ``scores.parquet``.
-        texts: ``prompt`` and ``completion`` of the same rows.
-        labels: Known label per row.
-        judgement: Decides which texts stay hidden.
+        groups: Categories per row; a row with several counts in each of them, one with none as "none".
+        selected: Per row.
+
+    Returns:
+        Per category its ``name``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent. What
+        is beyond the `MOST_CATEGORIES` largest comes last, as one group with the ``name`` None.
+    """
+    table = pd.DataFrame({"name": list(groups), "selected": selected.to_numpy(dtype=bool)}).explode("name")
+    table["name"] = table["name"].fillna("none").astype(str)
+    counts = table.groupby("name")["selected"].agg(["size", "sum"]).reset_index()
+    counts = counts.sort_values(["size", "name"], ascending=[False, True], kind="stable")
+    named = [
+        (str(name), int(size), int(kept))
+        for name, size, kept in counts.head(MOST_CATEGORIES).itertuples(index=False, name=None)
+    ]
+    rest = counts.iloc[MOST_CATEGORIES:]
+    lines: list[tuple[str | None, int, int]] = [*named]
+    if len(rest):
+        lines.append((None, int(rest["size"].sum()), int(rest["sum"].sum())))
+    return [
+        {"name": name, "rows": size, "selected": kept, "left": size - kept, "kept": 100 * kept / size}
+        for name, size, kept in lines
+    ]
+
+
+class Rows:
+    """Rows of a ranking as the page's scripts take them.
+
+    A row is a list: rank, score, reason, selected, label, prompt, completion, row, duplicate of, hidden texts; reason
+    and label by their position in `reasons` and `labels`, -1 for no label or no duplicate.
+
+    Attributes:
+        reasons: Names of the reasons.
+        labels: Names of the labels.
+    """
+
+    def __init__(
+        self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, judgement: Judgement
+    ) -> None:
+        self.scores, self.texts, self.known, self.judgement = scores, texts, labels, judgement
+        self.reasons = _ordered(scores["reason"], words.REASONS)
+        self.labels = _ordered(pd.Series(labels, dtype=str), words.LABELS) if labels is not None else []
+        self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
+
+    def keys(self) -> dict[str, list[dict[str, str]]]:
+        """Words for reasons and labels."""
+        return {
+            "reasons": [_key(name, words.reason(name, self.judgement.judged)) for name in self.reasons],
+            "labels": [_key(name, words.label(name)) for name in self.labels],
+        }
+
+    def pick(self, positions: "npt.NDArray[np.int64]", limit: int) -> tuple[list[list[Any]], int]:
+        """Rows by their position in the scores, and how many of their texts were longer than `limit` characters."""
+        if not len(positions):
+            return [], 0
+        table, picked = self.scores.iloc[positions], self.texts.select(positions)[:]
+        prompts, completions = picked["prompt"], picked["completion"]
+        reason_at = {name: i for i, name in enumerate(self.reasons)}
+        label_at = {name: i for i, name in enumerate(self.labels)}
+        veil = [self.judgement.veil(name) for name in self.reasons]
+        reason = [reason_at[str(name)] for name in table["reason"]]
+        known = self.known
+        rows = zip(
+            table["rank"].tolist(), [float(f"{score:.6g}") for score in table["score"]], reason,
+            table["selected"].astype(int).tolist(),
+            [label_at[str(known[i])] for i in positions] if known is not None else [-1] * len(positions),
+            [_cut(text, limit) for text in prompts], [_cut(text, limit) for text in completions],
+            table["row"].tolist(), table["duplicate_of"].tolist(), [veil[i] for i in reason], strict=True,
+        )  # fmt: skip
+        long = sum(len(text) > limit for column in (prompts, completions) for text in column)
+        return [list(row) for row in rows], long
+
+
+def row_table(rows: Rows) -> dict[str, Any]:
+    """The rows for the page's table, in rank order.
 
     Returns:
         ``total``, ``shown``, ``limit`` (characters per text), ``cut`` (texts that were longer), ``reasons`` and
-        ``labels`` (words) and ``rows``: rank, score, reason, selected, label, prompt, completion, row, duplicate of,
-        hidden texts; reason and label by their position in those lists, -1 for no label or no duplicate.
+        ``labels`` (words) and ``rows``.
     """
-    total = len(scores)
+    total = len(rows.scores)
     shown = min(total, MOST_ROWS)
-    order = np.argsort(scores["rank"].to_numpy(), kind="stable")
-    chosen = order[np.linspace(0, total - 1, shown).round().astype(np.int64)]
     limit = int(np.clip(TEXT_BUDGET // (2 * shown), SHORTEST, LONGEST))
-    table = scores.iloc[chosen]
-    reasons = _ordered(scores["reason"], words.REASONS)
-    names = _ordered(pd.Series(labels, dtype=str), words.LABELS) if labels is not None else []
-    picked = texts.select(chosen)[:]
-    prompts, completions = picked["prompt"], picked["completion"]
-    reason_at, label_at = {name: i for i, name in enumerate(reasons)}, {name: i for i, name in enumerate(names)}
-    veil = [judgement.veil(name) for name in reasons]
-    reason = [reason_at[str(name)] for name in table["reason"]]
-    rows = list(zip(
-        table["rank"].tolist(), [float(f"{score:.6g}") for score in table["score"]], reason,
-        table["selected"].astype(int).tolist(),
-        [label_at[str(labels[i])] for i in chosen] if labels is not None else [-1] * shown,
-        [_cut(text, limit) for text in prompts], [_cut(text, limit) for text in completions],
-        table["row"].tolist(), table["duplicate_of"].tolist(), [veil[i] for i in reason], strict=True,
-    ))  # fmt: skip
+    found, long = rows.pick(rows.by_rank[np.linspace(0, total - 1, shown).round().astype(np.int64)], limit)
+    return {"total": total, "shown": shown, "limit": limit, "cut": long, **rows.keys(), "rows": found}
+
+
+def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    """What the core subset keeps and drops, by examples.
+
+    Returns:
+        ``kept`` and ``left``: groups with a ``title`` and ``rows``. Kept: the best rows, and the last ones before the
+        cut. Left: the first ones behind it, then of every reason those that came closest.
+    """
+    chosen = rows.scores["selected"].to_numpy(dtype=bool)[rows.by_rank]
+    inside, outside = rows.by_rank[chosen], rows.by_rank[~chosen]
+    reason = rows.scores["reason"].astype(str).to_numpy()
+    groups: dict[str, list[tuple[str, npt.NDArray[np.int64]]]] = {
+        "kept": [("The best", inside[:_BEST]), ("The last that got in", inside[_BEST:][-_AT_THE_CUT:])],
+        "left": [("The first that did not", outside[:_AT_THE_CUT])],
+    }
+    behind = outside[_AT_THE_CUT:]
+    for name in rows.reasons:
+        title = words.reason(name, rows.judgement.judged).title
+        groups["left"].append((f"{title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
+    if not rows.judgement.judged:
+        groups["left"] = groups["left"][:1]
     return {
-        "total": total, "shown": shown, "limit": limit,
-        "cut": sum(len(text) > limit for column in (prompts, completions) for text in column),
-        "reasons": [_key(name, words.reason(name, judgement.judged)) for name in reasons],
-        "labels": [_key(name, words.label(name)) for name in names], "rows": rows,
-    }  # fmt: skip
+        side: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in found if len(at)]
+        for side, found in groups.items()
+    }
+
+
+def pairs(rows: Rows) -> dict[str, Any]:
+    """Near-duplicates beside the rows that they repeat, what differs marked.
+
+    Returns:
+        ``total``, ``shown`` and ``pairs`` of two rows, the one that ranks higher first. Their texts are lists of
+        pieces of which every second one, from the second on, is not in the other text.
+    """
+    number, rank, of = (rows.scores[name].to_numpy() for name in ("row", "rank", "duplicate_of"))
+    repeats = rows.by_rank[of[rows.by_rank] >= 0]
+    better = np.searchsorted(number, of[repeats])  # scores are in the order of the pool
+    shown = np.argsort(rank[better], kind="stable")[:MOST_PAIRS]
+    first, second = (rows.pick(at[shown], _EXCERPT)[0] for at in (better, repeats))
+    for a, b in zip(first, second, strict=True):
+        for column in (_PROMPT, _COMPLETION):
+            a[column], b[column] = difference(a[column], b[column])
+    return {"total": len(repeats), "shown": len(shown), "pairs": [list(it) for it in zip(first, second, strict=True)]}
+
+
+def difference(a: str, b: str) -> tuple[list[str], list[str]]:
+    """Two texts in pieces, in turn shared by both and found in one alone.
+
+    >>> difference("do not mix it", "do not stir it")
+    (['do not ', 'mix', ' it'], ['do not ', 'stir', ' it'])
+    """
+    words_a, words_b = _WORD.findall(a), _WORD.findall(b)
+    pieces: tuple[list[str], list[str]] = ([""], [""])
+    for tag, from_a, to_a, from_b, to_b in difflib.SequenceMatcher(None, words_a, words_b, False).get_opcodes():
+        sides = (words_a[from_a:to_a], words_b[from_b:to_b])
+        for side, found in zip(pieces, sides, strict=True):
+            if tag == "equal":
+                side[-1] += "".join(found)
+            elif found:
+                side.extend(("".join(found), ""))
+    return pieces
 
 
 def _cut(text: str, limit: int) -> str:

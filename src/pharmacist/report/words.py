@@ -103,5 +103,10 @@ def arm(name: str) -> Word:
     return ARMS.get(name) or Word(_plain(name))
 
 
+def category(name: str | None) -> str:
+    """A category as pages name it; None stands for those beyond the largest."""
+    return "All others" if name is None else name
+
+
 def _plain(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").strip().capitalize() or "None"

@@ -1,12 +1,13 @@
-// Draws the charts and the table of rows, and switches the theme.
+// What every page has: its data, theme and charts, and the library for its tables.
 "use strict";
-(() => {
+const pharmacist = (() => {
   const root = document.documentElement;
-  const data = (name) => {
-    const element = document.getElementById(`data-${name}`);
-    const value = JSON.parse(element.textContent);
-    element.remove(); // the text of a large pool is not kept twice
-    return value;
+  const data = async (name) => {
+    const block = document.getElementById(`data-${name}`);
+    const packed = block.textContent;
+    block.remove(); // the text of a large pool is not kept twice
+    const bytes = Uint8Array.fromBase64?.(packed) ?? Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   };
 
   // --- theme ---------------------------------------------------------------------------------------------------
@@ -35,7 +36,9 @@
 
   // --- charts --------------------------------------------------------------------------------------------------
 
-  const figures = data("figures");
+  // A chart is one figure, or a list of them, one per choice in the page's select.
+  let figures = {};
+  let setting = 0;
   const probe = document.createElement("span");
   probe.hidden = true;
   document.body.append(probe);
@@ -54,14 +57,19 @@
   const drawAll = (width) => {
     const known = {};
     for (const plot of plots) {
-      const figure = resolved(figures[plot.dataset.figure], known);
+      const found = figures[plot.dataset.figure];
+      if (!found) continue; // not unpacked yet
+      const figure = resolved(Array.isArray(found) ? found[setting] : found, known);
       if (plot.clientWidth < 480) figure.layout.margin.l = Math.min(figure.layout.margin.l, 48);
       const size = width ? { width: plot.closest(".pair") ? width / 2 - 16 : width, autosize: false } : {};
       Plotly.react(plot, figure.data, { ...figure.layout, ...size }, { displayModeBar: false, responsive: true });
     }
   };
+  const choose = (index) => {
+    setting = index;
+    drawAll();
+  };
   applyTheme();
-  drawAll();
   let before = null;
   addEventListener("beforeprint", () => {
     before = chosen;
@@ -75,12 +83,7 @@
     drawAll();
   });
 
-  // --- rows ----------------------------------------------------------------------------------------------------
-
-  const [RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL] = Array(10).keys();
-  const LONG = 240;
-  // Marks that turn text around or cannot be seen are spelled out.
-  const MARKS = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+  // --- tables --------------------------------------------------------------------------------------------------
 
   const element = (tag, attributes = {}, ...children) => {
     const made = document.createElement(tag);
@@ -88,150 +91,40 @@
     made.append(...children);
     return made;
   };
-  const swatch = (key) => {
+  const swatch = (color) => {
     const made = element("span", { class: "swatch" });
-    made.style.background = key.color;
+    made.style.background = color;
     return made;
   };
-  const readable = (text) => {
-    const parts = [];
-    let from = 0;
-    for (const match of text.matchAll(MARKS)) {
-      const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-      parts.push(text.slice(from, match.index), element("span", { class: "mark" }, `U+${code}`));
-      from = match.index + match[0].length;
-    }
-    return [...parts, text.slice(from)];
-  };
-  const reveal = (veil) => {
-    veil.classList.remove("veil");
-    for (const name of ["role", "tabindex", "aria-label"]) veil.removeAttribute(name);
-    veil.firstElementChild.removeAttribute("aria-hidden");
-    veil.nextElementSibling?.removeAttribute("hidden");
-  };
-
-  const startTable = async () => {
-    const { rows, reasons, labels } = data("rows");
-    const source = new Blob([data("datatables")], { type: "text/javascript" });
-    const url = URL.createObjectURL(source);
+  const library = async () => {
+    const url = URL.createObjectURL(new Blob([await data("datatables")], { type: "text/javascript" }));
     const { default: DataTable } = await import(url);
     URL.revokeObjectURL(url);
-
-    const text = (hidden, what) => (value, type, row) => {
-      if (type !== "display") return value;
-      const body = element("div", { class: "text", dir: "auto" }, ...readable(value));
-      const box = element("div", { class: "box" }, body);
-      const cell = element("div", { class: "cell" }, box);
-      if (value.length > LONG || value.split("\n").length > 4) {
-        box.classList.add("clamp");
-        cell.append(element("button", { type: "button", class: "more", "aria-expanded": "false" }, "more"));
-      }
-      if (row[VEIL] & hidden) {
-        box.classList.add("veil");
-        box.setAttribute("role", "button");
-        box.setAttribute("tabindex", "0");
-        box.setAttribute("aria-label", `Hidden ${what} of row ${row[ROW]}, may be harmful: show it`);
-        body.setAttribute("aria-hidden", "true");
-        box.nextElementSibling?.setAttribute("hidden", "");
-      }
-      return cell;
-    };
-    const key = (keys) => (value, type) => {
-      if (type !== "display") return value;
-      return value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value]), keys[value].title);
-    };
-    const tick = (value, type) => {
-      if (type !== "display") return value;
-      return element("span", { class: value ? "yes" : "no" }, value ? "✓ yes" : "no");
-    };
-    const number = (digits) => (value, type) => (type === "display" ? value.toFixed(digits).replace("-", "\u2212") : value);
-    const orNothing = (value, type) => (type === "display" && value < 0 ? "" : value);
-    const columns = [
-      { title: "Rank", data: RANK, type: "num", className: "figure" },
-      { title: "Score", data: SCORE, type: "num", className: "figure", render: number(3) },
-      { title: "Reason", data: REASON, type: "num", className: "dt-left", render: key(reasons) },
-      { title: "Selected", data: SELECTED, type: "num", className: "dt-left", render: tick },
-      ...(labels.length ? [{ title: "Label", data: LABEL, type: "num", className: "dt-left", render: key(labels) }] : []),
-      { title: "Prompt", data: PROMPT, type: "string", className: "words", render: text(2, "prompt") },
-      { title: "Completion", data: COMPLETION, type: "string", className: "words", render: text(1, "completion") },
-      { title: "Row", data: ROW, type: "num", className: "figure row-number" },
-      { title: "Repeats row", data: DUPLICATE, type: "num", className: "figure repeats", render: orNothing },
-    ].map((column) => ({ ...column, searchable: false }));
-    // DataTables' own search would put raw text into an element to decode it; ours only ever compares strings.
-    const lower = [];
-    let wanted = [];
-    const shown = new Set();
-    const choice = { chosen: "", label: "" };
-    const passes = (_, row, index) => {
-      if (shown.size && !shown.has(row[REASON])) return false;
-      if (choice.chosen !== "" && row[SELECTED] !== Number(choice.chosen)) return false;
-      if (choice.label !== "" && row[LABEL] !== Number(choice.label)) return false;
-      if (!wanted.length) return true;
-      const words = (lower[index] ??= `${row[PROMPT]}\n${row[COMPLETION]}`.toLowerCase());
-      return wanted.every((word) => words.includes(word));
-    };
-    document.querySelector("#table tbody").replaceChildren();
-    const table = new DataTable("#table", {
-      data: rows, columns, autoWidth: false, deferRender: true, pageLength: 25, lengthMenu: [10, 25, 50, 100],
-      order: [[0, "asc"]], orderClasses: false,
-      layout: { topStart: null, topEnd: null, bottomStart: ["pageLength", "info"], bottomEnd: "paging" },
-      language: {
-        info: "_START_ to _END_ of _TOTAL_ rows", infoEmpty: "no rows", infoFiltered: "(out of _MAX_)",
-        lengthMenu: "_MENU_ rows per page", thousands: "\u202f", zeroRecords: "No row matches; widen search or filters.",
-      },
-    });
-    table.search.fixed("filters", passes);
-    const redraw = () => table.draw();
-
-    const node = table.table().node();
-    const flip = (more) => {
-      const open = more.previousElementSibling.classList.toggle("clamp");
-      more.textContent = open ? "more" : "less";
-      more.setAttribute("aria-expanded", String(!open));
-    };
-    node.addEventListener("click", (event) => {
-      const veil = event.target.closest(".veil");
-      const more = event.target.closest(".more");
-      if (veil) reveal(veil);
-      else if (more) flip(more);
-    });
-    node.addEventListener("keydown", (event) => {
-      if (!event.target.classList.contains("veil") || (event.key !== "Enter" && event.key !== " ")) return;
-      event.preventDefault();
-      reveal(event.target);
-    });
-    document.getElementById("reveal").addEventListener("click", () => node.querySelectorAll(".veil").forEach(reveal));
-
+    return DataTable;
+  };
+  // Of every table. DataTables' own search would put raw text into an element to decode it; ours only compares strings.
+  const tableOptions = (columns, what) => ({
+    columns: columns.map((column) => ({ ...column, searchable: false })), autoWidth: false, deferRender: true,
+    orderClasses: false, layout: { topStart: null, topEnd: null, bottomStart: ["pageLength", "info"], bottomEnd: "paging" },
+    language: {
+      info: `_START_ to _END_ of _TOTAL_ ${what}`, infoEmpty: `no ${what}`, infoFiltered: "(out of _MAX_)",
+      lengthMenu: "_MENU_ per page", thousands: "\u202f", zeroRecords: "Nothing matches; widen search or filters.",
+      emptyTable: "Nothing to show.",
+    },
+  });
+  const onSearch = (input, apply) => {
     let pause;
-    document.getElementById("search").addEventListener("input", (event) => {
+    input.addEventListener("input", () => {
       clearTimeout(pause);
-      pause = setTimeout(() => {
-        wanted = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
-        redraw();
-      }, 120);
+      pause = setTimeout(() => apply(input.value.toLowerCase().split(/\s+/).filter(Boolean)), 120);
     });
-    for (const name of Object.keys(choice)) {
-      document.getElementById(name)?.addEventListener("change", (event) => {
-        choice[name] = event.target.value;
-        redraw();
-      });
-    }
-    const counts = reasons.map(() => 0);
-    for (const row of rows) counts[row[REASON]] += 1;
-    reasons.forEach((reason, index) => {
-      const chip = element(
-        "button", { type: "button", "aria-pressed": "false", "data-reason": reason.name },
-        swatch(reason), reason.title, element("small", {}, counts[index].toLocaleString("en").replaceAll(",", "\u202f")),
-      );
-      chip.addEventListener("click", () => {
-        if (!shown.delete(index)) shown.add(index);
-        chip.setAttribute("aria-pressed", String(shown.has(index)));
-        redraw();
-      });
-      document.getElementById("reasons").append(chip);
-    });
-    document.getElementById("filters").hidden = false;
+  };
+  const start = async (tables) => {
+    figures = await data("figures");
+    drawAll();
+    await new Promise((resolve) => setTimeout(resolve)); // charts are painted before tables are made
+    await tables(await library());
     root.dataset.ready = "true";
   };
-  setTimeout(startTable); // after the charts are painted
+  return { data, element, swatch, tableOptions, onSearch, choose, start };
 })();

@@ -1,0 +1,171 @@
+// The rows of a ranking: the table, examples of what is kept and dropped, near-duplicates side by side.
+"use strict";
+pharmacist.start(async (DataTable) => {
+  const { data, element, swatch, tableOptions, onSearch } = pharmacist;
+  const [RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL] = Array(10).keys();
+  const LONG = 240;
+  // Marks that turn text around or cannot be seen are spelled out.
+  const MARKS = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+  const { table: { rows, reasons, labels }, examples, pairs } = await data("rows");
+
+  // --- texts ---------------------------------------------------------------------------------------------------
+
+  const readable = (text) => {
+    const parts = [];
+    let from = 0;
+    for (const match of text.matchAll(MARKS)) {
+      const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+      parts.push(text.slice(from, match.index), element("span", { class: "mark" }, `U+${code}`));
+      from = match.index + match[0].length;
+    }
+    return [...parts, text.slice(from)];
+  };
+  // Every second piece is what the other text of a pair does not have.
+  const compared = (pieces) => pieces.flatMap((piece, at) => (at % 2 ? element("mark", {}, ...readable(piece)) : readable(piece)));
+  const text = (row, column) => {
+    const value = row[column];
+    const pieces = Array.isArray(value);
+    const length = pieces ? value.join("") : value;
+    const body = element("div", { class: "text", dir: "auto" }, ...(pieces ? compared(value) : readable(value)));
+    const box = element("div", { class: "box" }, body);
+    const cell = element("div", { class: "cell" }, box);
+    if (length.length > LONG || length.split("\n").length > 4) {
+      box.classList.add("clamp");
+      cell.append(element("button", { type: "button", class: "more", "aria-expanded": "false" }, "more"));
+    }
+    if (row[VEIL] & (column === PROMPT ? 2 : 1)) {
+      box.classList.add("veil");
+      box.setAttribute("role", "button");
+      box.setAttribute("tabindex", "0");
+      const what = column === PROMPT ? "prompt" : "completion";
+      box.setAttribute("aria-label", `Hidden ${what} of row ${row[ROW]}, may be harmful: show it`);
+      body.setAttribute("aria-hidden", "true");
+      box.nextElementSibling?.setAttribute("hidden", "");
+    }
+    return cell;
+  };
+  const reveal = (veil) => {
+    veil.classList.remove("veil");
+    for (const name of ["role", "tabindex", "aria-label"]) veil.removeAttribute(name);
+    veil.firstElementChild.removeAttribute("aria-hidden");
+    veil.nextElementSibling?.removeAttribute("hidden");
+  };
+  const flip = (more) => {
+    const open = more.previousElementSibling.classList.toggle("clamp");
+    more.textContent = open ? "more" : "less";
+    more.setAttribute("aria-expanded", String(!open));
+  };
+  document.addEventListener("click", (event) => {
+    const veil = event.target.closest(".veil");
+    const more = event.target.closest(".more");
+    if (veil) reveal(veil);
+    else if (more) flip(more);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (!event.target.classList.contains("veil") || (event.key !== "Enter" && event.key !== " ")) return;
+    event.preventDefault();
+    reveal(event.target);
+  });
+  for (const button of document.querySelectorAll("[data-reveal]")) {
+    button.addEventListener("click", () => document.querySelectorAll(`${button.dataset.reveal} .veil`).forEach(reveal));
+  }
+  const figure = (value) => value.toFixed(3).replace("-", "\u2212");
+  const key = (keys, value) => (value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value].color), keys[value].title));
+  const sample = (row) => element(
+    "article", { class: "sample" },
+    element(
+      "header", {}, key(reasons, row[REASON]),
+      element("span", {}, `rank ${row[RANK]} · score ${figure(row[SCORE])} · row ${row[ROW]}${row[SELECTED] ? " · selected" : ""}`),
+    ),
+    text(row, PROMPT), text(row, COMPLETION),
+  );
+
+  // --- examples ------------------------------------------------------------------------------------------------
+
+  for (const [side, groups] of Object.entries(examples)) {
+    document.getElementById(side).append(...groups.flatMap((group) => [element("h4", {}, group.title), ...group.rows.map(sample)]));
+  }
+
+  // --- near-duplicates -----------------------------------------------------------------------------------------
+
+  if (pairs.shown) {
+    new DataTable("#pairs", {
+      ...tableOptions([
+        { title: "Ranks higher", render: (_, type, pair) => (type === "display" ? sample(pair[0]) : "") },
+        { title: "Says nearly the same", render: (_, type, pair) => (type === "display" ? sample(pair[1]) : "") },
+      ].map((column) => ({ ...column, data: null, orderable: false })), "pairs"),
+      data: pairs.pairs, ordering: false, pageLength: 3, lengthMenu: [3, 10, 30],
+    });
+  }
+
+  // --- the table -----------------------------------------------------------------------------------------------
+
+  const shows = (draw) => (value, type, row) => (type === "display" ? draw(value, row) : value);
+  const words = (column) => shows((_, row) => text(row, column));
+  const lower = [];
+  const lowered = (index) => (lower[index] ??= `${rows[index][PROMPT]}\n${rows[index][COMPLETION]}`.toLowerCase());
+  let wanted = [];
+  const shown = new Set();
+  const choice = { chosen: "", label: "" };
+  const passes = (_, row, index) => {
+    if (shown.size && !shown.has(row[REASON])) return false;
+    if (choice.chosen !== "" && row[SELECTED] !== Number(choice.chosen)) return false;
+    if (choice.label !== "" && row[LABEL] !== Number(choice.label)) return false;
+    return !wanted.length || wanted.every((word) => lowered(index).includes(word));
+  };
+  document.querySelector("#table tbody").replaceChildren();
+  const table = new DataTable("#table", {
+    ...tableOptions([
+      { title: "Rank", data: RANK, type: "num", className: "figure" },
+      { title: "Score", data: SCORE, type: "num", className: "figure", render: shows(figure) },
+      { title: "Reason", data: REASON, type: "num", className: "dt-left", render: shows((value) => key(reasons, value)) },
+      {
+        title: "Selected", data: SELECTED, type: "num", className: "dt-left",
+        render: shows((value) => element("span", { class: value ? "yes" : "no" }, value ? "✓ yes" : "no")),
+      },
+      ...(labels.length
+        ? [{ title: "Label", data: LABEL, type: "num", className: "dt-left", render: shows((value) => key(labels, value)) }]
+        : []),
+      { title: "Prompt", data: PROMPT, type: "string", className: "words", render: words(PROMPT) },
+      { title: "Completion", data: COMPLETION, type: "string", className: "words", render: words(COMPLETION) },
+      { title: "Row", data: ROW, type: "num", className: "figure row-number" },
+      { title: "Repeats row", data: DUPLICATE, type: "num", className: "figure repeats", render: shows((value) => (value < 0 ? "" : value)) },
+    ], "rows"),
+    data: rows, pageLength: 25, lengthMenu: [10, 25, 50, 100], order: [[0, "asc"]],
+  });
+  table.search.fixed("filters", passes);
+  const redraw = () => table.draw();
+
+  onSearch(document.getElementById("search"), (words) => {
+    wanted = words;
+    redraw();
+  });
+  for (const name of Object.keys(choice)) {
+    document.getElementById(name)?.addEventListener("change", (event) => {
+      choice[name] = event.target.value;
+      redraw();
+    });
+  }
+  const counts = reasons.map(() => 0);
+  for (const row of rows) counts[row[REASON]] += 1;
+  reasons.forEach((reason, index) => {
+    const chip = element(
+      "button", { type: "button", "aria-pressed": "false", "data-reason": reason.name },
+      swatch(reason.color), reason.title, element("small", {}, counts[index].toLocaleString("en").replaceAll(",", "\u202f")),
+    );
+    chip.addEventListener("click", () => {
+      if (!shown.delete(index)) shown.add(index);
+      chip.setAttribute("aria-pressed", String(shown.has(index)));
+      redraw();
+    });
+    document.getElementById("reasons").append(chip);
+  });
+  document.getElementById("filters").hidden = false;
+  // While nobody waits, so that the first search of a large pool is as fast as the others.
+  const prepare = (from) => {
+    const to = Math.min(rows.length, from + 5000);
+    for (let index = from; index < to; index += 1) lowered(index);
+    if (to < rows.length) setTimeout(prepare, 0, to);
+  };
+  setTimeout(prepare, 0, 0);
+});

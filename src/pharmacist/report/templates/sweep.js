@@ -1,0 +1,3 @@
+// The page of a sweep has charts and plain tables.
+"use strict";
+pharmacist.start(() => {});
