@@ -12,7 +12,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
@@ -160,13 +160,23 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             known[field.name] = hints[field.name]
         if own is not None:
             parser.add_class_arguments(own, field.name, help=doc)
-            known |= {f"{field.name}.{name}": hint for name, hint in get_type_hints(own).items()}
+            inner = dict(_inner_hints(own, field.name))
+            groups = {field.name} | {name for name, hint in inner.items() if dataclasses.is_dataclass(hint)}
+            known |= {name: hint for name, hint in inner.items() if name not in groups}
             for action in parser._actions:
-                if action.dest == field.name:  # jsonargparse's own way to give a group as a file; `--config` does that
+                if action.dest in groups:  # jsonargparse's own way to give a group as a file; `--config` does that
                     action.help = argparse.SUPPRESS
     parser.hints = known
     parser.several = frozenset(field.name for field in dataclasses.fields(options) if "nargs" in field.metadata)
     return parser
+
+
+def _inner_hints(options: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted names of the fields of a dataclass, those of dataclasses within it too, and their types."""
+    for name, hint in get_type_hints(options).items():
+        yield f"{prefix}.{name}", hint
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _inner_hints(hint, f"{prefix}.{name}")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

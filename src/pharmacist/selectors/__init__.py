@@ -4,7 +4,18 @@ from pharmacist.core.registry import Registry
 from pharmacist.selectors.base import Selector
 
 
-SELECTORS: Registry[Selector] = Registry(
+class _Selectors(Registry[Selector]):
+    """Selectors by name; names joined by ``+`` stand for the mean of their ranks."""
+
+    def get(self, name: str) -> type[Selector]:
+        if "+" not in name:
+            return super().get(name)
+        from pharmacist.selectors.mix import mixture
+
+        return mixture(name, {part: self.get(part) for part in name.split("+")})
+
+
+SELECTORS: Registry[Selector] = _Selectors(
     "selector",
     {
         "pharmacist": "pharmacist.selectors.pharmacist:Pharmacist",
@@ -23,6 +34,9 @@ SELECTORS: Registry[Selector] = Registry(
         "embedding": "pharmacist.selectors.embedding:Embedding",
         "k-center": "pharmacist.selectors.k_center:KCenter",
         "facility-location": "pharmacist.selectors.facility_location:FacilityLocation",
+        "el2n": "pharmacist.selectors.el2n:EL2N",
+        "grand": "pharmacist.selectors.grand:GraNd",
+        "deita": "pharmacist.selectors.deita:Deita",
     },
     group="pharmacist.selectors",
 )

@@ -95,6 +95,13 @@ class SelectionContext:
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
+    def forget_changed_model(self) -> None:
+        """Makes the next use of `model` load it anew if a selector has put adapters on it."""
+        from peft.tuners.lora import LoraLayer
+
+        if "model" in self.__dict__ and any(isinstance(module, LoraLayer) for module in self.model.model.modules()):
+            del self.__dict__["model"]
+
     @cached_property
     def encoded_pool(self) -> "Encoded":
         """The pool in tokens, made on first use and kept on disk."""

@@ -1,0 +1,89 @@
+"""Deita's recipe: the best rows by a quality score, none of them too near to a better one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.progress import track
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.embeddings import pool_keys
+
+
+TOO_NEAR = "near_a_better_row"
+"""The reason of rows that resemble a row with a better score."""
+_BATCH = 1024
+
+
+@dataclass
+class DeitaConfig:
+    """Options of the selector."""
+
+    scorer: str = "ifd"
+    """The selector, with its default options, that says how good a row is; any by name, also one from another package,
+    or several, a+b."""
+    threshold: float = 0.9
+    """Cosine above which a row is too near to a better one that is kept; 1 keeps all, in the scorer's order."""
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1:
+            raise ConfigError(f"selector.threshold must lie in [-1, 1], not {self.threshold}")
+
+
+class Deita(Selector):
+    """Prefers rows of high quality that no better row resembles; quality is any other selector's score."""
+
+    Config = DeitaConfig
+    paper = "Liu et al. 2024, arXiv 2312.15685"
+
+    def __init__(self, config: DeitaConfig) -> None:
+        from pharmacist.selectors import SELECTORS
+
+        if "deita" in config.scorer.split("+"):
+            raise ConfigError("selector.scorer: deita cannot score for itself; name another selector")
+        self.config, self._scorer = config, SELECTORS.build(config.scorer, {})
+        self.needs = self._scorer.needs | {"embedder"}
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool for its points, lets the scorer rank it, then goes down the ranking."""
+        points, keys = context.points, pool_keys(context)
+        scored = self._scorer.rank(context)
+        with context.run.phase("order"):
+            near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)
+        # Places, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
+        place = rankdata(scored.score) / len(near)
+        return Scores(
+            np.where(near, place, 1 + place), np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
+            {"quality": scored.score, "too_near": near, **scored.signals}, scored.report,
+        )  # fmt: skip
+
+
+def too_near(points: FloatArray, order: npt.NDArray[np.int64], threshold: float) -> npt.NDArray[np.bool_]:
+    """Which points have a cosine above the threshold to a better point that is itself kept.
+
+    Args:
+        points: Of length 1, shape [points, dimensions].
+        order: Best first, shape [points].
+        threshold: From 1 on nothing is too near.
+
+    Returns:
+        Shape [points].
+    """
+    near = np.zeros(len(points), dtype=np.bool_)
+    if threshold >= 1:
+        return near
+    kept = np.empty(0, dtype=np.int64)
+    for start in track(range(0, len(order), _BATCH), "thinning rows"):
+        batch = order[start : start + _BATCH]
+        here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
+        for first in range(0, len(kept), _BATCH):
+            refused |= (here @ points[kept[first : first + _BATCH]].T).max(1) > threshold
+        # Within the batch one by one, so that a point that was refused refuses no other.
+        close = here @ here.T > threshold
+        for i in range(len(batch)):
+            refused[i] = refused[i] or bool((close[i, :i] & ~refused[:i]).any())
+        near[batch] = refused
+        kept = np.concatenate([kept, batch[~refused]])
+    return near

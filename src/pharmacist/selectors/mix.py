@@ -1,0 +1,89 @@
+"""Several selectors as one, ``--selector a+b``: the mean of their ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+
+
+_WITHOUT_ORDER = {"full": "ranks nothing", "random": "adds nothing but chance"}
+
+
+@dataclass
+class MixConfig:
+    """Options of the parts, each under its selector's name, hyphens as underscores."""
+
+
+class Mix(Selector):
+    """Ranks by several selectors and averages a row's places; each selector counts alike, whatever its scale."""
+
+    Config = MixConfig
+    paper = "rank averaging (Borda count)"
+    names: tuple[str, ...] = ()
+
+    def __init__(self, config: Any) -> None:
+        from pharmacist.selectors import SELECTORS
+
+        self.config, self.parts = config, dict[str, Selector]()
+        for name, option in zip(self.names, fields(config), strict=True):
+            given = getattr(config, option.name)
+            if isinstance(given, Mapping):
+                self.parts[name] = SELECTORS.build(name, given)
+                setattr(config, option.name, self.parts[name].config)
+            else:
+                self.parts[name] = SELECTORS.get(name)(given)  # type: ignore[call-arg]
+        self.needs = frozenset().union(*(part.needs for part in self.parts.values()))
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Lets every selector rank the pool, one after the other."""
+        places: list[FloatArray] = []
+        reason, signals, report = np.array([RANKED] * len(context.pool), dtype=object), {}, {}
+        for name, part in self.parts.items():
+            context.forget_changed_model()
+            found = part.rank(context)
+            places.append(share_of_rows_behind(found.score))
+            reason = np.where(reason == RANKED, found.reason, reason)  # the first that judges a row says what it is
+            signals[f"{_identifier(name)}_place"] = places[-1]
+            signals |= {f"{_identifier(name)}_{signal}": values for signal, values in found.signals.items()}
+            report[name] = found.report
+        return Scores(np.mean(places, axis=0), reason.astype(np.str_), signals, report)
+
+
+def share_of_rows_behind(score: FloatArray) -> FloatArray:
+    """A row's place in a ranking: 1 for the best, 0 for the last, evenly between; equal scores share their mean place.
+
+    Args:
+        score: Shape [rows].
+    """
+    place: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
+    return place
+
+
+def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[Mix]:
+    """The class of a mixture, with the options of its parts.
+
+    Args:
+        name: ``a+b``.
+        parts: Name -> class of each.
+
+    Raises:
+        ConfigError: The mixture makes no sense.
+    """
+    names = name.split("+")
+    for part in names:
+        if names.count(part) > 1:
+            raise ConfigError(f"selector '{name}': '{part}' counts once; name different selectors")
+        if part in _WITHOUT_ORDER:
+            raise ConfigError(f"selector '{name}': '{part}' {_WITHOUT_ORDER[part]}; leave it out")
+    options = [(_identifier(part), kind.Config, field(default_factory=kind.Config)) for part, kind in parts.items()]
+    config = make_dataclass("MixedConfig", options, bases=(MixConfig,))
+    return type("Mixed", (Mix,), {"Config": config, "names": tuple(names), "__doc__": Mix.__doc__})
+
+
+def _identifier(name: str) -> str:
+    return name.replace("-", "_")

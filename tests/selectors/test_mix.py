@@ -1,0 +1,94 @@
+"""Several selectors as one: closed form of the mean of places, what makes no sense, options of the parts."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from pharmacist.core.errors import ConfigError, UnknownNameError
+from pharmacist.selectors import SELECTORS
+from pharmacist.selectors.base import RANKED, SelectionContext
+from pharmacist.selectors.mix import share_of_rows_behind
+from tests.selectors import village
+from tests.selectors.peers import ranked
+
+
+POOL = village.pool(24)
+
+
+def test_places_by_hand():
+    assert share_of_rows_behind(np.array([5.0, -1.0, 2.0])).tolist() == [1, 0, 0.5]
+    assert share_of_rows_behind(np.array([1.0, 1.0, 0.0])).tolist() == [0.75, 0.75, 0]
+    assert share_of_rows_behind(np.array([7.0])).tolist() == [0]
+
+
+def test_the_score_is_the_mean_of_the_places(tmp_path):
+    parts = [ranked(tmp_path / name, {"name": name}, POOL).score for name in ("loss-low", "length", "ifd")]
+    mixed = ranked(tmp_path / "mix", {"name": "loss-low+length+ifd"}, POOL)
+    expected = np.mean([share_of_rows_behind(score) for score in parts], axis=0)
+    np.testing.assert_allclose(mixed.score, expected, atol=1e-15)
+    assert np.array_equal(mixed.signals["loss_low_place"], share_of_rows_behind(parts[0]))
+    assert np.array_equal(mixed.signals["loss_low_loss"], -parts[0])
+    assert len(set(mixed.signals)) == len(mixed.signals) and set(mixed.report) == {"loss-low", "length", "ifd"}
+
+
+def test_a_scale_does_not_count_and_a_selector_against_itself_cancels(tmp_path):
+    mixed = ranked(tmp_path / "a", {"name": "loss-low+loss-high"}, POOL)
+    np.testing.assert_allclose(mixed.score, 0.5, atol=1e-15)
+    one = ranked(tmp_path / "b", {"name": "loss-low"}, POOL).score
+    both = ranked(tmp_path / "c", {"name": "loss-low+perplexity", "perplexity": {"keep": "low"}}, POOL).score
+    assert spearmanr(one, both)[0] == pytest.approx(1), "the same order on another scale"
+
+
+def test_the_order_of_the_parts_changes_no_score_but_who_says_what_a_row_is(tmp_path):
+    a = ranked(tmp_path / "a", {"name": "length+classifier", "classifier": {"folds": 2}}, POOL)
+    b = ranked(tmp_path / "b", {"name": "classifier+length", "classifier": {"folds": 2}}, POOL)
+    np.testing.assert_allclose(a.score, b.score, atol=1e-15)
+    assert (a.reason == b.reason).all() and RANKED not in a.reason, "one that only measures says nothing"
+    ifd_first = ranked(tmp_path / "c", {"name": "ifd+classifier", "classifier": {"folds": 2}}, POOL)
+    assert (ifd_first.reason != a.reason).any()
+
+
+def test_a_part_does_not_see_the_adapters_of_another(model, tmp_path, monkeypatch):
+    trained = {"form": "evidence", "readers": "adapters", "adapter_steps": 2, "r": 2, "adapter_folds": 2}
+
+    def losses(folder: str, choice: dict) -> np.ndarray:
+        work = village.context(tmp_path / folder, model, POOL)
+        try:
+            return SELECTORS.build_from(choice).rank(work).signals
+        finally:
+            work.run.close()
+
+    mixed = {"name": "pharmacist+loss-low", "pharmacist": trained}
+    alone = losses("a", {"name": "loss-low"})["loss"]
+    assert np.array_equal(losses("b", mixed)["loss_low_loss"], alone)
+    monkeypatch.setattr(SelectionContext, "forget_changed_model", lambda _: None)
+    assert not np.array_equal(losses("c", mixed)["loss_low_loss"], alone), "else this proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("length+length", "'length' counts once"),
+        ("full+length", "'full' ranks nothing; leave it out"),
+        ("random+full", "'random' adds nothing but chance"),
+        ("length+lenght", "unknown selector 'lenght'"),
+        ("length+", "unknown selector ''"),
+    ],
+)
+def test_mixtures_that_make_no_sense(name, message):
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
+        SELECTORS.build_from({"name": name})
+
+
+def test_options_of_the_parts():
+    mixed = SELECTORS.build_from({"name": "dsir+k-center", "dsir": {"buckets": 7}, "k_center": {"block": 9}})
+    assert mixed.needs == {"safe", "embedder"}
+    given = asdict(mixed.config)
+    assert given["dsir"]["buckets"] == 7 and given["k_center"]["block"] == 9
+    assert asdict(SELECTORS.build_from({"name": "dsir+k-center", **given}).config) == given, "as a manifest holds them"
+    with pytest.raises(ConfigError, match="selector 'dsir' has no option 'bukkets'; did you mean 'buckets'"):
+        SELECTORS.build_from({"name": "dsir+length", "dsir": {"bukkets": 7}})
+    with pytest.raises(ConfigError, match="has no option 'buckets'"):
+        SELECTORS.build_from({"name": "dsir+length", "buckets": 7})
