@@ -34,6 +34,7 @@ class Data:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._texts: dict[Path, str] = {}
+        self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
         """Rows that an option names.
@@ -54,10 +55,10 @@ class Data:
         name, colon, file = spec.partition(":")
         path = Path(spec).expanduser()
         if path.exists():
-            return Input(str(path.resolve()), _content(path.resolve()))
+            return Input(str(path.resolve()), self._content(path.resolve()))
         if colon and Path(file).expanduser().exists():
             path = Path(file).expanduser().resolve()
-            return Input(f"{name}:{path}", f"{name}:{_content(path)}")
+            return Input(f"{name}:{path}", f"{name}:{self._content(path)}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
@@ -68,10 +69,17 @@ class Data:
         Raises:
             DataError: There is no such folder.
         """
+        from pharmacist.nn.models import model_fingerprint
         from pharmacist.worlds import BASE_MODEL
 
         path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
-        return Input(str(path.resolve()) if path.is_dir() else spec, _model_content(str(path), where))
+        place = str(path.resolve()) if path.is_dir() else spec
+        if place not in self._contents:
+            try:
+                self._contents[place] = model_fingerprint(place)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+        return Input(place, self._contents[place])
 
     def write(self) -> None:
         """Writes the made-up rows that were asked for."""
@@ -80,6 +88,11 @@ class Data:
         for path, text in self._texts.items():
             if not path.is_file():
                 write_text(path, text)
+
+    def _content(self, path: Path) -> str:
+        if str(path) not in self._contents:
+            self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_folder(path)
+        return self._contents[str(path)]
 
     def _made_up(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
         _, _, rest = spec.partition(":")
@@ -102,21 +115,6 @@ class Data:
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         self._texts[path] = text
         return Input(str(path), content)
-
-
-@cache
-def _content(path: Path) -> str:
-    return sha256_file(path) if path.is_file() else sha256_folder(path)
-
-
-@cache
-def _model_content(place: str, where: str) -> str:
-    from pharmacist.nn.models import model_fingerprint
-
-    try:
-        return model_fingerprint(place)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 @cache

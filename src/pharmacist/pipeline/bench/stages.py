@@ -102,6 +102,7 @@ class Stage:
 
     Attributes:
         kind: Key of `KINDS`.
+        function: ``"module:function"`` that runs it, the same on every machine.
         key: Hash of the options that matter, the content of the inputs (keys of the stages that make them) and the
             version of the stage.
         options: With all paths filled in.
@@ -110,6 +111,7 @@ class Stage:
     """
 
     kind: str
+    function: str
     key: str
     options: Any
     parents: tuple[str, ...]
@@ -159,10 +161,11 @@ def make_stage(
         places[name] = [one.place for one in given] if isinstance(given, list) else given.place
         contents[name] = [one.content for one in given] if isinstance(given, list) else given.content
         assert several == isinstance(getattr(options, name), list), name
-    identity = {"stage": kind, "version": KINDS[kind].version, "config": identifying(as_json(options)) | contents}
+    known = KINDS[kind]
+    identity = {"stage": kind, "version": known.version, "config": identifying(as_json(options)) | contents}
     key = sha256_json(identity)
-    folder = root / "stages" / f"{kind}-{key[:16]}"
-    return Stage(kind, key, with_options(options, **places, output_dir=str(folder)), parents, method)
+    filled = with_options(options, **places, output_dir=str(root / "stages" / f"{kind}-{key[:16]}"))
+    return Stage(kind, f"{known.module}:{known.function}", key, filled, parents, method)
 
 
 @dataclass(frozen=True)
@@ -205,8 +208,8 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
-    kind = KINDS[stage.kind]
-    function = getattr(import_module(kind.module), kind.function)
+    module, _, name = stage.function.partition(":")
+    function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     while True:
         try:

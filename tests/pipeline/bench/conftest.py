@@ -1,0 +1,1 @@
+from tests.pipeline.bench.fakes import stages  # noqa: F401

@@ -1,0 +1,200 @@
+"""The graph of a grid: what runs, how often, and what is found again. Its stages are fakes that note that they ran."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from pharmacist.core.config import from_mapping
+from pharmacist.core.manifest import read_manifest
+from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
+from pharmacist.pipeline.bench.grid import Plan, expand
+from pharmacist.pipeline.bench.results import AXES, Result
+from tests.pipeline.bench.fakes import BROKEN, Stages
+from tests.pipeline.bench.grids import SMALL, results
+
+
+def grid(folder: Path, **changes: Any) -> BenchOptions:
+    return from_mapping(BenchOptions, SMALL | changes | {"output_dir": str(folder)}, where="grid")
+
+
+def run(folder: Path, **changes: Any) -> BenchResult:
+    return bench(grid(folder, **changes))
+
+
+def plan(**changes: Any) -> Plan:
+    return expand(grid(Path("/nowhere"), **changes), Path("/nowhere"))
+
+
+def test_what_cells_share_runs_once(stages: Stages, tmp_path: Path) -> None:
+    found = run(tmp_path / "bench")
+    assert stages.began() == {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12}
+    assert len(found.ran) == 24
+    table = pd.read_parquet(tmp_path / "bench" / "results.parquet")
+    assert list(table.columns) == list(Result.__dataclass_fields__)
+    assert table[list(AXES)].drop_duplicates().shape[0] == len(table) == 4
+    assert table["selector"].tolist() == ["full", "full", "random", "random"]
+    assert table["fraction"].tolist() == [1, 1, 0.5, 0.5]
+    assert [list(steps) for steps in table["attack_steps"]] == [[0, 1, 8]] * 4
+    first = table.iloc[0]
+    assert list(first["harmful_scores"])[0] == first["harmful_score_before"] != first["harmful_score"]
+    assert list(first["harmful_scores"])[-1] == first["harmful_score"]
+    assert 0 < first["harmful_score_over_attack"] < 100
+    manifest = read_manifest(tmp_path / "bench")
+    assert manifest.status == "success"
+    assert manifest.counts == {"cells": 4, "results": 4, "stages": 24, "finished": 24, "failed": 0}
+    assert manifest.extra["axes"]["defense"] == ["sft", "vaccine"]
+
+
+def test_a_finished_grid_runs_nothing(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path / "bench")
+    before = results(tmp_path / "bench")
+    stages.began()
+    assert run(tmp_path / "bench").ran == []
+    assert stages.began() == {}
+    pd.testing.assert_frame_equal(results(tmp_path / "bench"), before)
+
+
+def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path / "bench")
+    stages.began()
+    found = run(tmp_path / "bench", defenses=["sft", "vaccine", {"name": "more", "defense": {"name": "vaccine"}}])
+    assert found.ran == []  # the same defense under another name is the same work
+    assert len(found.rows) == 6
+    run(tmp_path / "bench", defenses=["sft", "vaccine", {"name": "v5", "defense": {"name": "vaccine", "rho": 5}}])
+    assert stages.began() == {"align": 2, "attack": 2, "evaluate": 6}
+    run(tmp_path / "bench")  # the grid as it was before
+    assert stages.began() == {}
+    assert len(results(tmp_path / "bench")) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fractions": [0.2, 0.5]}, {"rank": 2, "select": 3, "align": 6, "attack": 6, "evaluate": 18}),
+        ({"seeds": [0, 1]}, {"rank": 4, "select": 4, "align": 8, "attack": 8, "evaluate": 24}),
+        ({"attacks": [{"kind": "mix", "poison_ratio": [0, 0.1], "samples": 20}]},
+         {"rank": 2, "select": 2, "align": 4, "attack": 8, "evaluate": 20}),
+        ({"judges": ["keyword", {"name": "k2", "judge": "keyword", "options": {"max_new_tokens": 9}}]},
+         {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 24}),
+        ({"later_defenses": ["none", "lisa", "safe-lora"]},
+         {"rank": 2, "select": 2, "align": 4, "attack": 8, "repair": 4, "evaluate": 24}),
+        ({"selectors": ["full", {"selector": "length", "fractions": [0.1, 0.2, 0.3]}], "defenses": ["sft"]},
+         {"rank": 2, "select": 4, "align": 4, "attack": 4, "evaluate": 12}),
+    ],
+    ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking"],
+)  # fmt: skip
+def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
+    found = plan(**changes)
+    kinds = [stage.kind for stage in found.stages.values()]
+    assert {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} == dict(sorted(expected.items(), key=_order))
+    names = list(found.stages)
+    assert all(names.index(parent) < names.index(stage.name) for stage in found.stages.values()
+               for parent in stage.parents)  # fmt: skip
+
+
+def _order(item: tuple[str, int]) -> int:
+    return ["rank", "select", "align", "evaluate", "attack", "repair"].index(item[0])
+
+
+def test_keys_follow_what_matters(tmp_path: Path) -> None:
+    names = {stage.name for stage in plan().stages.values()}
+
+    def changed(**changes: Any) -> set[str]:
+        return {name.partition("-")[0] for name in {stage.name for stage in plan(**changes).stages.values()} - names}
+
+    assert {stage.name for stage in expand(grid(tmp_path, quiet=False), tmp_path).stages.values()} == names
+    assert changed(checkpoint_seconds=3) == set()
+    assert changed(align={"train": {"max_steps": 3}}) == {"align", "attack", "evaluate"}
+    assert changed(evaluate=SMALL["evaluate"] | {"batch_size": 3}) == {"evaluate"}
+    assert changed(evaluate={"prompts": "world:prompts:6"}) == {"evaluate"}
+    assert changed(pools=[{"pool": "world", "rows": 61}]) == {"rank", "select", "align", "attack", "evaluate"}
+    assert changed(align={"harmful": "world:answers"}) == set()  # neither of the two defenses reads it
+
+
+def test_a_changed_file_is_run_again_with_everything_below(stages: Stages, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"prompt": "a", "completion": "b"}\n')
+    run(tmp_path / "bench", pools=[{"pool": str(pool)}])
+    stages.began()
+    assert run(tmp_path / "bench", pools=[{"pool": str(pool)}]).ran == []
+    pool.write_text('{"prompt": "a", "completion": "c"}\n')
+    run(tmp_path / "bench", pools=[{"pool": str(pool)}])
+    assert stages.began() == {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12}
+
+
+def test_a_deleted_result_is_made_again_with_everything_below(stages: Stages, tmp_path: Path) -> None:
+    found = run(tmp_path / "bench")
+    before = results(tmp_path / "bench")
+    stages.began()
+    victim = next(name for name in found.ran if name.startswith("align"))
+    shutil.rmtree(tmp_path / "bench" / "stages" / victim)
+    ran = run(tmp_path / "bench").ran
+    assert ran[0] == victim
+    assert sorted(name.partition("-")[0] for name in ran) == ["align", "attack", "evaluate", "evaluate", "evaluate"]
+    pd.testing.assert_frame_equal(results(tmp_path / "bench"), before)
+
+
+def test_what_fails_takes_only_its_own_with_it(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv(BROKEN, "'rho': 2.0")  # vaccine's
+    with pytest.raises(StagesFailed, match="2 of 24 stages failed, 8 could not run without them") as caught:
+        run(tmp_path / "bench")
+    assert [str(error) for error in caught.value.exceptions] == ["this stage is broken"] * 2
+    assert results(tmp_path / "bench")["defense"].tolist() == ["sft", "sft"]
+    manifest = read_manifest(tmp_path / "bench")
+    assert (manifest.status, manifest.counts["finished"], manifest.counts["failed"]) == ("started", 14, 2)
+    assert [(entry["error"], entry["cells"]) for entry in manifest.extra["failed"]] == [
+        ("ValueError: this stage is broken", 1)
+    ] * 2
+    monkeypatch.delenv(BROKEN)
+    stages.began()
+    run(tmp_path / "bench")
+    assert stages.began() == {"align": 2, "attack": 2, "evaluate": 6}
+    assert len(results(tmp_path / "bench")) == 4
+    assert read_manifest(tmp_path / "bench").status == "success"
+    assert read_manifest(tmp_path / "bench").extra["failed"] == []
+
+
+def test_fail_fast_stops_at_the_first(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BROKEN, "'rho': 2.0")
+    with pytest.raises(StagesFailed, match="1 of 24 stages failed"):
+        run(tmp_path / "bench", fail_fast=True)
+    assert stages.began() == {"rank": 1, "select": 1, "align": 2, "attack": 1, "evaluate": 3}
+    assert len(results(tmp_path / "bench")) == 1
+
+
+def test_only_some_cells(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path / "bench", only="random*vaccine")
+    assert stages.began() == {"rank": 1, "select": 1, "align": 1, "attack": 1, "evaluate": 3}
+    assert results(tmp_path / "bench")["cell"].tolist() == [
+        "village / pool / random 0.5 / vaccine / mix / none / reviews / keyword"
+    ]
+    assert read_manifest(tmp_path / "bench").status == "started"
+    run(tmp_path / "bench", only="random")
+    assert stages.began() == {"align": 1, "attack": 1, "evaluate": 3}
+    run(tmp_path / "bench")
+    assert len(results(tmp_path / "bench")) == 4
+    assert read_manifest(tmp_path / "bench").status == "success"
+
+
+def test_a_dry_run_shows_the_graph_and_its_cost(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    changes: dict[str, Any] = {"quiet": False, "dry_run": True}
+    run(tmp_path / "bench", **changes)
+    text = capsys.readouterr().err
+    assert "4 cells, 24 stages, 24 to run" in text
+    assert "nothing like them was measured" in text
+    assert not (tmp_path / "bench").exists()
+    run(tmp_path / "bench", only="full*sft")
+    stages.began()
+    capsys.readouterr()
+    run(tmp_path / "bench", **changes)
+    text = capsys.readouterr().err
+    assert "4 cells, 24 stages, 17 to run" in text
+    assert "as measured on 7 stages" in text
+    assert stages.began() == {}
