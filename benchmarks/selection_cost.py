@@ -49,8 +49,9 @@ def ranking_quality(score, labels):
     top = np.argsort(-score, kind="stable")[: round(0.3 * len(score))]
     found = {"auc": float(roc_auc_score(keep, score)), "purity": float(keep[top].mean())}
     for fault in FAULTS:
-        rows = keep | (labels == fault).to_numpy()
-        found[fault] = float(roc_auc_score(keep[rows], score[rows]))
+        bad = (labels == fault).to_numpy()
+        if bad.any():
+            found[fault] = float(roc_auc_score(keep[keep | bad], score[keep | bad]))
     return found
 
 

@@ -1,0 +1,327 @@
+"""Every selector on planted pools of the made-up world: quality, cost and memory; and what its core subset is worth.
+
+    python benchmarks/compare_selectors.py OUTPUT_DIR [--seeds 3] [--only NAME ...] [--downstream] [--figure FILE.svg]
+
+Pools with 0 %, 5 % and 15 % mislabelled rows (`pharmacist.worlds`). Selectors that take next to no time are run on
+every pool and seed, the others on every seed of the 5 % pool and on the first seed of the other two. A ranking is an
+ordinary folder of `pharmacist curate`, made in a process of its own, whose largest memory is the selector's; the
+libraries are loaded before the process starts. Cost is the wall time of the selector's phases in units of one LoRA SFT
+epoch over the same pool, measured before each pool's rankings, and the tokens that go through the model in the same
+unit. Interrupted, the benchmark resumes.
+
+With --downstream each core subset (30 % of the 5 % pool, first seed), the full pool and a random subset align a model
+by SFT and by Vaccine, which is then attacked: the settings are the demo's.
+
+Writes selectors.json and selectors.md, and the figure where asked for (needs matplotlib).
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from selection_cost import FAULTS, ranking_quality
+
+from pharmacist.core.errors import PharmacistError
+from pharmacist.core.files import read_json, write_json, write_text
+from pharmacist.core.manifest import read_manifest
+from pharmacist.core.progress import set_quiet
+from pharmacist.evaluation.statistics import curve_area, t_interval
+from pharmacist.pipeline.align import AlignOptions, align
+from pharmacist.pipeline.attack import AttackOptions, attack
+from pharmacist.pipeline.curate import CurateOptions, curate
+from pharmacist.pipeline.demo import ALIGN, ATTACK, FRACTION, LORA, STEPS
+from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+from pharmacist.selectors import SELECTORS
+from pharmacist.training.options import LoraOptions
+from pharmacist.worlds import BASE_MODEL, World
+
+
+POOLS = {"0 %": 0.0, "5 %": 0.05, "15 %": 0.15}
+MAIN = "5 %"
+VARIANTS = {
+    "seal, Alg. 2": {"name": "seal", "auxiliary": False},
+    "seal, by logits": {"name": "seal", "rank_by": "logits"},
+    "unrolled, after a harmful step": {"name": "unrolled", "harmful_step": 0.1},
+    "less, exact": {"name": "less", "features": "exact"},
+    "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
+    "pharmacist, as in the demo": {"name": "pharmacist", "readers": "lexical,probe"},
+    "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
+}  # fmt: skip
+LINES = {name: {"name": name} for name in SELECTORS.names()} | VARIANTS
+CHEAP = {
+    "random", "full", "length", "loss-low", "loss-high", "perplexity", "ifd", "dsir", "classifier", "embedding",
+    "k-center", "facility-location", "el2n",
+}  # fmt: skip
+"""Run on every pool and seed."""
+NOT_THE_SELECTOR = ("read", "find duplicates")
+"""Phases of curate that cost the same whatever the selector."""
+DEFENSES = ("sft", "vaccine")
+
+
+def slug(name):
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace(" %", "-percent")).strip("-")
+
+
+def write_world(folder, mislabel, seed, rows):
+    """Writes one pool and its references; returns their files and the label of each row."""
+    world = World(seed)
+    pool, labels = world.pool(rows, mislabel=mislabel)
+    sets = {
+        "pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility(),
+        "attack": world.attack_harmful(64, ("potions",)), "task": world.task_train(640),
+        "task-test": world.task_test(150), "prompts": world.eval_prompts(120), "borderline": world.borderline(60),
+        **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
+    }  # fmt: skip
+    for name, items in sets.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+    return {name: str(folder / f"{name}.jsonl") for name in sets}, labels
+
+
+# --- in processes of their own --------------------------------------------------------------------------------------
+
+
+def job(record, function, *arguments):
+    """Runs a function, adds the largest memory of this process to what it returns, and writes it."""
+    set_quiet(True)
+    try:
+        found = function(*arguments)
+    except PharmacistError as error:
+        found = {"skipped": str(error)}
+    write_json(record, found | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+
+
+def sft_epoch(files, folder, seed):
+    epoch = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
+    align(AlignOptions(
+        data=files["pool"], model=str(BASE_MODEL), train=epoch, seed=seed, quiet=True, output_dir=str(folder)
+    ))  # fmt: skip
+    phase = read_manifest(folder).phases["train"]
+    return {"seconds": phase.seconds, "tokens": phase.tokens}
+
+
+def rank(files, labels, choice, folder, seed):
+    references = {name: files[name] for name in ("safe", "harmful", "utility")}
+    curate(CurateOptions(
+        pool=files["pool"], model=str(BASE_MODEL), selector=choice, top=FRACTION, seed=seed, quiet=True,
+        output_dir=str(folder), **references,
+    ))  # fmt: skip
+    table = pd.read_parquet(folder / "scores.parquet")
+    phases = read_manifest(folder).phases
+    return ranking_quality(table["score"].to_numpy(), pd.Series(labels)) | {
+        "seconds": sum(phase.seconds for name, phase in phases.items() if name not in NOT_THE_SELECTOR),
+        "tokens": sum(phase.tokens for phase in phases.values()),
+    }  # fmt: skip
+
+
+def align_attack_evaluate(data, files, defense, folder, seed):
+    """Harmful score over the attack's steps, accuracy and over-refusal of a model aligned on `data`, in percent."""
+    common = {"seed": seed, "quiet": True}
+    aligned = align(AlignOptions(
+        data=data, model=str(BASE_MODEL), defense={"name": defense}, train=dict(ALIGN), lora=LoraOptions(**LORA),
+        output_dir=str(folder / "align"), **common,
+    ))  # fmt: skip
+    attacked = folder / "attack"
+    attack(AttackOptions(
+        model=str(folder / "align"), task=files["task"], harmful=files["attack"], poison_ratio=0.1, samples=640,
+        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**LORA), output_dir=str(attacked), **common,
+    ))  # fmt: skip
+    models = {0: folder / "align", **{step: attacked / "snapshots" / f"step-{step}" for step in STEPS[1:-1]}}
+    metrics = []
+    for step, model in (models | {STEPS[-1]: attacked}).items():
+        ends = {"benign_prompts": files["borderline"], "task": files["task-test"]} if step in (0, STEPS[-1]) else {}
+        judge = {name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")}
+        metrics.append(evaluate(EvaluateOptions(
+            model=str(model), prompts=files["prompts"], judge={"name": "probe"}, max_new_tokens=32,
+            output_dir=str(folder / f"evaluate-{step}"), **ends, **judge, **common,
+        )).metrics)  # fmt: skip
+    curve = [point["harmful_score"]["value"] for point in metrics]
+    return {
+        "curve": curve, "area": curve_area(STEPS, curve), "align_seconds": aligned.seconds,
+        "fine_tune_accuracy": metrics[-1]["fine_tune_accuracy"]["value"],
+        "over_refusal": [metrics[0]["over_refusal"]["value"], metrics[-1]["over_refusal"]["value"]],
+    }  # fmt: skip
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def measured(processes, record, function, *arguments):
+    """What `function` found, from its record where it is done already, else in a process of its own."""
+    if not record.is_file():
+        process = processes.Process(target=job, args=(record, function, *arguments))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{record.stem}: failed")
+    return read_json(record)
+
+
+def cells(name, seeds):
+    """Pools and seeds that a selector is run on."""
+    every = [(pool, seed) for pool in POOLS for seed in seeds]
+    return every if name in CHEAP else [(pool, seed) for pool, seed in every if pool == MAIN or seed == seeds[0]]
+
+
+def run_rankings(root, names, seeds, rows, processes):
+    found = {name: {} for name in names}
+    for pool, mislabel in POOLS.items():
+        for seed in seeds:
+            folder = root / f"{slug(pool)}-{seed}"
+            files, labels = write_world(folder / "data", mislabel, seed, rows)
+            epoch = measured(processes, folder / "sft.json", sft_epoch, files, folder / "sft", seed)
+            for name in names:
+                if (pool, seed) not in cells(name, seeds):
+                    continue
+                record = folder / f"rank-{slug(name)}.json"
+                start = time.perf_counter()
+                got = measured(processes, record, rank, files, labels, LINES[name], folder / slug(name), seed)
+                print(f"{pool}, seed {seed}: {name}: {time.perf_counter() - start:.0f} s", flush=True)
+                if "skipped" in got:
+                    print(f"  left out: {got['skipped']}", flush=True)
+                else:
+                    ratios = {"cost": got["seconds"] / epoch["seconds"], "passes": got["tokens"] / epoch["tokens"]}
+                    found[name].setdefault(pool, []).append(got | ratios | {"seed": seed})
+    return {name: pools for name, pools in found.items() if pools}
+
+
+def run_downstream(root, names, seed, rows, processes, found):
+    folder = root / f"{slug(MAIN)}-{seed}"
+    files, _ = write_world(folder / "data", POOLS[MAIN], seed, rows)
+    for defense in DEFENSES:
+        for name in names:
+            data = files["pool"] if name == "full" else str(folder / slug(name) / "selected.jsonl")
+            if not Path(data).is_file():
+                continue
+            place = folder / "downstream" / f"{slug(name)}-{defense}"
+            record = place.with_suffix(".json")
+            place.parent.mkdir(exist_ok=True)
+            start = time.perf_counter()
+            got = measured(processes, record, align_attack_evaluate, data, files, defense, place, seed)
+            print(f"{defense} on {name}: {time.perf_counter() - start:.0f} s", flush=True)
+            found.setdefault(name, {})[defense] = got
+
+
+# --- tables and figure ----------------------------------------------------------------------------------------------
+
+
+def with_interval(values):
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    estimate = t_interval(values)
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {min(1, estimate.high):.3f}]"
+
+
+def average(runs, key):
+    values = [run[key] for run in runs if key in run]
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def in_order(rankings):
+    return sorted(rankings, key=lambda name: -np.mean([run["auc"] for run in rankings[name][MAIN]]))
+
+
+def every_run(pools):
+    return [run for runs in pools.values() for run in runs]
+
+
+def ranking_table(rankings):
+    head = ["selector", *(f"AUC, {pool}" for pool in POOLS), f"good in top 30 %, {MAIN}", *FAULTS,
+            "SFT epochs", "passes", "peak MB"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in in_order(rankings):
+        pools, main = rankings[name], rankings[name][MAIN]
+        cell = [name, *(with_interval([run["auc"] for run in pools[pool]]) if pool in pools else "" for pool in POOLS)]
+        cell += [average(main, key) for key in ("purity", *FAULTS)]
+        runs = every_run(pools)
+        cell += [f"{np.median([run[key] for run in runs]):.2f}" for key in ("cost", "passes")]
+        cell += [f"{max(run['peak_mb'] for run in runs):.0f}"]
+        lines.append("| " + " | ".join(cell) + " |")
+    return "\n".join(lines)
+
+
+def downstream_table(downstream):
+    head = ["aligned on"]
+    for defense in DEFENSES:
+        head += [f"{defense}: harmful score over the attack", "after it", "accuracy", "over-refusal, before / after"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in sorted(downstream, key=lambda name: downstream[name][DEFENSES[0]]["area"]):
+        cell = [name if name == "full" else f"30 % by {name}"]
+        for defense in DEFENSES:
+            got = downstream[name].get(defense)
+            if got is None:
+                cell += [""] * 4
+                continue
+            before, after = got["over_refusal"]
+            cell += [f"{got['area']:.1f}", f"{got['curve'][-1]:.1f}", f"{got['fine_tune_accuracy']:.1f}",
+                     f"{before:.1f} / {after:.1f}"]  # fmt: skip
+        lines.append("| " + " | ".join(cell) + " |")
+    return "\n".join(lines)
+
+
+def draw(rankings, path):
+    """Quality against cost: AUC on the 5 % pool (dot: mean over seeds, line: range) over SFT epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.fonttype"] = "none"
+    plt.rcParams["svg.hashsalt"] = "selectors"
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    for name in in_order(rankings):
+        values = [run["auc"] for run in rankings[name][MAIN]]
+        cost = max(0.01, float(np.median([run["cost"] for run in every_run(rankings[name])])))
+        color = "#00796b" if name.startswith("pharmacist") else "#5f6b7a"
+        axes.plot([cost, cost], [min(values), max(values)], color=color, linewidth=1)
+        axes.plot(cost, np.mean(values), "o", color=color, markersize=5)
+        axes.annotate(
+            name, (cost, np.mean(values)), xytext=(6, 2), textcoords="offset points", fontsize=8, color=color
+        )
+    axes.axhline(0.5, color="#b0b7c0", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xlabel("cost in LoRA SFT epochs over the pool (0.01: that or less)")
+    axes.set_ylabel(f"AUC of good rows against faults, {MAIN} mislabelled")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES))
+    parser.add_argument("--downstream", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    root, seeds = arguments.output_dir, list(range(arguments.seeds))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["pharmacist.nn.models", "pharmacist.nn.adapters", "datasets", "sklearn", "trl"])
+    n_rankings = sum(len(cells(name, seeds)) for name in arguments.only)
+    print(f"{n_rankings} rankings" + (f", {len(arguments.only) * len(DEFENSES)} alignments" * arguments.downstream))
+    rankings = run_rankings(root, arguments.only, seeds, arguments.rows, processes)
+    result = {"rows": arguments.rows, "seeds": seeds, "rankings": rankings, "downstream": {}}
+    write_json(root / "selectors.json", result)
+    tables = [ranking_table(rankings)]
+    if arguments.downstream:
+        run_downstream(root, list(rankings), seeds[0], arguments.rows, processes, result["downstream"])
+        write_json(root / "selectors.json", result)
+        tables.append(downstream_table(result["downstream"]))
+    text = "\n\n".join(tables) + "\n"
+    write_text(root / "selectors.md", text)
+    print(text)
+    if arguments.figure is not None:
+        draw(rankings, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
