@@ -3,8 +3,8 @@
     python benchmarks/compare_selectors.py OUTPUT_DIR [--seeds 3] [--only NAME ...] [--downstream] [--figure FILE.svg]
 
 Pools with 0 %, 5 % and 15 % mislabelled rows (`pharmacist.worlds`). Selectors that take next to no time are run on
-every pool and seed, the others on every seed of the 5 % pool and on the first seed of the other two. A ranking is an
-ordinary folder of `pharmacist curate`, made in a process of its own, whose largest memory is the selector's; the
+every pool and seed, the others on every seed of the 5 % pool and on the first seed of the other two, and those that
+answer a question about their own method on the 5 % pool alone. A ranking is an ordinary folder of `pharmacist curate`, made in a process of its own, whose largest memory is the selector's; the
 libraries are loaded before the process starts. Cost is the wall time of the selector's phases in units of one LoRA SFT
 epoch over the same pool, measured before each pool's rankings, and the tokens that go through the model in the same
 unit. Interrupted, the benchmark resumes.
@@ -54,12 +54,16 @@ VARIANTS = {
     "pharmacist, as in the demo": {"name": "pharmacist", "readers": "lexical,probe"},
     "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
 }  # fmt: skip
-LINES = {name: {"name": name} for name in SELECTORS.names()} | VARIANTS
+LINES = {name: {"name": name} for name in SELECTORS.names()} | {
+    "classifier+embedding": {"name": "classifier+embedding"}
+} | VARIANTS  # fmt: skip
 CHEAP = {
     "random", "full", "length", "loss-low", "loss-high", "perplexity", "ifd", "dsir", "classifier", "embedding",
-    "k-center", "facility-location", "el2n",
+    "k-center", "facility-location", "el2n", "classifier+embedding",
 }  # fmt: skip
 """Run on every pool and seed."""
+ABLATIONS = {"seal, by logits", "unrolled, after a harmful step", "pharmacist, contrast alone"}
+"""Run on the main pool alone, and not carried on to an attack."""
 NOT_THE_SELECTOR = ("read", "find duplicates")
 """Phases of curate that cost the same whatever the selector."""
 DEFENSES = ("sft", "vaccine")
@@ -166,7 +170,9 @@ def measured(processes, record, function, *arguments):
 def cells(name, seeds):
     """Pools and seeds that a selector is run on."""
     every = [(pool, seed) for pool in POOLS for seed in seeds]
-    return every if name in CHEAP else [(pool, seed) for pool, seed in every if pool == MAIN or seed == seeds[0]]
+    if name in CHEAP:
+        return every
+    return [(pool, seed) for pool, seed in every if pool == MAIN or (seed == seeds[0] and name not in ABLATIONS)]
 
 
 def run_rankings(root, names, seeds, rows, processes):
@@ -313,7 +319,14 @@ def main():
     write_json(root / "selectors.json", result)
     tables = [ranking_table(rankings)]
     if arguments.downstream:
-        run_downstream(root, list(rankings), seeds[0], arguments.rows, processes, result["downstream"])
+        run_downstream(
+            root,
+            [name for name in rankings if name not in ABLATIONS],
+            seeds[0],
+            arguments.rows,
+            processes,
+            result["downstream"],
+        )
         write_json(root / "selectors.json", result)
         tables.append(downstream_table(result["downstream"]))
     text = "\n\n".join(tables) + "\n"
