@@ -4,10 +4,11 @@
 
 Pools with 0 %, 5 % and 15 % mislabelled rows (`pharmacist.worlds`). Selectors that take next to no time are run on
 every pool and seed, the others on every seed of the 5 % pool and on the first seed of the other two, and those that
-answer a question about their own method on the 5 % pool alone. A ranking is an ordinary folder of `pharmacist curate`, made in a process of its own, whose largest memory is the selector's; the
-libraries are loaded before the process starts. Cost is the wall time of the selector's phases in units of one LoRA SFT
-epoch over the same pool, measured before each pool's rankings, and the tokens that go through the model in the same
-unit. Interrupted, the benchmark resumes.
+answer a question about their own method on the 5 % pool alone. A ranking is an ordinary folder of `pharmacist curate`,
+made in a process of its own, whose largest memory is the selector's; the libraries are loaded before the process
+starts. Cost is the wall time of the selector's phases in units of one LoRA SFT epoch over the same pool, measured
+before each pool's rankings, and the tokens that go through the model in the same unit. Interrupted, the benchmark
+resumes.
 
 With --downstream each core subset (30 % of the 5 % pool, first seed), the full pool and a random subset align a model
 by SFT and by Vaccine, which is then attacked: the settings are the demo's.
