@@ -111,10 +111,10 @@ def sft_epoch(files, folder, seed):
     return {"seconds": phase.seconds, "tokens": phase.tokens}
 
 
-def rank(files, labels, choice, folder, seed):
+def rank(files, labels, choice, folder, seed, model=BASE_MODEL):
     references = {name: files[name] for name in ("safe", "harmful", "utility")}
     curate(CurateOptions(
-        pool=files["pool"], model=str(BASE_MODEL), selector=choice, top=FRACTION, seed=seed, quiet=True,
+        pool=files["pool"], model=str(model), selector=choice, top=FRACTION, seed=seed, quiet=True,
         output_dir=str(folder), **references,
     ))  # fmt: skip
     table = pd.read_parquet(folder / "scores.parquet")
@@ -125,25 +125,25 @@ def rank(files, labels, choice, folder, seed):
     }  # fmt: skip
 
 
-def align_attack_evaluate(data, files, defense, folder, seed):
+def align_attack_evaluate(data, files, defense, folder, seed, model=BASE_MODEL, lora=LORA):
     """Harmful score over the attack's steps, accuracy and over-refusal of a model aligned on `data`, in percent."""
     common = {"seed": seed, "quiet": True}
     aligned = align(AlignOptions(
-        data=data, model=str(BASE_MODEL), defense={"name": defense}, train=dict(ALIGN), lora=LoraOptions(**LORA),
+        data=data, model=str(model), defense={"name": defense}, train=dict(ALIGN), lora=LoraOptions(**lora),
         output_dir=str(folder / "align"), **common,
     ))  # fmt: skip
     attacked = folder / "attack"
     attack(AttackOptions(
         model=str(folder / "align"), task=files["task"], harmful=files["attack"], poison_ratio=0.1, samples=640,
-        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**LORA), output_dir=str(attacked), **common,
+        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**lora), output_dir=str(attacked), **common,
     ))  # fmt: skip
     models = {0: folder / "align", **{step: attacked / "snapshots" / f"step-{step}" for step in STEPS[1:-1]}}
     metrics = []
-    for step, model in (models | {STEPS[-1]: attacked}).items():
+    for step, place in (models | {STEPS[-1]: attacked}).items():
         ends = {"benign_prompts": files["borderline"], "task": files["task-test"]} if step in (0, STEPS[-1]) else {}
         judge = {name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")}
         metrics.append(evaluate(EvaluateOptions(
-            model=str(model), prompts=files["prompts"], judge={"name": "probe"}, max_new_tokens=32,
+            model=str(place), prompts=files["prompts"], judge={"name": "probe"}, max_new_tokens=32,
             output_dir=str(folder / f"evaluate-{step}"), **ends, **judge, **common,
         )).metrics)  # fmt: skip
     curve = [point["harmful_score"]["value"] for point in metrics]
