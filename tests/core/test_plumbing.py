@@ -59,13 +59,14 @@ def test_methods_are_built_from_their_options() -> None:
 
 def test_other_packages_add_methods_but_replace_none(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
-        EntryPoint("ladle", f"{__name__}:Spoon", "tests.tools"),
-        EntryPoint("spoon", "other:Spoon", "tests.tools"),
+        EntryPoint("ladle", f"{__name__}:Spoon", "tests.plugins"),
+        EntryPoint("spoon", "other:Spoon", "tests.plugins"),
     ]
-    monkeypatch.setattr(registry_module, "entry_points", lambda group: points if group == "tests.tools" else [])
-    assert tools().names() == ["fork", "ladle", "spoon"]
-    assert tools().get("ladle") is Spoon
-    assert tools().get("spoon") is Spoon
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points if group == "tests.plugins" else [])
+    known = Registry("tool", tools().table(), group="tests.plugins")
+    assert known.names() == ["fork", "ladle", "spoon"]
+    assert known.get("ladle") is Spoon
+    assert known.get("spoon") is Spoon
 
 
 def test_streams_are_stable_and_apart() -> None:

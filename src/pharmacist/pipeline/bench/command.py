@@ -13,7 +13,7 @@ from pharmacist.pipeline.bench.options import BenchOptions
 if TYPE_CHECKING:
     from pharmacist.pipeline.bench.grid import Plan
     from pharmacist.pipeline.bench.results import Result
-    from pharmacist.pipeline.bench.stages import Stage
+    from pharmacist.pipeline.bench.stages import Outcome, Stage
 
 STAGE_VERSION = 1
 
@@ -70,10 +70,10 @@ def bench(options: BenchOptions) -> BenchResult:
         try:
             with bar("bench", total=len(waiting)) as progress:
                 outcomes = executor.run(waiting, plan.stages)
-                for outcome in outcomes:
+                for number, outcome in enumerate(outcomes, 1):
                     progress.advance()
                     ran += [outcome.stage] if outcome.done else []
-                    _tell(plan.stages[outcome.stage], outcome.error, len(ran), len(waiting))
+                    _tell(plan.stages[outcome.stage], outcome, number, len(waiting))
                     if outcome.error is not None:
                         failed[outcome.stage] = outcome.error
                         if options.fail_fast:
@@ -141,10 +141,11 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def _tell(stage: "Stage", error: Exception | None, number: int, total: int) -> None:
+def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
     from pharmacist.core.progress import console
 
-    result = "done" if error is None else _one_line(error)
+    result = "done" if outcome.done else "not run, needs what failed"
+    result = result if outcome.error is None else _one_line(outcome.error)
     console().print(f"{number}/{total} {stage.name} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 

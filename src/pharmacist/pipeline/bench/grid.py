@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.registry import Registry
 from pharmacist.core.rundir import RunOptions
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
@@ -31,6 +32,7 @@ from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is
 
 
 Entry = TypeVar("Entry")
+T = TypeVar("T")
 NONE = "none"
 SEP = " / "
 
@@ -229,6 +231,15 @@ class _Expansion:
     data: Data
     stages: dict[str, Stage] = field(default_factory=dict)
     _templates: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _built: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def built(self, registry: Registry[T], choice: Mapping[str, Any]) -> T:
+        """A method, for what it says about itself."""
+        key = registry.kind, repr(choice)
+        if key not in self._built:
+            self._built[key] = registry.build_from(choice)
+        method: T = self._built[key]
+        return method
 
     def template(self, kind: str, label: tuple[str, ...], where: str, *layers: Mapping[str, Any]) -> Any:
         """Options of a kind of stage without inputs and seed, checked once.
@@ -381,7 +392,7 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
         {"pool": pool.pool, "safe": pool.safe, "harmful": pool.harmful, "utility": pool.utility,
          "selector": selector.selector, "model": model.reader or model.model, "max_length": model.max_length},
     )  # fmt: skip
-    _check_references(chosen, rank_options)
+    _check_references(expansion, chosen, rank_options)
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=None, harmful=None, utility=None)
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
@@ -397,10 +408,10 @@ def _reads(options: Any) -> bool:
     return options.selector["name"] not in ("full", "random")
 
 
-def _check_references(chosen: _Choice, options: Any) -> None:
+def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> None:
     from pharmacist.selectors import SELECTORS
 
-    selector = SELECTORS.build_from(options.selector)
+    selector = expansion.built(SELECTORS, options.selector)
     for need in sorted(selector.needs & {"safe", "harmful", "utility"}):
         from_pairs = need == "harmful" and _is_preference(options.safe)
         if getattr(options, need) is None and not from_pairs:
@@ -430,7 +441,7 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
         "align", (defense.name, model.name), f"defense '{defense.name}'", defense.options, _loading(model),
         {"data": "-", "model": model.model, "defense": defense.defense, "max_length": model.max_length},
     )  # fmt: skip
-    strategy = DEFENSES.build_from(options.defense)
+    strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"defense '{defense.name}': is not for alignment; name it under later_defenses")
     if not set(strategy.streams) & HARMFUL_STREAMS:
@@ -457,12 +468,12 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
         {"model": "-", "task": task.train, "kind": attack.kind, "poison_ratio": attack.poison_ratio,
          "samples": attack.samples, "defense": during, "max_length": model.max_length},
     )  # fmt: skip
-    for need in sorted(ATTACKS.build_from(options.kind).needs):
+    for need in sorted(expansion.built(ATTACKS, options.kind).needs):
         if getattr(options, need) is None:
             place = f"give task '{task.name}' a 'train'" if need == "task" else "give 'harmful' under attack"
             raise ConfigError(f"attack '{attack.name}' needs {need} rows: {place}")
     made = {"model": (align, "")}
-    strategy = DEFENSES.build_from(options.defense)
+    strategy = expansion.built(DEFENSES, options.defense)
     if "safe" in strategy.streams and options.safe is None:
         made["safe"] = (select, "selected.jsonl")  # the defender's own rows
     method = attack.name if during is not later.method else f"{attack.name}, {later.name}"
@@ -482,7 +493,7 @@ def _repaired(
         {"model": "-", "aligned": "-", "method": later.method, "max_length": model.max_length},
     )  # fmt: skip
     made = {"model": (attack, ""), "aligned": (align, "")}
-    needs = REPAIRS.build_from(options.method).needs
+    needs = expansion.built(REPAIRS, options.method).needs
     if "safe" in needs and options.safe is None:
         made["safe"] = (select, "selected.jsonl")
     if "harmful" in needs and options.harmful is None:
@@ -500,7 +511,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
         {"model": "-", "judge": judge.judge, "task": task.test, "safe": judge.safe, "harmful": judge.harmful,
          "utility": judge.utility},
     )  # fmt: skip
-    for need in sorted(JUDGES.build_from(options.judge).needs):
+    for need in sorted(expansion.built(JUDGES, options.judge).needs):
         if getattr(options, need, None) is None:
             raise ConfigError(f"judge '{judge.name}' needs {need} references: give it a '{need}'")
     if options.prompts is None:
