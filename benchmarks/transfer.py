@@ -5,8 +5,8 @@
 On the made-up world, with 5 % of 600 rows mislabelled. The proxy is a Llama of 0.1 million parameters, trained here;
 the targets are the world's own Llama of 0.4 million (same family) and a GPT-NeoX of the same width and depth, trained
 here (another family). Each target's own ranking is compared with the proxy's: rank correlation and overlap of the top
-30 %. Then the target is aligned by SFT on its own top 30 %, on the proxy's and on a random 30 %, and attacked, with the
-demo's settings.
+30 %. Then the target is aligned by SFT on its own top 30 %, on the proxy's and on a random 30 %, and attacked, with
+the demo's settings.
 
 A ranking is of rows, not of tokens, so that the proxy may have any tokenizer; with a proxy and a target of your own,
 rank with `pharmacist curate --model PROXY` and align the other on its selected.jsonl.
