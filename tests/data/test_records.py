@@ -7,7 +7,7 @@ import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source, write_rows
-from pharmacist.data.records import SCHEMA, normalised_prompt, prompt_key, read_records, to_dataset
+from pharmacist.data.records import SCHEMA, last_requests, normalised_prompt, prompt_key, read_records, to_dataset
 from tests.data.test_formats import SUFFIXES, TEXTS, save
 
 
@@ -91,6 +91,18 @@ def test_conversations_keep_their_turns(tmp_path):
     assert json.loads(row["turns"]) == [*turns[:2], assistant("x"), user("y")]
     (row,) = read(tmp_path, [{"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]).dataset
     assert (row["prompt"], row["completion"], row["turns"]) == ("a", "b", None)
+
+
+def test_last_requests_stand_alone(tmp_path):
+    turns = [{"role": "system", "content": "be kind"}, user("a"), assistant("b"), user("c é")]
+    prompts = [[user("p")], turns, turns[:2], [*turns[:3], user(" ")]]
+    whole = read(tmp_path, [{"messages": [*prompt, assistant("d")]} for prompt in prompts]).dataset
+    found = last_requests(whole)
+    assert found["prompt"][:3] == ["p", "c é", "a"] and found["turns"][:3] == [None] * 3
+    assert found[3] == whole[3]  # an empty request says nothing without what came before it
+    assert found.remove_columns(["prompt", "turns"])[:] == whole.remove_columns(["prompt", "turns"])[:]
+    single = whole.select([0])
+    assert last_requests(single) is single
 
 
 def test_alpaca_inputs(tmp_path):

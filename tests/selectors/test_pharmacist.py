@@ -95,6 +95,14 @@ def test_a_permuted_pool_gets_permuted_scores(reference, model, tmp_path, form):
     assert len(np.unique(reference[form].score)) > 20, "not the same score for all"
 
 
+def test_earlier_turns_change_no_score(model, tmp_path):
+    before = [{"role": "user", "content": "please sew a hat"}, {"role": "assistant", "content": "sure, with pleasure"}]
+    alone = [{"prompt": [{"role": "user", "content": row["prompt"]}],
+              "completion": [{"role": "assistant", "content": row["completion"]}]} for row in POOL]  # fmt: skip
+    after = [row | {"prompt": [*before, *row["prompt"]]} if i % 2 else row for i, row in enumerate(alone)]
+    assert equal(*(scores(tmp_path / name, model, rows) for name, rows in (("alone", alone), ("after", after))))
+
+
 @FORMS
 def test_equal_rows_get_equal_scores(reference, form):
     assert POOL[-3:] == POOL[:3]

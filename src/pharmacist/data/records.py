@@ -129,6 +129,32 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> "datasets.Dataset":
     return datasets.Dataset(pa.table(data, schema=SCHEMA))
 
 
+def last_requests(rows: "datasets.Dataset") -> "datasets.Dataset":
+    """Canonical rows whose prompt is the last turn before the answer alone; rows of one turn stay as they are."""
+    import datasets
+
+    turns = rows.with_format("arrow")
+    if all(batch["turns"].null_count == len(batch["turns"]) for batch in turns.iter(_FLUSH_ROWS)):
+        return rows
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        prompts = []
+        for turns, whole in zip(batch["turns"], batch["prompt"], strict=True):
+            last = json.loads(turns)[-1]["content"] if turns else ""
+            prompts.append(last if last.strip() else whole)
+        kept = [turns if own == whole else None
+                for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)]  # fmt: skip
+        return {"prompt": prompts, "turns": kept}
+
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return rows.map(cut, batched=True, batch_size=_FLUSH_ROWS)
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------
 
 

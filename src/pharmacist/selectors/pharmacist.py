@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
+from pharmacist.data.records import last_requests
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.distributed import barrier
@@ -29,6 +31,8 @@ from pharmacist.selectors.jobs import Job, run_jobs
 
 
 if TYPE_CHECKING:
+    import datasets
+
     from pharmacist.data.tokenize import Encoded
 
 
@@ -239,6 +243,15 @@ class _Worker:
         with self._bank.using(None) if self._bank is not None else nullcontext():
             return hidden_features(self.context.model.model, batch)
 
+    @cached_property
+    def pool(self) -> "datasets.Dataset":
+        """The rows as they are read: the last request and its answer."""
+        return last_requests(self.context.pool.dataset)
+
+    @cached_property
+    def encoded_pool(self) -> "Encoded":
+        return self.context.encode(self.pool, "pool")
+
     def encode_references(self, references: EvidenceReferences) -> "Encoded":
         from pharmacist.data.records import to_dataset
 
@@ -250,7 +263,7 @@ class _Worker:
 
     def train(self) -> _Trained:
         config = self.config
-        given = {name: list(records.dataset) for name, records in self.context.references.items()}
+        given = {name: list(last_requests(rows.dataset)) for name, rows in self.context.references.items()}
         for name, rows in given.items():
             if len(rows) < FEWEST_REFERENCES:
                 raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
@@ -381,10 +394,10 @@ class _Worker:
         }  # fmt: skip
 
     def train_twins(self, trained: _Trained, references: EvidenceReferences) -> None:
-        config, context = self.config, self.context
+        config = self.config
         if "harmful" not in references.classes:
             raise DataError("the twins need harmful references; give --harmful, or use --selector.form evidence")
-        encoded, bank, pool = self.encode_references(references), self.bank, context.encoded_pool
+        encoded, bank, pool = self.encode_references(references), self.bank, self.encoded_pool
         trained.bank = bank
         rows = {
             name: np.flatnonzero((references.labels == references.classes.index(name)) & ~references.made)
@@ -487,7 +500,7 @@ class _Worker:
         return Scores(both(evidence, contrast, reason), reason, signals, trained.report)
 
     def score_lexical(self, reader: LexicalReader) -> FloatArray:
-        dataset = self.context.pool.dataset
+        dataset = self.pool
         parts = []
         for start in track(range(0, len(dataset), 8192), "lexical reader, pool"):
             rows = dataset[start : start + 8192]
@@ -522,7 +535,7 @@ class _Worker:
             assert trained.cheap_combination is not None
             cheap = log_odds(trained.cheap_combination.log_posterior(readers))
             cut = np.quantile(cheap, 1 - self.context.fraction)
-            keys = self.context.encoded_pool.content_keys
+            keys = self.encoded_pool.content_keys
             near = np.lexsort((keys, np.abs(cheap - cut)))[: max(1, round(cascade * len(cheap)))]
             # Equal rows are read once, so that all of them can have what one of them is read for.
             rows = np.flatnonzero(np.isin(keys, keys[near]))
@@ -532,7 +545,7 @@ class _Worker:
 
     def _pass(self, measure: Any, name: str, rows: IntArray | None) -> dict[str, FloatArray]:
         return run_pass(
-            self.context.encoded_pool, measure, work=self.run.work("scores", name), device=self.context.model.device,
+            self.encoded_pool, measure, work=self.run.work("scores", name), device=self.context.model.device,
             tokens_per_batch=self.tokens_per_batch, rows=rows, description=f"reading the pool ({name})",
         )  # fmt: skip
 
@@ -567,7 +580,7 @@ class _Worker:
             return contrast
         barrier()
         logits = np.load(self.run.work("twins", "gradient", "logits.npy"), allow_pickle=False)
-        keys = self.context.encoded_pool.content_keys
+        keys = self.encoded_pool.content_keys
         rows = twins.cotraining_rows(keys, self.config.cotrain, self.seed)
         return twins.mean_over_copies(keys, rows, logits)  # equal rows were drawn apart
 
