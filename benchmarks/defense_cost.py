@@ -168,7 +168,7 @@ def main():
     parser.add_argument("--layers", type=int, default=12, help="of the random Llama")
     parser.add_argument("--width", type=int, default=256, help="of the random Llama")
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the random Llama")
-    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--batch", type=int, default=10, help="rows")
     parser.add_argument("--length", type=int, default=96, help="longest row in tokens")
     parser.add_argument("--prompt-share", type=float, default=0.4, help="of the longest row")
     parser.add_argument("--rounds", type=int, default=20)
