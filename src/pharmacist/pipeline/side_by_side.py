@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.evaluate import EvaluateOptions
 
 _VERSION = 1
+_SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
+"""Metrics that are printed; all are in ``metrics.json``."""
 
 
 def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[str, Any]:
@@ -72,18 +74,19 @@ def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
     from pharmacist.core.progress import console
     from pharmacist.pipeline.evaluate import NAMES
 
-    table = Table(title="%, 95 % interval, count / prompts")
-    table.add_column("metric")
-    for name in found:
-        table.add_column(name, justify="right")
-    for metric in dict.fromkeys(metric for own in found.values() for metric in own):
-        table.add_row(NAMES.get(metric, metric), *(_cell(own.get(metric, {})) for own in found.values()))
+    table = Table(title="%, count / prompts, 95 % interval")
+    table.add_column("model", no_wrap=True)
+    shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
+    for metric in shown:
+        table.add_column(NAMES[metric].split(",")[0], justify="right")
+    for name, own in found.items():
+        table.add_row(name, *(_cell(own.get(metric, {})) for metric in shown))
     console().print(table)
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
     if metric.get("value") is None:
         return "-"
-    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.1f}" for end in metric["ci95"])
+    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.0f}" for end in metric["ci95"])
     count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
-    return f"{metric['value']:.1f}{interval}\n{count}"
+    return f"{metric['value']:.1f}\n{count}{interval}"
