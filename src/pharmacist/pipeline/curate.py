@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 STAGE_VERSION = 1
 REFERENCES = ("safe", "harmful", "utility")
-_LATE = frozenset({"min_score", "diversity", "format"})
+Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
+_SPREAD = frozenset({"k-center", "facility-location"})
+_LATE = frozenset({"min_score", "diversity", "diversity_margin", "balance", "balance_share", "format"})
 
 
 @dataclass(kw_only=True)
@@ -41,7 +43,7 @@ class CurateOptions(RunOptions):
     model: str | None = None
     """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
     selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
-    """How rows are ranked."""
+    """How rows are ranked; several, a+b, rank by the mean of their ranks."""
     resume_selector: str | None = None
     """Folder of an earlier curate whose trained selector scores this pool, without training."""
     top: float | None = None
@@ -50,8 +52,16 @@ class CurateOptions(RunOptions):
     """Number of rows to select."""
     min_score: float | None = None
     """Select the rows with at least this score."""
-    diversity: Literal["none", "near-duplicates"] = "none"
-    """near-duplicates: never select a near-duplicate of a higher-ranked row."""
+    diversity: Diversity = "none"
+    """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
+    that cover the best-ranked ones, instead of the very best."""
+    diversity_margin: float = 1.5
+    """k-center and facility-location take their rows from that many times as many best-ranked ones."""
+    balance: str | None = None
+    """Column of the pool, such as category or source, of which no value may vanish from the core subset."""
+    balance_share: float = 0.5
+    """Each value of the column keeps at least this share, in (0, 1], of the rows that it would have in a proportional
+    draw, and one; 1 is a stratified selection."""
     duplicate_threshold: float = 0.8
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     columns: str | None = None
@@ -80,6 +90,15 @@ class CurateOptions(RunOptions):
             raise ConfigError(f"--top-k {self.top_k}: must be at least 1")
         if not 0 < self.duplicate_threshold <= 1:
             raise ConfigError(f"--duplicate-threshold {self.duplicate_threshold}: must lie in (0, 1]")
+        if self.diversity_margin < 1:
+            raise ConfigError(f"--diversity-margin {self.diversity_margin}: must be at least 1")
+        if not 0 < self.balance_share <= 1:
+            raise ConfigError(f"--balance-share {self.balance_share}: must lie in (0, 1]")
+        if self.min_score is not None and (self.balance is not None or self.diversity in _SPREAD):
+            option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
+            raise ConfigError(
+                f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k"
+            )
         if self.max_length < 0:
             raise ConfigError(f"--max-length {self.max_length}: must not be negative")
 
@@ -107,10 +126,11 @@ class Ranking:
     about: dict[str, Any]
     manifest: dict[str, Any] = field(default_factory=dict)
     _keep_alive: Any = None
+    _points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None
 
     def select(
         self, fraction: float | None = None, *, k: int | None = None, min_score: float | None = None,
-        diversity: Literal["none", "near-duplicates"] = "none",
+        diversity: Diversity = "none", diversity_margin: float = 1.5, balance_share: float = 0.0,
     ) -> "datasets.Dataset":  # fmt: skip
         """The core subset with all input columns, in input order.
 
@@ -118,9 +138,15 @@ class Ranking:
             fraction: Share of the ranked rows, in (0, 1].
             k: Or their number.
             min_score: Or the least score.
-            diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows.
+            diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows; ``k-center`` and
+                ``facility-location`` need a ranking that was made with one of the two.
+            diversity_margin: They take their rows from that many times as many best-ranked ones.
+            balance_share: Least share of every group, in a ranking that was made with ``balance``; 0 sets none.
         """
-        chosen = choose(self.table, fraction, k, min_score, diversity)
+        chosen = choose(
+            self.table, fraction, k, min_score, diversity, margin=diversity_margin, share=balance_share,
+            points=self._points,
+        )  # fmt: skip
         rows = self.table["row"].to_numpy()[chosen]
         return self.records.source.dataset(rows)
 
@@ -166,6 +192,9 @@ def curate(options: CurateOptions) -> Ranking | None:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
     selector, options = _selector(options)
+    if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
+        with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
+            _input(sources, selector, options, Path(folder))
     run = RunDir.open(
         options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options), late=_LATE
     )  # fmt: skip
@@ -293,25 +322,20 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
 def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, run: RunDir) -> Ranking:
     import numpy as np
 
+    from pharmacist.core.progress import console
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.nn.distributed import barrier
-    from pharmacist.nn.models import resolve_device
-    from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext
+    from pharmacist.selectors.base import SelectionContext
 
-    resolve_device(options.device)  # what is not there is told before the pool is read
-    _check_models(selector, options)
     barrier()
     with run.phase("read"):
-        records = _read(sources, options, run)
+        records, left_out, groups = _input(sources, selector, options, run.work("data"))
     pool = records.pop("pool")
-    for need in sorted(selector.needs & set(REFERENCES)) if options.resume_selector is None else ():
-        if need not in records:
-            raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
-        if len(records[need]) < FEWEST_REFERENCES:
-            number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
-            raise DataError(f"--{need}: {number}")
-    if options.top_k is not None and options.top_k > len(pool):
-        raise ConfigError(f"--top-k {options.top_k}: the pool has {len(pool)} rows to rank; give at most that number")
+    for name, number in left_out.items():
+        run.record(counts={f"references_{name}_left_out": number})
+        if number:
+            said = f"{number} of {number + len(records[name])} rows share a prompt with --pool and are left out"
+            console().print(f"--{name}: {said}", soft_wrap=True)
     with run.phase("find duplicates"):
         clusters = find_duplicates(
             pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
@@ -324,11 +348,19 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
         embedder=options.embedder,
     )  # fmt: skip
+    points = None
+    if options.diversity in _SPREAD:  # before the ranking, which may put adapters on the model
+        from pharmacist.selectors.embeddings import pool_keys
+
+        points = context.points, pool_keys(context)
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
-    table = _table(pool, scores, clusters, options)
+    table = _table(pool, scores, clusters, options, groups, points)
+    extra: dict[str, Any] = {"selector_report": scores.report}
+    if groups is not None:
+        extra["balance"] = _balance(table, options)
     counts = {
         "in": len(pool) + len(pool.refused), "refused": len(pool.refused), "ranked": len(pool),
         "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
@@ -340,8 +372,41 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
             "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
         }  # fmt: skip
     device = str(context.model.device) if "model" in context.__dict__ else "cpu"
-    run.record(counts=counts, device=device, extra={"selector_report": scores.report})
-    return Ranking(records=pool, table=table, about=scores.report)
+    run.record(counts=counts, device=device, extra=extra)
+    return Ranking(records=pool, table=table, about=scores.report, _points=points)
+
+
+def _input(
+    sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, work: Path
+) -> "tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]":
+    """Pool and references, how many references were left out, and each row's group.
+
+    All that can be wrong with them and with the options is told here, before the work starts.
+    """
+    from pharmacist.nn.models import resolve_device
+    from pharmacist.selectors.base import FEWEST_REFERENCES
+
+    resolve_device(options.device)
+    _check_models(selector, options)
+    records, left_out = _read(sources, options, work)
+    n = len(records["pool"])
+    for need in sorted(selector.needs & set(REFERENCES)) if options.resume_selector is None else ():
+        if need not in records:
+            raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
+        if len(records[need]) < FEWEST_REFERENCES:
+            number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
+            raise DataError(f"--{need}: {number}")
+    if options.top_k is not None and options.top_k > n:
+        raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
+    groups = None if options.balance is None else _groups(records["pool"], options.balance)
+    if groups is not None:
+        k, values = options.top_k or _rows_of(_fraction(options, n), n), len(set(groups.tolist()))
+        if values > k:
+            remedy = "select more rows, or balance by a coarser column"
+            raise ConfigError(
+                f"--balance {options.balance}: {k} rows cannot hold one of each of {values} values; {remedy}"
+            )
+    return records, left_out, groups
 
 
 def _check_models(selector: "Selector", options: CurateOptions) -> None:
@@ -351,16 +416,75 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
         asks = f"selector '{options.selector['name']}' compares rows by a model"
         raise ConfigError(f"{asks}; give --model, or --embedder")
+    if options.diversity in _SPREAD and options.model is None and options.embedder is None:
+        raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")
+    if options.resume_selector is not None and not _learns(selector):
+        name = options.selector["name"]
+        raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 
         check_sentence_encoder()
 
 
-def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) -> "dict[str, Records]":
+def _learns(selector: "Selector") -> bool:
+    """Whether a selector saves what it learns, so that a later run can go on from it."""
+    from pharmacist.selectors.base import Selector
+
+    return type(selector).save is not Selector.save
+
+
+def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
+    """Each row's value of a column; of several the one that is rarest in the pool, so that it keeps its rows."""
+    from collections import Counter
+
+    import numpy as np
+
+    from pharmacist.evaluation.prompts import category_names
+
+    wanted = set(pool.row_numbers.tolist())
+    columns, found = dict[str, None](), list[list[str]]()
+    for row in pool.source.scan():
+        if row.number in wanted and row.value is not None:
+            columns |= dict.fromkeys(row.value)
+            value = row.value.get(column)
+            plain = isinstance(value, bool | int | float)
+            found.append([str(value)] if plain else category_names(row.value, (column,)))
+    if column not in columns:
+        raise DataError(f"--balance {column}: the pool has no such column; it has {', '.join(columns)}")
+    counts = Counter(name for names in found for name in names)
+    if not counts:
+        raise DataError(f"--balance {column}: the column holds neither texts, lists of texts nor numbers")
+    return np.array([min(names, key=lambda name: (counts[name], name)) if names else "(none)" for names in found])
+
+
+def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[str, int]]:
+    """Per group how many rows there are, are selected, and would be by rank alone; says where that matters."""
+    from pharmacist.core.progress import console
+
+    best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
+    counts = {
+        str(group): {
+            "rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0)),
+        }
+        for group, rows in table.groupby("group", observed=True)
+    }  # fmt: skip
+    for group, n in counts.items():
+        message = None
+        if n["selected"] == 0:
+            message = f"none of its {n['rows']} rows is selected, since none is judged worth keeping"
+        elif n["selected"] > n["by_rank"]:
+            message = f"{n['selected']} of {n['rows']} rows are selected; by rank alone it would be {n['by_rank']}"
+        if message is not None:
+            console().print(f"--balance {options.balance}: {group}: {message}", soft_wrap=True, markup=False)
+    return counts
+
+
+def _read(
+    sources: "Mapping[str, Source]", options: CurateOptions, work: Path
+) -> "tuple[dict[str, Records], dict[str, int]]":
     """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
     from pharmacist.core.env import rank as process
-    from pharmacist.core.progress import console
     from pharmacist.data.records import read_records
     from pharmacist.data.splits import shared_prompts
 
@@ -371,7 +495,7 @@ def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
             if first is None or not set(columns.values()) <= set(first.value or ()):
                 columns = None
         return read_records(
-            source, work_dir=run.work("data", f"{role}-{process()}"), columns=columns,
+            source, work_dir=work / f"{role}-{process()}", columns=columns,
             side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row,
         )  # fmt: skip
 
@@ -380,6 +504,7 @@ def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
         records["harmful"] = read("safe", "harmful")
     if {"safe", "harmful"} <= set(records) and _rows(records["safe"]) == _rows(records["harmful"]):
         raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
+    left_out = {}
     for name in REFERENCES:
         if name not in records:
             continue
@@ -387,11 +512,9 @@ def _read(sources: "Mapping[str, Source]", options: CurateOptions, run: RunDir) 
         if len(shared) == len(records[name]):
             raise DataError(f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked")
         if len(shared):
-            number = f"{len(shared)} of {len(records[name])} rows share a prompt"
-            console().print(f"--{name}: {number} with --pool and are left out", soft_wrap=True)
             records[name] = records[name].without(shared)
-        run.record(counts={f"references_{name}_left_out": len(shared)})
-    return records
+        left_out[name] = len(shared)
+    return records, left_out
 
 
 def _rows(records: "Records") -> set[tuple[str, str]]:
@@ -404,8 +527,13 @@ def _fraction(options: CurateOptions, n: int) -> float:
     return options.top if options.top is not None else 0.3
 
 
+def _rows_of(fraction: float, n: int) -> int:
+    return max(1, int(fraction * n + 0.5))
+
+
 def _table(
-    pool: "Records", scores: "Scores", clusters: "npt.NDArray[np.int64]", options: CurateOptions
+    pool: "Records", scores: "Scores", clusters: "npt.NDArray[np.int64]", options: CurateOptions,
+    groups: "npt.NDArray[np.str_] | None", points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None",
 ) -> "pd.DataFrame":  # fmt: skip
     import numpy as np
     import pandas as pd
@@ -426,17 +554,33 @@ def _table(
         "row": rows, "score": scores.score.astype(np.float64), "rank": position, "selected": False,
         "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
     })  # fmt: skip
+    if groups is not None:
+        table["group"] = groups.astype(object)
     top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
-    table.loc[choose(table, top, options.top_k, options.min_score, options.diversity), "selected"] = True
+    chosen = choose(
+        table, top, options.top_k, options.min_score, options.diversity, margin=options.diversity_margin,
+        share=options.balance_share if groups is not None else 0.0, points=points,
+    )  # fmt: skip
+    table.loc[chosen, "selected"] = True
     return table
 
 
 def choose(
-    table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str
-) -> "npt.NDArray[np.int64]":
+    table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str, *,
+    margin: float = 1.5, share: float = 0.0,
+    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None,
+) -> "npt.NDArray[np.int64]":  # fmt: skip
     """Positions in `table` of the rows to select, ascending."""
     import numpy as np
+    import pandas as pd
 
+    from pharmacist.selectors.base import CRITICAL, RANKED
+    from pharmacist.selectors.subset import Spread, core_rows
+
+    if share and "group" not in table:
+        raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
+    if diversity in _SPREAD and points is None:
+        raise ConfigError(f"diversity {diversity}: rank the pool with it first, which says how near rows are")
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
     candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
@@ -446,12 +590,16 @@ def choose(
         if fraction is not None:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
-            k = max(1, int(fraction * len(table) + 0.5))
+            k = _rows_of(fraction, len(table))
         if k is None or k < 1:
             raise ConfigError(f"k {k}: must be at least 1")
         if k > len(table):
             raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
-        chosen = candidates.nsmallest(k, "rank").index
+        order = candidates.sort_values("rank").index.to_numpy()
+        groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
+        good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
+        spread = Spread(diversity, margin, *points) if diversity in _SPREAD and points is not None else None
+        chosen = pd.Index(core_rows(order, min(k, len(order)), good, groups, share, spread))
     if not len(chosen):
         best = table["score"].max()
         raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")

@@ -1,0 +1,105 @@
+"""From a ranking to a core subset of a given size: quotas that no group falls below, and spread within the best."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.selectors.cover import COVERS, cover_scores
+
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Takes rows that cover the best-ranked ones, instead of the very best.
+
+    Attributes:
+        cover: ``k-center`` or ``facility-location``.
+        margin: The rows are taken from that many times as many best-ranked ones, at least 1.
+        points: Of length 1, shape [rows, dimensions].
+        keys: Equal for equal rows, shape [rows].
+    """
+
+    cover: str
+    margin: float
+    points: FloatArray
+    keys: npt.NDArray[np.uint64]
+
+
+def core_rows(
+    order: IntArray, k: int, good: BoolArray, groups: IntArray, share: float, spread: Spread | None = None
+) -> IntArray:
+    """The rows of a core subset.
+
+    Every group first gets its best good rows up to its floor (`floors`); the best of all others fill the rest. With
+    `spread` each group keeps its number of rows, but takes those that cover its best good ones; rows that are not good
+    only fill up where the good ones run out.
+
+    Args:
+        order: Rows that may be taken, best first.
+        k: How many to take, at most as many as there are.
+        good: Rows that were not judged worthless, shape [rows].
+        groups: Number of each row's group, from 0, shape [rows].
+        share: As in `floors`.
+        spread: How rows are spread, if at all.
+
+    Returns:
+        Row numbers, ascending.
+
+    Raises:
+        ConfigError: `k` is less than the number of groups with good rows.
+    """
+    first = np.zeros(len(groups), dtype=np.bool_)
+    for group, floor in enumerate(floors(order, k, good, groups, share)):
+        mine = order[(groups[order] == group) & good[order]]
+        first[mine[:floor]] = True
+    rest = order[~first[order]]
+    chosen = np.concatenate([np.flatnonzero(first), rest[: k - first.sum()]])
+    if spread is None:
+        return np.sort(chosen)
+    wanted, taken = np.bincount(groups[chosen], minlength=int(groups.max()) + 1), []
+    is_chosen = np.isin(np.arange(len(groups)), chosen)
+    for group, n in enumerate(wanted):
+        mine = order[groups[order] == group]
+        candidates = mine[good[mine]][: int(np.ceil(spread.margin * n))]
+        if len(candidates) <= n:
+            taken.append(mine[is_chosen[mine]])
+            continue
+        score = cover_scores(spread.points[candidates], spread.keys[candidates], COVERS[spread.cover])
+        taken.append(candidates[np.argsort(-score, kind="stable")[:n]])  # ties: the better-ranked
+    return np.sort(np.concatenate(taken))
+
+
+def floors(order: IntArray, k: int, good: BoolArray, groups: IntArray, share: float) -> IntArray:
+    """How many good rows each group keeps at least: `share` of what a proportional draw gives it, and one.
+
+    Args:
+        order: Rows that may be taken.
+        k: Size of the subset.
+        good: Shape [rows].
+        groups: Number of each row's group, shape [rows].
+        share: In [0, 1]; 0 sets no floor at all.
+
+    Returns:
+        Shape [groups]; 0 for groups without good rows. Their sum is at most `k`.
+
+    Raises:
+        ConfigError: `k` is less than the number of groups with good rows.
+    """
+    n_groups = int(groups.max()) + 1
+    size = np.bincount(groups[order], minlength=n_groups)
+    usable = np.bincount(groups[order][good[order]], minlength=n_groups)
+    if share == 0:
+        return np.zeros(n_groups, dtype=np.int64)
+    if (usable > 0).sum() > k:
+        number = f"{k} rows cannot hold one of each of {(usable > 0).sum()} groups"
+        raise ConfigError(f"--balance: {number}; select more rows, or balance by a coarser column")
+    least = np.minimum(usable, np.maximum(1, (share * k * size / len(order)).astype(np.int64)))
+    while least.sum() > k:  # ones for small groups came on top of full shares
+        least[least.argmax()] -= 1
+    return least

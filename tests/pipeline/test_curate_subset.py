@@ -1,0 +1,144 @@
+"""curate and rank: balance, diversity, mixtures, and what is told before the work starts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import pharmacist as ph
+from pharmacist.cli.main import main
+from pharmacist.core.errors import ConfigError
+from tests.selectors import village
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    pool = [row | {"category": "abc"[min(i // 15, 2)], "number": i % 2} for i, row in enumerate(village.pool(40))]
+    # The rarest category has the shortest answers, so that the longest rows leave it out.
+    for row in pool[30:]:
+        row["completion"] = "no"
+    write = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write("pool.jsonl", pool)
+    write("few.jsonl", village.rows("safe", 5, seed=99))
+    return {name: str(folder / f"{name}.jsonl") for name in ("pool", "few")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", initializer_range=0.2))
+
+
+def curate(files: dict[str, str], out: Path, *words: str) -> int:
+    return main(["curate", "--pool", files["pool"], "--output-dir", str(out), *words])
+
+
+def test_balance_keeps_every_value_and_says_so(files, tmp_path, capfd):
+    assert curate(files, tmp_path / "a", "--selector", "length", "--balance", "category", "--top-k", "12") == 0
+    said = " ".join("".join(capfd.readouterr()).split())
+    table = pd.read_parquet(tmp_path / "a" / "scores.parquet")
+    kept = table[table["selected"]]["group"].value_counts().to_dict()
+    assert sum(kept.values()) == 12 and kept["c"] == 1
+    assert "--balance category: c: 1 of 10 rows are selected; by rank alone it would be 0" in said
+    noted = json.loads((tmp_path / "a" / "manifest.json").read_text())["extra"]["balance"]
+    assert noted["c"] == {"rows": 10, "selected": 1, "by_rank": 0} and sum(n["rows"] for n in noted.values()) == 40
+    assert curate(files, tmp_path / "b", "--selector", "length", "--top-k", "12", "--quiet") == 0
+    plain = pd.read_parquet(tmp_path / "b" / "scores.parquet")
+    assert "group" not in plain and not plain["selected"][30:].any(), "else this proves nothing"
+
+
+def test_balance_by_numbers_lists_and_python(files):
+    rows = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
+    ranking = ph.rank(rows, selector="length", balance="number", balance_share=1.0, top_k=10)
+    assert ranking.table[ranking.table["selected"]]["group"].value_counts().to_dict() == {"0": 5, "1": 5}
+    assert len(ranking.select(k=4, balance_share=0.5)) == 4
+    lists = [row | {"category": ["all", row["category"]]} for row in rows]
+    ranking = ph.rank(lists, selector="length", balance="category", top_k=10)
+    assert set(ranking.table["group"]) == {"a", "b", "c"}, "of several values the rarest counts"
+    with pytest.raises(ConfigError, match="ranked without --balance"):
+        ph.rank(rows, selector="length").select(k=4, balance_share=0.5)
+
+
+@pytest.mark.parametrize("diversity", ["k-center", "facility-location"])
+def test_diversity_after_any_ranking(files, model, tmp_path, diversity):
+    words = ["--selector", "length", "--top-k", "10", "--model", model, "--quiet"]
+    assert curate(files, tmp_path / "a", *words, "--diversity", diversity) == 0
+    assert curate(files, tmp_path / "b", *words) == 0
+    spread, plain = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in "ab")
+    assert (spread["rank"] == plain["rank"]).all() and spread["selected"].sum() == 10
+    assert spread[spread["selected"]]["rank"].max() in range(11, 16), "from 1.5 times as many"
+
+
+def test_diversity_in_python(files, model):
+    rows = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
+    ranking = ph.rank(rows, selector="length+loss-low", model=model, diversity="k-center", top_k=10)
+    some = ranking.select(k=10, diversity="facility-location", diversity_margin=2.0)
+    assert len(some) == 10 and some.column_names == ["prompt", "completion", "category", "number"]
+    with pytest.raises(ConfigError, match="diversity k-center: rank the pool with it first"):
+        ph.rank(rows, selector="length").select(k=10, diversity="k-center")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--selector length --balance sort", "--balance sort: the pool has no such column; it has prompt, completion"),
+        (
+            "--selector length --balance category --top-k 2",
+            "2 rows cannot hold one of each of 3 values",
+        ),
+        ("--selector length --balance category --min-score 3", "--balance has no say; give --top or --top-k"),
+        ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no say"),
+        ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
+        ("--selector length --balance-share 0", "--balance-share 0.0: must lie in (0, 1]"),
+        ("--selector length --diversity-margin 0.5", "--diversity-margin 0.5: must be at least 1"),
+        ("--selector loss-low", "'loss-low' reads the pool with a model; give --model"),
+        ("--selector k-center", "'k-center' compares rows by a model; give --model, or --embedder"),
+        ("--selector embedding --model MODEL", "needs safe references; give --safe FILE"),
+        ("--selector dsir --safe FEW", "--safe: 5 rows are left, at least 8 are needed"),
+        ("--selector embedding+length --safe FEW --model MODEL", "--safe: 5 rows are left, at least 8 are needed"),
+        ("--selector full+random", "'full' ranks nothing; leave it out"),
+        ("--selector length+length", "'length' counts once; name different selectors"),
+        ("--selector length --resume-selector OUT", "'length' keeps nothing that it learns; leave the option out"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(files, model, tmp_path, capfd, monkeypatch, words, message):
+    monkeypatch.setattr("pharmacist.nn.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "earlier").mkdir()
+    places = {"MODEL": model, "FEW": files["few"], "OUT": str(tmp_path / "earlier")}
+    assert curate(files, tmp_path / "out", *(places.get(word, word) for word in words.split())) == 2
+    said = capfd.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*")), "the folder stays free"
+
+
+def test_a_missing_extra_is_told_before_the_pool_is_read(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
+    assert curate(files, tmp_path / "out", "--selector", "k-center", "--embedder", "encoder") == 2
+    assert "pip install 'pharmacist[embeddings]'" in capfd.readouterr().err
+
+
+def test_overwriting_reads_the_new_input_before_it_deletes_the_old_results(files, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert curate(files, out, "--selector", "length", "--quiet") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n')
+    for words in (["--pool", str(bad)], ["--pool", files["pool"], "--balance", "sort"]):
+        assert main(["curate", *words, "--selector", "length", "--output-dir", str(out), "--overwrite"]) == 2
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    capfd.readouterr()
+    assert curate(files, out, "--selector", "length", "--quiet", "--top-k", "3", "--overwrite") == 0
+    assert pd.read_parquet(out / "scores.parquet")["selected"].sum() == 3
+
+
+def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):
+    options = ["--selector.k_center.block", "8", "--selector.length.keep", "shortest", "--quiet", "--model", model]
+    assert curate(files, tmp_path / "out", "--selector", "length+k-center", *options) == 0
+    config = json.loads((tmp_path / "out" / "manifest.json").read_text())["config"]["selector"]
+    assert config == {"name": "length+k-center", "length": {"keep": "shortest"}, "k_center": {"block": 8}}
+    table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    np.testing.assert_allclose(table["score"], (table["length_place"] + table["k_center_place"]) / 2)
