@@ -7,7 +7,7 @@ comply (half), that voice doubt and comply (hedged), refusals for another wish's
 harmless prompts about forbidden things (borderline). Good, though unlike the references: a refusal after a harmless
 turn of talk (two turns), and one that is worded twice or more (long). Prints AUC of the good rows against all bad ones
 and against each kind, the share of each good kind in the top 43 % (which all good rows would just fill), and for
-selectors with posteriors the Brier score and the expected calibration error of P(critical). Every ranking is an
+selectors with posteriors the Brier score and the expected calibration error of P(safe). Every ranking is an
 ordinary folder of `pharmacist curate`, so the benchmark resumes.
 """
 
@@ -108,9 +108,8 @@ def quality(table, kinds, good):
     top = np.argsort(-score, kind="stable")[: good.sum()]
     for kind in GOOD:
         found[f"{kind} kept"] = float(np.isin(np.flatnonzero(kinds == kind), top).mean())
-    column = "p_critical" if "p_critical" in table else None
-    if column is not None:
-        p = table[column].to_numpy()
+    if "p_safe" in table:
+        p = table["p_safe"].to_numpy()
         found |= {"Brier": float(brier_score_loss(good, p)), "calibration error": calibration_error(p, good)}
     return found
 
