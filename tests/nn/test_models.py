@@ -1,9 +1,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM
 
 from pharmacist.core.errors import CompatibilityError, DataError
@@ -158,3 +160,13 @@ def test_devices_and_number_formats():
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    def refuse(*_, **__):
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
+
+    monkeypatch.setattr("pharmacist.nn.models.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(DataError, match=r"^somebody/model: is gated: accept its terms on the hub and log in"):
+        load_model("somebody/model", device="cpu")

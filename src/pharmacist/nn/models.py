@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -215,6 +216,14 @@ def _check_place(name: str) -> Path:
 
 
 def _why_not_loaded(name: str, folder: Path, error: Exception) -> str:
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"{name}: is gated: accept its terms on the hub and log in (hf auth login), or give the path of a "
+            "downloaded model folder"
+        )
     if not folder.is_dir():
         reason = "HF_HUB_OFFLINE forbids the hub" if offline() else "not found on the hub or not reachable"
         return f"{name}: no such model folder, and as a hub id: {reason}; give the path of a downloaded model folder"
