@@ -25,6 +25,8 @@ class Command:
     function: str
     summary: str
     example: str
+    first: str = ""
+    """Option that the first word stands for where it is none."""
 
 
 COMMANDS = {
@@ -69,7 +71,7 @@ COMMANDS = {
     "report": Command(
         "pharmacist.pipeline.report", "ReportOptions", "report",
         "write the page of a finished folder again",
-        "pharmacist report --run runs/core",
+        "pharmacist report runs/core", first="run",
     ),
 }  # fmt: skip
 
@@ -110,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail("pharmacist", f"unknown command '{name}'{closest(name, COMMANDS)}", 2)
     command, where = COMMANDS[name], f"pharmacist {name}"
+    if command.first and rest and not rest[0].startswith("-"):
+        rest = [f"--{command.first}", *rest]
     options = None
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries among themselves; what a user has to know, we say

@@ -19,10 +19,10 @@ _FIRST = 1000
 
 @dataclass(kw_only=True)
 class ReportOptions:
-    """Write the page of a finished folder again; nothing is trained or ranked."""
+    """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
 
     run: str
-    """Folder of a finished curate, demo or sweep."""
+    """Folder of a finished curate, demo or sweep, or of a bench."""
     quiet: bool = False
     """No progress bars and no summary."""
 
@@ -45,7 +45,7 @@ def report(options: ReportOptions) -> Path:
     if manifest.stage not in _PAGES:
         known = " or ".join(_PAGES)
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
-    if manifest.status != "success":
+    if manifest.status != "success" and manifest.stage != "bench":  # of a grid, what is finished can be shown
         raise DataError(f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it")
     _PAGES[manifest.stage](folder, manifest)
     page = folder / "report.html"
@@ -143,4 +143,15 @@ def _scores(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
 
 
-_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": _sweep_page}
+def bench_page(folder: Path, manifest: "RunManifest") -> None:
+    """Writes page and tables of a benchmark, of a partial one too.
+
+    Raises:
+        DataError: ``results.parquet`` cannot be used.
+    """
+    from pharmacist.report import render_benchmark
+
+    render_benchmark(folder, _scores(folder / "results.parquet"), manifest=manifest.model_dump(mode="json"))
+
+
+_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": _sweep_page, "bench": bench_page}

@@ -230,7 +230,7 @@ def _minus(number: str) -> str:
 
 
 def _signed(number: float, digits: int = 1) -> str:
-    return _minus(f"{number:+.{digits}f}")
+    return _minus(f"{round(number, digits) + 0.0:+.{digits}f}")  # no minus zero
 
 
 def _with_interval(found: Mapping[str, Any], unit: str) -> Markup:

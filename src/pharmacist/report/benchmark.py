@@ -1,0 +1,354 @@
+"""Numbers of a benchmark: means over seeds, and paired differences against the full dataset, tested against chance.
+
+A series is a selector with its fraction; a setting is a choice on every axis but these and the defense. Two runs are a
+pair where they differ in the series alone: same setting, same defense, same seed.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from pharmacist.core.errors import DataError
+from pharmacist.evaluation.statistics import t_interval
+
+
+BASELINE = "full"
+"""Name of the selector that the others are compared with."""
+SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
+"""Axes of a setting."""
+AXES = ("model", "pool", "attack", "later_defense", "task", "judge", "defense", "selector", "fraction")
+LEVEL = 0.05
+"""Chance of one or more false differences among all comparisons of a metric, at most."""
+_SAME = 1e-9  # differences closer than this are equal but for rounding
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of results.
+
+    Attributes:
+        name: The column.
+        title: In tables.
+        unit: Of the values.
+        better: 1 where higher is better, -1 where lower is.
+        compared: Whether differences are tested. Ranking is work that the full dataset does not need at all.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: int
+    compared: bool = True
+
+    @property
+    def head(self) -> str:
+        """Title and unit."""
+        return f"{self.title}, {self.unit}"
+
+
+METRICS = (
+    Metric("harmful_score", "Harmful score", "%", -1),
+    Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1),
+    Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
+    Metric("over_refusal", "Over-refusal", "%", -1),
+    Metric("alignment_seconds", "Alignment time", "s", -1),
+    Metric("selection_seconds", "Selection time", "s", -1, compared=False),
+)
+"""What tables and page show, as far as it was measured."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over seeds and what sets it apart from the full dataset.
+
+    Attributes:
+        mean: Over seeds.
+        low: Lower end of its 95 % interval (Student's t); None with one seed.
+        high: Upper end.
+        seeds: Number of seeds.
+        difference: Mean of the paired differences to the full dataset, in the metric's unit; None without pairs.
+        difference_low: Lower end of its 95 % interval, not corrected.
+        difference_high: Upper end.
+        p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
+        p_corrected: After Holm's correction over all comparisons of the metric.
+        verdict: 1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+    p_corrected: float | None = None
+    verdict: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A cell of the grid over all its seeds.
+
+    Attributes:
+        axes: Value on each of `AXES`.
+        values: By metric; one that was not measured is missing.
+    """
+
+    axes: Mapping[str, Any]
+    values: Mapping[str, Value]
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """Its choice on the axes of `SETTING`."""
+        return tuple(self.axes[axis] for axis in SETTING)
+
+    @property
+    def series(self) -> tuple[str, float]:
+        """Its selector and fraction."""
+        return self.axes["selector"], self.axes["fraction"]
+
+
+class Benchmark:
+    """All lines of a benchmark, in the order of the grid.
+
+    Args:
+        results: ``results.parquet``.
+        order: Axis -> its names in the order of the grid; others follow by name.
+
+    Raises:
+        DataError: A column is missing, there is no row, or two rows are of one cell and seed.
+    """
+
+    def __init__(self, results: pd.DataFrame, order: Mapping[str, Sequence[Any]] | None = None) -> None:
+        if missing := [name for name in (*AXES, "seed") if name not in results]:
+            raise DataError(f"results.parquet: no column '{missing[0]}'; it was written by another program or version")
+        if not len(results):
+            raise DataError("results.parquet: no cell is finished yet; run the benchmark again to go on with it")
+        if (twice := results.duplicated([*AXES, "seed"])).any():
+            cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
+            raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
+        results = results.reset_index(drop=True)
+        self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
+        places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
+        self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
+        self.metrics = [it for it in METRICS if it.name in results and results[it.name].notna().any()]
+        self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
+        """Axes with more than one value; the others need not be shown."""
+        self.seeds = sorted(int(seed) for seed in results["seed"].unique())
+        self.lines = list(self._lines())
+        tested = [name for line in self.lines for name, value in line.values.items() if value.p is not None]
+        self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
+        """Metric -> how many differences were tested: the family of Holm's correction."""
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether anything can be compared."""
+        return BASELINE in self.order["selector"]
+
+    def series(self) -> list[tuple[str, float]]:
+        """Selectors with their fractions."""
+        return list(dict.fromkeys(line.series for line in sorted(self.lines, key=self._series_place)))
+
+    def settings(self) -> list[tuple[Any, ...]]:
+        """Choices on the axes of `SETTING` that occur."""
+        return list(dict.fromkeys(line.setting for line in self.lines))
+
+    def name(self, series: tuple[str, float]) -> str:
+        """A series as tables name it; the fraction is told where a selector has several."""
+        selector, fraction = series
+        several = len({other for name, other in self.series() if name == selector}) > 1
+        return f"{selector} {100 * fraction:g} %" if several else selector
+
+    def setting_name(self, setting: Sequence[Any]) -> str:
+        """A setting by the axes on which it differs from others."""
+        return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
+
+    def _series_place(self, line: Line) -> tuple[int, int]:
+        return tuple(self.order[axis].index(line.axes[axis]) for axis in ("selector", "fraction"))  # type: ignore[return-value]
+
+    def _lines(self) -> Iterator[Line]:
+        groups = [
+            (dict(zip(AXES, key, strict=True)), group.set_index("seed"))
+            for key, group in self.results.groupby(list(AXES), sort=False)
+        ]
+        rest = [axis for axis in AXES if axis not in {"selector", "fraction"}]
+        full = {tuple(axes[axis] for axis in rest): group for axes, group in groups if axes["selector"] == BASELINE}
+        values: list[dict[str, Value]] = [{} for _ in groups]
+        for metric in self.metrics:
+            found = []
+            for axes, group in groups:
+                own = group[metric.name].dropna()
+                other = full.get(tuple(axes[axis] for axis in rest))
+                compared = metric.compared and axes["selector"] != BASELINE and other is not None
+                found.append(
+                    _value(own, (own - other[metric.name]).dropna() if compared and other is not None else None)
+                )
+            for place, value in zip(values, corrected(found, metric.better), strict=True):
+                if value is not None:
+                    place[metric.name] = value
+        for (axes, _), own_values in zip(groups, values, strict=True):
+            yield Line(axes, own_values)
+
+
+def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
+    present = values.unique().tolist()
+    return [name for name in known if name in present] + sorted(name for name in present if name not in known)
+
+
+def _value(own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
+    if not len(own):
+        return None
+    mean = t_interval(own.tolist())
+    several = mean.n > 1
+    value: dict[str, Any] = {
+        "mean": mean.value, "low": mean.low if several else None, "high": mean.high if several else None,
+        "seeds": mean.n,
+    }  # fmt: skip
+    if differences is not None and len(differences):
+        data = [float(it) for it in differences]
+        estimate = t_interval(data)
+        several = estimate.n > 1
+        spread = several and float(np.ptp(data)) > _SAME
+        value |= {
+            "difference": estimate.value, "difference_low": estimate.low if several else None,
+            "difference_high": estimate.high if several else None,
+            "p": float(stats.ttest_1samp(data, 0.0).pvalue) if spread else None,
+        }  # fmt: skip
+    return Value(**value)
+
+
+def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
+    """Holm's correction (Holm 1979) over the values that have a p, and a verdict for all that have a difference.
+
+    Args:
+        values: All of one metric.
+        better: 1 where higher is better, -1 where lower is.
+    """
+    tested = [value.p for value in values if value is not None and value.p is not None]
+    after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
+    found: list[Value | None] = []
+    for value in values:
+        if value is None or value.difference is None:
+            found.append(value)
+            continue
+        p = next(after) if value.p is not None else None
+        real = p is not None and p < LEVEL
+        verdict = int(np.sign(value.difference)) * better if real else 0
+        found.append(Value(**(vars(value) | {"p_corrected": p, "verdict": verdict})))
+    return found
+
+
+def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """How each series fares against the full dataset over all settings and defenses.
+
+    Returns:
+        Per series but the full dataset: ``name``, ``comparisons``, and by metric ``better``, ``worse``, ``open`` (not
+        shown) and the ``mean`` of the differences over the comparisons; ``time_saved`` in percent of alignment time.
+    """
+    found = []
+    for series in benchmark.series():
+        lines = [line for line in benchmark.lines if line.series == series and series[0] != BASELINE]
+        by_metric = {}
+        for metric in benchmark.metrics:
+            compared = [line.values[metric.name] for line in lines if metric.name in line.values]
+            compared = [value for value in compared if value.difference is not None]
+            if compared:
+                by_metric[metric.name] = {
+                    "better": sum(value.verdict == 1 for value in compared),
+                    "worse": sum(value.verdict == -1 for value in compared),
+                    "open": sum(value.verdict == 0 for value in compared), "n": len(compared),
+                    "mean": float(np.mean([value.difference for value in compared])),
+                }  # fmt: skip
+        if by_metric:
+            saved = [
+                -100 * value.difference / (value.mean - value.difference)
+                for line in lines
+                if (value := line.values.get("alignment_seconds")) and value.difference is not None
+            ]
+            found.append({
+                "name": benchmark.name(series), "selector": series[0], "metrics": by_metric,
+                "time_saved": float(np.mean(saved)) if saved else None,
+            })  # fmt: skip
+    return found
+
+
+# --- tables for papers ----------------------------------------------------------------------------------------------
+
+
+def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
+    """The table as text: means with intervals, and differences, those that are real in `bold`."""
+    shown = [axis for axis in benchmark.several if axis not in {"selector", "fraction"}]
+    rows = []
+    for line in benchmark.lines:
+        row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): str(line.axes[axis]) for axis in shown}
+        row["", "aligned on"] = benchmark.name(line.series)
+        for metric in benchmark.metrics:
+            value = line.values.get(metric.name)
+            row[metric.head, "mean"] = "" if value is None else _interval(value.mean, value.low, value.high, minus)
+            if metric.compared and benchmark.has_baseline:
+                text = ""
+                if value is not None and value.difference is not None:
+                    text = _interval(value.difference, value.difference_low, value.difference_high, minus, sign="+")
+                    text = bold.format(text) if value.verdict else text
+                row[metric.head, "minus full"] = text
+        rows.append(row)
+    heads = list(rows[0])
+    return pd.DataFrame([[row[head] for head in heads] for row in rows], columns=pd.MultiIndex.from_tuples(heads))
+
+
+_HEADS = {"later_defense": "later defense"}
+
+
+def _interval(mean: float, low: float | None, high: float | None, minus: str, sign: str = "") -> str:
+    text = f"{mean:{sign}.1f}" if low is None or high is None else f"{mean:{sign}.1f} [{low:.1f}, {high:.1f}]"
+    return text.replace("-", minus)
+
+
+def note(benchmark: Benchmark) -> str:
+    """What the numbers of a table are, in one paragraph of plain text."""
+    n = len(benchmark.seeds)
+    if n < 2:
+        return "One seed, so nothing is known of chance: no intervals, no tests."
+    text = f"Means over {n} seeds with 95 % intervals (Student's t)."
+    if benchmark.has_baseline:
+        families = sorted(set(benchmark.comparisons.values()) - {0})
+        family = " to ".join(str(it) for it in dict.fromkeys((families[0], families[-1]))) if families else "no"
+        text += (
+            " Differences are paired by seed, with 95 % intervals that are not corrected; bold where a paired t test "
+            f"with Holm's correction over the {family} comparisons of its metric puts the difference beyond chance "
+            f"(p < {LEVEL}). One that is the same in every seed has no spread to test against: it is not bold."
+        )
+    return text
+
+
+def to_markdown(benchmark: Benchmark) -> str:
+    """The table in Markdown, by pandas and tabulate."""
+    table = _cells(benchmark, "\N{MINUS SIGN}", "**{}**")
+    table.columns = pd.Index([_escaped(" ".join(part for part in head if part)) for head in table.columns])
+    table = table.map(_escaped)
+    return f"{table.to_markdown(index=False)}\n\n{note(benchmark)}\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def to_latex(benchmark: Benchmark) -> str:
+    """The table in LaTeX, by pandas; it needs the packages booktabs, longtable and multirow."""
+    table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
+    names: list[Hashable] = [head for head in table.columns if not head[0]]
+    # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
+    style = table.style.format(escape="latex", subset=names).format_index(escape="latex", axis=1).hide(axis="index")
+    columns = "l" * len(names) + "r" * (len(table.columns) - len(names))
+    text: str = style.to_latex(
+        environment="longtable", hrules=True, column_format=columns, multicol_align="c", label="tab:benchmark",
+        caption="Benchmark.",
+    )  # fmt: skip
+    below = note(benchmark).replace("%", "\\%").replace("<", "$<$")
+    return f"% \\usepackage{{booktabs,longtable,multirow}}\n{text}\\noindent {below}\n"
