@@ -47,6 +47,7 @@ def bench(options: BenchOptions) -> BenchResult:
     from pharmacist.core.progress import bar, console
     from pharmacist.pipeline.bench.executors import EXECUTORS
     from pharmacist.pipeline.bench.grid import expand
+    from pharmacist.pipeline.bench.results import collect
 
     root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
@@ -63,7 +64,7 @@ def bench(options: BenchOptions) -> BenchResult:
             run = _open(options, plan)
         if run.complete:
             console().print(f"{run.root}: complete already, nothing to run", soft_wrap=True)
-            return BenchResult(_write(plan, run, {}), [], root)
+            return BenchResult(list(collect(plan)), [], root)
         plan.data.write()
         failed: dict[str, Exception] = {}
         ran: list[str] = []
@@ -84,10 +85,10 @@ def bench(options: BenchOptions) -> BenchResult:
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if not plan.waiting():
-            run.finish(outputs=["results.parquet", "stages", "data"])
+            run.finish(outputs=["results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data"])
         console().print(
-            f"{len(rows)} of {len(plan.cells)} cells: {run.path('results.parquet')}\n"
-            f"next: pharmacist report --run {run.root}", soft_wrap=True,
+            f"{len(rows)} of {len(plan.cells)} cells: {run.path('results.parquet')}\npage {run.path('report.html')}",
+            soft_wrap=True,
         )  # fmt: skip
         return BenchResult(rows, ran, root)
     finally:
@@ -110,6 +111,7 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
     """Writes the table of results, and the manifest with what failed."""
     from pharmacist.pipeline.bench.results import collect, write_results
     from pharmacist.pipeline.bench.stages import is_finished
+    from pharmacist.pipeline.report import bench_page
 
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
@@ -124,6 +126,8 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
         ]},
     )  # fmt: skip
     run.manifest.write(run.root)
+    if rows:
+        bench_page(run.root, run.manifest)
     return rows
 
 

@@ -1,0 +1,94 @@
+"""What cannot be in a grid is told in one line, before anything runs or is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pharmacist.cli.main import main
+from pharmacist.core.files import read_json, write_json
+from tests.pipeline.bench.fakes import Stages
+from tests.pipeline.bench.grids import SMALL, write_grid
+
+
+WITHOUT_PROMPTS: dict[str, Any] = {"evaluate": {"benign_prompts": "world:borderline:5"}}
+FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"defences": ["sft"]}, "unknown key 'defences'; did you mean 'defenses'?"),
+        ({"defenses": ["vacine"]}, "defenses, entry 1: unknown defense 'vacine'; did you mean 'vaccine'?"),
+        ({"defenses": ["sft", {"defense": {"name": "vaccine", "roh": 1}}]},
+         "defenses, entry 2: unknown key 'defense.roh'; did you mean 'defense.rho'?"),
+        ({"defenses": ["sft", "sft"]}, "another one is called 'sft' too"),
+        ({"defenses": [3]}, "defenses, entry 1: needs a name, or keys and values"),
+        ({"defenses": ["lisa"]}, "is not for alignment; name it under later_defenses"),
+        ({"defenses": ["repnoise"]}, "'repnoise' needs harmful rows, which pool 'pool' does not bring"),
+        (FILE_POOL | {"defenses": ["booster"]}, "'booster' needs harmful rows, which pool 'rows' does not bring"),
+        (FILE_POOL | {"selectors": ["pharmacist"]}, "needs harmful references: give pool 'rows' a 'harmful'"),
+        (FILE_POOL | {"align": {"harmful": "world:answers"}, "defenses": ["booster"]}, "made-up pool"),
+        ({"align": {"trian": {}}}, "align: unknown key 'trian'; did you mean 'train'?"),
+        ({"align": {"train": {"lerning_rate": 1}}}, "no such field; did you mean 'learning_rate'?"),
+        ({"align": {"seed": 1}}, "align: 'seed' is decided by the grid"),
+        ({"attack": {"poison_ratio": 1}}, "attack: 'poison_ratio' is decided by the grid"),
+        ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
+        ({"tasks": [{"name": "nothing"}]}, "give task 'nothing' a 'train'"),
+        ({"attacks": [{"kind": "mix", "poison_ratio": [0.1, 0.1]}]}, "needs values that differ"),
+        ({"attacks": [{"kind": "mix", "poison_ratio": 7}]}, "must lie in [0, 1]"),
+        ({"later_defenses": ["antidote"]}, "'antidote' needs harmful rows: give 'harmful' under repair"),
+        ({"judges": ["probe"]}, "judge 'probe' needs harmful references: give it a 'harmful'"),
+        (WITHOUT_PROMPTS, "'prompts' must name the harmful prompts"),
+        ({"evaluate": {"prompts": "world:promts"}}, "no set 'promts'; did you mean 'prompts'?"),
+        ({"evaluate": {"prompts": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+        ({"models": [{"model": "./nowhere"}]}, "no such folder"),
+        ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
+        ({"fractions": [0.0]}, "must lie in (0, 1]"),
+        ({"seeds": [1, 1]}, "1 is there twice"),
+        ({"models": []}, "models: must name at least one"),
+        ({"executor": "rai"}, "unknown executor 'rai'; did you mean 'ray'?"),
+        ({"only": "nobody"}, "--only 'nobody': no cell has such a name"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_told_in_one_line_before_any_work(
+    changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    grid = write_grid(tmp_path / "grid.yaml", **changes)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert words in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_hold_something_else(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--config", str(write_grid(tmp_path / "grid.yaml")), "--output-dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    manifest = next((tmp_path / "out" / "stages").glob("align-*/manifest.json"))
+    for path in (manifest, tmp_path / "out" / "manifest.json"):
+        before = read_json(path)
+        write_json(path, before | {"schema_version": 99})
+        capsys.readouterr()
+        stages.began()
+        assert main(words) == 2
+        text = capsys.readouterr().err
+        assert "written by a newer version of pharmacist" in text
+        assert text.count("\n") == 1
+        assert stages.began() == {}
+        write_json(path, before)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 2
+    assert "holds files that are not a pharmacist run" in capsys.readouterr().err
+
+
+def test_the_small_grid_itself_is_fine(stages: Stages, tmp_path: Path) -> None:
+    assert (
+        main(["bench", "--config", str(write_grid(tmp_path / "g.yaml")), "--output-dir", str(tmp_path / "out")]) == 0
+    )
+    assert set(SMALL) <= set(read_json(tmp_path / "out" / "manifest.json")["config"])

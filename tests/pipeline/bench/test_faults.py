@@ -1,0 +1,203 @@
+"""Drivers, workers and all of Ray are killed at any moment; the next run finds what an undisturbed one finds."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from pharmacist.cli.main import main
+from pharmacist.core.manifest import read_manifest
+from tests.pipeline.bench.fakes import LOG, SECONDS, Stages
+from tests.pipeline.bench.grids import FEW_STEPS, results, write_grid
+
+
+ROOT = Path(__file__).parents[3]
+
+
+def words(grid: Path, output: Path, *more: str) -> list[str]:
+    return ["bench", "--config", str(grid), "--output-dir", str(output), *more]
+
+
+@contextmanager
+def driver(command: list[str], module: str = "tests.pipeline.bench.driver") -> Iterator[psutil.Process]:
+    """A driver in a process of its own, which leaves nothing behind."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/src{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    started = subprocess.Popen(
+        [sys.executable, "-m", module, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    process = psutil.Process(started.pid)
+    try:
+        yield process
+    finally:
+        kill(family(process))
+        started.communicate()
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+
+
+def workers(process: psutil.Process) -> list[psutil.Process]:
+    """Processes of Ray that are in the middle of a stage."""
+    found = []
+    for child in family(process):
+        try:
+            title = " ".join(child.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if title.startswith("ray::") and "IDLE" not in title:
+            found.append(child)
+    return found
+
+
+def began(log: Path) -> int:
+    return log.read_text().count("began") if log.is_file() else 0
+
+
+def wait_for_stages(log: Path, count: int, process: psutil.Process) -> bool:
+    """Until so many stages have begun in all; False where the driver ended before."""
+    while began(log) < count:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def undisturbed(grid: Path, output: Path) -> pd.DataFrame:
+    assert main(words(grid, output)) == 0
+    return results(output)
+
+
+def check(grid: Path, output: Path, expected: pd.DataFrame) -> None:
+    assert main(words(grid, output)) == 0
+    pd.testing.assert_frame_equal(results(output), expected)
+    assert read_manifest(output).status == "success"
+    assert not list(output.rglob("*.tmp"))
+
+
+def test_a_driver_killed_three_times(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = write_grid(tmp_path / "grid.yaml")
+    expected = undisturbed(grid, tmp_path / "whole")
+    stages.began()
+    monkeypatch.setenv(SECONDS, "0.05")
+    for count in (1, 6, 12):
+        with driver(words(grid, tmp_path / "cut")) as process:
+            assert wait_for_stages(stages.path, count, process)
+            time.sleep(0.1)
+    monkeypatch.setenv(SECONDS, "0")
+    check(grid, tmp_path / "cut", expected)
+    # Every stage once, and those again that a kill fell into.
+    assert 24 <= stages.began().total() <= 27
+
+
+def test_two_drivers_in_one_folder(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    grid = write_grid(tmp_path / "grid.yaml")
+    monkeypatch.setenv(SECONDS, "0.2")
+    with driver(words(grid, tmp_path / "out")) as process:
+        assert wait_for_stages(stages.path, 1, process)
+        assert main(words(grid, tmp_path / "out")) == 2
+    assert "another process is working in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_drivers_killed_at_twenty_moments(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = write_grid(tmp_path / "grid.yaml")
+    expected = undisturbed(grid, tmp_path / "whole")
+    stages.began()
+    rng, killed, rounds = random.Random(0), 0, 0
+    while killed < 20:  # a run that ends before it is killed is checked, and another one begins
+        output = tmp_path / f"cut{rounds}"
+        for _ in range(20 - killed):
+            monkeypatch.setenv(SECONDS, "0.05")
+            with driver(words(grid, output)) as process:
+                if not wait_for_stages(stages.path, began(stages.path) + rng.randint(1, 4), process):
+                    break
+                time.sleep(rng.uniform(0, 0.25))
+                killed += 1
+        monkeypatch.setenv(SECONDS, "0")
+        check(grid, output, expected)
+        rounds += 1
+    assert killed == 20
+
+
+@pytest.mark.slow
+def test_ray_finds_what_one_process_finds(stages: Stages, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    grid = write_grid(tmp_path / "grid.yaml")
+    expected = undisturbed(grid, tmp_path / "whole")
+    stages.began()
+    assert main(words(grid, tmp_path / "ray", "--executor", "ray")) == 0
+    pd.testing.assert_frame_equal(results(tmp_path / "ray"), expected)
+    assert stages.began().total() == 24
+    assert main(words(grid, tmp_path / "ray", "--executor", "ray")) == 0
+    assert stages.began().total() == 0
+
+
+@pytest.mark.slow
+def test_workers_of_ray_and_all_of_ray_killed_at_twenty_moments(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    pytest.importorskip("ray")
+    grid = write_grid(tmp_path / "grid.yaml")
+    expected = undisturbed(grid, tmp_path / "whole")
+    stages.began()
+    rng = random.Random(1)
+    killed = {"worker": 0, "ray": 0}
+    for number in range(4):
+        output = tmp_path / f"cut{number}"
+        monkeypatch.setenv(SECONDS, "0.2")
+        while True:
+            with driver(words(grid, output, "--executor", "ray", "--executor.max_retries", "20")) as process:
+                alive = wait_for_stages(stages.path, began(stages.path) + 1, process)
+                for _ in range(4):
+                    time.sleep(rng.uniform(0.2, 1.0))
+                    if busy := workers(process):
+                        kill([rng.choice(busy)])
+                        killed["worker"] += 1
+                time.sleep(rng.uniform(0.2, 1.0))
+                if alive and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    kill(family(process))
+                    killed["ray"] += 1
+            if not alive or killed["ray"] >= 2 * (number + 1):
+                break
+        monkeypatch.setenv(SECONDS, "0")
+        check(grid, output, expected)
+    assert killed["worker"] >= 10 and killed["worker"] + killed["ray"] >= 20, killed
+
+
+@pytest.mark.slow
+def test_real_stages_killed_at_ten_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LOG, raising=False)
+    grid = write_grid(tmp_path / "grid.yaml", selectors=["random"], **FEW_STEPS, checkpoint_seconds=0)
+    begin = time.monotonic()
+    expected = undisturbed(grid, tmp_path / "whole")
+    seconds, rng = time.monotonic() - begin, random.Random(2)
+    for _ in range(10):
+        with driver(words(grid, tmp_path / "cut"), module="pharmacist") as process:
+            try:
+                process.wait(rng.uniform(0.5, 1) * max(seconds / 4, 8))
+            except psutil.TimeoutExpired:
+                pass
+    check(grid, tmp_path / "cut", expected)

@@ -1,0 +1,75 @@
+"""One small grid with real stages, and the recipes."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from pharmacist.cli.main import main
+from pharmacist.worlds import World
+from tests.pipeline.bench.grids import FEW_STEPS, write_grid
+
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def test_real_stages(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["repnoise"], "later_defenses": ["safe-lora"]}
+    few = FEW_STEPS | {"align": FEW_STEPS["align"] | {"harmful": "world:answers"}}
+    grid = write_grid(tmp_path / "grid.yaml", **changes, **few)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0
+    row = pd.read_parquet(tmp_path / "out" / "results.parquet").iloc[0]
+    assert (row["pool_rows"], row["alignment_rows"], row["samples"], row["prompts"]) == (60, 30, 20, 5)
+    assert list(row["attack_steps"]) == [0, 1, 2]
+    assert 0 <= row["harmful_score_over_attack"] <= 100
+    assert row["fine_tune_accuracy"] >= 0
+    assert pd.isna(row["over_refusal"])  # nobody asked benign prompts
+    for name in ("alignment_seconds", "attack_seconds", "repair_seconds", "alignment_tokens", "alignment_peak_memory"):
+        assert row[name] > 0, name
+    assert (tmp_path / "out" / row["folder"] / "metrics.json").is_file()
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a dry run loads no model")
+
+    monkeypatch.setattr("pharmacist.nn.models.load_model", load)
+
+
+def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--config", str(RECIPES / "embedded.yaml"), "--output-dir", str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    assert "20 cells" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "cells"), [("paper", 5 * 5 * 9 * 3 * 3), ("current-models", 3 * 5 * 5 * 3 * 3 * 3)])
+def test_the_recipes_for_large_models(
+    name: str, cells: int, no_models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(RECIPES / "beavertails.py"))
+    script["PARTS"] |= {"attack": 40, "pool": 40, "references": 10}
+    rows = World(0).harmful(95)
+    Path("source.json").write_text(json.dumps([
+        {"prompt": row["prompt"], "response": row["completion"], "is_safe": number % 20 == 0,
+         "refusal": f"Question: {row['prompt']}\nAnswer: no"} for number, row in enumerate(rows)
+    ]))  # fmt: skip
+    script["main"]("source.json", "data")
+    parts = {part: [json.loads(line) for line in open(f"data/{part}.jsonl")] for part in script["PARTS"]}
+    assert {part: len(found) for part, found in parts.items()} == {"attack": 40, "pool": 40, "references": 10}
+    prompts = [row["prompt"] for found in parts.values() for row in found]
+    assert len(set(prompts)) == 90 and rows[0]["prompt"] not in prompts
+    assert parts["pool"][0].keys() == {"prompt", "chosen", "rejected"}
+    words = ["bench", "--config", str(RECIPES / f"{name}.yaml"), "--output-dir", "out", "--dry-run"]
+    assert main(words) == 0
+    assert f"{cells} cells" in capsys.readouterr().err
+    shutil.rmtree("data")
+    assert main(words) == 2
+    assert "data/pool.jsonl: no such file" in capsys.readouterr().err
