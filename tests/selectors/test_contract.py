@@ -16,7 +16,7 @@ QUICK = {
     "r": 2, "folds": 2, "corruptions_per_row": 1,
 }  # fmt: skip
 """Small values of options that selectors may have."""
-EVERY = pytest.mark.parametrize("name", SELECTORS.names())
+EVERY = pytest.mark.parametrize("name", [*SELECTORS.names(), "loss-low+dsir"])
 POOL = village.pool(24)
 
 
