@@ -278,25 +278,36 @@ def draw(rankings, path):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.text import Text
 
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "selectors"
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(10, 6))
+    texts = []
     for name in in_order(rankings):
         values = [run["auc"] for run in rankings[name][MAIN]]
         cost = max(0.01, float(np.median([run["cost"] for run in every_run(rankings[name])])))
         color = "#00796b" if name.startswith("pharmacist") else "#5f6b7a"
         axes.plot([cost, cost], [min(values), max(values)], color=color, linewidth=1)
         axes.plot(cost, np.mean(values), "o", color=color, markersize=5)
-        axes.annotate(
-            name, (cost, np.mean(values)), xytext=(6, 2), textcoords="offset points", fontsize=8, color=color
-        )
+        texts.append(axes.annotate(
+            name, (cost, np.mean(values)), xytext=(7, -3), textcoords="offset points", fontsize=8, color=color,
+            arrowprops={"arrowstyle": "-", "color": "#b0b7c0", "linewidth": 0.5},
+        ))  # fmt: skip
     axes.axhline(0.5, color="#b0b7c0", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_xlabel("cost in LoRA SFT epochs over the pool (0.01: that or less)")
     axes.set_ylabel(f"AUC of good rows against faults, {MAIN} mislabelled")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
     figure.tight_layout()
+    figure.canvas.draw()
+    placed = []
+    for text in texts:  # from the top: each label goes down until it covers no other (the line to its dot may)
+        while any(Text.get_window_extent(text).overlaps(other) for other in placed):
+            x, y = text.get_position()
+            text.set_position((x, y - 3))
+        placed.append(Text.get_window_extent(text))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
