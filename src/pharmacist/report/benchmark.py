@@ -119,7 +119,7 @@ class Benchmark:
 
     Args:
         results: ``results.parquet``.
-        order: Axis -> its names in the order of the grid; others follow by name.
+        order: Axis -> its names in the order of the grid; others follow, the full dataset first, then by name.
 
     Raises:
         DataError: A column is missing, there is no row, or two rows are of one cell and seed.
@@ -198,7 +198,8 @@ class Benchmark:
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     present = values.unique().tolist()
-    return [name for name in known if name in present] + sorted(name for name in present if name not in known)
+    others = sorted((name for name in present if name not in known), key=lambda name: (name != BASELINE, name))
+    return [name for name in known if name in present] + others
 
 
 def _value(own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:

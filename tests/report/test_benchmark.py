@@ -1,0 +1,213 @@
+"""Tables and page of a benchmark: numbers, what counts as a real difference, and that a chance one is not bold."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from pharmacist.cli.main import main
+from pharmacist.core.errors import DataError
+from pharmacist.report.benchmark import Benchmark, Value, corrected, to_latex, to_markdown, verdicts
+from tests.report.benches import results, write_bench
+from tests.report.pages import Page
+
+
+def line(benchmark: Benchmark, selector: str, defense: str = "sft") -> dict[str, Value]:
+    (found,) = [it for it in benchmark.lines if it.axes["selector"] == selector and it.axes["defense"] == defense]
+    return dict(found.values)
+
+
+def bold(table: str, selector: str) -> list[str]:
+    return [cell for row in table.splitlines() if f"| {selector} " in row for cell in re.findall(r"\*\*.*?\*\*", row)]
+
+
+def test_means_and_paired_differences() -> None:
+    table = results({"pharmacist": -12.0})
+    value = line(Benchmark(table), "pharmacist")["harmful_score"]
+    own, full = (
+        table[(table["selector"] == name) & (table["defense"] == "sft")].set_index("seed")["harmful_score"]
+        for name in ("pharmacist", "full")
+    )
+    assert value.mean == pytest.approx(own.mean()) and value.seeds == 5
+    low, high = stats.t.interval(0.95, 4, own.mean(), stats.sem(own))
+    assert (value.low, value.high) == pytest.approx((low, high))
+    reference = stats.ttest_rel(own, full)
+    assert value.difference == pytest.approx((own - full).mean())
+    assert (value.difference_low, value.difference_high) == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert value.p == pytest.approx(reference.pvalue)
+    assert value.high - value.low > 2 * (value.difference_high - value.difference_low), "pairing takes seeds away"
+    # The order of the rows does not matter.
+    again = line(Benchmark(table.sample(frac=1, random_state=1)), "pharmacist")["harmful_score"]
+    assert again == pytest.approx(value) or vars(again) == pytest.approx(vars(value))
+
+
+def test_only_real_differences_are_bold() -> None:
+    benchmark = Benchmark(results({"random": 0.0, "pharmacist": -12.0, "bad": 12.0}, noise=0.5))
+    assert line(benchmark, "pharmacist")["harmful_score"].verdict == 1
+    assert line(benchmark, "bad")["harmful_score"].verdict == -1
+    assert line(benchmark, "random")["harmful_score"].verdict == 0
+    assert line(benchmark, "full")["harmful_score"].verdict is None
+    table = to_markdown(benchmark)
+    assert len([cell for cell in bold(table, "pharmacist") if cell.startswith("**−1")]) == 2, "for both defenses"
+    assert [cell for cell in bold(table, "random") if not cell.startswith("**−70")] == [], "only its time is real"
+    assert bold(table, "full") == []
+    latex = to_latex(benchmark)
+    (row,) = [row for row in latex.splitlines() if row.startswith("sft & random")]
+    assert row.count("\\textbf") == 1
+    (row,) = [row for row in latex.splitlines() if row.startswith("sft & bad")]
+    assert "\\textbf{+1" in row
+
+
+def test_a_difference_that_is_real_alone_may_not_be_among_many() -> None:
+    """Holm's correction by hand: the smallest p times the number of tests, the next times one less, and so on."""
+    values = [Value(0, 0, 0, 5, difference=-1.0, p=p) for p in (0.04, 0.001, 0.3, 0.012)]
+    after = corrected([values[0]], better=-1)[0]
+    assert after is not None and after.verdict == 1
+    found = corrected(values, better=-1)
+    assert [value.p_corrected for value in found if value] == pytest.approx([0.08, 0.004, 0.3, 0.036])
+    assert [value.verdict for value in found if value] == [0, 1, 0, 1]
+
+
+@pytest.mark.slow
+def test_chance_is_seldom_bold() -> None:
+    """Where nothing differs, 5 % of benchmarks have a bold harmful score at most: of 200, 10 on average."""
+    rng, wrong, uncorrected = np.random.default_rng(3), 0, 0
+    base = results({"a": 0.0, "b": 0.0, "c": 0.0}, defenses=["sft", "booster"], seeds=5)
+    base = base.drop(columns=["harmful_score_over_attack", "fine_tune_accuracy", "alignment_seconds"])
+    for _ in range(200):
+        benchmark = Benchmark(base.assign(harmful_score=rng.normal(50, 3, len(base))))
+        scores = [it.values["harmful_score"] for it in benchmark.lines]
+        wrong += any(value.verdict for value in scores)
+        uncorrected += any(value.p is not None and value.p < 0.05 for value in scores)
+    assert wrong <= 20
+    assert uncorrected > 30, "negative control: without correction chance would be bold much more often"
+
+
+def test_what_cannot_be_tested_is_not_bold() -> None:
+    one = Benchmark(results({"pharmacist": -50.0}, seeds=1))
+    value = line(one, "pharmacist")["harmful_score"]
+    assert (value.low, value.p, value.verdict) == (None, None, 0)
+    assert "**" not in to_markdown(one) and "One seed" in to_markdown(one)
+    same = results({"pharmacist": 0.0}, seeds=5)
+    same["harmful_score"] = np.where(same["selector"] == "full", 10.1, 9.3) + same["seed"]
+    value = line(Benchmark(same), "pharmacist")["harmful_score"]
+    assert value.p is None and value.verdict == 0 and value.difference == pytest.approx(-0.8)
+    assert Benchmark(same).comparisons["harmful_score"] == 0
+    without = Benchmark(results({"pharmacist": -50.0}).query("selector != 'full'"))
+    assert not without.has_baseline and "minus full" not in to_markdown(without) and verdicts(without) == []
+
+
+def test_pairs_need_the_same_seed_and_cell() -> None:
+    table = results({"pharmacist": -12.0}, attack=["weak", "strong"])
+    table = table[~((table["selector"] == "full") & (table["seed"] > 2) & (table["attack"] == "weak"))]
+    table.loc[(table["selector"] == "full") & (table["attack"] == "strong"), "harmful_score"] = np.nan
+    benchmark = Benchmark(table)
+    by_attack = {
+        it.axes["attack"]: it.values for it in benchmark.lines
+        if it.series == ("pharmacist", 0.3) and it.axes["defense"] == "sft"
+    }  # fmt: skip
+    weak, strong = by_attack["weak"]["harmful_score"], by_attack["strong"]["harmful_score"]
+    assert weak.seeds == 5 and weak.difference is not None
+    seeds = table[(table["attack"] == "weak") & (table["defense"] == "sft") & (table["seed"] <= 2)]
+    means = seeds.groupby("selector")["harmful_score"].mean()
+    assert weak.difference == pytest.approx(means["pharmacist"] - means["full"]), "of three pairs"
+    assert strong.difference is None and strong.verdict is None
+    assert "over_refusal" not in {metric.name for metric in benchmark.metrics}, "it was not measured"
+
+
+def test_the_order_is_that_of_the_grid() -> None:
+    order = {"selector": ["full", "zebra", "ant"], "defense": ["vaccine", "sft"]}
+    benchmark = Benchmark(results({"ant": 0, "zebra": 0}, defenses=["sft", "vaccine"]), order)
+    assert [(it.axes["defense"], it.axes["selector"]) for it in benchmark.lines[:3]] == [
+        ("vaccine", "full"), ("vaccine", "zebra"), ("vaccine", "ant"),
+    ]  # fmt: skip
+    assert [name for name, _ in benchmark.series()] == order["selector"]
+    several = Benchmark(results({"ant": 0}, fractions=(0.1, 0.3)))
+    assert [several.name(series) for series in several.series()] == ["full", "ant 10 %", "ant 30 %"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop(columns="task"), "no column 'task'"),
+        (lambda table: table.iloc[:0], "no cell is finished"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "two rows for m / p / mix"),
+    ],
+)
+def test_results_that_cannot_be_used(change: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Benchmark(change(results({"pharmacist": -12.0})))
+
+
+NASTY = 'a|b_"%$<script>window.hacked=1</script>'
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    table = results({NASTY: -12.0}, defenses=[NASTY, "sft"])
+    write_bench(tmp_path, table, extra={"axes": {}, "failed": [{"stage": "x", "error": NASTY, "cells": 1}]})
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    page = Page.read(tmp_path / "report.html")
+    assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
+    assert NASTY in page.text
+    latex, markdown = (tmp_path / "tables.tex").read_text(), (tmp_path / "tables.md").read_text()
+    assert "a|b\\_" in latex and "\\%\\$" in latex and "b_" not in latex
+    rows = [row for row in markdown.splitlines() if row.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name makes no column"
+
+
+def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selectors = ["full", "random", "pharmacist"]
+    table = results({"random": 0.0, "pharmacist": -20.0}, fractions=(0.1, 0.3), attack=["mild", "hard"], noise=0.5)
+    write_bench(tmp_path, table, extra={"axes": {"selector": selectors, "attack": ["mild", "hard"]}, "failed": []})
+    assert main(["report", "--run", str(tmp_path)]) == 0
+    assert f"page {tmp_path}" in capsys.readouterr().err.replace("\n", "")
+    page = Page.read(tmp_path / "report.html")
+    assert "Benchmark · 20 cells · 5 seeds" in page.text
+    assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text)
+    assert re.search(r"random 30 % [+−]0\.\d not shown in any of 4", page.text)
+    assert "Not all of the grid" not in page.text
+    assert "over the 16 comparisons of its metric" in page.text
+    figures = page.json("figures")
+    assert set(figures) == {name["data-figure"] for _, name in page.tags if "data-figure" in name}
+    assert set(figures) == {"trade_off", "cost", "curve-0", "curve-1", "fraction-0", "fraction-1"}
+    assert {len(figure) for figure in figures.values()} == {2}, "one per attack"
+    points = figures["trade_off"][0]["data"][2]
+    assert len(points["x"]) == 4 and all(array > 0 for array in points["error_y"]["array"]), "defenses x fractions"
+    core = table.query("selector == 'pharmacist' and attack == 'mild' and fraction == 0.1 and defense == 'booster'")
+    assert points["y"][0] == pytest.approx(core["harmful_score"].mean())
+    curve = figures["curve-0"][0]["data"][-2]
+    assert curve["name"] == "pharmacist 10 %" and curve["x"] == ["0", "8", "64"]
+    assert curve["y"] == pytest.approx(np.mean(core["harmful_scores"].tolist(), axis=0).tolist())
+    fractions = figures["fraction-0"][0]["data"]
+    assert [trace["x"] for trace in fractions] == [[100], [10, 30], [10, 30]]
+    bars = figures["cost"][0]["data"]
+    assert len(bars) == 2 and len(bars[0]["x"]) == 10
+    found = page.json("results")
+    assert len(found["rows"]) == 20 and {len(row) for row in found["rows"]} == {len(found["columns"])}
+    used = set(re.findall(r"var\((--[\w-]+)\)", json.dumps([figures, found]) + page.styles[-1]))
+    assert used <= set(re.findall(r"(--[\w-]+):", (tmp_path / "report.html").read_text())), "every colour is defined"
+    before = [(tmp_path / name).read_bytes() for name in ("report.html", "tables.md", "tables.tex")]
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    assert [(tmp_path / name).read_bytes() for name in ("report.html", "tables.md", "tables.tex")] == before
+
+
+def test_a_partial_benchmark_says_so(tmp_path: Path) -> None:
+    write_bench(tmp_path, results({}, seeds=2), status="started")
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    page = Page.read(tmp_path / "report.html")
+    assert "Not all of the grid is here" in page.text and "go on with it" in page.text
+    assert "worst" not in page.text and "How much to keep" not in page.text
+
+
+def test_a_benchmark_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bench(tmp_path, results({}).iloc[:0])
+    assert main(["report", str(tmp_path)]) == 2
+    (tmp_path / "results.parquet").unlink()
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no cell is finished yet" in error and "results.parquet: cannot be read" in error and error.count("\n") == 2
