@@ -38,7 +38,7 @@ SELECTORS = {
 ALIGNED = ("pharmacist, as in the demo", "less, exact")
 """Selectors whose subsets are carried on to an attack."""
 NEOX_LORA = LORA | {"target_modules": ["query_key_value", "dense"]}
-STEPS = {"proxy": 500, "neox": 800}
+STEPS = {"proxy": 500, "neox": 500}
 
 
 def make(name, path):
