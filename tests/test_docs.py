@@ -47,6 +47,7 @@ def test_the_examples_of_the_help_run_one_after_the_other(tmp_path: Path, monkey
     quick = {
         "curate": "--selector.form evidence --selector.readers lexical", "align": "--train.max_steps 2",
         "attack": "--train.max_steps 2", "evaluate": "--max-new-tokens 8",
+        "sweep": "--train.max_steps 2 --evaluate.max_new_tokens 8",
     }  # fmt: skip
     for name, command in COMMANDS.items():
         if name != "demo":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
     from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
     from pharmacist.pipeline.repair import RepairOptions, repair
+    from pharmacist.pipeline.sweep import SweepOptions, sweep
 
 __version__ = version("pharmacist")
 
@@ -23,6 +24,7 @@ _EXPORTS = {
     "CurateOptions": "curate", "Ranking": "curate", "curate": "curate", "rank": "curate",
     "EvaluateOptions": "evaluate", "evaluate": "evaluate",
     "RepairOptions": "repair", "repair": "repair",
+    "SweepOptions": "sweep", "sweep": "sweep",
 }  # fmt: skip
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "EvaluateOptions",
     "Ranking",
     "RepairOptions",
+    "SweepOptions",
     "__version__",
     "align",
     "attack",
@@ -39,6 +42,7 @@ __all__ = [
     "evaluate",
     "rank",
     "repair",
+    "sweep",
 ]
 
 

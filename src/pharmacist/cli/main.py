@@ -52,6 +52,14 @@ COMMANDS = {
         "pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
         "--samples 1000 --output-dir runs/attacked",
     ),
+    "sweep": Command(
+        "pharmacist.pipeline.sweep", "SweepOptions", "sweep",
+        "attack in many ways and report the worst case that keeps the task",
+        "pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
+        "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "
+        "--evaluate.task task-test.jsonl --evaluate.judge probe --evaluate.safe judge-safe.jsonl "
+        "--evaluate.harmful judge-harmful.jsonl --output-dir runs/sweep",
+    ),
     "repair": Command(
         "pharmacist.pipeline.repair", "RepairOptions", "repair",
         "take safety lost in fine-tuning back, without training",

@@ -24,6 +24,10 @@ class DataError(PharmacistError):
     """Input data cannot be read or does not hold what is needed."""
 
 
+class DivergedError(DataError):
+    """Loss or gradient of a training is not finite."""
+
+
 class NoMatchError(PharmacistError):
     """A method found nothing to act on (no module, no row); a silent no-op is never an option."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DivergedError
 from pharmacist.nn.distributed import total
 
 
@@ -35,10 +35,10 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, reta
         retain_graph: Keep the graph for another call.
 
     Raises:
-        DataError: Loss or gradient is NaN or infinite.
+        DivergedError: Loss or gradient is NaN or infinite.
     """
     if not torch.isfinite(loss):
-        raise DataError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
+        raise DivergedError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
     result = averaged({
         name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
@@ -47,7 +47,7 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, reta
         for (name, parameter), value in zip(parameters.items(), found, strict=True)
     })  # fmt: skip
     if not torch.isfinite(norm(result)):
-        raise DataError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
+        raise DivergedError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
     return result
 
 

@@ -103,7 +103,7 @@ def attack(options: AttackOptions) -> AttackResult:
     from pharmacist.nn.models import model_fingerprint
 
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
-    sources = _open_sources(strategy, kind, options)
+    sources = open_sources(strategy, kind, options)
     identity = replace(
         options, defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},
@@ -129,7 +129,7 @@ def attack(options: AttackOptions) -> AttackResult:
         run.close()
 
 
-def _open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
+def open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
     """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
     from pharmacist.data.formats import open_source
     from pharmacist.data.tasks import open_task

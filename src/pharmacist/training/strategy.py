@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DivergedError
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
@@ -129,10 +129,10 @@ class StepContext:
         """Stops where an auxiliary pass gave NaN or infinity, before anything is changed by it.
 
         Raises:
-            DataError: It did.
+            DivergedError: It did.
         """
         if not all(bool(torch.isfinite(value)) for value in values):
-            raise DataError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
+            raise DivergedError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
 
     def grads(self, loss: torch.Tensor, *, retain_graph: bool = False) -> Gradient:
         """Gradient of a loss with respect to the trainable parameters; see `nn.grads.gradient`."""

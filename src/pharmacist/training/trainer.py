@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
 
-from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.errors import CompatibilityError, DivergedError
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
@@ -148,7 +148,7 @@ class StrategyMixin:
         if not torch.isfinite(value):
             named = ", ".join(map(str, self._rows[:_NAMED])) + (", ..." if len(self._rows) > _NAMED else "")
             rows = f" (rows {named})" if named else ""
-            raise DataError(
+            raise DivergedError(
                 f"the {what} is {value.item()} at step {self._update + 1}{rows}; the weights were not touched: look "
                 "at these rows, or lower train.learning_rate or the method's strength"
             )
