@@ -219,8 +219,9 @@ def run_downstream(root, names, seed, rows, processes, found):
 
 
 def with_interval(values):
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
+    """Mean and interval of three seeds or more, else the values themselves."""
+    if len(values) < 3:
+        return " / ".join(f"{value:.3f}" for value in values)
     estimate = t_interval(values)
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {min(1, estimate.high):.3f}]"
 
