@@ -26,7 +26,8 @@ STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
-_LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
+LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
+"""Options that no answer depends on."""
 _LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent", *REFERENCES})
 _MANY_ALARMS = 20
 _SHOWN = 3
@@ -200,7 +201,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
         identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
-        late=_LATE, late_inputs=_LATE_INPUTS, reopen=True,
+        late=LATE, late_inputs=_LATE_INPUTS, reopen=True,
     )  # fmt: skip
     try:
         if from_main(run.complete):

@@ -35,9 +35,11 @@ def select(options: SelectOptions) -> Path:
     """
     import pandas as pd
 
+    from pharmacist.core.env import rank
     from pharmacist.core.hashing import sha256_file
     from pharmacist.core.manifest import read_manifest
     from pharmacist.data.formats import open_source, write_rows
+    from pharmacist.nn.distributed import barrier
     from pharmacist.pipeline.curate import choose
 
     ranking = read_manifest(options.ranking)
@@ -51,12 +53,13 @@ def select(options: SelectOptions) -> Path:
     run = RunDir.open(options, stage="select", version=STAGE_VERSION, inputs=inputs)
     try:
         path = run.path("selected.jsonl")
-        if not run.complete:
+        if rank() == 0 and not run.complete:
             with run.phase("select"):
                 table = pd.read_parquet(scores)
                 rows = table["row"].to_numpy()[choose(table, options.top, None, None, "none")]
                 write_rows(pool, rows.tolist(), path, format="jsonl")
             run.finish(outputs=[path.name], counts={"ranked": len(table), "selected": len(rows)})
+        barrier()
         return path
     finally:
         run.close()

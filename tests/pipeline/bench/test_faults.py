@@ -15,9 +15,12 @@ import psutil
 import pytest
 
 from pharmacist.cli.main import main
+from pharmacist.core.config import from_mapping
+from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.manifest import read_manifest
-from tests.pipeline.bench.fakes import LOG, SECONDS, Stages
-from tests.pipeline.bench.grids import FEW_STEPS, results, write_grid
+from pharmacist.pipeline.bench import BenchOptions, StagesFailed, bench
+from tests.pipeline.bench.fakes import BROKEN, LOG, SECONDS, Stages
+from tests.pipeline.bench.grids import FEW_STEPS, SMALL, results, write_grid
 
 
 ROOT = Path(__file__).parents[3]
@@ -153,6 +156,24 @@ def test_ray_finds_what_one_process_finds(stages: Stages, tmp_path: Path) -> Non
     assert stages.began().total() == 24
     assert main(words(grid, tmp_path / "ray", "--executor", "ray")) == 0
     assert stages.began().total() == 0
+
+
+@pytest.mark.slow
+def test_what_fails_on_ray(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv(BROKEN, "'rho': 2.0")
+    options = {"output_dir": str(tmp_path / "out"), "executor": "ray"}
+    with pytest.raises(StagesFailed, match="2 of 24 stages failed, 8 could not run without them") as caught:
+        bench(from_mapping(BenchOptions, SMALL | options, where="grid"))
+    error = caught.value.exceptions[0]
+    assert str(error) == "ValueError: this stage is broken"
+    assert "fakes.py" in error.__notes__[0]
+    monkeypatch.delenv(BROKEN)
+    bench(from_mapping(BenchOptions, SMALL | options, where="grid"))
+    assert len(results(tmp_path / "out")) == 4
+    with pytest.raises(CompatibilityError, match="--executor.gpus 99: this machine has"):
+        greedy = options | {"executor": {"name": "ray", "gpus": 99}, "seeds": [1]}
+        bench(from_mapping(BenchOptions, SMALL | greedy, where="grid"))
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """One small grid with real stages, and the recipes."""
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.worlds import World
-from tests.pipeline.bench.grids import FEW_STEPS, write_grid
+from tests.cli.world import TWO_PROCESSES
+from tests.pipeline.bench.grids import FEW_STEPS, results, write_grid
 
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -73,3 +76,41 @@ def test_the_recipes_for_large_models(
     shutil.rmtree("data")
     assert main(words) == 2
     assert "data/pool.jsonl: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "grid.yaml", selectors=["random"], defenses=["sft"], **FEW_STEPS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "one")]) == 0
+    for _ in range(2):  # the second time it is complete, on both
+        words = [*TWO_PROCESSES, "bench", "--config", str(grid), "--output-dir", str(tmp_path / "two")]
+        launched = subprocess.run(words, env=environment, capture_output=True, timeout=280)
+        assert launched.returncode == 0, launched.stderr.decode()[-3000:]
+    # Twice as many rows per step give other weights, so that only what was done is compared.
+    done = ["cell", "pool_rows", "alignment_rows", "samples", "prompts", "seed"]
+    one, two = (results(tmp_path / name)[done] for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_a_second_judge_takes_the_answers_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pharmacist.evaluation.evaluator import Evaluator
+
+    real, asked = Evaluator.answers, []
+
+    def answers(self: Evaluator, *arguments: Any, **options: Any) -> Any:
+        asked.append(list(self.rows))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "answers", answers)
+    references = {name: f"world:judge-{name}:20" for name in ("safe", "harmful")}
+    judges = ["keyword", {"judge": "probe", **references}]
+    few = FEW_STEPS | {"attack": FEW_STEPS["attack"] | {"snapshots": []}}
+    grid = write_grid(tmp_path / "grid.yaml", selectors=["random"], defenses=["sft"], judges=judges, **few)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "both")]) == 0
+    assert len(asked) == 2  # aligned and attacked
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "one"), "--only", "probe"]) == 0
+    assert len(asked) == 4
+    both, one = results(tmp_path / "both"), results(tmp_path / "one")
+    assert both["judge"].tolist() == ["keyword", "probe"]
+    pd.testing.assert_frame_equal(both[both["judge"] == "probe"].reset_index(drop=True), one)

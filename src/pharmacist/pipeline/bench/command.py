@@ -44,7 +44,9 @@ def bench(options: BenchOptions) -> BenchResult:
         PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
         StagesFailed: Some stages failed.
     """
+    from pharmacist.core.env import rank
     from pharmacist.core.progress import bar, console
+    from pharmacist.nn.distributed import barrier, from_main
     from pharmacist.pipeline.bench.executors import EXECUTORS
     from pharmacist.pipeline.bench.grid import expand
     from pharmacist.pipeline.bench.results import collect
@@ -58,14 +60,18 @@ def bench(options: BenchOptions) -> BenchResult:
     plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
     run = _open(options, plan)
     try:
-        waiting = plan.waiting(options.only)
+        # Under a launcher the first process decides; the others take part in the stages.
+        waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
+        complete = from_main(run.complete)
         if run.complete and waiting:  # somebody deleted the folder of a stage
             run.manifest.model_copy(update={"status": "started"}).write(run.root)
             run = _open(options, plan)
-        if run.complete:
+        if complete and not waiting:
             console().print(f"{run.root}: complete already, nothing to run", soft_wrap=True)
             return BenchResult(list(collect(plan)), [], root)
-        plan.data.write()
+        if rank() == 0:
+            plan.data.write()
+        barrier()
         failed: dict[str, Exception] = {}
         ran: list[str] = []
         try:
@@ -81,10 +87,10 @@ def bench(options: BenchOptions) -> BenchResult:
                             outcomes.close()  # type: ignore[attr-defined]
                             break
         finally:
-            rows = _write(plan, run, failed)
+            rows = _write(plan, run, failed) if rank() == 0 else []
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
-        if not plan.waiting():
+        if rank() == 0 and not plan.waiting():
             run.finish(outputs=["results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data"])
         console().print(
             f"{len(rows)} of {len(plan.cells)} cells: {run.path('results.parquet')}\npage {run.path('report.html')}",

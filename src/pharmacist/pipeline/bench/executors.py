@@ -1,12 +1,14 @@
 """Where the stages of a graph run: in this process, or on Ray."""
 
 import logging
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
 from pharmacist.core.registry import Registry
 from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
 
@@ -80,6 +82,8 @@ class Ray(Executor):
 
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
         """See `Executor.run`."""
+        if not waiting:
+            return
         ray = self._started()
         try:
             remote = ray.remote(max_retries=self.config.max_retries)(_in_worker)
@@ -108,6 +112,8 @@ class Ray(Executor):
     def _started(self) -> Any:
         import os
 
+        if world_size() > 1:
+            raise CompatibilityError("--executor ray: starts workers of its own; leave the launcher out")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
@@ -120,14 +126,33 @@ class Ray(Executor):
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
+        if self.config.address is None:  # a cluster may still grow
+            there = ray.cluster_resources()
+            for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
+                if wanted > there.get(name, 0):
+                    ray.shutdown()
+                    raise CompatibilityError(
+                        f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
+                        "stage could ever start; ask for fewer"
+                    )
         return ray
+
+
+class RemoteError(Exception):
+    """A stage failed in a worker; the note holds its traceback."""
 
 
 def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
     from pharmacist.core.progress import set_quiet
 
     set_quiet(True)
-    return attempt(stage, stages, *parents)
+    outcome = attempt(stage, stages, *parents)
+    if outcome.error is None or isinstance(outcome.error, PharmacistError):
+        return outcome
+    # Not every error travels between processes, and no traceback does.
+    error = RemoteError(f"{type(outcome.error).__name__}: {outcome.error}")
+    error.add_note("".join(traceback.format_exception(outcome.error)))
+    return Outcome(stage.name, error=error)
 
 
 def _needed(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Stage]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.hashing import sha256_json
 from pharmacist.core.registry import Registry
-from pharmacist.core.rundir import RunOptions
+from pharmacist.core.rundir import RunOptions, as_json, identifying
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
     AttackEntry,
@@ -124,9 +125,7 @@ class Plan:
         needed = {name for cell in cells for name in cell.stages}
         waiting: dict[str, Stage] = {}
         for name, stage in self.stages.items():
-            if name in needed and (
-                not waiting.keys().isdisjoint(stage.parents) or not is_finished(stage, self.stages)
-            ):
+            if name in needed and (not waiting.keys().isdisjoint(stage.needs) or not is_finished(stage, self.stages)):
                 waiting[name] = stage
         return list(waiting.values())
 
@@ -174,6 +173,7 @@ class Axes:
 def _entries(axis: str, given: Sequence[Any], kind: type[Entry], short: str) -> list[Entry]:
     """The entries of an axis; a text stands for an entry with the option `short`."""
     found: list[Any] = []
+    _check_any(axis, given)
     for number, value in enumerate(given, 1):
         where = f"{axis}, entry {number}"
         if not isinstance(value, str | Mapping):
@@ -188,6 +188,11 @@ def _entries(axis: str, given: Sequence[Any], kind: type[Entry], short: str) -> 
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
         found.append(entry)
     return found
+
+
+def _check_any(axis: str, given: Sequence[Any]) -> None:
+    if not given:
+        raise ConfigError(f"{axis}: must name at least one; docs/how-to/bench.md has an example")
 
 
 def _short(place: str) -> str:
@@ -231,6 +236,8 @@ class _Expansion:
     data: Data
     stages: dict[str, Stage] = field(default_factory=dict)
     _templates: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    """What is asked of a model -> the first stage that does."""
     _built: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def built(self, registry: Registry[T], choice: Mapping[str, Any]) -> T:
@@ -308,6 +315,7 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     Raises:
         PharmacistError: Something in the grid cannot be.
     """
+    _check_any("seeds", grid.seeds)
     _check_sections(grid)
     axes, expansion = Axes.read(grid), _Expansion(grid, Data(root))
     cells = []
@@ -503,6 +511,7 @@ def _repaired(
 
 def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str, prompts_only: bool) -> Stage:
     from pharmacist.evaluation.judges import JUDGES
+    from pharmacist.pipeline.evaluate import LATE
 
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
@@ -518,9 +527,15 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
         raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
     if prompts_only:
         options = with_options(options, benign_prompts=None, task=None)
-    return expansion.stage(
+    stage = expansion.stage(
         "evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)}
     )  # fmt: skip
+    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in LATE}
+    first = expansion.answers.setdefault(sha256_json([parent.key, place, asked]), stage.name)
+    if first not in (stage.name, stage.like):
+        stage = replace(stage, parents=(*stage.parents, first), like=first)
+        expansion.stages[stage.name] = stage
+    return stage
 
 
 def _check_sections(grid: BenchOptions) -> None:

@@ -52,10 +52,6 @@ class BenchOptions(RunOptions):
     """Where stages run."""
 
     def __post_init__(self) -> None:
-        for axis in ("models", "pools", "selectors", "defenses", "attacks", "later_defenses", "tasks", "judges",
-                     "seeds"):  # fmt: skip
-            if not getattr(self, axis):
-                raise ConfigError(f"{axis}: must name at least one; see docs/how-to/bench.md for an example")
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
 

@@ -1,15 +1,18 @@
 """A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pharmacist.core.env import rank
 from pharmacist.core.errors import BusyError
+from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import hushed
@@ -108,6 +111,7 @@ class Stage:
         options: With all paths filled in.
         parents: Names of the stages whose results it reads.
         method: What is special about it, for tables: the selector, the defense, the attack.
+        like: The one among its parents, if any, that asks the same model the same for another judge.
     """
 
     kind: str
@@ -116,6 +120,12 @@ class Stage:
     options: Any
     parents: tuple[str, ...]
     method: str
+    like: str | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the stages without whose results it cannot run."""
+        return tuple(name for name in self.parents if name != self.like)
 
     @property
     def name(self) -> str:
@@ -196,7 +206,7 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
         stages: Those that it needs, by name.
         parents: How those of them went that ran just now.
     """
-    if not all(parent.done for parent in parents):
+    if not all(parent.done for parent in parents if parent.stage in stage.needs):
         return Outcome(stage.name, skipped=True)
     try:
         with hushed():
@@ -211,6 +221,8 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     module, _, name = stage.function.partition(":")
     function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
+    if stage.like is not None and stage.like in stages and stage.manifest is None:
+        _take_answers(stages[stage.like], stage)
     while True:
         try:
             function(options)
@@ -219,12 +231,23 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             time.sleep(1)
 
 
+def _take_answers(other: Stage, stage: Stage) -> None:
+    """Begins an evaluation with the answers of another one, so that none is generated twice."""
+    found = other.manifest
+    if rank() != 0 or found is None or found.status != "success":
+        return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with atomic_folder(stage.folder) as folder:
+        shutil.copyfile(other.folder / "items.jsonl", folder / "items.jsonl")
+        found.model_copy(update={"status": "started", "created": now, "finished": "", "outputs": []}).write(folder)
+
+
 def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether an input was made anew after the stage had begun, as happens where somebody deletes a folder."""
     own = stage.manifest
     if own is None:
         return False
-    made = [stages[name].manifest for name in stage.parents if name in stages]
+    made = [stages[name].manifest for name in stage.needs if name in stages]
     return any(other is not None and _time(other.finished) > _time(own.created) for other in made)
 
 
