@@ -366,8 +366,8 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
         **{f"references_{name}": len(value) for name, value in records.items()},
     }  # fmt: skip
-    if "encoded_pool" in context.__dict__:
-        encoded = context.encoded_pool
+    if "pool" in context.encoded:
+        encoded = context.encoded["pool"]
         counts |= {
             "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
         }  # fmt: skip

@@ -65,6 +65,7 @@ class SelectionContext:
         checkpoint_seconds: Time between checkpoints of a training.
         embedder: Folder or hub id of a sentence-transformers model that says how near rows are; the hidden states of
             the model itself where there is none.
+        encoded: Filled by `encode`: what was tokenised, by name; the pool's is ``pool``.
     """
 
     run: RunDir
@@ -81,6 +82,7 @@ class SelectionContext:
     trust_remote_code: bool = False
     checkpoint_seconds: float = 30.0
     embedder: str | None = None
+    encoded: dict[str, "Encoded"] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -148,10 +150,11 @@ class SelectionContext:
         limit = min(self.max_length or self.model.max_length, self.model.max_length)
         # A long prompt is shortened in its middle, never refused: the model that ranks may have a shorter context than
         # the one that is aligned.
-        return encode(
+        self.encoded[name] = encode(
             rows, self.model.tokenizer, self.model.template, max_length=limit, on_long_prompt="cut",
             work_dir=self.run.work("tokens", name),
         )  # fmt: skip
+        return self.encoded[name]
 
 
 class Selector(ABC):
