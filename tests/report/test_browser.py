@@ -6,48 +6,24 @@ from typing import Any
 
 import pytest
 
+from pharmacist.cli.main import main
 from pharmacist.report import render_demo, render_ranking
 from pharmacist.worlds import World
+from tests.report.benches import results, write_bench
+from tests.report.browser import Browser, executable, measure, running
 from tests.report.pages import NASTY, REASON_OF, manifest, report, scores, texts, write_demo
 
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-class Browser:
-    """Opens pages, and keeps what they ask for and complain about."""
-
-    def __init__(self, browser: Any) -> None:
-        self.browser = browser
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-
-    def open(self, path: Path, query: str = "?theme=light") -> Any:
-        page = self.browser.new_page(viewport={"width": 1280, "height": 900})
-        self.requests, self.complaints = [], []
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.goto(f"file://{path}{query}")
-        page.wait_for_selector("html[data-ready]")
-        return page
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield Browser(running)
-        running.close()
+    pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if executable() is None:
+        pytest.skip("needs Chromium; on Debian: apt install chromium")
+    with running() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +41,31 @@ def ranking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(page: Any) -> str:
-    return str(page.inner_text(".dt-info"))
+    return str(page.inner_text("#table_wrapper .dt-info"))
 
 
 def search(page: Any, words: str, expected: str) -> None:
     page.fill("#search", words)
-    page.wait_for_selector(f".dt-info:text-is('{expected}')", timeout=5000)  # the search waits for a pause in typing
+    page.wait_for_selector(
+        f"#table_wrapper .dt-info:text-is('{expected}')", timeout=5000
+    )  # the search waits for a pause in typing
 
 
-def test_nothing_is_asked_for_and_nothing_complains(browser: Browser, ranking: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    table = results({"random": 0.0, NASTY[0]: -20.0}, fractions=(0.1, 0.3), attack=["mild", "hard"], noise=0.5)
+    write_bench(folder, table)
+    assert main(["report", str(folder), "--quiet"]) == 0
+    return folder / "report.html"
+
+
+def test_nothing_is_asked_for_and_nothing_complains(
+    browser: Browser, ranking: Path, bench: Path, tmp_path: Path
+) -> None:
     write_demo(tmp_path)
-    render_demo(tmp_path, labels=World(0).pool(120)[1])
-    for path, charts in ((ranking, 3), (tmp_path / "report.html", 8)):
+    render_demo(tmp_path, labels=World(0).pool(120)[1], categories=[["a"], ["a", "b"], []] * 40)
+    for path, charts in ((ranking, 3), (tmp_path / "report.html", 9), (bench, 6)):
         page = browser.open(path)
         assert page.locator(".js-plotly-plot .main-svg").count() >= charts
         assert [url for url in browser.requests if not url.startswith(("file:", "blob:", "data:"))] == []
@@ -185,3 +174,75 @@ def test_the_theme_reaches_the_charts(browser: Browser, ranking: Path) -> None:
     page = browser.open(ranking, "?theme=dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark[0]
     page.close()
+
+
+def test_examples_and_pairs(browser: Browser, ranking: Path) -> None:
+    page = browser.open(ranking)
+    kept, left = page.locator("#kept .sample"), page.locator("#left .sample")
+    assert kept.count() == 5 and left.count() > 5
+    assert all("selected" in text for text in kept.locator("header").all_inner_texts())
+    assert not any("selected" in text for text in left.locator("header").all_inner_texts())
+    hidden = page.locator("#left .veil").count()
+    assert hidden
+    page.click("[data-reveal='#examples']")
+    assert page.locator("#examples .veil").count() == 0
+    duplicates = World(0).pool(120)[1].count("duplicate")
+    assert page.inner_text("#pairs_wrapper .dt-info") == f"1 to 3 of {duplicates} pairs"
+    pair = page.locator("#pairs tbody tr").first
+    assert pair.locator(".sample").count() == 2
+    assert pair.locator("td").nth(1).locator("mark").count() > 0
+    page.click("#pairs_wrapper .dt-paging-button.next")
+    assert page.inner_text("#pairs_wrapper .dt-info").startswith("4 to")
+    page.close()
+
+
+def test_a_benchmark(browser: Browser, bench: Path) -> None:
+    page = browser.open(bench)
+    assert shown(page) == "1 to 20 of 20 cells"
+    assert page.evaluate("window.hacked") is None and page.locator(f"text={NASTY[0]}").count() > 3
+    search(page, "random hard", "1 to 4 of 4 cells (out of 20)")
+    search(page, "", "1 to 20 of 20 cells")
+    page.check("#real")
+    assert shown(page) == "1 to 8 of 8 cells (out of 20)", "the selector with an effect, in either fraction"
+    assert page.locator("#table tbody tr").first.locator("strong").count() >= 1
+    assert page.locator("#table .better").count() >= 8
+    page.uncheck("#real")
+    head = page.locator("#table th", has_text="Harmful score, %").first.locator("[tabindex='0']")
+    values = page.locator("#table tbody tr td.figure:nth-child(4) .estimate span:first-child")
+    head.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    numbers = [float(text) for text in values.all_inner_texts()]
+    assert len(numbers) == 20 and numbers == sorted(numbers)
+    points = "document.querySelector('[data-figure=trade_off]').data[0].y[0]"
+    before = page.evaluate(points)
+    page.select_option("#setting", "1")
+    assert page.evaluate(points) != before, "charts follow the setting"
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.click("#theme")
+    assert page.evaluate(background) != light
+    assert browser.complaints == []
+    page.close()
+
+
+def test_on_paper_it_is_light_and_nothing_hidden_is_printed(browser: Browser, ranking: Path) -> None:
+    page = browser.open(ranking, "?theme=dark")
+    page.click("[data-reason=teaches_compliance]")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.querySelector('#table .veil .text')).visibility") == "hidden"
+    assert page.locator("#filters").is_hidden() and page.locator("#theme").is_hidden()
+    page.close()
+
+
+def test_a_hundred_thousand_rows(browser: Browser, tmp_path: Path) -> None:
+    """Bounds are wide, for machines differ; benchmarks/page.py measures on a quiet one."""
+    n = 100_000
+    reasons = [list(REASON_OF.values())[i % 6] for i in range(n)]
+    rows = [{"prompt": f"prompt {i} " + "word " * 20, "completion": "answer " * 200} for i in range(n)]
+    path = tmp_path / "report.html"
+    render_ranking(path, scores=scores(reasons, 30_000), texts=texts(rows), manifest=manifest(n, report()))
+    found = measure(browser, path)
+    assert found["first paint"] < 2000
+    slowest = {name: max(times) for name, times in found.items() if name not in {"first paint", "rows shown"}}
+    assert all(time < 1000 for time in slowest.values()), slowest

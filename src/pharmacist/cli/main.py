@@ -25,8 +25,6 @@ class Command:
     function: str
     summary: str
     example: str
-    first: str = ""
-    """Option that the first word stands for where it is none."""
 
 
 COMMANDS = {
@@ -79,7 +77,7 @@ COMMANDS = {
     "report": Command(
         "pharmacist.pipeline.report", "ReportOptions", "report",
         "write the page of a finished folder again",
-        "pharmacist report runs/core", first="run",
+        "pharmacist report runs/core",
     ),
 }  # fmt: skip
 
@@ -120,8 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail("pharmacist", f"unknown command '{name}'{closest(name, COMMANDS)}", 2)
     command, where = COMMANDS[name], f"pharmacist {name}"
-    if command.first and rest and not rest[0].startswith("-"):
-        rest = [f"--{command.first}", *rest]
     options = None
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries among themselves; what a user has to know, we say

@@ -3,7 +3,7 @@
 Every option is declared once, as a typed dataclass field with a docstring below it. Three kinds of field:
 plain ones become ``--name-with-hyphens``; a field that is itself a dataclass, or a plain ``dict``, becomes dotted
 options (``--lora.r 8``, ``--train.max_steps 20``); a `method` field names a registered method, whose own options
-follow as ``--selector.gamma 0.5``.
+follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes the first word where that is no option.
 """
 
 import argparse
@@ -288,6 +288,9 @@ def _normalised(
 ) -> tuple[list[str], str | None, dict[str, str]]:
     """The words as the parser wants them, the path of the YAML file, and the methods named on the line."""
     hints = get_type_hints(options)
+    first = [field.name for field in dataclasses.fields(options) if field.metadata.get("first")]
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [flag(first[0]), *arguments]
     words: list[str] = []
     path, named = None, {}
     for position, word in enumerate(arguments):

@@ -2,7 +2,7 @@
 
 import itertools
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ _FIRST = 1000
 class ReportOptions:
     """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
 
-    run: str
-    """Folder of a finished curate, demo or sweep, or of a bench."""
+    run: str = field(metadata={"first": True})
+    """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
     quiet: bool = False
     """No progress bars and no summary."""
 
