@@ -1,11 +1,19 @@
 """``python -m tests.pipeline.bench.driver WORDS...``: the command line with fake stages."""
 
+import os
 import sys
+from collections.abc import Mapping
 
 from pharmacist.cli.main import main
 from tests.pipeline.bench.fakes import install
 
 
-if __name__ == "__main__":
+def run_with_fakes(words: list[str], environment: Mapping[str, str]) -> None:
+    """In a process of its own: one command with fake stages."""
+    os.environ.update(environment)
     install()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(words))
+
+
+if __name__ == "__main__":
+    run_with_fakes(sys.argv[1:], {})

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +20,10 @@ from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.bench import BenchOptions, StagesFailed, bench
+from tests.pipeline.bench.driver import run_with_fakes
 from tests.pipeline.bench.fakes import BROKEN, LOG, SECONDS, Stages
 from tests.pipeline.bench.grids import FEW_STEPS, SMALL, results, write_grid
+from tests.pipeline.kills import start
 
 
 ROOT = Path(__file__).parents[3]
@@ -31,12 +34,11 @@ def words(grid: Path, output: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def driver(command: list[str], module: str = "tests.pipeline.bench.driver") -> Iterator[psutil.Process]:
+def driver(command: list[str]) -> Iterator[psutil.Process]:
     """A driver in a process of its own, which leaves nothing behind."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/src{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    started = subprocess.Popen(
-        [sys.executable, "-m", module, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.pipeline.bench.driver", *command]
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process = psutil.Process(started.pid)
     try:
         yield process
@@ -86,6 +88,20 @@ def wait_for_stages(log: Path, count: int, process: psutil.Process) -> bool:
     return True
 
 
+@contextmanager
+def forked(
+    forks: ForkServerContext, command: list[str], seconds: float, log: Path
+) -> Iterator[psutil.Process]:  # fmt: skip
+    """A driver with all imports behind it, so that a kill falls into the work; it is killed when the block ends."""
+    process = forks.Process(target=run_with_fakes, args=(command, {SECONDS: str(seconds), LOG: str(log)}))
+    process.start()
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.join()
+
+
 def undisturbed(grid: Path, output: Path) -> pd.DataFrame:
     assert main(words(grid, output)) == 0
     return results(output)
@@ -98,34 +114,31 @@ def check(grid: Path, output: Path, expected: pd.DataFrame) -> None:
     assert not list(output.rglob("*.tmp"))
 
 
-def test_a_driver_killed_three_times(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_killed_three_times(stages: Stages, forks: ForkServerContext, tmp_path: Path) -> None:
     grid = write_grid(tmp_path / "grid.yaml")
     expected = undisturbed(grid, tmp_path / "whole")
     stages.began()
-    monkeypatch.setenv(SECONDS, "0.05")
     for count in (1, 6, 12):
-        with driver(words(grid, tmp_path / "cut")) as process:
+        with forked(forks, words(grid, tmp_path / "cut"), 0.05, stages.path) as process:
             assert wait_for_stages(stages.path, count, process)
             time.sleep(0.1)
-    monkeypatch.setenv(SECONDS, "0")
     check(grid, tmp_path / "cut", expected)
     # Every stage once, and those again that a kill fell into.
     assert 24 <= stages.began().total() <= 27
 
 
 def test_two_drivers_in_one_folder(
-    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stages: Stages, forks: ForkServerContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     grid = write_grid(tmp_path / "grid.yaml")
-    monkeypatch.setenv(SECONDS, "0.2")
-    with driver(words(grid, tmp_path / "out")) as process:
+    with forked(forks, words(grid, tmp_path / "out"), 1, stages.path) as process:
         assert wait_for_stages(stages.path, 1, process)
         assert main(words(grid, tmp_path / "out")) == 2
     assert "another process is working in this folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_drivers_killed_at_twenty_moments(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drivers_killed_at_twenty_moments(stages: Stages, forks: ForkServerContext, tmp_path: Path) -> None:
     grid = write_grid(tmp_path / "grid.yaml")
     expected = undisturbed(grid, tmp_path / "whole")
     stages.began()
@@ -133,13 +146,11 @@ def test_drivers_killed_at_twenty_moments(stages: Stages, tmp_path: Path, monkey
     while killed < 20:  # a run that ends before it is killed is checked, and another one begins
         output = tmp_path / f"cut{rounds}"
         for _ in range(20 - killed):
-            monkeypatch.setenv(SECONDS, "0.05")
-            with driver(words(grid, output)) as process:
+            with forked(forks, words(grid, output), 0.05, stages.path) as process:
                 if not wait_for_stages(stages.path, began(stages.path) + rng.randint(1, 4), process):
                     break
                 time.sleep(rng.uniform(0, 0.25))
                 killed += 1
-        monkeypatch.setenv(SECONDS, "0")
         check(grid, output, expected)
         rounds += 1
     assert killed == 20
@@ -209,16 +220,18 @@ def test_workers_of_ray_and_all_of_ray_killed_at_twenty_moments(
 
 
 @pytest.mark.slow
-def test_real_stages_killed_at_ten_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(LOG, raising=False)
+def test_real_stages_killed_at_ten_moments(forks: ForkServerContext, tmp_path: Path) -> None:
     grid = write_grid(tmp_path / "grid.yaml", selectors=["random"], **FEW_STEPS, checkpoint_seconds=0)
     begin = time.monotonic()
     expected = undisturbed(grid, tmp_path / "whole")
     seconds, rng = time.monotonic() - begin, random.Random(2)
-    for _ in range(10):
-        with driver(words(grid, tmp_path / "cut"), module="pharmacist") as process:
-            try:
-                process.wait(rng.uniform(0.5, 1) * max(seconds / 4, 8))
-            except psutil.TimeoutExpired:
-                pass
+    moments = (rng.uniform(0.1, 0.4) * seconds for _ in range(10))
+    killed = 0
+    for moment in moments:
+        process = start(forks, words(grid, tmp_path / "cut"))
+        process.join(moment)
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    assert killed >= 5
     check(grid, tmp_path / "cut", expected)
