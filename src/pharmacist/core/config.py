@@ -288,9 +288,9 @@ def _normalised(
 ) -> tuple[list[str], str | None, dict[str, str]]:
     """The words as the parser wants them, the path of the YAML file, and the methods named on the line."""
     hints = get_type_hints(options)
-    first = [field.name for field in dataclasses.fields(options) if field.metadata.get("first")]
-    if first and arguments and not arguments[0].startswith("-"):
-        arguments = [flag(first[0]), *arguments]
+    leading = [field.name for field in dataclasses.fields(options) if field.metadata.get("first")]
+    if leading and arguments and not arguments[0].startswith("-"):
+        arguments = [flag(leading[0]), *arguments]
     words: list[str] = []
     path, named = None, {}
     for position, word in enumerate(arguments):
