@@ -25,6 +25,11 @@ OFF: dict[str, dict[str, Any]] = {
     "tar": ON["tar"] | {"lam": 0.0, "representation": 0.0},
 }  # fmt: skip
 NAMES = sorted(ON)
+FINETUNING: dict[str, dict[str, Any]] = {
+    "ldifs": {"lam": 100.0}, "ewc": {"lam": 1e3, "rows": 10}, "kl": {"lam": 10.0}, "constrained-sft": {"beta": 1.0},
+    "lisa": {"rho": 10.0, "align_steps": 1, "finetune_steps": 2}, "vlguard": {"mode": "joint", "lam": 0.5},
+}  # fmt: skip
+"""Fine-tuning-stage defenses in settings in which they act within three steps."""
 
 
 def build(name: str, options: dict[str, Any] | None = None) -> GradientStrategy:

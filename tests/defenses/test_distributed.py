@@ -9,22 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.defenses.cases import NAMES
+from tests.defenses import ddp_finetuning
+from tests.defenses.cases import FINETUNING, NAMES
 from tests.defenses.ddp import gradients
 from tests.tiny import save_tiny_model
+
+
+def launched(module: str, model: Path, folder: Path, *more: str) -> list[dict[str, torch.Tensor]]:
+    """What each of two processes has found."""
+    # Not `accelerate launch --cpu`, which starts a single process, however many it is asked for.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, module, str(model), str(folder), *more], env=environment, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [load_file(folder / f"rank{n}.safetensors") for n in range(2)]
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
-    # Not `accelerate launch --cpu`, which starts a single process, however many it is asked for.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.defenses.ddp", str(model), str(tmp_path)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    two = [load_file(tmp_path / f"rank{n}.safetensors") for n in range(2)]
+    two = launched("tests.defenses.ddp", model, tmp_path)
     one = gradients(model, tmp_path / "one", 8)
     assert two[0].keys() == two[1].keys() == one.keys()
     worst = dict.fromkeys(["sft", *NAMES], 0.0)
@@ -41,3 +48,25 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
             later = [one.get(key.replace(f".{accumulation}.0.", f".{accumulation}.1."), own[key]) for key in own]
             assert max(float((a - b).abs().max()) for a, b in zip(own.values(), plain, strict=True)) > 1e-3, name
             assert max(float((a - b).abs().max()) for a, b in zip(own.values(), later, strict=True)) > 1e-3, name
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_fine_tune_as_one_does(accumulation: int, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    two = launched("tests.defenses.ddp_finetuning", model, tmp_path, str(accumulation))
+    one = ddp_finetuning.gradients(model, tmp_path / "one", 8, accumulation)
+    assert two[0].keys() == two[1].keys() == one.keys()
+    worst = dict.fromkeys(["sft", *FINETUNING, *ddp_finetuning.FISHER], 0.0)
+    for key, expected in one.items():
+        assert torch.equal(two[0][key], two[1][key]), key
+        name = key.split(".")[0]
+        worst[name] = max(worst[name], float((two[0][key] - expected).abs().max()))
+    assert max(worst.values()) < 1e-6, worst
+    # What would be noticed: every defense acts by the third step, and no step is another's.
+    for name in FINETUNING:
+        third = f"{name}.{accumulation}.2."
+        own = {key.removeprefix(third): value for key, value in one.items() if key.startswith(third)}
+        for other in (f"sft.{accumulation}.2.", f"{name}.{accumulation}.1."):
+            assert max(float((value - one[other + key]).abs().max()) for key, value in own.items()) > 1e-3, other
+    for name in ddp_finetuning.FISHER:
+        assert max(float(value.max()) for key, value in one.items() if key.startswith(name + ".")) > 1e-3, name

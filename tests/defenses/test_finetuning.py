@@ -434,6 +434,35 @@ def test_the_pull_is_towards_the_latest_switch():
         moved(net, 0.01, seed=update)
 
 
+def test_without_a_pull_the_trajectory_is_that_of_the_interleaved_batches():
+    nets = [toy.model(), toy.model()]
+    strategy, safe = build("lisa", nets[0], rho=0.0, align_steps=2, finetune_steps=3), streams()
+    user = [toy.batch(toy.rows(3, seed=20 + update)) for update in range(8)]
+    optimizers = [torch.optim.AdamW(trainable(net).values(), lr=1e-2) for net in nets]
+    expected = [SAFE[0], SAFE[1], *user[2:5], SAFE[0], SAFE[1], user[7]]
+    for update in range(8):
+        drawn = strategy.draw(update, 1, safe)
+        toy.micro_step(strategy, nets[0], user[update] if drawn is None else drawn[0], update=update)
+        toy.loss_of(nets[1], expected[update]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert toy.same(weights_now(nets[0]), weights_now(nets[1])), update
+    assert toy.difference(weights_now(nets[0]), weights_now(toy.model())) > 1e-2
+
+
+def test_without_alignment_phases_the_pull_is_towards_the_start():
+    net = toy.model()
+    start = weights_now(net)
+    strategy = build("lisa", net, rho=2.0, align_steps=0, finetune_steps=1)
+    for update in range(3):
+        plain = sft_gradient(net)
+        found = toy.method_gradient(strategy, net, DATA, update=update)
+        expected = {n: plain[n] + 2.0 * (p.detach() - start[n]) for n, p in trainable(net).items()}
+        assert toy.difference(found, expected) < 1e-12 and strategy.draw(update, 1, {}) is None
+        moved(net, 0.01, seed=update)
+
+
 def test_alternating_exact_solutions_converge_where_theory_says():
     a, b, rho = 1.0, -2.0, 0.7
     x, ends, gaps = 5.0, [], []

@@ -1,6 +1,8 @@
 """What an attack is made of, and the defenses during it, end to end on small files."""
 
+import itertools
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,7 @@ def many() -> dict[str, Any]:
 def test_counts_are_exact(many: dict[str, Any], n: int) -> None:
     for ratio in RATIOS:
         found = mix(many["task"], many["harm"], n=n, poison_ratio=ratio, seed=1)
-        # Exactly, in whole hundredths: round half up of ratio * n.
-        harmful = (round(ratio * 100) * n * 2 + 100) // 200
+        harmful = round(Fraction(str(ratio)) * n)  # without the error of a product of floats
         assert (len(found), sum(found["is_harmful"])) == (n, harmful), (n, ratio)
         assert len(set(found["prompt"])) == n
 
@@ -90,6 +91,22 @@ def test_safe_rows_join_in_exact_numbers(many: dict[str, Any], count: int, repla
     assert len(found) == count + 9 + benign
     again, other = (mix_safe(user, safe, count=count, replace=replace, seed=seed) for seed in (3, 4))
     assert again["prompt"] == found["prompt"] != other["prompt"]
+
+
+def test_mixed_counts_on_a_grid(many: dict[str, Any]) -> None:
+    safe = to_dataset({"prompt": f"safe {i}", "completion": "no"} for i in range(40))
+    for n, ratio, count in itertools.product((10, 33, 99), (0, 0.07, 0.29, 0.5, 0.9), (0, 1, 7, 40)):
+        user = mix(many["task"], many["harm"], n=n, poison_ratio=ratio, seed=2)
+        harmful = sum(user["is_harmful"])
+        for replace in (False, True):
+            if replace and count > n - harmful:
+                with pytest.raises(DataError, match="cannot replace"):
+                    mix_safe(user, safe, count=count, replace=True, seed=0)
+                continue
+            found = mix_safe(user, safe, count=count, replace=replace, seed=0)
+            assert len(found) == n + (0 if replace else count)
+            assert (sum(found["is_safe"]), sum(found["is_harmful"])) == (count, harmful)
+            assert len(set(found["prompt"])) == len(found)
 
 
 def test_more_safe_rows_than_there_are(many: dict[str, Any]) -> None:

@@ -165,6 +165,58 @@ def test_inputs_are_seen_without_padding(completion_only):
     assert toy.hooks(side.model) == 0
 
 
+def test_one_pass_sees_what_two_passes_per_layer_see():
+    """As published: every layer runs once to be measured and once more for the inputs of the next. Bit for bit."""
+    net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
+    side, ours, theirs = Side(net, "weights"), {}, {}
+
+    def see(found):
+        def add(name, inputs):
+            found[name] = found.get(name, 0) + inputs.detach().square().sum(0)
+
+        return add
+
+    each_input(side, ROWS, see(ours), device=torch.device("cpu"), completion_only=False, rows_per_batch=1)
+    add, inside = see(theirs), {name: net.get_submodule(name) for name in linear_weights(net)}
+    for ids in ROWS.ids:
+        length = len(ids)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        x = net.embed(torch.tensor(ids)[None]) + net.position.weight[:length]
+        for number, layer in enumerate(net.layers):
+            hooks = [
+                module.register_forward_hook(lambda _, args, out, name=name: add(name, args[0].flatten(0, -2)))
+                for name, module in inside.items() if name.startswith(f"layers.{number}.")
+            ]  # fmt: skip
+            layer(x, mask)
+            for hook in hooks:
+                hook.remove()
+            x = layer(x, mask)
+    assert ours.keys() == theirs.keys() and len(ours) > 4
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_adapters_of_any_name_and_layers_with_biases():
+    model = peft_model()
+    model.add_adapter("user", LoraConfig(r=3, target_modules=["up_proj"]))
+    model.set_adapter("user")
+    found = adapter_factors(model)
+    assert len(found) == 2 and all(own.A.shape[0] == 3 for own in found.values())
+    layers = dict(model.base_model.model.named_modules())
+    assert all(layers[name].base_layer.bias is not None for name in found)  # which belong to no factor
+    with torch.no_grad():
+        for number, own in enumerate(found.values()):
+            own.A.copy_(random(*own.A.shape, seed=number))
+            own.B.copy_(random(*own.B.shape, seed=number + 9))
+    update = {n: factors(f.B.shape[0], f.A.shape[1], seed=30 + i) for i, (n, f) in enumerate(found.items())}
+    before = {name: own.dense().detach() for name, own in found.items()}
+    other = {n: p.detach().clone() for n, p in model.named_parameters() if ".user." not in n}
+    base.apply(Side(model, "adapter"), safe_lora(model, update, threshold=1.0))
+    for name, own in adapter_factors(model).items():
+        basis = column_basis(update[name])
+        assert torch.allclose(own.dense(), (basis @ basis.T).to(own.A.dtype) @ before[name], atol=1e-6)
+    assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if ".user." not in n)
+
+
 def test_hooks_and_mode_come_back_when_a_pass_fails():
     side = Side(peft_model(), "adapter")
     side.model.train()
@@ -236,6 +288,15 @@ def test_scores_depend_on_the_column_norms_alone():
     assert torch.equal(bad_mask(scores(weight, x[torch.randperm(20)].square().sum(0)), 0.5), mask)
     louder = x * torch.tensor([1e6, 1, 1, 1], dtype=torch.float64)
     assert bad_mask(scores(weight, louder.square().sum(0)), 0.25)[:, 0].all()
+
+
+def test_an_output_loses_exactly_the_term_of_its_dominant_entry():
+    weight, x = random(3, 8), random(20, 8, seed=2)
+    weight[:, 5] *= 1e3
+    mask = bad_mask(scores(weight, x.square().sum(0)), 0.125)
+    assert mask[:, 5].all() and mask.sum() == 3
+    pruned = weight.masked_fill(mask, 0)
+    assert torch.allclose(x @ weight.T - x @ pruned.T, x[:, 5:6] * weight[:, 5])
 
 
 def test_antidote_prunes_factors_and_nothing_else():
@@ -514,6 +575,14 @@ def test_nlsr_similarities_are_those_of_dense_masked_products():
     for finding in plan.findings:
         a, b = (adapter_factors(side.model)[finding["module"]].dense().detach().flatten() for side in (tuned, aligned))
         assert finding["similarity"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
+
+
+def test_equal_adapters_are_similar_whatever_their_size():
+    tuned, aligned = nlsr_sides(drift=0.0)
+    for beta in (0.5, 3.0):  # the reference is the same update, larger; a region may be empty
+        found = [f["similarity"] for f in nlsr(tuned, aligned, beta=beta, region=0.5).findings]
+        known = [value for value in found if value is not None]
+        assert len(known) > 3 and known == pytest.approx([1.0] * len(known))
 
 
 def test_the_published_amplification_is_another():

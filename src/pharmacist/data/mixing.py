@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def mix(
     benign: "datasets.Dataset", harmful: "datasets.Dataset", *, n: int, poison_ratio: float, seed: int
 ) -> "datasets.Dataset":  # fmt: skip
-    """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (halves round up).
+    """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (as Python rounds:
+    halves to the even number).
 
     Sets of one seed and `n` are nested: the harmful rows at a smaller ratio are among those at a larger one, the
     benign rows at a larger ratio among those at a smaller one, and rows that two sets share stand in the same order.
@@ -42,7 +43,7 @@ def mix(
         raise ConfigError(f"samples {n}: must be at least 1")
     if not 0 <= poison_ratio <= 1:
         raise ConfigError(f"poison ratio {poison_ratio}: must lie in [0, 1]")
-    n_harmful = int(np.floor(poison_ratio * n + 0.5))
+    n_harmful = round(poison_ratio * n)
     n_benign = n - n_harmful
     for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
         if asked > len(rows):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError
 from pharmacist.defenses.finetuning.start import evaluating, squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, norm
@@ -96,7 +97,7 @@ class EWC(GradientStrategy):
             seen = 0
             while seen < self.config.rows:
                 batch = step.next("safe")
-                seen += len(batch["input_ids"])
+                seen += len(batch["input_ids"]) * world_size()
                 if self.config.per == "batch":
                     yield step.grads(step.ce(batch))
                 else:
@@ -104,6 +105,8 @@ class EWC(GradientStrategy):
 
         with evaluating(step.model):
             found = averaged(fisher(gradients(), self.config.normalize))
+        if self.config.per == "row" and self.config.normalize == "sum":  # each process has summed its own rows alone
+            found = {name: value * world_size() for name, value in found.items()}
         step.check(norm(found))
         return found
 
