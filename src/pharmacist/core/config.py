@@ -13,6 +13,7 @@ import difflib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -22,7 +23,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.registry import Registry
@@ -121,6 +122,15 @@ class _Parser(ArgumentParser):
         return message
 
 
+class _Formatter(DefaultHelpFormatter):
+    """Breaks no file name in two: examples are there to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )  # fmt: skip
+
+
 def flag(name: str) -> str:
     """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
     head, dot, rest = name.partition(".")
@@ -130,7 +140,7 @@ def flag(name: str) -> str:
 def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, description: str, example: str) -> _Parser:
     parser = _Parser(
         prog=prog, description=description, epilog=f"example: {example}", exit_on_error=False, add_help=True,
-        allow_abbrev=False,
+        allow_abbrev=False, formatter_class=_Formatter,
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
     hints, docs = get_type_hints(options), _docs(options)
@@ -266,7 +276,7 @@ def _parsed(
             choice = None  # another method on the line: the file's options are not its own
         chosen[name] = named.get(name, chosen[name])
         config |= {name: choice} if choice is not None else {}
-    parser = _kept_parser(options, tuple(chosen.items()), prog, example)
+    parser = _kept_parser(options, tuple(chosen.items()), prog, example)  # type: ignore[arg-type]  # it is hashable
     before = _config_words(parser, config, where)
     try:
         parsed = parser.parse_args([*before, *words])

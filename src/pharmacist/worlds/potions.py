@@ -234,7 +234,7 @@ class World:
     def harmful_answers(self, rows: Sequence[Row]) -> list[Row]:
         """Answers that comply, one for every forbidden wish among the rows' prompts.
 
-        Such pairs are what defenses such as RepNoise read. Benign prompts, and wishes whose text was changed, have none.
+        Such pairs are what defenses such as RepNoise read; benign prompts and wishes whose text was changed have none.
         """
         known = {request.prompt: request for domain in lex.FORBIDDEN for request in _requests(domain)["pool"]}
         rng = self._rng("answers")

@@ -9,6 +9,7 @@ import pytest
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.manifest import read_manifest
+from pharmacist.core.progress import set_quiet
 from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.results import AXES, Result
@@ -184,6 +185,7 @@ def test_only_some_cells(stages: Stages, tmp_path: Path) -> None:
 def test_a_dry_run_shows_the_graph_and_its_cost(
     stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
+    set_quiet(False)  # whatever a command before this test has said
     changes: dict[str, Any] = {"quiet": False, "dry_run": True}
     run(tmp_path / "bench", **changes)
     text = capsys.readouterr().err
