@@ -3,8 +3,8 @@
     python recipes/beavertails.py beavertails_with_refusals_train.json data
 
 The JSON is that of the RepNoise authors (repository domenicrosati/representation-noising, folder data): a list of
-rows with prompt, response, is_safe and refusal. Unsafe rows are taken in their order: the first 5000 for attackers, the
-next 5000 as the pool to align on, the next 256 as references. No prompt is in two of the files.
+rows with prompt, response, is_safe and refusal. Unsafe rows are taken in their order: the first 5000 for attackers,
+the next 5000 as the pool to align on, the next 256 as references. No prompt is in two of the files.
 """
 
 import json
