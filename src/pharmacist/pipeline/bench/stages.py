@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import BusyError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
@@ -199,7 +199,9 @@ class Outcome:
 
 
 def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
-    """Runs a stage, or goes on with it, unless a stage before it failed; never raises what the stage raises.
+    """Runs a stage, or goes on with it, unless a stage before it failed; what it raises becomes the outcome.
+
+    Only under a launcher it is raised: other processes may be waiting in the stage, and the launcher must end them.
 
     Args:
         stage: The stage.
@@ -212,12 +214,16 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
         with hushed():
             run_stage(stage, stages)
     except Exception as error:
+        if world_size() > 1:
+            raise
         return Outcome(stage.name, error=error)
     return Outcome(stage.name)
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
+    from pharmacist.nn.distributed import barrier
+
     module, _, name = stage.function.partition(":")
     function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
@@ -226,6 +232,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     while True:
         try:
             function(options)
+            barrier()  # only then has the first process written all that the next stage reads
             return
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
