@@ -1,14 +1,19 @@
 """Runs the examples of docstrings, README and docs (`make check`); the tests themselves need nothing from here.
 
 Every document is worked through from top to bottom in a folder of its own that holds the files of
-``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each.
+``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each. Documents that begin with a
+model that is aligned (``runs/aligned``) or attacked (``runs/attacked``) find it there.
 """
 
+import atexit
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +27,54 @@ ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 
 
+MADE = """
+common="--train.per_device_train_batch_size 16 --train.learning_rate 2e-3 --quiet"
+pharmacist align --data pool.jsonl --model MODEL --train.max_steps 30 $common --output-dir runs/aligned
+pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 --train.max_steps 20 \\
+  $common --output-dir runs/attacked
+"""
+
+
 def run_bash(example: Example) -> str | None:
     """Runs a block; says what bash said where it fails."""
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", str(example.parsed)], env=environment, text=True, capture_output=True
-    )  # fmt: skip
+    code = str(example.parsed)
+    for place in (Path("runs/aligned"), Path("runs/attacked")):
+        if re.search(rf"--(model|aligned) {place}\s", code) and not re.search(rf"--output-dir {place}\s", code):
+            place.parent.mkdir(exist_ok=True)
+            if not place.exists():  # earlier blocks have made none
+                place.symlink_to(made() / place)
+    done = bash(code, Path.cwd())
     return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
+
+
+def bash(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs commands in a folder, offline."""
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+
+
+@cache
+def made() -> Path:
+    """A folder with a model aligned and attacked in a few steps, for all documents."""
+    folder = Path(tempfile.mkdtemp(prefix="pharmacist-docs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_world(folder)
+    done = bash(MADE, folder)
+    assert not done.returncode, done.stderr
+    return folder
+
+
+def write_world(folder: Path) -> None:
+    """Writes the files of the made-up world."""
+    runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](folder)
 
 
 def enter_world(namespace: dict[str, Any]) -> None:
     """Makes the document's folder and goes there."""
     namespace["_folder"], namespace["_before"] = tempfile.TemporaryDirectory(prefix="pharmacist-docs-"), Path.cwd()
     folder = Path(namespace["_folder"].name)
-    runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](folder)
+    write_world(folder)
     os.chdir(folder)
 
 
