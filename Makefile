@@ -48,7 +48,7 @@ test-all: .venv/.installed-dev
 check: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "" src README.md docs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n 2 --dist loadfile src README.md docs
 	@$(BIN)/mkdocs build --strict --quiet
 
 docs: .venv/.installed-dev
