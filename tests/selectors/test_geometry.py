@@ -208,10 +208,16 @@ def test_a_sentence_encoder_needs_no_model(tmp_path, sentence_model, name):
         assert np.array_equal(b, a[order]) and np.array_equal(a[-3:], a[:3]) and a.max() <= 1 + 1e-9
 
 
-def test_a_sentence_encoder_that_is_not_there_is_told(tmp_path, monkeypatch):
+def test_a_sentence_encoder_that_is_not_there_is_told(tmp_path):
+    pytest.importorskip("sentence_transformers")
     work = village.context(tmp_path, None, POOL, embedder=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="nowhere: sentence-transformers cannot load it"):
         SELECTORS.build_from({"name": "k-center"}).rank(work)
+    work.run.close()
+
+
+def test_without_sentence_transformers_the_extra_is_named(tmp_path, monkeypatch):
+    work = village.context(tmp_path, None, POOL, embedder=str(tmp_path / "nowhere"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'pharmacist\[embeddings\]'"):
         SELECTORS.build_from({"name": "k-center"}).rank(work)
