@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pharmacist.data.records import Records
     from pharmacist.selectors.base import Scores, Selector
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
 _SPREAD = frozenset({"k-center", "facility-location"})
