@@ -2,13 +2,12 @@
 
     python benchmarks/compare_selectors.py OUTPUT_DIR [--seeds 3] [--only NAME ...] [--downstream] [--figure FILE.svg]
 
-Pools with 0 %, 5 % and 15 % mislabelled rows (`pharmacist.worlds`). Selectors that take next to no time are run on
-every pool and seed, the others on every seed of the 5 % pool and on the first seed of the other two, and those that
-answer a question about their own method on the 5 % pool alone. A ranking is an ordinary folder of `pharmacist curate`,
-made in a process of its own, whose largest memory is the selector's; the libraries are loaded before the process
-starts. Cost is the wall time of the selector's phases in units of one LoRA SFT epoch over the same pool, measured
-before each pool's rankings, the least of all runs each; and the tokens that go through the model in the same unit.
-Interrupted, the benchmark resumes.
+Pools with 0 %, 5 % and 15 % mislabelled rows (`pharmacist.worlds`), every selector on every pool and seed; variants
+that answer a question about their own method on the 5 % pool alone. A ranking is an ordinary folder of
+`pharmacist curate`, made in a process of its own, whose largest memory is the selector's; the libraries are loaded
+before the process starts. Cost is the wall time of the selector's phases in units of one LoRA SFT epoch over the same
+pool, measured before each pool's rankings, the least of all runs each; and the tokens that go through the model in the
+same unit. Interrupted, the benchmark resumes.
 
 With --downstream each core subset (30 % of the 5 % pool, first seed), the full pool and a random subset align a model
 by SFT and by Vaccine, which is then attacked: the settings are the demo's.
@@ -58,16 +57,12 @@ VARIANTS = {
 LINES = {name: {"name": name} for name in SELECTORS.names()} | {
     "classifier+embedding": {"name": "classifier+embedding"}
 } | VARIANTS  # fmt: skip
-CHEAP = {
-    "random", "full", "length", "loss-low", "loss-high", "perplexity", "ifd", "dsir", "classifier", "embedding",
-    "k-center", "facility-location", "el2n", "classifier+embedding",
-}  # fmt: skip
-"""Run on every pool and seed."""
 ABLATIONS = {"seal, by logits", "unrolled, after a harmful step", "pharmacist, contrast alone"}
 """Run on the main pool alone, and not carried on to an attack."""
 NOT_THE_SELECTOR = ("read", "find duplicates")
 """Phases of curate that cost the same whatever the selector."""
-DEFENSES = ("sft", "vaccine")
+DEFENSES = {"sft": {"name": "sft"}, "vaccine": {"name": "vaccine", "rho": 0.1}}
+"""With the strength of `recipes/embedded.yaml`, which was chosen on another world."""
 
 
 def slug(name):
@@ -129,7 +124,7 @@ def align_attack_evaluate(data, files, defense, folder, seed, model=BASE_MODEL, 
     """Harmful score over the attack's steps, accuracy and over-refusal of a model aligned on `data`, in percent."""
     common = {"seed": seed, "quiet": True}
     aligned = align(AlignOptions(
-        data=data, model=str(model), defense={"name": defense}, train=dict(ALIGN), lora=LoraOptions(**lora),
+        data=data, model=str(model), defense=dict(defense), train=dict(ALIGN), lora=LoraOptions(**lora),
         output_dir=str(folder / "align"), **common,
     ))  # fmt: skip
     attacked = folder / "attack"
@@ -170,10 +165,7 @@ def measured(processes, record, function, *arguments):
 
 def cells(name, seeds):
     """Pools and seeds that a selector is run on."""
-    every = [(pool, seed) for pool in POOLS for seed in seeds]
-    if name in CHEAP:
-        return every
-    return [(pool, seed) for pool, seed in every if pool == MAIN or (seed == seeds[0] and name not in ABLATIONS)]
+    return [(pool, seed) for pool in POOLS for seed in seeds if pool == MAIN or name not in ABLATIONS]
 
 
 def run_rankings(root, names, seeds, rows, processes):
@@ -214,7 +206,7 @@ def run_downstream(root, names, seed, rows, processes, found):
             record = place.with_suffix(".json")
             place.parent.mkdir(exist_ok=True)
             start = time.perf_counter()
-            got = measured(processes, record, align_attack_evaluate, data, files, defense, place, seed)
+            got = measured(processes, record, align_attack_evaluate, data, files, DEFENSES[defense], place, seed)
             print(f"{defense} on {name}: {time.perf_counter() - start:.0f} s", flush=True)
             found.setdefault(name, {})[defense] = got
 
@@ -264,7 +256,7 @@ def downstream_table(downstream):
     for defense in DEFENSES:
         head += [f"{defense}: harmful score over the attack", "after it", "accuracy", "over-refusal, before / after"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in sorted(downstream, key=lambda name: downstream[name][DEFENSES[0]]["area"]):
+    for name in sorted(downstream, key=lambda name: downstream[name]["sft"]["area"]):
         cell = [name if name == "full" else f"30 % by {name}"]
         for defense in DEFENSES:
             got = downstream[name].get(defense)

@@ -115,7 +115,8 @@ def main():
             key = f"{name} | {target}"
             if key not in found["aligned"]:
                 found["aligned"][key] = align_attack_evaluate(
-                    str(folder / "selected.jsonl"), files, "sft", root / f"aligned-{seed}" / target / slug(name), seed,
+                    str(folder / "selected.jsonl"), files, {"name": "sft"},
+                    root / f"aligned-{seed}" / target / slug(name), seed,
                     models[target], LORA if target == "llama" else NEOX_LORA,
                 )  # fmt: skip
                 write_json(path, found)
