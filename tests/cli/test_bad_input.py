@@ -272,9 +272,39 @@ CASES: dict[str, tuple[Case, str]] = {
     "no YAML": (config_file("pool: [\n"), "options.yaml: not valid YAML"),
     "unknown key": (config_file("divresity: none\n"), "unknown key 'divresity'; did you mean 'diversity'?"),
     # --- references
-    "harmful missing": (
+    "harmful missing, twins on references alone": (
         options(without="harmful"),
-        "selector 'pharmacist' needs harmful references; give --harmful FILE",
+        "without harmful references the second twin learns from the pool alone, so selector.cotrain must be above 0; "
+        "or give --harmful, or use --selector.form evidence",
+    ),
+    "harmful missing, pool without weight": (
+        options("--selector.cotrain", "1", "--selector.gamma", "0", without="harmful"),
+        "so selector.gamma must be above 0; or give --harmful",
+    ),
+    "harmful missing, in a mixture": (
+        lambda folder, files: curate_words(
+            {name: path for name, path in files.items() if name != "harmful"},
+            folder / "out",
+            "--selector",
+            "pharmacist+length",
+            "--selector.pharmacist.cotrain",
+            "0",
+        ),
+        "so selector.cotrain must be above 0; or give --harmful",
+    ),
+    "nothing but safe references": (
+        lambda folder, files: curate_words(
+            {name: files[name] for name in ("pool", "safe")},
+            folder / "out",
+            "--selector.form",
+            "evidence",
+            "--selector.readers",
+            "lexical",
+            "--selector.corruptions_per_row",
+            "0",
+        ),
+        "safe references alone have no other class to be told from; give --harmful or --utility, or set "
+        "selector.corruptions_per_row above 0",
     ),
     "safe missing": (options(without="safe"), "selector 'pharmacist' needs safe references; give --safe FILE"),
     "harmful = safe": (

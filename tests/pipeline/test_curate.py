@@ -276,6 +276,32 @@ def test_each_form_alone(form: str, missing: str, files: dict[str, str], tmp_pat
         assert (table["score"] == table["contrast"]).all()
 
 
+def test_without_harmful_references_it_says_what_it_does_instead(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, out = {name: path for name, path in files.items() if name != "harmful"}, tmp_path / "out"
+    assert main(curate_words(given, out, *FEW_STEPS, "--selector.readers", "lexical")) == 0
+    said = capsys.readouterr().err
+    assert "selector 'pharmacist': without harmful references the twins fall back to SEAL's contrast" in said
+    assert "without more references it cannot see: teaches_compliance" in said and "toxic" not in said
+    table = scores(out)
+    check_table(table, 60)
+    assert "loss_toxic" not in table and np.allclose(table["contrast"], table["loss_auxiliary"] - table["loss_safe"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    text = page.split("<script")[0] + page.split("</script>")[-1]  # what is written out; the rows are packed
+    assert "Without harmful references the twins fall back to" in text and "toxic" not in text
+    # Nothing of the kind with them, nor without twins.
+    for more in (files, {**given}):
+        words = ["--selector.form", "evidence"] if more == given else ["--selector.cotrain", "0"]
+        folder = tmp_path / words[-1]
+        assert main(curate_words(more, folder, *FEW_STEPS, "--selector.readers", "lexical", *words)) == 0
+        assert "SEAL" not in capsys.readouterr().err
+    # A saved selector needs no references, so there is nothing to say.
+    more = curate_words({"pool": files["pool"]}, tmp_path / "again", "--resume-selector", str(out / "selector"))
+    assert main(more) == 0 and "SEAL" not in capsys.readouterr().err
+    assert (scores(tmp_path / "again")["score"] == table["score"]).all()
+
+
 def test_a_lexical_ranking_needs_no_model(files: dict[str, str], tmp_path: Path) -> None:
     words = ["--selector.form", "evidence", "--selector.readers", "lexical", "--quiet"]
     assert main(curate_words(files, tmp_path / "out", *words, model=None)) == 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source
@@ -275,6 +276,41 @@ def test_a_missing_class_is_named_as_unseen(model, tmp_path):
     assert "p_utility" not in found.signals and set(found.reason) <= {CRITICAL, "teaches_compliance", "low_quality"}
 
 
+WITHOUT_HARMFUL = {name: rows for name, rows in village.references().items() if name != "harmful"}
+
+
+@FORMS
+def test_without_harmful_references_it_falls_back_to_an_auxiliary_model(model, tmp_path, monkeypatch, form):
+    selector, found = ranked(tmp_path / "run", model, refs=WITHOUT_HARMFUL, form=form)
+    assert "teaches_compliance" in found.report["cannot_see"] and "teaches_compliance" not in found.reason
+    assert np.isfinite(found.score).all() and len(np.unique(found.score)) > 20
+    assert not {"p_harmful", "loss_toxic"} & found.signals.keys()
+    assert ("SEAL's contrast" in found.report.get("fallback", "")) == (form != "evidence")
+    assert "toxic" not in json.dumps(found.report)
+    if form != "evidence":
+        gap = found.signals["loss_auxiliary"] - found.signals["loss_safe"]
+        assert np.array_equal(found.signals["contrast"], gap) and np.abs(gap).min() > 0
+    # What was saved ranks again, without training and without references.
+    selector.save(tmp_path / "saved")
+    monkeypatch.setattr(AdapterBank, "train", lambda *_, **__: pytest.fail("trained"))
+    again = scores(tmp_path / "again", model, refs={}, context={"resume_from": tmp_path / "saved"}, form=form)
+    assert equal(again, found)
+    assert (tmp_path / "saved/adapters/twin_auxiliary").is_dir() == (form != "evidence")
+    assert not (tmp_path / "saved/adapters/twin_toxic").exists()
+
+
+def test_safe_references_alone_rank_by_what_is_damaged(tmp_path):
+    """Classes safe and corrupted: noise is seen, and nothing else."""
+    refs = {"safe": village.rows("safe", 40, seed=3)}
+    pool = [*village.rows("safe", 20, seed=9), *village.rows("noise", 20, seed=9)]
+    found = scores(tmp_path / "a", None, pool, refs, form="evidence", readers="lexical", corruptions_per_row=2)
+    assert found.report["references"].keys() == {"safe", "corrupted"}
+    assert found.report["cannot_see"] == ["teaches_compliance", "not_safety_critical", "over_refusal"]
+    assert roc_auc_score(np.arange(40) < 20, found.score) > 0.9
+    # Negative control: an order that is not that of the safe rows.
+    assert abs(roc_auc_score(np.arange(40) % 2 == 0, found.score) - 0.5) < 0.2
+
+
 def test_the_lexical_reader_alone_needs_no_model(tmp_path):
     selector, found = ranked(tmp_path / "run", None, form="evidence", readers="lexical")
     assert found.report["readers"] == ["lexical"] and set(found.reason) > {CRITICAL}
@@ -452,8 +488,12 @@ def test_what_a_selector_must_be_given(model, tmp_path):
     refs = village.references()
     with pytest.raises(DataError, match="--safe: 3 rows are left, at least 8"):
         scores(tmp_path / "a", model, refs=refs | {"safe": refs["safe"][:3]})
-    with pytest.raises(DataError, match="twins need harmful references"):
-        scores(tmp_path / "b", model, refs={"safe": refs["safe"]}, form="bilevel")
+    # --- without harmful references the rest of them must have something to learn
+    for options in ({"cotrain": 0.0}, {"gamma": 0.0}):
+        with pytest.raises(ConfigError, match=f"selector.{next(iter(options))} must be above 0; or give --harmful"):
+            scores(tmp_path / "b", model, refs={"safe": refs["safe"]}, form="bilevel", **options)
+    with pytest.raises(ConfigError, match="safe references alone have no other class"):
+        scores(tmp_path / "c", None, refs={"safe": refs["safe"]}, form="evidence", corruptions_per_row=0)
 
 
 @pytest.mark.parametrize("options, message", [

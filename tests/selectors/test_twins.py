@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import twins
 from pharmacist.selectors.jobs import run_jobs
@@ -26,6 +27,7 @@ from pharmacist.selectors.twins import (
     twin_reasons,
     weight_gradient,
 )
+from tests.selectors.test_seal import Ridge
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
@@ -128,6 +130,94 @@ def test_the_twin_loss_equals_its_formula():
         )
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(pool_losses, pool, rtol=0, atol=1e-12)
+
+
+def test_without_harmful_references_the_second_twin_learns_pool_and_utility_alone(tmp_path):
+    """Against two trainings written out here: theta with the safe references, theta-hat without."""
+    problem, bank = make_problem(harmful=[], gamma=0.6, mu=0.7), make_bank()
+    sigma = sigma_closed_form(np.random.default_rng(0).normal(size=20), 1.0)
+    run_jobs(bank, closed_form_jobs(bank, problem, sigma, tmp_path), "test")
+    losses = {f"loss_{name}": losses_by_hand(problem, sigma, name == "safe") for name in ("safe", "auxiliary")}
+    with torch.no_grad():
+        found = twin_losses(bank, make_batch(problem.pool, range(20), bank.device), problem.twins)
+    assert found.keys() == losses.keys() and problem.twins == ("twin_safe", "twin_auxiliary")
+    for key, values in losses.items():
+        np.testing.assert_allclose(found[key], values, rtol=0, atol=1e-12)
+    # Negative control: a second model that also learns the safe references has no contrast.
+    assert np.abs(losses["loss_auxiliary"] - losses["loss_safe"]).min() > 1e-6
+    # Neither twin is what it is with harmful references, but the safe one.
+    apart = make_bank()
+    run_jobs(apart, closed_form_jobs(apart, make_problem(gamma=0.6, mu=0.7), sigma, tmp_path / "with"), "test")
+    with_harmful = losses_of(apart, problem.pool)
+    np.testing.assert_array_equal(with_harmful["loss_safe"], found["loss_safe"])
+    assert np.abs(with_harmful["loss_toxic"] - found["loss_auxiliary"]).min() > 1e-6
+
+
+def losses_by_hand(problem: TwinProblem, sigma: np.ndarray, with_safe: bool) -> np.ndarray:
+    """Losses of the pool after AdamW on (1 - gamma) [L_S + mu L_U] + gamma mean_i sigma_i l_i, L_S left out or not."""
+    bank = make_bank()
+    bank.add("one")
+    parameters = list(bank.parameters("one").values())
+    optimizer = torch.optim.AdamW(parameters, lr=bank.options.learning_rate, weight_decay=0.0)
+    streams = {
+        name: twins.batch_stream(n, 4, problem.steps, twins.derive(problem.seed, "twins", name))
+        for name, n in (("own", 9), ("utility", 7), ("pool", 20))
+    }
+
+    def losses(sequences, rows):
+        return bank.row_losses("one", make_batch(sequences, rows, bank.device)).completion
+
+    with bank.differentiable("one"):
+        for step in range(problem.steps):
+            pool = streams["pool"][step]
+            utility = losses(problem.references, problem.rows["utility"][streams["utility"][step]]).mean()
+            total = 0.4 * 0.7 * utility + 0.6 * (torch.from_numpy(sigma)[pool] * losses(problem.pool, pool)).mean()
+            if with_safe:
+                total = total + 0.4 * losses(problem.references, problem.rows["safe"][streams["own"][step]]).mean()
+            optimizer.param_groups[0]["lr"] = 0.02 * learning_rate_factor(step, problem.steps)
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    with torch.no_grad():
+        return losses(problem.pool, np.arange(20)).numpy()
+
+
+@pytest.mark.parametrize("utility", [UTILITY, []])
+def test_without_harmful_references_rows_like_the_safe_ones_come_first(tmp_path, utility):
+    noise = random_token_rows(18, VOCABULARY, seed=41, longest=5).pairs
+    pool = [*random_token_rows(2, VOCABULARY, seed=42).pairs, *SAFE, *noise]
+    bank, problem = make_bank(), make_problem(harmful=[], utility=utility, pool=pool, steps=40)
+    run_jobs(bank, closed_form_jobs(bank, problem, np.ones(len(pool)), tmp_path), "test")
+    with torch.no_grad():
+        found = twin_losses(bank, make_batch(problem.pool, range(len(pool)), bank.device), problem.twins)
+    like_safe = np.isin(np.arange(len(pool)), np.arange(2, 11))
+    score = found["loss_auxiliary"] - found["loss_safe"]
+    assert roc_auc_score(like_safe, score) > 0.95
+    # Negative control: neither loss alone tells them, and a random label gets nothing out of the score.
+    assert roc_auc_score(like_safe, found["loss_auxiliary"]) < 0.8 and roc_auc_score(np.arange(29) % 2, score) < 0.75
+    thresholds = fit_thresholds(
+        {key: np.linspace(1, 2, len(problem.references)) for key in found}, problem.rows
+    )  # fmt: skip
+    assert thresholds.compliance is None
+    assert "teaches_compliance" not in twin_reasons({key: values - 9 for key, values in found.items()}, thresholds)
+
+
+def test_the_fallback_is_seals_penalty_gradient():
+    """In closed form: with utility left out, dG/dw is (1 - gamma) times what SEAL's two models say (`test_seal`)."""
+    problem, gamma = Ridge(), 0.999
+    r = gamma / (1 - gamma)
+    exact = problem.hypergradient()
+    safe, auxiliary = problem.solve(gamma, upper=1 - gamma), problem.solve(gamma, upper=0.0)
+    difference = problem.losses(safe) - problem.losses(auxiliary)
+    found = weight_gradient(problem.sigma, difference, gamma)
+    seals = r * weight_gradient(
+        problem.sigma, problem.losses(problem.solve(r)) - problem.losses(problem.solve(1.0, upper=0.0)), 1.0
+    )
+    np.testing.assert_allclose(found, (1 - gamma) * seals, rtol=1e-6, atol=0)
+    assert np.linalg.norm(found / (1 - gamma) - exact) < 1e-2 * np.linalg.norm(exact)
+    # Negative control: an auxiliary model that also learns the upper level is no auxiliary model.
+    assert np.abs(weight_gradient(problem.sigma, problem.losses(safe) - problem.losses(safe), gamma)).max() == 0
 
 
 def test_utility_references_are_no_duty(tmp_path):

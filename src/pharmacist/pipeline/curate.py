@@ -336,6 +336,9 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         if number:
             said = f"{number} of {number + len(records[name])} rows share a prompt with --pool and are left out"
             console().print(f"--{name}: {said}", soft_wrap=True)
+    notice = selector.notice(records.keys()) if options.resume_selector is None else None
+    if notice is not None:
+        console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
     with run.phase("find duplicates"):
         clusters = find_duplicates(
             pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
@@ -396,6 +399,8 @@ def _input(
         if len(records[need]) < FEWEST_REFERENCES:
             number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
             raise DataError(f"--{need}: {number}")
+    if options.resume_selector is None:
+        selector.notice(records.keys())
     if options.top_k is not None and options.top_k > n:
         raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
     groups = None if options.balance is None else _groups(records["pool"], options.balance)

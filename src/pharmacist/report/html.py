@@ -126,7 +126,8 @@ def _ranking(
     ranking: dict[str, Any] = {
         "selector": manifest["config"].get("selector", {}).get("name", ""), "judged": judgement.judged,
         "reasons": [group | {"word": word_of[group["name"]]} for group in reasons],
-        "cannot_see": [words.reason(name) for name in judgement.blind], "cut": cut,
+        "cannot_see": [words.reason(name) for name in judgement.blind], "fallback": report.get("fallback"),
+        "cut": cut,
         "quality": tables.held_out_quality(report), "classes": words.CLASSES, "phases": tables.phases(manifest),
         "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
         "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()),

@@ -1,7 +1,7 @@
 """What a selector is: it may learn from references (and the pool), then gives every row a score and a reason."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +179,17 @@ class Selector(ABC):
 
         The result depends on content alone: permuted rows get permuted scores, equal rows equal ones.
         """
+
+    def notice(self, given: Collection[str]) -> str | None:
+        """What the selector does otherwise for want of references, in one sentence; None where it misses nothing.
+
+        Args:
+            given: The kinds of references that there are, all of `needs` among them.
+
+        Raises:
+            ConfigError: Its options need others than those.
+        """
+        return None
 
     def save(self, folder: Path) -> bool:
         """Writes what was learned, so that new rows can be scored without training; False where nothing was."""

@@ -1,6 +1,6 @@
 """Several selectors as one, ``--selector a+b``: the mean of their ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class Mix(Selector):
             else:
                 self.parts[name] = SELECTORS.get(name)(given)  # type: ignore[call-arg]
         self.needs = frozenset().union(*(part.needs for part in self.parts.values()))
+
+    def notice(self, given: Collection[str]) -> str | None:
+        """What its parts do otherwise."""
+        return "; ".join(filter(None, (part.notice(given) for part in self.parts.values()))) or None
 
     def rank(self, context: SelectionContext) -> Scores:
         """Lets every selector rank the pool, one after the other."""

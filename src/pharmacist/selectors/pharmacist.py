@@ -1,6 +1,6 @@
 """The Pharmacist selector: evidence classes throw out faults, the contrast of safe and toxic twins orders the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -118,12 +118,16 @@ class Pharmacist(Selector):
     """Ranks an alignment pool by what its rows look like and by what training on them does."""
 
     Config = PharmacistConfig
-    needs = frozenset({"safe", "harmful"})
+    needs = frozenset({"safe"})
     paper = "arXiv 2510.10085; evidence classes and closed form are this project's own"
 
     def __init__(self, config: PharmacistConfig) -> None:
         self.config = config
         self._trained: _Trained | None = None
+
+    def notice(self, given: Collection[str]) -> str | None:
+        """Says that the twins fall back to SEAL's contrast where there are no harmful references."""
+        return _fall_back(self.config, given)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains (or loads) readers and twins, passes over the pool once, and combines what they say."""
@@ -164,7 +168,9 @@ class _Trained:
     @property
     def twins(self) -> tuple[str, ...]:
         """Twins in use."""
-        return twins.TWINS if self.config.form != "evidence" else ()
+        if self.config.form == "evidence":
+            return ()
+        return twins.TWINS if "harmful" in self.classes else twins.WITHOUT_HARMFUL
 
     @property
     def reads_tokens(self) -> bool:
@@ -263,6 +269,7 @@ class _Worker:
 
     def train(self) -> _Trained:
         config = self.config
+        fallback = _fall_back(config, self.context.references)
         given = {name: list(last_requests(rows.dataset)) for name, rows in self.context.references.items()}
         for name, rows in given.items():
             if len(rows) < FEWEST_REFERENCES:
@@ -274,6 +281,8 @@ class _Worker:
             config=config, model="", classes=references.classes, readers=(), combination=None, cheap_combination=None,
             lexical=None, probe=None, bank=None, thresholds=None, report={"references": references.counts()},
         )  # fmt: skip
+        if fallback is not None:
+            trained.report["fallback"] = fallback
         trained.report["cannot_see"] = [REASONS[name] for name in REASONS if name not in references.classes]
         if config.form != "bilevel":
             with self.phase("train readers"):
@@ -394,9 +403,7 @@ class _Worker:
         }  # fmt: skip
 
     def train_twins(self, trained: _Trained, references: EvidenceReferences) -> None:
-        config = self.config
-        if "harmful" not in references.classes:
-            raise DataError("the twins need harmful references; give --harmful, or use --selector.form evidence")
+        config, names = self.config, trained.twins
         encoded, bank, pool = self.encode_references(references), self.bank, self.encoded_pool
         trained.bank = bank
         rows = {
@@ -420,25 +427,27 @@ class _Worker:
                 folder = root / f"round{number}"
                 run_jobs(bank, twins.closed_form_jobs(bank, problem, sigma, folder), f"twins, round {number + 1}")
                 if number + 1 < config.rounds and len(pool_rows):
-                    self._load_twins(folder)
-                    losses = self.measure_twins(pool, folder / "losses", pool_rows, "twins, co-trained rows")
-                    difference = (losses["loss_safe"] - losses["loss_toxic"])[pool_rows]
-                    sigma = twins.sigma_closed_form(difference, config.tau)
-        self._load_twins(folder)
+                    self._load_twins(names, folder)
+                    losses = self.measure_twins(names, pool, folder / "losses", pool_rows, "twins, co-trained rows")
+                    safe, other = twins.safe_and_other(losses)
+                    sigma = twins.sigma_closed_form((safe - other)[pool_rows], config.tau)
+        self._load_twins(names, folder)
         every = np.concatenate([where for where in rows.values()])
-        losses = self.measure_twins(encoded, folder / "reference-losses", every, "twins, references")
+        losses = self.measure_twins(names, encoded, folder / "reference-losses", every, "twins, references")
         trained.thresholds = twins.fit_thresholds(losses, rows)
         trained.report["twins"] = {
             "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(trained.thresholds),
         }  # fmt: skip
 
-    def _load_twins(self, folder: Path) -> None:
-        for name in twins.TWINS:
+    def _load_twins(self, names: tuple[str, ...], folder: Path) -> None:
+        for name in names:
             self.bank.load(name, folder / name)
 
-    def measure_twins(self, sequences: "Encoded", work: Path, rows: IntArray, what: str) -> dict[str, FloatArray]:
+    def measure_twins(
+        self, names: tuple[str, ...], sequences: "Encoded", work: Path, rows: IntArray, what: str
+    ) -> dict[str, FloatArray]:
         return run_pass(
-            sequences, lambda batch: twins.twin_losses(self.bank, batch), work=work, device=self.bank.device,
+            sequences, lambda batch: twins.twin_losses(self.bank, batch, names), work=work, device=self.bank.device,
             tokens_per_batch=self.tokens_per_batch, rows=rows, description=what,
         )  # fmt: skip
 
@@ -521,7 +530,7 @@ class _Worker:
             if adapters_now:
                 found |= adapter_losses(self.bank, adapters_now, batch)
             if trained.twins:
-                found |= twins.twin_losses(self.bank, batch)
+                found |= twins.twin_losses(self.bank, batch, trained.twins)
             return found
 
         measured: dict[str, FloatArray] = {}
@@ -571,8 +580,9 @@ class _Worker:
         return log_odds(posterior), reasons[posterior.argmax(1)]
 
     def _contrast(self, measured: dict[str, FloatArray], signals: dict[str, npt.NDArray[Any]]) -> FloatArray:
-        contrast = measured["loss_toxic"] - measured["loss_safe"]
-        signals |= {"loss_safe": measured["loss_safe"], "loss_toxic": measured["loss_toxic"], "contrast": contrast}
+        safe, other = twins.safe_and_other(measured)
+        signals |= {name: values for name, values in measured.items() if values is safe or values is other}
+        signals["contrast"] = contrast = other - safe
         return contrast
 
     def _ordered_by_solver(self, contrast: FloatArray) -> FloatArray:
@@ -585,6 +595,31 @@ class _Worker:
         return twins.mean_over_copies(keys, rows, logits)  # equal rows were drawn apart
 
 
+def _fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
+    """What the twins are instead without harmful references; None where they have them, or there are no twins.
+
+    Raises:
+        ConfigError: The options leave nothing to learn from what is given.
+    """
+    if config.form != "bilevel" and config.corruptions_per_row == 0 and not {"harmful", "utility"} & set(given):
+        raise ConfigError(
+            "safe references alone have no other class to be told from; give --harmful or --utility, or set "
+            "selector.corruptions_per_row above 0"
+        )
+    if config.form == "evidence" or "harmful" in given:
+        return None
+    if config.gamma == 0 or config.cotrain == 0:
+        option = "gamma" if config.gamma == 0 else "cotrain"
+        raise ConfigError(
+            f"without harmful references the second twin learns from the pool alone, so selector.{option} must be "
+            "above 0; or give --harmful, or use --selector.form evidence"
+        )
+    return (
+        "without harmful references the twins fall back to SEAL's contrast: the model that also learns the safe "
+        "references against an auxiliary one that learns the pool without them"
+    )
+
+
 def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
     """Evidence throws out faults, contrast orders the rest.
 
@@ -593,7 +628,7 @@ def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_
 
     Args:
         evidence: Log-odds of the safe class, shape [rows].
-        contrast: Loss under the toxic less that under the safe twin, shape [rows].
+        contrast: Loss under the other twin less that under the safe one, shape [rows].
         reason: Shape [rows].
     """
     critical = reason == CRITICAL

@@ -2,6 +2,7 @@
 
 Two adapters share their start, every pool and utility batch and every seed; one also learns the safe references, the
 other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
+Without harmful references the second twin learns nothing of its own, and the contrast is SEAL's.
 """
 
 import io
@@ -24,6 +25,9 @@ from pharmacist.selectors.jobs import Job
 FloatArray = npt.NDArray[np.float64]
 
 TWINS = ("twin_safe", "twin_toxic")
+WITHOUT_HARMFUL = ("twin_safe", "twin_auxiliary")
+"""The twins where there are no harmful references: the second is SEAL's auxiliary model, which learns what both learn
+(weighted pool and utility) and nothing of its own."""
 FEWEST_COTRAINED = 256
 
 
@@ -33,7 +37,7 @@ class TwinProblem:
 
     Attributes:
         references: All references in tokens.
-        rows: ``safe``, ``harmful``, ``utility`` (maybe empty) -> rows of `references`.
+        rows: ``safe``, ``harmful``, ``utility`` (the last two maybe empty) -> rows of `references`.
         pool: The pool in tokens.
         pool_rows: Rows of the pool that the twins train on; empty for the cheap form.
         gamma: Weight of the pool against the references, in [0, 1).
@@ -50,6 +54,11 @@ class TwinProblem:
     mu: float
     steps: int
     seed: int
+
+    @property
+    def twins(self) -> tuple[str, str]:
+        """Names of the two adapters."""
+        return TWINS if len(self.rows["harmful"]) else WITHOUT_HARMFUL
 
 
 def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
@@ -115,7 +124,7 @@ def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: Float
 
 
 class _TwinLoss:
-    """(1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i, as a function of the step."""
+    """(1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i, as a function of the step; no own rows, no L_own."""
 
     def __init__(self, bank: AdapterBank, problem: TwinProblem) -> None:
         self.bank, self.problem = bank, problem
@@ -135,8 +144,10 @@ class _TwinLoss:
     def __call__(self, adapter: str, step: int, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The twin's loss and the unweighted losses of the step's pool rows."""
         problem, own = self.problem, "safe" if adapter == TWINS[0] else "harmful"
-        own_rows = problem.rows[own][self.own[own][step]]
-        loss = self.completion_losses(adapter, problem.references, own_rows).mean()
+        loss = torch.zeros(())
+        if len(problem.rows[own]):
+            own_rows = problem.rows[own][self.own[own][step]]
+            loss = loss + self.completion_losses(adapter, problem.references, own_rows).mean()
         if len(problem.rows["utility"]):
             utility = problem.rows["utility"][self.utility[step]]
             loss = loss + problem.mu * self.completion_losses(adapter, problem.references, utility).mean()
@@ -151,7 +162,7 @@ def closed_form_jobs(bank: AdapterBank, problem: TwinProblem, sigma: FloatArray,
     """Training of both twins at fixed pool weights; two jobs, since nothing couples them.
 
     Args:
-        bank: Receives the adapters `TWINS`.
+        bank: Receives the adapters `problem.twins`.
         problem: The data.
         sigma: Weight with mean 1 of each co-trained row, shape [len(problem.pool_rows)].
         folder: For the trained adapters.
@@ -168,7 +179,7 @@ def closed_form_jobs(bank: AdapterBank, problem: TwinProblem, sigma: FloatArray,
 
         return Job((name,), folder, problem.steps, run)
 
-    return [job(name) for name in TWINS]
+    return [job(name) for name in problem.twins]
 
 
 def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: Path) -> Job:
@@ -177,32 +188,32 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
     The logits of visited rows move by ``rate`` times their own gradient (no dense Adam: rows that were not visited
     must not drift). They are saved beside the adapters as ``logits.npy``.
     """
-    loss = _TwinLoss(bank, problem)
+    loss, names = _TwinLoss(bank, problem), problem.twins
     logits = torch.zeros(len(problem.pool_rows), dtype=torch.float64)
 
     def step_loss(step: int) -> torch.Tensor:
         sigma = torch.softmax(logits, 0) * len(logits)
-        safe, safe_losses = loss(TWINS[0], step, sigma)
-        toxic, toxic_losses = loss(TWINS[1], step, sigma)
+        safe, safe_losses = loss(names[0], step, sigma)
+        other, other_losses = loss(names[1], step, sigma)
         rows = loss.pool[step]
-        difference = (safe_losses - toxic_losses).double().cpu().numpy()
+        difference = (safe_losses - other_losses).double().cpu().numpy()
         gradient = batch_weight_gradient(sigma[rows].numpy(), difference, problem.gamma)
         logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
-        return safe + toxic
+        return safe + other
 
     def restore(tensors: dict[str, torch.Tensor]) -> None:
         logits.copy_(tensors["logits"])
 
     def run(checkpoint: Path, advance: Callable[[], object]) -> None:
-        for name in TWINS:
+        for name in names:
             bank.add(name)
         bank.train(
-            TWINS, step_loss, steps=problem.steps, checkpoint=checkpoint, advance=advance,
+            names, step_loss, steps=problem.steps, checkpoint=checkpoint, advance=advance,
             extra=lambda: {"logits": logits.clone()}, restore=restore,
         )  # fmt: skip
         save_logits(folder, logits.numpy())
 
-    return Job(TWINS, folder, problem.steps, run)
+    return Job(names, folder, problem.steps, run)
 
 
 def save_logits(folder: Path, logits: FloatArray) -> None:
@@ -216,12 +227,20 @@ def save_logits(folder: Path, logits: FloatArray) -> None:
         file.write(buffer.getbuffer())
 
 
-def twin_losses(bank: AdapterBank, batch: Batch) -> dict[str, FloatArray]:
-    """Completion losses of a batch under both twins, each of shape [rows]."""
-    return {
-        key: bank.row_losses(name, batch).completion.double().cpu().numpy()
-        for key, name in zip(("loss_safe", "loss_toxic"), TWINS, strict=True)
-    }
+def twin_losses(bank: AdapterBank, batch: Batch, names: tuple[str, ...] = TWINS) -> dict[str, FloatArray]:
+    """Completion losses of a batch by twin: ``loss_safe``, ``loss_toxic`` or ``loss_auxiliary``; shape [rows]."""
+    return {loss_name(name): bank.row_losses(name, batch).completion.double().cpu().numpy() for name in names}
+
+
+def loss_name(twin: str) -> str:
+    """What the losses under a twin are called."""
+    return f"loss_{twin.removeprefix('twin_')}"
+
+
+def safe_and_other(losses: Mapping[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """The losses under the safe twin and under the other one, whichever it is."""
+    names = TWINS if loss_name(TWINS[1]) in losses else WITHOUT_HARMFUL
+    return losses[loss_name(names[0])], losses[loss_name(names[1])]
 
 
 @dataclass(frozen=True)
@@ -230,12 +249,13 @@ class Thresholds:
 
     Attributes:
         critical: Contrast above which a row is safety-critical: half-way between utility and safe references.
-        compliance: Contrast below which it teaches compliance: half-way between utility and harmful references.
+        compliance: Contrast below which it teaches compliance: half-way between utility and harmful references; None
+            without harmful references, and nothing is said to teach it.
         hard: Loss above which (under both twins) it is noise: the references' 99th percentile.
     """
 
     critical: float
-    compliance: float
+    compliance: float | None
     hard: float
 
 
@@ -243,26 +263,28 @@ def fit_thresholds(losses: Mapping[str, FloatArray], rows: Mapping[str, IntArray
     """Thresholds from the losses of references under both twins.
 
     Args:
-        losses: ``loss_safe`` and ``loss_toxic`` of all references.
+        losses: Of all references, as `twin_losses` gives them.
         rows: Class -> rows; where there are no utility references, their contrast is taken as 0.
     """
-    contrast = losses["loss_toxic"] - losses["loss_safe"]
+    safe, other = safe_and_other(losses)
+    contrast = other - safe
     centre = {name: float(np.median(contrast[where])) if len(where) else 0.0 for name, where in rows.items()}
     known = np.concatenate([where for where in rows.values()])
-    easier = np.minimum(losses["loss_safe"], losses["loss_toxic"])[known]
+    easier = np.minimum(safe, other)[known]
     return Thresholds(
         critical=(centre["safe"] + centre["utility"]) / 2,
-        compliance=(centre["harmful"] + centre["utility"]) / 2,
+        compliance=(centre["harmful"] + centre["utility"]) / 2 if len(rows["harmful"]) else None,
         hard=float(np.quantile(easier, 0.99)),
     )
 
 
 def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> npt.NDArray[np.str_]:
     """Reasons from the two losses alone; over-refusals cannot be told from refusals this way."""
-    contrast = losses["loss_toxic"] - losses["loss_safe"]
-    noise = np.minimum(losses["loss_safe"], losses["loss_toxic"]) > thresholds.hard
+    safe, other = safe_and_other(losses)
+    contrast, noise = other - safe, np.minimum(safe, other) > thresholds.hard
+    compliance = -np.inf if thresholds.compliance is None else thresholds.compliance
     reasons: npt.NDArray[np.str_] = np.select(
-        [noise, contrast < thresholds.compliance, contrast < thresholds.critical],
+        [noise, contrast < compliance, contrast < thresholds.critical],
         ["low_quality", "teaches_compliance", "not_safety_critical"],
         CRITICAL,
     )
