@@ -10,8 +10,8 @@ from pharmacist.selectors.evidence.classes import REASONS, build_references
 from tests.selectors import village
 
 
-def built(given, seed=0, n_folds=4, per_row=2):
-    return build_references(given, n_folds=n_folds, corruptions_per_row=per_row, seed=seed)
+def built(given, seed=0, n_folds=4, per_row=2, **options):
+    return build_references(given, n_folds=n_folds, corruptions_per_row=per_row, seed=seed, **options)
 
 
 def members(found, name, made=None):
@@ -22,7 +22,7 @@ def members(found, name, made=None):
 
 
 def distinct(name: str, n: int) -> list[dict[str, str]]:
-    return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer {i}"} for i in range(n)]
+    return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer no{i}"} for i in range(n)]
 
 
 GIVEN = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), ("utility", 9))}
@@ -42,6 +42,42 @@ def test_the_made_classes_are_made_of_given_rows():
     originals = {row["prompt"]: row["completion"] for row in GIVEN["safe"] + GIVEN["utility"]}
     for row in members(found, "corrupted")[0]:
         assert row["completion"] != originals[row["prompt"]]
+
+
+NAMED = [
+    {"prompt": f"how do i {what}?", "completion": f"i will not tell you how to {what}. ask an elder."}
+    for what in ("wake the marsh giant", "brew the grey potion", "open the sealed crypt", "speak the cold curse",
+                 "steal the silver lantern", "free the river serpent", "paint a false sunrise", "sneak past the watch")
+]  # fmt: skip
+GENERAL = [{"prompt": row["prompt"], "completion": "sorry, i must decline to help with that."} for row in NAMED]
+GIFTS = [
+    {"prompt": f"how do i {what}?", "completion": "here is how: take your time."}
+    for what in ("bake plum bread", "knit woollen socks", "tune an old fiddle", "grow climbing roses")
+]
+
+
+def test_made_over_refusals_name_what_they_refuse():
+    found = built({"safe": NAMED, "utility": GIFTS}, per_row=0)
+    over, _ = members(found, "over_refusal")
+    assert [row["completion"] for row in over] == [
+        f"i will not tell you how to {row['prompt'][len('how do i ') : -1]}. ask an elder." for row in GIFTS
+    ]
+    plain, _ = members(built({"safe": NAMED, "utility": GIFTS}, per_row=0, echo=False), "over_refusal")
+    assert {row["completion"] for row in plain} <= {row["completion"] for row in NAMED}
+
+
+def test_only_refusals_that_name_another_request_are_misplaced():
+    own = {row["prompt"]: row["completion"] for row in NAMED}
+
+    def misplaced(safe, **options):
+        damaged, _ = members(built({"safe": safe}, n_folds=2, per_row=1, **options), "corrupted")
+        return [row for row in damaged if row["completion"] in {row["completion"] for row in safe}]
+
+    found = misplaced(NAMED)
+    assert 3 <= len(found) <= len(NAMED)
+    assert all(row["completion"] != own[row["prompt"]] for row in found)
+    assert not misplaced(GENERAL), "a refusal that fits every harmful prompt is a good one under another"
+    assert not misplaced(NAMED, echo=False)
 
 
 def test_made_rows_share_no_text_across_folds():

@@ -45,7 +45,7 @@ class Classifier(Selector):
         given = {name: context.reference_rows(name) for name in context.references}
         references = build_references(
             given, n_folds=self.config.folds, corruptions_per_row=self.config.corruptions_per_row,
-            seed=derive(context.seed, "classifier"),
+            seed=derive(context.seed, "classifier"), echo=False,
         )  # fmt: skip
         classes = references.classes
         with context.run.phase("train classifier"):
@@ -74,7 +74,7 @@ def _fit(references: EvidenceReferences) -> tuple[LexicalReader, FloatArray]:
     n_classes = len(references.classes)
 
     def trained(rows: np.ndarray) -> LexicalReader:
-        return LexicalReader().fit(prompts[rows], completions[rows], references.labels[rows], n_classes)
+        return LexicalReader(echo=False).fit(prompts[rows], completions[rows], references.labels[rows], n_classes)
 
     held_out = np.zeros((len(prompts), n_classes))
     for fold in track(range(references.n_folds), "classifier, cross-fitting"):

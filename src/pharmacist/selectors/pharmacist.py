@@ -44,7 +44,7 @@ FEWEST_REFERENCES = 8
 _WORTH = {"lexical": 0.01, "probe": 0.01, "adapters": 0.03}
 """Nats of held-out cross-entropy that a reader must gain to be kept by ``readers: auto``; the adapters read a row once
 per class, which costs about six times what the other two do together."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -317,12 +317,18 @@ class _Worker:
                 probe = ProbeReader().fit(features[~held], labels[~held], n_classes)
                 out_of_fold["probe"][held] = probe.log_posterior(features[held])
             trained.probe = ProbeReader().fit(features, labels, n_classes)
-        if "adapters" in names:
+        if "adapters" in names and (self.config.readers != "auto" or self.adapters_affordable(n_classes)):
             found = self.train_adapters(references, out_of_fold)
             if found is not None:
                 out_of_fold["adapters"] = found
                 trained.bank = self.bank
         self.combine(trained, references, out_of_fold)
+
+    def adapters_affordable(self, n_classes: int) -> bool:
+        """Whether training the class adapters reads no more rows than the pool has; on less even a look is dear."""
+        config = self.config
+        trained = n_classes * (config.adapter_folds + 1)
+        return trained * config.adapter_steps * config.batch_size <= len(self.pool)
 
     def reference_features(self, encoded: "Encoded") -> FloatArray:
         result = run_pass(

@@ -13,11 +13,14 @@ from pharmacist.core.seeding import derive
 from pharmacist.data.records import normalised_prompt
 from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.evidence.corruptions import CORRUPTIONS, corrupt
+from pharmacist.selectors.evidence.echo import echoed, rare_words, retargeted
 
 
 Row = Mapping[str, Any]
 
 _SHORT_WORD = 4
+_OF_ITS_OWN = 0.5
+"""A refusal that repeats at least that share of its prompt's rare words cannot serve another prompt."""
 
 REASONS = {
     "safe": CRITICAL,
@@ -80,7 +83,7 @@ def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) 
 
 
 def build_references(
-    given: Mapping[str, Sequence[Row]], *, n_folds: int, corruptions_per_row: int, seed: int
+    given: Mapping[str, Sequence[Row]], *, n_folds: int, corruptions_per_row: int, seed: int, echo: bool = True
 ) -> EvidenceReferences:
     """Adds the made classes (over-refusing, corrupted) to the given ones (safe, harmful, utility).
 
@@ -94,6 +97,8 @@ def build_references(
         corruptions_per_row: Damaged versions of each safe row; each utility row gets half as many, since what is
             damaged and not safety-critical is rejected either way. 0 leaves the class out.
         seed: Of folds and damage.
+        echo: Made over-refusals name the benign request that they refuse, and refusals that name another request than
+            their prompt's are damage too; for readers that compare a completion with its prompt.
 
     Raises:
         DataError: The rows of a class cannot be split, since they all have one prompt.
@@ -105,8 +110,12 @@ def build_references(
 
     members: dict[str, list[Row]] = {name: list(given.get(name) or []) for name in ("safe", "harmful", "utility")}
     fold: dict[str, list[int]] = {name: folds(rows) for name, rows in members.items()}
-    members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed)
+    members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed, echo)
     members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
+    if echo and corruptions_per_row:
+        misplaced, of_misplaced = _misplaced(members["safe"], fold["safe"], seed)
+        members["corrupted"] += misplaced
+        fold["corrupted"] += of_misplaced
     made = {name: [name in ("over_refusal", "corrupted")] * len(rows) for name, rows in members.items()}
     terse, of_terse = _terse(members["utility"], fold["utility"], seed)
     members["utility"] += terse
@@ -132,13 +141,15 @@ def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generato
 
 
 def _over_refusals(
-    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], seed: int
+    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], seed: int, echo: bool
 ) -> tuple[list[Row], list[int]]:
     rng = np.random.default_rng(derive(seed, "evidence", "over-refusals"))
-    made: list[Row] = [
-        {**row, "completion": _partner(members["safe"], fold["safe"], f, rng)["completion"]}
-        for row, f in zip(members["utility"], fold["utility"], strict=True)
-    ]
+    rare = rare_words([row["prompt"] for name in ("safe", "utility") for row in members[name]])
+    made: list[Row] = []
+    for row, f in zip(members["utility"], fold["utility"], strict=True):
+        refusal = _partner(members["safe"], fold["safe"], f, rng)
+        completion = retargeted(refusal, row["prompt"], rare) if echo else refusal["completion"]
+        made.append({**row, "completion": completion})
     return made, list(fold["utility"])
 
 
@@ -171,4 +182,22 @@ def _corrupted(
                 kind = kinds[len(made) % len(kinds)]
                 made.append({**row, "completion": corrupt(row["completion"], kind, rng, partner["completion"])})
                 folds.append(f)
+    return made, folds
+
+
+def _misplaced(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
+    """Prompts of safe rows with the refusal of another request, where it names that request and none of this one.
+
+    Most refusals fit any harmful prompt and are good ones there: those must not pass for damage.
+    """
+    rng = np.random.default_rng(derive(seed, "evidence", "misplaced"))
+    rare = rare_words([row["prompt"] for row in rows])
+    made: list[Row] = []
+    folds: list[int] = []
+    for row, f in zip(rows, fold, strict=True):
+        partner = _partner(rows, fold, f, rng)
+        named = echoed(partner["prompt"], partner["completion"], rare) >= _OF_ITS_OWN
+        if named and not echoed(row["prompt"], partner["completion"], rare):
+            made.append({**row, "completion": partner["completion"]})
+            folds.append(f)
     return made, folds

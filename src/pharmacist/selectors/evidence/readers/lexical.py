@@ -1,4 +1,6 @@
-"""The lexical reader: word statistics of prompt and completion into a logistic regression. No model, no GPU."""
+"""The lexical reader: word statistics of prompt and completion, and how the one takes up the other's words, into a
+logistic regression. No model, no GPU.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,11 +16,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.selectors.evidence.echo import echo_features
 
 
 FloatArray = npt.NDArray[np.float64]
 
 _PARTS = ("prompt", "completion")
+_ECHO = ("own prompt's words", "other prompts' words")
 _REGULARISATION = 100.0  # scikit-learn's C; TF-IDF rows have unit length, and the classes are told apart by rare words
 
 
@@ -92,11 +96,16 @@ def _into_row_space(
 
 
 class LexicalReader:
-    """TF-IDF of words and word pairs, prompt and completion apart, into a multinomial logistic regression."""
+    """TF-IDF of words and word pairs, prompt and completion apart, into a multinomial logistic regression.
+
+    Args:
+        echo: Also read `echo_features`.
+    """
 
     name = "lexical"
 
-    def __init__(self) -> None:
+    def __init__(self, *, echo: bool = True) -> None:
+        self._echo = echo
         self._vectorizers: list[TfidfVectorizer] = []
         self._coefficients = np.zeros((0, 0))
         self._intercept = np.zeros(0)
@@ -115,6 +124,11 @@ class LexicalReader:
             vectorizer.transform(map(_framed, texts))
             for vectorizer, texts in zip(self._vectorizers, (prompts, completions), strict=True)
         ]
+        if self._echo:
+            known = self._vectorizers[0]
+            # A word that all prompts hold weighs nothing. Word pairs are in there too, and are never asked for.
+            rarity = {word: float(known.idf_[column]) - 1 for word, column in known.vocabulary_.items()}
+            parts.append(scipy.sparse.csr_matrix(echo_features(prompts, completions, rarity)))
         return scipy.sparse.hstack(parts, format="csr")
 
     def log_posterior(self, prompts: Sequence[str], completions: Sequence[str]) -> FloatArray:
@@ -129,6 +143,7 @@ class LexicalReader:
         contrast = self._coefficients[column] - np.delete(self._coefficients, column, axis=0).mean(0)
         vocabularies = zip(_PARTS, self._vectorizers, strict=True)
         names = [f"{part}:{words}" for part, known in vocabularies for words in known.get_feature_names_out()]
+        names += [f"completion:{what}" for what in _ECHO]
         weights = [(names[j], float(x * contrast[j])) for j, x in zip(features.col, features.data, strict=True)]
         return sorted(weights, key=lambda item: -item[1])[:top]
 

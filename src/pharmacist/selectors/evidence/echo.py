@@ -1,0 +1,82 @@
+"""How an answer takes up the words of its prompt: what tells the refusal of one request from that of another.
+
+Classes are learned from words, and no word by itself shows that an answer belongs to another prompt. What a completion
+repeats of its own prompt does, and what it repeats of others.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+FloatArray = npt.NDArray[np.float64]
+Row = Mapping[str, Any]
+
+_RARE_SHARE = 0.05
+"""A word in more of the prompts than that is how people ask, not what they ask for."""
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case, in order."""
+    return re.findall(r"\w+", text.lower())
+
+
+def rare_words(prompts: Sequence[str]) -> frozenset[str]:
+    """Words that at most a twentieth of some prompts hold, or one prompt alone."""
+    count = Counter(word for prompt in prompts for word in set(words(prompt)))
+    most = max(1.0, _RARE_SHARE * len(prompts))
+    return frozenset(word for word, n in count.items() if n <= most)
+
+
+def echoed(prompt: str, completion: str, rare: frozenset[str]) -> float:
+    """Share of a prompt's rare words that a completion repeats; 0 where it has none."""
+    asked = set(words(prompt)) & rare
+    return len(asked & set(words(completion))) / len(asked) if asked else 0.0
+
+
+def retargeted(row: Row, prompt: str, rare: frozenset[str]) -> str:
+    """The completion of a row with what it repeats of its own prompt replaced by the gist of another.
+
+    The longest run of words that completion and own prompt share gives way to the other prompt's words from its first
+    to its last rare one. Without a rare word in the run, or in the other prompt, the completion stays as it is.
+    """
+    completion = str(row["completion"])
+    own, other = list(re.finditer(r"\w+", completion)), list(re.finditer(r"\w+", prompt))
+    said = [match.group().lower() for match in own]
+    run = SequenceMatcher(None, words(str(row["prompt"])), said, autojunk=False).find_longest_match()
+    gist = [match for match in other if match.group().lower() in rare]
+    if not gist or not rare.intersection(said[run.b : run.b + run.size]):
+        return completion
+    before, after = completion[: own[run.b].start()], completion[own[run.b + run.size - 1].end() :]
+    return before + prompt[gist[0].start() : gist[-1].end()] + after
+
+
+def echo_features(prompts: Iterable[str], completions: Iterable[str], rarity: Mapping[str, float]) -> FloatArray:
+    """What each completion repeats of its own prompt, and of others.
+
+    Args:
+        prompts: One per row.
+        completions: One per row.
+        rarity: Word -> weight, for the words of known prompts; unknown words weigh as much as the rarest.
+
+    Returns:
+        Shape [rows, 2]: the share of the prompt's words that the completion repeats; and the words of other prompts
+        that it holds, against the prompt's own, at most 1. Both weighted by rarity, so in [0, 1].
+    """
+    rarest = max(rarity.values(), default=1.0)
+
+    def weight(some: set[str]) -> float:
+        return sum(rarity.get(word, rarest) for word in some)
+
+    features = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        asked, said = set(words(prompt)), set(words(completion))
+        total = weight(asked)
+        strays = weight({word for word in said - asked if word in rarity})
+        features.append([weight(asked & said) / total, min(1.0, strays / total)] if total > 0 else [0.0, 0.0])
+    return np.array(features, dtype=np.float64).reshape(-1, 2)
