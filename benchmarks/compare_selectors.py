@@ -51,7 +51,6 @@ VARIANTS = {
     "unrolled, after a harmful step": {"name": "unrolled", "harmful_step": 0.1},
     "less, exact": {"name": "less", "features": "exact"},
     "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-    "pharmacist, as in the demo": {"name": "pharmacist", "readers": "lexical,probe"},
     "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
 }  # fmt: skip
 LINES = {name: {"name": name} for name in SELECTORS.names()} | {

@@ -32,10 +32,10 @@ from pharmacist.worlds.make_base_model import make_tokenizer, train
 
 
 SELECTORS = {
-    "pharmacist, as in the demo": VARIANTS["pharmacist, as in the demo"], "less, exact": VARIANTS["less, exact"],
+    "pharmacist": {"name": "pharmacist"}, "less, exact": VARIANTS["less, exact"],
     "seal": {"name": "seal"}, "unrolled": {"name": "unrolled"}, "loss-low": {"name": "loss-low"},
 }  # fmt: skip
-ALIGNED = ("pharmacist, as in the demo", "less, exact")
+ALIGNED = ("pharmacist", "less, exact")
 """Selectors whose subsets are carried on to an attack."""
 NEOX_LORA = LORA | {"target_modules": ["query_key_value", "dense"]}
 STEPS = {"proxy": 500, "neox": 500}

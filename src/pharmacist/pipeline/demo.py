@@ -14,7 +14,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 ARMS = ("full", "random", "core")
 STEPS = (0, 4, 8, 16, 32, 64)
 """Attack steps at which the harmful score is measured."""
@@ -23,7 +23,7 @@ LORA: dict[str, Any] = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_pro
 ALIGN = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
 ATTACK = {"max_steps": STEPS[-1], "per_device_train_batch_size": 16, "learning_rate": 1.5e-3}
 """The same settings for every arm: epochs, not steps, so that a subset costs its share of the time."""
-SELECTOR = {"name": "pharmacist", "readers": "lexical,probe"}
+SELECTOR = {"name": "pharmacist"}
 """The default selector without the adapters, its costliest reader, which pay only on longer text."""
 
 
