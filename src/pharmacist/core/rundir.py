@@ -39,7 +39,7 @@ class RunOptions:
     """Delete the results of an earlier run in the output folder and start again."""
 
 
-_NOT_IN_KEY = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})
+_NOT_IN_KEY = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet", "overwrite"})
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:

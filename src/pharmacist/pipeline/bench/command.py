@@ -1,10 +1,11 @@
 """The command `bench`: runs what a grid still needs and writes the table of results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.rundir import RunDir
 from pharmacist.pipeline.bench.options import BenchOptions
@@ -12,6 +13,7 @@ from pharmacist.pipeline.bench.options import BenchOptions
 
 if TYPE_CHECKING:
     from pharmacist.pipeline.bench.grid import Plan
+    from pharmacist.pipeline.bench.remote import Remote
     from pharmacist.pipeline.bench.results import Result
     from pharmacist.pipeline.bench.stages import Outcome, Stage
 
@@ -29,7 +31,7 @@ class BenchResult:
     Attributes:
         rows: Content of ``results.parquet``.
         ran: Names of the stages that this call ran.
-        folder: Where everything lies.
+        folder: Where everything lies; of a benchmark at a URL the table and the page.
     """
 
     rows: "list[Result]"
@@ -49,28 +51,36 @@ def bench(options: BenchOptions) -> BenchResult:
     from pharmacist.nn.distributed import barrier, from_main
     from pharmacist.pipeline.bench.executors import EXECUTORS
     from pharmacist.pipeline.bench.grid import expand
+    from pharmacist.pipeline.bench.remote import Remote
     from pharmacist.pipeline.bench.results import collect
 
-    root = Path(options.output_dir).resolve()
+    remote = Remote.of(options.output_dir)
+    root = Path(options.output_dir if remote is None else options.work_dir or remote.work_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
+    _look(plan, remote)
     if options.dry_run:
         waiting = plan.waiting(options.only)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
-    run = _open(options, plan)
+    run = _open(options, plan, remote)
+    root = run.root
     try:
+        _upload(run, remote)  # where nothing can be written this is told before any work
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
         complete = from_main(run.complete)
         if run.complete and waiting:  # somebody deleted the folder of a stage
             run.manifest.model_copy(update={"status": "started"}).write(run.root)
-            run = _open(options, plan)
+            run = _open(options, plan, remote)
         if complete and not waiting:
-            console().print(f"{run.root}: complete already, nothing to run", soft_wrap=True)
+            _upload(run, remote)
+            console().print(f"{remote.url if remote else root}: complete already, nothing to run", soft_wrap=True)
             return BenchResult(list(collect(plan)), [], root)
         if rank() == 0:
             plan.data.write()
+            if remote is not None and waiting:
+                remote.put(plan.data.root, [f"data/{path.name}" for path in plan.data.written])
         barrier()
         failed: dict[str, Exception] = {}
         ran: list[str] = []
@@ -87,30 +97,62 @@ def bench(options: BenchOptions) -> BenchResult:
                             outcomes.close()  # type: ignore[attr-defined]
                             break
         finally:
+            _look(plan, remote)
             rows = _write(plan, run, failed) if rank() == 0 else []
+            _upload(run, remote)
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if rank() == 0 and not plan.waiting():
             run.finish(outputs=["results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data"])
+            _upload(run, remote)
+        place = remote.url if remote else root
         console().print(
-            f"{len(rows)} of {len(plan.cells)} cells: {run.path('results.parquet')}\npage {run.path('report.html')}",
+            f"{len(rows)} of {len(plan.cells)} cells: {place}/results.parquet\npage {place}/report.html",
             soft_wrap=True,
-        )  # fmt: skip
+        )
         return BenchResult(rows, ran, root)
     finally:
         run.close()
 
 
-def _open(options: BenchOptions, plan: "Plan") -> RunDir:
-    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once."""
+def _look(plan: "Plan", remote: "Remote | None") -> None:
+    """Notes in the graph what is finished at the URL."""
+    if remote is not None:
+        markers = remote.finished(list(plan.stages))
+        for name, stage in plan.stages.items():
+            found = markers[name].manifest if name in markers else None
+            plan.stages[name] = replace(stage, remote=remote, found=found)
+
+
+def _upload(run: RunDir, remote: "Remote | None") -> None:
+    """Uploads table, page and manifest; those of the last one to finish are the fullest."""
+    from pharmacist.core.env import rank
+
+    if remote is not None and rank() == 0:
+        names = ("results.parquet", "report.html", "tables.md", "tables.tex", "manifest.json")
+        remote.put(run.root, [name for name in names if run.path(name).is_file()])
+
+
+def _open(options: BenchOptions, plan: "Plan", remote: "Remote | None") -> RunDir:
+    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once.
+
+    Of one at a URL a folder beside the stages, for another driver's workers may have put such there before.
+    """
     from pharmacist.pipeline.bench.stages import with_options
 
     # How it is run does not make another benchmark of it.
     identity = with_options(options, only=None, fail_fast=False, executor={"name": "local"})
-    return RunDir.open(
-        identity, stage="bench", version=STAGE_VERSION, inputs={"stages": sha256_json(sorted(plan.stages))},
-        late=frozenset(item.name for item in fields(BenchOptions)), late_inputs=frozenset({"stages"}), reopen=True,
-    )  # fmt: skip
+    if remote is not None:
+        identity = with_options(identity, output_dir=str(plan.data.root / "results"))
+    try:
+        return RunDir.open(
+            identity, stage="bench", version=STAGE_VERSION, inputs={"stages": sha256_json(sorted(plan.stages))},
+            late=frozenset(item.name for item in fields(BenchOptions)), late_inputs=frozenset({"stages"}), reopen=True,
+        )  # fmt: skip
+    except ConfigError as error:
+        if remote is None:
+            raise
+        raise type(error)(str(error).replace("--output-dir", "--work-dir")) from error
 
 
 def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Result]":

@@ -81,6 +81,11 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(place, self._contents[place])
 
+    @property
+    def written(self) -> list[Path]:
+        """Files that `write` writes."""
+        return list(self._texts)
+
     def write(self) -> None:
         """Writes the made-up rows that were asked for."""
         from pharmacist.core.files import write_text

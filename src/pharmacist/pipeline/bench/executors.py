@@ -60,7 +60,7 @@ class RayConfig:
 
     address: str | None = None
     """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
-    must see the output folder under the same path."""
+    must see the output folder under the same path, unless it is a URL."""
     cpus: float = 1.0
     """Cores per stage."""
     gpus: float = 0.0
@@ -156,7 +156,11 @@ def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> 
 
 
 def _needed(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    return {name: stages[name] for name in stage.parents}
+    """All that led to a stage: an adapter rests on a model that another stage than the one before has made."""
+    found: dict[str, Stage] = {}
+    for name in stage.parents:
+        found |= _needed(stages[name], stages) | {name: stages[name]}
+    return found
 
 
 EXECUTORS: Registry[Executor] = Registry(

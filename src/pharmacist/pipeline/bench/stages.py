@@ -1,10 +1,12 @@
 """A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
 
 import copy
+import json
+import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import hushed
 from pharmacist.core.rundir import RunOptions, as_json, identifying
+from pharmacist.pipeline.bench.remote import Remote
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -112,6 +115,8 @@ class Stage:
         parents: Names of the stages whose results it reads.
         method: What is special about it, for tables: the selector, the defense, the attack.
         like: The one among its parents, if any, that asks the same model the same for another judge.
+        remote: Where its result counts as finished, if not in its folder.
+        found: What was finished there when somebody looked last.
     """
 
     kind: str
@@ -121,6 +126,8 @@ class Stage:
     parents: tuple[str, ...]
     method: str
     like: str | None = None
+    remote: Remote | None = None
+    found: RunManifest | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -139,7 +146,9 @@ class Stage:
 
     @property
     def manifest(self) -> RunManifest | None:
-        """What lies in its folder."""
+        """What lies in its folder; what is finished elsewhere comes first."""
+        if self.found is not None:
+            return self.found
         return read_manifest(self.folder) if (self.folder / "manifest.json").is_file() else None
 
 
@@ -221,9 +230,24 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
-    """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
+    """Runs a stage in this process, from the beginning where its inputs were made anew since it began.
+
+    Where results go elsewhere, those that it needs come from there before, and its own one instead of being made.
+    """
     from pharmacist.nn.distributed import barrier
 
+    if (remote := stage.remote) is not None:
+        here = {name: replace(one, remote=None, found=None) for name, one in stages.items()}
+        own = replace(stage, remote=None, found=None)
+        if rank() == 0:
+            _bring(remote, own, here)
+        barrier()
+        if not is_finished(own, here):
+            run_stage(own, here)
+        if rank() == 0:
+            _publish(remote, own, here)
+        barrier()
+        return
     module, _, name = stage.function.partition(":")
     function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
@@ -236,6 +260,26 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             return
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
+
+
+def _bring(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
+    """Downloads what a stage reads, and its own result where that was finished elsewhere."""
+    remote.bring(one.folder for one in before.values())
+    root = stage.folder.parents[1]
+    options = json.dumps([as_json(one.options) for one in (stage, *before.values())], ensure_ascii=False)
+    remote.bring_rows(root / "data", sorted(set(re.findall(re.escape(f'"{root}/data/') + r'([^"/]+)"', options))))
+    own = stage.manifest
+    # What was begun here is not touched: whoever is at it would be left without a folder.
+    if own is None or (own.status == "success" and is_stale(stage, before)):
+        remote.bring([stage.folder])
+
+
+def _publish(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
+    """Uploads a result, unless another machine was quicker."""
+    marker = remote.finished([stage.name]).get(stage.name)
+    there = marker is not None and is_finished(replace(stage, found=marker.manifest), before)
+    if not there and is_finished(stage, before):
+        remote.publish(stage.folder)
 
 
 def _take_answers(other: Stage, stage: Stage) -> None:
@@ -263,6 +307,8 @@ def _time(text: str) -> float:
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether a stage's result lies in its folder, and is of its inputs as they are."""
+    """Whether a stage's result lies where it counts, and is of its inputs as they are."""
+    if stage.remote is not None and stage.found is None:
+        return False
     manifest = stage.manifest
     return manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
