@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,11 @@ from pharmacist.cli import main as cli
 from pharmacist.cli.main import COMMANDS, main
 from pharmacist.core import files as core_files
 from pharmacist.core.manifest import read_manifest
+from pharmacist.core.registry import Registry
+from pharmacist.defenses import DEFENSES
 from pharmacist.pipeline import curate as stage
+from pharmacist.repairs import REPAIRS
+from pharmacist.selectors import SELECTORS
 from tests.cli.world import CHEAP, curate_words, write_world
 
 
@@ -76,6 +81,39 @@ def test_help_shows_options_and_an_example(name: str, capsys: pytest.CaptureFixt
     # The example is a line that the command understands.
     options = [word for word in shlex.split(example)[2:] if word.startswith("--")]
     assert all(option in shown for option in options)
+
+
+HEAVY = "torch transformers peft datasets pandas scipy sklearn pyarrow".split()
+"""Each takes a second or more to import, several of them half a dozen."""
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = (
+        "import sys; from pharmacist.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    assert main([name, '--help']) == 0\n"
+        f"    print(name, *(heavy for heavy in {HEAVY} if heavy in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (0, list(COMMANDS))
+
+
+def test_help_of_another_method_shows_its_own_options() -> None:
+    """And loads what it works with: the modules above are seen where they are."""
+    code = (
+        "import sys; from pharmacist.cli.main import main; main(['curate', '--selector', 'seal', '--help'])\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--selector.auxiliary" in done.stdout and "--selector.cotrain" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize("registry", [SELECTORS, DEFENSES, REPAIRS])
+def test_options_that_lie_apart_are_those_of_the_method(registry: Registry[Any]) -> None:
+    assert registry._options
+    for name in registry._options:
+        assert registry.config_type(name) is registry.get(name).Config
 
 
 def test_examples_parse() -> None:

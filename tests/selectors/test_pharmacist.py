@@ -19,7 +19,8 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.selectors import pharmacist as module
 from pharmacist.selectors.base import CRITICAL, Scores
 from pharmacist.selectors.evidence.combine import log_odds
-from pharmacist.selectors.pharmacist import Pharmacist, PharmacistConfig, _Worker, both
+from pharmacist.selectors.options import READERS, PharmacistConfig
+from pharmacist.selectors.pharmacist import Pharmacist, _Worker, both
 from tests.selectors import village
 from tests.tiny import save_tiny_model
 
@@ -510,7 +511,7 @@ def test_bad_options_are_named(options, message):
 
 def test_readers_are_kept_in_order_of_cost():
     assert PharmacistConfig(readers=" adapters, lexical").reader_names() == ("lexical", "adapters")
-    assert PharmacistConfig().reader_names() == module.READERS
+    assert PharmacistConfig().reader_names() == READERS
 
 
 def test_the_references_are_read_as_records(tmp_path):

@@ -13,7 +13,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_fa
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import twins
 from pharmacist.selectors.jobs import run_jobs
-from pharmacist.selectors.pharmacist import PharmacistConfig
+from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.twins import (
     FEWEST_COTRAINED,
     TWINS,

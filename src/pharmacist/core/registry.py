@@ -27,6 +27,11 @@ def _plugins(group: str) -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=group)}
 
 
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 class Registry(Generic[T]):
     """Maps a method's name to its class without importing it.
 
@@ -34,10 +39,14 @@ class Registry(Generic[T]):
         kind: What the names stand for, for messages ("selector").
         table: name -> ``"module:Class"``. The class has a dataclass `Config` and is built as ``Class(Config(...))``.
         group: Entry-point group through which other packages add methods.
+        options: name -> ``"module:Config"`` where the options of a method lie apart from its class, so that ``--help``
+            need not import what the method works with.
     """
 
-    def __init__(self, kind: str, table: Mapping[str, str], *, group: str) -> None:
-        self.kind, self._table, self._group = kind, dict(table), group
+    def __init__(
+        self, kind: str, table: Mapping[str, str], *, group: str, options: Mapping[str, str] | None = None
+    ) -> None:  # fmt: skip
+        self.kind, self._table, self._group, self._options = kind, dict(table), group, options or {}
 
     def table(self) -> dict[str, str]:
         """Name -> ``"module:Class"``; plug-ins included."""
@@ -56,13 +65,13 @@ class Registry(Generic[T]):
         table = self.table()
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
-        module, _, attribute = table[name].partition(":")
-        found: type[T] = getattr(import_module(module), attribute)
+        found: type[T] = _imported(table[name])
         return found
 
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""
-        found: type[Any] = self.get(name).Config  # type: ignore[attr-defined]
+        place = self._options.get(name)
+        found: type[Any] = _imported(place) if place else self.get(name).Config  # type: ignore[attr-defined]
         return found
 
     def build(self, name: str, params: Mapping[str, Any]) -> T:

@@ -1,10 +1,14 @@
 """Training-time defenses as gradient strategies. A new one is one file and one line in `DEFENSES`."""
 
+from typing import TYPE_CHECKING
+
 from pharmacist.core.registry import Registry
-from pharmacist.training.strategy import GradientStrategy
 
 
-DEFENSES: Registry[GradientStrategy] = Registry(
+if TYPE_CHECKING:
+    from pharmacist.training.strategy import GradientStrategy
+
+DEFENSES: "Registry[GradientStrategy]" = Registry(
     "defense",
     {
         "sft": "pharmacist.defenses.alignment.sft:SFT",
@@ -21,6 +25,5 @@ DEFENSES: Registry[GradientStrategy] = Registry(
         "vlguard": "pharmacist.defenses.finetuning.vlguard:VLGuard",
     },
     group="pharmacist.defenses",
+    options={"sft": "pharmacist.defenses.options:SFTConfig"},
 )
-
-__all__ = ["DEFENSES", "GradientStrategy"]

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.losses import RowLosses, row_losses
-
-
-@dataclass
-class AdapterOptions:
-    """Shape and training of the selector's LoRA adapters."""
-
-    r: int = 8
-    """Rank."""
-    alpha: int = 16
-    """Scale: the update is multiplied by alpha / r."""
-    learning_rate: float = 2e-3
-    """Peak of the AdamW learning rate; linear warm-up over a tenth of the steps, then linear decay to zero."""
-    batch_size: int = 16
-    """Rows per step and stream."""
-
-    def __post_init__(self) -> None:
-        from pharmacist.core.errors import ConfigError
-
-        for name in ("r", "alpha", "learning_rate", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+from pharmacist.nn.options import AdapterOptions as AdapterOptions
 
 
 class AdapterBank:

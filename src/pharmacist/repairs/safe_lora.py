@@ -2,38 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
+from pharmacist.core.errors import CompatibilityError, NoMatchError
 from pharmacist.nn.lowrank import Factors, column_basis, inner, norm
 from pharmacist.repairs.base import Form, Plan, References, Repair, Side
+from pharmacist.repairs.options import SafeLoraConfig
 
 
 Kind = Literal["orthogonal", "paper", "trace"]
-
-
-@dataclass
-class SafeLoraConfig:
-    """Options of Safe LoRA."""
-
-    select: Literal["threshold", "number"] = "threshold"
-    """Which modules are projected: those at or below the threshold, or a number of the most dissimilar ones."""
-    threshold: float = 0.5
-    """Cosine between an update and its projection at or below which it is projected."""
-    number: int = 10
-    """How many modules are projected under number."""
-    projector: Literal["orthogonal", "paper", "trace"] = "orthogonal"
-    """orthogonal: onto the column space of the alignment update V; of no use where that is the whole space, as after
-    full tuning. paper: V V^T / |V|, which also rescales by the size of V. trace: V V^T / |V|^2, which only shrinks."""
-
-    def __post_init__(self) -> None:
-        if self.number < 1:
-            raise ConfigError(f"number must be at least 1, not {self.number}")
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold must lie in [0, 1], not {self.threshold}")
 
 
 def project(update: Factors, columns: torch.Tensor, kind: Kind = "orthogonal") -> torch.Tensor:

@@ -39,6 +39,7 @@ SELECTORS: Registry[Selector] = _Selectors(
         "deita": "pharmacist.selectors.deita:Deita",
     },
     group="pharmacist.selectors",
+    options={"pharmacist": "pharmacist.selectors.options:PharmacistConfig"},
 )
 
 __all__ = ["SELECTORS", "Selector"]

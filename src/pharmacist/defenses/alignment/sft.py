@@ -1,13 +1,7 @@
 """Supervised fine-tuning: the baseline, and what every other method reduces to at strength 0."""
 
-from dataclasses import dataclass
-
+from pharmacist.defenses.options import SFTConfig
 from pharmacist.training.strategy import GradientStrategy
-
-
-@dataclass
-class SFTConfig:
-    """No options."""
 
 
 class SFT(GradientStrategy):
