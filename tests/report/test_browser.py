@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def browser() -> Iterator[Browser]:
     pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if executable() is None:
-        pytest.skip("needs Chromium; on Debian: apt install chromium")
+        pytest.skip("shows pages in Chromium, which is not here; on Debian: apt install chromium")
     with running() as found:
         yield found
 
@@ -46,9 +46,7 @@ def shown(page: Any) -> str:
 
 def search(page: Any, words: str, expected: str) -> None:
     page.fill("#search", words)
-    page.wait_for_selector(
-        f"#table_wrapper .dt-info:text-is('{expected}')", timeout=5000
-    )  # the search waits for a pause in typing
+    page.wait_for_selector(f"#table_wrapper .dt-info:text-is('{expected}')")  # the search waits for a pause in typing
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +110,7 @@ def test_search_filters_and_sorting(browser: Browser, ranking: Path) -> None:
     page.select_option("#chosen", "")
     page.locator("th.row-number [tabindex='0']").focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#table tbody tr:first-child td.row-number:text-is('0')", timeout=5000)  # not at once
+    page.wait_for_selector("#table tbody tr:first-child td.row-number:text-is('0')")  # not at once
     page.close()
 
 
