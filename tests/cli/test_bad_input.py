@@ -385,9 +385,11 @@ def test_after_bad_input_the_folder_is_free_for_mended_input(tmp_path: Path) -> 
 
 
 def test_a_saved_selector_reads_with_its_own_model_only(
-    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
+    """And so with its own tokenizer; told before the pool is read."""
     assert main(curate_words(files, tmp_path / "a", *CHEAP, "--quiet")) == 0
+    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
     before = fingerprints(tmp_path / "a")
     words = ["--resume-selector", str(tmp_path / "a"), "--quiet"]
     pool = {"pool": files["pool"]}

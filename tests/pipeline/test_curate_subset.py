@@ -10,6 +10,7 @@ import pytest
 import pharmacist as ph
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError
+from pharmacist.selectors import SELECTORS
 from tests.selectors import village
 from tests.tiny import save_tiny_model
 
@@ -101,6 +102,12 @@ def test_diversity_in_python(files, model):
         ("--selector embedding+length --safe FEW --model MODEL", "--safe: 5 rows are left, at least 8 are needed"),
         ("--selector full+random", "'full' ranks nothing; leave it out"),
         ("--selector length+length", "'length' counts once; name different selectors"),
+        (
+            "--selector k-center --diversity k-center --model MODEL",
+            "--diversity k-center: selector 'k-center' covers the pool by itself; leave one of the two out",
+        ),
+        ("--selector k-center --diversity facility-location --model MODEL", "'k-center' covers the pool by itself"),
+        ("--selector full --diversity k-center --model MODEL", "selector 'full' ranks nothing; leave one of the two"),
         ("--selector length --resume-selector OUT", "'length' keeps nothing that it learns; leave the option out"),
     ],
 )
@@ -112,6 +119,35 @@ def test_what_cannot_be_is_told_in_one_line(files, model, tmp_path, capfd, monke
     said = capfd.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not list((tmp_path / "out").glob("*")), "the folder stays free"
+
+
+def _needs() -> list[tuple[str, str]]:
+    return [(name, need) for name in SELECTORS.names() for need in ("safe", "harmful", "utility")
+            if need in SELECTORS.build(name, {}).needs]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "need"), _needs())
+def test_every_selector_says_which_references_are_missing_or_too_few(
+    files, model, tmp_path, capfd, monkeypatch, name, need
+):  # fmt: skip
+    monkeypatch.setattr("pharmacist.nn.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    enough = tmp_path / "enough.jsonl"
+    enough.write_text("".join(json.dumps(row) + "\n" for row in village.rows("harmful", 8, seed=98)))
+    words = ["--selector", name, "--model", model]
+    for other in SELECTORS.build(name, {}).needs - {need, "model", "embedder"}:
+        words += [f"--{other}", str(enough)]
+    for given, message in (
+        ([], f"selector '{name}' needs {need} references; give --{need} FILE"),
+        ([f"--{need}", files["few"]], f"--{need}: 5 rows are left, at least 8 are needed"),
+    ):
+        assert curate(files, tmp_path / "out", *words, *given) == 2
+        said = capfd.readouterr().err.strip()
+        assert len(said.splitlines()) == 1 and message in said
+        assert not list((tmp_path / "out").glob("*"))
+
+
+def test_most_selectors_that_learn_from_references_need_them():
+    assert {name for name, _ in _needs()} >= {"pharmacist", "seal", "less", "unrolled", "embedding", "dsir"}
 
 
 def test_a_missing_extra_is_told_before_the_pool_is_read(files, tmp_path, capfd, monkeypatch):

@@ -421,11 +421,17 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
         asks = f"selector '{options.selector['name']}' compares rows by a model"
         raise ConfigError(f"{asks}; give --model, or --embedder")
+    if options.diversity in _SPREAD and options.selector["name"] in {"full", *_SPREAD}:
+        name = options.selector["name"]
+        does = "ranks nothing" if name == "full" else "covers the pool by itself"
+        raise ConfigError(f"--diversity {options.diversity}: selector '{name}' {does}; leave one of the two out")
     if options.diversity in _SPREAD and options.model is None and options.embedder is None:
         raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")
     if options.resume_selector is not None and not _learns(selector):
         name = options.selector["name"]
         raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
+    if options.resume_selector is not None:
+        selector.check_saved(Path(options.resume_selector), options.model)
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 

@@ -191,6 +191,14 @@ class Selector(ABC):
         """
         return None
 
+    def check_saved(self, folder: Path, model: str | None) -> None:
+        """Tells, before anything is read, whether what lies in a folder can be gone on from with a model.
+
+        Raises:
+            PharmacistError: It cannot.
+        """
+        return
+
     def save(self, folder: Path) -> bool:
         """Writes what was learned, so that new rows can be scored without training; False where nothing was."""
         return False

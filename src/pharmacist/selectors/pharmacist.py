@@ -67,6 +67,10 @@ class Pharmacist(Selector):
         self._trained = work.load(context.resume_from) if context.resume_from else work.train()
         return work.score(self._trained)
 
+    def check_saved(self, folder: Path, model: str | None) -> None:
+        """It must be ours, and of the model that it was trained with."""
+        _read_saved(folder, model)
+
     def save(self, folder: Path) -> bool:
         """Writes readers, adapters and combination: safetensors and JSON only."""
         if self._trained is None:
@@ -393,13 +397,7 @@ class _Worker:
 
     def load(self, folder: Path) -> _Trained:
         """Reads what an earlier run saved; nothing is trained."""
-        folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
-        path = folder / "selector.json"
-        if not path.is_file():
-            raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
-        saved = read_json(path)
-        if saved.get("selector") != "pharmacist" or saved.get("format") != _FORMAT:
-            raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
+        folder, saved = _read_saved(folder, self.context.model_name)
         self.config = PharmacistConfig(**saved["config"])
         readers = tuple(saved["readers"])
         thresholds = saved["thresholds"]
@@ -413,11 +411,6 @@ class _Worker:
             report=saved["report"],
         )  # fmt: skip
         adapters = trained.adapters + trained.twins
-        if saved["model"]:
-            if self.context.model_name is None:
-                raise ConfigError("the saved selector reads with a model; give --model")
-            if model_fingerprint(self.context.model_name) != saved["model"]:
-                raise DataError(f"{path}: was trained on another model than {self.context.model_name}; give that one")
         if adapters:
             trained.bank = self.bank
             for name in adapters:
@@ -531,6 +524,23 @@ class _Worker:
         keys = self.encoded_pool.content_keys
         rows = twins.cotraining_rows(keys, self.config.cotrain, self.seed)
         return twins.mean_over_copies(keys, rows, logits)  # equal rows were drawn apart
+
+
+def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where a saved selector lies, and its ``selector.json``; only for the model that it reads with."""
+    folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
+    path = folder / "selector.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
+    saved: dict[str, Any] = read_json(path)
+    if saved.get("selector") != "pharmacist" or saved.get("format") != _FORMAT:
+        raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
+    if saved["model"]:
+        if model is None:
+            raise ConfigError("the saved selector reads with a model; give --model")
+        if model_fingerprint(model) != saved["model"]:
+            raise DataError(f"{path}: was trained on another model than {model}; give that one")
+    return folder, saved
 
 
 def _fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
