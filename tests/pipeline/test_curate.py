@@ -263,6 +263,19 @@ def test_near_duplicates_can_be_left_out(files: dict[str, str], ranked: Path, tm
     assert not (copies["reason"] == "critical").any()
 
 
+@pytest.mark.parametrize(
+    "words", ["--selector length+k-center", "--selector deita", "--selector length --diversity facility-location"]
+)
+def test_what_memory_cannot_hold_is_refused_before_the_work(
+    words: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("pharmacist.selectors.embeddings.available_memory", lambda: 1000)
+    monkeypatch.setattr("pharmacist.data.duplicates.find_duplicates", lambda *_, **__: pytest.fail("work was done"))
+    assert main(curate_words({"pool": files["pool"]}, tmp_path / "out", *words.split(), "--device", "cpu")) == 2
+    assert "comparing 60 rows with each other needs" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(("form", "missing"), [("evidence", "contrast"), ("bilevel", "p_safe")])
 def test_each_form_alone(form: str, missing: str, files: dict[str, str], tmp_path: Path) -> None:
     assert main(curate_words(files, tmp_path / "out", *CHEAP, "--quiet", "--selector.form", form)) == 0

@@ -1,5 +1,8 @@
 """Quality and diversity: property 24's deduplication against a loop, any selector as the scorer."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -75,3 +78,13 @@ def test_it_needs_what_its_scorer_needs():
         build("length+deita")
     with pytest.raises(ConfigError, match=r"threshold must lie in \[-1, 1\]"):
         SELECTORS.build_from({"name": "deita", "threshold": 2.0})
+
+
+def test_the_bar_follows_the_comparisons(monkeypatch):
+    """A batch is compared with all rows kept before: by rows alone the time left would come out far too short."""
+    advanced = []
+    monkeypatch.setattr(deita, "bar", lambda *_: nullcontext(SimpleNamespace(advance=advanced.append)))
+    monkeypatch.setattr(deita, "_BATCH", 10)
+    too_near(unit(np.random.default_rng(0).normal(size=(95, 3))), np.arange(95), 0.9)
+    assert len(advanced) == 10 and sum(advanced) == pytest.approx(95)
+    np.testing.assert_allclose(advanced, advanced[0] * np.arange(1, 11))

@@ -1,16 +1,21 @@
 """Selectors by embeddings: property 24 (brute force on few points), closed forms, pools larger than a block."""
 
+import tracemalloc
+from contextlib import nullcontext
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import SELECTORS, embeddings
 from pharmacist.selectors.cover import COVERS, cover_scores, facility_location_gains, k_center_radii
 from pharmacist.selectors.embedding import likeness
-from pharmacist.selectors.embeddings import check_memory, unit
+from pharmacist.selectors.embeddings import check_room, unit
 from tests.selectors import village
 from tests.selectors.peers import DECODER, ranked, token_rows
 
@@ -169,13 +174,47 @@ def test_wide_states_are_projected_and_keep_their_geometry(tmp_path, monkeypatch
 
 
 def test_what_will_not_fit_is_said_beforehand(tmp_path, monkeypatch):
-    check_memory(100_000)  # 0.4 GiB
-    with pytest.raises(ConfigError, match=r"comparing 10{12} rows .* needs \d+\.\d GiB .* rank a smaller pool"):
-        check_memory(10**12)
-    monkeypatch.setattr(embeddings, "memory", lambda: 100)
+    check_room(10_000, tmp_path / "not" / "there" / "yet")  # 22 MiB
+    with pytest.raises(ConfigError, match=r"comparing 10{12} rows .* needs \d+\.\d GiB of memory .* a smaller pool"):
+        check_room(10**12, tmp_path)
     monkeypatch.setattr(type(DECODER), "forward", lambda *_, **__: pytest.fail("the model ran"))
-    with pytest.raises(ConfigError, match="comparing 20 rows"):
-        ranked(tmp_path, {"name": "k-center"}, POOL)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="comparing 20 rows .* GiB of memory"):
+        patch.setattr(embeddings, "available_memory", lambda: 100)
+        ranked(tmp_path / "a", {"name": "k-center"}, POOL)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"comparing 20 rows .* disk .* {tmp_path}"):
+        patch.setattr(embeddings.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+        ranked(tmp_path / "b", {"name": "k-center"}, POOL)
+
+
+@pytest.mark.parametrize("source", ["model", "encoder"])
+def test_points_are_held_once(tmp_path, monkeypatch, source):
+    """What is asked for beforehand is what is taken: no second array of all points while they are put in place."""
+    n, width, rng = 40_000, 64, np.random.default_rng(0)
+    sums = rng.normal(size=(n // 2, width))
+    if source == "model":
+        sequences = SimpleNamespace(
+            lengths=np.full(n, 3, dtype=np.int32), prompt_lengths=np.ones(n, dtype=np.int32),
+            content_keys=np.arange(n, dtype=np.uint64) // 2,
+            token_ids=lambda rows: [np.array([1, 2, row // 2], dtype=np.int32) for row in rows],
+        )  # fmt: skip
+        measure = lambda batch: {"kept": sums[batch.input_ids[:, 2].numpy()]}  # noqa: E731
+        work = lambda: run_pass(  # noqa: E731
+            sequences, measure, work=tmp_path, device=torch.device("cpu"), tokens_per_batch=3000, description="test"
+        )["kept"]
+    else:
+        rows = Dataset.from_dict({"prompt": [f"row {i // 2}" for i in range(n)], "completion": ["yes"] * n})
+        encode = lambda texts, **_: sums[[int(text.split()[1]) for text in texts]]  # noqa: E731
+        monkeypatch.setattr(embeddings, "load_sentence_encoder", lambda *_: SimpleNamespace(encode=encode))
+        run = SimpleNamespace(work=lambda *_: tmp_path, phase=lambda _: nullcontext())
+        context = SimpleNamespace(embedder="encoder", device="cpu", run=run)
+        work = lambda: embeddings.embed(context, rows, "points", lambda states: states)  # noqa: E731
+    work()  # what is read is on the disk now, and only put in place below
+    tracemalloc.start()
+    found = work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.repeat(sums, 2, axis=0))
+    assert found.nbytes == 8 * n * width and peak < 1.6 * found.nbytes
 
 
 @pytest.fixture(scope="module")

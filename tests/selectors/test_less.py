@@ -1,8 +1,11 @@
 """LESS against a naive implementation: one row at a time, gradients by torch.func, no hooks and no projection."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch.func import functional_call, grad
 
 from pharmacist.core.errors import ConfigError
@@ -232,25 +235,32 @@ def test_the_whole_ranking_equals_a_naive_one(tmp_path):
     assert np.abs(few.score - naive_score).max() > 2 * np.abs(found.score - naive_score).max()
 
 
-def test_features_are_read_back_chunk_by_chunk(tmp_path, monkeypatch):
-    """No more than one chunk of features is ever in memory: the pass is given what to keep of each."""
-    seen = {}
-    original = less.run_pass
+def test_of_features_nothing_but_cosines_is_kept(tmp_path):
+    """Neither memory nor disk grows by the features, which are a thousand times as much as the cosines."""
+    settings = {"epochs": 1, "batch_size": 4, "r": 2, "dimensions": 4096}
+    found = ranked(tmp_path, {"name": "less", "features": "projected", **settings})
+    folder = tmp_path / "work" / "less" / "cosines0"
+    stored = load_file(folder / "000000.safetensors")
+    assert set(stored) == {"cosine", "rows"} and stored["cosine"].ndim == 1
+    np.testing.assert_array_equal(found.signals["cosine_0"][stored["rows"]], stored["cosine"])
+    assert set(found.signals["cosine_0"]) == set(stored["cosine"]), "of the other rows each equals one that was read"
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    assert written < 30 * 64 < 30 * 2 * 4096
 
-    def spied(*args, **options):
-        seen.setdefault("reduce", options.get("reduce"))
-        result = original(*args, **options)
-        assert set(result) == {"cosine"} and result["cosine"].ndim == 1
-        return result
 
-    monkeypatch.setattr(less, "run_pass", spied)
-    settings = {"epochs": 1, "batch_size": 4, "r": 2, "dimensions": 128}
-    ranked(tmp_path, {"name": "less", "features": "projected", **settings})
-    assert seen["reduce"] is not None
-    from safetensors.numpy import load_file
+def test_references_are_added_up_and_never_held_together(tmp_path, monkeypatch):
+    alive = []
+    original = less.row_features
 
-    stored = load_file(tmp_path / "work" / "less" / "features0" / "000000.safetensors")
-    assert stored["features"].dtype == np.float16 and stored["features"].shape[1] == 128
+    def spied(*args):
+        found = original(*args)
+        alive.append(weakref.ref(found))
+        assert sum(ref() is not None for ref in alive) <= 2, "one batch's features, and the ones before it at most"
+        return found
+
+    monkeypatch.setattr(less, "row_features", spied)
+    ranked(tmp_path, {"name": "less", "epochs": 1, "batch_size": 2, "r": 2, "dimensions": 64})
+    assert len(alive) > 4
 
 
 def test_a_killed_warm_up_leaves_the_same_checkpoints(tmp_path, monkeypatch):

@@ -92,3 +92,18 @@ def test_options_of_the_parts():
         SELECTORS.build_from({"name": "dsir+length", "dsir": {"bukkets": 7}})
     with pytest.raises(ConfigError, match="has no option 'buckets'"):
         SELECTORS.build_from({"name": "dsir+length", "buckets": 7})
+
+
+@pytest.mark.parametrize("name", ["length+k-center", "facility-location+loss-low", "deita", "length+deita"])
+def test_what_a_part_cannot_hold_is_said_before_another_part_works(tmp_path, name):
+    selector = SELECTORS.build_from({"name": name})
+    selector.check_room(100, tmp_path)
+    with pytest.raises(ConfigError, match="comparing 10{12} rows"):
+        selector.check_room(10**12, tmp_path)
+    SELECTORS.build_from({"name": "length+loss-low"}).check_room(10**12, tmp_path)  # these take any
+
+
+def test_the_scorer_of_deita_is_asked_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("pharmacist.selectors.deita.check_room", lambda *_: None)
+    with pytest.raises(ConfigError, match="comparing 10{12} rows"):
+        SELECTORS.build_from({"name": "deita", "scorer": "k-center"}).check_room(10**12, tmp_path)

@@ -1,9 +1,14 @@
-"""How much memory a piece of work took at its worst."""
+"""How much memory a piece of work took at its worst, and how much there is to take."""
 
+import os
 import re
 from pathlib import Path
 
 import torch
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container says how much it may take, in cgroups of version 2 and 1."""
 
 
 class PeakMemory:
@@ -30,11 +35,32 @@ class PeakMemory:
         """The peak so far, in 10^6 bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 1e6
-        try:
-            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        except OSError:
+        kilobytes = _kilobytes("/proc/self/status", "VmHWM")
+        if kilobytes is None:
             import resource
 
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", status, flags=re.M)
-        return int(kilobytes[1]) * 1024 / 1e6 if kilobytes else 0.0
+            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes * 1024 / 1e6
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process can still take, of the machine's or of its container's."""
+    kilobytes = _kilobytes("/proc/meminfo", "MemAvailable")
+    if kilobytes is None:  # not Linux: what the machine has
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resident = 1024 * (_kilobytes("/proc/self/status", "VmRSS") or 0)
+    limits = [int(text) - resident for text in map(_read, _LIMITS) if text.strip().isdigit()]
+    return max(0, min([1024 * kilobytes, *limits]))
+
+
+def _kilobytes(path: str, key: str) -> int | None:
+    """A line ``key: 123 kB`` of a file under /proc."""
+    found = re.search(rf"^{key}:\s+(\d+) kB$", _read(path), flags=re.M)
+    return int(found[1]) if found else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -19,6 +19,7 @@ from pharmacist.nn.distributed import barrier
 
 Arrays = dict[str, npt.NDArray[Any]]
 Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
+_COPIED = 4096
 
 
 def run_pass(
@@ -31,7 +32,6 @@ def run_pass(
     description: str,
     rows: IntArray | None = None,
     rows_per_chunk: int = 2048,
-    reduce: Callable[[Arrays], Arrays] = lambda arrays: arrays,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Measures every row (or `rows`) once.
 
@@ -46,7 +46,6 @@ def run_pass(
         description: For the progress bar.
         rows: Row numbers to visit, all by default.
         rows_per_chunk: Rows saved together.
-        reduce: What is kept in memory of a saved chunk's arrays, for measurements that are too large to keep.
 
     Returns:
         One array per measurement, first axis in row order over the whole pool; NaN on rows that were not asked for.
@@ -68,7 +67,7 @@ def run_pass(
                     save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
             progress.advance(sum(len(batch) for batch in chunk) * world_size())
     barrier()
-    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows, reduce)
+    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
 
 
 def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]]:
@@ -84,21 +83,34 @@ def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]
 
 
 def _gather(
-    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None,
-    reduce: Callable[[Arrays], Arrays],
+    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
 ) -> dict[str, npt.NDArray[np.float64]]:  # fmt: skip
     result: dict[str, npt.NDArray[np.float64]] = {}
     for number in range(chunks):
         arrays = load_file(work / f"{number:06d}.safetensors")
         where = arrays.pop("rows")
-        for key, values in reduce(arrays).items():
+        for key, values in arrays.items():
             if key not in result:
                 result[key] = np.full((total, *values.shape[1:]), np.nan)
             result[key][where] = values
     asked = np.arange(total) if rows is None else rows
     for values in result.values():
-        values[asked] = values[representative[asked]]
+        copy_to_equals(values, representative, asked)
     return result
+
+
+def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
+    """Gives rows what was measured of the row that was visited in their place; no second array of that size is made.
+
+    Args:
+        values: First axis is the rows; changed in place.
+        representative: For each row the row that was visited in its place, itself for that one, shape [rows].
+        rows: Rows that are given it.
+    """
+    copies = rows[representative[rows] != rows]
+    for start in range(0, len(copies), _COPIED):
+        some = copies[start : start + _COPIED]
+        values[some] = values[representative[some]]
 
 
 def _fitting(

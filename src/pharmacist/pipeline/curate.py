@@ -403,6 +403,11 @@ def _input(
         selector.notice(records.keys())
     if options.top_k is not None and options.top_k > n:
         raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
+    selector.check_room(n, Path(options.output_dir))
+    if options.diversity in _SPREAD:
+        from pharmacist.selectors.embeddings import check_room
+
+        check_room(n, Path(options.output_dir))
     groups = None if options.balance is None else _groups(records["pool"], options.balance)
     if groups is not None:
         k, values = options.top_k or _rows_of(_fraction(options, n), n), len(set(groups.tolist()))

@@ -191,6 +191,18 @@ class Selector(ABC):
         """
         return None
 
+    def check_room(self, rows: int, folder: Path) -> None:
+        """Refuses a pool that memory or disk cannot hold, before any work; most selectors take any.
+
+        Args:
+            rows: Of the pool.
+            folder: Of the run; it need not exist yet.
+
+        Raises:
+            ConfigError: It says how much would be needed.
+        """
+        return
+
     def check_saved(self, folder: Path, model: str | None) -> None:
         """Tells, before anything is read, whether what lies in a folder can be gone on from with a model.
 

@@ -1,15 +1,17 @@
 """Deita's recipe: the best rows by a quality score, none of them too near to a better one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.progress import track
+from pharmacist.core.progress import bar
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.embeddings import pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys
 
 
 TOO_NEAR = "near_a_better_row"
@@ -46,6 +48,11 @@ class Deita(Selector):
         self.config, self._scorer = config, SELECTORS.build(config.scorer, {})
         self.needs = self._scorer.needs | {"embedder"}
 
+    def check_room(self, rows: int, folder: Path) -> None:
+        """All points are held at once."""
+        check_room(rows, folder)
+        self._scorer.check_room(rows, folder)
+
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool for its points, lets the scorer rank it, then goes down the ranking."""
         points, keys = context.points, pool_keys(context)
@@ -75,7 +82,7 @@ def too_near(points: FloatArray, order: npt.NDArray[np.int64], threshold: float)
     if threshold >= 1:
         return near
     kept = np.empty(0, dtype=np.int64)
-    for start in track(range(0, len(order), _BATCH), "thinning rows"):
+    for start in _track(len(order)):
         batch = order[start : start + _BATCH]
         here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
         for first in range(0, len(kept), _BATCH):
@@ -87,3 +94,12 @@ def too_near(points: FloatArray, order: npt.NDArray[np.int64], threshold: float)
         near[batch] = refused
         kept = np.concatenate([kept, batch[~refused]])
     return near
+
+
+def _track(rows: int) -> Iterator[int]:
+    """Where each batch begins; the bar follows the comparisons, which grow with the rows that were kept before."""
+    work = sum(start + _BATCH for start in range(0, rows, _BATCH))
+    with bar("thinning rows", rows) as progress:
+        for start in range(0, rows, _BATCH):
+            yield start
+            progress.advance(rows * (start + _BATCH) / work)

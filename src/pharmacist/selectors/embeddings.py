@@ -1,7 +1,8 @@
 """Rows as points: what selectors compare rows by, from the base model's hidden states or a sentence encoder."""
 
-import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch, IntArray
+from pharmacist.nn.memory import available_memory
+from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.reading import read
 
 
@@ -30,6 +33,8 @@ Finish = Callable[[FloatArray], FloatArray]
 
 DIMENSION = 256
 """Wider embeddings are projected at random to that many numbers per row where all rows are held at once."""
+_POINT = 9 * DIMENSION
+"""Bytes that a row's point takes in memory, and again on disk: float64, and an eighth for keys, order and scores."""
 _CHUNK = 4096
 
 
@@ -80,9 +85,9 @@ def pool_points(context: "SelectionContext") -> FloatArray:
     Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
 
     Raises:
-        ConfigError: They will not fit into memory; raised before any row is read.
+        ConfigError: They will not fit into memory or on the disk; raised before any row is read.
     """
-    check_memory(len(context.pool))
+    check_room(len(context.pool), context.run.root)
     projections: dict[int, FloatArray] = {}
 
     def project(states: FloatArray) -> FloatArray:
@@ -105,23 +110,24 @@ def pool_points(context: "SelectionContext") -> FloatArray:
     return points
 
 
-def check_memory(rows: int) -> None:
-    """Refuses a pool whose points the machine's memory cannot hold.
+def check_room(rows: int, folder: Path) -> None:
+    """Refuses a pool whose points memory or disk cannot hold.
+
+    Args:
+        rows: How many there are.
+        folder: Of the run, where points lie while they are read; it need not exist yet.
 
     Raises:
         ConfigError: It says how much would be needed.
     """
-    needed, there = 2 * 8 * rows * DIMENSION, memory()
-    if needed > there:
-        raise ConfigError(
-            f"comparing {rows} rows with each other needs {needed / 2**30:.1f} GiB of memory and this machine has "
-            f"{there / 2**30:.1f}; rank a smaller pool, or by a selector that reads one row at a time"
-        )
-
-
-def memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    needed = _POINT * rows
+    for free, what in ((available_memory(), "memory"), (shutil.disk_usage(there).free, f"disk space in {there}")):
+        if needed > free:
+            raise ConfigError(
+                f"comparing {rows} rows with each other needs {needed / 2**30:.1f} GiB of {what} and "
+                f"{free / 2**30:.1f} are free; rank a smaller pool, or by a selector that reads one row at a time"
+            )
 
 
 def load_sentence_encoder(name: str, device: str = "auto") -> Any:
@@ -165,21 +171,23 @@ def _sentences(
 ) -> FloatArray:  # fmt: skip
     """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
     distinct, inverse = np.unique(_text_keys(rows), return_index=True, return_inverse=True)[1:]
-    encoder = None
+    encoder, found = None, np.empty(0)
     work, columns = context.run.work("read", name), rows.select_columns(["prompt", "completion"])
     work.mkdir(parents=True, exist_ok=True)
-    kept = []
     with context.run.phase("score"):
         for start in track(range(0, len(distinct), _CHUNK), f"reading rows ({name})"):
             path = work / f"sentences-{start:012d}.safetensors"
+            chosen: IntArray = distinct[start : start + _CHUNK]
             if not path.is_file():
                 encoder = encoder or load_sentence_encoder(embedder, context.device)
-                chosen: IntArray = distinct[start : start + _CHUNK]
                 batch = columns[chosen.tolist()]
                 texts = ["\n".join(pair) for pair in zip(batch["prompt"], batch["completion"], strict=True)]
                 states = encoder.encode(texts, show_progress_bar=False, convert_to_numpy=True).astype(np.float64)
                 with atomic_path(path) as temporary:
                     save_file({"kept": finish(states)}, temporary)
-            kept.append(load_file(path)["kept"])
-    found: FloatArray = np.concatenate(kept)[inverse]
+            kept = load_file(path)["kept"]
+            if start == 0:
+                found = np.empty((len(rows), *kept.shape[1:]))
+            found[chosen] = kept
+    copy_to_equals(found, distinct[inverse], np.arange(len(rows)))
     return found

@@ -1,10 +1,12 @@
 """Facility location: rows that stand for as many others as they can."""
 
+from pathlib import Path
+
 import numpy as np
 
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.cover import COVERS, CoverConfig, cover_scores
-from pharmacist.selectors.embeddings import pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys
 
 
 class FacilityLocation(Selector):
@@ -19,6 +21,10 @@ class FacilityLocation(Selector):
 
     def __init__(self, config: CoverConfig) -> None:
         self.config = config
+
+    def check_room(self, rows: int, folder: Path) -> None:
+        """All points are held at once."""
+        check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool once; a row's score is what it adds to those before it."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
@@ -31,7 +32,9 @@ def pool_job(
     return Job((name,), folder, steps, run)
 
 
-def mean_gradient(bank: AdapterBank, name: str, sequences: Sequences, rows: IntArray) -> Gradient:
+def mean_gradient(
+    bank: AdapterBank, name: str, sequences: Sequences, rows: IntArray, what: str = "mean gradient"
+) -> Gradient:  # fmt: skip
     """Derivative of the mean completion loss of some rows by an adapter's weights.
 
     Args:
@@ -39,11 +42,12 @@ def mean_gradient(bank: AdapterBank, name: str, sequences: Sequences, rows: IntA
         name: Of the adapter.
         sequences: Where the rows are.
         rows: Their numbers; the batches follow their order.
+        what: For the progress bar.
     """
     parameters = bank.parameters(name)
     total = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
     with bank.differentiable(name):
-        for start in range(0, len(rows), bank.options.batch_size):
+        for start in track(range(0, len(rows), bank.options.batch_size), what):
             batch = make_batch(sequences, rows[start : start + bank.options.batch_size], bank.device)
             loss = bank.row_losses(name, batch).completion.sum() / len(rows)
             for value, part in zip(

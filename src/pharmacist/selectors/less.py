@@ -1,8 +1,9 @@
 """LESS: how far the optimizer's step on a row points the way that the safe references' gradients point."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.nn.passes import run_pass
+from pharmacist.nn.passes import Measure, run_pass
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import pool_job, row_tape
 from pharmacist.selectors.jobs import Job, run_jobs
@@ -88,7 +89,7 @@ class Less(Selector):
             for epoch, weight in enumerate(checkpoint_weights(len(rows), config)):
                 checkpoint = Checkpoint.load(folder / f"epoch{epoch}.safetensors")
                 bank.add(LEARNER, checkpoint.weights)
-                where = context.run.work("less", f"features{epoch}")
+                where = context.run.work("less", f"cosines{epoch}")
                 found = (_projected if config.features == "projected" else _exact)(
                     context, bank, checkpoint, safe, seed, config, where
                 )  # fmt: skip
@@ -203,18 +204,28 @@ class Sketch:
 
     def __init__(self, shapes: dict[str, torch.Size], dimensions: int, seed: int, device: torch.device) -> None:
         self.dimensions = dimensions
-        self._order, self._sign = {}, {}
+        self._order, self._place, self._sign = {}, {}, {}
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(derive(seed, "sketch", name))
             # Folding takes neighbours apart; the permutation also fills up to a whole number of folds with blanks.
             size = shape.numel()
             padded = -(-size // dimensions) * dimensions
-            self._order[name] = torch.randperm(padded, generator=generator).to(device)
-            self._sign[name] = (torch.randint(0, 2, (padded,), generator=generator) * 2 - 1).to(device, torch.int8)
+            order = torch.randperm(padded, generator=generator)
+            sign = torch.randint(0, 2, (padded,), generator=generator) * 2 - 1
+            if padded == dimensions:  # one fold, mostly blanks: only where each number goes
+                place = order.argsort()[:size]
+                self._place[name], sign = place.to(device), sign[place]
+            else:
+                self._order[name] = order.to(device)
+            self._sign[name] = sign.to(device, torch.int8)
 
     def __call__(self, name: str, tensors: torch.Tensor) -> torch.Tensor:
         """Projects a batch of tensors called `name`, shape [rows, *shape] -> [rows, dimensions]."""
         flat = tensors.flatten(1)
+        if name in self._place:
+            spread = flat.new_zeros(len(flat), self.dimensions)
+            spread[:, self._place[name]] = flat * self._sign[name]
+            return spread
         order = self._order[name]
         flat = torch.nn.functional.pad(flat, (0, len(order) - flat.shape[1]))
         mixed: torch.Tensor = flat[:, order] * self._sign[name]
@@ -235,10 +246,10 @@ def row_features(
             m, v = checkpoint.m[name].to(gradient), checkpoint.v[name].to(gradient)
             gradient = adam_direction(gradient, m, v, checkpoint.step)
         part = sketch(name, gradient)
-        total = part if total is None else total + part
+        total = part if total is None else total.add_(part)
     assert total is not None
     length: torch.Tensor = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-    return total / length.clamp(min=_SMALLEST)
+    return total.div_(length.clamp(min=_SMALLEST))
 
 
 def _projected(
@@ -247,16 +258,14 @@ def _projected(
 ) -> FloatArray:  # fmt: skip
     shapes = {name: parameter.shape for name, parameter in bank.parameters(LEARNER).items()}
     sketch = Sketch(shapes, config.dimensions, seed, bank.device)
-    references = [row_features(bank, sketch, batch, None).double() for batch in _batches(bank, safe)]
-    target = torch.cat(references).mean(0).cpu().numpy()
+    target = torch.zeros(config.dimensions, dtype=torch.float64, device=bank.device)
+    for batch in _batches(bank, safe):
+        target += row_features(bank, sketch, batch, None).double().sum(0) / len(safe.lengths)
 
-    def features(batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        return {"features": row_features(bank, sketch, batch, checkpoint).half().cpu().numpy()}
+    def cosines(batch: Batch) -> dict[str, FloatArray]:
+        return {"cosine": (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()}
 
-    def cosines(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        return {"cosine": arrays["features"].astype(np.float64) @ target}
-
-    return _read(context, features, work, "less, features", reduce=cosines)["cosine"]
+    return _read(context, cosines, work, "less, features")["cosine"]
 
 
 def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Gradient:
@@ -293,19 +302,18 @@ def _exact(
 
 
 def _read(
-    context: SelectionContext, measure: Any, work: Path, description: str, **options: Any
+    context: SelectionContext, measure: Measure, work: Path, description: str
 ) -> dict[str, FloatArray]:  # fmt: skip
     device = context.model.device
     # A backward pass keeps what a forward pass forgets.
     budget = max(256, tokens_per_batch(context.model.model, device) // 8)
     return run_pass(
-        context.encoded_pool, measure, work=work, device=device, tokens_per_batch=budget, description=description,
-        **options,
-    )  # fmt: skip
+        context.encoded_pool, measure, work=work, device=device, tokens_per_batch=budget, description=description
+    )
 
 
-def _batches(bank: AdapterBank, sequences: Sequences) -> list[Batch]:
+def _batches(bank: AdapterBank, sequences: Sequences) -> Iterator[Batch]:
     size, n = bank.options.batch_size, len(sequences.lengths)
-    return [
+    return (
         make_batch(sequences, np.arange(start, min(start + size, n)), bank.device) for start in range(0, n, size)
-    ]  # fmt: skip
+    )  # fmt: skip

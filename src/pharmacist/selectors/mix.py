@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Mix(Selector):
     def notice(self, given: Collection[str]) -> str | None:
         """What its parts do otherwise."""
         return "; ".join(filter(None, (part.notice(given) for part in self.parts.values()))) or None
+
+    def check_room(self, rows: int, folder: Path) -> None:
+        """Asks every part, so that the last is not refused when the others are done."""
+        for part in self.parts.values():
+            part.check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Lets every selector rank the pool, one after the other."""

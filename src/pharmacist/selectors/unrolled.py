@@ -108,7 +108,7 @@ def safety_direction(
     """
     at = bank.state(LEARNER)
     if lookahead > 0:
-        at = moved(at, mean_gradient(bank, LEARNER, pool, rows), -lookahead)
+        at = moved(at, mean_gradient(bank, LEARNER, pool, rows, "unrolled, step on the pool"), -lookahead)
     bank.add(FORTH, at)
     if harmful_step > 0:
         assert harmful is not None
