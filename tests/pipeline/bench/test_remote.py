@@ -195,6 +195,7 @@ def test_a_stage_that_was_deleted_is_made_again_with_everything_below(
     ("words", "told"),
     [
         (["--output-dir", "gopher://b/k"], "--output-dir gopher://b/k: Protocol not known: gopher; give a folder"),
+        (["--output-dir", "memory://b[1]"], "--output-dir memory://b[1]: a URL must hold none of * ? ["),
         (["--output-dir", "memory://b", "--overwrite"], "--overwrite: deletes nothing at a URL"),
         (["--output-dir", "out", "--work-dir", "w"], "--work-dir: is for an --output-dir that is a URL"),
         (["--output-dir", "file:///proc/nowhere"], "file:///proc/nowhere: cannot be written (FileNotFoundError"),

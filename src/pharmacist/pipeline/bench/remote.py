@@ -61,11 +61,13 @@ class Remote:
         """The place, unless `output_dir` is a folder.
 
         Raises:
-            ConfigError: Nobody knows the protocol.
+            ConfigError: Nobody knows the protocol, or the URL is a pattern.
             CompatibilityError: Its driver is not installed.
         """
         if "://" not in output_dir:
             return None
+        if not {"*", "?", "["}.isdisjoint(output_dir):  # which fsspec takes for patterns
+            raise ConfigError(f"--output-dir {output_dir}: a URL must hold none of * ? [")
         remote = cls(output_dir.rstrip("/"))
         try:
             remote._place()
