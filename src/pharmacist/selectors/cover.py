@@ -3,12 +3,16 @@
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
+from pharmacist.selectors.embeddings import check_room, pool_keys
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -119,3 +123,29 @@ def cover_scores(points: FloatArray, keys: npt.NDArray[np.uint64], cover: Cover,
         rows = first[number::blocks]
         score[rows] = cover(points[rows], copies[number::blocks].astype(np.float64))
     return score
+
+
+class Coverage(Selector):
+    """Base of the selectors that take rows in the order in which they cover the pool, by geometry alone.
+
+    Attributes:
+        cover: Key of `COVERS`.
+    """
+
+    Config = CoverConfig
+    needs = frozenset({"embedder"})
+    cover: ClassVar[str]
+
+    def __init__(self, config: CoverConfig) -> None:
+        self.config = config
+
+    def check_room(self, rows: int, folder: Path) -> None:
+        """All points are held at once."""
+        check_room(rows, folder)
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool once; a row's score is what `cover` gives it when its turn comes."""
+        points, keys = context.points, pool_keys(context)
+        with context.run.phase("order"):
+            score = cover_scores(points, keys, COVERS[self.cover], self.config.block)
+        return Scores(score, np.full(len(score), RANKED))
