@@ -27,7 +27,7 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"defenses": ["lisa"]}, "is not for alignment; name it under later_defenses"),
         ({"defenses": ["repnoise"]}, "'repnoise' needs harmful rows, which pool 'pool' does not bring"),
         (FILE_POOL | {"defenses": ["booster"]}, "'booster' needs harmful rows, which pool 'rows' does not bring"),
-        (FILE_POOL | {"selectors": ["pharmacist"]}, "needs harmful references: give pool 'rows' a 'harmful'"),
+        (FILE_POOL | {"selectors": ["pharmacist"]}, "needs safe references: give pool 'rows' a 'safe'"),
         (FILE_POOL | {"align": {"harmful": "world:answers"}, "defenses": ["booster"]}, "made-up pool"),
         ({"align": {"trian": {}}}, "align: unknown key 'trian'; did you mean 'train'?"),
         ({"align": {"train": {"lerning_rate": 1}}}, "no such field; did you mean 'learning_rate'?"),
