@@ -341,7 +341,7 @@ def _escaped(text: str) -> str:
 
 
 def to_latex(benchmark: Benchmark) -> str:
-    """The table in LaTeX, by pandas; it needs the packages booktabs, longtable and multirow."""
+    """The table in LaTeX, by pandas, in small type; it needs the packages booktabs and longtable."""
     table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
     names: list[Hashable] = [head for head in table.columns if not head[0]]
     # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
@@ -352,4 +352,5 @@ def to_latex(benchmark: Benchmark) -> str:
         caption="Benchmark.",
     )  # fmt: skip
     below = note(benchmark).replace("%", "\\%").replace("<", "$<$")
-    return f"% \\usepackage{{booktabs,longtable,multirow}}\n{text}\\noindent {below}\n"
+    small = "\\begingroup\\footnotesize\\setlength{\\tabcolsep}{3pt}"
+    return f"% \\usepackage{{booktabs,longtable}}\n{small}\n{text}\\noindent {below}\n\\endgroup\n"
