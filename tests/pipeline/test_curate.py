@@ -178,7 +178,7 @@ def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
     assert main(words) == 0
     check_table(scores(tmp_path / "more"), 40)
     both = scores(tmp_path / "more"), scores(ranked).iloc[20:]
-    assert np.allclose(both[0]["lexical_log_odds"], both[1]["lexical_log_odds"], atol=1e-9)
+    assert np.allclose(both[0]["lexical_log_odds"], both[1]["lexical_log_odds"], atol=1e-6)
     assert np.allclose(both[0]["contrast"], both[1]["contrast"], atol=1e-4)
 
 

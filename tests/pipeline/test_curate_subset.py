@@ -10,6 +10,7 @@ import pytest
 import pharmacist as ph
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError
+from pharmacist.pipeline.select import SelectOptions, select
 from pharmacist.selectors import SELECTORS
 from tests.selectors import village
 from tests.tiny import save_tiny_model
@@ -61,6 +62,20 @@ def test_balance_by_numbers_lists_and_python(files):
     assert set(ranking.table["group"]) == {"a", "b", "c"}, "of several values the rarest counts"
     with pytest.raises(ConfigError, match="ranked without --balance"):
         ph.rank(rows, selector="length").select(k=4, balance_share=0.5)
+
+
+@pytest.mark.parametrize("words", [("--balance", "category"), ("--diversity", "near-duplicates")])
+def test_select_chooses_as_the_ranking_was_told_to(files, tmp_path, words):
+    doubled = tmp_path / "pool.jsonl"
+    doubled.write_text(Path(files["pool"]).read_text() * 2)
+    files = {"pool": str(doubled)}
+    folder = tmp_path / "ranking"
+    assert curate(files, folder, "--selector", "length", "--top", "0.3", "--quiet", *words) == 0
+    select(SelectOptions(ranking=str(folder), top=0.3, output_dir=str(tmp_path / "some"), quiet=True))
+    assert (tmp_path / "some/selected.jsonl").read_bytes() == (folder / "selected.jsonl").read_bytes()
+    # Negative control: without them other rows are on top.
+    assert curate(files, tmp_path / "plain", "--selector", "length", "--top", "0.3", "--quiet") == 0
+    assert (tmp_path / "plain/selected.jsonl").read_bytes() != (folder / "selected.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("diversity", ["k-center", "facility-location"])

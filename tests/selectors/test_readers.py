@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = len(TOKENIZER)
 KINDS = ("safe", "harmful", "utility")
+# A regression's optimum is found to about the square root of float64's precision, differently on each machine.
+OPTIMUM = 1e-6
 N = 14
 POOL = village.pool(24)
 
@@ -102,10 +104,10 @@ def test_posteriors_sum_to_one_and_tell_the_classes_apart(readers, name):
 @EACH
 def test_equal_references_make_classes_exchangeable(readers, name):
     posterior = np.exp(getattr(readers, name)([SAFE, SAFE, UTILITY]))
-    np.testing.assert_allclose(posterior[:, 0], posterior[:, 1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(posterior[:, 0], posterior[:, 1], rtol=0, atol=OPTIMUM)
     # Negative control: one row more in one of them is seen.
     other = np.exp(getattr(readers, name)([SAFE, [*SAFE[1:], HARMFUL[0]], UTILITY]))
-    assert np.abs(other[:, 0] - other[:, 1]).max() > 1e-6
+    assert np.abs(other[:, 0] - other[:, 1]).max() > 100 * OPTIMUM
 
 
 def test_adapters_with_seeds_of_their_own_would_not_be_exchangeable(readers):
@@ -119,7 +121,7 @@ def test_swapping_two_classes_negates_every_score(readers, name):
     forth = log_odds(getattr(readers, name)([SAFE, HARMFUL]))
     back = log_odds(getattr(readers, name)([HARMFUL, SAFE]))
     assert np.abs(forth).max() > 0.01
-    np.testing.assert_allclose(back, -forth, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(back, -forth, rtol=0, atol=OPTIMUM)
     if name == "adapters":
         assert np.array_equal(back, -forth)
 
@@ -133,7 +135,7 @@ def test_a_class_without_rows_has_probability_zero(readers, name, missing):
     posterior = read([SAFE, HARMFUL], labels=labels, n_classes=3)
     two = read([SAFE, HARMFUL])
     assert np.exp(posterior[:, missing]).max() < 1e-15 and np.isfinite(posterior).all()
-    np.testing.assert_allclose(posterior[:, present], two, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(posterior[:, present], two, rtol=0, atol=OPTIMUM)
 
 
 def test_an_adapter_that_is_missing_is_a_class_of_probability_zero(readers):

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
-_SPREAD = frozenset({"k-center", "facility-location"})
+SPREAD = frozenset({"k-center", "facility-location"})
+"""Diversities that need to know how near rows are."""
 _LATE = frozenset({"min_score", "diversity", "diversity_margin", "balance", "balance_share", "format"})
 
 
@@ -94,7 +95,7 @@ class CurateOptions(RunOptions):
             raise ConfigError(f"--diversity-margin {self.diversity_margin}: must be at least 1")
         if not 0 < self.balance_share <= 1:
             raise ConfigError(f"--balance-share {self.balance_share}: must lie in (0, 1]")
-        if self.min_score is not None and (self.balance is not None or self.diversity in _SPREAD):
+        if self.min_score is not None and (self.balance is not None or self.diversity in SPREAD):
             option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
             raise ConfigError(
                 f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k"
@@ -352,7 +353,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         embedder=options.embedder,
     )  # fmt: skip
     points = None
-    if options.diversity in _SPREAD:  # before the ranking, which may put adapters on the model
+    if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
         from pharmacist.selectors.embeddings import pool_keys
 
         points = context.points, pool_keys(context)
@@ -404,7 +405,7 @@ def _input(
     if options.top_k is not None and options.top_k > n:
         raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
     selector.check_room(n, Path(options.output_dir))
-    if options.diversity in _SPREAD:
+    if options.diversity in SPREAD:
         from pharmacist.selectors.embeddings import check_room
 
         check_room(n, Path(options.output_dir))
@@ -426,11 +427,11 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
         asks = f"selector '{options.selector['name']}' compares rows by a model"
         raise ConfigError(f"{asks}; give --model, or --embedder")
-    if options.diversity in _SPREAD and options.selector["name"] in {"full", *_SPREAD}:
+    if options.diversity in SPREAD and options.selector["name"] in {"full", *SPREAD}:
         name = options.selector["name"]
         does = "ranks nothing" if name == "full" else "covers the pool by itself"
         raise ConfigError(f"--diversity {options.diversity}: selector '{name}' {does}; leave one of the two out")
-    if options.diversity in _SPREAD and options.model is None and options.embedder is None:
+    if options.diversity in SPREAD and options.model is None and options.embedder is None:
         raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")
     if options.resume_selector is not None and not _learns(selector):
         name = options.selector["name"]
@@ -595,7 +596,7 @@ def choose(
 
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
-    if diversity in _SPREAD and points is None:
+    if diversity in SPREAD and points is None:
         raise ConfigError(f"diversity {diversity}: rank the pool with it first, which says how near rows are")
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
@@ -614,7 +615,7 @@ def choose(
         order = candidates.sort_values("rank").index.to_numpy()
         groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
         good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
-        spread = Spread(diversity, margin, *points) if diversity in _SPREAD and points is not None else None
+        spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
         chosen = pd.Index(core_rows(order, min(k, len(order)), good, groups, share, spread))
     if not len(chosen):
         best = table["score"].max()

@@ -7,7 +7,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -27,11 +27,14 @@ class SelectOptions(RunOptions):
 def select(options: SelectOptions) -> Path:
     """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order.
 
+    Near-duplicates are left out and groups balanced as the ranking was told to.
+
     Returns:
         The file.
 
     Raises:
         DataError: The folder holds no finished ranking, or its pool has changed.
+        ConfigError: The ranking's diversity needs to know how near rows are, which a folder does not hold.
     """
     import pandas as pd
 
@@ -56,7 +59,10 @@ def select(options: SelectOptions) -> Path:
         if rank() == 0 and not run.complete:
             with run.phase("select"):
                 table = pd.read_parquet(scores)
-                rows = table["row"].to_numpy()[choose(table, options.top, None, None, "none")]
+                config = ranking.config
+                share = config["balance_share"] if config["balance"] is not None else 0.0
+                chosen = choose(table, options.top, None, None, config["diversity"], share=share)
+                rows = table["row"].to_numpy()[chosen]
                 write_rows(pool, rows.tolist(), path, format="jsonl")
             run.finish(outputs=[path.name], counts={"ranked": len(table), "selected": len(rows)})
         barrier()

@@ -127,7 +127,8 @@ def _pool(seed: int, rows: int, mislabel: float, kind: str) -> Sequence[dict[str
     from pharmacist.worlds import World
 
     world = World(seed)
-    return (world.clean_pool(rows) if kind == "clean" else world.pool(rows, mislabel=mislabel))[0]
+    planted = world.clean_planted(rows) if kind == "clean" else world.planted(rows, mislabel)
+    return [row.row | {"category": row.category} for row in planted]
 
 
 @cache

@@ -30,6 +30,7 @@ from pharmacist.pipeline.bench.options import (
     TaskEntry,
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
+from pharmacist.pipeline.curate import SPREAD
 
 
 Entry = TypeVar("Entry")
@@ -401,6 +402,11 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
          "selector": selector.selector, "model": model.reader or model.model, "max_length": model.max_length},
     )  # fmt: skip
     _check_references(expansion, chosen, rank_options)
+    if rank_options.diversity in SPREAD:
+        raise ConfigError(
+            f"selector '{selector.name}': diversity {rank_options.diversity} is for curate alone; in a grid, "
+            f"take the selector {rank_options.diversity}"
+        )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=None, harmful=None, utility=None)
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
