@@ -1,14 +1,16 @@
 """Runs the examples of docstrings, README and docs (`make check`); the tests themselves need nothing from here.
 
 Every document is worked through from top to bottom in a folder of its own that holds the files of
-``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each. Documents that begin with a
-model that is aligned (``runs/aligned``) or attacked (``runs/attacked``) find it there.
+``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each, or in this process where
+they are nothing but commands of ours. Documents that begin with a model that is aligned (``runs/aligned``) or attacked
+(``runs/attacked``) find it there.
 """
 
 import atexit
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from sybil import Example, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
+
+from pharmacist.cli.main import main
 
 
 ROOT = Path(__file__).parent
@@ -36,15 +40,32 @@ pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl 
 
 
 def run_bash(example: Example) -> str | None:
-    """Runs a block; says what bash said where it fails."""
+    """Runs a block; says what was said where it fails."""
     code = str(example.parsed)
     for place in (Path("runs/aligned"), Path("runs/attacked")):
         if re.search(rf"--(model|aligned) {place}\s", code) and not re.search(rf"--output-dir {place}\s", code):
             place.parent.mkdir(exist_ok=True)
             if not place.exists():  # earlier blocks have made none
                 place.symlink_to(made() / place)
-    done = bash(code, Path.cwd())
-    return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
+    commands = plain_commands(code)
+    if commands is None:
+        done = bash(code, Path.cwd())
+        return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
+    for words in commands:
+        if (returned := main(words)) != 0:
+            return f"exit code {returned}: pharmacist {shlex.join(words)}"
+    return None
+
+
+def plain_commands(code: str) -> list[list[str]] | None:
+    """The words of a block's commands where it has only commands of ours, which need no process of their own.
+
+    None where bash has something to do. Loading torch anew for each command would take most of the time.
+    """
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    commands = [words for words in lines if words]
+    plain = not re.search(r"[|&;<>$*?~`(]", code) and all(words[0] == "pharmacist" for words in commands)
+    return [words[1:] for words in commands] if plain else None
 
 
 def bash(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -66,8 +87,8 @@ def made() -> Path:
 
 
 def write_world(folder: Path) -> None:
-    """Writes the files of the made-up world."""
-    runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](folder)
+    """Writes the files of the made-up world, with a pool that is small enough to be trained on again and again."""
+    runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](folder, rows=240)
 
 
 def enter_world(namespace: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/page.py [--rows 100000]
 
 Needs Playwright and an installed Chromium. Times are milliseconds until the next frame is painted; a search counts
-from the key press and holds the 50 ms that the page waits for further ones.
+from the key press and holds the 20 ms that the page waits for further ones.
 """
 
 import argparse

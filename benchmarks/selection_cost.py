@@ -2,8 +2,11 @@
 
     python benchmarks/selection_cost.py --pool POOL --safe S --harmful H --utility U --model MODEL \
         --labels LABELS.json --output-dir DIR
+    python benchmarks/selection_cost.py --world ROWS --output-dir DIR
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
+With --world the made-up world's model reads its pool of so many rows, 5 % of them mislabelled; beyond 4000 its rows
+come again with a number at the end of the prompt.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
 the model in units of the epoch's tokens (whatever else the machine does); what is spent on training does not grow with
@@ -16,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from compare_selectors import write_world
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.files import read_json, write_json
+from pharmacist.core.files import read_json, write_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
+from pharmacist.worlds import BASE_MODEL
 
 
 FAULTS = ("offtopic", "overrefuse", "noisy", "mislabel")
@@ -39,6 +44,9 @@ VARIANTS = {
     "twins, 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
     "default": {},
 }  # fmt: skip
+FILES = ("pool", "safe", "harmful", "utility")
+MOST = 4000
+"""Rows of a made-up pool that do not repeat."""
 PER_ROW = ("score",)
 ONCE = ("train readers", "train twins")
 
@@ -62,6 +70,17 @@ def reason_quality(table, labels):
     return {"reason": float(right.mean()), "reason by label": by_label}
 
 
+def made_up(rows, folder, seed):
+    """Files and labels of a made-up pool of any size, and the world's model."""
+    files, labels = write_world(folder, 0.05, seed, min(rows, MOST))
+    if rows > MOST:
+        pool = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
+        more = [pool[i % MOST] | {"prompt": f"{pool[i % MOST]['prompt']} {i // MOST}"} for i in range(rows)]
+        write_text(Path(files["pool"]), "".join(json.dumps(row) + "\n" for row in more))
+    files = {name: files[name] for name in FILES} | {"model": str(BASE_MODEL)}
+    return files, [labels[i % MOST] for i in range(rows)]
+
+
 def table_line(name, found, rest):
     cells = [f"{found['auc']:.3f}", f"{found['purity']:.3f}", *(f"{found[fault]:.3f}" for fault in FAULTS)]
     return f"| {name} | {' | '.join(cells)} | {' | '.join(rest)} |"
@@ -69,17 +88,24 @@ def table_line(name, found, rest):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("pool", "safe", "harmful", "utility", "model", "labels"):
-        parser.add_argument(f"--{name}", required=True)
+    for name in (*FILES, "model", "labels"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--world", type=int, metavar="ROWS")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
-    labels = pd.Series(json.loads(Path(arguments.labels).read_text()))
-    common = {"model": arguments.model, "seed": arguments.seed}
+    files = {name: getattr(arguments, name) for name in (*FILES, "model")}
+    if arguments.world:
+        files, labels = made_up(arguments.world, arguments.output_dir / "data", arguments.seed)
+    elif arguments.labels and all(files.values()):
+        labels = json.loads(Path(arguments.labels).read_text())
+    else:
+        parser.error("give all files, or --world")
+    labels, common = pd.Series(labels), {"model": files.pop("model"), "seed": arguments.seed}
     folder = arguments.output_dir / "sft-epoch"
     epoch = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
-    align(AlignOptions(data=arguments.pool, train=epoch, on_long_prompt="cut", output_dir=str(folder), **common))
+    align(AlignOptions(data=files["pool"], train=epoch, on_long_prompt="cut", output_dir=str(folder), **common))
     unit, tokens = (getattr(read_manifest(folder).phases["train"], field) for field in ("seconds", "tokens"))
     print(f"one LoRA SFT epoch over the pool: {unit:.1f} s")
     path = arguments.output_dir / "selection.json"
@@ -89,8 +115,7 @@ def main():
             continue
         folder = arguments.output_dir / f"{number}"
         curate(CurateOptions(
-            pool=arguments.pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
-            selector={"name": "pharmacist", **VARIANTS[name]}, output_dir=str(folder), **common,
+            selector={"name": "pharmacist", **VARIANTS[name]}, output_dir=str(folder), **files, **common,
         ))  # fmt: skip
         manifest = read_manifest(folder)
         seconds = {phase: value.seconds for phase, value in manifest.phases.items()}

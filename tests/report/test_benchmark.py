@@ -53,7 +53,7 @@ def test_only_real_differences_are_bold() -> None:
     assert line(benchmark, "random")["harmful_score"].verdict == 0
     assert line(benchmark, "full")["harmful_score"].verdict is None
     table = to_markdown(benchmark)
-    assert len([cell for cell in bold(table, "pharmacist") if cell.startswith("**−1")]) == 2, "for both defenses"
+    assert len([cell for cell in bold(table, "pharmacist") if cell.startswith("**−1")]) == 3, "and over both defenses"
     assert [cell for cell in bold(table, "random") if not cell.startswith("**−70")] == [], "only its time is real"
     assert bold(table, "full") == []
     latex = to_latex(benchmark)
@@ -100,6 +100,50 @@ def test_what_cannot_be_tested_is_not_bold() -> None:
     assert Benchmark(same).comparisons["harmful_score"] == 0
     without = Benchmark(results({"pharmacist": -50.0}).query("selector != 'full'"))
     assert not without.has_baseline and "minus full" not in to_markdown(without) and verdicts(without) == []
+
+
+def test_over_all_defenses_runs_are_averaged_before_they_are_compared() -> None:
+    table = results({"random": 0.0, "pharmacist": -12.0}, defenses=["sft", "booster", "vaccine"])
+    lost = (table["selector"] == "random") & (table["defense"] == "sft") & (table["seed"] == 4)
+    table.loc[lost, "harmful_score"] = np.nan
+    overall = Benchmark(table).over_defenses()
+    assert overall is not None and overall.order["defense"] == ["all 3"]
+    means = table.groupby(["selector", "seed"])["harmful_score"].mean().unstack("selector")
+    reference = stats.ttest_rel(means["pharmacist"], means["full"])
+    value = line(overall, "pharmacist", "all 3")["harmful_score"]
+    assert value.difference == pytest.approx((means["pharmacist"] - means["full"]).mean())
+    assert (value.difference_low, value.difference_high) == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    # A seed that one defense lacks is not averaged over the others.
+    assert line(overall, "random", "all 3")["harmful_score"].seeds == 4
+    assert overall.comparisons["harmful_score"] == 2, "a family of its own"
+    for text in (to_markdown(Benchmark(table)), to_latex(Benchmark(table))):
+        assert text.count("over the defenses booster, sft, vaccine") == 1
+    one = Benchmark(results({"pharmacist": -12.0}, defenses=["sft"]))
+    assert one.over_defenses() is None and "over the defenses" not in to_markdown(one)
+
+
+def test_another_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = results({"less": -8.0, "pharmacist": -20.0}, noise=0.5)
+    value = line(Benchmark(table, baseline="less"), "pharmacist")["harmful_score"]
+    assert value.difference == pytest.approx(-12.0, abs=1) and value.verdict == 1
+    assert line(Benchmark(table, baseline="less"), "less")["harmful_score"].difference is None
+    assert line(Benchmark(table, baseline="less"), "full")["harmful_score"].difference == pytest.approx(8, abs=1)
+    # With several fractions it is that of the same fraction.
+    several = results({"less": -8.0, "pharmacist": -20.0}, noise=0.5, fractions=(0.1, 0.3), defenses=["sft"])
+    several.loc[(several["selector"] == "less") & (several["fraction"] == 0.1), "harmful_score"] += 50.0
+    found = Benchmark(several, baseline="less").lines
+    differences = {it.series: it.values["harmful_score"].difference for it in found}
+    assert differences["pharmacist", 0.1] == pytest.approx(-62, abs=1)
+    assert differences["pharmacist", 0.3] == pytest.approx(-12, abs=1)
+    assert differences["full", 1.0] is None
+    write_bench(tmp_path, table)
+    assert main(["report", str(tmp_path), "--baseline", "les"]) == 2
+    assert "has no selector 'les'; did you mean 'less'?" in " ".join(capsys.readouterr().err.split())
+    assert main(["report", str(tmp_path), "--baseline", "less", "--quiet"]) == 0
+    page = Page.read(tmp_path / "report.html")
+    assert "Against less" in page.text and "Against the full" not in page.text
+    assert re.search(r"pharmacist −1\d\.\d \[−1\d\.\d, −1\d\.\d\] better in 2 of 2", page.text)
+    assert "minus less" in (tmp_path / "tables.md").read_text()
 
 
 def test_pairs_need_the_same_seed_and_cell() -> None:
@@ -156,8 +200,9 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert NASTY in page.text
     latex, markdown = (tmp_path / "tables.tex").read_text(), (tmp_path / "tables.md").read_text()
     assert "a|b\\_" in latex and "\\%\\$" in latex and "b_" not in latex
-    rows = [row for row in markdown.splitlines() if row.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name makes no column"
+    for part in markdown.split("The same over"):
+        rows = [row for row in part.splitlines() if row.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name makes no column"
 
 
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +213,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"page {tmp_path}" in capsys.readouterr().err.replace("\n", "")
     page = Page.read(tmp_path / "report.html")
     assert "Benchmark · 20 cells · 5 seeds" in page.text
-    assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text)
+    assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text), "no interval over settings"
     assert re.search(r"random 30 % [+−]0\.\d not shown in any of 4", page.text)
     assert "Not all of the grid" not in page.text
     assert "over the 16 comparisons of its metric" in page.text

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.registry import closest
 
 
 if TYPE_CHECKING:
     from pharmacist.core.manifest import RunManifest
     from pharmacist.data.records import Records
 
+BASELINE = "full"
 _FIRST = 1000
 """Rows among which a pool with categories shows one."""
 
@@ -23,6 +25,8 @@ class ReportOptions:
 
     run: str = field(metadata={"first": True})
     """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
+    baseline: str = BASELINE
+    """Of a bench: the selector that the others are compared with, as the grid names it."""
     quiet: bool = False
     """No progress bars and no summary."""
 
@@ -35,7 +39,7 @@ def report(options: ReportOptions) -> Path:
 
     Raises:
         DataError: The folder is no finished run, or the pool is not what it was when it was ranked.
-        ConfigError: The folder is of a command that writes no page.
+        ConfigError: The folder is of a command that writes no page, or the grid has no such baseline.
     """
     from pharmacist.core.manifest import read_manifest
     from pharmacist.core.progress import console
@@ -47,7 +51,12 @@ def report(options: ReportOptions) -> Path:
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
     if manifest.status != "success" and manifest.stage != "bench":  # of a grid, what is finished can be shown
         raise DataError(f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it")
-    _PAGES[manifest.stage](folder, manifest)
+    if manifest.stage == "bench":
+        bench_page(folder, manifest, baseline=options.baseline)
+    elif options.baseline != BASELINE:
+        raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
+    else:
+        _PAGES[manifest.stage](folder, manifest)
     page = folder / "report.html"
     console().print(f"page {page}")
     return page
@@ -143,15 +152,20 @@ def _scores(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
 
 
-def bench_page(folder: Path, manifest: "RunManifest") -> None:
+def bench_page(folder: Path, manifest: "RunManifest", baseline: str = BASELINE) -> None:
     """Writes page and tables of a benchmark, of a partial one too.
 
     Raises:
         DataError: ``results.parquet`` cannot be used.
+        ConfigError: It has no selector of the baseline's name, other than ``full``.
     """
     from pharmacist.report import render_benchmark
 
-    render_benchmark(folder, _scores(folder / "results.parquet"), manifest=manifest.model_dump(mode="json"))
+    results = _scores(folder / "results.parquet")
+    names = sorted(results["selector"].unique()) if "selector" in results else []
+    if baseline not in (BASELINE, *names):
+        raise ConfigError(f"--baseline: {folder} has no selector '{baseline}'{closest(baseline, names)}")
+    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
 
 
 _PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": _sweep_page, "bench": bench_page}

@@ -1,4 +1,4 @@
-"""Numbers of a benchmark: means over seeds, and paired differences against the full dataset, tested against chance.
+"""Numbers of a benchmark: means over seeds, and paired differences against a baseline, tested against chance.
 
 A series is a selector with its fraction; a setting is a choice on every axis but these and the defense. Two runs are a
 pair where they differ in the series alone: same setting, same defense, same seed.
@@ -18,7 +18,7 @@ from pharmacist.evaluation.statistics import t_interval
 
 
 BASELINE = "full"
-"""Name of the selector that the others are compared with."""
+"""Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
 SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
 """Axes of a setting."""
 AXES = ("model", "pool", "attack", "later_defense", "task", "judge", "defense", "selector", "fraction")
@@ -64,14 +64,14 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Value:
-    """A mean over seeds and what sets it apart from the full dataset.
+    """A mean over seeds and what sets it apart from the baseline.
 
     Attributes:
         mean: Over seeds.
         low: Lower end of its 95 % interval (Student's t); None with one seed.
         high: Upper end.
         seeds: Number of seeds.
-        difference: Mean of the paired differences to the full dataset, in the metric's unit; None without pairs.
+        difference: Mean of the paired differences to the baseline, in the metric's unit; None without pairs.
         difference_low: Lower end of its 95 % interval, not corrected.
         difference_high: Upper end.
         p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
@@ -120,12 +120,15 @@ class Benchmark:
     Args:
         results: ``results.parquet``.
         order: Axis -> its names in the order of the grid; others follow, the full dataset first, then by name.
+        baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
         DataError: A column is missing, there is no row, or two rows are of one cell and seed.
     """
 
-    def __init__(self, results: pd.DataFrame, order: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def __init__(
+        self, results: pd.DataFrame, order: Mapping[str, Sequence[Any]] | None = None, baseline: str = BASELINE
+    ) -> None:
         if missing := [name for name in (*AXES, "seed") if name not in results]:
             raise DataError(f"results.parquet: no column '{missing[0]}'; it was written by another program or version")
         if not len(results):
@@ -134,6 +137,7 @@ class Benchmark:
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
         results = results.reset_index(drop=True)
+        self.baseline = baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
@@ -149,7 +153,29 @@ class Benchmark:
     @property
     def has_baseline(self) -> bool:
         """Whether anything can be compared."""
-        return BASELINE in self.order["selector"]
+        return self.baseline in self.order["selector"]
+
+    @property
+    def baseline_title(self) -> str:
+        """The baseline in a sentence."""
+        return "the full dataset" if self.baseline == BASELINE else self.baseline
+
+    def over_defenses(self) -> "Benchmark | None":
+        """The benchmark of means over all defenses, run by run; None with one defense.
+
+        A mean is made only of runs that every defense of the setting has, so that defenses weigh alike everywhere.
+        """
+        defenses = self.order["defense"]
+        if len(defenses) == 1 or not self.metrics:
+            return None
+        rest = [axis for axis in AXES if axis != "defense"]
+        names = [metric.name for metric in self.metrics]
+        groups = self.results.groupby([*rest, "seed"], sort=False)[names]
+        means = groups.mean().where(groups.count() == len(defenses))
+        means = means.dropna(how="all").reset_index()
+        if not len(means):
+            return None
+        return Benchmark(means.assign(defense=f"all {len(defenses)}"), self.order, self.baseline)
 
     def series(self) -> list[tuple[str, float]]:
         """Selectors with their fractions."""
@@ -178,14 +204,19 @@ class Benchmark:
             for key, group in self.results.groupby(list(AXES), sort=False)
         ]
         rest = [axis for axis in AXES if axis not in {"selector", "fraction"}]
-        full = {tuple(axes[axis] for axis in rest): group for axes, group in groups if axes["selector"] == BASELINE}
+        fractions = {axes["fraction"] for axes, _ in groups if axes["selector"] == self.baseline}
+
+        def paired(axes: Mapping[str, Any]) -> tuple[Any, ...]:
+            return (*(axes[axis] for axis in rest), axes["fraction"] if len(fractions) > 1 else None)
+
+        base = {paired(axes): group for axes, group in groups if axes["selector"] == self.baseline}
         values: list[dict[str, Value]] = [{} for _ in groups]
         for metric in self.metrics:
             found = []
             for axes, group in groups:
                 own = group[metric.name].dropna()
-                other = full.get(tuple(axes[axis] for axis in rest))
-                compared = metric.compared and axes["selector"] != BASELINE and other is not None
+                other = base.get(paired(axes))
+                compared = metric.compared and axes["selector"] != self.baseline and other is not None
                 found.append(
                     _value(own, (own - other[metric.name]).dropna() if compared and other is not None else None)
                 )
@@ -246,21 +277,27 @@ def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]
 
 
 def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """How each series fares against the full dataset over all settings and defenses.
+    """How each series fares against the baseline over all settings and defenses.
 
     Returns:
-        Per series but the full dataset: ``name``, ``comparisons``, and by metric ``better``, ``worse``, ``open`` (not
-        shown) and the ``mean`` of the differences over the comparisons; ``time_saved`` in percent of alignment time.
+        Per series but the baseline's: ``name``, ``comparisons``, and by metric ``better``, ``worse``, ``open`` (not
+        shown), the ``mean`` of the differences over the comparisons, and ``low`` and ``high`` of its 95 % interval
+        over seeds, None where there are several settings or one seed; ``time_saved`` in percent of alignment time.
     """
     found = []
+    overall = benchmark.over_defenses() or benchmark
+    alone = {line.series: line.values for line in overall.lines} if len(benchmark.settings()) == 1 else {}
     for series in benchmark.series():
-        lines = [line for line in benchmark.lines if line.series == series and series[0] != BASELINE]
+        lines = [line for line in benchmark.lines if line.series == series and series[0] != benchmark.baseline]
         by_metric = {}
         for metric in benchmark.metrics:
             compared = [line.values[metric.name] for line in lines if metric.name in line.values]
             compared = [value for value in compared if value.difference is not None]
             if compared:
+                pooled = alone.get(series, {}).get(metric.name)
                 by_metric[metric.name] = {
+                    "low": pooled.difference_low if pooled else None,
+                    "high": pooled.difference_high if pooled else None,
                     "better": sum(value.verdict == 1 for value in compared),
                     "worse": sum(value.verdict == -1 for value in compared),
                     "open": sum(value.verdict == 0 for value in compared), "n": len(compared),
@@ -297,7 +334,7 @@ def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
                 if value is not None and value.difference is not None:
                     text = _interval(value.difference, value.difference_low, value.difference_high, minus, sign="+")
                     text = bold.format(text) if value.verdict else text
-                row[metric.head, "minus full"] = text
+                row[metric.head, f"minus {benchmark.baseline}"] = text
         rows.append(row)
     heads = list(rows[0])
     return pd.DataFrame([[row[head] for head in heads] for row in rows], columns=pd.MultiIndex.from_tuples(heads))
@@ -309,6 +346,12 @@ _HEADS = {"later_defense": "later defense"}
 def _interval(mean: float, low: float | None, high: float | None, minus: str, sign: str = "") -> str:
     text = f"{mean:{sign}.1f}" if low is None or high is None else f"{mean:{sign}.1f} [{low:.1f}, {high:.1f}]"
     return text.replace("-", minus)
+
+
+def over_defenses_note(benchmark: Benchmark) -> str:
+    """What a table over all defenses is, in one paragraph of plain text; its benchmark is from `over_defenses`."""
+    names = ", ".join(map(str, benchmark.order["defense"]))
+    return f"The same over the defenses {names}: the mean of their runs, seed by seed, and differences of these means."
 
 
 def note(benchmark: Benchmark) -> str:
@@ -329,7 +372,12 @@ def note(benchmark: Benchmark) -> str:
 
 
 def to_markdown(benchmark: Benchmark) -> str:
-    """The table in Markdown, by pandas and tabulate."""
+    """The table in Markdown, by pandas and tabulate, and that over all defenses where there are several."""
+    text, overall = _markdown(benchmark), benchmark.over_defenses()
+    return text if overall is None else f"{text}\n{over_defenses_note(benchmark)}\n\n{_markdown(overall)}"
+
+
+def _markdown(benchmark: Benchmark) -> str:
     table = _cells(benchmark, "\N{MINUS SIGN}", "**{}**")
     table.columns = pd.Index([_escaped(" ".join(part for part in head if part)) for head in table.columns])
     table = table.map(_escaped)
@@ -341,16 +389,33 @@ def _escaped(text: str) -> str:
 
 
 def to_latex(benchmark: Benchmark) -> str:
-    """The table in LaTeX, by pandas, in small type; it needs the packages booktabs and longtable."""
+    """The tables of `to_markdown` in LaTeX, by pandas, in small type; needs the packages booktabs and longtable."""
+    text, overall = _latex(benchmark, "tab:benchmark", "Benchmark."), benchmark.over_defenses()
+    if overall is not None:
+        text += f"\\noindent {_latex_text(over_defenses_note(benchmark))}\n"
+        text += _latex(overall, "tab:benchmark-overall", "Benchmark, over all defenses.")
+    return f"% \\usepackage{{booktabs,longtable}}\n{text}"
+
+
+_LATEX = str.maketrans({
+    **{special: f"\\{special}" for special in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$",
+})  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def _latex(benchmark: Benchmark, label: str, caption: str) -> str:
     table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
     names: list[Hashable] = [head for head in table.columns if not head[0]]
     # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
     style = table.style.format(escape="latex", subset=names).format_index(escape="latex", axis=1).hide(axis="index")
     columns = "l" * len(names) + "r" * (len(table.columns) - len(names))
     text: str = style.to_latex(
-        environment="longtable", hrules=True, column_format=columns, multicol_align="c", label="tab:benchmark",
-        caption="Benchmark.",
-    )  # fmt: skip
-    below = note(benchmark).replace("%", "\\%").replace("<", "$<$")
+        environment="longtable", hrules=True, column_format=columns, multicol_align="c", label=label, caption=caption
+    )
+    below = _latex_text(note(benchmark))
     small = "\\begingroup\\footnotesize\\setlength{\\tabcolsep}{3pt}"
-    return f"% \\usepackage{{booktabs,longtable}}\n{small}\n{text}\\noindent {below}\n\\endgroup\n"
+    return f"{small}\n{text}\\noindent {below}\n\\endgroup\n"

@@ -34,18 +34,21 @@ _BANDS = 6  # lines in a chart up to which bands can be told apart
 _TITLES = {"later_defense": "Later defense", "selector": "Aligned on"}
 
 
-def render_benchmark(folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any]) -> None:
+def render_benchmark(
+    folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str = BASELINE
+) -> None:
     """Writes ``report.html``, ``tables.md`` and ``tables.tex`` into a benchmark's folder.
 
     Args:
         folder: Of the benchmark.
         results: Its ``results.parquet``.
         manifest: Content of its ``manifest.json``.
+        baseline: Selector that the others are compared with.
 
     Raises:
         DataError: The results cannot be used.
     """
-    benchmark = Benchmark(results, manifest.get("extra", {}).get("axes"))
+    benchmark = Benchmark(results, manifest.get("extra", {}).get("axes"), baseline)
     settings, defenses = benchmark.settings(), benchmark.order["defense"]
     look = Look(benchmark)
     measured = {metric.name for metric in benchmark.metrics}
@@ -270,7 +273,7 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
     for metric in benchmark.metrics:
         columns.append({"title": metric.head, "kind": "mean"})
         if metric.compared and benchmark.has_baseline:
-            columns.append({"title": "minus full", "kind": "difference"})
+            columns.append({"title": f"minus {benchmark.baseline}", "kind": "difference"})
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]

@@ -116,7 +116,7 @@ const pharmacist = (() => {
     let pause;
     input.addEventListener("input", () => {
       clearTimeout(pause);
-      pause = setTimeout(() => apply(input.value.toLowerCase().split(/\s+/).filter(Boolean)), 50);
+      pause = setTimeout(() => apply(input.value.toLowerCase().split(/\s+/).filter(Boolean)), 20);
     });
   };
   const start = async (tables) => {
