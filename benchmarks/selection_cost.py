@@ -15,18 +15,17 @@ the pool and is shown apart from what is spent per row.
 
 import argparse
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from compare_selectors import write_world
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.files import read_json, write_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
-from pharmacist.worlds import BASE_MODEL
 
 
 FAULTS = ("offtopic", "overrefuse", "noisy", "mislabel")
@@ -72,12 +71,14 @@ def reason_quality(table, labels):
 
 def made_up(rows, folder, seed):
     """Files and labels of a made-up pool of any size, and the world's model."""
-    files, labels = write_world(folder, 0.05, seed, min(rows, MOST))
+    write_world = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "world_files.py"))["write_world"]
+    write_world(folder, min(rows, MOST), seed)
+    labels, pool = read_json(folder / "labels.json"), folder / "pool.jsonl"
     if rows > MOST:
-        pool = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
-        more = [pool[i % MOST] | {"prompt": f"{pool[i % MOST]['prompt']} {i // MOST}"} for i in range(rows)]
-        write_text(Path(files["pool"]), "".join(json.dumps(row) + "\n" for row in more))
-    files = {name: files[name] for name in FILES} | {"model": str(BASE_MODEL)}
+        members = [json.loads(line) for line in pool.read_text().splitlines()]
+        more = [members[i % MOST] | {"prompt": f"{members[i % MOST]['prompt']} {i // MOST}"} for i in range(rows)]
+        write_text(pool, "".join(json.dumps(row) + "\n" for row in more))
+    files = {name: str(folder / f"{name}.jsonl") for name in FILES} | {"model": str(folder / "MODEL")}
     return files, [labels[i % MOST] for i in range(rows)]
 
 
