@@ -130,6 +130,7 @@ def main():
             "signals": {
                 signal: ranking_quality(table[signal].to_numpy(), known)
                 for signal in table if signal.endswith("_log_odds") or signal == "contrast"
+                if table[signal].notna().all()  # in a cascade the adapters read some rows only
             },
         }  # fmt: skip
         write_json(path, found)

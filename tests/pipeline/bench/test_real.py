@@ -48,7 +48,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--config", str(RECIPES / "embedded.yaml"), "--output-dir", str(tmp_path / "out"), "--dry-run"]
     assert main(words) == 0
-    assert "30 cells" in capsys.readouterr().err
+    assert "35 cells" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
