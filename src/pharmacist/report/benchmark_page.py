@@ -31,6 +31,7 @@ _FURTHER = (
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon", "triangle-down", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _BANDS = 6  # lines in a chart up to which bands can be told apart
+_CROWD = 15  # points from which on their intervals would hide them
 _TITLES = {"later_defense": "Later defense", "selector": "Aligned on"}
 
 
@@ -110,9 +111,9 @@ class Look:
         return self._symbols[defense]
 
 
-def _error_bars(values: Sequence[Value], color: str) -> dict[str, Any]:
+def _error_bars(values: Sequence[Value], color: str, thickness: float = 1.2) -> dict[str, Any]:
     return {
-        "type": "data", "symmetric": False, "color": color, "thickness": 1.2, "width": 0,
+        "type": "data", "symmetric": False, "color": color, "thickness": thickness, "width": 0,
         "array": [0 if value.high is None else value.high - value.mean for value in values],
         "arrayminus": [0 if value.low is None else value.mean - value.low for value in values],
     }  # fmt: skip
@@ -135,13 +136,14 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
     lines = [line for line in lines if {"harmful_score", "fine_tune_accuracy"} <= set(line.values)]
     traces: list[Any] = []
+    thickness = 1.2 if len(lines) <= _CROWD else 0.4
     for selector in look.benchmark.order["selector"]:
         own = [line for line in lines if line.axes["selector"] == selector]
         x, y = ([line.values[name] for line in own] for name in ("fine_tune_accuracy", "harmful_score"))
         color = look.color(selector)
         traces.append(go.Scatter(
             x=[value.mean for value in x], y=[value.mean for value in y], mode="markers", showlegend=False,
-            error_x=_error_bars(x, color), error_y=_error_bars(y, color),
+            error_x=_error_bars(x, color, thickness), error_y=_error_bars(y, color, thickness),
             marker={"color": color, "size": 11, "symbol": [look.symbol(line.axes["defense"]) for line in own],
                     "line": {"color": "var(--card)", "width": 1}},
             customdata=[[f"{look.benchmark.name(line.series)}, {line.axes['defense']}", _told(b), _told(a)]
