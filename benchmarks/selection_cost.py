@@ -5,7 +5,7 @@
     python benchmarks/selection_cost.py --world ROWS --output-dir DIR
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
-With --world the made-up world's model reads its pool of so many rows, 5 % of them mislabelled; beyond 4000 its rows
+With --world the made-up world's model reads its pool of so many rows, 5 % of them mislabelled; beyond 3000 its rows
 come again with a number at the end of the prompt.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
@@ -44,7 +44,7 @@ VARIANTS = {
     "default": {},
 }  # fmt: skip
 FILES = ("pool", "safe", "harmful", "utility")
-MOST = 4000
+MOST = 3000
 """Rows of a made-up pool that do not repeat."""
 PER_ROW = ("score",)
 ONCE = ("train readers", "train twins")
