@@ -5,8 +5,7 @@
     python benchmarks/selection_cost.py --world ROWS --output-dir DIR
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
-With --world the made-up world's model reads its pool of so many rows, 5 % of them mislabelled; beyond 3000 its rows
-come again with a number at the end of the prompt.
+With --world the made-up world's model reads its pool of so many rows (3700 at most), 5 % of them mislabelled.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
 the model in units of the epoch's tokens (whatever else the machine does); what is spent on training does not grow with
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.files import read_json, write_json, write_text
+from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
@@ -44,8 +43,6 @@ VARIANTS = {
     "default": {},
 }  # fmt: skip
 FILES = ("pool", "safe", "harmful", "utility")
-MOST = 3000
-"""Rows of a made-up pool that do not repeat."""
 PER_ROW = ("score",)
 ONCE = ("train readers", "train twins")
 
@@ -70,16 +67,11 @@ def reason_quality(table, labels):
 
 
 def made_up(rows, folder, seed):
-    """Files and labels of a made-up pool of any size, and the world's model."""
+    """Files and labels of a made-up pool, and the world's model."""
     write_world = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "world_files.py"))["write_world"]
-    write_world(folder, min(rows, MOST), seed)
-    labels, pool = read_json(folder / "labels.json"), folder / "pool.jsonl"
-    if rows > MOST:
-        members = [json.loads(line) for line in pool.read_text().splitlines()]
-        more = [members[i % MOST] | {"prompt": f"{members[i % MOST]['prompt']} {i // MOST}"} for i in range(rows)]
-        write_text(pool, "".join(json.dumps(row) + "\n" for row in more))
+    write_world(folder, rows, seed)
     files = {name: str(folder / f"{name}.jsonl") for name in FILES} | {"model": str(folder / "MODEL")}
-    return files, [labels[i % MOST] for i in range(rows)]
+    return files, read_json(folder / "labels.json")
 
 
 def table_line(name, found, rest):
