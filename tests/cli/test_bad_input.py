@@ -465,7 +465,10 @@ OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ("words", "message"),
     [
         (["--pool", "somebody/some-pool"], "--pool somebody/some-pool: no such file or folder, and HF_HUB_OFF"),
-        (["--model", "somebody/some-model"], "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF"),
+        pytest.param(
+            ["--model", "somebody/some-model"],
+            "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF", marks=pytest.mark.slow,
+        ),
         (["--safe", "{folder}/broken.jsonl"], "broken.jsonl: 1 row of 7 cannot be used: line 7 (row 6) is no"),
     ],
 )  # fmt: skip

@@ -98,6 +98,7 @@ def test_help_waits_for_nothing_heavy() -> None:
     assert (done.returncode, done.stderr.splitlines()) == (0, list(COMMANDS))
 
 
+@pytest.mark.slow
 def test_help_of_another_method_shows_its_own_options() -> None:
     """And loads what it works with: the modules above are seen where they are."""
     code = (

@@ -298,6 +298,7 @@ KILLED = ["--train.max_steps", "9", "--train.per_device_train_batch_size", "4", 
 KILLED += ["--checkpoint-seconds", "0"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice(forks: ForkServerContext, data: str, tmp_path: Path) -> None:
     expected, _, made = undisturbed(forks, words(data, tmp_path / "whole", *KILLED), tmp_path / "whole")
     assert WEIGHTS in expected
@@ -341,6 +342,7 @@ def test_two_processes_are_one_batch(data: str, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "one").counts == read_manifest(tmp_path / "two").counts
 
 
+@pytest.mark.slow
 def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) -> None:
     given = words(data, tmp_path / "out", *FEW)
     done = subprocess.run(
@@ -354,6 +356,7 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_said_quietly(data: str, tmp_path: Path) -> None:
     # With what makes the libraries talk: all weights, recomputed activations, a resumed run, the whole model.
     given = words(

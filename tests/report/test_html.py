@@ -209,6 +209,7 @@ def test_long_rankings_are_thinned_and_long_texts_cut(tmp_path: Path, monkeypatc
     assert "Rows 120" not in page.text and "Ranked 120" in page.text, "the numbers are those of all rows"
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
     n = 100_000
     reasons = [list(REASON_OF.values())[i % 6] for i in range(n)]

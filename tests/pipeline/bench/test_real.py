@@ -94,6 +94,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(one, two)
 
 
+@pytest.mark.slow
 def test_a_second_judge_takes_the_answers_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pharmacist.evaluation.evaluator import Evaluator
 
