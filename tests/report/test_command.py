@@ -89,6 +89,11 @@ def test_folders_without_a_page(
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_ranking_is_compared_with_nothing(ranked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(ranked / "out"), "--baseline", "less"]) == 2
+    assert "--baseline less: only selectors of a bench are compared" in " ".join(capsys.readouterr().err.split())
+
+
 def test_scores_that_cannot_be_read(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / "manifest.json", read_json(ranked / "out/manifest.json"))
     assert main(["report", "--run", str(tmp_path)]) == 2

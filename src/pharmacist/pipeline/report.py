@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pharmacist.core.manifest import RunManifest
     from pharmacist.data.records import Records
 
-BASELINE = "full"
 _FIRST = 1000
 """Rows among which a pool with categories shows one."""
 
@@ -25,8 +24,8 @@ class ReportOptions:
 
     run: str = field(metadata={"first": True})
     """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
-    baseline: str = BASELINE
-    """Of a bench: the selector that the others are compared with, as the grid names it."""
+    baseline: str | None = None
+    """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
     quiet: bool = False
     """No progress bars and no summary."""
 
@@ -53,7 +52,7 @@ def report(options: ReportOptions) -> Path:
         raise DataError(f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it")
     if manifest.stage == "bench":
         bench_page(folder, manifest, baseline=options.baseline)
-    elif options.baseline != BASELINE:
+    elif options.baseline is not None:
         raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     else:
         _PAGES[manifest.stage](folder, manifest)
@@ -152,18 +151,18 @@ def _scores(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
 
 
-def bench_page(folder: Path, manifest: "RunManifest", baseline: str = BASELINE) -> None:
+def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = None) -> None:
     """Writes page and tables of a benchmark, of a partial one too.
 
     Raises:
         DataError: ``results.parquet`` cannot be used.
-        ConfigError: It has no selector of the baseline's name, other than ``full``.
+        ConfigError: It has no selector of the baseline's name.
     """
     from pharmacist.report import render_benchmark
 
     results = _scores(folder / "results.parquet")
     names = sorted(results["selector"].unique()) if "selector" in results else []
-    if baseline not in (BASELINE, *names):
+    if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline: {folder} has no selector '{baseline}'{closest(baseline, names)}")
     render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
 

@@ -36,7 +36,7 @@ _TITLES = {"later_defense": "Later defense", "selector": "Aligned on"}
 
 
 def render_benchmark(
-    folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str = BASELINE
+    folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> None:
     """Writes ``report.html``, ``tables.md`` and ``tables.tex`` into a benchmark's folder.
 
@@ -44,12 +44,12 @@ def render_benchmark(
         folder: Of the benchmark.
         results: Its ``results.parquet``.
         manifest: Content of its ``manifest.json``.
-        baseline: Selector that the others are compared with.
+        baseline: Selector that the others are compared with; None for the full dataset.
 
     Raises:
         DataError: The results cannot be used.
     """
-    benchmark = Benchmark(results, manifest.get("extra", {}).get("axes"), baseline)
+    benchmark = Benchmark(results, manifest.get("extra", {}).get("axes"), baseline or BASELINE)
     settings, defenses = benchmark.settings(), benchmark.order["defense"]
     look = Look(benchmark)
     measured = {metric.name for metric in benchmark.metrics}
