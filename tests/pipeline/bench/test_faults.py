@@ -197,7 +197,9 @@ def test_workers_of_ray_and_all_of_ray_killed_at_twenty_moments(
     stages.began()
     rng = random.Random(1)
     killed = {"worker": 0, "ray": 0}
-    for number in range(4):
+    for number in range(12):  # where the machine is slow, fewer workers are busy when it is their turn
+        if killed["worker"] >= 10 and sum(killed.values()) >= 20:
+            break
         output = tmp_path / f"cut{number}"
         monkeypatch.setenv(SECONDS, "0.2")
         while True:
@@ -216,7 +218,7 @@ def test_workers_of_ray_and_all_of_ray_killed_at_twenty_moments(
                 break
         monkeypatch.setenv(SECONDS, "0")
         check(grid, output, expected)
-    assert killed["worker"] >= 10 and killed["worker"] + killed["ray"] >= 20, killed
+    assert killed["worker"] >= 10 and killed["ray"] >= 4 and sum(killed.values()) >= 20, killed
 
 
 @pytest.mark.slow
