@@ -166,6 +166,8 @@ pharmacist.start(async (DataTable) => {
     const to = Math.min(rows.length, from + 5000);
     for (let index = from; index < to; index += 1) lowered(index);
     if (to < rows.length) setTimeout(prepare, 0, to);
+    // The same rows once more: the first filter then finds everything warm. Not where it would take the focus away.
+    else if (!document.getElementById("table").contains(document.activeElement)) table.draw(false);
   };
   setTimeout(prepare, 0, 0);
 });
