@@ -106,7 +106,7 @@ def test_over_all_defenses_runs_are_averaged_before_they_are_compared() -> None:
     table = results({"random": 0.0, "pharmacist": -12.0}, defenses=["sft", "booster", "vaccine"])
     lost = (table["selector"] == "random") & (table["defense"] == "sft") & (table["seed"] == 4)
     table.loc[lost, "harmful_score"] = np.nan
-    overall = Benchmark(table).over_defenses()
+    overall = Benchmark(table).over_defenses
     assert overall is not None and overall.order["defense"] == ["all 3"]
     means = table.groupby(["selector", "seed"])["harmful_score"].mean().unstack("selector")
     reference = stats.ttest_rel(means["pharmacist"], means["full"])
@@ -119,7 +119,7 @@ def test_over_all_defenses_runs_are_averaged_before_they_are_compared() -> None:
     for text in (to_markdown(Benchmark(table)), to_latex(Benchmark(table))):
         assert text.count("over the defenses booster, sft, vaccine") == 1
     one = Benchmark(results({"pharmacist": -12.0}, defenses=["sft"]))
-    assert one.over_defenses() is None and "over the defenses" not in to_markdown(one)
+    assert one.over_defenses is None and "over the defenses" not in to_markdown(one)
 
 
 def test_another_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

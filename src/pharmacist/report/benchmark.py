@@ -6,6 +6,7 @@ pair where they differ in the series alone: same setting, same defense, same see
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,7 @@ class Benchmark:
         """The baseline in a sentence."""
         return "the full dataset" if self.baseline == BASELINE else self.baseline
 
+    @cached_property
     def over_defenses(self) -> "Benchmark | None":
         """The benchmark of means over all defenses, run by run; None with one defense.
 
@@ -285,7 +287,7 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
         over seeds, None where there are several settings or one seed; ``time_saved`` in percent of alignment time.
     """
     found = []
-    overall = benchmark.over_defenses() or benchmark
+    overall = benchmark.over_defenses or benchmark
     alone = {line.series: line.values for line in overall.lines} if len(benchmark.settings()) == 1 else {}
     for series in benchmark.series():
         lines = [line for line in benchmark.lines if line.series == series and series[0] != benchmark.baseline]
@@ -373,7 +375,7 @@ def note(benchmark: Benchmark) -> str:
 
 def to_markdown(benchmark: Benchmark) -> str:
     """The table in Markdown, by pandas and tabulate, and that over all defenses where there are several."""
-    text, overall = _markdown(benchmark), benchmark.over_defenses()
+    text, overall = _markdown(benchmark), benchmark.over_defenses
     return text if overall is None else f"{text}\n{over_defenses_note(benchmark)}\n\n{_markdown(overall)}"
 
 
@@ -390,7 +392,7 @@ def _escaped(text: str) -> str:
 
 def to_latex(benchmark: Benchmark) -> str:
     """The tables of `to_markdown` in LaTeX, by pandas, in small type; needs the packages booktabs and longtable."""
-    text, overall = _latex(benchmark, "tab:benchmark", "Benchmark."), benchmark.over_defenses()
+    text, overall = _latex(benchmark, "tab:benchmark", "Benchmark."), benchmark.over_defenses
     if overall is not None:
         text += f"\\noindent {_latex_text(over_defenses_note(benchmark))}\n"
         text += _latex(overall, "tab:benchmark-overall", "Benchmark, over all defenses.")
