@@ -114,6 +114,37 @@ def test_search_filters_and_sorting(browser: Browser, ranking: Path) -> None:
     page.close()
 
 
+def test_sorting_by_several_columns(browser: Browser, ranking: Path) -> None:
+    page = browser.open(ranking)
+    own = {row["prompt"] for row in World(0).pool(120)[0]}
+    heads = {
+        name: page.locator("#table thead th").nth(at) for name, at in {"rank": 0, "reason": 2, "prompt": 5}.items()
+    }
+
+    def column(number: int) -> list[str]:
+        return [cell.text_content() for cell in page.locator(f"#table tbody td:nth-child({number})").all()]
+
+    page.select_option("#table_wrapper select.dt-input", "100")
+    for reverse in (False, True):
+        heads["prompt"].click()
+        prompts = [text.lower() for text in column(6) if text in own]
+        assert len(prompts) > 80, "all but the nasty ones, which are not shown letter by letter"
+        assert prompts == sorted(prompts, reverse=reverse)
+    heads["reason"].click()
+    heads["rank"].click(modifiers=["Shift"])
+    heads["rank"].click(modifiers=["Shift"])
+    found = list(zip(column(3), (int(rank) for rank in column(1)), strict=True))
+    groups = list(dict.fromkeys(reason for reason, _ in found))
+    assert len(groups) > 1
+    for group in groups:
+        ranks = [rank for reason, rank in found if reason == group]
+        assert ranks == sorted(ranks, reverse=True)
+    assert found == sorted(found, key=lambda pair: (groups.index(pair[0]), -pair[1])), "groups are not mixed"
+    heads["rank"].click()
+    assert [int(rank) for rank in column(1)] == list(range(1, 101))
+    page.close()
+
+
 def test_hidden_texts_show_on_click_and_on_enter(browser: Browser, ranking: Path) -> None:
     page = browser.open(ranking)
     page.click("[data-reason=teaches_compliance]")

@@ -102,16 +102,48 @@ pharmacist.start(async (DataTable) => {
 
   const shows = (draw) => (value, type, row) => (type === "display" ? draw(value, row) : value);
   const words = (column) => shows((_, row) => text(row, column));
-  const lower = [];
-  const lowered = (index) => (lower[index] ??= `${rows[index][PROMPT]}\n${rows[index][COMPLETION]}`.toLowerCase());
-  let wanted = [];
+  // DataTables shows one page; which rows are on it is worked out here, on whole numbers, so that 100 000 rows answer at
+  // once. `places[column][row]` is the row's place among all of them by that column; equals share one.
+  const everyRow = Uint32Array.from(rows.keys());
+  const lower = { [PROMPT]: [], [COMPLETION]: [] };
+  const lowered = (column, row) => (lower[column][row] ??= rows[row][column].toLowerCase());
+  const places = [];
+  const placesOf = (column) => {
+    if (places[column]) return places[column];
+    const value = column in lower ? (row) => lowered(column, row) : (row) => rows[row][column];
+    const values = Array.from(everyRow, value);
+    const sorted = everyRow.slice().sort((a, b) => (values[a] < values[b] ? -1 : values[a] > values[b] ? 1 : 0));
+    const found = new Uint32Array(rows.length);
+    sorted.forEach((row, at) => {
+      found[row] = at && values[row] === values[sorted[at - 1]] ? found[sorted[at - 1]] : at;
+    });
+    return (places[column] = found);
+  };
+  // A counting sort, which keeps the former order among equals.
+  const arranged = (found, place, down) => {
+    const key = down ? (row) => rows.length - 1 - place[row] : (row) => place[row];
+    const starts = new Uint32Array(rows.length + 1);
+    for (const row of found) starts[key(row) + 1] += 1;
+    for (let at = 1; at < starts.length; at += 1) starts[at] += starts[at - 1];
+    const sorted = new Uint32Array(found.length);
+    for (const row of found) sorted[starts[key(row)]++] = row;
+    return sorted;
+  };
   const shown = new Set();
   const choice = { chosen: "", label: "" };
-  const passes = (_, row, index) => {
+  let wanted = [];
+  const passes = (index) => {
+    const row = rows[index];
     if (shown.size && !shown.has(row[REASON])) return false;
     if (choice.chosen !== "" && row[SELECTED] !== Number(choice.chosen)) return false;
     if (choice.label !== "" && row[LABEL] !== Number(choice.label)) return false;
-    return !wanted.length || wanted.every((word) => lowered(index).includes(word));
+    return wanted.every((word) => lowered(PROMPT, index).includes(word) || lowered(COMPLETION, index).includes(word));
+  };
+  let matching = everyRow;
+  const page = ({ draw, start, length, order, columns }, show) => {
+    const sorted = order.reduceRight((found, { column, dir }) => arranged(found, placesOf(columns[column].data), dir === "desc"), matching);
+    const data = Array.from(sorted.subarray(start, start + length), (row) => rows[row]);
+    show({ draw, recordsTotal: rows.length, recordsFiltered: matching.length, data });
   };
   document.querySelector("#table tbody").replaceChildren();
   const table = new DataTable("#table", {
@@ -131,10 +163,12 @@ pharmacist.start(async (DataTable) => {
       { title: "Row", data: ROW, type: "num", className: "figure row-number" },
       { title: "Repeats row", data: DUPLICATE, type: "num", className: "figure repeats", render: shows((value) => (value < 0 ? "" : value)) },
     ], "rows"),
-    data: rows, pageLength: 25, lengthMenu: [10, 25, 50, 100], order: [[0, "asc"]],
+    serverSide: true, ajax: page, pageLength: 25, lengthMenu: [10, 25, 50, 100], order: [[0, "asc"]],
   });
-  table.search.fixed("filters", passes);
-  const redraw = () => table.draw();
+  const redraw = () => {
+    matching = everyRow.filter(passes);
+    table.draw();
+  };
 
   onSearch(document.getElementById("search"), (words) => {
     wanted = words;
@@ -161,13 +195,17 @@ pharmacist.start(async (DataTable) => {
     document.getElementById("reasons").append(chip);
   });
   document.getElementById("filters").hidden = false;
-  // While nobody waits, so that the first search of a large pool is as fast as the others.
+  // While nobody waits, so that the first search and the first sort of a large pool are as fast as the others.
+  const whenIdle = globalThis.requestIdleCallback ?? setTimeout;
   const prepare = (from) => {
     const to = Math.min(rows.length, from + 5000);
-    for (let index = from; index < to; index += 1) lowered(index);
-    if (to < rows.length) setTimeout(prepare, 0, to);
-    // The same rows once more: the first filter then finds everything warm. Not where it would take the focus away.
-    else if (!document.getElementById("table").contains(document.activeElement)) table.draw(false);
+    for (let row = from; row < to; row += 1) for (const column of [PROMPT, COMPLETION]) lowered(column, row);
+    if (to < rows.length) whenIdle(() => prepare(to));
+    else placeNext(RANK);
   };
-  setTimeout(prepare, 0, 0);
+  const placeNext = (column) => {
+    placesOf(column);
+    if (column < DUPLICATE) whenIdle(() => placeNext(column + 1));
+  };
+  whenIdle(() => prepare(0));
 });
