@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -57,10 +58,11 @@ def test_only_real_differences_are_bold() -> None:
     assert [cell for cell in bold(table, "random") if not cell.startswith("**−70")] == [], "only its time is real"
     assert bold(table, "full") == []
     latex = to_latex(benchmark)
-    (row,) = [row for row in latex.splitlines() if row.startswith("sft & random")]
-    assert row.count("\\textbf") == 1
-    (row,) = [row for row in latex.splitlines() if row.startswith("sft & bad")]
-    assert "\\textbf{+1" in row
+    rows = [row for row in latex.splitlines() if row.startswith("sft & random")]
+    assert len(rows) == len(benchmark.metrics), "a table per metric"
+    assert "".join(rows).count("\\textbf") == 1
+    assert sum("\\textbf{+1" in row for row in latex.splitlines() if row.startswith("sft & bad")) == 1
+    assert all(f"\\label{{tab:benchmark-{metric.name}}}" in latex for metric in benchmark.metrics)
 
 
 def test_a_difference_that_is_real_alone_may_not_be_among_many() -> None:
@@ -144,6 +146,28 @@ def test_another_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Against less" in page.text and "Against the full" not in page.text
     assert re.search(r"pharmacist −1\d\.\d \[−1\d\.\d, −1\d\.\d\] better in 2 of 2", page.text)
     assert "minus less" in (tmp_path / "tables.md").read_text()
+
+
+def test_the_page_of_a_benchmark_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bench(tmp_path, results({"less": -8.0}))
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    names = ["report.html", "tables.md", "tables.tex"]
+    memory, place = fsspec.filesystem("memory"), "/page-at-a-url"
+    memory.put([str(tmp_path / name) for name in ("manifest.json", "results.parquet")], f"{place}/")
+    capsys.readouterr()
+    assert main(["report", f"memory:/{place}/"]) == 0
+    assert f"page memory:/{place}/report.html" in capsys.readouterr().err
+    for name in names:
+        assert memory.cat(f"{place}/{name}") == (tmp_path / name).read_bytes()
+    for given, message in {
+        f"memory:/{place} --baseline les": "--baseline: the grid has no selector 'les'; did you mean 'less'?",
+        "memory://nothing": "memory://nothing: cannot be read (FileNotFoundError",
+        "nosuch://bucket": "--run nosuch://bucket: ",
+    }.items():
+        assert main(["report", *given.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    memory.store.clear()
 
 
 def test_pairs_need_the_same_seed_and_cell() -> None:

@@ -23,27 +23,44 @@ class ReportOptions:
     """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
 
     run: str = field(metadata={"first": True})
-    """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
+    """Folder of a finished curate, demo or sweep, or of a bench, or the URL of a bench; as the first word it needs no
+    --run."""
     baseline: str | None = None
     """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
     quiet: bool = False
     """No progress bars and no summary."""
 
 
-def report(options: ReportOptions) -> Path:
+def report(options: ReportOptions) -> str:
     """Writes ``report.html`` of a finished folder again.
 
     Returns:
-        The page.
+        Path of the page, or its URL.
 
     Raises:
         DataError: The folder is no finished run, or the pool is not what it was when it was ranked.
         ConfigError: The folder is of a command that writes no page, or the grid has no such baseline.
     """
-    from pharmacist.core.manifest import read_manifest
     from pharmacist.core.progress import console
+    from pharmacist.pipeline.bench.remote import Remote
 
-    folder = Path(options.run)
+    remote = Remote.of(options.run, option="--run")
+    if remote is None:
+        _write_page(Path(options.run), options)
+    else:
+        with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
+            folder = Path(work)
+            remote.get(["manifest.json", "results.parquet"], folder)
+            _write_page(folder, options)
+            remote.put(folder, ["report.html", "tables.md", "tables.tex"])
+    page = f"{remote.url if remote else Path(options.run)}/report.html"
+    console().print(f"page {page}", soft_wrap=True)
+    return page
+
+
+def _write_page(folder: Path, options: ReportOptions) -> None:
+    from pharmacist.core.manifest import read_manifest
+
     manifest = read_manifest(folder)
     if manifest.stage not in _PAGES:
         known = " or ".join(_PAGES)
@@ -56,9 +73,6 @@ def report(options: ReportOptions) -> Path:
         raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     else:
         _PAGES[manifest.stage](folder, manifest)
-    page = folder / "report.html"
-    console().print(f"page {page}")
-    return page
 
 
 def _curate_page(folder: Path, manifest: "RunManifest") -> None:
@@ -163,7 +177,7 @@ def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = Non
     results = _scores(folder / "results.parquet")
     names = sorted(results["selector"].unique()) if "selector" in results else []
     if baseline is not None and baseline not in names:
-        raise ConfigError(f"--baseline: {folder} has no selector '{baseline}'{closest(baseline, names)}")
+        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
     render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
 
 

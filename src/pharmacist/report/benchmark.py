@@ -391,11 +391,14 @@ def _escaped(text: str) -> str:
 
 
 def to_latex(benchmark: Benchmark) -> str:
-    """The tables of `to_markdown` in LaTeX, by pandas, in small type; needs the packages booktabs and longtable."""
-    text, overall = _latex(benchmark, "tab:benchmark", "Benchmark."), benchmark.over_defenses
+    """The tables of `to_markdown` in LaTeX, by pandas: one per metric, which fits a page's width.
+
+    Needs the packages booktabs and longtable.
+    """
+    text, overall = _latex(benchmark, "tab:benchmark", ""), benchmark.over_defenses
     if overall is not None:
         text += f"\\noindent {_latex_text(over_defenses_note(benchmark))}\n"
-        text += _latex(overall, "tab:benchmark-overall", "Benchmark, over all defenses.")
+        text += _latex(overall, "tab:benchmark-overall", ", over all defenses")
     return f"% \\usepackage{{booktabs,longtable}}\n{text}"
 
 
@@ -409,15 +412,18 @@ def _latex_text(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def _latex(benchmark: Benchmark, label: str, caption: str) -> str:
+def _latex(benchmark: Benchmark, label: str, what: str) -> str:
     table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
-    names: list[Hashable] = [head for head in table.columns if not head[0]]
-    # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
-    style = table.style.format(escape="latex", subset=names).format_index(escape="latex", axis=1).hide(axis="index")
-    columns = "l" * len(names) + "r" * (len(table.columns) - len(names))
-    text: str = style.to_latex(
-        environment="longtable", hrules=True, column_format=columns, multicol_align="c", label=label, caption=caption
-    )
-    below = _latex_text(note(benchmark))
-    small = "\\begingroup\\footnotesize\\setlength{\\tabcolsep}{3pt}"
-    return f"{small}\n{text}\\noindent {below}\n\\endgroup\n"
+    names = [head[1] for head in table.columns if not head[0]]
+    text = ""
+    for metric in benchmark.metrics:
+        numbers = [head[1] for head in table.columns if head[0] == metric.head]
+        part = table[[*(("", name) for name in names), *((metric.head, number) for number in numbers)]]
+        part.columns = pd.Index([*names, *numbers])
+        # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
+        style = part.style.format(escape="latex", subset=list[Hashable](names))
+        text += style.format_index(escape="latex", axis=1).hide(axis="index").to_latex(
+            environment="longtable", hrules=True, column_format="l" * len(names) + "r" * len(numbers),
+            label=f"{label}-{metric.name}", caption=f"{_latex_text(metric.head)}{what}.",
+        )  # fmt: skip
+    return f"\\begingroup\\footnotesize\n{text}\\noindent {_latex_text(note(benchmark))}\n\\endgroup\n"

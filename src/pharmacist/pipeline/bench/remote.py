@@ -57,24 +57,28 @@ class Remote:
     url: str
 
     @classmethod
-    def of(cls, output_dir: str) -> "Remote | None":
-        """The place, unless `output_dir` is a folder.
+    def of(cls, place: str, option: str = "--output-dir") -> "Remote | None":
+        """The place, unless it is a folder.
+
+        Args:
+            place: URL or folder.
+            option: That gave it, for messages.
 
         Raises:
             ConfigError: Nobody knows the protocol, or the URL is a pattern.
             CompatibilityError: Its driver is not installed.
         """
-        if "://" not in output_dir:
+        if "://" not in place:
             return None
-        if not {"*", "?", "["}.isdisjoint(output_dir):  # which fsspec takes for patterns
-            raise ConfigError(f"--output-dir {output_dir}: a URL must hold none of * ? [")
-        remote = cls(output_dir.rstrip("/"))
+        if not {"*", "?", "["}.isdisjoint(place):  # which fsspec takes for patterns
+            raise ConfigError(f"{option} {place}: a URL must hold none of * ? [")
+        remote = cls(place.rstrip("/"))
         try:
             remote._place()
         except ImportError as error:
-            raise CompatibilityError(f"--output-dir {output_dir}: {error} with pip") from error
+            raise CompatibilityError(f"{option} {place}: {error} with pip") from error
         except ValueError as error:
-            raise ConfigError(f"--output-dir {output_dir}: {error}; give a folder, or s3://, gs://, ...") from error
+            raise ConfigError(f"{option} {place}: {error}; give a folder, or s3://, gs://, ...") from error
         return remote
 
     @property
@@ -147,6 +151,15 @@ class Remote:
             for name in missing:
                 os.replace(Path(temporary) / name, folder / name)
 
+    def get(self, names: Sequence[str], folder: Path) -> None:
+        """Downloads files that lie beside the stages.
+
+        Args:
+            names: Theirs.
+            folder: Where to.
+        """
+        self._get("", dict.fromkeys(names, ""), folder)
+
     def put(self, folder: Path, names: Sequence[str], place: str = "") -> None:
         """Uploads files.
 
@@ -156,7 +169,7 @@ class Remote:
             place: Where they shall lie, relative to the URL.
         """
         fs, root = self._place()
-        targets = ["/".join(part for part in (root, place, name) if part) for name in names]
+        targets = [_joined(root, place, name) for name in names]
         with self._told("written"):
             for parent in sorted({target.rpartition("/")[0] for target in targets}):
                 fs.makedirs(parent, exist_ok=True)
@@ -169,7 +182,7 @@ class Remote:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with self._told("read"):
             if files:
-                fs.get([f"{root}/{place}/{name}" for name in files], [str(folder / name) for name in files])
+                fs.get([_joined(root, place, name) for name in files], [str(folder / name) for name in files])
         if wrong := [name for name, digest in files.items() if not sha256_file(folder / name).startswith(digest)]:
             raise DataError(
                 f"{self.url}/{place}/{wrong[0]}: is not what was uploaded; delete the stage's file in "
@@ -209,6 +222,10 @@ class Remote:
             raise DataError(
                 f"{self.url}: cannot be {what} ({type(error).__name__}: {reason}); check address, network and rights"
             ) from error
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
 
 
 def _is_here(folder: Path, marker: Marker) -> bool:
