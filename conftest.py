@@ -1,12 +1,13 @@
 """Runs the examples of docstrings, README and docs (`make check`); the tests themselves need nothing from here.
 
 Every document is worked through from top to bottom in a folder of its own that holds the files of
-``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each, or in this process where
-they are nothing but commands of ours. Documents that begin with a model that is aligned (``runs/aligned``) or attacked
-(``runs/attacked``) find it there.
+``examples/world_files.py``: Python blocks in one namespace, bash blocks in one bash each; where these only name one
+command after the other, ours run in this process. Documents that begin with a model that is aligned (``runs/aligned``)
+or attacked (``runs/attacked``) find it there.
 """
 
 import atexit
+import contextlib
 import os
 import re
 import runpy
@@ -31,12 +32,13 @@ ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 
 
-MADE = """
-common="--train.per_device_train_batch_size 16 --train.learning_rate 2e-3 --quiet"
-pharmacist align --data pool.jsonl --model MODEL --train.max_steps 30 $common --output-dir runs/aligned
+TRAIN = "--train.per_device_train_batch_size 16 --train.learning_rate 2e-3 --quiet"
+MADE = f"""
+pharmacist align --data pool.jsonl --model MODEL --train.max_steps 30 {TRAIN} --output-dir runs/aligned
 pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 --train.max_steps 20 \\
-  $common --output-dir runs/attacked
+  {TRAIN} --output-dir runs/attacked
 """
+BUILTINS = {"cd", "export", "source", ".", "for", "while", "do", "done", "if", "fi", "case", "esac", "set"}
 
 
 def run_bash(example: Example) -> str | None:
@@ -48,31 +50,39 @@ def run_bash(example: Example) -> str | None:
             if not place.exists():  # earlier blocks have made none
                 place.symlink_to(made() / place)
     commands = plain_commands(code)
-    if commands is None:
-        done = bash(code, Path.cwd())
-        return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
+    return run_plain(commands) if commands is not None else run_processes(code)
+
+
+def run_processes(code: str) -> str | None:
+    """Runs bash in a process, offline; says what was said where it fails."""
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], env=environment, text=True, capture_output=True)
+    return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else None
+
+
+def run_plain(commands: list[list[str]]) -> str | None:
+    """Runs commands one after the other, ours in this process; says what was said where one fails."""
     for words in commands:
-        if (returned := main(words)) != 0:
-            return f"exit code {returned}: pharmacist {shlex.join(words)}"
+        if words[0] != "pharmacist":
+            said = run_processes(shlex.join(words))
+        else:
+            code = main(words[1:])
+            said = f"exit code {code}: {shlex.join(words)}" if code else None
+        if said is not None:
+            return said
     return None
 
 
 def plain_commands(code: str) -> list[list[str]] | None:
-    """The words of a block's commands where it has only commands of ours, which need no process of their own.
+    """The words of a block's commands; None where bash has more to do than to run them one after the other.
 
-    None where bash has something to do. Loading torch anew for each command would take most of the time.
+    Loading torch anew for each of ours would take most of the time.
     """
+    if re.search(r"[|&;<>$*?~`(]", re.sub(r"'[^'\n]*'", "", code)):
+        return None
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
     commands = [words for words in lines if words]
-    plain = not re.search(r"[|&;<>$*?~`(]", code) and all(words[0] == "pharmacist" for words in commands)
-    return [words[1:] for words in commands] if plain else None
-
-
-def bash(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs commands in a folder, offline."""
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    command = ["bash", "-euo", "pipefail", "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+    return None if any(words[0] in BUILTINS or "=" in words[0] for words in commands) else commands
 
 
 @cache
@@ -81,8 +91,8 @@ def made() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="pharmacist-docs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_world(folder)
-    done = bash(MADE, folder)
-    assert not done.returncode, done.stderr
+    with contextlib.chdir(folder):
+        assert (said := run_plain(plain_commands(MADE) or [])) is None, said
     return folder
 
 

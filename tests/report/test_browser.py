@@ -162,6 +162,8 @@ def test_hidden_texts_show_on_click_and_on_enter(browser: Browser, ranking: Path
     page.keyboard.press("Space")
     assert veils.count() == count - 3
     assert page.locator("#table .text[aria-hidden]").count() == count - 3
+    page.locator("#table thead th").first.click()
+    assert veils.count() == count - 3, "sorted, they stay as they are"
     page.click("#reveal")
     assert veils.count() == 0
     page.click("[data-reason=teaches_compliance]")

@@ -22,6 +22,7 @@ pharmacist.start(async (DataTable) => {
   };
   // Every second piece is what the other text of a pair does not have.
   const compared = (pieces) => pieces.flatMap((piece, at) => (at % 2 ? element("mark", {}, ...readable(piece)) : readable(piece)));
+  const veiled = new WeakMap();
   const text = (row, column) => {
     const value = row[column];
     const pieces = Array.isArray(value);
@@ -33,8 +34,10 @@ pharmacist.start(async (DataTable) => {
       box.classList.add("clamp");
       cell.append(element("button", { type: "button", class: "more", "aria-expanded": "false" }, "more"));
     }
-    if (row[VEIL] & (column === PROMPT ? 2 : 1)) {
+    const bit = column === PROMPT ? 2 : 1;
+    if (row[VEIL] & bit) {
       box.classList.add("veil");
+      veiled.set(box, { row, bit });
       box.setAttribute("role", "button");
       box.setAttribute("tabindex", "0");
       const what = column === PROMPT ? "prompt" : "completion";
@@ -45,6 +48,8 @@ pharmacist.start(async (DataTable) => {
     return cell;
   };
   const reveal = (veil) => {
+    const { row, bit } = veiled.get(veil);
+    row[VEIL] &= ~bit; // it stays so when the table is sorted or filtered
     veil.classList.remove("veil");
     for (const name of ["role", "tabindex", "aria-label"]) veil.removeAttribute(name);
     veil.firstElementChild.removeAttribute("aria-hidden");
