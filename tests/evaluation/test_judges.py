@@ -1,11 +1,12 @@
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
-from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
+from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, probe
 from pharmacist.worlds.potions import World
 
 
@@ -191,13 +192,27 @@ def test_a_folder_without_probe_is_named(tmp_path: Path) -> None:
         JUDGES.build("probe", {"folder": str(tmp_path)})
 
 
+def test_probes_of_the_same_references_are_trained_once_and_keep_their_own_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = lru_cache(probe._trained.__wrapped__)
+    monkeypatch.setattr(probe, "_trained", trained)
+    first, strict, weak = (
+        fitted("probe", **options).judge(items()) for options in ({}, {"threshold": 0.99}, {"regularisation": 0.01})
+    )
+    assert trained.cache_info().misses == 2, "only another regularisation needs another training"
+    assert [verdict.score for verdict in first] == [verdict.score for verdict in strict]
+    assert sum(map(bool, (verdict.harmful for verdict in strict))) < sum(map(bool, (it.harmful for it in first)))
+    assert [verdict.score for verdict in first] != [verdict.score for verdict in weak]
+
+
 def test_probe_label_follows_its_references() -> None:
     judge = JUDGES.build("probe", {})
     judge.fit(REFERENCES)
     other = JUDGES.build("probe", {})
     other.fit(REFERENCES | {"safe": REFERENCES["safe"][:-1]})
     shuffled = JUDGES.build("probe", {})
-    shuffled.fit(REFERENCES)
+    shuffled.fit({name: rows[::-1] for name, rows in REFERENCES.items()})
     assert judge.label == shuffled.label != other.label
 
 
