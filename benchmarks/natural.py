@@ -220,11 +220,11 @@ def read_pool(pool, labels_file, sample, seed, root):
 
 
 def ranked(folder, options):
-    """Ranks the pool, or finds that it was; its table, and the seconds that the selector took."""
+    """Ranks the pool, or finds that it was; its table, and what the selector cost in seconds and tokens."""
     curate(CurateOptions(**options, top=TOP, output_dir=str(folder)))
-    phases = read_manifest(folder).phases
-    seconds = sum(phase.seconds for name, phase in phases.items() if name not in NOT_THE_SELECTOR)
-    return pd.read_parquet(folder / "scores.parquet"), seconds
+    phases = [phase for name, phase in read_manifest(folder).phases.items() if name not in NOT_THE_SELECTOR]
+    cost = {"seconds": sum(phase.seconds for phase in phases), "tokens": sum(phase.tokens for phase in phases)}
+    return pd.read_parquet(folder / "scores.parquet"), cost
 
 
 def rank_with_labels(name, folder, numbers, options, labels, prompts):
@@ -241,10 +241,10 @@ def rank_with_labels(name, folder, numbers, options, labels, prompts):
             place = folder.with_name(f"{folder.name}-labels-{len(known)}")
             path = folder.with_name(f"{place.name}.json")
             write_json(path, {"pool": fingerprint, "labels": list(known.values())})
-            table, seconds = ranked(place, options | {"labels": str(path)})
+            table, cost = ranked(place, options | {"labels": str(path)})
         counts = of_other_prompts(prompts, known)
-        lines.append((f"{name}, without labels on the rows of the next line", only(unlabelled, counts), None))
-        lines.append((f"{name}, {number} labels", only(table, counts), seconds))
+        lines.append((f"{name}, without labels on the rows of the next line", only(unlabelled, counts), {}))
+        lines.append((f"{name}, {number} labels", only(table, counts), cost))
     return lines
 
 
@@ -274,9 +274,10 @@ def markdown(results):
             if found is not None:
                 yield f"| {' | '.join([name, *(own for extra in more for own in extra(name)), *found])} |"
 
-    def table(columns, rows):
+    def section(title, columns, rows):
         rows = list(rows)
-        return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows, ""] if rows else []
+        head = [title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        return [*head, *rows, ""] if rows else []
 
     def value(figure):
         return number(figure["value"])
@@ -288,30 +289,27 @@ def markdown(results):
         return lambda name: [str(frame[(frame["ranking"] == name) & (frame["measure"] == measure)]["n"].iloc[0])]
 
     def cost(name):
-        return [number(own, 1) for own in frame[(frame["ranking"] == name) & (frame["measure"] == "seconds")]["value"]]
+        own = frame[frame["ranking"] == name].set_index("measure")["value"]
+        return [number(own.get(what), digits) for what, digits in (("seconds", 1), ("tokens", 0))]
 
-    text = ["AUC of safe rows against those of each label:", ""]
     against = (*BAD, "benign", "all bad")
-    text += table(
-        ["ranking", "seconds", *against], lines("AUC", against, interval, lambda name: cost(name) or [""])
-    )  # fmt: skip
+    columns = ["ranking", "seconds", "tokens read", *against]
+    text = section("AUC of safe rows against those of each label:", columns, lines("AUC", against, interval, cost))
     for name in (*(f"top {100 * share:.0f} %" for share in SHARES), "selected"):
-        text += [f"Make-up, {name}:", ""]
-        text += table(["ranking", "rows", *LABELS], lines(name, LABELS, value, rows_of(name)))
-    text += ["Share of right reasons:", ""]
-    text += table(["ranking", *LABELS, "all"], lines("right reason", (*LABELS, "all"), value))
-    text += ["Calibration of p(safe):", ""]
+        rows = lines(name, LABELS, value, rows_of(name))
+        text += section(f"Make-up, {name}:", ["ranking", "rows", *LABELS], rows)
+    rows = lines("right reason", (*LABELS, "all"), value)
+    text += section("Share of right reasons:", ["ranking", *LABELS, "all"], rows)
     measures = ("safe rows", "mean p(safe)", "Brier", "calibration error")
-    text += table(["ranking", *measures], (
+    text += section("Calibration of p(safe):", ["ranking", *measures], (
         f"| {' | '.join([name, *(cells(name, measure, ['safe'], value)[0] for measure in measures)])} |"
         for name in names if cells(name, "Brier", ["safe"], value)
     ))  # fmt: skip
-    text += ["Share of safe rows by p(safe), rows in brackets:", ""]
     bins = [f"{b / 10:.1f}" for b in range(10)]
-    text += table(
-        ["ranking", *(f"from {b}" for b in bins)],
-        lines("reliability", bins, lambda figure: f"{number(figure['value'], 2)} ({figure['n']})"),
-    )
+    rows = lines("reliability", bins, lambda figure: f"{number(figure['value'], 2)} ({figure['n']})")
+    text += section(
+        "Share of safe rows by p(safe), rows in brackets:", ["ranking", *(f"from {low}" for low in bins)], rows
+    )  # fmt: skip
     return "\n".join(text)
 
 
@@ -339,6 +337,8 @@ def main(arguments=None):
     choices = {text: parse_selector(text) for text in given.selectors or every_selector()}
     for choice in choices.values():
         SELECTORS.build_from(choice)
+    if any(n < 1 for n in given.labels_used):
+        raise ConfigError(f"--labels-used {min(given.labels_used)}: must be at least 1")
     files = {name: getattr(given, name) for name in ("safe", "harmful", "utility") if getattr(given, name)}
     options = {name: paths[0] if len(paths) == 1 else paths for name, paths in files.items()}
     options |= {"pool": pool, "model": given.model, "seed": given.seed}
@@ -354,10 +354,9 @@ def main(arguments=None):
             continue
         if given.labels_used:
             lines += rank_with_labels(name, folder, given.labels_used, own, labels, prompts)
-        for title, table, seconds in lines:
+        for title, table, cost in lines:
             found = figures(table, labels, prompts)
-            if seconds is not None:
-                found.append({"measure": "seconds", "label": "", "value": seconds, "n": len(table)})
+            found += [{"measure": what, "label": "", "value": spent, "n": len(table)} for what, spent in cost.items()]
             results += [{"ranking": title, **figure} for figure in found]
             print(title, {v["label"]: round(v["value"], 3) for v in found if v["measure"] == "AUC"}, flush=True)
         write(root, results)

