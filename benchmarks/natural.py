@@ -146,7 +146,8 @@ def figures(table, labels, prompts):
         note("Brier", "safe", float(brier_score_loss(safe, p)), len(p))
         note("calibration error", "safe", calibration_error(p, safe), len(p))
         for low, mean, share, n in reliability(p, safe):
-            note("reliability", f"{low:.1f}", share, n, mean, mean)
+            note("reliability", f"{low:.1f}", share, n)
+            note("reliability, mean p(safe)", f"{low:.1f}", mean, n)
     return found
 
 
