@@ -7,7 +7,7 @@
 | safety-tuned | safe | github.com/vinid/safety-tuned-llamas | CC-BY-NC-4.0 |
 | beavertails | safe, harmful | PKU-Alignment/BeaverTails | CC-BY-NC-4.0 |
 | saferlhf | safe, harmful | PKU-Alignment/PKU-SafeRLHF | CC-BY-NC-4.0 |
-| xstest | utility | natolambert/xstest-v2-copy | prompts CC-BY-4.0, answers by terms of OpenAI, Meta, Mistral |
+| xstest | utility | natolambert/xstest-v2-copy | prompts CC-BY-4.0, answers by OpenAI, Meta, Mistral |
 | falsereject | utility | AmazonScience/FalseReject | CC-BY-NC-4.0 |
 | or-bench | utility | bench-llm/or-bench, prompts alone: give answers to them with --local | CC-BY-4.0 |
 | alpaca | utility | tatsu-lab/alpaca | CC-BY-NC-4.0 |
@@ -18,7 +18,8 @@ saferlhf, refusals of prompts that another answer of theirs met with harm are sa
 longer than --longest characters, and no prompt twice, not even in different sets. A local copy has the columns of the
 set; that of or-bench has prompt and answer, as `items.jsonl` of `pharmacist evaluate --benign-prompts`, or completion.
 Without a network or with HF_HUB_OFFLINE=1, sets that the cache of `datasets` lacks need a local copy. Do-Not-Answer is
-not among them, so that it remains to measure with; leave xstest out too where that is measured.
+not among them, so that it remains to measure with; leave xstest out too where that is measured. The prompts of xstest
+are CC-BY-4.0; its answers fall under the terms of those whose models gave them.
 
 Writes FOLDER/safe, FOLDER/harmful and FOLDER/utility with one NAME.jsonl per set, and sources.json.
 """
@@ -118,14 +119,14 @@ SETS = {
     ),
     "xstest": Set(
         tuple(f"natolambert/xstest-v2-copy:{name}" for name in ASSISTANTS),
-        "prompts CC-BY-4.0, answers by the terms of OpenAI, Meta and Mistral", {"utility": xstest},
+        "prompts CC-BY-4.0, answers by OpenAI, Meta, Mistral", {"utility": xstest},
     ),
     "falsereject": Set(
         ("AmazonScience/FalseReject:train",), NC,
         {"utility": partial(helpful, partial(answered, ("instruct_response",)))},
     ),
     "or-bench": Set(
-        (), "CC-BY-4.0 (prompts)", {"utility": partial(helpful, partial(answered, ("completion", "answer")))}
+        (), "CC-BY-4.0", {"utility": partial(helpful, partial(answered, ("completion", "answer")))}
     ),
     "alpaca": Set(
         ("tatsu-lab/alpaca:train",), NC, {"utility": partial(helpful, partial(instructions, "output", "input"))}

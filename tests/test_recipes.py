@@ -35,6 +35,19 @@ def references(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("recipes/references.py", monkeypatch)
 
 
+def test_the_table_at_the_head_says_what_the_sets_are(references: ModuleType) -> None:
+    lines = (line for line in (references.__doc__ or "").splitlines() if line.startswith("|"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    said = {name: (gives, place, licence) for name, gives, place, licence in rows[2:]}
+    assert list(said) == list(references.SETS)
+    for name, own in references.SETS.items():
+        gives, place, licence = said[name]
+        assert gives.split(", ") == list(own.gives)
+        assert licence == own.licence
+        where = {"/".join(url.split("/")[3:5]) if "://" in url else url.split(":")[0] for url in own.places}
+        assert len(where) <= 1 and all(repository in place for repository in where), name
+
+
 def test_safe_rows_are_refusals_of_prompts_that_were_met_with_harm_too(references: ModuleType, tmp_path: Path) -> None:
     rows = [
         {"prompt": "a curse", "response": "Say it thrice.", "is_safe": False},
