@@ -13,13 +13,12 @@ import torch
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
 from pharmacist.nn.distributed import barrier
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.evidence.readers.adapters import batch_stream
 from pharmacist.selectors.jobs import Job, run_jobs
+from pharmacist.selectors.pharmacist.twins import batch_weight_gradient, cotraining_rows, mean_over_copies, save_logits
 from pharmacist.selectors.reading import read
-from pharmacist.selectors.twins import batch_weight_gradient, cotraining_rows, mean_over_copies, save_logits
 
 
 FloatArray = npt.NDArray[np.float64]

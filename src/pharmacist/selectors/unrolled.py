@@ -14,8 +14,8 @@ from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import mean_gradient, moved, pool_job
 from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.pharmacist.twins import cotraining_rows
 from pharmacist.selectors.reading import read
-from pharmacist.selectors.twins import cotraining_rows
 
 
 FloatArray = npt.NDArray[np.float64]
