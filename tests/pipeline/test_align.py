@@ -62,12 +62,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_contracts_files(aligned: Path, data: str) -> None:
-    assert {path.name for path in aligned.iterdir()} == {
-        "adapter", "log.jsonl", "README.md", "manifest.json", "pharmacist_template.json"
+    files = {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
-    assert {path.name for path in (aligned / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json"
-    }  # fmt: skip
+    assert {path.name for path in (aligned / "adapter").iterdir()} == files
+    assert {path.name for path in aligned.iterdir()} == files | {"adapter", "log.jsonl", "manifest.json"}
     log = [json.loads(line) for line in (aligned / "log.jsonl").open()]
     assert [line["step"] for line in log] == [3]  # the last step, though it is no tenth one
     assert {"loss", "learning_rate", "grad_norm", "epoch"} <= log[0].keys() and log[0]["loss"] > 0
@@ -351,6 +351,7 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
     assert done.returncode == 0
     assert done.stdout == ""
     assert done.stderr == (
+        f"{BASE_MODEL}: prompts are rendered by the chat template of its tokenizer\n"
         f"aligned on 16 rows, 3 steps: {tmp_path / 'out/adapter'}\n"
         f"next: pharmacist evaluate --model {tmp_path / 'out'} --prompts PROMPTS --output-dir DIR\n"
     )

@@ -301,22 +301,17 @@ def _is_main() -> bool:
 
 
 def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> dict[str, str]:
+    from pharmacist.core.hashing import sha256_content
     from pharmacist.nn.models import model_fingerprint
 
     found = {name: source.fingerprint() for name, source in sources.items()}
     if options.model is not None:
         found["model"] = model_fingerprint(options.model)
     if options.embedder is not None:
-        from pharmacist.core.hashing import sha256_folder
-
         local = Path(options.embedder).is_dir()
-        found["embedder"] = (
-            sha256_folder(options.embedder, (".json", ".safetensors")) if local else f"hub:{options.embedder}"
-        )
+        found["embedder"] = sha256_content(options.embedder) if local else f"hub:{options.embedder}"
     if options.resume_selector is not None:
-        from pharmacist.core.hashing import sha256_folder
-
-        found["resume_selector"] = sha256_folder(options.resume_selector, (".json", ".safetensors"))
+        found["resume_selector"] = sha256_content(options.resume_selector)
     return found
 
 
