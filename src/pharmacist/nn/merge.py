@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from pharmacist.core.errors import CompatibilityError
+from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.nn.lowrank import Factors, adapter_factors
 
@@ -24,6 +24,7 @@ STACK_FILE = "pharmacist_stack.json"
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Relative error of logits up to which merging is rounding; 0.1 for shorter number formats."""
 _PREFIX = "base_model.model."
+_LAST = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     before = _logits(model)
     try:
         merged: PreTrainedModel = model.merge_and_unload()
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise CompatibilityError(f"{refusal}; merge it with the tool that made it") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every kind of adapter has its own way to say that it cannot be merged
+        reason = " ".join(str(error).split())[:200]
+        raise CompatibilityError(f"{refusal} ({reason}); merge it with the tool that made it") from error
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for config in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():
@@ -187,10 +191,7 @@ def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str)
     ).save_pretrained(folder)  # fmt: skip
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / STACK_FILE, {
-        "trained_last": {
-            "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-            "target_modules": _targets(config), "fan_in_fan_out": config.fan_in_fan_out,
-        },
+        "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
         "trained_on": content,
     })  # fmt: skip
 
@@ -200,11 +201,21 @@ def _targets(config: LoraConfig) -> Any:
 
 
 def read_stack(folder: Path) -> dict[str, Any] | None:
-    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part."""
+    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part.
+
+    Raises:
+        DataError: The file is damaged.
+    """
     path = folder / STACK_FILE
     if not path.is_file():
         return None
-    found: dict[str, Any] = read_json(path)
+    try:
+        found: dict[str, Any] = read_json(path)
+        LoraConfig(**found["trained_last"])
+        if found["trained_last"].keys() ^ {*_LAST} or not isinstance(found["trained_on"], str):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged; delete it to take the adapter for one of a single part") from error
     return found
 
 

@@ -45,7 +45,7 @@ class LoadedModel:
         tokenizer: With a pad token.
         template: How a prompt is rendered; the one saved with the model where there is one.
         name: As the user gave it.
-        template_origin: Where the template is from, in words.
+        template_origin: Where the template is from, in words: "the chat template that was saved with it".
         beneath: What an adapter that is trained on the model rests on.
     """
 
@@ -123,7 +123,7 @@ def load_model(
 ) -> LoadedModel:  # fmt: skip
     """Loads a hub id, a local model, a PEFT adapter, or the folder of an earlier `align`, `attack` or `repair`.
 
-    Adapters are merged into their base, which may itself be such a folder. The template that is used is printed.
+    Adapters are merged into their base, which may itself be such a folder.
 
     Args:
         name: Hub id or local folder.
@@ -143,7 +143,6 @@ def load_model(
     how = _How(target, resolve_dtype(dtype, target), template, trust_remote_code)
     loaded = _load(name, how, merge, ())
     check_template(loaded.template, loaded.tokenizer, name)
-    console().print(f"{name}: prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
     return loaded
 
 
@@ -195,11 +194,6 @@ def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedM
 def _load_adapter(
     name: str, folder: Path, adapter: Path, how: _How, merge: bool, above: tuple[Path, ...]
 ) -> LoadedModel:  # fmt: skip
-    if _adapter_config(adapter).get("peft_type") in _PROMPTS:
-        raise CompatibilityError(
-            f"{adapter}/adapter_config.json: this kind of adapter ({_PROMPTS[_adapter_config(adapter)['peft_type']]}) "
-            "has no weights that could be merged into its base model; give a LoRA adapter or a whole model"
-        )
     with _below(adapter, above) as base:
         loaded = _load(base, how, True, (*above, adapter.resolve()))
     parts = None if merge else read_stack(adapter)
@@ -348,6 +342,11 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is damaged ({_short(error)}); save the adapter again") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DataError(f"{path}: names no kind of adapter (peft_type); save the adapter again")
+    if config["peft_type"] in _PROMPTS:
+        raise CompatibilityError(
+            f"{path}: this kind of adapter ({_PROMPTS[config['peft_type']]}) has no weights that could be merged into "
+            "its base model; give a LoRA adapter or a whole model"
+        )
     return config
 
 

@@ -370,7 +370,11 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         counts |= {
             "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
         }  # fmt: skip
-    device = str(context.model.device) if "model" in context.__dict__ else "cpu"
+    device = "cpu"
+    if "model" in context.__dict__:
+        loaded = context.model
+        device = str(loaded.device)
+        extra |= {"template": loaded.template.to_json(), "template_origin": loaded.template_origin}
     run.record(counts=counts, device=device, extra=extra)
     return Ranking(records=pool, table=table, about=scores.report, _points=points)
 
@@ -640,6 +644,8 @@ def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
     console().print(table)
     quality = ranking.about.get("out_of_fold", {}).get("combined", {})
     lines = []
+    if "template_origin" in run.manifest.extra:
+        lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
     if "auc_safe_against_rest" in quality:
         auc = quality["auc_safe_against_rest"]
         lines.append(f"held-out references, safe against the rest: AUC {auc:.3f}")

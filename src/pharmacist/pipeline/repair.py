@@ -154,6 +154,7 @@ def _repair(
 ) -> None:  # fmt: skip
     from pharmacist.core.env import rank
     from pharmacist.core.files import write_json
+    from pharmacist.core.progress import console
     from pharmacist.nn.models import load_model, trained_on
     from pharmacist.repairs.base import Side, apply
     from pharmacist.training.card import model_card
@@ -193,8 +194,11 @@ def _repair(
         })  # fmt: skip
         run.finish(
             outputs=[*folders, "repair.json", "README.md"], metrics=metrics, device=str(loaded.device),
-            extra={"form": form, "template": loaded.template.to_json()},
+            extra={
+                "form": form, "template": loaded.template.to_json(), "template_origin": loaded.template_origin,
+            },
         )  # fmt: skip
+        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
         _show(changes, metrics, name, run.root)
 
 

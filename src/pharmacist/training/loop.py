@@ -17,7 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, NoMatchError
 from pharmacist.core.files import atomic_folder, show_in, write_text
-from pharmacist.core.progress import Bar, bar
+from pharmacist.core.progress import Bar, bar, console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.templates import save_template
@@ -150,19 +150,33 @@ def train(
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        load_side_state(checkpoint, strategy, streams or {})
     try:
+        _check_settings(trainer)
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is not None:
+            load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except ValueError as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
     finally:
         strategy.close()
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
     return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
+
+
+def _check_settings(trainer: StrategyTrainer) -> None:
+    """Refuses what only torch knows to be impossible, before the training, whose own errors are no user's fault.
+
+    Raises:
+        ConfigError: Such a setting.
+    """
+    try:
+        torch.utils.data.DataLoader(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=1)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:
@@ -302,7 +316,8 @@ def finish_training(
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},
             extra={
                 "train": options.effective_train, "lora": asdict(options.lora), "template": loaded.template.to_json(),
-                "strategy": result.found,
+                "template_origin": loaded.template_origin, "strategy": result.found,
             },
         )  # fmt: skip
+        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
     barrier()
