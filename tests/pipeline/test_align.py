@@ -261,6 +261,19 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     assert not (tmp_path / "out/adapter").exists()
 
 
+def test_an_error_of_ours_is_not_taken_for_bad_input(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    from pharmacist.training.trainer import StrategyTrainer
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(StrategyTrainer, "training_step", fail)
+    assert main(words(data, tmp_path / "out", *FEW, "--quiet")) == 1
+    assert "ValueError: not the user's fault (traceback in" in one_line(capsys)
+
+
 def test_rows_that_are_skipped_or_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [TINY, {"prompt": "", "completion": ""}]
     rows += [{**TINY, "prompt": "bread " * 600}, {**TINY, "completion": "x " * 600}]
