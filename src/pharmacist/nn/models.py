@@ -278,7 +278,8 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) 
         )
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if token.special}
     needed = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     refused = sorted(i for i in beyond if i in needed or i not in special)
     if refused:
