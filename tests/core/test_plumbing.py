@@ -141,7 +141,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "pytorch_model.bin", "modeling.py", "1_Pooling/config.json", "data-00000-of-00001.arrow", "state.json", "vocab.txt",
+    "pytorch_model.bin", "modeling.py", "1_Pooling/config.json", "data-0-of-1.arrow", "state.json", "vocab.txt",
 ])  # fmt: skip
 def test_the_content_of_a_folder_is_all_that_is_loaded_from_it(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

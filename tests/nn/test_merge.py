@@ -5,14 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pharmacist.core.errors import CompatibilityError, DataError
-from pharmacist.nn.lowrank import Factors
-from pharmacist.nn.merge import merge_adapter, stack
+from pharmacist.nn.lowrank import Factors, adapter_factors
+from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked, stack
 from pharmacist.nn.models import load_model, model_fingerprint
+from tests.defenses.architectures import ARCHITECTURES, VOCABULARY, tiny
 from tests.tiny import save_tiny_model
 
 
@@ -138,3 +148,38 @@ def test_untied_heads_stay_as_they_are(tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", lora(target_modules=["lm_head"]))
     loaded = load_model(str(adapter), device="cpu")
     assert isinstance(loaded.model.lm_head, nn.Linear) and not loaded.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "by hand"])
+@pytest.mark.filterwarnings("ignore")
+def test_two_adapters_become_one_on_every_architecture(name: str, head: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny(name).save_pretrained(base)
+    tiny_tokenizer_of(VOCABULARY).save_pretrained(base)
+    targets = "all-linear"
+    if head:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        targets = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    aligned = save_adapter(base, tmp_path / "aligned", lora(target_modules="all-linear"))
+    loaded = load_model(str(aligned), device="cpu")
+    attacked = get_peft_model(loaded.model, lora(target_modules=[targets] if head else targets, r=2)).eval()
+    with torch.no_grad():
+        for own in adapter_factors(attacked).values():
+            own.B.normal_(std=0.2)
+    assert is_lora(attacked)
+    (tmp_path / "stacked").mkdir()
+    save_stacked(attacked, loaded.beneath, tmp_path / "stacked", "content")
+    stock = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "stacked")
+    torch.testing.assert_close(logits(stock), logits(attacked), rtol=1e-4, atol=1e-4)
+    again = load_model(str(tmp_path / "stacked"), device="cpu")
+    torch.testing.assert_close(logits(again.model), logits(attacked), rtol=1e-4, atol=1e-4)
+    again.model.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(whole), logits(attacked), rtol=1e-4, atol=1e-4)
+
+
+def tiny_tokenizer_of(size: int) -> Any:
+    """A tokenizer of so many words."""
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w3"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", bos_token="w1", eos_token="w2")
