@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pharmacist.data.templates import load_template
@@ -17,6 +17,7 @@ from pharmacist.nn.models import load_model, model_fingerprint
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.repair import RepairOptions, repair
+from pharmacist.training import loop
 from pharmacist.training.options import LoraOptions
 from tests.pipeline.test_attack_kinds import rows
 from tests.tiny import save_tiny_model
@@ -38,7 +39,7 @@ def ours(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base models, and under ``runs`` a model that was aligned, attacked and repaired in every way of tuning."""
     place = tmp_path_factory.mktemp("stock")
     base = save_tiny_model(place / "base")
@@ -60,6 +61,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             model=str(model), output_dir=str(runs / name), samples=16, lora=lora, **data, **common, **more
         )).folder  # fmt: skip
 
+    expected: dict[str, torch.Tensor] = {}
+    save = loop.save_trained
+
+    def recorded(model: Any, loaded: Any, root: Path, *more: Any, **options: Any) -> list[str]:
+        mode = model.training
+        expected[str(root.relative_to(runs))] = logits(model)  # as it is in memory, before anything is written
+        model.train(mode)
+        return save(model, loaded, root, *more, **options)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop, "save_trained", recorded)
     one = aligned("aligned")
     full = aligned("aligned-full", tuning="full")
     aligned("aligned-merged", merge=True)
@@ -75,10 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         model=str(runs / "attacked"), output_dir=str(runs / "repaired"), harmful=data["harmful"], device="cpu",
         quiet=True, method={"name": "antidote", "alpha": 0.3},
     ))  # fmt: skip
-    expected = {
-        str(folder.relative_to(runs)): ours(folder)
-        for folder in [*sorted(runs.iterdir()), *sorted(runs.glob("*/snapshots/*"))]
-    }
+    patch.undo()
     torch.save(expected, place / "expected.pt")
     shutil.move(runs, place / "runs")  # from here on nothing lies where it was written
     return place
@@ -122,8 +131,6 @@ def test_no_run_is_named_by_an_adapter(world: Path) -> None:
 
 def test_the_alignment_is_in_the_attacked_adapter(world: Path) -> None:
     """On the plain base, as a user of PEFT would put it."""
-    from safetensors.torch import load_file
-
     runs = world / "runs"
     aligned, attacked = (load_file(runs / name / "adapter_model.safetensors") for name in ("aligned", "attacked"))
     for name, own in aligned.items():

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -210,17 +210,16 @@ def _load_adapter(
     wrong = [*result.missing_keys, *result.unexpected_keys]
     if wrong:
         raise DataError(_why_no_adapter(adapter, loaded.name, f"{len(wrong)} tensors differ, such as {wrong[0]}"))
-    factors = lora_factors(model.eval(), adapter) if merge else {}
-    own = loaded.beneath
+    below = loaded.beneath
     if merge:
+        factors = lora_factors(model.eval(), adapter) if below.base is not None else None
+        loaded.beneath = Beneath() if factors is None else Beneath(below.base, stack(below.factors, factors))
         loaded.model = merge_adapter(model, str(adapter))
-        both = factors is not None and own.base is not None
-        loaded.beneath = Beneath(own.base, stack(own.factors, factors)) if both and factors is not None else Beneath()
     elif parts is None:
         loaded.model = model
     else:
         loaded.model, lower = split(model, parts, str(adapter))
-        loaded.beneath = replace(own, factors=stack(own.factors, lower), content=str(parts["trained_on"]))
+        loaded.beneath = Beneath(below.base, stack(below.factors, lower), str(parts["trained_on"]))
     loaded.model.eval()
     loaded.name = name
     return _with_own_tokenizer(loaded, folder, adapter, how)
