@@ -41,6 +41,12 @@ def console() -> _Console:
     return _Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
 
 
+def warn(text: str) -> None:
+    """Prints a line that begins with ``warning``; text that came out of files shows as it is, and commands nothing."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    console().print(f"warning: {shown}", soft_wrap=True, markup=False)
+
+
 def set_quiet(quiet: bool) -> None:
     """Turns messages and bars off (or on again)."""
     console().quiet = quiet or int(os.environ.get("RANK", "0")) != 0
