@@ -263,7 +263,8 @@ class _Reader:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
         known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
-        self.candidates = [layout for layout in known if set(columns) <= set(layout.required + layout.optional)]
+        own = set(columns) - set(_BEFORE)
+        self.candidates = [layout for layout in known if own <= set(layout.required + layout.optional)]
         if not self.candidates:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
@@ -424,9 +425,9 @@ class _Reader:
         for column, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 if _ROLE & value[0].keys():
-                    return f"fits no row format (its columns: {columns}); try --columns messages={column}"
-                if len(row) == 1 or not self.wanted & row.keys():
-                    return f"holds a list of objects under {spelled(column)}; if these are the rows, save that list by itself"
+                    return f"fits no row format (its columns: {columns}) but has messages in {spelled(column)}"
+                if not self.wanted & row.keys():
+                    return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
         if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion (its columns: {columns})"
         return f"fits no row format (its columns: {columns})"

@@ -6,6 +6,7 @@ evaluation must agree to the last newline.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "pharmacist_template.json"
+_NAMED = 10
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -61,21 +63,53 @@ class Template:
 
     def render_many(self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         """`render` for many rows at once, which is faster."""
+        texts, refused = self.try_render(records, tokenizer)
+        if refused:
+            raise DataError(refusal({records[i].get("row", "?"): reason for i, reason in refused.items()}))
+        return texts
+
+    def try_render(
+        self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+    ) -> tuple[list[str], dict[int, str]]:
+        """`render` for many rows, some of which the chat template may refuse, or leave text of out.
+
+        Returns:
+            The texts, empty for refused rows; and position -> reason of these.
+        """
         if self.kind == "alpaca":
-            return [_alpaca(record) for record in records]
+            return [_alpaca(record) for record in records], {}
         conversations = [conversation(record) for record in records]
+        refused: dict[int, str] = {}
         try:
-            return self._chat(conversations, tokenizer)
-        except Exception as error:  # templates refuse by raising what they like: find the row
-            for record, turns in zip(records, conversations, strict=True):
+            texts = self._chat(conversations, tokenizer)
+        except Exception:  # templates refuse by raising what they like: find the rows
+            texts = [""] * len(records)
+            for position, turns in enumerate(conversations):
                 try:
-                    self._chat([turns], tokenizer)
-                except Exception as own:
-                    raise DataError(
-                        f"row {record.get('row', '?')}: the chat template refuses its turns "
-                        f"({' '.join(str(own).split())[:200]}); delete the row or use --template alpaca"
-                    ) from own
-            raise error
+                    (texts[position],) = self._chat([turns], tokenizer)
+                except Exception as error:
+                    reason = " ".join(str(error).split())[:200]
+                    refused[position] = f"the chat template refuses its turns ({reason})"
+        dropped: dict[tuple[str, ...], str | None] = {}  # by roles, since templates treat turns by their roles
+        for position, turns in enumerate(conversations):
+            if position not in refused:
+                roles = tuple(turn["role"] for turn in turns)
+                if roles not in dropped:
+                    dropped[roles] = self._dropped_role(roles, tokenizer)
+                lost = dropped[roles] or _lost_role(turns, texts[position])
+                if lost is not None:
+                    texts[position] = ""
+                    refused[position] = f"the chat template leaves out the text of a turn of the role {lost}"
+        return texts, refused
+
+    def _dropped_role(self, roles: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        """The first role whose turn leaves no trace in a conversation of these roles."""
+        turns = [{"role": role, "content": f"qz{position}zq"} for position, role in enumerate(roles)]
+        try:
+            (text,) = self._chat([turns], tokenizer)
+        except Exception:  # it wants something of the contents, which the row itself may have
+            return None
+        return next((turn["role"] for turn in turns if turn["content"] not in text), None)
 
     def _chat(self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         if not conversations:
@@ -98,6 +132,16 @@ class Template:
     def from_json(cls, value: Mapping[str, Any]) -> "Template":
         """The inverse of `to_json`."""
         return cls(kind=value["kind"], chat_template=value.get("chat_template"))
+
+
+def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
+    """The message for rows that a chat template refuses: row number -> reason."""
+    named: dict[str, list[str]] = {}
+    for row, reason in list(rows.items())[:_NAMED]:
+        named.setdefault(reason, []).append(str(row))
+    what = "; ".join(f"row {', '.join(numbers)}: {reason}" for reason, numbers in named.items())
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{what}{more}; delete them{remedy} or choose the template alpaca"
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") -> Template:
@@ -145,6 +189,20 @@ def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
         turns: list[dict[str, str]] = json.loads(record["turns"])
         return turns
     return [{"role": "user", "content": record["prompt"]}]
+
+
+def _lost_role(turns: Sequence[Mapping[str, str]], text: str) -> str | None:
+    """The role of a turn whose text is not in the rendered text, or not as often as it is in the turns."""
+    wanted = Counter((turn["role"], turn["content"].strip()) for turn in turns)
+    for (role, content), times in wanted.items():
+        # Templates leave the reasoning of earlier answers out by design, and some write a tool's result as JSON.
+        if role == "assistant":
+            content = content.rpartition("</think>")[2].strip()
+        if content and text.count(content) < times:
+            as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+            if text.count(as_json) < times:
+                return role
+    return None
 
 
 def _alpaca(record: Mapping[str, Any]) -> str:

@@ -8,6 +8,9 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import Source, spelled
 
 
+_SOURCES = frozenset({"pool", "safe", "harmful", "utility", "data", "task"})
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a column has to hold.
@@ -53,12 +56,8 @@ def _number(text: str) -> float | None:
         return None
 
 
-def parse_where(texts: Iterable[str], sources: Iterable[str]) -> list[Condition]:
+def parse_where(texts: Iterable[str]) -> list[Condition]:
     """Conditions from ``COLUMN=VALUE`` or ``SOURCE:COLUMN=VALUE``.
-
-    Args:
-        texts: As given.
-        sources: Names of the sources that there can be.
 
     Raises:
         ConfigError: A text of another form.
@@ -66,41 +65,43 @@ def parse_where(texts: Iterable[str], sources: Iterable[str]) -> list[Condition]
     found = []
     for text in texts:
         column, equals, value = text.partition("=")
-        source, colon, rest = column.partition(":")
-        of = source.strip().replace("-", "_") if colon and source.strip().replace("-", "_") in set(sources) else None
-        column = (rest if of is not None else column).strip()
+        of, colon, rest = column.partition(":")
+        alone = bool(colon) and of.strip() in _SOURCES
+        column = (rest if alone else column).strip()
         if not equals or not column or not value.strip():
-            raise ConfigError(f"--where {text}: write it as label=true, or as harmful:is_safe=false for one file alone")
-        found.append(Condition(column, value.strip(), of))
+            raise ConfigError(f"--where {text}: write it as label=true, or as harmful:is_safe=false for one file")
+        found.append(Condition(column, value.strip(), of.strip() if alone else None))
     return found
 
 
-def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
-    """Which conditions hold for which source: each for those that have its column.
+def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
+    """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
+    return [
+        condition for condition in parse_where(texts)
+        if condition.of in (None, name) and _has_column(source, condition.column)
+    ]  # fmt: skip
 
-    Args:
-        texts: As given (`parse_where`).
-        sources: What the command reads, by name.
+
+def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
+    """`conditions_for` each source that a command reads.
 
     Raises:
         ConfigError: A text of another form.
         DataError: No source has the column.
     """
-    found: dict[str, list[Condition]] = {name: [] for name in sources}
-    for condition in parse_where(texts, sources):
-        meant = [condition.of] if condition.of is not None else list(sources)
-        having = [name for name in meant if has_column(sources[name], condition.column)]
-        for name in having:
-            found[name].append(condition)
-        if not having:
-            files = ", ".join(dict.fromkeys(sources[name].where for name in meant))
+    found = {name: conditions_for(texts, name, source) for name, source in sources.items()}
+    used = {condition for conditions in found.values() for condition in conditions}
+    for condition in parse_where(texts):
+        if condition not in used:
+            where = ", ".join(sources[name].where for name in sources if condition.of in (None, name))
             raise DataError(
-                f"--where {condition}: there is no column {spelled(condition.column)} in {files}; check its name"
+                f"--where {condition}: there is no column {spelled(condition.column)} in "
+                f"{where or f'--{condition.of}, which is not given'}; check its name"
             )
     return found
 
 
-def has_column(source: Source, column: str) -> bool:
+def _has_column(source: Source, column: str) -> bool:
     """Whether some row has the column; of a format without fixed columns as many rows are read as it takes."""
     if source.columns is not None:
         return column in source.columns
