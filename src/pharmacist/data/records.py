@@ -87,11 +87,16 @@ class Records:
         tables = self.dataset.select_columns(["row"]).with_format("arrow").iter(_FLUSH_ROWS)
         return np.concatenate([np.empty(0, dtype=np.int64), *(table.column(0).to_numpy() for table in tables)])
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """For manifests: how many rows were read, refused, and left out by ``where`` if any were."""
+        filtered = {"filtered": self.filtered} if self.filtered else {}
+        return {"in": len(self) + len(self.refused) + self.filtered, "refused": len(self.refused), **filtered}
+
     def announce(self) -> None:
         """Says at the console what whoever gave the rows should know: how many were left out, what is not read."""
         if self.filtered:
-            total = self.filtered + len(self) + len(self.refused)
-            said = f"{self.source.where}: {self.filtered} of {total} rows are left out by --where"
+            said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
             console().print(said, soft_wrap=True, markup=False)
         for text in self.warnings:
             warn(text)

@@ -142,13 +142,13 @@ def encode(
         raise DataError(about + refusal(state.not_rendered, "" if on_bad_row is None else _SKIP))
     if state.with_control:
         warn(
-            f"{about}{len(state.with_control)} of {len(rows)} rows ({_named(state.with_control)}) have control tokens of the "
-            "model in their text, which are read as plain text"
+            f"{about}{len(state.with_control)} of {len(rows)} rows ({_named(state.with_control)}) have control tokens "
+            "of the model in their text, which are read as plain text"
         )
     if state.refused and on_long_prompt == "fail":
         raise DataError(
-            f"{about}the prompt alone fills all {max_length} tokens in {len(state.refused)} rows ({_named(state.refused)}); "
-            "shorten or delete them, or raise --max-length where the model allows it"
+            f"{about}the prompt alone fills all {max_length} tokens in {len(state.refused)} rows "
+            f"({_named(state.refused)}); shorten or delete them, or raise --max-length where the model allows it"
         )
     if not len(table):
         raise DataError(f"{about}no row is left to work on")

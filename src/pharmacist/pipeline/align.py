@@ -145,8 +145,7 @@ def _align(
         phase.tokens = result.tokens
         phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     counts = {
-        "in": len(records) + len(records.refused), "refused": len(records.refused) + len(encoded.not_rendered),
-        "filtered": records.filtered, "trained": len(encoded),
+        **records.counts, "refused": len(records.refused) + len(encoded.not_rendered), "trained": len(encoded),
         "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,
         "cut_prompts": len(encoded.cut_prompts), **side.counts,
     }  # fmt: skip

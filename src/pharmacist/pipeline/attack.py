@@ -245,7 +245,7 @@ def _attack(
             trust_remote_code=options.trust_remote_code, merge=options.adapter == "fresh",
         )  # fmt: skip
         encoded = _encode(trained, "tokens", loaded, options, run)
-        counts |= {"trained": len(encoded), "refused": len(encoded.not_rendered)}
+        counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
             streams["safe"] = _stream(_encode(safe.dataset, "safe", loaded, options, run), options, loaded)

@@ -373,8 +373,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if groups is not None:
         extra["balance"] = _balance(table, options)
     counts = {
-        "in": len(pool) + len(pool.refused), "refused": len(pool.refused), "filtered": pool.filtered,
-        "ranked": len(pool),
+        **pool.counts, "ranked": len(pool),
         "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
         **{f"references_{name}": len(value) for name, value in records.items()},
     }  # fmt: skip
