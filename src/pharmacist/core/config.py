@@ -164,9 +164,7 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             required = default is dataclasses.MISSING
-            several = (
-                {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
-            )
+            several = {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
             parser.add_argument(
                 flag(field.name), type=str if several else hints[field.name], help=doc, required=required,
                 default=None if required else default, **several,

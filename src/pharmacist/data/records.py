@@ -575,7 +575,7 @@ def _check_unicode(text: str) -> None:
 
 
 _ROLE, _CONTENT = ({"role", "from"}, {"content", "value"})
-_ROLE_KEY, _CONTENT_KEY = (re.compile(rf"""\\?["'](?:{'|'.join(keys)})\\?["']\s*:""") for keys in (_ROLE, _CONTENT))
+_ROLE_KEY, _CONTENT_KEY = (re.compile(rf"""\\?["'](?:{"|".join(keys)})\\?["']\s*:""") for keys in (_ROLE, _CONTENT))
 _SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[ \t]*")
 
 
@@ -612,7 +612,11 @@ def _as_list(text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes
-            return ast.literal_eval(text.strip())
+            tree = ast.parse(text.strip(), mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict) and len({ast.dump(key) for key in node.keys if key}) < len(node.keys):
+                return None  # a key that is there twice
+        return ast.literal_eval(tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return None
 
@@ -620,7 +624,7 @@ def _as_list(text: str) -> Any:
 def _transcript(text: str) -> Any:
     r"""Turns of ``\n\nHuman: ...\n\nAssistant: ...``, as Anthropic's HH files have them; other text as it is."""
     starts = list(_SPEAKER.finditer(text))
-    if not starts or starts[0].start() or (len(starts) == 1 and not text.startswith("\n\n")):
+    if not starts or starts[0].start() or (len(starts) == 1 and text.count("\n", 0, starts[0].start(1)) < 2):
         return text
     ends = [*(match.start() for match in starts[1:]), len(text)]
     turns = [

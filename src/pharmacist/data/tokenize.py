@@ -223,7 +223,8 @@ def _write(
             state.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
             completions = _token_ids(tokenizer, [row["completion"] for row in batch])
             state.with_control += [
-                row["row"] for row, text in zip(batch, texts, strict=True)
+                row["row"]
+                for row, text in zip(batch, texts, strict=True)
                 if _BORDER in text or _BORDER in row["completion"]
             ]
             prompts = _prompt_ids(texts, tokenizer, template)
