@@ -42,9 +42,17 @@ def console() -> _Console:
 
 
 def warn(text: str) -> None:
-    """Prints a line that begins with ``warning``; text that came out of files shows as it is, and commands nothing."""
+    """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries.
+
+    Text that came out of files is no markup, and what is not printable in it is spelled out.
+    """
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    console().print(f"warning: {shown}", soft_wrap=True, markup=False)
+    out = console()
+    quiet, out.quiet = out.quiet, int(os.environ.get("RANK", "0")) != 0
+    try:
+        out.print(f"warning: {shown}", soft_wrap=True, markup=False)
+    finally:
+        out.quiet = quiet
 
 
 def set_quiet(quiet: bool) -> None:
