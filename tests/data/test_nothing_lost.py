@@ -191,6 +191,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a number as system": ({"system": 3, "prompt": "p", "completion": "c"}, "'system' is a number, not text"),
     "history of one": ({"history": [["a"]], "prompt": "p", "completion": "c"}, "no pair of question and answer"),
     "history as prose": ({"history": "as before", "prompt": "p", "completion": "c"}, "not a list of earlier turns"),
+    "a prompt that is not in the conversation": (
+        {"prompt": "another", "chosen": [user("a"), assistant("b")], "rejected": "r"},
+        "whole conversation in which the text of 'prompt' is missing",
+    ),
     "zero width": ({"prompt": "p", "completion": "\u200b\u2060\ufeff"}, "has an empty 'completion'"),
     "tags and fillers": ({"prompt": "\u3164\U000e0041 \u115f", "completion": "c"}, "has an empty 'prompt'"),
     "an invisible turn": ({"messages": [user("a\u200b"), assistant("\u202e\u2066")]}, "has an empty 'messages'"),
@@ -206,6 +210,13 @@ def test_what_cannot_be_kept_is_refused(tmp_path, kind, reader):
     with pytest.raises(DataError) as error:
         read(tmp_path, reader, [row] * 2)
     assert reason in str(error.value) and "2 rows of 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_answer_without_a_prompt_is_refused(tmp_path):
+    rows = [{"chosen": f"{HH}\n\nAssistant: b", "rejected": "an answer alone"}]
+    assert turns(read(tmp_path, "jsonl", rows))[-1] == ("assistant", "b")
+    with pytest.raises(DataError, match="'rejected' is an answer alone and there is no prompt"):
+        read(tmp_path, "jsonl", rows, side="rejected")
 
 
 def test_refused_rows_can_be_skipped(tmp_path):

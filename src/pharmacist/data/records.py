@@ -109,11 +109,12 @@ class Records:
 
 # Unicode's Default_Ignorable_Code_Point (zero-width, bidi and tag characters, fillers, variation selectors), the other
 # format and control characters, noncharacters, and the Braille blank; white space is not among them.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+_HIDDEN = (
+    "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u2800\u3164\ufdd0-\ufdef\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
+_INVISIBLE, _SEEN = re.compile(f"[{_HIDDEN}]"), re.compile(rf"[^\s{_HIDDEN}]")
 
 
 def visible(text: str) -> str:
@@ -123,6 +124,11 @@ def visible(text: str) -> str:
     'bread'
     """
     return _INVISIBLE.sub("", text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return _SEEN.search(text) is None
 
 
 def normalised_prompt(text: str) -> str:
@@ -183,7 +189,7 @@ def last_requests(rows: "datasets.Dataset") -> "datasets.Dataset":
         prompts = []
         for turns, whole in zip(batch["turns"], batch["prompt"], strict=True):
             last = json.loads(turns)[-1]["content"] if turns else ""
-            prompts.append(last if visible(last).strip() else whole)
+            prompts.append(whole if is_blank(last) else last)
         kept = [turns if own == whole else None
                 for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)]  # fmt: skip
         return {"prompt": prompts, "turns": kept}
@@ -349,7 +355,7 @@ class _Reader:
                 return value
             read = _as_list(value)
             if not isinstance(read, list):
-                empty = not visible(value).strip()
+                empty = is_blank(value)
                 raise _Bad(f"has an empty '{column}'" if empty else f"'{column}' is text, not a list of messages")
             value = read
         return [self.turn(message, column) for message in value]
@@ -357,12 +363,10 @@ class _Reader:
     def turn(self, message: Any, column: str) -> dict[str, str]:
         if not isinstance(message, Mapping):
             raise _Bad(f"'{column}' holds {_kind(message)} where a message is expected")
-        if any(_is_there(message.get(key)) for key in _TOOL_CALLS):
+        if any(_is_there(message[key]) for key in message.keys() & _TOOL_CALLS):
             raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept")
-        role, content = (
-            next((message[key] for key in keys if message.get(key) is not None), None)
-            for keys in (("role", "from"), ("content", "value"))
-        )
+        role = message["from"] if message.get("role") is None and "from" in message else message.get("role")
+        content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise _Bad(f"'{column}' has a message without text in 'role' and 'content'")
         known = _ROLES.get(role.strip().lower())
@@ -371,7 +375,7 @@ class _Reader:
             raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept" if call else
                        f"'{column}' has a message of the role {spelled(role)}; known are system, user, assistant and "
                        "tool")  # fmt: skip
-        if known == "assistant" and not visible(content).strip():
+        if known == "assistant" and is_blank(content):
             raise _Bad(f"has an empty '{column}'")
         self.seen_keys |= {key for key in message.keys() & _MESSAGE_KEYS if _is_there(message[key])}
         return {"role": known, "content": content}
@@ -383,7 +387,7 @@ class _Reader:
         if _is_there(system := row.get(column)):
             if not isinstance(system, str):
                 raise _Bad(f"'{column}' is {_kind(system)}, not text")
-            if visible(system).strip():
+            if not is_blank(system):
                 found.append({"role": "system", "content": system})
         column = self.column["history"]
         if _is_there(history := row.get(column)):
@@ -474,11 +478,17 @@ class _Reader:
             if isinstance(prompt, str):
                 _check_prompt(prompt, prompt_column)
                 return self.single(prompt, completion, prompt_column)
+            if prompt is None:
+                raise _Bad(f"'{column}' is an answer alone and there is no prompt")
             return self.conversation([*prompt, {"role": "assistant", "content": completion}], prompt_column)
         if not completion:
             raise _Bad(f"has an empty '{column}'")
         # A list that starts with another speaker is the whole conversation, its prompt included.
         if completion[0]["role"] != "assistant" and answer in ("chosen", "rejected"):
+            there = normalised_prompt("\n".join(turn["content"] for turn in completion))
+            asked = [prompt or ""] if not isinstance(prompt, list) else [turn["content"] for turn in prompt]
+            if any(normalised_prompt(text) not in there for text in asked):
+                raise _Bad(f"'{column}' is a whole conversation in which the text of '{prompt_column}' is missing")
             return self.conversation(completion, column)
         if prompt is None:
             raise _Bad(f"'{column}' starts with an answer and there is no prompt")
@@ -501,7 +511,7 @@ class _Reader:
         if last is None:
             raise _Bad(f"'{column}' has no assistant turn")
         completion, turns = turns[last]["content"], turns[:last]
-        if not any(turn["role"] != "system" and visible(turn["content"]).strip() for turn in turns):
+        if not any(turn["role"] != "system" and not is_blank(turn["content"]) for turn in turns):
             raise _Bad(f"'{column}' has no prompt before the answer")
         before = [turn for turn in self.before if turn["role"] != "system" or turn not in turns]
         if {"system"} <= {turn["role"] for turn in before} & {turn["role"] for turn in turns}:
@@ -559,7 +569,7 @@ def _is_there(value: Any) -> bool:
 
 
 def _check_prompt(text: str, column: str) -> None:
-    if not visible(text).strip():
+    if is_blank(text):
         raise _Bad(f"has an empty '{column}'")
 
 
