@@ -417,13 +417,14 @@ THINKING = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}"
     "{{ m['content'].split('</think>')[-1] | trim }}{% else %}{{ m['content'] | trim }}{% endif %}\n{% endfor %}"
 )
+FALCON = "{% for m in messages %}{{ m['content'] | replace('\n\n', '\n') }}{% endfor %}"
 TOOL_AS_JSON = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | tojson }}\n{% endfor %}"
 
 
 @pytest.mark.parametrize(("template", "talk", "role"), [
     (CHAT_TEMPLATE, TALK, "system"), (CHAT_TEMPLATE, [*TALK[1:], {"role": "tool", "content": "warm"}], "tool"),
     (SILENT_LAST, SAME, "user"), (CUTTING, [user("a rather long request")], "user"),
-    (CHATML, TALK, None), (CUTTING, SAME, None), (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
+    (FALCON, [user("a\n\n  b")], None), (CHATML, TALK, None), (CUTTING, SAME, None), (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
     (THINKING, [user("a "), assistant("<think>hm</think>\nb"), user(" c")], None),
 ])  # fmt: skip
 def test_a_template_that_leaves_text_out_is_no_template_for_the_row(template, talk, role):

@@ -195,13 +195,15 @@ def _lost_role(turns: Sequence[Mapping[str, str]], text: str) -> str | None:
     """The role of a turn whose text is not in the rendered text, or not as often as it is in the turns."""
     wanted = Counter((turn["role"], turn["content"].strip()) for turn in turns)
     for (role, content), times in wanted.items():
-        # Templates leave the reasoning of earlier answers out by design, and some write a tool's result as JSON.
+        # Templates leave the reasoning of earlier answers out by design; some write a tool's result as JSON, and some
+        # change the white space.
         if role == "assistant":
             content = content.rpartition("</think>")[2].strip()
-        if content and text.count(content) < times:
-            as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-            if text.count(as_json) < times:
-                return role
+        if not content or text.count(content) >= times:
+            continue
+        as_json, words = json.dumps(content, ensure_ascii=False)[1:-1], " ".join(content.split())
+        if text.count(as_json) < times and " ".join(text.split()).count(words) < times:
+            return role
     return None
 
 
