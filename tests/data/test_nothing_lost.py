@@ -424,7 +424,8 @@ TOOL_AS_JSON = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | tojson
 @pytest.mark.parametrize(("template", "talk", "role"), [
     (CHAT_TEMPLATE, TALK, "system"), (CHAT_TEMPLATE, [*TALK[1:], {"role": "tool", "content": "warm"}], "tool"),
     (SILENT_LAST, SAME, "user"), (CUTTING, [user("a rather long request")], "user"),
-    (FALCON, [user("a\n\n  b")], None), (CHATML, TALK, None), (CUTTING, SAME, None), (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
+    (FALCON, [user("a\n\n  b")], None), (CHATML, TALK, None), (CUTTING, SAME, None),
+    (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
     (THINKING, [user("a "), assistant("<think>hm</think>\nb"), user(" c")], None),
 ])  # fmt: skip
 def test_a_template_that_leaves_text_out_is_no_template_for_the_row(template, talk, role):
