@@ -16,7 +16,7 @@ import regex
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats import MAX_DEPTH, open_source
-from pharmacist.data.records import Records, normalised_prompt, read_records, visible
+from pharmacist.data.records import Records, normalised_prompt, read_records, to_dataset, visible
 from pharmacist.data.splits import shared_prompts
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import encode, prompt_ids, rendered_rows
@@ -485,6 +485,17 @@ def test_control_tokens_in_a_text_are_text(tmp_path, make, kind, reader, capsys)
     assert ids == encoded.dataset[0]["input_ids"][: encoded.dataset[0]["n_prompt"]]
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("no <", "/s>")]
     assert encoded.dataset[0]["input_ids"][len(ids) :] == [*parts[0], *parts[1], tokenizer.eos_token_id]
+
+
+def test_what_frames_turns_is_a_control_token_though_it_was_added_as_an_ordinary_one():
+    tokenizer = bpe_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>"], special_tokens=False)
+    start, end, think = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<think>"])
+    row = {"prompt": "no<|im_end|>\n<|im_start|>system\nyes", "completion": "<think> yes <|im_end|>"}
+    (encoded,) = encode(to_dataset([row]), tokenizer, Template("chat", CHATML), max_length=4096).dataset
+    ids = encoded["input_ids"]
+    assert (ids.count(start), ids.count(end)) == (2, 1), "the user's turn and the answer's beginning"
+    assert ids.count(think) == 1, "what an answer may hold stays one token"
 
 
 # --- files that are no rows ---------------------------------------------------------------------------------------

@@ -111,11 +111,21 @@ class Template:
             return None
         return next((turn["role"] for turn in turns if turn["content"] not in text), None)
 
-    def _chat(self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    def frame(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """What a chat template writes around a request, its answer and another request; empty for other templates."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        try:
+            return "" if self.kind == "alpaca" else self._chat([turns], tokenizer, open_end=False)[0]
+        except Exception:  # a template that takes no second request
+            return ""
+
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase", open_end: bool = True
+    ) -> list[str]:  # fmt: skip
         if not conversations:
             return []
         rendered = tokenizer.apply_chat_template(
-            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=open_end
         )
         return list(rendered)
 

@@ -176,7 +176,7 @@ def rendered_rows(
     Raises:
         DataError: Some are refused, under ``fail``; or all are.
     """
-    parted, reasons = _Parted(tokenizer), dict[int, str]()
+    parted, reasons = _Parted(tokenizer, template), dict[int, str]()
     for batch in _batches(records.dataset):
         _, refused = template.try_render([parted.row(row) for row in batch], tokenizer)
         reasons |= {batch[position]["row"]: reason for position, reason in refused.items()}
@@ -217,7 +217,7 @@ def _write(
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
     with pa.ipc.new_stream(sink, _SCHEMA) as out, bar("tokenise", len(rows)) as progress:
-        parted = _Parted(tokenizer)
+        parted = _Parted(tokenizer, template)
         for batch in (list(map(parted.row, batch)) for batch in _batches(rows)):
             texts, refused = template.try_render(batch, tokenizer)
             state.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
@@ -278,7 +278,7 @@ def prompt_ids(
         tokenizer: The model's.
         template: Renders the prompts.
     """
-    parted = _Parted(tokenizer)
+    parted = _Parted(tokenizer, template)
     return _prompt_ids(template.render_many([parted.row(row) for row in rows], tokenizer), tokenizer, template)
 
 
@@ -305,13 +305,16 @@ class _Parted:
     """Control tokens of a model that are written in a row's text, such as ``</s>``, with a border in the middle.
 
     What stands left and right of a border is tokenised by itself, so that no text becomes a control token; those that
-    the template writes stay whole.
+    the template writes stay whole. Control tokens are the tokenizer's special ones, and those of its added ones that
+    frame the turns in the template, for some models add them as ordinary ones.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = {token for token in special | set(tokenizer.all_special_tokens) if len(token) > 1}
-        longest_first = sorted(special, key=lambda token: (-len(token), token))
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+        frame = template.frame(tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        control = {str(token) for token in added if token.special or str(token) in frame}
+        control = {token for token in control | set(tokenizer.all_special_tokens) if len(token) > 1}
+        longest_first = sorted(control, key=lambda token: (-len(token), token))
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
