@@ -81,6 +81,8 @@ KEPT: dict[str, dict[str, Any]] = {
     "prompt as JSON": {"prompt": json.dumps(TALK), "completion": "the blue one."},
     "both as Python": {"prompt": repr(TALK), "completion": repr([assistant("the blue one.")])},
     "indented JSON": {"prompt": json.dumps(TALK, indent=1), "response": json.dumps([assistant("the blue one.")])},
+    "a tuple as Python": {"prompt": repr(tuple(TALK)), "completion": "the blue one."},
+    "an object with messages": {"prompt": json.dumps({"messages": TALK}), "completion": "the blue one."},
     "ShareGPT as Python": {"prompt": repr(SHAREGPT), "completion": "the blue one."},
     "chosen as JSON": {"chosen": json.dumps([*TALK, assistant("the blue one.")]), "rejected": "[]"},
     "one message": {"prompt": TALK, "completion": json.dumps(assistant("the blue one."))},
@@ -152,7 +154,9 @@ def test_a_context_stays_with_its_instruction(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    '[{"name": "kettle", "content": "water"}]', '{"role": "admin"}', "[1, 2]", "{not JSON", "['a'] is a list",
+    '[{"name": "kettle", "content": "water"}]', '[{"user": "ann"}, {"user": "ben"}]', '[{"role": "cook"}]',
+    '{"role": "cook", "content": "soup"}', '{"a": {"role": "user", "content": "x"}}', '[1, {"role": "cook"}]',
+    '{"role": "admin"}', "[1, 2]", "{not JSON", "['a'] is a list",
     "Human error is common.", "Human: a word", "Assistant: none", "no\n\nHuman: a quotation\n\nAssistant: yes",
     '{"role": "user", "content": "x"} is how a message looks',
 ])  # fmt: skip
@@ -170,6 +174,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' is written like a list of messages"),
     "numpy's notation": (
         {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"}, "'prompt' is written like a list of mess",
+    ),
+    "speakers as keys": (
+        {"prompt": '[{"user": "a"}, {"assistant": "b"}]', "completion": "c"}, "'prompt' is written like a list of m",
+    ),
+    "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' is written like a list of mess"),
+    "some turns without a role": (
+        {"prompt": json.dumps([user("a"), {"content": "b"}]), "completion": "c"}, "'prompt' is written like a list",
     ),
     "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
     "a completion that is cut": ({"prompt": "p", "completion": CUT}, "'completion' is written like a list of mess"),

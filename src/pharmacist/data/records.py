@@ -585,7 +585,9 @@ def _check_unicode(text: str) -> None:
 
 
 _ROLE, _CONTENT = ({"role", "from"}, {"content", "value"})
-_ROLE_KEY, _CONTENT_KEY = (re.compile(rf"""\\?["'](?:{"|".join(keys)})\\?["']\s*:""") for keys in (_ROLE, _CONTENT))
+_ROLE_KEY, _CONTENT_KEY, _SPEAKER_KEY = (
+    re.compile(rf"""\\?["'](?:{"|".join(sorted(keys))})\\?["']\s*:""") for keys in (_ROLE, _CONTENT, {"user", "human"})
+)
 _SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[ \t]*")
 
 
@@ -598,17 +600,24 @@ def _as_messages(text: str, column: str) -> Any:
     start = text[:64].lstrip("\"' \t\r\n")
     if start.startswith(("Human:", "User:", "Assistant:", "System:")):
         return _transcript(text)
-    if not start.startswith(("[", "{")) or not (_ROLE_KEY.search(text) and _CONTENT_KEY.search(text)):
+    if not start.startswith(("[", "{", "(")) or not (_ROLE_KEY.search(text) or _SPEAKER_KEY.search(text)):
         return text
     value = _as_list(text)
-    value = [value] if isinstance(value, Mapping) else value
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
+    if isinstance(value, Mapping):  # one message, or a row of messages
+        whole = next((value[key] for key in ("messages", "conversations") if key in value), None)
+        value = whole if whole is not None else [value] if value.get("role", value.get("from")) in _ROLES else {}
+    if isinstance(value, Mapping):
+        return text  # an answer in JSON
+    if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
         turns = [bool(_ROLE & turn.keys() and _CONTENT & turn.keys()) for turn in value]
         if all(turns):
-            return value
-        if not any(turns):
-            return text  # an answer in JSON
-    if re.match(r"\[\s*\{", start) or isinstance(value, list | str):
+            return list(value)
+        speakers = {key for turn in value for key in turn}
+        messages = any(turns) or (len(speakers) > 1 and speakers <= _ROLES.keys())
+    else:
+        found = _ROLE_KEY.search(text) and _CONTENT_KEY.search(text)
+        messages = bool(found and (value is not None or re.match(r"[\[(]\s*\{", start)))
+    if messages:
         raise _Bad(f"'{column}' is written like a list of messages and cannot be read as one")
     return text
 
