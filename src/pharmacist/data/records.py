@@ -1,11 +1,9 @@
 """One canonical row: a prompt and a completion, whatever the layout of the input."""
 
-import ast
 import json
 import os
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,8 @@ import xxhash
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
-from pharmacist.data.formats import Source, decode_json, place, spelled
+from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
+from pharmacist.data.formats import Source, place, spelled
 from pharmacist.data.where import Condition
 
 
@@ -233,13 +232,6 @@ _BEFORE = ("system", "history")
 """Columns of any layout whose texts come before the row's own turns."""
 _NAMES = tuple(dict.fromkeys([*(name for of in _LAYOUTS for name in of.required + of.optional), *_BEFORE]))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
-_ROLES = {
-    "system": "system", "developer": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt", "chatbot", "bing", "bard"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
-}  # fmt: skip
-"""Who speaks, as files name it -> as chat templates do."""
 _TOOL_CALLS = frozenset({"tool_calls", "tool_call", "function_call"})
 
 # Columns and keys of messages that change what a row means, and that nothing here reads.
@@ -261,7 +253,7 @@ _MESSAGE_KEYS = frozenset({
 Canonical = tuple[str, str, str | None, str | None, str | None]
 """prompt, completion, turns, instruction, input"""
 Turns = list[dict[str, str]]
-"""Messages, each with ``role`` (one of the values of `_ROLES`) and ``content``."""
+"""Messages, each with ``role`` (one of the values of `ROLES`) and ``content``."""
 
 
 class _Reader:
@@ -283,6 +275,7 @@ class _Reader:
         self.strange = 0  # rows read before the layout was known
         self.kinds: dict[str, type] = {}
         self.needed: tuple[tuple[str, str], ...] = ()
+        self.before: Turns = []  # of the row that is read: its system prompt and history
         self.seen_columns: set[str] = set()  # of those that are known and not read
         self.seen_keys: set[str] = set()
 
@@ -301,8 +294,8 @@ class _Reader:
         chosen = row[self.column["chosen"]]
         if isinstance(chosen, str):
             try:
-                chosen = _as_messages(chosen, self.column["chosen"])
-            except _Bad:
+                chosen = as_messages(chosen)
+            except ValueError:
                 return True
         return isinstance(chosen, list)
 
@@ -349,11 +342,14 @@ class _Reader:
     def turns(self, value: Any, column: str, *, must: bool = False) -> Any:
         """A conversation as turns, given as a list or as text; other text as it is, unless there `must` be turns."""
         if isinstance(value, str):
-            value = _as_messages(value, column)
+            try:
+                value = as_messages(value)
+            except ValueError as error:
+                raise _Bad(f"'{column}' {error}") from error
         if isinstance(value, str):
             if not must:
                 return value
-            read = _as_list(value)
+            read = as_list(value)
             if not isinstance(read, list):
                 empty = is_blank(value)
                 raise _Bad(f"has an empty '{column}'" if empty else f"'{column}' is text, not a list of messages")
@@ -369,7 +365,7 @@ class _Reader:
         content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise _Bad(f"'{column}' has a message without text in 'role' and 'content'")
-        known = _ROLES.get(role.strip().lower())
+        known = ROLES.get(role.strip().lower())
         if known is None:
             call = role.strip().lower() in _TOOL_CALLS
             raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept" if call else
@@ -391,7 +387,7 @@ class _Reader:
                 found.append({"role": "system", "content": system})
         column = self.column["history"]
         if _is_there(history := row.get(column)):
-            history = _as_list(history) if isinstance(history, str) else history
+            history = as_list(history) if isinstance(history, str) else history
             if not isinstance(history, list):
                 raise _Bad(f"'{column}' is {_kind(history)}, not a list of earlier turns")
             for turn in history:
@@ -433,7 +429,7 @@ class _Reader:
             return f"has no column '{missing[0]}' (its columns: {columns})"
         for column, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
-                if _ROLE & value[0].keys():
+                if ROLE_KEYS & value[0].keys():
                     return f"fits no row format (its columns: {columns}) but has messages in {spelled(column)}"
                 if not self.wanted & row.keys():
                     return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
@@ -533,7 +529,7 @@ class _Reader:
             raise _Bad(f"'{self.column['input']}' is {_kind(context)}, not text")
         _check_prompt(instruction, self.column["instruction"])
         _check_completion(output, self.column["output"])
-        if context is None or not context.strip():
+        if context is None or is_blank(context):
             return self.single(instruction, output, self.column["instruction"])
         prompt = f"{instruction}\n\n{context}"
         if self.before:
@@ -582,76 +578,6 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise _Bad(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
-
-
-_ROLE, _CONTENT = ({"role", "from"}, {"content", "value"})
-_ROLE_KEY, _CONTENT_KEY, _SPEAKER_KEY = (
-    re.compile(rf"""\\?["'](?:{"|".join(sorted(keys))})\\?["']\s*:""") for keys in (_ROLE, _CONTENT, {"user", "human"})
-)
-_SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[ \t]*")
-
-
-def _as_messages(text: str, column: str) -> Any:
-    """A conversation that is given as text (JSON, Python's notation, or a transcript); other text as it is.
-
-    Raises:
-        _Bad: It is written like a list of messages and cannot be read as one.
-    """
-    start = text[:64].lstrip("\"' \t\r\n")
-    if start.startswith(("Human:", "User:", "Assistant:", "System:")):
-        return _transcript(text)
-    if not start.startswith(("[", "{", "(")) or not (_ROLE_KEY.search(text) or _SPEAKER_KEY.search(text)):
-        return text
-    value = _as_list(text)
-    if isinstance(value, Mapping):  # one message, or a row of messages
-        whole = next((value[key] for key in ("messages", "conversations") if key in value), None)
-        value = whole if whole is not None else [value] if value.get("role", value.get("from")) in _ROLES else {}
-    if isinstance(value, Mapping):
-        return text  # an answer in JSON
-    if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
-        turns = [bool(_ROLE & turn.keys() and _CONTENT & turn.keys()) for turn in value]
-        if all(turns):
-            return list(value)
-        speakers = {key for turn in value for key in turn}
-        messages = any(turns) or (len(speakers) > 1 and speakers <= _ROLES.keys())
-    else:
-        found = _ROLE_KEY.search(text) and _CONTENT_KEY.search(text)
-        messages = bool(found and (value is not None or re.match(r"[\[(]\s*\{", start)))
-    if messages:
-        raise _Bad(f"'{column}' is written like a list of messages and cannot be read as one")
-    return text
-
-
-def _as_list(text: str) -> Any:
-    """JSON, or a value in Python's notation, as pandas writes it to a CSV file; None where it is neither."""
-    try:
-        return decode_json(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes
-            tree = ast.parse(text.strip(), mode="eval")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Dict) and len({ast.dump(key) for key in node.keys if key}) < len(node.keys):
-                return None  # a key that is there twice
-        return ast.literal_eval(tree)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        return None
-
-
-def _transcript(text: str) -> Any:
-    r"""Turns of ``\n\nHuman: ...\n\nAssistant: ...``, as Anthropic's HH files have them; other text as it is."""
-    starts = list(_SPEAKER.finditer(text))
-    if not starts or starts[0].start() or (len(starts) == 1 and text.count("\n", 0, starts[0].start(1)) < 2):
-        return text
-    ends = [*(match.start() for match in starts[1:]), len(text)]
-    turns = [
-        {"role": match[1], "content": text[match.end() : end].strip()} for match, end in zip(starts, ends, strict=True)
-    ]
-    if turns[-1]["role"] == "Assistant" and not turns[-1]["content"]:
-        turns.pop()  # where the answer is to come
-    return turns
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
