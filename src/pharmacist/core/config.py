@@ -164,7 +164,7 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             required = default is dataclasses.MISSING
-            several = {"nargs": field.metadata["nargs"]} if "nargs" in field.metadata else {}
+            several = {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
             parser.add_argument(
                 flag(field.name), type=str if several else hints[field.name], help=doc, required=required,
                 default=None if required else default, **several,
@@ -277,6 +277,10 @@ def _parsed(
         chosen[name] = named.get(name, chosen[name])
         config |= {name: choice} if choice is not None else {}
     parser = _kept_parser(options, tuple(chosen.items()), prog, example)  # type: ignore[arg-type]  # it is hashable
+    # An option of several words goes on where it is given again, so the file's words must not come before the line's.
+    given = {word.partition("=")[0] for word in words}
+    again = {name for name in parser.several if flag(name) in given}
+    config = {key: value for key, value in config.items() if str(key).replace("-", "_") not in again}
     before = _config_words(parser, config, where)
     try:
         parsed = parser.parse_args([*before, *words])
@@ -341,7 +345,7 @@ def _config_words(parser: _Parser, config: Mapping[str, Any], where: str, prefix
             known = sorted(set(parser.hints) - {"config"})
             raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
         elif name in parser.several and isinstance(value, list):
-            words += [flag(name), *map(str, value)]
+            words += [flag(name), *map(str, value)] if value else []
         elif parser.hints[name] is bool and not prefix:
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: {name} {value}: must be true or false")

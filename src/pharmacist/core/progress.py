@@ -41,6 +41,20 @@ def console() -> _Console:
     return _Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
 
 
+def warn(text: str) -> None:
+    """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries.
+
+    Text that came out of files is no markup, and what is not printable in it is spelled out.
+    """
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    out = console()
+    quiet, out.quiet = out.quiet, int(os.environ.get("RANK", "0")) != 0
+    try:
+        out.print(f"warning: {shown}", soft_wrap=True, markup=False)
+    finally:
+        out.quiet = quiet
+
+
 def set_quiet(quiet: bool) -> None:
     """Turns messages and bars off (or on again)."""
     console().quiet = quiet or int(os.environ.get("RANK", "0")) != 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pharmacist.data.formats import Source
     from pharmacist.data.records import Records
-    from pharmacist.selectors.base import Scores, Selector
+    from pharmacist.selectors.base import Scores, SelectionContext, Selector
 
 STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
@@ -67,6 +67,9 @@ class CurateOptions(RunOptions):
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     columns: str | None = None
     """The pool's own column names, as prompt=question,completion=answer; references that have them too are read so."""
+    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
+    harmful:is_safe=false."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """skip: write unreadable rows to refused.jsonl and go on."""
     format: Literal["jsonl", "input"] = "jsonl"
@@ -326,6 +329,8 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     barrier()
     with run.phase("read"):
         records, left_out, groups = _input(sources, selector, options, run.work("data"))
+    for read in records.values():
+        read.announce()
     pool = records.pop("pool")
     for name, number in left_out.items():
         run.record(counts={f"references_{name}_left_out": number})
@@ -335,10 +340,6 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     notice = selector.notice(records.keys()) if options.resume_selector is None else None
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
-    with run.phase("find duplicates"):
-        clusters = find_duplicates(
-            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
-        )  # fmt: skip
     context = SelectionContext(
         run=run, pool=pool, references=records, model_name=options.model, seed=options.seed,
         fraction=_fraction(options, len(pool)), device=options.device, dtype=options.dtype,
@@ -347,6 +348,12 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
         embedder=options.embedder,
     )  # fmt: skip
+    if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
+        pool, groups = _rendered(context, groups, options)
+    with run.phase("find duplicates"):
+        clusters = find_duplicates(
+            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
+        )  # fmt: skip
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
         from pharmacist.selectors.embeddings import pool_keys
@@ -361,7 +368,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if groups is not None:
         extra["balance"] = _balance(table, options)
     counts = {
-        "in": len(pool) + len(pool.refused), "refused": len(pool.refused), "ranked": len(pool),
+        **pool.counts, "ranked": len(pool),
         "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
         **{f"references_{name}": len(value) for name, value in records.items()},
     }  # fmt: skip
@@ -417,6 +424,24 @@ def _input(
                 f"--balance {options.balance}: {k} rows cannot hold one of each of {values} values; {remedy}"
             )
     return records, left_out, groups
+
+
+def _rendered(
+    context: "SelectionContext", groups: "npt.NDArray[np.str_] | None", options: CurateOptions
+) -> "tuple[Records, npt.NDArray[np.str_] | None]":  # fmt: skip
+    """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
+    import numpy as np
+
+    from pharmacist.data.tokenize import rendered_rows
+
+    if options.model is None:
+        return context.pool, groups
+    before, loaded = context.pool.row_numbers, context.model
+    how = (loaded.tokenizer, loaded.template, options.on_bad_row)
+    context.pool = rendered_rows(context.pool, *how)
+    context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
+    kept = np.isin(before, context.pool.row_numbers)
+    return context.pool, None if groups is None else groups[kept]
 
 
 def _check_models(selector: "Selector", options: CurateOptions) -> None:
@@ -503,6 +528,9 @@ def _read(
     from pharmacist.core.env import rank as process
     from pharmacist.data.records import read_records
     from pharmacist.data.splits import shared_prompts
+    from pharmacist.data.where import conditions_of
+
+    conditions = conditions_of(options.where, sources)
 
     def read(name: str, role: str) -> "Records":
         source, columns = sources[name], options.column_map
@@ -512,7 +540,7 @@ def _read(
                 columns = None
         return read_records(
             source, work_dir=work / f"{role}-{process()}", columns=columns,
-            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row, where=conditions[name],
         )  # fmt: skip
 
     records = {name: read(name, name) for name in sources}

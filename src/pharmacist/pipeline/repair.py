@@ -223,10 +223,11 @@ def _references(
             source, work_dir=run.work("data", name), columns=parse_columns(options.columns),
             side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
         )  # fmt: skip
+        records.announce()
         encoded = encode(
             records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"{name}-ids"),
+            on_bad_row=options.on_bad_row, max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"{name}-ids"), name=source.where,
         )  # fmt: skip
         setattr(references, name, encoded)
     return references

@@ -76,8 +76,11 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
 
 
 def _curate_page(folder: Path, manifest: "RunManifest") -> None:
+    import numpy as np
+
     from pharmacist.data.formats import open_source
     from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.where import conditions_for
     from pharmacist.report import render_ranking
 
     config = manifest.config
@@ -91,8 +94,11 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
         records = read_records(
-            source, work_dir=work, columns=parse_columns(config["columns"]), on_bad_row=config["on_bad_row"]
-        )
+            source, work_dir=work, columns=parse_columns(config["columns"]), on_bad_row=config["on_bad_row"],
+            where=conditions_for(config.get("where", []), "pool", source),
+        )  # fmt: skip
+        # Rows that the chat template refused were not ranked.
+        records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
         if records.row_numbers.tolist() != scores["row"].tolist():
             raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
         texts = records.dataset.select_columns(["prompt", "completion"])

@@ -54,6 +54,9 @@ class TrainingStageOptions(RunOptions):
     """Fields of transformers' TrainingArguments, as --train.max_steps 20; the stage's own defaults are in its docs."""
     columns: str | None = None
     """Other column names, as prompt=question,completion=answer."""
+    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
+    harmful:is_safe=false."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """skip: leave unreadable rows out, and count them."""
     on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
