@@ -102,7 +102,7 @@ def test_keyword_options_change_verdict_and_name() -> None:
     plain, own = JUDGES.build("keyword", {}), JUDGES.build("keyword", {"phrases": ["das geht nicht"]})
     item = JudgeItem("x", "Das geht nicht, leider.")
     assert (plain.judge([item])[0].refused, own.judge([item])[0].refused) == (False, True)
-    assert plain.label == "keyword@1"
+    assert plain.label == "keyword@2"
     assert own.label != plain.label
     with pytest.raises(ConfigError, match="empty phrase"):
         JUDGES.build("keyword", {"phrases": [" "]})

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.evaluation.generate import cut_prompts, generate_from_ids
+from pharmacist.evaluation.generate import cut_prompts, generate_from_ids, separated
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
 from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge, equal_lengths, tensor
 from pharmacist.nn.models import LoadedModel
@@ -102,7 +102,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, item: JudgeItem, **more: Any) -> s
 
 def _wildguard(tokenizer: PreTrainedTokenizerBase, item: JudgeItem) -> str:
     del tokenizer
-    return _WILDGUARD.replace("{prompt}", item.prompt, 1).replace("{answer}", item.answer, 1)
+    return _WILDGUARD.format(prompt=item.prompt, answer=item.answer)
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,10 @@ class GuardJudge(LocalModelJudge):
             model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size,
             description="judge",
         )  # fmt: skip
+        said = [separated(output).text for output in outputs]  # guards that reason exist too
         if self.config.family == "qwen3guard":
-            return [parse_qwen3guard(output.text, self.config.controversial) for output in outputs]
-        return [family.parse(output.text) for output in outputs]
+            return [parse_qwen3guard(text, self.config.controversial) for text in said]
+        return [family.parse(text) for text in said]
 
     def _ids(self, texts: list[str], room: int) -> list[list[int]]:
         model, tokenizer = self.loaded()

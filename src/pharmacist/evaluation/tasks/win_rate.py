@@ -17,6 +17,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, last_json
 from pharmacist.evaluation.tasks.base import Task, TaskItem
+from pharmacist.evaluation.text import missing
 
 
 _FORMAT = 1  # raised whenever the same reply gives another grade, or the question changes
@@ -127,7 +128,7 @@ class WinRate(Task[WinGrade]):
             return
         with (Path(self.config.against) / "items.jsonl").open(encoding="utf-8") as file:
             items = [item for item in map(json.loads, file) if item["set"] == "task"]
-        self._others = {item["prompt"]: None if item.get("error") else item["answer"] for item in items}
+        self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
         for number, row in enumerate(rows):
             if row["prompt"] not in self._others:
                 raise DataError(
