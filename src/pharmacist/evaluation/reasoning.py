@@ -25,7 +25,8 @@ _CLOSE = (
     rf"</{_NAME}\s*>|<\|/{_NAME}\|>|\[/THINK(?:ING)?\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
     r"|<\|inner_suffix\|>|<channel\|>"
 )
-_RARE = r"(?:reason|reflection|scratchpad|analysis)"  # tags that answers have too: reasoning only where a message starts
+# Tags that answers have too: reasoning only where a message starts.
+_RARE = r"(?:reason|reflection|scratchpad|analysis)"
 _CHANNEL = (
     r"(?:<\|start\|>\w{1,40}(?:\s[^<>|]{0,200})?)?<\|channel\|>(?P<channel>\w{1,40})[^<>]{0,200}"
     r"(?:<\|constrain\|>[^<>]{0,200})?<\|message\|>"
@@ -102,7 +103,9 @@ def begun(prompt: str) -> str:
 
 def _channels(text: str) -> Separated:
     """Messages of harmony: those of the channel ``final`` are the answer, or what stands there in no channel."""
-    answer, reasoning, last = [], [], ""
+    answer: list[str] = []
+    reasoning: list[str] = []
+    last = ""
     headers = list(_HEADER.finditer(text))
     before = _MESSAGE_END.sub("", text[: headers[0].start()]).strip()
     for header, end in zip(headers, [*(header.start() for header in headers[1:]), len(text)], strict=True):

@@ -56,7 +56,7 @@ def _model(folder: str) -> str:
     manifest = read_manifest(folder)
     if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
-    return str(manifest.config["model"])
+    return str(manifest.config["model"] or manifest.config.get("answers"))
 
 
 def _items(folder: str) -> list[dict[str, Any]]:

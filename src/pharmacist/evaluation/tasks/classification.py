@@ -1,8 +1,8 @@
 """Classification: the answer is one of the labels that occur in the file.
 
-Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published evaluations
-also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is always right;
-that figure is reported beside ours as ``substring``, never in its place.
+Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published
+evaluations also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is
+always right; that figure is reported beside ours as ``substring``, never in its place.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""A final number, as in GSM8K: what follows the last "The final answer is:", "####" or \boxed, else the last number.
+r"""A final number, as in GSM8K: what follows the last "The final answer is:", "####" or \boxed, else the last number.
 
-Thousands may be set apart by commas, points, spaces or apostrophes, decimals by a point or a comma, and the sign may be
+Thousands may be set apart by commas, points, spaces or apostrophes, decimals by a point or a comma; the sign may be
 any dash and stand before a currency. Where a number can be read in two ways (1.234, 8 000), it is right if one of the
 two is. Published evaluations read a hyphen as a sign wherever it stands ("5-3" gives -3) and need the first marker's
 exact spacing; their figure is reported beside ours as ``published``.
@@ -48,9 +48,9 @@ def final_number(text: str) -> float | None:
 
 
 def readings(text: str) -> tuple[float, ...]:
-    """The final number of a solution in every way in which it can be read, the likeliest first.
+    r"""The final number of a solution in every way in which it can be read, the likeliest first.
 
-    >>> readings("1.234"), readings("1.234,5"), readings("#### 8 000"), readings(r"\\boxed{8{,}000}")
+    >>> readings("1.234"), readings("1.234,5"), readings("#### 8 000"), readings(r"\boxed{8{,}000}")
     ((1.234, 1234.0), (1234.5,), (8000.0, 8.0), (8000.0,))
     """
     plain = text.casefold().translate(_SAME)

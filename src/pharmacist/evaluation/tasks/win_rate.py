@@ -156,7 +156,7 @@ class WinRate(Task[WinGrade]):
         ]  # fmt: skip
         if grades and all(grade.score is None for grade in grades):
             raise DataError(
-                f"--task-type {self.name}: {self.config.base_url} gave no verdict on any of {len(grades)} answers "
+                f"--task-type {self.name}: {self.config.shown} gave no verdict on any of {len(grades)} answers "
                 f"({count_reasons([grade.note for grade in grades])}); mend it or take another --task-type; the "
                 "answers are kept"
             )
@@ -168,9 +168,8 @@ class WinRate(Task[WinGrade]):
     def _body(self, prompt: str, first: str, second: str) -> dict[str, Any]:
         question = _QUESTION.format(prompt=prompt, first=first, second=second)
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
-        return {
-            "model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": self.config.max_tokens,
-        }  # fmt: skip
+        body: dict[str, Any] = self.config.request(self.config.model, messages, self.config.max_tokens)
+        return body
 
     def metrics(self, grades: Sequence[WinGrade], unanswered: int) -> dict[str, dict[str, Any]]:
         """``win_rate`` in percent, ties half.
