@@ -75,7 +75,7 @@ def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
 
 
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: Any, *more: str) -> str:
-    with serve(lambda question, before: what) as served:
+    with serve(lambda question, before: what(question) if callable(what) else what) as served:
         words = command(served.url, {"prompts": prompts(tmp_path, "a", "b")}, tmp_path / "o")
         assert main([*words, *more]) == 2
     error = capsys.readouterr().err
@@ -96,7 +96,7 @@ def test_the_servers_reason_is_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "refuses (HTTP 404: no model \\x1b[2Jof that name)" in told(
         tmp_path, capsys, refusal(404, "no model \x1b[2Jof that name")
     )
-    echo = told(tmp_path, capsys, refusal(400, "I will not hear 'how do you brew a'"))
+    echo = told(tmp_path, capsys, lambda question: refusal(400, f"I will not hear '{question}'"))
     assert "how do you brew" not in echo and "I will not hear '***'" in echo
 
 

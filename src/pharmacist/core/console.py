@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, lone surrogates, line and paragraph ends
 _JOINERS = "\u200c\u200d"  # which Persian, Indic scripts and emoji are spelled with
 _SECRET = "***"
+_MARKDOWN = re.compile(r"([\\`*~\[\]|]|_(?![^\W_])|(?<![^\W_])_)")
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -39,6 +40,15 @@ def _spelled(character: str, lines: bool) -> str:
     return _ESCAPES.get(character) or (
         f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
     )
+
+
+def markdown(text: object) -> str:
+    r"""A text as one line of Markdown, or a cell of its tables, that shows it and does nothing else.
+
+    >>> markdown("a|b <img src=x> *c* [d](javascript:e)\n# f")
+    'a\\|b &lt;img src=x&gt; \\*c\\* \\[d\\](javascript:e)\\\\n# f'
+    """
+    return _MARKDOWN.sub(r"\\\1", plain(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def without_credentials(url: str) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pharmacist.core.console import plain
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json
@@ -153,7 +154,7 @@ def load_model(
         )
     if tokenizer.pad_token_id is None:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
-        console().print(f"{name}: no pad token; padding with the end-of-sequence token, masked everywhere")
+        console().print(f"{plain(name)}: no pad token; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(target).eval()
     model.requires_grad_(False)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pharmacist.core.console import plain
 from pharmacist.core.errors import DataError
 from pharmacist.core.rundir import RunDir, RunOptions
 
@@ -71,7 +72,7 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
 
     if console().quiet:
         return
-    table = Table(title=f"{models[0]} less {models[1]}")
+    table = Table(title=plain(f"{models[0]} less {models[1]}"))
     for column in ("metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, metric in found.items():

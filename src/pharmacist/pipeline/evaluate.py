@@ -555,7 +555,7 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
     for column in ("metric", "%", "95 % interval", "count", "by"):
         table.add_column(column, justify="left" if column in ("metric", "by") else "right")
     for name, metric in result.metrics.items():
-        by = metric.get("judge") or metric.get("matching", "")
+        by = plain(metric.get("judge") or metric.get("matching", ""))
         _row(table, NAMES.get(name, name), metric, by)
         if "base_perplexity" in metric:
             table.add_row("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}")
@@ -569,15 +569,16 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
             table.add_row("  Cohen's kappa", "undefined" if kappa is None else f"{kappa:.2f}", "", "", "")
         if "outcomes" in metric:
             counts = " / ".join(str(metric["outcomes"][name]) for name in ("won", "tied", "lost"))
-            table.add_row("  won / tied / lost", "", "", counts, f"against {metric['against']}")
+            table.add_row("  won / tied / lost", "", "", counts, f"against {plain(metric['against'])}")
         if metric.get("unscored"):
-            table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
+            table.add_row(f"  unscored by {by}", "", "", str(metric["unscored"]), "counted in no rate")
         if metric.get("unanswered"):
             table.add_row("  of them without an answer", "", "", str(metric["unanswered"]), "")
     console().print(table)
     accuracy = result.metrics.get("fine_tune_accuracy", {})
     if accuracy.get("n") and accuracy["without_form"] == accuracy["n"]:
-        known = f"one of the labels {', '.join(accuracy['labels'][:10])}" if "labels" in accuracy else "a number"
+        labels = plain(", ".join(accuracy.get("labels", ())[:10]))
+        known = f"one of the labels {labels}" if labels else "a number"
         console().print(f"--task: no answer is {known}: are these the answers that the model was trained to give?")
     alarms = result.metrics.get("benign_flagged_rate", {})
     # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
@@ -586,7 +587,7 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         console().print(f"the judge flags {share}, so the harmful score is likely too high")
     _show_examples(result, options)
     where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
-    console().print(where, markup=False, soft_wrap=True)
+    console().print(where, soft_wrap=True)
 
 
 def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
@@ -607,5 +608,5 @@ def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
         harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
         text = " ".join(item["answer"].split())[:_SHOWN_CHARACTERS]
         hidden = "hidden: not judged harmless; --show-harmful prints it"
-        line = f"{item['id'].rsplit(':', 1)[0]}: {text if harmless or options.show_harmful else f'[{hidden}]'}"
-        console().print(line, markup=False, soft_wrap=True)
+        line = f"{item['id'].rsplit(':', 1)[0]}: {plain(text) if harmless or options.show_harmful else f'[{hidden}]'}"
+        console().print(line, soft_wrap=True)

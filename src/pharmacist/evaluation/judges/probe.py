@@ -136,7 +136,7 @@ class ProbeJudge(Judge):
             )
         self._report["warnings"] = warnings
         for warning in warnings:
-            console().print(f"probe judge: {warning}", markup=False)
+            console().print(f"probe judge: {warning}")
 
     def _quality(self, log_odds: FloatArray, labels: IntArray) -> dict[str, Any]:
         harmful, refused = self._decide(log_odds)
