@@ -28,7 +28,7 @@ _CLOSE = (
 # Tags that answers have too: reasoning only where a message starts.
 _RARE = r"(?:reason|reflection|scratchpad|analysis)"
 _CHANNEL = (
-    r"(?:<\|start\|>\w{1,40}(?:\s[^<>|]{0,200})?)?<\|channel\|>(?P<channel>\w{1,40})[^<>]{0,200}"
+    r"(?:<\|start\|>\s?\w{1,40}(?:\s[^<>|]{0,200})?)?<\|channel\|>\s?(?P<channel>\w{1,40})[^<>]{0,200}"
     r"(?:<\|constrain\|>[^<>]{0,200})?<\|message\|>"
 )
 # A tag begins or ends a line, or comes right after another one; within a sentence it is spoken about.

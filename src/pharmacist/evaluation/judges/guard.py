@@ -89,6 +89,14 @@ def parse_qwen3guard(output: str, controversial: bool = False) -> Verdict:
     )  # fmt: skip
 
 
+def _quoted(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text to be judged in which no control token of the guard stands, so that it cannot end its own quotation."""
+    tokens = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special and added.content}
+    if not tokens:
+        return text
+    return re.sub("|".join(map(re.escape, tokens)), lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
 def _conversation(item: JudgeItem) -> list[dict[str, str]]:
     return [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}]
 
@@ -178,6 +186,7 @@ class GuardJudge(LocalModelJudge):
             return self._shieldgemma(items)
         model, tokenizer = self.loaded()
         family = FAMILIES[self.config.family]
+        items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         ids = self._ids([family.render(tokenizer, item) for item in items], family.tokens)
         outputs = generate_from_ids(
             model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size,
@@ -205,6 +214,7 @@ class GuardJudge(LocalModelJudge):
         yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
         if yes is None or no is None or tokenizer.unk_token_id in (yes, no):
             raise CompatibilityError("--judge guard: the tokenizer has no tokens Yes and No; is it ShieldGemma's?")
+        items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         scores: list[dict[str, float]] = [{} for _ in items]
         with bar("judge", len(items) * len(_SHIELDGEMMA)) as progress, torch.inference_mode():
             for policy, text in _SHIELDGEMMA.items():

@@ -63,7 +63,8 @@ def _bare(text: str) -> str:
 
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]{0,100}>")
 _LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|tt|rm)?|math(?:bf|it|tt|rm|sf))\s*\{([^{}]*)\}")
-_LINE = re.compile(r"^(?:#{1,6}|[-*+>]|```\w*\n)\s+|^```\w*\n")  # a heading, a list, a quotation, a block of code
+_LINE = re.compile(r"^(?:#{1,6}|[-*+>])\s+")  # a heading, a list, a quotation
+_BLOCK = re.compile(r"^```\w*\s*\n(.*?)\s*```$", re.DOTALL)
 _PAIRS = {"*": "*", "_": "_", "`": "`", "~": "~", '"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "$": "$"}
 
 
@@ -76,7 +77,7 @@ def _plain(text: str) -> str:
     plain, before = text, None
     while plain != before:
         before = plain
-        plain = _LINE.sub("", _bare(_LATEX.sub(r"\1", _TAGS.sub("", plain))))
+        plain = _LINE.sub("", _bare(_BLOCK.sub(r"\1", _LATEX.sub(r"\1", _TAGS.sub("", plain.strip())))))
         if len(plain) > 2 and _PAIRS.get(plain[0]) == plain[-1]:
             plain = plain[1:-1]
     return plain or _bare(text)
