@@ -34,7 +34,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
     try:
         if run.complete:
             found = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already", soft_wrap=True)
+            console().print(f"{plain(run.root)}: complete already", soft_wrap=True)
         else:
             a, b = (_items(folder) for folder in folders)
             metrics_a, metrics_b = (read_json(Path(folder) / "metrics.json") for folder in folders)

@@ -225,7 +225,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     try:
         if from_main(run.complete):
             metrics = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already; --overwrite evaluates again", soft_wrap=True)
+            console().print(f"{plain(run.root)}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
         found = _evaluate(sources, columns, engine, judges, grader, options, run)
@@ -362,9 +362,9 @@ def _answers(
         failed = sum(bool(answer.error) for found in kept.values() for answer in found)
         # Another judge asks nothing of the model, not even what failed; the same run again does.
         if not failed or not from_main(run.manifest.status == "partial"):
-            console().print(f"{run.root}: answers that are there are judged again, none is generated", soft_wrap=True)
+            console().print(f"{plain(run.root)}: answers that are there are judged again, none is generated", soft_wrap=True)
             return kept
-        console().print(f"{run.root}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        console().print(f"{plain(run.root)}: {failed} prompts without an answer are asked again", soft_wrap=True)
         before = run.manifest.phases["generate"].tokens
     choice = ModelChoice(
         options.model, options.device, options.dtype, options.template, options.trust_remote_code
@@ -586,7 +586,8 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         share = f"{alarms['value']:.0f} % of the answers to benign prompts"
         console().print(f"the judge flags {share}, so the harmful score is likely too high")
     _show_examples(result, options)
-    where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
+    folder = plain(result.folder)
+    where = f"metrics {folder}/metrics.json\nanswers and verdicts {folder}/items.jsonl"
     console().print(where, soft_wrap=True)
 
 

@@ -53,7 +53,7 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
         run.finish(outputs=["metrics.json", *names], metrics=found, partial=partial)
         if not options.quiet:
             _show(found)
-            console().print(f"metrics {run.path('metrics.json')}", soft_wrap=True)
+            console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
         return found
     finally:
         run.close()
