@@ -249,7 +249,7 @@ def test_two_processes_find_what_one_finds(files: dict[str, str], tmp_path: Path
 
 
 BAD = {
-    "nothing to evaluate": ([], {}, "nothing to evaluate: give --prompts, --benign-prompts or --task"),
+    "nothing to evaluate": ([], {}, "nothing to evaluate: give --prompts, --benign-prompts, --task or --answers"),
     "no such file": ([], {"prompts": "missing.jsonl"}, "no such file"),
     "no prompt column": ([], {"prompts": [{"question": "x"}]}, "prompt"),
     "empty file": ([], {"prompts": []}, "--prompts"),

@@ -207,7 +207,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         if options.second_judge["name"] != "none":
             judges.append(JUDGES.build_from(options.second_judge))
     elif options.second_judge["name"] != "none":
-        raise ConfigError("--second-judge: judges --answers, or those to --prompts or --benign-prompts; give one")
+        raise ConfigError("--second-judge: judges answers to --prompts or --benign-prompts, or --answers; give one")
     for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
         for need in sorted(judge.needs - sources.keys()):
             raise ConfigError(f"{which} {judge.name}: needs {need} references; give --{need} FILE or another judge")
@@ -361,10 +361,11 @@ def _answers(
         kept = evaluator.answers_of(EvaluateResult({}, run.root).items())
         failed = sum(bool(answer.error) for found in kept.values() for answer in found)
         # Another judge asks nothing of the model, not even what failed; the same run again does.
+        root = plain(run.root)
         if not failed or not from_main(run.manifest.status == "partial"):
-            console().print(f"{plain(run.root)}: answers that are there are judged again, none is generated", soft_wrap=True)
+            console().print(f"{root}: answers that are there are judged again, none is generated", soft_wrap=True)
             return kept
-        console().print(f"{plain(run.root)}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
         before = run.manifest.phases["generate"].tokens
     choice = ModelChoice(
         options.model, options.device, options.dtype, options.template, options.trust_remote_code
