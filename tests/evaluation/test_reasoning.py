@@ -62,7 +62,8 @@ HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>f
 ])  # fmt: skip
 def test_reasoning_and_answer(text: str, answer: str, reasoning: str, is_open: bool) -> None:
     found = separate(text)
-    assert tuple(found) == (answer, reasoning, is_open)
+    assert tuple(found)[:3] == (answer, reasoning, is_open)
+    assert found.closes == text.startswith("a<"), "what the template opened"
     assert separate(found.answer).answer == found.answer, "a second time changes nothing"
 
 
@@ -301,11 +302,21 @@ def test_the_tokenizers_own_means() -> None:
 
 
 def test_an_answer_that_was_separated_stays_as_it_is() -> None:
-    for text in ("<think>a</think>b", "<think>a", "b", HARMONY.format("a", "b")):
-        once = separated(Answer(text, 3, True))
-        assert separated(once) == once
+    texts = ("<think>a</think>b", "<think>a", "b", HARMONY.format("a", "b"), "a</think>b")
+    said = [Answer(text, 3, True) for text in texts]
+    once = separated([*said, Answer("a", 3, False)])
+    assert separated(once) == once
     failed = Answer("", 0, False, "HTTP 500")
-    assert separated(failed) == failed and replace(failed, error="").missing == ""
+    assert separated([failed]) == [failed] and replace(failed, error="").missing == ""
+
+
+def test_a_template_that_opens_the_reasoning_is_seen_by_those_that_close_it() -> None:
+    """Behind an endpoint nothing else tells that an answer which the limit cut is all thought."""
+    cut, ended, closed = Answer("first take", 2, False), Answer("first take", 2, True), Answer("a</think>b", 3, True)
+    assert [answer.unanswered for answer in separated([cut, closed, ended])] == [ENDED, "", ""]
+    assert separated([cut, closed])[0].reasoning == "first take"
+    assert [answer.unanswered for answer in separated([cut, Answer("<think>a</think>b", 3, True)])] == ["", ""]
+    assert separated([cut, closed, replace(cut, reasoning="thought")])[2].text == "first take"
 
 
 def test_answers_that_lie_there_are_judged_again_without_their_reasoning() -> None:

@@ -157,7 +157,7 @@ class Evaluator:
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
         """Judges and grades answers that were generated before, each without its reasoning."""
-        answers = {name: [separated(answer) for answer in found] for name, found in answers.items()}
+        answers = {name: separated(found) for name, found in answers.items()}
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
         twice: list[tuple[Verdict, Verdict]] = []

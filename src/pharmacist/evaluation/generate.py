@@ -59,14 +59,24 @@ class Answer:
         return self.error or self.unanswered
 
 
-def separated(answer: Answer) -> Answer:
-    """An answer without its reasoning, which is kept beside it; one that ended inside of it is none."""
-    if answer.missing:
-        return answer
-    text, reasoning, is_open = separate(answer.text)
-    reasoning = "\n\n".join(filter(None, (answer.reasoning, reasoning)))
-    ended = not text.strip() and (is_open or bool(reasoning.strip()))
-    return replace(answer, text=text, reasoning=reasoning, unanswered=ENDED if ended else "")
+def separated(answers: Sequence[Answer]) -> list[Answer]:
+    """A model's answers without their reasoning, which is kept beside them; one that ended inside of it is none.
+
+    Where some close a reasoning that their template had opened, all began in it: one that was cut before it closed any
+    is reasoning alone.
+    """
+    parts = [separate(answer.text) for answer in answers]
+    template_opens = any(part.closes for part in parts)
+    found = []
+    for answer, part in zip(answers, parts, strict=True):
+        text, reasoning, is_open = part.answer, part.reasoning, part.open
+        if template_opens and not answer.finished and not (reasoning or is_open or answer.reasoning):
+            text, reasoning, is_open = "", text, True
+        reasoning = "\n\n".join(filter(None, (answer.reasoning, reasoning)))
+        ended = not text.strip() and (is_open or bool(reasoning.strip()))
+        own = replace(answer, text=text, reasoning=reasoning, unanswered=ENDED if ended else "")
+        found.append(answer if answer.missing else own)
+    return found
 
 
 def encode_prompts(

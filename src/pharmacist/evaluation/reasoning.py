@@ -65,22 +65,24 @@ class Separated(NamedTuple):
         answer: What it says to its user.
         reasoning: What it thinks before, without the marks around it; empty where it shows nothing of it.
         open: Whether the message ends inside the reasoning.
+        closes: Whether it closes a reasoning that it did not open itself.
     """
 
     answer: str
     reasoning: str
     open: bool = False
+    closes: bool = False
 
 
 def separate(text: str) -> Separated:
     r"""Tells a message's reasoning from its answer; a text without any comes back as it is.
 
     >>> separate("<think>\nMay I? No.\n</think>\n\nI cannot help.")
-    Separated(answer='I cannot help.', reasoning='May I? No.', open=False)
+    Separated(answer='I cannot help.', reasoning='May I? No.', open=False, closes=False)
     >>> separate("May I?</think>No.").answer, separate("<think>May I").open, separate("Write <think> there.").answer
     ('No.', True, 'Write <think> there.')
     >>> separate("<|channel|>analysis<|message|>May I?<|end|><|start|>assistant<|channel|>final<|message|>No.")
-    Separated(answer='No.', reasoning='May I?', open=False)
+    Separated(answer='No.', reasoning='May I?', open=False, closes=False)
     """
     if _HEADER.search(text):
         return _channels(text)
@@ -114,13 +116,14 @@ def _channels(text: str) -> Separated:
         (answer if last == "final" else reasoning).append(message)
     # The template may have opened the first channel itself.
     reasoning = [part for part in (before, *reasoning) if part]
-    return Separated("\n\n".join(answer), "\n\n".join(reasoning), last != "final" and not answer)
+    is_open = last != "final" and not answer
+    return Separated("\n\n".join(answer), "\n\n".join(reasoning), is_open, bool(before))
 
 
 def _tags(text: str) -> Separated:
     answer: list[str] = []
     reasoning: list[str] = []
-    place, opened, spoken = 0, "", False
+    place, opened, spoken, closes = 0, "", False, False
     marks = sorted([*_OPENS.finditer(text), *_CLOSES.finditer(text)], key=lambda mark: mark.start())
     for mark in marks:
         part = text[place : mark.start()]
@@ -130,6 +133,7 @@ def _tags(text: str) -> Separated:
             elif opened or mark["rare"] or spoken:
                 continue  # it closes nothing that was opened
             else:  # opened by the template, or closed twice: all so far was reasoning
+                closes = closes or not reasoning
                 reasoning.append("".join([*answer, part]))
                 answer = []
             opened, spoken = "", False
@@ -142,11 +146,12 @@ def _tags(text: str) -> Separated:
         place = mark.end()
     rest = text[place:]
     if opened:
-        return _parts("".join(answer), [*reasoning, rest], is_open=True)
-    return _parts("".join([*answer, rest]), reasoning) if reasoning else Separated(text, "")
+        return _parts("".join(answer), [*reasoning, rest], is_open=True, closes=closes)
+    return _parts("".join([*answer, rest]), reasoning, closes=closes) if reasoning else Separated(text, "")
 
 
-def _parts(answer: str, reasoning: list[str], *, is_open: bool = False) -> Separated:
+def _parts(answer: str, reasoning: list[str], *, is_open: bool = False, closes: bool = False) -> Separated:
     wrapped = _WRAPPED.fullmatch(answer.strip())
     answer = wrapped[1] if wrapped else answer
-    return Separated(answer.strip(), "\n\n".join(part for part in map(str.strip, reasoning) if part), is_open)
+    thought = "\n\n".join(part for part in map(str.strip, reasoning) if part)
+    return Separated(answer.strip(), thought, is_open, closes)

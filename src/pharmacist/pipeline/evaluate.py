@@ -317,7 +317,7 @@ def _evaluate(
     else:
         answers = {"prompts": given}
         run.record(device="none", extra={"engine": "answers"})
-    answers = {name: [separated(answer) for answer in found] for name, found in answers.items()}
+    answers = {name: separated(found) for name, found in answers.items()}
     for name, found in answers.items():
         failed = [answer.missing for answer in found if answer.missing]
         thinking = sum(bool(answer.reasoning) for answer in found)
@@ -604,10 +604,14 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
 def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
     """The first answers; those that are not known to be harmless stay hidden."""
     from pharmacist.core.progress import console
+    from pharmacist.evaluation.text import missing
 
     shown = [item for item in result.items() if item["set"] == "prompts"][:_SHOWN]
     for item in shown:
         harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
+        if missing(item):
+            console().print(f"{item['id'].rsplit(':', 1)[0]}: [no answer: {plain(missing(item))}]", soft_wrap=True)
+            continue
         text = " ".join(item["answer"].split())[:_SHOWN_CHARACTERS]
         hidden = "hidden: not judged harmless; --show-harmful prints it"
         line = f"{item['id'].rsplit(':', 1)[0]}: {plain(text) if harmless or options.show_harmful else f'[{hidden}]'}"

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.evaluation.generate import cut_prompts, generate_from_ids, separated
+from pharmacist.evaluation.generate import cut_prompts, generate_from_ids
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
 from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge, equal_lengths, tensor
+from pharmacist.evaluation.reasoning import separate
 from pharmacist.nn.models import LoadedModel
 
 
@@ -192,7 +193,7 @@ class GuardJudge(LocalModelJudge):
             model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size,
             description="judge",
         )  # fmt: skip
-        said = [separated(output).text for output in outputs]  # guards that reason exist too
+        said = [separate(output.text).answer for output in outputs]  # guards that reason exist too
         if self.config.family == "qwen3guard":
             return [parse_qwen3guard(text, self.config.controversial) for text in said]
         return [family.parse(text) for text in said]
