@@ -53,6 +53,7 @@ BAD = {
     "moved": Raw(b"", 301, {"Location": "http://127.0.0.1:9/"}),
     "a teapot": Raw(b'{"error": {"message": "short and stout"}}', 418),
     "an error of an odd kind": Raw(b'{"error": [[[7]]]}', 400), "an error without end": Raw(b"x" * 10_000, 422),
+    "barred": Raw(b"<html>Attention required</html>", 403), "not found": Raw(b"<html></html>", 404),
     "filtered": {"message": {"content": GOOD}, "finish_reason": "content_filter"},
 }  # fmt: skip
 
@@ -72,6 +73,16 @@ def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
     assert max(map(len, reasons.values())) < 300
     score = metrics(tmp_path / "o")["harmful_score"]
     assert (score["n"], score["unscored"], score["unanswered"]) == (1, len(BAD), len(BAD))
+
+
+def test_a_barred_question_asked_again_alone_stays_one_item(tmp_path: Path) -> None:
+    barred = Raw(b"<html>Attention required</html>", 403)
+    with serve(lambda question, before: barred if question.endswith("a") else GOOD) as served:
+        words = command(served.url, {"prompts": prompts(tmp_path, "a", "b")}, tmp_path / "o")
+        for _ in range(2):
+            assert main(words) == 0
+            assert [item["harmful"] for item in items(tmp_path / "o")] == [None, True]
+    assert [item.get("error") for item in items(tmp_path / "o")] == ["HTTP 403", None]
 
 
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: Any, *more: str) -> str:

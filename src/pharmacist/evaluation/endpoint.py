@@ -36,6 +36,7 @@ _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _MOST_BYTES = 16 * 2**20  # of one reply, unpacked
 _MOST_TOKENS = 2**40
 _REASON_CHARACTERS = 200
+_PATIENCE = 16  # questions that may be refused before any is answered
 _REASONS = 8  # named at most
 _CUT = frozenset({"length", "max_tokens"})
 _FILTERED = frozenset({"content_filter", "safety", "prohibited_content", "blocklist"})
@@ -56,7 +57,7 @@ class EndpointConfig:
     concurrency: int = 8
     """Questions that are under way at a time."""
     timeout: float = 120.0
-    """Seconds to wait for one reply."""
+    """Seconds that one reply may take as a whole."""
     attempts: int = 6
     """Tries per question, counting the first."""
     max_wait: float = 60.0
@@ -119,9 +120,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a question has no answer; short and without the question's text."""
+    """Why a question has no answer.
+
+    Attributes:
+        reason: Short, and without the question's text.
+        remedy: What to do where the endpoint refuses all questions like this one.
+    """
 
     reason: str
+    remedy: str = ""
 
 
 class _Transient(Exception):
@@ -131,7 +138,9 @@ class _Transient(Exception):
 
 
 class _Final(Exception):
-    pass
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class Endpoint:
@@ -156,6 +165,8 @@ class Endpoint:
         bodies: Sequence[Mapping[str, Any]],
         done: Callable[[int, Reply | Failure], None],
         description: str,
+        *,
+        answered: bool = False,
     ) -> None:
         """Asks many questions.
 
@@ -163,6 +174,7 @@ class Endpoint:
             bodies: What is posted to ``chat/completions``, one object per question.
             done: Called in this thread with a position and its result, in the order in which they come.
             description: For the progress bar.
+            answered: Whether it answered other questions of this kind before.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.
@@ -181,10 +193,19 @@ class Endpoint:
             waiting = {
                 portal.start_task_soon(self._ask, client, turn, body): number for number, body in enumerate(bodies)
             }
+            refused = 0
             try:
                 for future in as_completed(waiting):
-                    done(waiting[future], future.result())
+                    result = future.result()
+                    done(waiting[future], result)
                     progress.advance(1)
+                    answered = answered or isinstance(result, Reply)
+                    if isinstance(result, Failure) and result.remedy:
+                        refused += 1
+                        # One question may be barred; where no other is answered either, it is not the question.
+                        if not answered and refused >= min(len(bodies), _PATIENCE):
+                            reason = f"{self.config.shown} refuses ({result.reason}); {result.remedy}"
+                            raise DataError(f"{self.name}: {reason}")
             except BaseException:
                 for future in waiting:
                     future.cancel()
@@ -219,7 +240,7 @@ class Endpoint:
                 with log.open("a", encoding="ascii") as file:
                     file.write(dumps({"key": order[position], "reply": verdict}))
 
-        self.ask_all(list(missing.values()), done, description)
+        self.ask_all(list(missing.values()), done, description, answered=bool(found))
         return [found[key] for key in keys]
 
     async def _ask(
@@ -250,7 +271,9 @@ class Endpoint:
                 return Failure("malformed reply")
             except httpx.RequestError:
                 return Failure("connection dropped")
-            except (_Transient, _Final) as error:
+            except _Final as error:
+                return Failure(str(error), error.remedy)
+            except _Transient as error:
                 return Failure(str(error))
 
     async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
@@ -266,7 +289,9 @@ class Endpoint:
             raise _Final(f"prompt filter of the endpoint ({told})")
         if status in _REFUSED:
             remedy = _REFUSED[status].replace("${key}", f"${self.config.api_key_env}")
-            raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
+            if status == 401:  # which no question is to blame for
+                raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
+            raise _Final(told, remedy)
         if status in _TRANSIENT:
             raise _Transient(told, _seconds(response.headers.get("retry-after", "0")))
         raise _Final(told)

@@ -88,7 +88,9 @@ class OpenAIEngine(Engine):
                 file.flush()
 
             endpoint = Endpoint(self.config, f"--engine {self.name}")
-            endpoint.ask_all([bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}")
+            endpoint.ask_all(
+                [bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}", answered=bool(found)
+            )
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
