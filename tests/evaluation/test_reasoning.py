@@ -301,6 +301,21 @@ def test_the_tokenizers_own_means() -> None:
     assert [item["harmful"] for item in items] == [False, None, False]
 
 
+def test_marks_are_kept_in_decoding_and_nothing_else_is() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[THINK]", "[/THINK]", "<|end|>", "<|eot|>"], special_tokens=True)
+    model, template = tiny_llama(tokenizer), choose_template(tokenizer)
+    said = ["[THINK] bad <|eot|> [/THINK] <pad> good <|eot|>", "good <|end|> <|eot|>"]
+
+    def decode(ids: list[list[int]], limit: int, ends: list[int]) -> list[tuple[list[int], bool]]:
+        return [(tokenizer(said[len(row) % 2], add_special_tokens=False)["input_ids"], True) for row in ids]
+
+    rows = [{"prompt": "tell me"}, {"prompt": "tell me about"}]
+    evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
+    found = evaluator.answers(model, tokenizer, template, decode=decode)["prompts"]
+    assert sorted(answer.text for answer in found) == ["[THINK] bad [/THINK] good", "good"]
+
+
 def test_an_answer_that_was_separated_stays_as_it_is() -> None:
     texts = ("<think>a</think>b", "<think>a", "b", HARMONY.format("a", "b"), "a</think>b")
     said = [Answer(text, 3, True) for text in texts]

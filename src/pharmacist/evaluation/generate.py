@@ -20,7 +20,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
-from pharmacist.evaluation.reasoning import ENDED, MARKER, begun, separate
+from pharmacist.evaluation.reasoning import ENDED, FRAME, MARKER, begun, separate
 from pharmacist.nn.distributed import barrier
 
 
@@ -253,17 +253,19 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], new: Sequence[tuple[list[int], bool]]
 ) -> list[Answer]:  # fmt: skip
     """New tokens as answers that lost no mark of reasoning: neither to decoding nor to the end of the prompt."""
-    marks = {token for token, added in tokenizer.added_tokens_decoder.items() if MARKER.fullmatch(added.content)}
-    own = getattr(tokenizer, "response_template", None)
+    added = tokenizer.added_tokens_decoder
+    marks = {token for token, own in added.items() if MARKER.fullmatch(own.content)}
+    frame = {token for token, own in added.items() if FRAME.fullmatch(own.content)}
+    lost = {token for token, own in added.items() if own.special} - marks - frame
+    template = getattr(tokenizer, "response_template", None)
     plain = tokenizer.batch_decode([row for row, _ in new], skip_special_tokens=True)
     found = []
     for prompt, (row, finished), text in zip(ids, new, plain, strict=True):
         answer = Answer(text, len(row), finished)
         if marks.intersection(row):
-            special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - marks
-            answer = replace(answer, text=tokenizer.decode([token for token in row if token not in special]))
+            answer = replace(answer, text=tokenizer.decode([token for token in row if token not in lost]))
         answer = replace(answer, text=begun(tokenizer.decode(list(prompt[-_PROMPT_END:]))) + answer.text)
-        found.append(answer if own is None else _parsed(tokenizer, prompt, row, answer))
+        found.append(answer if template is None else _parsed(tokenizer, prompt, row, answer))
     return found
 
 

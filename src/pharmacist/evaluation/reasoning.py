@@ -50,12 +50,13 @@ _WRAPPED = re.compile(
     r"(.*?)(?:(?:</answer>|</response>|<\|end_of_solution\|>|<\|END_(?:RESPONSE|TEXT)\|>)\s*)?",
     re.DOTALL | re.IGNORECASE,
 )
-MARKER = re.compile(
-    rf"{_OPEN}|{_CLOSE}|<\|(?:channel|message|start|end|constrain|call|return)\|>|<\|channel>"
-    r"|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_(?:RESPONSE|TEXT)\|>",
-    re.IGNORECASE,
+MARKER = re.compile(rf"{_OPEN}|{_CLOSE}|<\|channel\|>|<\|channel>", re.IGNORECASE)
+"""Matches, in full, a token that tells reasoning from answer and must not be lost in decoding."""
+FRAME = re.compile(
+    r"<\|(?:message|start|end|constrain|call|return)\|>|<\|(?:begin|end)_of_solution\|>"
+    r"|<\|(?:START|END)_(?:RESPONSE|TEXT)\|>"
 )
-"""Matches a token that tells reasoning from answer, in full; such tokens must not be lost in decoding."""
+"""Matches a token that means something in the company of a `MARKER` only."""
 
 
 class Separated(NamedTuple):
