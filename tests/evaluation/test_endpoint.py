@@ -1,5 +1,6 @@
 """One bad reply of an endpoint is one unscored item; what is sent, and what of an address is ever shown."""
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -168,3 +169,11 @@ def test_addresses_without_credentials() -> None:
 def test_reasons_are_counted_and_bounded() -> None:
     assert count_reasons(["b", "a", "b"]) == "1 x a, 2 x b"
     assert len(count_reasons([f"HTTP 400: request {i}" for i in range(1000)])) < 300
+
+
+def test_a_notebooks_own_event_loop_does_not_matter(tmp_path: Path) -> None:
+    async def cell(url: str) -> int:
+        return main(command(url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "o"))
+
+    with serve(lambda question, before: GOOD) as served:
+        assert asyncio.run(cell(served.url)) == 0
