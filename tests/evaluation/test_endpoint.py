@@ -160,6 +160,17 @@ def test_credentials_in_the_address_are_used_and_never_shown(
     assert "sesame" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["sk-proj-sesame", "hf_sesame", "gsk_sesame", "sesame=="])
+def test_a_key_in_the_place_of_its_variable_is_refused_unseen(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    words = command("http://127.0.0.1:9/v1", {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")
+    assert main([*words, "--engine.api_key_env", key]) == 2
+    error = capsys.readouterr().err
+    assert "api_key_env is the name of a variable" in error and "sesame" not in error
+    assert not (tmp_path / "o").exists()
+
+
 def test_addresses_without_credentials() -> None:
     assert without_credentials("http://host:1/v1") == "http://host:1/v1"
     assert without_credentials("http://a:b@[::1]:1/v1#c") == "http://[::1]:1/v1"

@@ -74,6 +74,8 @@ class EndpointConfig:
             raise ConfigError("endpoint: concurrency and attempts must be at least 1, timeout positive")
         if self.max_wait < 0:
             raise ConfigError("endpoint: max_wait must not be negative")
+        if not re.fullmatch(r"(?!hf_|gsk_)[A-Za-z_]\w*", self.api_key_env):  # it may be the key itself: not shown
+            raise ConfigError("endpoint: api_key_env is the name of a variable that holds the key, not the key")
         if self.token_limit not in ("max_tokens", "max_completion_tokens"):
             raise ConfigError(f"endpoint: token_limit {self.token_limit}: must be max_tokens or max_completion_tokens")
         if self.base_url:

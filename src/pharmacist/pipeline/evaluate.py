@@ -448,7 +448,7 @@ def _columns(sources: "Mapping[str, Source]", text: str | None) -> dict[str, dic
     from pharmacist.data.records import parse_columns
 
     pairs = parse_columns(text) or {}
-    own = {name: dict(pairs) for name in sources}
+    own: dict[str, dict[str, str]] = {}
     for name, source in sources.items():
         there = source.columns
         if pairs and there is None:
