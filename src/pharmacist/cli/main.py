@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pharmacist import __version__
+from pharmacist.core.console import plain
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
@@ -97,7 +98,7 @@ def _usage() -> str:
 
 
 def _fail(where: str, message: str, code: int) -> int:
-    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{where}: error: {plain(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -77,6 +77,8 @@ def _described(hint: Any) -> str:
         return " or ".join(_described(kind) for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) in {list, tuple}:
         return "a list, written [a, b]"
+    if get_origin(hint) is dict:
+        return "keys and values, written {a: b}"
     known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return known.get(hint, "of another type")
 

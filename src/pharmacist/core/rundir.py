@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from pharmacist.core.console import without_credentials
 from pharmacist.core.env import rank, versions
 from pharmacist.core.errors import BusyError, ConfigError
 from pharmacist.core.files import FULL_DISK, read_json, write_json
@@ -43,10 +44,16 @@ _NOT_IN_KEY = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet"
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:
-    """A stage's options as the manifest holds them."""
+    """A stage's options as the manifest holds them: addresses without credentials."""
     config = {field.name: getattr(options, field.name) for field in fields(options)}
-    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
+    text = json.dumps(config, default=lambda value: asdict(value), allow_nan=False)
+    found: dict[str, Any] = json.loads(text, object_hook=_without_credentials)
     return found
+
+
+def _without_credentials(options: dict[str, Any]) -> dict[str, Any]:
+    url = options.get("base_url")
+    return options | {"base_url": without_credentials(url)} if isinstance(url, str) else options
 
 
 def identifying(config: Mapping[str, Any]) -> dict[str, Any]:

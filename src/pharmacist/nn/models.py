@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pharmacist.core.console import plain
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json
@@ -290,7 +291,7 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) 
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in beyond:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
         why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
-        console().print(f"{name}: {why}; padding with the end-of-sequence token, masked everywhere", markup=False)
+        console().print(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
     if beyond:
         _guard(name, model.get_input_embeddings(), beyond)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pharmacist.core.console import plain
 from pharmacist.core.errors import DataError
 from pharmacist.core.rundir import RunDir, RunOptions
 
@@ -33,7 +34,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
     try:
         if run.complete:
             found = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already", soft_wrap=True)
+            console().print(f"{plain(run.root)}: complete already", soft_wrap=True)
         else:
             a, b = (_items(folder) for folder in folders)
             metrics_a, metrics_b = (read_json(Path(folder) / "metrics.json") for folder in folders)
@@ -56,7 +57,7 @@ def _model(folder: str) -> str:
     manifest = read_manifest(folder)
     if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
-    return str(manifest.config["model"])
+    return str(manifest.config["model"] or manifest.config.get("answers"))
 
 
 def _items(folder: str) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
 
     if console().quiet:
         return
-    table = Table(title=f"{models[0]} less {models[1]}")
+    table = Table(title=plain(f"{models[0]} less {models[1]}"))
     for column in ("metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, metric in found.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pharmacist.core.config import method
+from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
@@ -517,7 +518,7 @@ def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[st
         elif n["selected"] > n["by_rank"]:
             message = f"{n['selected']} of {n['rows']} rows are selected; by rank alone it would be {n['by_rank']}"
         if message is not None:
-            console().print(f"--balance {options.balance}: {group}: {message}", soft_wrap=True, markup=False)
+            console().print(f"--balance {options.balance}: {plain(group)}: {message}", soft_wrap=True, markup=False)
     return counts
 
 

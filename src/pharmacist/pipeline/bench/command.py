@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.rundir import RunDir
@@ -190,7 +191,7 @@ def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFaile
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
 def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
@@ -198,7 +199,7 @@ def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
 
     result = "done" if outcome.done else "not run, needs what failed"
     result = result if outcome.error is None else _one_line(outcome.error)
-    console().print(f"{number}/{total} {stage.name} ({stage.method}): {result}", soft_wrap=True, markup=False)
+    console().print(f"{number}/{total} {plain(stage.name)} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 
 def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
@@ -233,7 +234,7 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
             "--only 'PART OF ITS NAME', then ask again", soft_wrap=True,
         )  # fmt: skip
-    names = list(dict.fromkeys(cell.name for cell in plan.cells))
+    names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
 
 
