@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from pharmacist.core.errors import DataError
+
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers that mean: no room for what was to be written."""
@@ -21,6 +23,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder or nothing; of a link the link alone, never what it points to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)  # which unlinks links too
 
 
 def commit_file(temporary: Path, path: Path) -> None:
@@ -57,8 +67,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        if path.exists():  # of an interrupted run, never yet declared finished
-            shutil.rmtree(path)
+        remove(path)  # of an interrupted run, never yet declared finished
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -91,5 +100,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        DataError: It holds no JSON.
+        OSError: It cannot be opened.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was") from error

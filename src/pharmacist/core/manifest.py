@@ -1,5 +1,6 @@
 """The manifest: what a finished (or started) run was, in one JSON file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_file, sha256_json
 
 
 SCHEMA_VERSION = 1
@@ -45,10 +47,21 @@ class RunManifest(BaseModel):
     phases: dict[str, Phase] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     outputs: list[str] = Field(default_factory=list)
+    """Files and folders that make up the result."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Every file of the outputs -> sha256 of its content when the run was finished; of runs that lie in the folder
+    their manifests alone, which know the rest."""
+    made_from: dict[str, str] = Field(default_factory=dict)
+    """In a benchmark: stage -> `content` of the result that this one was made from."""
     created: str = ""
     finished: str = ""
     extra: dict[str, Any] = Field(default_factory=dict)
     """What only this stage records, such as a selector's report."""
+
+    @property
+    def content(self) -> str:
+        """sha256 of the result's files; empty where the manifest does not tell."""
+        return sha256_json(self.files) if self.files else ""
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into `folder`, atomically."""
@@ -66,9 +79,38 @@ def read_manifest(folder: str | Path) -> RunManifest:
         raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
     try:
         manifest = RunManifest.model_validate(read_json(path))
-    except (ValidationError, ValueError) as error:
-        detail = str(error).splitlines()[0]
+    except (ValidationError, DataError) as error:
+        detail = str(error.__cause__ or error).splitlines()[0]
         raise DataError(f"{path}: not a manifest that this version reads ({detail})") from error
     if manifest.schema_version > SCHEMA_VERSION:
         raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
     return manifest
+
+
+def output_files(folder: Path, outputs: list[str]) -> dict[str, str]:
+    """`RunManifest.files` of a folder with these outputs."""
+    found = sorted(name for output in outputs for name in _files(folder, folder / output))
+    return {name: sha256_file(folder / name) for name in found}
+
+
+def _files(root: Path, path: Path) -> Iterator[str]:
+    if path.is_file():
+        yield path.relative_to(root).as_posix()
+    elif (path / "manifest.json").is_file():
+        yield (path / "manifest.json").relative_to(root).as_posix()
+    elif path.is_dir() and not path.is_symlink():
+        for part in path.iterdir():
+            yield from _files(root, part)
+
+
+def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
+    """The first file or folder of a finished run's outputs that is no longer there, of runs within it too."""
+    root = Path(folder)
+    for name in (*manifest.outputs, *manifest.files):
+        path = root / name
+        if not path.exists():
+            return name
+        if path.name == "manifest.json" and (lost := missing_output(path.parent, read_manifest(path.parent))):
+            return f"{Path(name).parent}/{lost}"
+    return None
+

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
@@ -80,6 +80,8 @@ class CurateOptions(RunOptions):
     embedder: str | None = None
     """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
     --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns", "balance"}
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]

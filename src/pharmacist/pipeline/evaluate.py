@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
@@ -99,6 +99,8 @@ class EvaluateOptions(RunOptions):
     """Run code that comes with the model."""
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
     """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
 
     def __post_init__(self) -> None:
         if self.compare is not None:

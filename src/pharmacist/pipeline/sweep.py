@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DivergedError, PharmacistError
+from pharmacist.core.inputs import check_outside
 from pharmacist.core.rundir import RunDir, RunOptions
 from pharmacist.pipeline.attack import AttackOptions
 from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
@@ -134,7 +135,9 @@ def sweep(options: SweepOptions) -> SweepResult:
     options = replace(options, disjoint_from=_disjoint(options))
     points = _points(options, strategy)
     sources = open_sources(strategy, kind, options)
-    evaluation = _evaluation_inputs(_evaluate_options(options, options.model, Path(options.output_dir)))
+    measuring = _evaluate_options(options, options.model, Path(options.output_dir))
+    check_outside(Path(options.output_dir), measuring)
+    evaluation = _evaluation_inputs(measuring)
     identity = replace(
         options, defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},

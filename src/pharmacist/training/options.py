@@ -65,6 +65,8 @@ class TrainingStageOptions(RunOptions):
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
+
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """The stage's own defaults for `train`."""
 
