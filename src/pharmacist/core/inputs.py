@@ -21,13 +21,14 @@ class Options(Protocol):
     NO_PLACES: ClassVar[frozenset[str]]
 
 
-def check_outside(root: Path, options: Options) -> None:
+def check_outside(root: Path, options: Options, *, within: str = "") -> None:
     """Refuses options that name something in a folder, or a model that rests on something in it.
 
     Args:
         root: The output folder; it need not exist.
         options: Every text in them that is the path of something counts (also within ``NAME:PATH`` and
             ``FOLDER:SPLIT``), so that no command has to say what it reads.
+        within: Option of which these are the parts, such as ``evaluate.``.
 
     Raises:
         ConfigError: Which option it is.
@@ -35,13 +36,15 @@ def check_outside(root: Path, options: Options) -> None:
     folder = os.path.realpath(root)
     if not os.path.isdir(folder):
         return
-    for name, text, is_place in _texts(options):
+    # Among a method's options a text that is the folder's own path is more often a name, unless a model lies there.
+    inner = _holds_model(folder)
+    for name, text, itself in _texts(options, inner):
         for place in _places(text):
-            if _is_in(place, folder, itself=is_place or _holds_model(folder)):
-                refuse(f"{_flag(name)} {text}", root)
+            if _is_in(place, folder, itself=itself):
+                refuse(f"{_flag(within + name)} {text}", root)
             for base in _bases(place):
                 if _is_in(base, folder, itself=True):
-                    refuse(f"{_flag(name)} {text}: its base model {base}", root)
+                    refuse(f"{_flag(within + name)} {text}: its base model {base}", root)
 
 
 def refuse(what: str, root: Path) -> None:
@@ -61,14 +64,14 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
     return os.path.exists(path) and _is_in(str(path), os.path.realpath(folder), itself=True)
 
 
-def _texts(options: Options) -> Iterator[tuple[str, str, bool]]:
-    """Names and texts of options; whether the text stands for a path if it can."""
+def _texts(options: Options, inner: bool) -> Iterator[tuple[str, str, bool]]:
+    """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
     hints = get_type_hints(type(options))
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
         if get_origin(hints[name]) is not Literal:
-            direct = name not in options.NO_PLACES and not isinstance(value, Mapping)
-            yield from ((where, text, direct) for where, text in _nested(name, value))
+            itself = name not in options.NO_PLACES and (inner or not isinstance(value, Mapping))
+            yield from ((where, text, itself) for where, text in _nested(name, value))
 
 
 def _nested(name: str, value: Any) -> Iterator[tuple[str, str]]:

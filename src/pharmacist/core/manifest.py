@@ -12,6 +12,8 @@ from pharmacist.core.hashing import sha256_file, sha256_json
 
 
 SCHEMA_VERSION = 1
+_FOR_PEOPLE = frozenset({"README.md", "log.jsonl", "report.html"})
+"""Outputs with times and dates in them, which no other run reads."""
 
 
 class Phase(BaseModel):
@@ -60,8 +62,9 @@ class RunManifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """sha256 of the result's files; empty where the manifest does not tell."""
-        return sha256_json(self.files) if self.files else ""
+        """sha256 of what other runs can read of the result; empty where the manifest does not tell."""
+        read = {name: digest for name, digest in self.files.items() if Path(name).name not in _FOR_PEOPLE}
+        return sha256_json(read) if read else ""
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into `folder`, atomically."""

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from pharmacist.core.env import rank, versions
-from pharmacist.core.errors import BusyError, ConfigError, DataError
+from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
 from pharmacist.core.files import FULL_DISK, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
@@ -332,7 +332,7 @@ def _previous(
         changed += [f"content of {name}" for name, value in asked.inputs.items() if found.inputs.get(name) != value]
         changed += [name for name in found.inputs if name not in asked.inputs]
         difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
-    raise ConfigError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
+    raise OtherRunError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
 
 
 def _check_overwritable(root: Path) -> None:

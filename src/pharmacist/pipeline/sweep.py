@@ -132,11 +132,12 @@ def sweep(options: SweepOptions) -> SweepResult:
     from pharmacist.pipeline.attack import open_sources
 
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
+    measuring = _evaluate_options(options, options.model, Path(options.output_dir))
+    for within, own in {"": options, "evaluate.": measuring}.items():
+        check_outside(Path(options.output_dir), own, within=within)
     options = replace(options, disjoint_from=_disjoint(options))
     points = _points(options, strategy)
     sources = open_sources(strategy, kind, options)
-    measuring = _evaluate_options(options, options.model, Path(options.output_dir))
-    check_outside(Path(options.output_dir), measuring)
     evaluation = _evaluation_inputs(measuring)
     identity = replace(
         options, defense={"name": options.defense["name"], **vars(strategy.config)},

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import expand
 from pharmacist.pipeline.bench.remote import Remote
-from tests.pipeline.bench.fakes import Stages
+from tests.pipeline.bench.fakes import OTHER, Stages
 from tests.pipeline.bench.grids import FEW_STEPS, SMALL, TIMES, results, write_grid
 
 
@@ -177,16 +176,19 @@ def test_who_was_quicker_stays(stages: Stages, tmp_path: Path, url: str, monkeyp
     assert len(fs.glob(f"{root}/stages/*/*")) == 12
 
 
-def test_a_stage_that_was_deleted_is_made_again_with_everything_below(
-    stages: Stages, tmp_path: Path, url: str
+@pytest.mark.parametrize("same", [True, False], ids=["with the same content", "with other content"])
+def test_a_stage_that_was_deleted_is_made_again_with_what_is_below(
+    same: bool, stages: Stages, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     run(url, tmp_path / "a")
     stages.began()
-    before, name = table(url), next(name for name in markers(url) if "align" in name)
+    name = next(name for name in markers(url) if "align" in name)
     fsspec.core.url_to_fs(url)[0].rm(name)
-    time.sleep(1.1)  # times in manifests are whole seconds
+    if not same:
+        monkeypatch.setenv(OTHER, "yes")
     run(url, tmp_path / "b")
-    assert stages.began() == {"align": 1, "attack": 1, "evaluate": 3}
+    before = table(url)
+    assert stages.began() == ({"align": 1} if same else {"align": 1, "attack": 1, "evaluate": 3})
     assert run(url, tmp_path / "b").ran == [] == run(url, tmp_path / "c").ran
     pd.testing.assert_frame_equal(table(url), before)
 
