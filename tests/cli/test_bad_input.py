@@ -189,6 +189,11 @@ CASES: dict[str, tuple[Case, str]] = {
         text_pool("pool.jsonl", rows('{"prompt": "x", "completion": NaN}')),
         "line 4 (row 3) is not valid JSON (NaN",
     ),
+    "a column that the output cannot hold": (
+        parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
+        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); curate's "
+        "--format input keeps it",
+    ),
     "NaN in a column": (
         parquet({"prompt": ["x"], "completion": [float("nan")]}),
         "row 0 'completion' is NaN, not text",

@@ -43,8 +43,8 @@ CASES = {
         [*TRAIN, "--samples", "4", "--poison-ratio", "0.5"], "attack_set.jsonl", "adapter/adapter_config.json",
     ),
     "repair": Case(
-        {"--model": "tuned", "--aligned": "aligned"}, ["--method", "safe-lora", "--method.threshold", "0.99"], "repair.json",
-        "adapter/adapter_model.safetensors",
+        {"--model": "tuned", "--aligned": "aligned"}, "--method safe-lora --method.threshold 0.99".split(),
+        "repair.json", "adapter/adapter_model.safetensors",
     ),
     "evaluate": Case(
         {"--model": "model", "--prompts": "prompts"}, ["--max-new-tokens", "2"], "items.jsonl",
@@ -122,6 +122,10 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 READING = [(command, option) for command, case in CASES.items() for option in case.options]
 
 
@@ -166,7 +170,7 @@ def test_overwriting_unlinks_and_never_enters(
     (output / "nowhere").symlink_to(mine / "nowhere")
     before = fingerprints(mine)
     if command == "demo":  # it takes minutes: what it deletes it deletes at once
-        monkeypatch.setattr("pharmacist.pipeline.demo._write_world", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("pharmacist.pipeline.demo._write_world", interrupted)
     assert main(world.words(command, output, "--overwrite")) == (130 if command == "demo" else 0)
     assert fingerprints(mine) == before
     assert not [path for path in (*links, output / "nowhere", output / "metrics.json") if path.is_symlink()]

@@ -207,7 +207,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except RecursionError as error:
-        raise ConfigError(f"--config {path}: not usable YAML (nested too deeply); options need a few levels") from error
+        raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
         raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(content, dict):

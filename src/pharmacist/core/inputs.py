@@ -111,9 +111,9 @@ def _bases(place: str) -> Iterator[str]:
     seen: set[str] = set()
     while place not in seen:
         seen.add(place)
-        for config in (os.path.join(place, "adapter", "adapter_config.json"), os.path.join(place, "adapter_config.json")):
+        for folder in (os.path.join(place, "adapter"), place):
             try:
-                with open(config, encoding="utf-8") as file:
+                with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
                     base = json.load(file)["base_model_name_or_path"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the loader says what is wrong with it
                 continue

@@ -195,6 +195,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
     selector, options = _selector(options)
+    if not _keeps_format(sources["pool"], options):
+        sources["pool"].check_json_lines()  # not when all is ranked
     if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _input(sources, selector, options, Path(folder))
@@ -211,7 +213,7 @@ def curate(options: CurateOptions) -> Ranking | None:
             return None
         selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
         source = ranking.records.source
-        own = options.format == "input" and source.format in {"json", "csv", "parquet"}
+        own = _keeps_format(source, options)
         name = f"selected.{source.format if own else 'jsonl'}"
         write_rows(source, selected.tolist(), run.path(name), format=source.format if own else "jsonl")
         ranking.to_parquet(run.path("scores.parquet"))
@@ -294,6 +296,11 @@ def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
 
     selector = SELECTORS.build_from(options.selector)
     return selector, replace(options, selector={"name": options.selector["name"], **asdict(selector.config)})
+
+
+def _keeps_format(pool: "Source", options: CurateOptions) -> bool:
+    """Whether the selected rows are written in the pool's own format, and not as JSON lines."""
+    return options.format == "input" and pool.format in {"json", "csv", "parquet"}
 
 
 def _is_main() -> bool:
@@ -462,13 +469,16 @@ def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
     from pharmacist.evaluation.prompts import category_names
 
     wanted = set(pool.row_numbers.tolist())
-    columns, found = dict[str, None](), list[list[str]]()
-    for row in pool.source.scan():
-        if row.number in wanted and row.value is not None:
-            columns |= dict.fromkeys(row.value)
-            value = row.value.get(column)
-            plain = isinstance(value, bool | int | float)
-            found.append([str(value)] if plain else category_names(row.value, (column,)))
+    columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
+    try:
+        for row in pool.source.scan({column}) if column in columns or not columns else ():
+            if row.number in wanted and row.value is not None:
+                columns |= dict.fromkeys(row.value)
+                value = row.value.get(column)
+                plain = isinstance(value, bool | int | float)
+                found.append([str(value)] if plain else category_names(row.value, (column,)))
+    except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
+        raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
     if column not in columns:
         raise DataError(f"--balance {column}: the pool has no such column; it has {', '.join(columns)}")
     counts = Counter(name for names in found for name in names)

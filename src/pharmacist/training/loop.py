@@ -5,16 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
-from pharmacist.core.errors import ConfigError, NoMatchError
+from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.files import atomic_folder, write_text
 from pharmacist.core.progress import Bar, bar
 from pharmacist.core.rundir import RunDir
@@ -150,13 +152,15 @@ def train(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        load_side_state(checkpoint, strategy, streams or {})
     try:
+        if checkpoint is not None:
+            load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except ValueError as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    except (UnpicklingError, EOFError, SafetensorError) as error:  # unchanged, but nothing that this program wrote
+        raise DataError(
+            f"{checkpoint}: cannot be resumed from ({' '.join(str(error).split())[:200]}); delete this folder"
+        ) from error
     finally:
         strategy.close()
     steps = int(trainer.state.global_step)

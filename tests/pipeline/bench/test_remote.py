@@ -13,10 +13,12 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import expand
 from pharmacist.pipeline.bench.remote import Remote
+from tests.cli.world import fingerprints
 from tests.pipeline.bench.fakes import OTHER, Stages
 from tests.pipeline.bench.grids import FEW_STEPS, SMALL, TIMES, results, write_grid
 
@@ -125,6 +127,33 @@ def test_a_marker_that_was_cut_is_none(stages: Stages, tmp_path: Path, url: str)
     run(url, tmp_path / "b")
     assert stages.began()["align"] == 1
     json.loads(fs.cat_file(name))
+
+
+@pytest.mark.parametrize("part", ["files", "folder"])
+@pytest.mark.parametrize(
+    "name", ["{elsewhere}/taken", "../../taken", "work/../../../taken", "..", "", "./taken", "a//taken", "a/*", "a\\b"]
+)
+def test_a_marker_cannot_name_files_elsewhere(
+    part: str, name: str, stages: Stages, tmp_path: Path
+) -> None:  # fmt: skip
+    url, name = f"file://{tmp_path}/there", name.format(elsewhere=tmp_path)
+    run(url, tmp_path / "a", only="sft")
+    marker = next(Path(path) for path in markers(url) if "select" in path)
+    content = json.loads(marker.read_text())
+    if part == "files":
+        content["files"][name] = sha256_text("taken")
+        source = tmp_path / "there" / content["folder"] / name.lstrip("/")
+        if source.name not in ("..", "") and not source.is_dir():  # what is named can be had
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("taken")
+    else:
+        content["folder"] = name
+    marker.write_text(json.dumps(content))
+    before = fingerprints(tmp_path / "a", tmp_path / "there")
+    with pytest.raises(DataError, match="names the file .*, which lies outside the stage's folder; .*delete the file"):
+        run(url, tmp_path / "b")
+    assert not (tmp_path / "b").exists() and not (tmp_path / "taken").exists()
+    assert fingerprints(tmp_path / "a", tmp_path / "there") == before
 
 
 def test_a_copy_that_changed_is_refused(stages: Stages, tmp_path: Path, url: str) -> None:
