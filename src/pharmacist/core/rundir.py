@@ -237,9 +237,10 @@ class RunDir:
 
     def discard(self) -> None:
         """Forgets a run without results, so that the folder is free for one with mended input."""
-        if self._lock is not None and {path.name for path in self.root.iterdir()} <= {"manifest.json", "work"}:
-            (self.root / "manifest.json").unlink(missing_ok=True)
-            remove(self.root / "work")
+        ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
+        if self._lock is not None and len(ours) == len(list(self.root.iterdir())):
+            for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
+                remove(path)
             self._lock.close()
             self._lock = None
 
@@ -250,6 +251,11 @@ class RunDir:
                 remove(self.root / "work")
             self._lock.close()
             self._lock = None
+
+
+def _is_hollow(path: Path) -> bool:
+    """Whether a folder has no files, as runs in it leave it that were discarded."""
+    return path.is_dir() and not path.is_symlink() and all(_is_hollow(part) for part in path.iterdir())
 
 
 def _read_phase(path: Path) -> Phase:

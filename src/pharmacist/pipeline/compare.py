@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DataError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
@@ -43,7 +43,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
         if not options.quiet:
             _show(found, models)
         return dict(found)
-    except DataError:
+    except PharmacistError:
         run.discard()
         raise
     finally:

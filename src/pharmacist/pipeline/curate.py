@@ -283,6 +283,10 @@ def rank(
     )  # fmt: skip
     try:
         ranking = _rank(sources, chosen, settings, run)
+    except PharmacistError:
+        if not any(run.root.glob("work/**/*.safetensors")):
+            run.discard()
+        raise
     finally:
         run.close()
     ranking.manifest = run.manifest.model_dump(mode="json")

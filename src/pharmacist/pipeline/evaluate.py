@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
@@ -225,6 +225,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             if found.missing:
                 console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return result
+    except PharmacistError:
+        if not any(path.is_file() for path in run.root.glob("work/answers/**/*")):  # nothing was answered yet
+            run.discard()
+        raise
     finally:
         run.close()
 

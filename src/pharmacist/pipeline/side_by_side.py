@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.errors import PharmacistError
 from pharmacist.core.rundir import RunDir
 
 
@@ -54,6 +55,9 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
             _show(found)
             console().print(f"metrics {run.path('metrics.json')}", markup=False, soft_wrap=True)
         return found
+    except PharmacistError:
+        run.discard()
+        raise
     finally:
         run.close()
 

@@ -38,7 +38,9 @@ def token_mean_loss(
 def _options_told() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # of what reports to a service
+            raise
         raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -67,7 +69,8 @@ class StrategyMixin:
         streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _options_told():
+            super().__init__(*args, **kwargs)
         self.strategy, self.streams = strategy, dict(streams or {})
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
@@ -89,6 +92,11 @@ class StrategyMixin:
         """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
         with _options_told():
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> Any:
+        """The stock data loader, likewise."""
+        with _options_told():
+            return super().get_train_dataloader()  # type: ignore[misc]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The stock scheduler, likewise."""
