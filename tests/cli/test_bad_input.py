@@ -191,8 +191,8 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a column that the output cannot hold": (
         parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
-        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); curate's "
-        "--format input keeps it",
+        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); "
+        "curate's --format input keeps it",
     ),
     "NaN in a column": (
         parquet({"prompt": ["x"], "completion": [float("nan")]}),

@@ -1,6 +1,7 @@
 """What every command owes to its output folder: no input is deleted, no link is entered, a lost output is noticed."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -192,3 +193,57 @@ def test_a_finished_run_that_lost_an_output_is_not_complete(
     assert (output / lost).is_file() and read_manifest(output).status == "success"
     assert main(world.words(command, output)) == 0
     assert "complete already" in capsys.readouterr().err
+
+
+ROWS = [(command, option) for command, option in READING if CASES[command].options[option] in
+        ("rows", "safe", "harmful", "prompts", "task")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), ROWS)
+def test_bad_input_leaves_the_folder_free_for_mended_input(
+    command: str, option: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    name = CASES[command].options[option]
+    bad = Path(write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "", "completion": ""}]))
+    assert main(world.words(command, tmp_path / "out", **{name: bad})) == 2
+    assert capsys.readouterr().err.count("error:") == 1
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(("command", "option"), READING)
+def test_a_named_pipe_is_refused(
+    command: str, option: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    name = CASES[command].options[option]
+    os.mkfifo(tmp_path / f"{name}.jsonl")
+    assert main(world.words(command, tmp_path / "out", **{name: tmp_path / f"{name}.jsonl"})) == 2
+    assert "is no ordinary file but a named pipe" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+CHANGED = {
+    "curate": ("scores.parquet", lambda output: ["report", str(output)]),
+    "sweep": ("sweep.json", lambda output: ["report", str(output)]),
+    "bench": ("results.parquet", lambda output: ["report", str(output)]),
+    "evaluate": (
+        "items.jsonl",
+        lambda output: ["evaluate", "--compare", str(output), str(output), "--output-dir", str(output.parent / "c")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100000], ids=["empty", "other", "deep"])
+@pytest.mark.parametrize("command", CHANGED)
+def test_a_result_that_was_changed_is_told(
+    command: str, content: bytes, world: World, finished: Callable[[str], Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = Path(shutil.copytree(finished(command), tmp_path / "out"))
+    name, reading = CHANGED[command]
+    (output / name).write_bytes(content)
+    capsys.readouterr()
+    assert main(reading(output)) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: is damaged, or was changed after the run had finished" in error and error.count("\n") == 1
+    if command in ("sweep", "evaluate"):  # they read it again where they are complete
+        assert main(world.words(command, output)) == 2

@@ -27,6 +27,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry
 
@@ -202,6 +203,7 @@ def _kept_parser(options: type[Any], chosen: tuple[tuple[str, str], ...], prog: 
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    check_ordinary(path, f"--config {path}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

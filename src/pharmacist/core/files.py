@@ -99,15 +99,54 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_ordinary(path: str | os.PathLike[str], where: str = "") -> None:
+    """Refuses what is no file although it exists: from a named pipe one would wait for ever, and only once.
+
+    Args:
+        path: What exists there, if anything.
+        where: How a message begins; the path by default.
+
+    Raises:
+        DataError: A named pipe, a device, a socket.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(f"{where or path}: is no ordinary file but a named pipe, or a device; save it to a file")
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file.
 
     Raises:
-        DataError: It holds no JSON.
+        DataError: It holds no JSON, or is no ordinary file.
         OSError: It cannot be opened.
     """
+    check_ordinary(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was") from error
+        raise DataError(
+            f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was, or, in the folder work of a run, "
+            "delete that folder"
+        ) from error
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """Reads a file with one JSON value per line.
+
+    Raises:
+        DataError: There is no such file, or a line holds no JSON.
+    """
+    check_ordinary(path)
+    found = []
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                found.append(json.loads(line))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the command again that writes it") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: line {len(found) + 1} is damaged, it holds no JSON; run the command again that writes it"
+        ) from error
+    return found

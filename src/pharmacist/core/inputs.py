@@ -1,13 +1,13 @@
 """What a run reads must not lie in the folder that it writes, and that overwriting empties."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_origin, get_type_hints
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import read_json
 
 
 class Options(Protocol):
@@ -113,9 +113,8 @@ def _bases(place: str) -> Iterator[str]:
         seen.add(place)
         for folder in (os.path.join(place, "adapter"), place):
             try:
-                with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
-                    base = json.load(file)["base_model_name_or_path"]
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the loader says what is wrong with it
+                base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
+            except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
                 continue
             if isinstance(base, str) and os.path.isdir(base):
                 yield base

@@ -106,6 +106,29 @@ def _files(root: Path, path: Path) -> Iterator[str]:
             yield from _files(root, part)
 
 
+def check_unchanged(folder: str | Path, *names: str) -> None:
+    """Refuses outputs of a finished run that are no longer as they were written; missing ones are not looked at.
+
+    Args:
+        folder: Of the run; nothing is checked where none lies there.
+        names: Files, or folders with all that is in them.
+
+    Raises:
+        DataError: A file was changed, or is damaged.
+    """
+    root = Path(folder)
+    if not (root / "manifest.json").is_file():
+        return
+    manifest = read_manifest(root)
+    for name, digest in manifest.files.items() if manifest.status == "success" else ():
+        wanted = any(name == other or name.startswith(f"{other}/") for other in names)
+        if wanted and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
+            raise DataError(
+                f"{root / name}: is damaged, or was changed after the run had finished; run the command again that "
+                "writes it, with --overwrite"
+            )
+
+
 def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
     """The first file or folder of a finished run's outputs that is no longer there, of runs within it too."""
     root = Path(folder)

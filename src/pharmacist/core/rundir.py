@@ -20,7 +20,14 @@ from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunEr
 from pharmacist.core.files import FULL_DISK, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
-from pharmacist.core.manifest import Phase, RunManifest, missing_output, output_files, read_manifest
+from pharmacist.core.manifest import (
+    Phase,
+    RunManifest,
+    check_unchanged,
+    missing_output,
+    output_files,
+    read_manifest,
+)
 from pharmacist.core.progress import console
 
 
@@ -89,6 +96,7 @@ class RunDir:
     def open(
         cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str],
         late: frozenset[str] = frozenset(), late_inputs: frozenset[str] = frozenset(), reopen: bool = False,
+        read_again: tuple[str, ...] = (),
     ) -> "RunDir":  # fmt: skip
         """Takes possession of the output folder.
 
@@ -101,8 +109,10 @@ class RunDir:
             late_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
                 stage finds in its results what it need not compute again.
+            read_again: Outputs that the stage reads where the run is finished already.
 
         Raises:
+            DataError: One of these was changed.
             ConfigError: The folder holds another run or other files, an input, is a file, or another process works in
                 it.
         """
@@ -139,6 +149,7 @@ class RunDir:
             _check_overwritable(root)
         elif exists:
             found = previous()
+            check_unchanged(root, *read_again)
             if found is not None and found.status == "success" and found.key == key:
                 lost = missing_output(root, found)
                 if lost is None:
@@ -156,6 +167,7 @@ class RunDir:
                 kept = {name: getattr(found, name) for name in ("created", "phases", "counts", "extra", "device")}
                 whole = found.status != "success" or missing_output(root, found) is None
                 manifest = found if found.key == key and whole else manifest.model_copy(update=kept)
+                _drop_damaged_tensors(root / "work")
             if manifest is not found:
                 manifest.write(root)
         except BaseException:
@@ -237,8 +249,10 @@ class RunDir:
 
     def discard(self) -> None:
         """Forgets a run without results, so that the folder is free for one with mended input."""
+        if self._lock is None:
+            return
         ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
-        if self._lock is not None and len(ours) == len(list(self.root.iterdir())):
+        if len(ours) == len(list(self.root.iterdir())):
             for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
                 remove(path)
             self._lock.close()
@@ -251,6 +265,23 @@ class RunDir:
                 remove(self.root / "work")
             self._lock.close()
             self._lock = None
+
+
+def _drop_damaged_tensors(work: Path) -> None:
+    """Deletes what is cut or damaged of a run's partial tensors, so that they are computed again."""
+    for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
+        with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data
+            head = file.read(8)
+            text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+        try:
+            ends = [entry["data_offsets"][1] for name, entry in json.loads(text).items() if name != "__metadata__"]
+            whole = path.stat().st_size == 8 + len(text) + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            whole = False
+        if not whole:
+            console().print(f"{path}: is damaged and deleted; it is computed again", soft_wrap=True, markup=False)
+            path.unlink()
+            (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole
 
 
 def _is_hollow(path: Path) -> bool:

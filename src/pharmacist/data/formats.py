@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path
+from pharmacist.core.files import atomic_path, check_ordinary, read_json
 from pharmacist.core.hashing import sha256_file, sha256_folder
 from pharmacist.data.compression import SUFFIXES, check_magic, compressed, open_bytes, split_suffix
 
@@ -785,6 +785,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
 
 def _open_file(path: Path, label: str, name: str) -> Source:
     where = f"{name} {label}"
+    check_ordinary(path, where)
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
         raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
@@ -802,7 +803,10 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
 
     where = f"{name} {label}"
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8")).get("splits", [])
+        try:
+            splits = list(map(str, read_json(path / "dataset_dict.json")["splits"]))
+        except (DataError, OSError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
@@ -875,8 +879,8 @@ def _fits_json(kind: pa.DataType) -> bool:
         return all(_fits_json(kind.field(position).type) for position in range(kind.num_fields))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _fits_json(kind.value_type)
-    plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean, types.is_null)
-    return any(test(kind) for test in plain)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    return text or any(test(kind) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))
 
 
 def _json_line(value: Any) -> bytes:

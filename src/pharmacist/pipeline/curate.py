@@ -435,6 +435,8 @@ def _input(
 
 def _check_models(selector: "Selector", options: CurateOptions) -> None:
     """Says which model is missing before anything is read."""
+    from pharmacist.core.manifest import check_unchanged
+
     if "model" in selector.needs and options.model is None:
         raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
@@ -450,7 +452,10 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
         name = options.selector["name"]
         raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
     if options.resume_selector is not None:
-        selector.check_saved(Path(options.resume_selector), options.model)
+        saved = Path(options.resume_selector)
+        check_unchanged(saved, "selector")
+        check_unchanged(saved.parent, saved.name)
+        selector.check_saved(saved, options.model)
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 

@@ -138,8 +138,9 @@ class EvaluateResult:
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
-        with (self.folder / "items.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        from pharmacist.core.files import read_json_lines
+
+        return read_json_lines(self.folder / "items.jsonl")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -203,7 +204,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
         identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
-        late=LATE, late_inputs=_LATE_INPUTS, reopen=True,
+        late=LATE, late_inputs=_LATE_INPUTS, reopen=True, read_again=("items.jsonl", "metrics.json"),
     )  # fmt: skip
     try:
         if from_main(run.complete):

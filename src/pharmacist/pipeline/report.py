@@ -59,9 +59,12 @@ def report(options: ReportOptions) -> str:
 
 
 def _write_page(folder: Path, options: ReportOptions) -> None:
-    from pharmacist.core.manifest import read_manifest
+    from pharmacist.core.manifest import check_unchanged, read_manifest
 
     manifest = read_manifest(folder)
+    check_unchanged(folder, "scores.parquet", "demo.json", "data", "sweep.json", "results.parquet")
+    if manifest.stage == "demo":
+        check_unchanged(folder / "rank", "scores.parquet")
     if manifest.stage not in _PAGES:
         known = " or ".join(_PAGES)
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")

@@ -145,6 +145,7 @@ def sweep(options: SweepOptions) -> SweepResult:
     )  # fmt: skip
     run = RunDir.open(
         identity, stage="sweep", version=STAGE_VERSION, late=_LATE, late_inputs=frozenset(evaluation), reopen=True,
+        read_again=("sweep.json",),
         inputs={name: source.fingerprint() for name, source in sources.items()}
         | evaluation | {"model": model_fingerprint(options.model)},
     )  # fmt: skip

@@ -215,7 +215,7 @@ class Remote:
         except ValueError:  # cut while it was written
             return None
         except RecursionError as error:
-            raise DataError(f"{path}: is no marker (nested too deeply); delete it, and the stage is run anew") from error
+            raise DataError(f"{path}: is nested too deeply; delete it, and the stage is run anew") from error
         try:
             marker = Marker.model_validate(value)
         except ValidationError as error:
