@@ -126,7 +126,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was, or, in the folder work of a run, "
+            f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was, or, in a run's folder work, "
             "delete that folder"
         ) from error
 
@@ -150,3 +150,15 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
             f"{path}: line {len(found) + 1} is damaged, it holds no JSON; run the command again that writes it"
         ) from error
     return found
+
+
+def is_whole_tensors(path: Path) -> bool:
+    """Whether a safetensors file is neither cut nor spoiled in its header, told without reading the tensors."""
+    with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data
+        head = file.read(8)
+        text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(text).items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + len(text) + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return False

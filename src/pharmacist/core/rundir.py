@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pharmacist.core.env import rank, versions
 from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
-from pharmacist.core.files import FULL_DISK, read_json, remove, write_json
+from pharmacist.core.files import FULL_DISK, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import (
@@ -270,15 +270,7 @@ class RunDir:
 def _drop_damaged_tensors(work: Path) -> None:
     """Deletes what is cut or damaged of a run's partial tensors, so that they are computed again."""
     for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
-        with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data
-            head = file.read(8)
-            text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
-        try:
-            ends = [entry["data_offsets"][1] for name, entry in json.loads(text).items() if name != "__metadata__"]
-            whole = path.stat().st_size == 8 + len(text) + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            whole = False
-        if not whole:
+        if not is_whole_tensors(path):
             console().print(f"{path}: is damaged and deleted; it is computed again", soft_wrap=True, markup=False)
             path.unlink()
             (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole

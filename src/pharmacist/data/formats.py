@@ -186,10 +186,11 @@ class Source(ABC):
         """
         doubtful = self._doubtful_columns()
         for wanted in [None] if doubtful is None else [[column] for column in doubtful]:
-            number, column = 0, "" if wanted is None else wanted[0]
+            at, column = 0, "" if wanted is None else wanted[0]
             try:
-                for number, _, value, *_ in self.scan(wanted):
-                    for column, item in (value or {}).items():
+                for row in self.scan(wanted):
+                    at = row.number
+                    for column, item in (row.value or {}).items():
                         _json_line({column: item})
             # Of the last ones there is no Python object at all, such as a date beyond the year 9999.
             except (TypeError, RecursionError, ValueError, OverflowError, pa.ArrowException) as error:
@@ -197,7 +198,7 @@ class Source(ABC):
                 if self.native == "jsonl":
                     remedy = "leave it away, or save the rows as .parquet, which curate's --format input keeps"
                 raise DataError(
-                    f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {number} "
+                    f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
                     f"({_short(error)}); {remedy}"
                 ) from error
 

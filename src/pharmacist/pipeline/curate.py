@@ -455,11 +455,23 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
         saved = Path(options.resume_selector)
         check_unchanged(saved, "selector")
         check_unchanged(saved.parent, saved.name)
+        _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
         selector.check_saved(saved, options.model)
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 
         check_sentence_encoder()
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
+    from pharmacist.core.files import is_whole_tensors, read_json
+
+    for path in sorted(folder.rglob("*.json")):
+        read_json(path)
+    for path in sorted(folder.rglob("*.safetensors")):
+        if not is_whole_tensors(path):
+            raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
 
 
 def _learns(selector: "Selector") -> bool:
