@@ -390,7 +390,7 @@ def test_names_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "place",
-    ["out", "out/a.jsonl", "./out/../out/a.jsonl", "harmbench:out/a.jsonl", "out/data:train", "link", "out/away", "adapter"],
+    "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter".split(),
 )  # fmt: skip
 def test_whatever_lies_in_the_output_folder_is_an_input(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

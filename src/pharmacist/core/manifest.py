@@ -84,7 +84,10 @@ def read_manifest(folder: str | Path) -> RunManifest:
         manifest = RunManifest.model_validate(read_json(path))
     except (ValidationError, DataError) as error:
         detail = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{path}: not a manifest that this version reads ({detail})") from error
+        raise DataError(
+            f"{path}: not a manifest that this version reads ({detail}); if it was, it is damaged: delete the "
+            "folder"
+        ) from error
     if manifest.schema_version > SCHEMA_VERSION:
         raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
     return manifest
