@@ -157,7 +157,10 @@ def train(
             load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (UnpicklingError, EOFError, SafetensorError) as error:  # unchanged, but nothing that this program wrote
+    except (UnpicklingError, EOFError, SafetensorError) as error:
+        if checkpoint is None or progress.began:
+            raise
+        # Whole by its own account, but nothing that this program wrote.
         raise DataError(
             f"{checkpoint}: cannot be resumed from ({' '.join(str(error).split())[:200]}); delete this folder"
         ) from error
@@ -178,6 +181,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, description: str) -> None:
         self.description = description
+        self.began = False
         self._bar: Bar | None = None
         self._stack: list[Any] = []
 
@@ -195,6 +199,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._bar = shown.__enter__()
         self._stack.append(shown)
         self._bar.advance(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
