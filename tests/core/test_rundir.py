@@ -163,7 +163,7 @@ def test_overwriting_deletes_runs(tmp_path: Path) -> None:
 def test_a_run_killed_while_it_is_deleted_is_neither_complete_nor_foreign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    def killed(_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise SystemExit
 
     finish(tmp_path / "out")

@@ -528,3 +528,21 @@ def test_what_json_lines_hold_passes(name: str, tmp_path: Path) -> None:
     write_rows(source, [0, 2], tmp_path / "kept.parquet", "parquet")
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
     assert len(pq.read_table(tmp_path / "kept.parquet")) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"splits": 3}', b"null", b"[" * 100000, b"\xff"])
+def test_a_damaged_list_of_splits_is_told(content: bytes, tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(made_rows(3))}).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "dataset_dict.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"dataset_dict.json is damaged and names no splits; save it again"):
+        open_source(str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"nothing"])
+def test_a_damaged_saved_dataset_is_told(name: str, content: bytes, tmp_path: Path) -> None:
+    datasets.Dataset.from_list(made_rows(3)).save_to_disk(tmp_path / "rows")
+    assert (tmp_path / "rows" / name).is_file()
+    (tmp_path / "rows" / name).write_bytes(content)
+    with pytest.raises(DataError, match="the saved dataset cannot be opened"):
+        open_source(str(tmp_path / "rows"))

@@ -123,6 +123,22 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
+def test_an_input_that_a_grid_names_is_refused_too(
+    world: World, finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    output = Path(shutil.copytree(finished("evaluate"), tmp_path / "out"))
+    for name, option in (("rows.jsonl", "pools.pool"), ("harmful.jsonl", "attack.harmful"), ("model", "models.model")):
+        here = world.folder / name
+        (shutil.copytree if here.is_dir() else shutil.copy)(here, output / name)
+        grid = (world.folder / "grid.json").read_text().replace(str(here), str(output / name))
+        (tmp_path / "grid.json").write_text(grid)
+        before = fingerprints(output)
+        capsys.readouterr()
+        assert main(world.words("bench", output, "--overwrite", grid=tmp_path / "grid.json")) == 2
+        assert f"--{option} {output / name}: lies in the output folder" in capsys.readouterr().err
+        assert fingerprints(output) == before
+
+
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -25,12 +25,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove(path: Path) -> None:
-    """Deletes a file, a folder or nothing; of a link the link alone, never what it points to."""
+def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
+    """Deletes a file, a folder or nothing; of a link the link alone, never what it points to.
+
+    Args:
+        path: What goes.
+        as_far_as_possible: Leave in a folder what cannot be deleted, as an open file on NFS, instead of raising.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(path)  # which unlinks links too
+        shutil.rmtree(path, ignore_errors=as_far_as_possible)  # which unlinks links too
 
 
 def commit_file(temporary: Path, path: Path) -> None:

@@ -153,7 +153,8 @@ class RunDir:
             if found is not None and found.status == "success" and found.key == key:
                 lost = missing_output(root, found)
                 if lost is None:
-                    remove(root / "work")  # left where a kill fell between manifest and removal
+                    # It is left where a kill fell between manifest and removal.
+                    remove(root / "work", as_far_as_possible=True)
                     return cls(root, found, None)
                 console().print(f"{root}: {lost} is no longer there, so this run is done again", soft_wrap=True)
         if exists:
@@ -254,7 +255,7 @@ class RunDir:
         ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
         if len(ours) == len(list(self.root.iterdir())):
             for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
-                remove(path)
+                remove(path, as_far_as_possible=True)
             self._lock.close()
             self._lock = None
 
@@ -262,7 +263,7 @@ class RunDir:
         """Releases the folder; partial state stays unless the run is complete."""
         if self._lock is not None:
             if self.complete:
-                remove(self.root / "work")
+                remove(self.root / "work", as_far_as_possible=True)
             self._lock.close()
             self._lock = None
 
