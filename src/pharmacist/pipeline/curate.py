@@ -186,6 +186,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
+    from pharmacist.core.files import remove
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier, from_main
@@ -221,6 +222,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         if ranking.records.refused:
             _write_refused(run.path("refused.jsonl"), ranking.records)
             outputs.append("refused.jsonl")
+        remove(run.path("selector"))  # a link there would lead elsewhere
         if selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")

@@ -1,7 +1,6 @@
 """The stage `evaluate`: what a model answers, how harmful, how useful, how shy it is; with counts and intervals."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -161,7 +160,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
         return EvaluateResult(evaluate_models(options, options.models), Path(options.output_dir))
     from pharmacist.core.env import rank
-    from pharmacist.core.files import read_json, write_json
+    from pharmacist.core.files import read_json, remove, write_json
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source
     from pharmacist.data.tasks import open_task
@@ -218,7 +217,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             outputs = ["metrics.json", "items.jsonl"]
             _write_items(run.path("items.jsonl"), found)
             write_json(run.path("metrics.json"), found.metrics)
-            shutil.rmtree(run.path("judge"), ignore_errors=True)  # of a judge before this one
+            remove(run.path("judge"))  # of a judge before this one
             if judges and judges[0].save(run.path("judge")):
                 outputs.append("judge")
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
