@@ -201,6 +201,10 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("", "needs keys and values at its top level"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("stirs: " + "9" * 5000, "not valid YAML (Exceeds the limit"),
+        ("stirs: " + "9" * 30, "is too large; whole numbers go up to 9223372036854775807"),
+        ("inner: {rate: .inf}", "must be a finite number"),
     ],
 )
 def test_a_bad_file(yaml: str, message: str, tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_answers_of_other_prompts_are_not_taken(
     changed = {"other": [*lines[1:], lines[0]], "missing": lines[1:], "more": [*lines, lines[0]]}[change]
     (tmp_path / "out/items.jsonl").write_text("".join(changed))
     assert main(arguments(own, tmp_path / "out", "--quiet", "--judge.window", "30")) == 2
+    assert "items.jsonl: is damaged, or was changed after the run had finished" in capsys.readouterr().err
+    read_manifest(tmp_path / "out").model_copy(update={"files": {}}).write(tmp_path / "out")  # of an earlier version
+    assert main(arguments(own, tmp_path / "out", "--quiet", "--judge.window", "30")) == 2
     assert "--overwrite evaluates again" in capsys.readouterr().err
 
 

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, read_json
+from pharmacist.core.files import atomic_path, check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_file
 from pharmacist.data.compression import SUFFIXES, check_magic, compressed, open_bytes, split_suffix
 
@@ -180,6 +180,34 @@ class Source(ABC):
 
     # --- writing --------------------------------------------------------------------------------------------------
 
+    def check_json_lines(self) -> None:
+        """Finds values that `write_json_lines` cannot write, before hours are spent on which rows to write.
+
+        Raises:
+            DataError: A column holds such values.
+        """
+        doubtful = self._doubtful_columns()
+        for wanted in [None] if doubtful is None else [[column] for column in doubtful]:
+            at, column = 0, "" if wanted is None else wanted[0]
+            try:
+                for row in self.scan(wanted):
+                    at = row.number
+                    for column, item in (row.value or {}).items():
+                        _json_line({column: item})
+            # Of the last ones there is no Python object at all, such as a date beyond the year 9999.
+            except (TypeError, RecursionError, ValueError, OverflowError, pa.ArrowException) as error:
+                remedy = f"curate's --format input keeps it, as {self.native}"
+                if self.native == "jsonl":
+                    remedy = "leave it away, or save the rows as .parquet, which curate's --format input keeps"
+                raise DataError(
+                    f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
+                    f"({_short(error)}); {remedy}"
+                ) from error
+
+    def _doubtful_columns(self) -> list[str] | None:
+        """Columns that may hold what JSON cannot; None where any may."""
+        return None
+
     @property
     def native(self) -> str:
         """Format in which `write_rows` writes unless asked otherwise."""
@@ -193,7 +221,11 @@ class Source(ABC):
         """Writes rows as JSON lines to `path`, compressed as the name `target` says."""
         with compressed(path, target) as file:
             for row in self.pick(numbers):
-                file.write(_json_line(row.value, self.where, row.number))
+                try:
+                    file.write(_json_line(row.value))
+                except (TypeError, RecursionError) as error:
+                    what = f"row {row.number} holds {_short(error)}, which JSON cannot hold"
+                    raise DataError(f"{self.where}: {what}; leave that column away") from error
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
@@ -355,6 +387,9 @@ class _FileSource(Source):
 
     def _content_hash(self) -> str:
         return sha256_file(self.path)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return []  # text is copied as it is
 
     @property
     def native(self) -> str:
@@ -627,6 +662,9 @@ class _Parquet(_FileSource):
     def columns(self) -> list[str] | None:
         return list(self._schema.names)
 
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._schema if not _fits_json(field.type)]
+
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         wanted = None if columns is None else [column for column in self._schema.names if column in columns]
         try:
@@ -662,7 +700,7 @@ class _Parquet(_FileSource):
                 low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
                 start += batch.num_rows
                 if high > low:
-                    held.append(batch.take(pa.array(wanted[low:high] - (start - batch.num_rows))))
+                    held.append(_take(batch, wanted[low:high] - (start - batch.num_rows)))
                     written += int(high - low)
                 if sum(part.nbytes for part in held) > MAX_ROW_BYTES:
                     writer.write_table(pa.Table.from_batches(held, self._schema))
@@ -680,7 +718,7 @@ class _Parquet(_FileSource):
         parts = []
         for batch in self._batches():
             low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
-            parts.append(batch.take(pa.array(wanted[low:high] - start)))
+            parts.append(_take(batch, wanted[low:high] - start))
             start += batch.num_rows
         return datasets.Dataset(pa.Table.from_batches(parts, self._schema))
 
@@ -698,6 +736,14 @@ def _check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> No
             kind = kind.value_type
         if pa.types.is_struct(kind):
             _check_names((kind.field(i) for i in range(kind.num_fields)), where, f"{name}.")
+
+
+def _take(batch: pa.RecordBatch, positions: Any) -> pa.RecordBatch:
+    try:
+        return batch.take(pa.array(positions))
+    except pa.ArrowNotImplementedError:  # there are types that cannot be taken from, but every one has slices
+        parts = [batch.slice(position, 1) for position in positions]
+        return pa.concat_batches(parts) if parts else batch.slice(0, 0)
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
@@ -725,6 +771,9 @@ class _Datasets(Source):
     @property
     def columns(self) -> list[str] | None:
         return list(self._data.column_names)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._data.features.arrow_schema if not _fits_json(field.type)]
 
     def _content_hash(self) -> str:
         if self.format == "arrow":
@@ -817,6 +866,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
 
 def _open_file(path: Path, label: str, name: str) -> Source:
     where = f"{name} {label}"
+    check_ordinary(path, where)
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
         raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
@@ -838,8 +888,8 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
     if (path / "dataset_dict.json").is_file():
         try:
             splits = [str(name) for name in read_json(path / "dataset_dict.json")["splits"]]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DataError(f"{where}: dataset_dict.json cannot be read ({_short(error)}); save it again") from error
+        except (DataError, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
@@ -908,7 +958,20 @@ def _short(error: Exception) -> str:
 # --- JSON out -----------------------------------------------------------------------------------------------------
 
 
-def _json_line(value: Any, where: str, number: int) -> bytes:
+def _fits_json(kind: pa.DataType) -> bool:
+    """Whether JSON holds every value of an Arrow type."""
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_fits_json(kind.field(position).type) for position in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _fits_json(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    return text or any(test(kind) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))
+
+
+def _json_line(value: Any) -> bytes:
+    """A row as JSON; raises what `json.dumps` does where it cannot be, see `Source.check_json_lines`."""
+
     def default(item: Any) -> Any:
         if isinstance(item, datetime.date | datetime.time):
             return item.isoformat()
@@ -916,9 +979,7 @@ def _json_line(value: Any, where: str, number: int) -> bytes:
             return str(item)
         if hasattr(item, "tolist"):
             return item.tolist()
-        raise DataError(
-            f"{where}: row {number} holds a {type(item).__name__}, which JSON cannot hold; leave that column away"
-        )
+        raise TypeError(f"a value of the type {type(item).__name__}")
 
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)

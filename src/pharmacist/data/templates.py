@@ -235,7 +235,7 @@ def load_template(folder: str | os.PathLike[str]) -> Template | None:
         if path.is_file():
             try:
                 return Template.from_json(read_json(path))
-            except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
                 raise DataError(f"{path}: is no template; delete it, or copy it from the original model") from error
     return None
 

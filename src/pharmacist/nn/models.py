@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from pharmacist.core.console import plain
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
-from pharmacist.core.files import read_json
+from pharmacist.core.files import check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_json, sha256_text
 from pharmacist.core.progress import console
 from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
@@ -391,6 +391,7 @@ def _check_place(name: str) -> Path:
     """Refuses at once, before anything is read, what can be no model."""
     folder = Path(name)
     exists = os.path.isdir(folder)
+    check_ordinary(folder, name)
     if os.path.isfile(folder):
         raise DataError(f"{name}: is a file; a model folder or a hub id is needed")
     if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):

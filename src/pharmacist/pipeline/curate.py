@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.console import plain
@@ -84,6 +84,8 @@ class CurateOptions(RunOptions):
     embedder: str | None = None
     """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
     --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns", "balance"}
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
@@ -188,6 +190,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
+    from pharmacist.core.files import remove
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier, from_main
@@ -197,6 +200,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
     selector, options = _selector(options)
+    if not _keeps_format(sources["pool"], options):
+        sources["pool"].check_json_lines()  # not when all is ranked
     if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _input(sources, selector, options, Path(folder))
@@ -213,7 +218,7 @@ def curate(options: CurateOptions) -> Ranking | None:
             return None
         selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
         source = ranking.records.source
-        own = options.format == "input" and source.format in {"json", "csv", "parquet"}
+        own = _keeps_format(source, options)
         name = f"selected.{source.format if own else 'jsonl'}"
         write_rows(source, selected.tolist(), run.path(name), format=source.format if own else "jsonl")
         ranking.to_parquet(run.path("scores.parquet"))
@@ -221,6 +226,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         if ranking.records.refused:
             _write_refused(run.path("refused.jsonl"), ranking.records)
             outputs.append("refused.jsonl")
+        remove(run.path("selector"))  # a link there would lead elsewhere
         if selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")
@@ -283,6 +289,10 @@ def rank(
     )  # fmt: skip
     try:
         ranking = _rank(sources, chosen, settings, run)
+    except PharmacistError:
+        if not any(run.root.glob("work/**/*.safetensors")):
+            run.discard()
+        raise
     finally:
         run.close()
     ranking.manifest = run.manifest.model_dump(mode="json")
@@ -296,6 +306,11 @@ def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
 
     selector = SELECTORS.build_from(options.selector)
     return selector, replace(options, selector={"name": options.selector["name"], **asdict(selector.config)})
+
+
+def _keeps_format(pool: "Source", options: CurateOptions) -> bool:
+    """Whether the selected rows are written in the pool's own format, and not as JSON lines."""
+    return options.format == "input" and pool.format in {"json", "csv", "parquet"}
 
 
 def _is_main() -> bool:
@@ -447,6 +462,8 @@ def _rendered(
 
 def _check_models(selector: "Selector", options: CurateOptions) -> None:
     """Says which model is missing before anything is read."""
+    from pharmacist.core.manifest import check_unchanged
+
     if "model" in selector.needs and options.model is None:
         raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
@@ -462,11 +479,26 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
         name = options.selector["name"]
         raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
     if options.resume_selector is not None:
-        selector.check_saved(Path(options.resume_selector), options.model)
+        saved = Path(options.resume_selector)
+        check_unchanged(saved, "selector")
+        check_unchanged(saved.parent, saved.name)
+        _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
+        selector.check_saved(saved, options.model)
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 
         check_sentence_encoder()
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
+    from pharmacist.core.files import is_whole_tensors, read_json
+
+    for path in sorted(folder.rglob("*.json")):
+        read_json(path)
+    for path in sorted(folder.rglob("*.safetensors")):
+        if not is_whole_tensors(path):
+            raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
 
 
 def _learns(selector: "Selector") -> bool:
@@ -485,13 +517,16 @@ def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
     from pharmacist.evaluation.prompts import category_names
 
     wanted = set(pool.row_numbers.tolist())
-    columns, found = dict[str, None](), list[list[str]]()
-    for row in pool.source.scan():
-        if row.number in wanted and row.value is not None:
-            columns |= dict.fromkeys(row.value)
-            value = row.value.get(column)
-            plain = isinstance(value, bool | int | float)
-            found.append([str(value)] if plain else category_names(row.value, (column,)))
+    columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
+    try:
+        for row in pool.source.scan({column}) if column in columns or not columns else ():
+            if row.number in wanted and row.value is not None:
+                columns |= dict.fromkeys(row.value)
+                value = row.value.get(column)
+                plain = isinstance(value, bool | int | float)
+                found.append([str(value)] if plain else category_names(row.value, (column,)))
+    except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
+        raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
     if column not in columns:
         raise DataError(f"--balance {column}: the pool has no such column; it has {', '.join(columns)}")
     counts = Counter(name for names in found for name in names)

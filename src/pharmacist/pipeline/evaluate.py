@@ -1,12 +1,11 @@
 """The stage `evaluate`: what a model answers, how harmful, how useful, how shy it is; with counts and intervals."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import flag, method
 from pharmacist.core.console import plain
@@ -111,6 +110,8 @@ class EvaluateOptions(RunOptions):
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
     """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
 
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
+
     def __post_init__(self) -> None:
         if self.compare is not None:
             if len(self.compare) != 2:
@@ -153,8 +154,9 @@ class EvaluateResult:
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
-        with (self.folder / "items.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        from pharmacist.core.files import read_json_lines
+
+        return read_json_lines(self.folder / "items.jsonl")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -175,7 +177,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
         return EvaluateResult(evaluate_models(options, options.models), Path(options.output_dir))
     from pharmacist.core.env import rank
-    from pharmacist.core.files import read_json, write_json
+    from pharmacist.core.files import read_json, remove, write_json
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source
     from pharmacist.data.tasks import open_task
@@ -220,7 +222,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
         identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
-        late=LATE, late_inputs=_LATE_INPUTS, reopen=True,
+        late=LATE, late_inputs=_LATE_INPUTS, reopen=True, read_again=("items.jsonl", "metrics.json"),
     )  # fmt: skip
     try:
         if from_main(run.complete):
@@ -234,7 +236,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             outputs = ["metrics.json", "items.jsonl"]
             _write_items(run.path("items.jsonl"), found)
             write_json(run.path("metrics.json"), found.metrics)
-            shutil.rmtree(run.path("judge"), ignore_errors=True)  # of a judge before this one
+            remove(run.path("judge"))  # of a judge before this one
             if judges and judges[0].save(run.path("judge")):
                 outputs.append("judge")
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)

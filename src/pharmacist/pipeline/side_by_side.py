@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.console import plain
+from pharmacist.core.errors import PharmacistError
 from pharmacist.core.rundir import RunDir
 
 
@@ -55,6 +56,9 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
             _show(found)
             console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
         return found
+    except PharmacistError:
+        run.discard()
+        raise
     finally:
         run.close()
 

@@ -68,6 +68,8 @@ class TrainingStageOptions(RunOptions):
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
+
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """The stage's own defaults for `train`."""
 
@@ -96,6 +98,11 @@ _FIXED = (
     "remove_unused_columns", "label_names", "do_train", "label_smoothing_factor", "logging_nan_inf_filter",
     "ignore_data_skip", "average_tokens_across_devices", "use_liger_kernel",
 )  # fmt: skip
+_LEAST = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0,
+    "num_train_epochs": 1e-9,
+}  # fmt: skip
+"""What transformers lets pass, and then trains nothing or fails in the middle."""
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio", "evaluation_strategy": "use pharmacist evaluate",
     "overwrite_output_dir": "use --overwrite", "no_cuda": "use --device cpu",
@@ -134,6 +141,9 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
             if isinstance(checked[name], float) and not math.isfinite(checked[name]):
                 raise ConfigError(f"train.{name}: {value!r} is not a finite number")
+            if name in _LEAST and isinstance(checked[name], int | float) and checked[name] < _LEAST[name]:
+                least = "must be above 0" if _LEAST[name] < 1 and _LEAST[name] else f"must be at least {_LEAST[name]}"
+                raise ConfigError(f"train.{name}: {value!r} {least}")
         except ConfigError:
             raise
         except ValidationError as error:

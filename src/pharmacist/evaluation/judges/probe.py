@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit, log_softmax, logsumexp
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -228,7 +229,7 @@ class ProbeJudge(Judge):
             self._fingerprint, self._report = content["fingerprint"], content["report"]
             # It judges as it was trained to; only the folder is the caller's.
             self.config = replace(ProbeConfig(**content["config"]), folder=str(folder))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{folder}: cannot be read as a probe judge ({error}); train it again") from error
         self._known = _single_words(self._vectorizer)
 

@@ -104,7 +104,8 @@ def bench(options: BenchOptions) -> BenchResult:
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if rank() == 0 and not plan.waiting():
-            run.finish(outputs=["results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data"])
+            outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
+            run.finish(outputs=[name for name in outputs if run.path(name).exists()])
             _upload(run, remote)
         place = remote.url if remote else root
         console().print(
