@@ -217,8 +217,8 @@ def with_interval(values):
     """Mean and interval of three seeds or more, else the values themselves."""
     if len(values) < 3:
         return " / ".join(f"{value:.3f}" for value in values)
-    estimate = t_interval(values)
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {min(1, estimate.high):.3f}]"
+    estimate = t_interval(values, bounds=(0.0, 1.0))
+    return f"{estimate.value:.3f} " + ("" if estimate.missing else f"[{estimate.low:.3f}, {estimate.high:.3f}]")
 
 
 def average(runs, key):

@@ -373,7 +373,7 @@ def _general(
                 trust_remote_code=options.trust_remote_code,
             )  # fmt: skip
             found["perplexity_drift"] = perplexity_drift(
-                records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity"), seed=options.seed
+                records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity")
             )
     if options.lm_eval is not None:
         from pharmacist.evaluation.general import check_lm_eval, lm_eval
