@@ -37,12 +37,22 @@ class Scores:
         reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED` where nothing was judged, shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: What the selector says about itself (JSON), such as its quality on held-out references.
+        weight: How much a row's loss should count in training against that of others, not negative, shape [rows];
+            None where the selector only ranks.
     """
 
     score: FloatArray
     reason: npt.NDArray[np.str_]
     signals: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    weight: FloatArray | None = None
+
+
+def scaled_to_mean_1(weight: FloatArray, selected: npt.NDArray[np.bool_]) -> FloatArray:
+    """Weights whose mean over the selected rows is 1; all 1 where those have none."""
+    mean = weight[selected].mean() if selected.any() else 0.0
+    found: FloatArray = weight / mean if mean > 0 else np.ones_like(weight)
+    return found
 
 
 @dataclass

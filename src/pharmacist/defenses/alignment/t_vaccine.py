@@ -24,7 +24,7 @@ class TVaccineConfig:
     """Options of T-Vaccine."""
 
     rho: float = 3.0
-    """Norm of the perturbation over the sampled layers, and all rows, tokens and channels of a batch together."""
+    """Norm of the perturbation of a micro-batch, over the sampled layers and all its rows, tokens and channels."""
     layers: int = 8
     """Layers that are sampled, trained and perturbed at a time."""
     sample_every: int = 20
