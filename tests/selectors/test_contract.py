@@ -103,7 +103,9 @@ def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, 
 
 
 @LEARNED
-@pytest.mark.parametrize("more", [{}, {"rank_by": "logits"}, {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"rank_by": "logits"}, {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"}]
+)
 def test_with_batches_of_one_row_it_still_tells_rows_apart_or_refuses(model, tmp_path, name, more):
     known = {field.name for field in dataclasses.fields(SELECTORS.config_type(name))}
     if not set(more) <= known:

@@ -57,8 +57,8 @@ class SealConfig(AdapterOptions):
             raise ConfigError("selector.rank_by logits ranks nothing where selector.weight_rate is 0")
         if self.batch_size == 1 and self.weight_rate > 0:
             raise ConfigError(
-                "selector.batch_size 1 leaves all weights equal, since a row's weight moves by how its loss differs from "
-                "the others' in its batch; take 2 or more, or selector.weight_rate 0"
+                "selector.batch_size 1 leaves all weights equal: they move by how a row's loss differs from others "
+                "in its batch; take 2 or more, or selector.weight_rate 0"
             )
 
     @property
