@@ -473,7 +473,7 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
     if metric["value"] is None:
         table.add_row(name, "-", "-", f"0 / {metric['n']}", by)
         return
-    interval = "-" if metric["ci95"] is None else " to ".join(f"{end:.1f}" for end in metric["ci95"])
+    interval = " to ".join(f"{end:.1f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
     count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
     table.add_row(name, f"{metric['value']:.1f}", interval, count, by)
 
