@@ -121,11 +121,13 @@ def test_with_batches_of_one_row_it_still_tells_rows_apart_or_refuses(model, tmp
         work.run.close()
 
 
+WEIGHING = ("unrolled", "toxic-lora", "seal")
+
+
 @EVERY
 def test_weights_are_numbers_from_0_up_and_equal_for_equal_rows(model, tmp_path, name):
     found = ranked(tmp_path, model, name).weight
-    if name in ("unrolled", "toxic-lora", "seal"):
-        assert found is not None
+    assert (found is not None) == SELECTORS.build_from(choice(name)).weighs == (name in WEIGHING)
     if found is None:
         return
     assert found.shape == (len(POOL),) and np.isfinite(found).all() and found.min() >= 0 and found.max() > found.min()

@@ -175,12 +175,14 @@ class Selector(ABC):
         config: The options that it was built with.
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
+        weighs: Whether its scores come with weights.
         paper: Source, for the docs.
     """
 
     Config: ClassVar[type[Any]]
     config: Any
     needs: frozenset[str] = frozenset()
+    weighs: bool = False
     paper: ClassVar[str] = ""
 
     @abstractmethod

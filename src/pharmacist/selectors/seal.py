@@ -80,7 +80,7 @@ class Seal(Selector):
                 "selector.gamma 1 with selector.epochs 1 never learns the safe references; take a lower gamma or more "
                 "epochs"
             )
-        self.config = config
+        self.config, self.weighs = config, config.weight_rate > 0
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains the models together with the rows' weights, then reads the pool once under each."""
@@ -105,7 +105,7 @@ class Seal(Selector):
         losses["logit"] = mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
         report = {"steps": problem.steps(config.batch_size)}
-        weight = np.exp(losses["logit"] - losses["logit"].max()) if config.weight_rate > 0 else None
+        weight = np.exp(losses["logit"] - losses["logit"].max()) if self.weighs else None
         return Scores(score, np.full(len(score), RANKED), dict(losses), report, weight)
 
 

@@ -151,6 +151,7 @@ class Unrolled(Selector):
 
     Config: ClassVar[type[Any]] = UnrolledConfig
     needs = frozenset({"safe", "model"})
+    weighs = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
     work = "unrolled"
 
