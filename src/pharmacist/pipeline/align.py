@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pharmacist.data.formats import Source
     from pharmacist.training.strategy import GradientStrategy
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass(kw_only=True)

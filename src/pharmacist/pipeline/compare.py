@@ -9,7 +9,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
-_VERSION = 1
+_VERSION = 2
 _FILES = ("metrics.json", "items.jsonl")
 
 
