@@ -100,10 +100,11 @@ def accumulated(
 
     Not `known`: each takes itself for the update, so that its mean counts as much as that of any other.
     """
-    whole = {} if not known else {
+    whole = {
         "targets": sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts),
         "tokens": sum(int(part["attention_mask"].sum()) for part in parts),
     }
+    whole = whole if known else {}
     net.zero_grad()
     steps = [
         micro_step(strategy, net, part, micro=micro, scale=1 / len(parts), **whole, **options)
