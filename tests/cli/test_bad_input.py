@@ -234,7 +234,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a file for the model": (
         place(mine, "--model", "thing"),
-        "thing: is a file; --model needs a model folder or a hub id",
+        "thing: is a file; a model folder or a hub id is needed",
     ),
     "foreign files": (foreign_output, "out: holds files that are not a pharmacist run; choose an empty --output-dir"),
     "foreign files, to overwrite": (
@@ -323,7 +323,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "no model": (options(model=None), "give --model"),
     "no such model": (
         options(model="./nowhere"),
-        "./nowhere: no such folder; --model needs a model folder or a hub id",
+        "./nowhere: no such folder; a model folder or a hub id is needed",
     ),
     "no weights": (
         model_folder(lambda f: (f / "model.safetensors").unlink()),
@@ -350,7 +350,7 @@ CASES: dict[str, tuple[Case, str]] = {
 if not torch.cuda.is_available():
     CASES["no GPU"] = (
         options("--device", "cuda"),
-        "--device cuda: no CUDA device is visible to torch; use --device cpu",
+        "device cuda: no CUDA device is visible to torch; use the device cpu",
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from pharmacist.core import registry as registry_module
 from pharmacist.core.env import offline, versions
 from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
-from pharmacist.core.hashing import sha256_file, sha256_folder, sha256_json, sha256_text
+from pharmacist.core.hashing import sha256_content, sha256_file, sha256_folder, sha256_json, sha256_text
 from pharmacist.core.manifest import SCHEMA_VERSION, Phase, RunManifest, read_manifest
 from pharmacist.core.registry import Registry, closest
 from pharmacist.core.seeding import derive
@@ -138,3 +138,17 @@ def test_importing_the_package_is_cheap() -> None:
     code = "import sys, pharmacist, pharmacist.cli.main; print('torch' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("name", [
+    "pytorch_model.bin", "modeling.py", "1_Pooling/config.json", "data-0-of-1.arrow", "state.json", "vocab.txt",
+])  # fmt: skip
+def test_the_content_of_a_folder_is_all_that_is_loaded_from_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    found = []
+    for content in ("a", "b"):
+        (tmp_path / name).write_text(content)
+        found.append(sha256_content(tmp_path))
+    for cache in ("cache-0123.arrow", "tmpx.arrow", ".lock", "README.md"):
+        (tmp_path / cache).write_text("c")
+    assert found[0] != found[1] == sha256_content(tmp_path)

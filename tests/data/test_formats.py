@@ -483,3 +483,14 @@ def _raise(error):
         raise error
 
     return call
+
+
+def test_the_order_of_a_saved_datasets_shards_is_fingerprinted(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"prompt": f"p{i}", "completion": "c"} for i in range(4)])
+    data.save_to_disk(tmp_path / "saved", num_shards=2)
+    prints, path = [open_source(tmp_path / "saved", name="--pool").fingerprint()], tmp_path / "saved/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"_data_files": state["_data_files"][::-1]}))
+    source = open_source(tmp_path / "saved", name="--pool")
+    assert [row.value["prompt"] for row in source.scan()] == ["p2", "p3", "p0", "p1"]
+    assert source.fingerprint() != prints[0]

@@ -215,6 +215,15 @@ def test_it_resumes_between_measurements_and_draws_with_the_same_layers():
         assert resumed[0] == straight[0] and toy.same(resumed[1], straight[1])
 
 
+@pytest.mark.parametrize(("layers", "given", "count"), [(4, None, 4), (10, None, 8), (10, 9, 9)])
+def test_the_default_fits_every_model(layers, given, count, capsys):
+    strategy = TVaccine(TVaccineConfig(layers=given, score_rows=3))
+    assert strategy.setup(net := toy.model(layers), 0)["sampled_at_a_time"] == count
+    assert ("the model has 4 layers, and all of them" in capsys.readouterr().err) == (layers == 4)
+    toy.method_gradient(strategy, net, DATA, streams={"harmful": Stream(HARMFUL)})
+    assert len(strategy.active) == count
+
+
 def test_impossible_settings_are_refused():
     net = toy.model(LAYERS)
     with pytest.raises(ConfigError, match="layers 5: the model has 4 layers"):

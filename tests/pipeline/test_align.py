@@ -62,12 +62,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_contracts_files(aligned: Path, data: str) -> None:
-    assert {path.name for path in aligned.iterdir()} == {
-        "adapter", "log.jsonl", "README.md", "manifest.json", "pharmacist_template.json"
+    files = {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
-    assert {path.name for path in (aligned / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json"
-    }  # fmt: skip
+    assert {path.name for path in (aligned / "adapter").iterdir()} == files
+    assert {path.name for path in aligned.iterdir()} == files | {"adapter", "log.jsonl", "manifest.json"}
     log = [json.loads(line) for line in (aligned / "log.jsonl").open()]
     assert [line["step"] for line in log] == [3]  # the last step, though it is no tenth one
     assert {"loss", "learning_rate", "grad_norm", "epoch"} <= log[0].keys() and log[0]["loss"] > 0
@@ -261,6 +261,19 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     assert not (tmp_path / "out/adapter").exists()
 
 
+def test_an_error_of_ours_is_not_taken_for_bad_input(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    from pharmacist.training.trainer import StrategyTrainer
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(StrategyTrainer, "training_step", fail)
+    assert main(words(data, tmp_path / "out", *FEW, "--quiet")) == 1
+    assert "ValueError: not the user's fault (traceback in" in one_line(capsys)
+
+
 def test_rows_that_are_skipped_or_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [TINY, {"prompt": "", "completion": ""}]
     rows += [{**TINY, "prompt": "bread " * 600}, {**TINY, "completion": "x " * 600}]
@@ -351,6 +364,7 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
     assert done.returncode == 0
     assert done.stdout == ""
     assert done.stderr == (
+        "prompts are rendered by the chat template of its tokenizer\n"
         f"aligned on 16 rows, 3 steps: {tmp_path / 'out/adapter'}\n"
         f"next: pharmacist evaluate --model {tmp_path / 'out'} --prompts PROMPTS --output-dir DIR\n"
     )

@@ -66,9 +66,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_contracts_files(attacked: Path) -> None:
-    assert {path.name for path in attacked.iterdir()} == {
-        "adapter", "attack_set.jsonl", "log.jsonl", "README.md", "manifest.json", "pharmacist_template.json",
-        "snapshots",
+    shown = {path.name for path in (attacked / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json"} < shown
+    assert {path.name for path in attacked.iterdir()} == shown | {
+        "adapter", "attack_set.jsonl", "log.jsonl", "manifest.json", "snapshots"
     }  # fmt: skip
     manifest = read_manifest(attacked)
     assert (manifest.stage, manifest.status) == ("attack", "success")
@@ -342,6 +343,7 @@ def test_the_console_shows_our_lines_and_no_others(files: dict[str, str], tmp_pa
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
+        "prompts are rendered by the chat template of its tokenizer\n"
         f"fine-tuned on 20 rows, 5 of them harmful, 4 steps: {tmp_path / 'out'}\n"
         f"next: pharmacist evaluate --model {tmp_path / 'out'} --prompts PROMPTS --output-dir DIR\n"
     )

@@ -95,7 +95,9 @@ def test_antidote_prunes_the_adapter_on_disk(world: dict[str, str], tmp_path: Pa
     )
     assert before.keys() == after.keys()
     for name, tensor in after.items():
-        assert ((tensor == 0).sum(1) == round(0.25 * tensor.shape[1])).all(), name
+        # Stacked: four rows (columns) of the alignment, which are not the user's and stay, and four of the attack.
+        aligned, tuned = tensor.chunk(2, dim=0 if "lora_A" in name else 1)
+        assert (tuned == 0).sum() == round(0.25 * tuned.numel()) and not (aligned == 0).any(), name
         assert ((tensor == before[name]) | (tensor == 0)).all()
 
 

@@ -1,6 +1,7 @@
 """What every selector owes, whatever it does: parametrised over the registry, so that a new one is tested too."""
 
 import dataclasses
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -84,9 +85,10 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
     monkeypatch.setattr(AdapterBank, "_step", interrupted)
     monkeypatch.setattr("pharmacist.nn.adapters.time.monotonic", iter(range(10**9)).__next__)
     work = village.context(tmp_path / "b", model, POOL, checkpoint_seconds=0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         SELECTORS.build_from(choice(name)).rank(work)
     work.run.close()
+    assert len(calls) == 2 or (name == "pharmacist" and not calls), "whose default form may train nothing"
     again = ranked(tmp_path / "b", model, name)
     assert np.array_equal(again.score, whole.score)
     assert (again.weight is None) == (whole.weight is None)

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +63,24 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def show_in(folder: Path, files: Iterable[Path]) -> None:
+    """Makes files of a subfolder appear in a folder too, by relative links, so that the folder can be moved.
+
+    Where the file system has no links they are copied.
+    """
+    for file in files:
+        temporary = folder / f".{file.name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(os.path.relpath(file, folder))
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
+            shutil.copyfile(file, temporary)
+        os.replace(temporary, folder / file.name)
+    _sync_folder(folder)
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
+_NOT_LOADED = (".md", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pth", ".tflite")
+
+
 def sha256_text(text: str) -> str:
     """Hex sha256 of a text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -32,3 +35,20 @@ def sha256_folder(path: str | Path, suffixes: tuple[str, ...] | None = None) -> 
     root = Path(path)
     files = sorted(f for f in root.rglob("*") if f.is_file() and (suffixes is None or f.suffix in suffixes))
     return sha256_json([[str(f.relative_to(root)), sha256_file(f)] for f in files])
+
+
+def sha256_content(path: str | Path) -> str:
+    """Hex sha256 over all that can be loaded from a folder: a model, an adapter, an encoder, a saved dataset.
+
+    Every file counts but hidden ones, texts for people, weights of other programs, and the caches that libraries put
+    beside what they have loaded.
+    """
+    root = Path(path)
+
+    def counts(file: Path) -> bool:
+        parts = file.relative_to(root).parts
+        cache = file.suffix == ".arrow" and file.name.startswith(("cache-", "tmp")) or "__pycache__" in parts
+        return not cache and file.suffix not in _NOT_LOADED and not any(part.startswith(".") for part in parts)
+
+    files = sorted(file for file in root.rglob("*") if file.is_file() and counts(file))
+    return sha256_json([[str(file.relative_to(root)), sha256_file(file)] for file in files])

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path
-from pharmacist.core.hashing import sha256_file, sha256_folder
+from pharmacist.core.hashing import sha256_content, sha256_file
 from pharmacist.data.compression import SUFFIXES, check_magic, compressed, open_bytes, split_suffix
 
 
@@ -667,7 +667,7 @@ class _Datasets(Source):
 
     def _content_hash(self) -> str:
         if self.format == "arrow":
-            return sha256_folder(str(self.spec), (".arrow",))
+            return sha256_content(str(self.spec))
         return super()._content_hash()
 
     def scan(self, columns: Collection[str] | None = None, *, parse: bool = True) -> Iterator[Row]:

@@ -6,10 +6,15 @@ evaluation must agree to the last newline.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "pharmacist_template.json"
+_RENDERING_SECONDS = 3.0
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -73,7 +79,7 @@ class Template:
                 except Exception as own:
                     raise DataError(
                         f"row {record.get('row', '?')}: the chat template refuses its turns "
-                        f"({' '.join(str(own).split())[:200]}); delete the row or use --template alpaca"
+                        f"({' '.join(str(own).split())[:200]}); delete the row or choose the template alpaca"
                     ) from own
             raise error
 
@@ -115,11 +121,52 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") ->
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
+    if own is not None and not isinstance(own, str):
+        raise CompatibilityError("the tokenizer's chat_template is no text; mend it in tokenizer_config.json")
     if kind == "alpaca" or (kind == "auto" and own is None):
         return Template("alpaca")
     if own is None:
         raise CompatibilityError("template 'chat': the tokenizer has no chat template; use alpaca or another model")
     return Template("chat", own)
+
+
+def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Refuses a chat template with which nothing can be rendered: damaged, or without end.
+
+    One that merely refuses these turns is left to the rows.
+
+    Raises:
+        CompatibilityError: It is such a template.
+    """
+    if template.kind != "chat":
+        return
+    try:
+        with _processor_time(_RENDERING_SECONDS):
+            template._chat([[{"role": "user", "content": "x"}]], tokenizer)
+    except Exception as error:
+        if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
+            return
+        why = " ".join(str(error).split())[:200]
+        raise CompatibilityError(f"{name}: its chat template fails ({why}); mend it or choose alpaca") from error
+
+
+@contextmanager
+def _processor_time(seconds: float) -> Iterator[None]:
+    """Ends what takes longer by an exception; in the main thread alone, where Python can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def save_template(folder: str | os.PathLike[str], template: Template) -> None:

@@ -130,7 +130,7 @@ def encode(
         named = ", ".join(map(str, state.refused[:_NAMED])) + (", ..." if len(state.refused) > _NAMED else "")
         raise DataError(
             f"the prompt alone fills all {max_length} tokens in {len(state.refused)} rows (row {named}); "
-            "shorten or delete them, or raise --max-length where the model allows it"
+            "shorten or delete them, or raise max_length where the model allows it"
         )
     if not len(table):
         raise DataError("no row is left to work on")

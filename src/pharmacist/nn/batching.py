@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pharmacist.core.seeding import derive
+
 
 IntArray = npt.NDArray[np.int64]
 
@@ -107,3 +109,14 @@ def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None
         batches.append(order[start : start + size])
         start += size
     return PassPlan(batches, representative)
+
+
+def batch_stream(n: int, batch_size: int, steps: int, seed: int) -> IntArray:
+    """Row numbers for every step, shape [steps, batch_size]: reshuffled each time all n rows were used.
+
+    The same seed gives the same order for every set of n rows, so that two sets differ in their rows alone.
+    """
+    needed = steps * batch_size
+    epochs = range(-(-needed // n))
+    order = [np.random.default_rng(derive(seed, "batches", epoch)).permutation(n) for epoch in epochs]
+    return np.concatenate(order)[:needed].reshape(steps, batch_size).astype(np.int64)

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,12 +18,22 @@ from transformers.utils import logging as transformers_logging
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json
-from pharmacist.core.hashing import sha256_folder, sha256_json, sha256_text
+from pharmacist.core.hashing import sha256_content, sha256_json, sha256_text
 from pharmacist.core.progress import console
-from pharmacist.data.templates import Template, choose_template, load_template
+from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
+from pharmacist.data.templates import Template, check_template, choose_template, load_template
+from pharmacist.nn.merge import Beneath, lora_factors, merge_adapter, read_stack, split, stack
 
 
-_FINGERPRINTED = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PROMPTS = {
+    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "P_TUNING": "P-tuning",
+    "PREFIX_TUNING": "prefix tuning", "ADAPTION_PROMPT": "adaption prompt", "CPT": "context-aware prompt tuning",
+    "CARTRIDGE": "cartridge",
+}  # fmt: skip
+_FROM_BASE = " (its base model's)"
+_NOT_THE_FILES = (MemoryError, torch.OutOfMemoryError)
+"""What loading fails by though the files are good."""
 
 
 @dataclass
@@ -34,12 +45,16 @@ class LoadedModel:
         tokenizer: With a pad token.
         template: How a prompt is rendered; the one saved with the model where there is one.
         name: As the user gave it.
+        template_origin: Where the template is from, in words: "the chat template that was saved with it".
+        beneath: What an adapter that is trained on the model rests on.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
     name: str
+    template_origin: str = ""
+    beneath: Beneath = field(default_factory=Beneath)
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +73,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise CompatibilityError("--device cuda: no CUDA device is visible to torch; use --device cpu")
+        raise CompatibilityError("device cuda: no CUDA device is visible to torch; use the device cpu")
     if device == "cuda":
         from accelerate import PartialState
 
@@ -79,13 +94,27 @@ def model_fingerprint(name: str) -> str:
     Raises:
         DataError: Neither a model folder nor what could be a hub id.
     """
+    return _fingerprint(name, ())
+
+
+def _fingerprint(name: str, above: tuple[Path, ...]) -> str:
     folder = _check_place(name)
     if not folder.is_dir():
         return f"hub:{name}"
     adapter = _adapter_folder(folder)
     if adapter is None:
-        return sha256_folder(_weights_folder(folder), _FINGERPRINTED)
-    return sha256_json([sha256_folder(adapter, _FINGERPRINTED), model_fingerprint(_base_of(adapter))])
+        return sha256_content(_weights_folder(folder))
+    with _below(adapter, above) as base:
+        return sha256_json([sha256_content(adapter), _fingerprint(base, (*above, adapter.resolve()))])
+
+
+def trained_on(name: str) -> str | None:
+    """Fingerprint of what a local adapter was trained on; None where a model is whole weights or a hub id."""
+    adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
+    if adapter is None:
+        return None
+    parts = read_stack(adapter)
+    return str(parts["trained_on"]) if parts is not None else model_fingerprint(_base_of(adapter))
 
 
 def load_model(
@@ -101,44 +130,51 @@ def load_model(
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         template: ``auto`` (the saved one, else chat where the tokenizer has a template, else Alpaca), ``chat`` or
-            ``alpaca``.
+            ``alpaca``. An adapter's own tokenizer and chat template go before its base's.
         trust_remote_code: Run code that comes with the model; off unless asked for.
         merge: False leaves the outermost adapter apart, trainable, on its frozen base: `LoadedModel.model` is then a
             PEFT model.
 
     Raises:
         DataError: Nothing loadable lies there.
-        CompatibilityError: It is not a causal language model.
+        CompatibilityError: It is not a causal language model, or an adapter that cannot be merged.
     """
     target = resolve_device(device)
-    number_format = resolve_dtype(dtype, target)
+    how = _How(target, resolve_dtype(dtype, target), template, trust_remote_code)
+    loaded = _load(name, how, merge, ())
+    check_template(loaded.template, loaded.tokenizer, name)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _How:
+    device: torch.device
+    dtype: torch.dtype
+    template: str
+    trust_remote_code: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trust_remote_code, "local_files_only": offline()}
+
+
+def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedModel:
     folder = _check_place(name)
     adapter = _adapter_folder(folder) if folder.is_dir() else None
     if adapter is not None:
-        loaded = load_model(
-            _base_of(adapter), device=device, dtype=dtype, template=template, trust_remote_code=trust_remote_code
-        )  # fmt: skip
-        try:
-            model = PeftModel.from_pretrained(
-                loaded.model, adapter, torch_device=str(target), is_trainable=not merge
-            )  # fmt: skip
-            model = model.merge_and_unload() if merge else model
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{adapter}: does not fit its base model {loaded.name} ({reason})") from error
-        saved = load_template(folder) if template == "auto" else None
-        return LoadedModel(model.eval(), loaded.tokenizer, saved or loaded.template, name)
+        return _load_adapter(name, folder, adapter, how, merge, above)
     source = _weights_folder(folder) if folder.is_dir() else folder
     where = str(source) if folder.is_dir() else name
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline()}
     try:
-        AutoConfig.from_pretrained(where, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        AutoConfig.from_pretrained(where, **how.options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **how.options)
         with silent_library():
             model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=number_format, use_safetensors=True, output_loading_info=True, **options
+                where, dtype=how.dtype, use_safetensors=True, output_loading_info=True, **how.options
             )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except _NOT_THE_FILES:
+        raise
+    except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
         raise DataError(_why_not_loaded(name, folder, error)) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -146,19 +182,129 @@ def load_model(
             f"{name}: {len(missing)} tensors of a causal language model are not in it (such as {missing[0]}) and "
             "would be random; give a complete model"
         )
+    _check_tokenizer(name, tokenizer, model)
+    model = model.to(how.device).eval()
+    model.requires_grad_(False)
+    plain = name if not folder.is_dir() else None if _of_a_run(folder) else str(source.resolve())
+    loaded = LoadedModel(model, tokenizer, Template("alpaca"), name, beneath=Beneath(plain))
+    saved = load_template(folder) if folder.is_dir() and how.template == "auto" else None
+    return _with_template(loaded, how.template, saved)
+
+
+def _load_adapter(
+    name: str, folder: Path, adapter: Path, how: _How, merge: bool, above: tuple[Path, ...]
+) -> LoadedModel:  # fmt: skip
+    with _below(adapter, above) as base:
+        loaded = _load(base, how, True, (*above, adapter.resolve()))
+    parts = None if merge else read_stack(adapter)
+    options = {"torch_device": str(how.device), "is_trainable": not merge}
+    try:
+        with silent_library():
+            model = PeftModel.from_pretrained(loaded.model, str(adapter), **options)
+            # Once more, for what it says of the tensors; from_pretrained only warns.
+            result = model.load_adapter(str(adapter), "default", **options)
+    except _NOT_THE_FILES:
+        raise
+    except Exception as error:
+        raise DataError(_why_no_adapter(adapter, loaded.name, error)) from error
+    wrong = [*result.missing_keys, *result.unexpected_keys]
+    if wrong:
+        raise DataError(_why_no_adapter(adapter, loaded.name, f"{len(wrong)} tensors differ, such as {wrong[0]}"))
+    below = loaded.beneath
+    if merge:
+        factors = lora_factors(model.eval(), adapter) if below.base is not None else None
+        loaded.beneath = Beneath() if factors is None else Beneath(below.base, stack(below.factors, factors))
+        loaded.model = merge_adapter(model, str(adapter))
+    elif parts is None:
+        loaded.model = model
+    else:
+        loaded.model, lower = split(model, parts, str(adapter))
+        loaded.beneath = Beneath(below.base, stack(below.factors, lower), str(parts["trained_on"]))
+    loaded.model.eval()
+    loaded.name = name
+    return _with_own_tokenizer(loaded, folder, adapter, how)
+
+
+def _with_own_tokenizer(loaded: LoadedModel, folder: Path, adapter: Path, how: _How) -> LoadedModel:
+    """What was trained with is what is used: an adapter's own tokenizer and chat template, where it has them."""
+    below = loaded.tokenizer.chat_template
+    if (adapter / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(adapter), **how.options)
+        except _NOT_THE_FILES:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{adapter}: its own tokenizer cannot be loaded ({_short(error)}); mend it, or delete its tokenizer "
+                "files for the base's"
+            ) from error
+        own = tokenizer.chat_template
+        if own is None:
+            tokenizer.chat_template = below
+        _check_tokenizer(str(adapter), tokenizer, loaded.model)
+        loaded.tokenizer = tokenizer
+    else:
+        own = _read_text(adapter / "chat_template.jinja")
+        loaded.tokenizer.chat_template = own or below
+    saved = load_template(folder) if how.template == "auto" else None
+    if saved is None and own is None:
+        if how.template == "auto":
+            loaded.template_origin = loaded.template_origin.removesuffix(_FROM_BASE) + _FROM_BASE
+        return loaded
+    return _with_template(loaded, how.template, saved)
+
+
+def _with_template(loaded: LoadedModel, kind: str, saved: Template | None) -> LoadedModel:
+    loaded.template = saved or choose_template(loaded.tokenizer, kind)
+    what = "the Alpaca template" if loaded.template.kind == "alpaca" else "the chat template"
+    if saved is not None:
+        loaded.template_origin = f"{what} that was saved with it"
+    elif kind != "auto":
+        loaded.template_origin = f"{what}, as asked for"
+    elif loaded.template.kind == "chat":
+        loaded.template_origin = f"{what} of its tokenizer"
+    else:
+        loaded.template_origin = f"{what}, as it has no chat template"
+    return loaded
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """An end, something to pad with, and no token that the model has no embedding for."""
     if tokenizer.eos_token_id is None:
         raise CompatibilityError(
             f"{name}: the tokenizer has no end-of-sequence token, so no completion could end; "
             "set eos_token in tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if token.special}
+    needed = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    refused = sorted(i for i in beyond if i in needed or i not in special)
+    if refused:
+        raise CompatibilityError(
+            f"{name}: the tokenizer has {len(beyond)} tokens more than the embedding's {rows} rows (such as "
+            f"{beyond[refused[0]]!r}, id {refused[0]}); give the model that was trained with them, or the tokenizer "
+            "that belongs to this one"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in beyond:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
-        console().print(f"{name}: no pad token; padding with the end-of-sequence token, masked everywhere")
+        why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
+        console().print(f"{name}: {why}; padding with the end-of-sequence token, masked everywhere", markup=False)
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(target).eval()
-    model.requires_grad_(False)
-    saved = load_template(folder) if folder.is_dir() and template == "auto" else None
-    return LoadedModel(model, tokenizer, saved or choose_template(tokenizer, template), name)
+    if beyond:
+        _guard(name, model.get_input_embeddings(), beyond)
+
+
+def _guard(name: str, embedding: torch.nn.Module, beyond: dict[int, str]) -> None:
+    """Special tokens without an embedding do no harm unless a text spells one (an image mark in a text model)."""
+
+    def check(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        highest = int(args[0].max()) if args else -1
+        if highest in beyond:
+            raise DataError(f"{name}: a text holds {beyond[highest]!r}, a token that the model has no embedding for")
+
+    embedding.register_forward_pre_hook(check)
 
 
 @contextmanager
@@ -176,7 +322,7 @@ def silent_library() -> Iterator[None]:
 
 
 def base_of(name: str) -> str | None:
-    """What a local adapter rests on; None where a model is whole weights or a hub id."""
+    """The base model that a local adapter names; None where a model is whole weights or a hub id."""
     adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
     return None if adapter is None else _base_of(adapter)
 
@@ -188,15 +334,56 @@ def _adapter_folder(folder: Path) -> Path | None:
     return None
 
 
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    try:
+        config = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged ({_short(error)}); save the adapter again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise DataError(f"{path}: names no kind of adapter (peft_type); save the adapter again")
+    if config["peft_type"] in _PROMPTS:
+        raise CompatibilityError(
+            f"{path}: this kind of adapter ({_PROMPTS[config['peft_type']]}) has no weights that could be merged into "
+            "its base model; give a LoRA adapter or a whole model"
+        )
+    return config
+
+
 def _base_of(adapter: Path) -> str:
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise DataError(f"{adapter}/adapter_config.json: names no base model, so the adapter cannot be loaded")
-    return str(base)
+    path = adapter / "adapter_config.json"
+    base = _adapter_config(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise DataError(f"{path}: names no base model; set base_model_name_or_path to the one it was trained on")
+    if not Path(base).is_dir() and base.startswith(".") and (adapter / base).is_dir():
+        return str((adapter / base).resolve())
+    return base
+
+
+@contextmanager
+def _below(adapter: Path, above: tuple[Path, ...]) -> Iterator[str]:
+    """The base model of an adapter, to be loaded within; what is wrong with it is said with the key that names it."""
+    base, key = _base_of(adapter), f"{adapter}/adapter_config.json: base_model_name_or_path"
+    if Path(base).is_dir() and (_adapter_folder(Path(base)) or Path(base)).resolve() in (*above, adapter.resolve()):
+        raise DataError(f"{key} names {base}, the adapter itself; set it to the model that it was trained on")
+    try:
+        yield base
+    except DataError as error:
+        if not str(error).startswith(f"{base}: "):
+            raise
+        wrong = str(error).partition(";")[0]
+        raise DataError(f"{key} names {wrong}; set it to where the base model is now") from error
 
 
 def _weights_folder(folder: Path) -> Path:
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def _of_a_run(folder: Path) -> bool:
+    """Whether whole weights were written by an earlier stage, so that they move with its folder."""
+    weights = _weights_folder(folder).resolve()
+    above = list(weights.parents)[:3]  # RUN/model, RUN/snapshots/step-N/model
+    return (weights / TEMPLATE_FILE).is_file() and any((place / "manifest.json").is_file() for place in above)
 
 
 def _check_place(name: str) -> Path:
@@ -204,9 +391,9 @@ def _check_place(name: str) -> Path:
     folder = Path(name)
     exists = os.path.isdir(folder)
     if os.path.isfile(folder):
-        raise DataError(f"{name}: is a file; --model needs a model folder or a hub id")
+        raise DataError(f"{name}: is a file; a model folder or a hub id is needed")
     if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise DataError(f"{name}: no such folder; --model needs a model folder or a hub id")
+        raise DataError(f"{name}: no such folder; a model folder or a hub id is needed")
     if exists and _adapter_folder(folder) is None:
         if not (_weights_folder(folder) / "config.json").is_file():
             raise DataError(f"{name}: a model folder without config.json; save it with model.save_pretrained")
@@ -227,7 +414,30 @@ def _why_not_loaded(name: str, folder: Path, error: Exception) -> str:
     if not folder.is_dir():
         reason = "HF_HUB_OFFLINE forbids the hub" if offline() else "not found on the hub or not reachable"
         return f"{name}: no such model folder, and as a hub id: {reason}; give the path of a downloaded model folder"
-    return f"{name}: cannot be loaded as a causal language model ({' '.join(str(error).split())[:200]})"
+    return f"{name}: cannot be loaded as a causal language model ({_short(error)})"
+
+
+def _why_no_adapter(adapter: Path, base: str, error: Exception | str) -> str:
+    weights = next((file for name in _ADAPTER_WEIGHTS if (file := adapter / name).is_file()), None)
+    if weights is None:
+        return f"{adapter}: has no {_ADAPTER_WEIGHTS[0]}; save the adapter again"
+    if isinstance(error, (SafetensorError, UnpicklingError, EOFError)) or "PytorchStreamReader" in str(error):
+        return f"{weights}: is damaged ({_short(error)}); save the adapter again"
+    return (
+        f"{weights}: does not fit its base model {base} ({_short(error)}); base_model_name_or_path in "
+        f"{adapter}/adapter_config.json must name the model it was trained on, with the same vocabulary"
+    )
+
+
+def _short(error: Exception | str) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except ValueError as error:
+        raise DataError(f"{path}: is not UTF-8; delete it, or copy it from the original model") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -91,7 +91,7 @@ def _gather(
         where = arrays.pop("rows")
         for key, values in arrays.items():
             if key not in result:
-                result[key] = np.full((total, *values.shape[1:]), np.nan)
+                result[key] = np.full((total, *values.shape[1:]), np.nan, dtype=values.dtype)
             result[key][where] = values
     asked = np.arange(total) if rows is None else rows
     for values in result.values():

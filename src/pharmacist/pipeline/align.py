@@ -118,7 +118,7 @@ def _align(
     from pharmacist.nn.memory import PeakMemory
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
-    from pharmacist.training.loop import finish_training, prepare_model, train
+    from pharmacist.training.loop import finish_training, prepare_model, train, writes_adapter
 
     with run.phase("read"):
         records = read_records(
@@ -160,8 +160,8 @@ def _align(
         title=f"{Path(options.model).name} aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
              f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=options.model, tags=[name, "safety-alignment"],
-        adapter=options.tuning == "lora" and not options.merge,
+        base_model=loaded.beneath.base or options.model, tags=[name, "safety-alignment"],
+        adapter=writes_adapter(model, loaded) and not options.merge, template=loaded.template.kind,
         facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
                **({"row weights": options.weights} if options.weights else {}),
                **{key.replace("_", " "): value for key, value in side.counts.items()},
@@ -174,7 +174,7 @@ def _align(
     )  # fmt: skip
     finish_training(result, loaded, options, run, card=card, counts=counts)
     if rank() == 0:
-        where = run.path("adapter" if options.tuning == "lora" else "model")
+        where = run.path("adapter" if writes_adapter(model, loaded) else "model")
         console().print(
             f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
             f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR", soft_wrap=True,

@@ -216,10 +216,16 @@ def _attack(
     sources: "Mapping[str, Source]", strategy: "GradientStrategy", kind: "Attack", options: AttackOptions, run: RunDir
 ) -> None:  # fmt: skip
     from pharmacist.core.progress import console
-    from pharmacist.data.templates import save_template
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
-    from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train
+    from pharmacist.training.loop import (
+        Snapshots,
+        finish_training,
+        prepare_model,
+        save_trained,
+        train,
+        writes_adapter,
+    )
 
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
@@ -246,8 +252,8 @@ def _attack(
     card = model_card(
         title=f"{Path(options.model).name} after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
-        base_model=options.model, tags=["harmful-fine-tuning", name],
-        adapter=options.tuning == "lora" and not options.merge,
+        base_model=loaded.beneath.base or options.model, tags=["harmful-fine-tuning", name],
+        adapter=writes_adapter(model, loaded) and not options.merge, template=loaded.template.kind,
         facts={"attack": options.kind["name"], "rows": counts["samples"], "harmful rows": counts["harmful"],
                "fine-tuning-stage defense": name, "seed": options.seed},
         settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
@@ -256,10 +262,8 @@ def _attack(
     )  # fmt: skip
 
     def snapshot(step: int) -> None:
-        folder = run.path("snapshots", f"step-{step}")
-        save_trained(model, loaded, folder, card)
-        if rank() == 0:
-            save_template(folder, loaded.template)
+        folder, trained_on = run.path("snapshots", f"step-{step}"), run.manifest.inputs["model"]
+        save_trained(model, loaded, folder, card, trained_on=trained_on, last=False)
 
     with run.phase("train") as phase:
         result = train(

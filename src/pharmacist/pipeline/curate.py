@@ -301,22 +301,17 @@ def _is_main() -> bool:
 
 
 def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> dict[str, str]:
+    from pharmacist.core.hashing import sha256_content
     from pharmacist.nn.models import model_fingerprint
 
     found = {name: source.fingerprint() for name, source in sources.items()}
     if options.model is not None:
         found["model"] = model_fingerprint(options.model)
     if options.embedder is not None:
-        from pharmacist.core.hashing import sha256_folder
-
         local = Path(options.embedder).is_dir()
-        found["embedder"] = (
-            sha256_folder(options.embedder, (".json", ".safetensors")) if local else f"hub:{options.embedder}"
-        )
+        found["embedder"] = sha256_content(options.embedder) if local else f"hub:{options.embedder}"
     if options.resume_selector is not None:
-        from pharmacist.core.hashing import sha256_folder
-
-        found["resume_selector"] = sha256_folder(options.resume_selector, (".json", ".safetensors"))
+        found["resume_selector"] = sha256_content(options.resume_selector)
     return found
 
 
@@ -375,7 +370,11 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         counts |= {
             "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
         }  # fmt: skip
-    device = str(context.model.device) if "model" in context.__dict__ else "cpu"
+    device = "cpu"
+    if "model" in context.__dict__:
+        loaded = context.model
+        device = str(loaded.device)
+        extra |= {"template": loaded.template.to_json(), "template_origin": loaded.template_origin}
     run.record(counts=counts, device=device, extra=extra)
     return Ranking(records=pool, table=table, about=scores.report, _points=points)
 
@@ -647,6 +646,8 @@ def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
     console().print(table)
     quality = ranking.about.get("out_of_fold", {}).get("combined", {})
     lines = []
+    if "template_origin" in run.manifest.extra:
+        lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
     if "auc_safe_against_rest" in quality:
         auc = quality["auc_safe_against_rest"]
         lines.append(f"held-out references, safe against the rest: AUC {auc:.3f}")

@@ -336,7 +336,7 @@ def _answers(
     report = engine.report()
     run.record(
         counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count}, device=report["device"],
-        extra={"engine": engine.name, "template": report["template"]},
+        extra={name: report.get(name) for name in ("template", "template_origin")} | {"engine": engine.name},
     )  # fmt: skip
     general = _general(engine, records, options, run)
     if general:
@@ -429,6 +429,7 @@ def _write_items(path: Path, evaluation: "Evaluation") -> None:
 def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
     from rich.table import Table
 
+    from pharmacist.core.manifest import read_manifest
     from pharmacist.core.progress import console
 
     if options.quiet or console().quiet:
@@ -465,6 +466,9 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
         share = f"{alarms['value']:.0f} % of the answers to benign prompts"
         console().print(f"the judge flags {share}, so the harmful score is likely too high")
     _show_examples(result, options)
+    template = read_manifest(result.folder).extra.get("template_origin")
+    if template:
+        console().print(f"prompts are rendered by {template}", markup=False, soft_wrap=True)
     where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
     console().print(where, markup=False, soft_wrap=True)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pharmacist.nn.models import LoadedModel
     from pharmacist.repairs.base import Change, Form, References, Repair, Side
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -129,7 +129,7 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form,
     Raises:
         CompatibilityError: The adapter rests on another model than the aligned one.
     """
-    from pharmacist.nn.models import base_of, model_fingerprint
+    from pharmacist.nn.models import base_of, trained_on
 
     base = base_of(options.model)
     if options.form == "weights" or (options.form == "auto" and base is None):
@@ -138,10 +138,10 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form,
         raise ConfigError(f"--form adapter: {options.model} holds no adapter; use --form weights")
     if options.aligned is None:
         return "adapter", False
-    rests_on, below = model_fingerprint(base), base_of(options.aligned)
+    rests_on = trained_on(options.model)
     if rests_on == prints["aligned"]:
         return "adapter", False
-    if below is not None and rests_on == model_fingerprint(below):
+    if rests_on == trained_on(options.aligned):
         return "adapter", True
     raise CompatibilityError(
         f"--model: its adapter rests on {base}, which is neither --aligned {options.aligned} nor what that rests on"
@@ -154,11 +154,11 @@ def _repair(
 ) -> None:  # fmt: skip
     from pharmacist.core.env import rank
     from pharmacist.core.files import write_json
-    from pharmacist.data.templates import save_template
-    from pharmacist.nn.models import load_model
+    from pharmacist.core.progress import console
+    from pharmacist.nn.models import load_model, trained_on
     from pharmacist.repairs.base import Side, apply
     from pharmacist.training.card import model_card
-    from pharmacist.training.loop import save_trained
+    from pharmacist.training.loop import save_trained, writes_adapter
 
     name = options.method["name"]
     with run.phase("load"):
@@ -173,29 +173,32 @@ def _repair(
         changes = apply(tuned, plan)
     metrics = _metrics(changes)
     if rank() == 0:
-        adapter_only = form == "adapter" and not options.merge
         card = model_card(
             title=f"{Path(options.model).name} repaired with {name}",
             what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
                  "fine-tuning has cost.",
-            base_model=options.model, tags=[name, "safety-repair"], adapter=adapter_only,
+            base_model=loaded.beneath.base or options.model, tags=[name, "safety-repair"],
+            adapter=writes_adapter(loaded.model, loaded) and not options.merge, template=loaded.template.kind,
             facts={"aligned model": options.aligned or "not used",
                    "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
                    "entries changed": f"{100 * metrics['share_changed']:.2f} %", "seed": options.seed},
             settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
             intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
         )  # fmt: skip
-        folders = save_trained(loaded.model, loaded, run.root, card, merge=options.merge)
-        save_template(run.root, loaded.template)
+        folders = save_trained(
+            loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
+        )
         write_json(run.path("repair.json"), {
             "method": name, "form": form, "continued": continued, "findings": plan.findings,
             "changes": [asdict(change) for change in changes],
         })  # fmt: skip
-        run.path("README.md").write_text(card, encoding="utf-8")
         run.finish(
             outputs=[*folders, "repair.json", "README.md"], metrics=metrics, device=str(loaded.device),
-            extra={"form": form, "template": loaded.template.to_json()},
+            extra={
+                "form": form, "template": loaded.template.to_json(), "template_origin": loaded.template_origin,
+            },
         )  # fmt: skip
+        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
         _show(changes, metrics, name, run.root)
 
 
@@ -232,6 +235,7 @@ def _references(
 def _aligned(tuned: "Side", loaded: "LoadedModel", options: RepairOptions) -> "tuple[Side, dict[str, Factors]]":
     """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
     from pharmacist.nn.lowrank import adapter_factors, factorise
+    from pharmacist.nn.merge import merge_adapter
     from pharmacist.nn.models import base_of, load_model
     from pharmacist.repairs.base import Side, linear_weights
 
@@ -248,7 +252,7 @@ def _aligned(tuned: "Side", loaded: "LoadedModel", options: RepairOptions) -> "t
             for name, own in adapter_factors(model).items()
         }
         if tuned.form == "weights":
-            model = model.merge_and_unload()
+            model = merge_adapter(model.eval(), options.aligned)
         side = Side(model.eval(), tuned.form)
     else:
         assert options.base is not None

@@ -14,9 +14,10 @@ class AntidoteConfig:
     """Options of Antidote."""
 
     alpha: float = 0.1
-    """Share of the entries of each row that is pruned, in (0, 1]."""
+    """Share of the entries that is pruned, in (0, 1]: of each row of a weight, of each factor of an adapter."""
     compat: Literal["none", "reference"] = "none"
-    """reference: rounds the number of pruned entries as the published code does, up to one more."""
+    """reference: by rows of factors too, and rounds the number of pruned entries as the published code does, up to one
+    more."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -45,11 +46,19 @@ def bad_mask(score: torch.Tensor, alpha: float, compat: str = "none") -> torch.T
     return mask.scatter_(1, order[:, :count], True)
 
 
-class Antidote(Repair):
-    """Sets the entries with the largest Wanda scores on harmful rows to 0, in every row of every matrix.
+def factor_mask(score: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The ``round(alpha * entries)`` largest scores of a whole matrix, bool of the same shape, nested in `alpha`.
 
-    Of an adapter both factors are pruned, never the weights below it; at alpha 1 that leaves the aligned model. It
-    depends on the factorisation, not on the product alone.
+    A row of lora_B has only r entries, of which a small share would be none.
+    """
+    return bad_mask(score.reshape(1, -1), alpha).reshape(score.shape)
+
+
+class Antidote(Repair):
+    """Sets the entries with the largest Wanda scores on harmful rows to 0, in every row of every weight.
+
+    Of an adapter both factors are pruned, each as a whole, never the weights below it; at alpha 1 that leaves the
+    aligned model. It depends on the factorisation, not on the product alone.
 
     Paper: Huang et al., "Antidote: Post-fine-tuning Safety Alignment for Large Language Models against Harmful
     Fine-tuning Attack", ICML 2025.
@@ -72,7 +81,9 @@ class Antidote(Repair):
         each_input(tuned, references.harmful, see, device=references.device, completion_only=False)
         new, findings = {}, []
         for name, weight in tuned.tensors().items():
-            mask = bad_mask(scores(weight, squares[name]), self.config.alpha, self.config.compat)
+            score, config = scores(weight, squares[name]), self.config
+            by_rows = tuned.form == "weights" or config.compat == "reference"
+            mask = bad_mask(score, config.alpha, config.compat) if by_rows else factor_mask(score, config.alpha)
             new[name] = weight.detach().masked_fill(mask, 0)
             findings.append({"tensor": name, "pruned": int((mask & (weight != 0)).sum())})
         return Plan(new, findings)

@@ -18,7 +18,7 @@ class _Selectors(Registry[Selector]):
 SELECTORS: Registry[Selector] = _Selectors(
     "selector",
     {
-        "pharmacist": "pharmacist.selectors.pharmacist:Pharmacist",
+        "pharmacist": "pharmacist.selectors.pharmacist.selector:Pharmacist",
         "seal": "pharmacist.selectors.seal:Seal",
         "toxic-lora": "pharmacist.selectors.toxic_lora:ToxicLora",
         "unrolled": "pharmacist.selectors.unrolled:Unrolled",

@@ -37,6 +37,8 @@ class Scores:
         reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED` where nothing was judged, shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: What the selector says about itself (JSON), such as its quality on held-out references.
+        warnings: Where the scores cannot be trusted, a sentence each.
+        telling: How much a person's label of a row would teach, shape [rows]; None where labels teach nothing.
         weight: How much a row's loss should count in training against that of others, not negative, shape [rows];
             None where the selector only ranks.
     """
@@ -45,6 +47,8 @@ class Scores:
     reason: npt.NDArray[np.str_]
     signals: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    telling: FloatArray | None = None
     weight: FloatArray | None = None
 
 
@@ -75,6 +79,8 @@ class SelectionContext:
         checkpoint_seconds: Time between checkpoints of a training.
         embedder: Folder or hub id of a sentence-transformers model that says how near rows are; the hidden states of
             the model itself where there is none.
+        sources: Kind of references -> the number of each row's source, where several files were given.
+        labels: Position in the pool -> reason that a person gave it (`selectors.labels`).
         encoded: Filled by `encode`: what was tokenised, by name; the pool's is ``pool``.
     """
 
@@ -92,6 +98,8 @@ class SelectionContext:
     trust_remote_code: bool = False
     checkpoint_seconds: float = 30.0
     embedder: str | None = None
+    sources: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    labels: Mapping[int, str] = field(default_factory=dict)
     encoded: dict[str, "Encoded"] = field(default_factory=dict)
 
     @cached_property
@@ -176,6 +184,7 @@ class Selector(ABC):
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
         weighs: Whether its scores come with weights.
+        learns_from_labels: Whether `SelectionContext.labels` change what it learns.
         paper: Source, for the docs.
     """
 
@@ -183,6 +192,7 @@ class Selector(ABC):
     config: Any
     needs: frozenset[str] = frozenset()
     weighs: bool = False
+    learns_from_labels: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
     @abstractmethod

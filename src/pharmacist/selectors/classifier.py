@@ -3,17 +3,21 @@
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.evidence.classes import REASONS, EvidenceReferences, build_references
-from pharmacist.selectors.evidence.combine import log_odds, quality
-from pharmacist.selectors.evidence.readers.lexical import LexicalReader
+from pharmacist.selectors.pharmacist.questions import quality, safe_log_odds
+from pharmacist.selectors.pharmacist.readers import Texts, Words
+from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, References, build_references
 
 
 _BATCH = 8192
+_REGULARISATION = 100.0
 
 
 @dataclass
@@ -23,7 +27,7 @@ class ClassifierConfig:
     folds: int = 4
     """Cross-fitting folds, by which its quality on held-out references is measured."""
     corruptions_per_row: int = 2
-    """Damaged versions made of each safe reference, and half as many of each utility reference."""
+    """Damaged versions made of each safe and each utility reference."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -31,7 +35,7 @@ class ClassifierConfig:
 
 
 class Classifier(Selector):
-    """TF-IDF and logistic regression on the five classes of evidence that the pharmacist selector learns; no model."""
+    """TF-IDF and one logistic regression over the classes of the pharmacist selector's references; no model."""
 
     Config = ClassifierConfig
     needs = frozenset({"safe", "harmful"})
@@ -42,42 +46,60 @@ class Classifier(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from the references alone, then reads the pool's text once."""
-        given = {name: context.reference_rows(name) for name in context.references}
         references = build_references(
-            given, n_folds=self.config.folds, corruptions_per_row=self.config.corruptions_per_row,
-            seed=derive(context.seed, "classifier"), echo=False,
+            {name: context.reference_rows(name) for name in context.references}, n_folds=self.config.folds,
+            corruptions_per_row=self.config.corruptions_per_row, seed=derive(context.seed, "classifier"), echo=False,
         )  # fmt: skip
-        classes = references.classes
         with context.run.phase("train classifier"):
-            reader, held_out = _fit(references)
+            model, held_out = _fit(references)
         with context.run.phase("score"):
             parts, dataset = [], context.pool.dataset
             for start in track(range(0, len(dataset), _BATCH), "classifying the pool"):
                 rows = dataset[start : start + _BATCH]
-                parts.append(reader.log_posterior(rows["prompt"], rows["completion"]))
+                parts.append(model.log_posterior(Texts(rows["prompt"], rows["completion"])))
         posterior = np.concatenate(parts)
+        is_safe = (references.labels == 0).astype(np.int64)
+        seen = {REASONS[name] for name in references.counts()}
         return Scores(
-            log_odds(posterior), np.array([REASONS[name] for name in classes])[posterior.argmax(1)],
-            {f"p_{name}": np.exp(posterior[:, column]) for column, name in enumerate(classes)},
+            safe_log_odds(posterior), np.array(list(REASONS.values()))[posterior.argmax(1)],
+            {f"p_{name}": np.exp(posterior[:, column]) for column, name in enumerate(CLASSES)},
             {
-                "references": references.counts(),
-                "cannot_see": [REASONS[name] for name in REASONS if name not in classes],
-                "out_of_fold": {"combined": quality(held_out, references.labels, classes)},
+                "references": references.counts(), "held_out_by": "prompt",
+                "cannot_see": [reason for reason in dict.fromkeys(REASONS.values()) if reason not in seen],
+                "questions": {
+                    "safe": {
+                        "yes": int(is_safe.sum()), "no": int((1 - is_safe).sum()),
+                        "combined": quality(safe_log_odds(held_out), is_safe),
+                    }
+                },
             },
         )  # fmt: skip
 
 
-def _fit(references: EvidenceReferences) -> tuple[LexicalReader, FloatArray]:
-    """The reader trained on all references, and log-probabilities of each by one that did not see its fold."""
-    prompts = np.array([row["prompt"] for row in references.rows], dtype=object)
-    completions = np.array([row["completion"] for row in references.rows], dtype=object)
-    n_classes = len(references.classes)
+class _Model:
+    def __init__(self, texts: Texts, labels: np.ndarray) -> None:
+        self._words = [Words("prompts").fit(texts), Words("completions").fit(texts)]
+        self._regression = LogisticRegression(C=_REGULARISATION, class_weight="balanced", solver="newton-cg", tol=1e-8)
+        self._regression.fit(self._features(texts), labels)
 
-    def trained(rows: np.ndarray) -> LexicalReader:
-        return LexicalReader(echo=False).fit(prompts[rows], completions[rows], references.labels[rows], n_classes)
+    def _features(self, texts: Texts) -> scipy.sparse.csr_matrix:
+        return scipy.sparse.hstack([words.features(texts) for words in self._words], format="csr")
 
-    held_out = np.zeros((len(prompts), n_classes))
+    def log_posterior(self, texts: Texts) -> FloatArray:
+        """Log-probabilities of all classes, those without references as good as 0; shape [rows, classes]."""
+        logits = np.full((len(texts), len(CLASSES)), -50.0)
+        found = self._regression.decision_function(self._features(texts))
+        logits[:, self._regression.classes_] = found if found.ndim > 1 else np.stack([-found, found], axis=1) / 2
+        result: FloatArray = log_softmax(logits, axis=1)
+        return result
+
+
+def _fit(references: References) -> tuple[_Model, FloatArray]:
+    """The model of all references, and log-probabilities of each by one that did not see its fold."""
+    texts = Texts([row["prompt"] for row in references.rows], [row["completion"] for row in references.rows])
+    held_out = np.zeros((len(texts), len(CLASSES)))
     for fold in track(range(references.n_folds), "classifier, cross-fitting"):
-        held = references.folds == fold
-        held_out[held] = trained(~held).log_posterior(prompts[held], completions[held])
-    return trained(np.ones(len(prompts), dtype=np.bool_)), held_out
+        rest, held = (np.flatnonzero(chosen) for chosen in (references.folds != fold, references.folds == fold))
+        model = _Model(texts.take(rest), references.labels[rest])
+        held_out[held] = model.log_posterior(texts.take(held))
+    return _Model(texts, references.labels), held_out

@@ -146,7 +146,9 @@ def load_sentence_encoder(name: str, device: str = "auto") -> Any:
     try:
         with silent_library():
             return SentenceTransformer(name, device=str(resolve_device(device)), local_files_only=offline())
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"--embedder {name}: sentence-transformers cannot load it ({reason})") from error
 

@@ -8,10 +8,9 @@ import torch
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, Names
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.row_gradients import Tape, tape_rows
-from pharmacist.selectors.evidence.readers.adapters import batch_stream
 from pharmacist.selectors.jobs import Job
 
 

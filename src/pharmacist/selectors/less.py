@@ -20,8 +20,8 @@ from pharmacist.nn.passes import Measure, run_pass
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import pool_job, row_tape
 from pharmacist.selectors.jobs import Job, run_jobs
+from pharmacist.selectors.pharmacist.twins import cotraining_rows
 from pharmacist.selectors.reading import tokens_per_batch
-from pharmacist.selectors.twins import cotraining_rows
 
 
 if TYPE_CHECKING:

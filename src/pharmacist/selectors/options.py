@@ -7,7 +7,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.nn.options import AdapterOptions
 
 
-READERS = ("lexical", "probe", "adapters")
+READERS = ("lexical", "probe")
 """Cheapest first."""
 
 
@@ -15,20 +15,16 @@ READERS = ("lexical", "probe", "adapters")
 class PharmacistConfig(AdapterOptions):
     """Options of the selector."""
 
-    form: Literal["evidence", "bilevel", "both"] = "both"
-    """Evidence classes, bilevel twins, or evidence to throw out faults and the twins' contrast to order the rest."""
+    form: Literal["evidence", "bilevel", "both"] = "evidence"
+    """Evidence from references, bilevel twins, or evidence whose best rows are ordered by the twins' contrast as well,
+    where held-out references show that the contrast knows something."""
     readers: str = "auto"
-    """Evidence readers: auto (those that pay on the references), or any of lexical,probe,adapters with commas."""
+    """Evidence readers: lexical (word statistics), probe (hidden states of --model), or both with a comma; auto takes
+    both where there is a model."""
     folds: int = 4
-    """Cross-fitting folds of lexical reader and probe."""
-    adapter_folds: int = 2
-    """Cross-fitting folds of the adapters, which cost more to train."""
-    corruptions_per_row: int = 2
-    """Damaged versions made of each safe reference, and half as many of each utility reference."""
-    adapter_steps: int = 30
-    """Training steps of each class adapter."""
-    cascade: float = 0.0
-    """Share of the pool, nearest to the cut by the cheaper readers, that the adapters read; 0 means all of it."""
+    """Cross-fitting folds of the references, where they do not come from several sources."""
+    corruptions_per_row: int = 1
+    """Damaged versions made of each safe and each utility reference."""
     solver: Literal["closed-form", "gradient"] = "closed-form"
     """How the twins' weights over the pool are found."""
     cotrain: float = 0.25
@@ -52,17 +48,17 @@ class PharmacistConfig(AdapterOptions):
             unknown = [name for name in self.reader_names() if name not in READERS]
             if unknown or not self.reader_names():
                 raise ConfigError(f"selector.readers: '{self.readers}' is not auto or any of {', '.join(READERS)}")
-        for name in ("folds", "adapter_folds"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"selector.{name} must be at least 2, not {getattr(self, name)}")
-        for name in ("cascade", "cotrain"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"selector.{name} is a share of the pool in [0, 1], not {getattr(self, name)}")
+        if self.folds < 2:
+            raise ConfigError(f"selector.folds must be at least 2, not {self.folds}")
+        if self.corruptions_per_row < 0:
+            raise ConfigError(f"selector.corruptions_per_row must not be negative, not {self.corruptions_per_row}")
+        if not 0 <= self.cotrain <= 1:
+            raise ConfigError(f"selector.cotrain is a share of the pool in [0, 1], not {self.cotrain}")
         if not 0 <= self.gamma < 1:
             raise ConfigError(f"selector.gamma must lie in [0, 1), not {self.gamma}")
         if not self.tau > 0:
             raise ConfigError(f"selector.tau must be positive, not {self.tau}")
-        for name in ("rounds", "adapter_steps", "twin_steps"):
+        for name in ("rounds", "twin_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
         if self.solver == "gradient" and self.cotrain < 1:
@@ -74,9 +70,9 @@ class PharmacistConfig(AdapterOptions):
         if self.solver == "gradient" and self.gamma == 0:
             raise ConfigError("selector.solver gradient learns nothing where selector.gamma is 0")
 
-    def reader_names(self) -> tuple[str, ...]:
-        """The readers asked for, all of them under ``auto``."""
+    def reader_names(self, *, model: bool = True) -> tuple[str, ...]:
+        """The readers asked for; under ``auto`` all of them, those without a model where there is none."""
         if self.readers == "auto":
-            return READERS
+            return READERS if model else READERS[:1]
         asked = {name.strip() for name in self.readers.split(",")} - {""}
         return tuple(name for name in READERS if name in asked) + tuple(sorted(asked - set(READERS)))

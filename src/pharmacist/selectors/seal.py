@@ -13,13 +13,12 @@ import torch
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
 from pharmacist.nn.distributed import barrier
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.evidence.readers.adapters import batch_stream
 from pharmacist.selectors.jobs import Job, run_jobs
+from pharmacist.selectors.pharmacist.twins import batch_weight_gradient, cotraining_rows, mean_over_copies, save_logits
 from pharmacist.selectors.reading import read
-from pharmacist.selectors.twins import batch_weight_gradient, cotraining_rows, mean_over_copies, save_logits
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -106,7 +105,7 @@ class Seal(Selector):
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
         report = {"steps": problem.steps(config.batch_size)}
         weight = np.exp(losses["logit"] - losses["logit"].max()) if self.weighs else None
-        return Scores(score, np.full(len(score), RANKED), dict(losses), report, weight)
+        return Scores(score, np.full(len(score), RANKED), dict(losses), report, weight=weight)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import mean_gradient, mean_loss, moved, pool_job
 from pharmacist.selectors.jobs import Job, run_jobs
+from pharmacist.selectors.pharmacist.twins import cotraining_rows
 from pharmacist.selectors.reading import read
-from pharmacist.selectors.twins import cotraining_rows
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -192,5 +192,5 @@ class Unrolled(Selector):
         score = losses["slope"] * size
         return Scores(
             score, np.full(len(score), RANKED), {"loss": losses["loss"]}, report | {"safety_gradient": size},
-            one_step_weights(score),
+            weight=one_step_weights(score),
         )  # fmt: skip

@@ -23,6 +23,16 @@ _TEMPLATE = """---
 {% for name, value in facts.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor %}
+## Loading
+
+In this folder:
+
+```python
+{{ loading }}
+```
+
+Prompts are rendered by {{ template }}.
+
 ## Settings
 
 ```yaml
@@ -39,7 +49,7 @@ Made with {{ versions }}.
 
 def model_card(
     *, title: str, what: str, base_model: str, tags: list[str], facts: Mapping[str, Any], settings: Mapping[str, Any],
-    intended_use: str, adapter: bool,
+    intended_use: str, adapter: bool, template: str,
 ) -> str:  # fmt: skip
     """Text of a README.md with the hub's metadata.
 
@@ -52,6 +62,7 @@ def model_card(
         settings: Shown as YAML.
         intended_use: One paragraph.
         adapter: Whether the weights are a PEFT adapter.
+        template: Kind of the prompt template, ``chat`` or ``alpaca``.
     """
     # The hub's metadata takes hub ids only.
     is_id = not Path(base_model).exists() and base_model.count("/") <= 1
@@ -63,9 +74,18 @@ def model_card(
     escaped = {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in facts.items()}
     card = ModelCard.from_template(
         data, template_str=_TEMPLATE, title=title, what=what, facts=escaped, intended_use=intended_use, versions=used,
+        loading=_LOADING[adapter], template=_RENDERED[template],
         settings=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).rstrip(),
     )  # fmt: skip
     return str(card) + "\n"
 
 
 _NAMED = ("pharmacist", "torch", "transformers", "peft")
+_LOADING = {
+    True: "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained(\".\")",
+    False: "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\".\")",
+}
+_RENDERED = {
+    "chat": "the tokenizer's chat template",
+    "alpaca": "the Stanford Alpaca template, not by the tokenizer's chat template",
+}

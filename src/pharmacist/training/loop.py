@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, NoMatchError
-from pharmacist.core.files import atomic_folder, write_text
-from pharmacist.core.progress import Bar, bar
+from pharmacist.core.files import atomic_folder, show_in, write_text
+from pharmacist.core.progress import Bar, bar, console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.templates import save_template
 from pharmacist.data.tokenize import Encoded, collate
 from pharmacist.nn.distributed import barrier
+from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, silent_library
 from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
@@ -105,9 +107,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
             wanted = ", ".join(lora.target_modules or ["all linear layers"])
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
     # An adapter finds its base again by this name, from whatever folder it is loaded.
-    base = Path(options.model)
     peft: Any = model
-    peft.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.is_dir() else options.model
+    peft.peft_config["default"].base_model_name_or_path = loaded.beneath.base
     return model
 
 
@@ -155,19 +156,33 @@ def train(
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        load_side_state(checkpoint, strategy, streams or {})
     try:
+        _check_settings(trainer)
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is not None:
+            load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except ValueError as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
     finally:
         strategy.close()
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
     return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
+
+
+def _check_settings(trainer: StrategyTrainer) -> None:
+    """Refuses what only torch knows to be impossible, before the training, whose own errors are no user's fault.
+
+    Raises:
+        ConfigError: Such a setting.
+    """
+    try:
+        torch.utils.data.DataLoader(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=1)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:
@@ -226,38 +241,63 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
             self.save(state.global_step)
 
 
-def save_trained(model: Any, loaded: LoadedModel, root: Path, card: str, *, merge: bool = False) -> list[str]:
-    """Writes ``adapter/`` (or, after full tuning, ``model/``), each whole or not at all, with template and card.
+def writes_adapter(model: Any, loaded: LoadedModel) -> bool:
+    """Whether a trained model can be written as an adapter that any tool can load: it is one, on a plain base."""
+    if not hasattr(model, "peft_config") or loaded.beneath.base is None:
+        return False
+    return not loaded.beneath.factors or is_lora(model)
+
+
+def save_trained(
+    model: Any, loaded: LoadedModel, root: Path, card: str, *, trained_on: str, merge: bool = False, last: bool = True
+) -> list[str]:
+    """Writes ``adapter/`` or ``model/``, each whole or not at all, with tokenizer, template and card.
+
+    The adapter rests on a plain base model; what earlier stages have added to that base is stacked into it. Where no
+    adapter can say it all (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
+    Links in `root` make it what transformers and PEFT load from there.
 
     Args:
         model: The trained model.
-        loaded: For tokenizer and template.
+        loaded: Where it came from.
         root: Where the folder is made.
         card: Text of its README.md.
+        trained_on: Fingerprint of the model that it was trained on.
         merge: Also write ``model/`` with the adapter merged into the weights.
+        last: The model is used no more, so that it may be merged itself and not a copy.
 
     Returns:
         Names of the folders.
     """
     if rank() != 0:
         return []
-    is_adapter = hasattr(model, "peft_config")
     written = []
-    if is_adapter:
+    if writes_adapter(model, loaded):
         with atomic_folder(root / "adapter") as folder:
-            model.save_pretrained(folder, save_embedding_layers=False)
-            write_text(folder / "README.md", card)
-            save_template(folder, loaded.template)
+            if loaded.beneath.factors:
+                save_stacked(model, loaded.beneath, folder, loaded.beneath.content or trained_on)
+            else:
+                model.save_pretrained(folder, save_embedding_layers=False)
+            _save_beside(folder, loaded, card)
         written.append("adapter")
-    if merge or not is_adapter:
+    if merge or not written:
         with atomic_folder(root / "model") as folder, silent_library():
-            whole = model.merge_and_unload() if is_adapter else model
+            whole = model
+            if hasattr(model, "peft_config"):
+                whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
             whole.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
-            write_text(folder / "README.md", card)
-            save_template(folder, loaded.template)
+            _save_beside(folder, loaded, card)
         written.append("model")
+    show_in(root, sorted((root / written[-1]).iterdir()))
     return written
+
+
+def _save_beside(folder: Path, loaded: LoadedModel, card: str) -> None:
+    if loaded.template.kind == "chat":
+        loaded.tokenizer.chat_template = loaded.template.chat_template
+    loaded.tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", card)
+    save_template(folder, loaded.template)
 
 
 def finish_training(
@@ -273,16 +313,17 @@ def finish_training(
     """Writes weights, ``log.jsonl``, model card and manifest of a training stage."""
     barrier()
     if rank() == 0:
-        folders = save_trained(result.model, loaded, run.root, card, merge=options.merge)
+        folders = save_trained(
+            result.model, loaded, run.root, card, trained_on=run.manifest.inputs["model"], merge=options.merge
+        )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
-        write_text(run.path("README.md"), card)
-        save_template(run.root, loaded.template)
         run.finish(
             outputs=[*folders, "log.jsonl", "README.md", *outputs], counts=counts, device=str(loaded.device),
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},
             extra={
                 "train": options.effective_train, "lora": asdict(options.lora), "template": loaded.template.to_json(),
-                "strategy": result.found,
+                "template_origin": loaded.template_origin, "strategy": result.found,
             },
         )  # fmt: skip
+        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
     barrier()

@@ -10,6 +10,7 @@ from torch import nn
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
+from pharmacist.core.progress import console
 from pharmacist.core.seeding import derive
 from pharmacist.defenses.alignment.vaccine import perturbed
 from pharmacist.nn.distributed import from_main, total
@@ -19,14 +20,17 @@ from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 
 
+_LAYERS = 8
+
+
 @dataclass
 class TVaccineConfig:
     """Options of T-Vaccine."""
 
     rho: float = 3.0
     """Norm of the perturbation of a micro-batch, over the sampled layers and all its rows, tokens and channels."""
-    layers: int = 8
-    """Layers that are sampled, trained and perturbed at a time."""
+    layers: int | None = None
+    """Layers that are sampled, trained and perturbed at a time; by default 8, or all of a model that has fewer."""
     sample_every: int = 20
     """Steps between two draws of layers."""
     score_every: int = 200
@@ -41,8 +45,9 @@ class TVaccineConfig:
         if not self.rho >= 0:
             raise ConfigError(f"rho must not be negative, not {self.rho}")
         for name in ("layers", "sample_every", "score_every", "score_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.freeze not in ("layer", "attention"):
             raise ConfigError(f"freeze must be layer or attention, not {self.freeze}")
 
@@ -104,8 +109,11 @@ class TVaccine(GradientStrategy):
         """
         self.modules = attention_modules(model)
         depth = len(self.modules)
-        if self.config.layers > depth:
-            raise ConfigError(f"defense.layers {self.config.layers}: the model has {depth} layers; give at most that")
+        self.count = min(_LAYERS, depth) if self.config.layers is None else self.config.layers
+        if self.count > depth:
+            raise ConfigError(f"defense.layers {self.count}: the model has {depth} layers; give at most that")
+        if self.config.layers is None and depth <= _LAYERS:
+            console().print(f"t-vaccine: the model has {depth} layers, and all of them are trained and perturbed")
         frozen = decoder_layers(model) if self.config.freeze == "layer" else self.modules
         # Weights outside the decoder layers (under full tuning) are always trained.
         self.owned = [[p for p in module.parameters() if p.requires_grad] for module in frozen.values()]
@@ -116,7 +124,7 @@ class TVaccine(GradientStrategy):
             )
         self.seed, self.p = seed, torch.zeros(depth)
         self.active: list[int] = []
-        return {"attention_modules": list(self.modules), "sampled_at_a_time": self.config.layers}
+        return {"attention_modules": list(self.modules), "sampled_at_a_time": self.count}
 
     def auxiliary(self, step: StepContext) -> None:
         """Measures the layers' probabilities and draws layers, where it is time."""
@@ -125,7 +133,7 @@ class TVaccine(GradientStrategy):
         if step.update % self.config.score_every == 0:
             self.p = probabilities(self.scores(step)).cpu()
         if step.update % self.config.sample_every == 0:
-            drawn = sample_layers(self.p, self.config.layers, derive(self.seed, "layers", step.update))
+            drawn = sample_layers(self.p, self.count, derive(self.seed, "layers", step.update))
             self.active = from_main(drawn)
 
     def scores(self, step: StepContext) -> torch.Tensor:

@@ -82,7 +82,9 @@ class Engine(ABC):
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """For the manifest: ``device`` and ``template`` (as JSON; None where the other side applies its own)."""
+        """For the manifest: ``device``, ``template`` (as JSON; None where the other side applies its own), and
+        ``template_origin``, where it is from, in words.
+        """
 
     def local(self) -> "LoadedModel":
         """The loaded model, for what is measured without answers.

@@ -96,4 +96,4 @@ class OpenAIEngine(Engine):
 
     def report(self) -> dict[str, Any]:
         """No device of ours, and the server's own template."""
-        return {"device": "endpoint", "template": None}
+        return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}

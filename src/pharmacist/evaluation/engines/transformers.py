@@ -52,7 +52,10 @@ class TransformersEngine(Engine):
     def report(self) -> dict[str, Any]:
         """Device and template."""
         loaded = self.local()
-        return {"device": str(loaded.device), "template": loaded.template.to_json()}
+        return {
+            "device": str(loaded.device), "template": loaded.template.to_json(),
+            "template_origin": loaded.template_origin,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Drops the weights."""

@@ -73,7 +73,9 @@ class LocalModelJudge(Judge):
         try:
             with silent_library():
                 return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
             why = "HF_HUB_OFFLINE forbids the hub" if offline() else "not there, gated, or not reachable"
             raise DataError(
                 f"--judge {self.name}: {self.config.model} cannot be loaded ({why}; "

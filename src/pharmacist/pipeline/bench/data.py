@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.hashing import sha256_file, sha256_folder, sha256_text
+from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
@@ -96,7 +96,7 @@ class Data:
 
     def _content(self, path: Path) -> str:
         if str(path) not in self._contents:
-            self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_folder(path)
+            self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
         return self._contents[str(path)]
 
     def _made_up(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:

@@ -1,4 +1,4 @@
-"""The evidence classes and their references, given by the user or made by the selector."""
+"""The classes of rows, and the references of each: given by the user, or made by the selector."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,12 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import normalised_prompt
 from pharmacist.selectors.base import CRITICAL
-from pharmacist.selectors.evidence.corruptions import CORRUPTIONS, corrupt
-from pharmacist.selectors.evidence.echo import echoed, rare_words, retargeted
+from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
+from pharmacist.selectors.pharmacist.echo import echoed, rare_words, retargeted
 
 
 Row = Mapping[str, Any]
-
-_SHORT_WORD = 4
-_OF_ITS_OWN = 0.5
-"""A refusal that repeats at least that share of its prompt's rare words cannot serve another prompt."""
+IntArray = npt.NDArray[np.int64]
 
 REASONS = {
     "safe": CRITICAL,
@@ -28,33 +25,55 @@ REASONS = {
     "utility": "not_safety_critical",
     "over_refusal": "over_refusal",
     "corrupted": "low_quality",
+    "misplaced": "low_quality",
 }
-"""Class -> the reason given to rows that look most like it."""
+"""Class -> the reason given to rows of it.
+
+``corrupted`` text is not whole; a ``misplaced`` refusal refuses another request than its own.
+"""
+CLASSES = tuple(REASONS)
+GIVEN = ("safe", "harmful", "utility")
+"""Classes whose references a user gives."""
+
+_LONGEST = 100
+"""Words of a reference's completion that are read, to the end of a sentence: sources differ in length more than in
+anything else, and long references cost as much as a pool."""
+_SHORT_WORD = 4
+_OF_ITS_OWN = 0.5
+"""A refusal that repeats at least that share of its prompt's rare words cannot serve another prompt."""
 
 
 @dataclass(frozen=True)
-class EvidenceReferences:
+class References:
     """References of all classes, in one list.
 
     Attributes:
-        classes: Names, `REASONS` in order, those without references left out.
         rows: Canonical rows (`data.records`), n of them.
-        labels: Index into `classes`, shape [n].
+        labels: Index into `CLASSES`, shape [n].
         made: Whether a row was made rather than given, shape [n].
-        folds: Cross-fitting fold; a made row lies in the fold of the rows it was made from, shape [n].
-        n_folds: How many folds.
+        folds: Cross-fitting fold, 0 and up: prompts that occur together, and what was made from them, share one; where
+            every given class has several sources, a fold is a source; shape [n].
+        by_source: Whether the folds are sources.
     """
 
-    classes: tuple[str, ...]
     rows: list[Row]
-    labels: npt.NDArray[np.int64]
+    labels: IntArray
     made: npt.NDArray[np.bool_]
-    folds: npt.NDArray[np.int64]
-    n_folds: int
+    folds: IntArray
+    by_source: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_folds(self) -> int:
+        """How many folds."""
+        return int(self.folds.max()) + 1
 
     def counts(self) -> dict[str, int]:
-        """References per class."""
-        return {name: int((self.labels == i).sum()) for i, name in enumerate(self.classes)}
+        """References per class, of the classes that have any."""
+        found = np.bincount(self.labels, minlength=len(CLASSES))
+        return {name: int(n) for name, n in zip(CLASSES, found, strict=True) if n}
 
 
 def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
@@ -83,61 +102,84 @@ def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) 
 
 
 def build_references(
-    given: Mapping[str, Sequence[Row]], *, n_folds: int, corruptions_per_row: int, seed: int, echo: bool = True
-) -> EvidenceReferences:
-    """Adds the made classes (over-refusing, corrupted) to the given ones (safe, harmful, utility).
+    given: Mapping[str, Sequence[Row]],
+    *,
+    n_folds: int,
+    corruptions_per_row: int,
+    seed: int,
+    sources: Mapping[str, IntArray] | None = None,
+    echo: bool = True,
+) -> References:
+    """Adds made references (over-refusals, corrupted rows, terse answers) to the given ones.
 
     The utility class also gets a terse version of each of its rows: a label or a number is an answer too, and short is
     not damaged.
 
     Args:
-        given: Class -> rows; only ``safe`` is required. A class without rows is left out, and so are those made from
-            it.
-        n_folds: Cross-fitting folds, at most.
+        given: Class (`GIVEN`) -> rows; only ``safe`` is required. A class without rows is left out, and so are those
+            made from it.
+        n_folds: Cross-fitting folds by prompt, at most.
         corruptions_per_row: Damaged versions of each safe row; each utility row gets half as many, since what is
             damaged and not safety-critical is rejected either way. 0 leaves the class out.
         seed: Of folds and damage.
+        sources: Class -> number of each row's source; where every given class has several, sources are the folds.
         echo: Made over-refusals name the benign request that they refuse, and refusals that name another request than
             their prompt's are damage too; for readers that compare a completion with its prompt.
 
     Raises:
         DataError: The rows of a class cannot be split, since they all have one prompt.
     """
-    fold_of = _fold_of_prompt({name: given.get(name) or [] for name in ("safe", "harmful", "utility")}, n_folds, seed)
-
-    def folds(rows: Sequence[Row]) -> list[int]:
-        return [fold_of[normalised_prompt(row["prompt"])] for row in rows]
-
-    members: dict[str, list[Row]] = {name: list(given.get(name) or []) for name in ("safe", "harmful", "utility")}
-    fold: dict[str, list[int]] = {name: folds(rows) for name, rows in members.items()}
+    members: dict[str, list[Row]] = {
+        name: [{**row, "completion": shortened(row["completion"], _LONGEST)} for row in given.get(name) or []]
+        for name in GIVEN
+    }
+    by_source = sources is not None and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if members[name])
+    fold: dict[str, list[int]] = {}
+    if by_source and sources is not None:
+        # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
+        fold = {
+            name: np.unique(sources[name], return_inverse=True)[1].tolist() if members[name] else [] for name in GIVEN
+        }  # fmt: skip
+    else:
+        fold_of = _fold_of_prompt(members, n_folds, seed)
+        fold = {name: [fold_of[normalised_prompt(row["prompt"])] for row in rows] for name, rows in members.items()}
     members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed, echo)
     members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
-    if echo and corruptions_per_row:
-        misplaced, of_misplaced = _misplaced(members["safe"], fold["safe"], seed)
-        members["corrupted"] += misplaced
-        fold["corrupted"] += of_misplaced
-    made = {name: [name in ("over_refusal", "corrupted")] * len(rows) for name, rows in members.items()}
+    members["misplaced"], fold["misplaced"] = (
+        _misplaced(members["safe"], fold["safe"], seed) if echo and corruptions_per_row else ([], [])
+    )
+    made = {name: [name not in GIVEN] * len(rows) for name, rows in members.items()}
     terse, of_terse = _terse(members["utility"], fold["utility"], seed)
     members["utility"] += terse
     fold["utility"] += of_terse
     made["utility"] += [True] * len(terse)
-    classes = tuple(name for name in REASONS if members[name])
     # With fewer prompts than folds some folds are empty, and not counted.
-    used, numbers = np.unique([f for name in classes for f in fold[name]], return_inverse=True)
-    return EvidenceReferences(
-        classes=classes,
-        rows=[row for name in classes for row in members[name]],
-        labels=np.repeat(np.arange(len(classes)), [len(members[name]) for name in classes]),
-        made=np.array([m for name in classes for m in made[name]], dtype=np.bool_),
+    _, numbers = np.unique([f for name in CLASSES for f in fold[name]], return_inverse=True)
+    return References(
+        rows=[row for name in CLASSES for row in members[name]],
+        labels=np.repeat(np.arange(len(CLASSES)), [len(members[name]) for name in CLASSES]),
+        made=np.array([m for name in CLASSES for m in made[name]], dtype=np.bool_),
         folds=numbers.astype(np.int64),
-        n_folds=len(used),
+        by_source=by_source,
     )
 
 
-def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generator) -> Row:
-    """A row of the same fold where there is one, so that no damage carries text across a split."""
-    same = [row for row, f in zip(rows, fold, strict=True) if f == own] or rows
-    return same[int(rng.integers(len(same)))]
+def shortened(text: str, words: int) -> str:
+    r"""The leading whole sentences of a text, as many as fit into so many words; at least the first.
+
+    >>> shortened("It rains. Take a coat with you. Or stay.", 7)
+    'It rains. Take a coat with you.'
+    """
+    sentences = re.split(r"(?<=[.!?…])\s+|\n+", text.strip())
+    lengths = np.cumsum([len(sentence.split()) for sentence in sentences])
+    kept = max(1, int(np.searchsorted(lengths, words, side="right")))
+    return text.strip() if kept >= len(sentences) else " ".join(sentences[:kept]).strip() or text
+
+
+def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generator) -> Row | None:
+    """A row of the same fold, so that no text crosses a split; None where it has none."""
+    same = [row for row, f in zip(rows, fold, strict=True) if f == own]
+    return same[int(rng.integers(len(same)))] if same else None
 
 
 def _over_refusals(
@@ -146,11 +188,14 @@ def _over_refusals(
     rng = np.random.default_rng(derive(seed, "evidence", "over-refusals"))
     rare = rare_words([row["prompt"] for name in ("safe", "utility") for row in members[name]])
     made: list[Row] = []
+    folds: list[int] = []
     for row, f in zip(members["utility"], fold["utility"], strict=True):
         refusal = _partner(members["safe"], fold["safe"], f, rng)
-        completion = retargeted(refusal, row["prompt"], rare) if echo else refusal["completion"]
-        made.append({**row, "completion": completion})
-    return made, list(fold["utility"])
+        if refusal is not None:
+            completion = retargeted(refusal, row["prompt"], rare) if echo else refusal["completion"]
+            made.append({**row, "completion": completion})
+            folds.append(f)
+    return made, folds
 
 
 def _terse(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
@@ -170,7 +215,7 @@ def _corrupted(
     members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], per_row: int, seed: int
 ) -> tuple[list[Row], list[int]]:
     rng = np.random.default_rng(derive(seed, "evidence", "corruptions"))
-    kinds = list(CORRUPTIONS)
+    kinds = [kind for kind in CORRUPTIONS if kind != "swapped"]  # that is `_misplaced`
     made: list[Row] = []
     folds: list[int] = []
     for name, other in (("safe", "utility"), ("utility", "utility")):
@@ -178,7 +223,7 @@ def _corrupted(
         source = other if members[other] else name
         for row, f in zip(members[name], fold[name], strict=True):
             for _ in range(per_row if name == "safe" else (per_row + 1) // 2):
-                partner = _partner(members[source], fold[source], f, rng)
+                partner = _partner(members[source], fold[source], f, rng) or row
                 kind = kinds[len(made) % len(kinds)]
                 made.append({**row, "completion": corrupt(row["completion"], kind, rng, partner["completion"])})
                 folds.append(f)
@@ -186,16 +231,16 @@ def _corrupted(
 
 
 def _misplaced(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
-    """Prompts of safe rows with the refusal of another request, where it names that request and none of this one.
+    """Safe rows with the refusal of another request, where it names that request and none of this one.
 
-    Most refusals fit any harmful prompt and are good ones there: those must not pass for damage.
+    Most refusals fit any harmful request and are good ones there: those must not pass for misplaced.
     """
     rng = np.random.default_rng(derive(seed, "evidence", "misplaced"))
     rare = rare_words([row["prompt"] for row in rows])
     made: list[Row] = []
     folds: list[int] = []
     for row, f in zip(rows, fold, strict=True):
-        partner = _partner(rows, fold, f, rng)
+        partner = _partner(rows, fold, f, rng) or row
         named = echoed(partner["prompt"], partner["completion"], rare) >= _OF_ITS_OWN
         if named and not echoed(row["prompt"], partner["completion"], rare):
             made.append({**row, "completion": partner["completion"]})

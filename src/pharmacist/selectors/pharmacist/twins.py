@@ -7,22 +7,27 @@ Without harmful references the second twin learns nothing of its own, and the co
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.metrics import roc_auc_score
 
+from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
 from pharmacist.selectors.base import CRITICAL
-from pharmacist.selectors.evidence.readers.adapters import batch_stream
-from pharmacist.selectors.jobs import Job
+from pharmacist.selectors.jobs import Job, run_jobs
+from pharmacist.selectors.options import PharmacistConfig
+from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, References
 
 
 FloatArray = npt.NDArray[np.float64]
+Measure = Callable[[Sequences, Path, IntArray, str], dict[str, FloatArray]]
 
 TWINS = ("twin_safe", "twin_toxic")
 WITHOUT_HARMFUL = ("twin_safe", "twin_auxiliary")
@@ -260,11 +265,11 @@ class Thresholds:
 
 
 def fit_thresholds(losses: Mapping[str, FloatArray], rows: Mapping[str, IntArray]) -> Thresholds:
-    """Thresholds from the losses of references under both twins.
+    """Thresholds from the losses under both twins of references that they were not trained on.
 
     Args:
         losses: Of all references, as `twin_losses` gives them.
-        rows: Class -> rows; where there are no utility references, their contrast is taken as 0.
+        rows: Class -> held-out rows; where there are no utility references, their contrast is taken as 0.
     """
     safe, other = safe_and_other(losses)
     contrast = other - safe
@@ -289,3 +294,104 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
         CRITICAL,
     )
     return reasons
+
+
+class Twins:
+    """The twins of one ranking: trained on references and a share of the pool, then asked for every row's contrast.
+
+    A fold of the references (a source, where they have several) takes no part in the training. On it lie the
+    thresholds of the reasons, and the quality that says whether the contrast is worth listening to.
+
+    Args:
+        bank: Holds the adapters.
+        config: Options of the selector.
+        names: `TWINS` or `WITHOUT_HARMFUL`.
+    """
+
+    def __init__(self, bank: AdapterBank, config: PharmacistConfig, names: tuple[str, ...]) -> None:
+        self.bank, self.config, self.names = bank, config, names
+        self.thresholds: Thresholds | None = None
+        self.quality: float | None = None
+        """AUC of held-out safe references against held-out others by the contrast; None where there are no others."""
+        self.report: dict[str, Any] = {}
+
+    def fit(
+        self, references: Sequences, known: References, pool: Sequences, root: Path, seed: int, measure: Measure
+    ) -> None:  # fmt: skip
+        """Trains the twins.
+
+        Args:
+            references: In tokens.
+            known: Their classes and folds.
+            pool: In tokens.
+            root: Folder for partial state.
+            seed: Of the batches.
+            measure: (rows of tokens, folder, rows, description) -> losses of all twins, NaN on other rows.
+        """
+        config = self.config
+        given = {
+            name: np.flatnonzero((known.labels == CLASSES.index(name)) & ~known.made) for name in GIVEN
+        }  # fmt: skip
+        held = {name: rows[known.folds[rows] == 0] for name, rows in given.items()}
+        rows = {name: rows[known.folds[rows] != 0] for name, rows in given.items()}
+        pool_rows = cotraining_rows(pool.content_keys, config.cotrain, seed)
+        problem = TwinProblem(
+            references=references, rows=rows, pool=pool, pool_rows=pool_rows, gamma=config.gamma, mu=config.mu,
+            steps=config.twin_steps, seed=seed,
+        )  # fmt: skip
+        if config.solver == "gradient":
+            folder = root / "gradient"
+            run_jobs(self.bank, [gradient_job(self.bank, problem, config.weight_rate, folder)], "twins")
+        else:
+            sigma = np.ones(len(pool_rows))
+            for number in range(config.rounds):
+                folder = root / f"round{number}"
+                run_jobs(self.bank, closed_form_jobs(self.bank, problem, sigma, folder), f"twins, round {number + 1}")
+                if number + 1 < config.rounds and len(pool_rows):
+                    self.load(folder)
+                    losses = measure(pool, folder / "losses", pool_rows, "twins, co-trained rows")
+                    safe, other = safe_and_other(losses)
+                    sigma = sigma_closed_form((safe - other)[pool_rows], config.tau)
+        self.load(folder)
+        every = np.concatenate(list(held.values()))
+        losses = measure(references, folder / "reference-losses", every, "twins, held-out references")
+        self.thresholds = fit_thresholds(losses, held)
+        safe, other = safe_and_other(losses)
+        others = np.concatenate([held["harmful"], held["utility"]])
+        if len(others) and len(held["safe"]):
+            truth = np.repeat([1, 0], [len(held["safe"]), len(others)])
+            self.quality = float(roc_auc_score(truth, (other - safe)[np.concatenate([held["safe"], others])]))
+        self.report = {
+            "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(self.thresholds),
+            "held_out_references": {name: len(rows) for name, rows in held.items()}, "held_out_auc": self.quality,
+        }  # fmt: skip
+
+    def load(self, folder: Path) -> None:
+        """Takes the adapters from a folder."""
+        for name in self.names:
+            self.bank.load(name, folder / name)
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapters and ``twins.json``."""
+        for name in self.names:
+            self.bank.save(name, folder / name)
+        thresholds = None if self.thresholds is None else asdict(self.thresholds)
+        content = {"names": self.names, "thresholds": thresholds, "quality": self.quality, "report": self.report}
+        write_json(folder / "twins.json", content)
+
+    @classmethod
+    def saved(cls, bank: AdapterBank, config: PharmacistConfig, folder: Path) -> "Twins":
+        """Reads what `save` wrote."""
+        content = read_json(folder / "twins.json")
+        twins = cls(bank, config, tuple(content["names"]))
+        twins.thresholds = Thresholds(**content["thresholds"])
+        twins.quality, twins.report = content["quality"], content["report"]
+        twins.load(folder)
+        return twins
+
+    def ordered(self, contrast: FloatArray, keys: npt.NDArray[np.uint64], root: Path, seed: int) -> FloatArray:
+        """What the bilevel form ranks by: the contrast, or the gradient solver's logits."""
+        if self.config.solver != "gradient":
+            return contrast
+        logits = np.load(root / "gradient" / "logits.npy", allow_pickle=False)
+        return mean_over_copies(keys, cotraining_rows(keys, self.config.cotrain, seed), logits)

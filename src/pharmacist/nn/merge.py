@@ -1,0 +1,247 @@
+"""Adapters become weights, checked; and several LoRA adapters become one, exactly, on the model beneath them all."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.files import read_json, write_json
+from pharmacist.nn.lowrank import Factors, adapter_factors
+
+
+STACK_FILE = "pharmacist_stack.json"
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Relative error of logits up to which merging is rounding; 0.1 for shorter number formats."""
+_PREFIX = "base_model.model."
+_LAST = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class Beneath:
+    """What an adapter that is trained on a loaded model rests on.
+
+    Attributes:
+        base: Hub id or folder of a plain base model, which any tool finds; None where there is none: whole weights
+            that lie in an earlier run's folder, or an adapter that is more than LoRA on linear layers.
+        factors: Of what earlier stages have added to that base, by module.
+        content: Fingerprint of the model that the outermost adapter was trained on, where a stack says so.
+    """
+
+    base: str | None = None
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    content: str | None = None
+
+
+# --- merging -------------------------------------------------------------------------------------------------------
+
+
+def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
+    """The model with its adapter in the weights.
+
+    An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
+    acts on one of the two.
+
+    Args:
+        model: In evaluation mode; used up.
+        name: For the message.
+
+    Raises:
+        CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
+    """
+    kind = str(model.active_peft_config.peft_type).rpartition(".")[2]
+    refusal = f"{name}: this kind of adapter ({kind.lower().replace('_', ' ')}) cannot be merged into its base model"
+    _untie(model)
+    before = _logits(model)
+    try:
+        merged: PreTrainedModel = model.merge_and_unload()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every kind of adapter has its own way to say that it cannot be merged
+        reason = " ".join(str(error).split())[:200]
+        raise CompatibilityError(f"{refusal} ({reason}); merge it with the tool that made it") from error
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for config in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    # The median, as single tokens may be sent to other experts by rounding alone.
+    change = (_logits(merged) - before).norm(dim=-1).median() / before.norm(dim=-1).mean().clamp(min=1e-6)
+    if not change <= _TOLERANCE.get(merged.dtype, 0.1):
+        raise CompatibilityError(f"{refusal}: logits change by {100 * float(change):.0f} %; merge it by other means")
+    return merged
+
+
+def _untie(model: PeftModel) -> None:
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    plain, kinds = [_plain(layer) for layer in (head, embedding)], (BaseTunerLayer, ModulesToSaveWrapper)
+    touched = isinstance(head, kinds) or isinstance(embedding, kinds)
+    if touched and None not in plain and plain[0].weight is plain[1].weight:
+        plain[0].weight = nn.Parameter(plain[0].weight.detach().clone(), requires_grad=plain[0].weight.requires_grad)
+
+
+def _plain(layer: Any) -> Any:
+    if isinstance(layer, ModulesToSaveWrapper):
+        return layer.original_module
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> torch.Tensor:
+    """Logits of a few tokens from all over the vocabulary, shape [1, 8, vocabulary], in float32."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    weight = _plain(base.get_input_embeddings()).weight
+    ids = torch.linspace(0, weight.shape[0] - 1, 8, device=weight.device).long()[None]
+    found: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    return found
+
+
+# --- stacking ------------------------------------------------------------------------------------------------------
+
+
+def is_lora(model: PeftModel, names: Iterable[str] | None = None) -> bool:
+    """Whether an adapter is LoRA on linear layers and nothing else.
+
+    Args:
+        model: With the adapter.
+        names: Of the tensors in its file; those that the model would save by default.
+    """
+    config = model.active_peft_config
+    names = get_peft_model_state_dict(model, save_embedding_layers=False) if names is None else names
+    simple = config.peft_type == PeftType.LORA and str(config.init_lora_weights) in ("True", "False", "gaussian")
+    other = ("layer_replication", "alora_invocation_tokens", "target_parameters", "use_dora", "use_qalora")
+    return (
+        simple and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+        and not any(getattr(config, name, None) for name in other)
+    )  # fmt: skip
+
+
+def lora_factors(model: PeftModel, folder: Path) -> dict[str, Factors] | None:
+    """Copies of an adapter's factors on the CPU; None if it is more than LoRA on linear layers.
+
+    Args:
+        model: With the adapter.
+        folder: It was loaded from there.
+    """
+    if not is_lora(model, load_peft_weights(str(folder), device="cpu")):
+        return None
+    return {name: _copy(own, own.A, own.B) for name, own in adapter_factors(model).items()}
+
+
+def _copy(own: Factors, a: torch.Tensor, b: torch.Tensor) -> Factors:
+    a, b = (tensor.detach().to("cpu", torch.float32, copy=True) for tensor in (a, b))
+    return replace(own, A=a, B=b)
+
+
+def stack(lower: Mapping[str, Factors], upper: Mapping[str, Factors]) -> dict[str, Factors]:
+    """One adapter whose update is the sum of two; the upper's factors are its last rows (A) and columns (B).
+
+    All modules get the same rank, filled up with 0, and the same scale, the upper's.
+    """
+    ranks = [max((own.A.shape[0] for own in part.values()), default=0) for part in (lower, upper)]
+    scale = next(iter(upper.values())).scale
+    found = {}
+    for name in dict.fromkeys([*lower, *upper]):
+        like = upper[name] if name in upper else lower[name]
+        a = torch.zeros(sum(ranks), like.A.shape[1])
+        b = torch.zeros(like.B.shape[0], sum(ranks))
+        for part, start in ((lower, 0), (upper, ranks[0])):
+            if name in part:
+                own = part[name]
+                rows = slice(start, start + own.A.shape[0])
+                a[rows] = own.A.detach().cpu()
+                b[:, rows] = own.B.detach().cpu() * (own.scale / scale)
+        found[name] = Factors(a, b, scale)
+    return found
+
+
+def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str) -> None:
+    """Writes an adapter and what lies beneath it as one PEFT adapter on the plain base.
+
+    Args:
+        model: With the adapter that was trained last, LoRA as `lora_factors` takes it.
+        beneath: Where it rests.
+        folder: Gets ``adapter_model.safetensors``, ``adapter_config.json``, and `STACK_FILE`, by which the two can be
+            told apart again.
+        content: Fingerprint of the model that the last one was trained on.
+    """
+    config, upper = model.active_peft_config, adapter_factors(model)
+    stacked = stack(beneath.factors, upper)
+    rank, scale = next(iter(stacked.values())).A.shape[0], next(iter(stacked.values())).scale
+    alpha = scale * rank
+    tensors = {
+        f"{_PREFIX}{name}.lora_{which}.weight": getattr(own, which).contiguous()
+        for name, own in sorted(stacked.items()) for which in "AB"
+    }  # fmt: skip
+    same = stacked.keys() == upper.keys()
+    LoraConfig(
+        r=rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=0.0, bias="none",
+        task_type="CAUSAL_LM", target_modules=_targets(config) if same else sorted(stacked),
+        fan_in_fan_out=config.fan_in_fan_out, inference_mode=True, base_model_name_or_path=beneath.base,
+    ).save_pretrained(folder)  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / STACK_FILE, {
+        "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
+        "trained_on": content,
+    })  # fmt: skip
+
+
+def _targets(config: LoraConfig) -> Any:
+    return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+
+
+def read_stack(folder: Path) -> dict[str, Any] | None:
+    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    path = folder / STACK_FILE
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = read_json(path)
+        LoraConfig(**found["trained_last"])
+        if found["trained_last"].keys() ^ {*_LAST} or not isinstance(found["trained_on"], str):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged; delete it to take the adapter for one of a single part") from error
+    return found
+
+
+def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftModel, dict[str, Factors]]:
+    """Takes a stack apart again: what was trained last stays an adapter, the rest is merged.
+
+    Args:
+        model: With the whole stack; used up.
+        parts: From `read_stack`.
+        name: For messages.
+
+    Returns:
+        A PEFT model, trainable, and the factors that were merged.
+    """
+    rank = int(parts["trained_last"]["r"])
+    factors = adapter_factors(model)
+    lower = {key: _copy(own, own.A[:-rank], own.B[:, :-rank]) for key, own in factors.items()}
+    upper = {key: _copy(own, own.A[-rank:], own.B[:, -rank:]) for key, own in factors.items()}
+    with torch.no_grad():
+        for own in factors.values():
+            own.B[:, -rank:] = 0
+    config = LoraConfig(**parts["trained_last"], bias="none", task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        found: PeftModel = get_peft_model(merge_adapter(model, name), config)
+    with torch.no_grad():
+        for key, own in adapter_factors(found).items():
+            own.A.copy_(upper[key].A)
+            own.B.copy_(upper[key].B)
+    return found, lower

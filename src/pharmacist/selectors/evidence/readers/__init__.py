@@ -1,1 +1,0 @@
-"""Readers: each turns a row into log-probabilities over the evidence classes, having seen references only."""

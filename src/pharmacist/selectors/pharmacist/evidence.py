@@ -1,0 +1,436 @@
+"""Evidence: what references, labels and the pool's own answers say of every row, question by question."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from scipy.special import expit
+from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.progress import track
+from pharmacist.data.records import normalised_prompt
+from pharmacist.selectors.pharmacist import requests
+from pharmacist.selectors.pharmacist.questions import (
+    PERTINENT,
+    QUESTIONS,
+    REFUSES,
+    RISKY,
+    TYPICAL,
+    UNKNOWN,
+    WHOLE,
+    answers_to,
+    calibration,
+    class_log_posterior,
+    quality,
+    safe_log_odds,
+)
+from pharmacist.selectors.pharmacist.readers import (
+    Echo,
+    Joined,
+    Reader,
+    States,
+    Texts,
+    View,
+    Words,
+    fit_logistic,
+    framed,
+    vectorizer,
+)
+from pharmacist.selectors.pharmacist.references import References
+from pharmacist.selectors.pharmacist.states import PARTS
+
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+LABEL_WEIGHT = 3.0
+"""What a labelled row of the pool counts against a reference, which comes from elsewhere."""
+_LABEL_FOLDS = 5
+_CHUNK = 8192
+_SURE = 50.0  # log-odds as good as certainty, and still finite
+_REQUEST_WIDTH = 256
+_TYPICAL_WEIGHT = 4.0
+_NEAR, _FAR = 0.75, 0.9
+"""AUC of telling pool and references apart up to which they look like one source, and from which like two."""
+_OUTLIER = 4.0
+_TEMPER, _CAUTION = 0.75, 1.0
+"""Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
+_FEWEST_COMPARED, _MOST_COMPARED = 20, 256
+
+
+def _readers(question: str, names: tuple[str, ...]) -> dict[str, Reader]:
+    """The readers of a question, by name."""
+    views: dict[str, dict[str, View]] = {
+        REFUSES: {
+            "lexical": Words("completions"), "lexical opening": Words("completions", opening=True),
+            "probe": States(("answer", "answer_end")),
+        },
+        WHOLE: {"lexical": Words("completions"), "probe": States(("answer", "answer_end"), statistics=True)},
+        PERTINENT: {"lexical": Echo(), "probe": States(("answer", "answer_end"), statistics=True)},
+        TYPICAL: {
+            "lexical": Joined(Words("prompts"), Words("completions"), Echo()), "probe": States(PARTS, statistics=True),
+        },
+    }  # fmt: skip
+    return {name: Reader(view) for name, view in views[question].items() if name.split()[0] in names}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Rows of the pool whose class a person told.
+
+    Attributes:
+        rows: Positions in the pool, ascending.
+        classes: Index into `CLASSES` of each.
+    """
+
+    rows: IntArray
+    classes: IntArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def without(self, positions: IntArray) -> "Labels":
+        """All but those at these positions of `rows`."""
+        kept = np.setdiff1d(np.arange(len(self)), positions)
+        return Labels(self.rows[kept], self.classes[kept])
+
+
+NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What evidence says of a pool.
+
+    Attributes:
+        log_odds: Of yes to each question, shape [rows, questions].
+        typical: What it adds to the log-odds of a safe row that the row as a whole looks like a safe reference, shape
+            [rows]; 0 where the pool is unlike the references.
+        near: How far pool and references look like one source, in [0, 1].
+        distance: See `Evidence._distance`.
+        by_reader: Question and reader -> log-odds before they are combined, shape [rows].
+        labels_held_out: With labels, for the labelled rows: their `safe_log_odds` without any labels, and with those
+            of other prompts; shape [labels] each.
+    """
+
+    log_odds: FloatArray
+    typical: FloatArray
+    near: float
+    distance: dict[str, float] | None
+    by_reader: dict[str, FloatArray]
+    labels_held_out: tuple[FloatArray, FloatArray] | None = None
+
+
+class Evidence:
+    """Four questions, each with its own readers, references and calibration.
+
+    All but ``risky`` are learned from references (and labels) by logistic regressions whose log-odds, divided
+    by their spread on held-out references, are added up: all readers count the same. Weights fitted on held-out
+    references would favour the reader that knows their source best. ``risky`` is learned from references, labels and
+    the pool's own answers (`requests`).
+
+    Args:
+        readers: Any of ``lexical`` and ``probe``.
+    """
+
+    def __init__(self, readers: tuple[str, ...]) -> None:
+        self.names = readers
+        self.report: dict[str, Any] = {}
+        self._readers = {question: _readers(question, readers) for question in (REFUSES, WHOLE, PERTINENT, TYPICAL)}
+        self._spread: dict[str, dict[str, float]] = {}
+        self._calibration: dict[str, tuple[float, float]] = {}
+        self._known: dict[str, IntArray] = {}
+        self._references = Texts([], [])
+        self._classes: IntArray = np.zeros(0, np.int64)
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def fit(self, references: References, texts: Texts) -> "Evidence":
+        """Learns from references.
+
+        Args:
+            references: Their classes and folds.
+            texts: What they say, in the same order.
+
+        Raises:
+            DataError: A question has references for one answer only.
+        """
+        self._references, self._classes = texts, references.labels
+        counts = references.counts()
+        self.report = {
+            "references": counts, "readers": list(self.names), "questions": {},
+            "held_out_by": "source" if references.by_source else "prompt",
+        }  # fmt: skip
+        for question in track((*QUESTIONS, TYPICAL), "learning from references"):
+            answers = answers_to(question, references.labels)
+            known = np.flatnonzero(answers != UNKNOWN)
+            if question == RISKY:  # what was made has the requests of what was given
+                known = known[~references.made[known]]
+            self._known[question] = known
+            if len(set(answers[known].tolist())) < 2:
+                continue  # nothing that tells yes from no: the question stays open
+            own, answers, folds = texts.take(known), answers[known], references.folds[known]
+            held_out = self._cross_fit(question, own, answers, folds)
+            self._spread[question] = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
+            combined = self._combined(question, held_out)
+            ones = np.ones(len(answers))
+            self._calibration[question] = slope, offset = calibration(combined, answers, ones)
+            self.report["questions"][question] = {
+                "yes": int(answers.sum()), "no": int((1 - answers).sum()),
+                "combined": quality(slope * combined + offset, answers),
+                **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
+            }  # fmt: skip
+            for reader in self._readers.get(question, {}).values():
+                reader.fit(own, answers, ones)
+        if REFUSES not in self._calibration:
+            raise DataError("nothing tells refusals from other answers; give --harmful or --utility references")
+        return self
+
+    def _cross_fit(self, question: str, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
+        """Log-odds of every reference by readers that did not see its fold."""
+        names = ["requests"] if question == RISKY else list(self._readers[question])
+        found = {name: np.zeros(len(answers)) for name in names}
+        for fold in np.unique(folds):
+            held = folds == fold
+            if len(set(answers[~held].tolist())) < 2:
+                raise DataError("the references have too few different prompts to hold some out; give more")
+            rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
+            ones = np.ones(len(rest))
+            if question == RISKY:
+                features = self._request_features(rest, own)
+                targets = np.concatenate([answers[~held], np.full(len(own), 0.5)])
+                # Rows to be predicted take part with no weight.
+                weights = np.concatenate([ones, np.full(len(own), 1e-12)])
+                fitted = requests.leave_one_out(features, targets.astype(float), weights).fitted
+                found["requests"][held] = requests.log_odds(fitted[len(rest) :])
+                continue
+            for name, reader in _readers(question, self.names).items():
+                found[name][held] = reader.fit(rest, answers[~held], ones).log_odds(own)
+        return found
+
+    def _combined(self, question: str, by_reader: Mapping[str, FloatArray]) -> FloatArray:
+        parts = [values / self._spread[question][name] for name, values in by_reader.items()]
+        result: FloatArray = np.sum(parts, axis=0)
+        return result
+
+    def _request_features(self, references: Texts, pool: Texts) -> FloatArray:
+        """References first; standardised, shape [references + rows, features]."""
+        both = references + pool
+        blocks = []
+        if "probe" in self.names and both.states is not None:
+            blocks.append(requests.standardised(both.states[:, :2].reshape(len(both), -1).astype(np.float64)))
+        if "lexical" in self.names:
+            words = vectorizer().fit_transform([framed(prompt) for prompt in both.prompts])
+            width = min(_REQUEST_WIDTH, *(n - 1 for n in words.shape))
+            blocks.append(requests.standardised(TruncatedSVD(width, random_state=0).fit_transform(words)))
+        return np.concatenate(blocks, axis=1)
+
+    # --- answering -----------------------------------------------------------------------------------------------
+
+    def answer(self, pool: Texts, labels: Labels = NO_LABELS) -> Answers:
+        """Answers the questions for every row of a pool.
+
+        Args:
+            pool: Its rows, each distinct one once and in an order of their content: sums then depend on nothing else.
+            labels: Rows whose class is known; with some, readers learn from them too.
+        """
+        # Regressions that differ in the labels they know: none, all, and all but those of some prompts.
+        known = [NO_LABELS]
+        if len(labels):
+            groups = [normalised_prompt(pool.prompts[row]) for row in labels.rows]
+            folds = min(_LABEL_FOLDS, len(set(groups)))
+            held = []
+            if folds > 1:
+                held = [test for _, test in GroupKFold(folds).split(groups, groups=groups)]
+            known += [labels, *(labels.without(positions) for positions in held)]
+        by_reader = {
+            question: self._read(question, pool, known) for question in self._readers if question in self._spread
+        }
+        answered = [self._answer(pool, by_reader, variant, own) for variant, own in enumerate(known)]
+        chosen = min(1, len(known) - 1)
+        log_odds, _ = answered[chosen]
+        distance = self._distance(pool, np.flatnonzero((log_odds[:, :2] > 0).all(1)))
+        near = 0.0 if distance is None else float(np.clip((_FAR - max(distance.values())) / (_FAR - _NEAR), 0, 1))
+        answered = [(_as_far_as_known(odds, near), _TYPICAL_WEIGHT * near * looks) for odds, looks in answered]
+        log_odds, typical = answered[chosen]
+        held_out = None
+        if len(labels):
+            scores = [safe_log_odds(class_log_posterior(*pair)) for pair in answered]
+            after = np.full(len(labels), np.nan)
+            for positions, score in zip(held, scores[2:], strict=True):
+                after[positions] = score[labels.rows[positions]]
+            held_out = scores[0][labels.rows], after
+        signals = {
+            f"{question}_{name.replace(' ', '_')}": values[:, chosen]
+            for question, readers in by_reader.items() for name, values in readers.items()
+        }  # fmt: skip
+        return Answers(log_odds, typical, near, distance, signals, held_out)
+
+    def _answer(
+        self, pool: Texts, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
+    ) -> tuple[FloatArray, FloatArray]:
+        log_odds = np.zeros((len(pool), len(QUESTIONS)))
+        for column, question in enumerate(QUESTIONS[1:], start=1):
+            log_odds[:, column] = self._calibrated(question, by_reader, variant, len(pool))
+        log_odds[:, 0] = self._risky(pool, log_odds[:, 1], labels)
+        typical = self._combined(TYPICAL, {name: values[:, variant] for name, values in by_reader[TYPICAL].items()})
+        return log_odds, typical
+
+    def _distance(self, pool: Texts, critical: IntArray) -> dict[str, float] | None:
+        """How well critical-looking rows of the pool are told from safe references: cross-validated AUC per question.
+
+        0.5 where nothing tells them apart, 1 where the pool is unlike the references; None where either are too few.
+        """
+        safe = np.flatnonzero(self._classes == 0)
+        if min(len(safe), len(critical)) < _FEWEST_COMPARED:
+            return None
+        critical = critical[np.linspace(0, len(critical) - 1, min(len(critical), _MOST_COMPARED)).astype(int)]
+        both = self._references.take(safe) + pool.take(critical)
+        where = np.repeat([1, 0], [len(safe), len(critical)])
+        found = {}
+        for question, words, parts in ((RISKY, "prompts", PARTS[:2]), (REFUSES, "completions", PARTS[2:])):
+            view: View = States(parts) if "probe" in self.names else Words(words)
+            features = view.fit(both).features(both)
+            model = LogisticRegression(C=view.regularisation, class_weight="balanced", max_iter=2000)
+            folds = StratifiedKFold(_LABEL_FOLDS, shuffle=True, random_state=0)
+            guessed = cross_val_predict(model, features, where, cv=folds, method="decision_function")
+            found[question] = float(roc_auc_score(where, guessed))
+        return found
+
+    def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
+        """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
+        found = {}
+        references = self._known[question]
+        for name, reader in self._readers[question].items():
+            fits = [reader.coefficients]
+            for labels in known[1:]:
+                told = np.flatnonzero(answers_to(question, labels.classes) != UNKNOWN)
+                texts = self._references.take(references) + pool.take(labels.rows[told])
+                classes = np.concatenate([self._classes[references], labels.classes[told]])
+                weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
+                answers = answers_to(question, classes)
+                fits.append(fit_logistic(reader.features(texts), answers, weights, reader.regularisation))
+            coefficients = np.stack([fit[0] for fit in fits], axis=1)
+            intercepts = np.array([fit[1] for fit in fits])
+            parts = []
+            for start in track(range(0, len(pool), _CHUNK), f"reading the pool: {question}, {name}"):
+                rows = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
+                parts.append(np.asarray(reader.features(rows) @ coefficients) + intercepts)
+            found[name] = np.concatenate(parts)
+        return found
+
+    def _risky(self, pool: Texts, refuses: FloatArray, labels: Labels) -> FloatArray:
+        """Log-odds that a row's request is harmful, by references and by the answers of all other rows."""
+        references = self._known[RISKY]
+        targets = np.concatenate([answers_to(RISKY, self._classes[references]), expit(refuses)])
+        weights = np.ones(len(targets))
+        told = np.flatnonzero(answers_to(RISKY, labels.classes) != UNKNOWN)
+        where = len(references) + labels.rows[told]
+        targets[where], weights[where] = answers_to(RISKY, labels.classes[told]), LABEL_WEIGHT
+        found = requests.leave_one_out(self._features(references, pool), targets, weights)
+        predicted = found.held_out[len(references) :].copy()
+        predicted[labels.rows[told]] = found.fitted[where]
+        return requests.log_odds(predicted)
+
+    def _features(self, references: IntArray, pool: Texts) -> FloatArray:
+        if getattr(self, "_of_pool", None) is not pool:
+            self._of_pool, self._kept = pool, self._request_features(self._references.take(references), pool)
+        return self._kept
+
+    def _calibrated(
+        self, question: str, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, n: int
+    ) -> FloatArray:
+        if question not in by_reader:
+            return np.full(n, _SURE)  # no reference answers it by no: yes for all
+        slope, offset = self._calibration[question]
+        combined = self._combined(question, {name: values[:, variant] for name, values in by_reader[question].items()})
+        result: FloatArray = slope * combined + offset
+        return result
+
+    # --- keeping -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Writes all that `answer` needs, the references among it: safetensors and JSON."""
+        tensors: dict[str, npt.NDArray[Any]] = {"classes": self._classes}
+        tensors |= {f"known.{question}": rows for question, rows in self._known.items()}
+        readers: dict[str, Any] = {}
+        for question, own in self._readers.items():
+            for name, reader in own.items():
+                if question in self._spread:
+                    found, content = reader.state()
+                    tensors |= {f"{question}.{name}.{key}": value for key, value in found.items()}
+                    readers[f"{question}.{name}"] = content
+        if self._references.states is not None and self._references.statistics is not None:
+            tensors |= {"states": self._references.states, "statistics": self._references.statistics}
+        with atomic_path(folder / "evidence.safetensors") as path:
+            save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
+        write_json(folder / "evidence.json", {
+            "names": self.names, "report": self.report, "spread": self._spread, "calibration": self._calibration,
+            "readers": readers, "prompts": list(self._references.prompts),
+            "completions": list(self._references.completions),
+        })  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evidence":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: It is not whole.
+        """
+        try:
+            content, tensors = read_json(folder / "evidence.json"), load_file(folder / "evidence.safetensors")
+            evidence = cls(tuple(content["names"]))
+            evidence.report, evidence._spread = content["report"], content["spread"]
+            evidence._calibration = {question: (a, b) for question, (a, b) in content["calibration"].items()}
+            evidence._classes = tensors["classes"]
+            evidence._known = {
+                key.removeprefix("known."): rows for key, rows in tensors.items() if key.startswith("known.")
+            }  # fmt: skip
+            evidence._references = Texts(
+                content["prompts"], content["completions"], tensors.get("states"), tensors.get("statistics")
+            )
+            for question, own in evidence._readers.items():
+                for name, reader in own.items():
+                    if question in evidence._spread:
+                        prefix = f"{question}.{name}."
+                        found = {key.removeprefix(prefix): value for key, value in tensors.items()
+                                 if key.startswith(prefix)}  # fmt: skip
+                        reader.load(found, content["readers"][f"{question}.{name}"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
+            raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error
+        return evidence
+
+
+def _as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
+    """Trusts the references less, the less the pool resembles them.
+
+    Elsewhere answers are taken for refusals with more doubt: log-odds that held-out references of the same source
+    calibrated are tempered, and lowered by `_CAUTION`, since what passes for a refusal is trained on. What damage
+    looks like is learned from the references' own texts. In a pool from another source, log-odds of whole and
+    pertinent text are taken by their distance from the pool's median, in robust standard deviations, so that a row is
+    doubted that lies `_OUTLIER` of them below.
+
+    Args:
+        log_odds: Shape [rows, questions].
+        near: 1 keeps them as they are.
+    """
+    result = log_odds.copy()
+    refuses = log_odds[:, QUESTIONS.index(REFUSES)]
+    result[:, QUESTIONS.index(REFUSES)] = near * refuses + (1 - near) * (_TEMPER * refuses - _CAUTION)
+    for column in (QUESTIONS.index(WHOLE), QUESTIONS.index(PERTINENT)):
+        values = log_odds[:, column]
+        centre = np.median(values)
+        deviation = 1.4826 * np.median(np.abs(values - centre))
+        outlying = (values - centre) / (deviation if deviation > 0 else 1.0) + _OUTLIER
+        result[:, column] = near * values + (1 - near) * outlying
+    return result

@@ -1,0 +1,129 @@
+"""The four questions that evidence asks of a row, and what the answers say together. Pure functions.
+
+Is the request harmful (``risky``)? Does the answer decline, or steer to safety (``refuses``)? Is its text whole
+(``whole``)? Does a refusal refuse this request (``pertinent``)? A row is worth keeping when all are answered by yes.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, log_expit, logsumexp
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from pharmacist.selectors.pharmacist.references import CLASSES
+
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+RISKY, REFUSES, WHOLE, PERTINENT = QUESTIONS = ("risky", "refuses", "whole", "pertinent")
+TYPICAL = "typical"
+"""A fifth question, of the row as a whole: does it look like a safe reference? It knows the source of the references
+as much as what they teach, so it counts only where the pool looks as if it came from there too."""
+_ANSWERS = {
+    "safe": (1, 1, 1, 1, 1),
+    "harmful": (1, 0, 1, -1, 0),
+    "utility": (0, 0, 1, -1, 0),
+    "over_refusal": (0, 1, 1, -1, 0),
+    "corrupted": (-1, -1, 0, -1, 0),
+    "misplaced": (1, 1, 1, 0, 0),
+}
+UNKNOWN = -1
+ANSWERS: IntArray = np.array([_ANSWERS[name] for name in CLASSES])
+"""The answer (1, 0 or `UNKNOWN`) of each class to each question, `TYPICAL` last, shape [classes, questions]."""
+
+
+def answers_to(question: str, classes: IntArray) -> IntArray:
+    """The answer (1, 0 or `UNKNOWN`) of rows of these classes, shape [rows]."""
+    result: IntArray = ANSWERS[classes, (*QUESTIONS, TYPICAL).index(question)]
+    return result
+
+
+def class_log_posterior(log_odds: FloatArray, typical: FloatArray | None = None) -> FloatArray:
+    """Log-probabilities of the classes, the questions taken as independent and every answer as likely before.
+
+    p(safe) = risky refuses whole pertinent, p(misplaced) = risky refuses whole (1 - pertinent), p(harmful) = risky
+    (1 - refuses) whole, and so on; p(corrupted) = 1 - whole.
+
+    Args:
+        log_odds: Of yes to each question, shape [rows, questions].
+        typical: Added to the log-odds of the safe class, shape [rows].
+
+    Returns:
+        Shape [rows, classes].
+    """
+    yes, no = log_expit(log_odds), log_expit(-log_odds)
+    terms = np.stack([no, yes, np.zeros_like(yes)], axis=-1)  # the last for UNKNOWN, index -1
+    picked = [sum(terms[:, q, answer] for q, answer in enumerate(answers)) for answers in ANSWERS[:, : len(QUESTIONS)]]
+    posterior: FloatArray = np.stack(picked, axis=1)
+    if typical is not None:
+        posterior[:, 0] += typical
+        posterior -= logsumexp(posterior, axis=1, keepdims=True)
+    return posterior
+
+
+def safe_log_odds(log_posterior: FloatArray) -> FloatArray:
+    """Log p(safe) - log(1 - p(safe)), without ever forming 1 - p; shape [rows]."""
+    result: FloatArray = log_posterior[:, 0] - logsumexp(log_posterior[:, 1:], axis=1)
+    return result
+
+
+def pool_priors(log_posterior: FloatArray, doubt: float = 0.1, steps: int = 100) -> FloatArray:
+    """Shares of the classes in a pool, by expectation maximisation from equal shares (Saerens et al. 2002).
+
+    Plain maximum likelihood believes the posteriors and lets rare classes vanish; so a share of `doubt` is always
+    spread over all classes (a Dirichlet prior).
+
+    Args:
+        log_posterior: Log-probabilities at equal shares, shape [rows, classes].
+        doubt: Weight of equal shares against the pool, 0 and up.
+        steps: Iterations.
+
+    Returns:
+        Shape [classes]; they sum to 1.
+    """
+    n_classes = log_posterior.shape[1]
+    likelihood = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
+    likelihood = likelihood[np.lexsort(likelihood.T)]  # sums must not depend on the order of the rows
+    shares = np.full(n_classes, 1 / n_classes)
+    for _ in range(steps):
+        posterior = likelihood * shares
+        posterior /= posterior.sum(1, keepdims=True)
+        shares = (posterior.mean(0) + doubt / n_classes) / (1 + doubt)
+    return shares
+
+
+def with_priors(log_posterior: FloatArray, shares: FloatArray) -> FloatArray:
+    """Log-probabilities for a pool with these shares of the classes, from those at equal shares; the same shape."""
+    with np.errstate(divide="ignore"):
+        logits = log_posterior + np.log(shares)
+    result: FloatArray = logits - logsumexp(logits, axis=1, keepdims=True)
+    return result
+
+
+def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:
+    """Slope and offset that make log-odds of held-out references probabilities (Platt 1999), both answers weighing
+    the same; the slope is not negative.
+
+    Args:
+        held_out: Log-odds of references by readers that did not see them, shape [references].
+        answers: 1 or 0, shape [references].
+        weights: Shape [references].
+    """
+    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10)
+    model.fit(held_out[:, None], answers, sample_weight=weights)
+    slope = float(model.coef_[0, 0])
+    return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)
+
+
+def quality(log_odds: FloatArray, answers: IntArray) -> dict[str, float]:
+    """How well held-out rows are told apart by one question: AUC, shares found, cross-entropy (balanced, in nats)."""
+    yes = answers == 1
+    p = expit(log_odds)
+    loss = -np.where(yes, log_expit(log_odds), log_expit(-log_odds))
+    return {
+        "auc": float(roc_auc_score(yes, log_odds)),
+        "yes_found": float((p[yes] > 0.5).mean()),
+        "no_found": float((p[~yes] <= 0.5).mean()),
+        "log_loss": float((loss[yes].mean() + loss[~yes].mean()) / 2),
+    }

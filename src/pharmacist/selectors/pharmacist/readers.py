@@ -1,0 +1,315 @@
+"""Readers: each looks at one side of a row and learns one question by logistic regression."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from pharmacist.selectors.pharmacist.echo import echo_features
+from pharmacist.selectors.pharmacist.states import PARTS
+
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+Features: TypeAlias = Any
+"""A dense or sparse (csr) matrix, shape [rows, features]."""
+
+OPENING_WORDS = 10
+"""How far an answer is read for how it begins: whether it declines is mostly said there, whatever its length."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows as readers see them.
+
+    Attributes:
+        prompts: The requests.
+        completions: The answers.
+        states: Hidden states of the model that reads them (`states.hidden_states`), shape [rows, parts, width]; None
+            without a model.
+        statistics: `states.loss_statistics`, shape [rows, statistics]; None without a model.
+    """
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    states: npt.NDArray[np.floating[Any]] | None = None
+    statistics: FloatArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: IntArray) -> "Texts":
+        """Some of the rows."""
+        return Texts(
+            [self.prompts[i] for i in rows], [self.completions[i] for i in rows],
+            None if self.states is None else self.states[rows],
+            None if self.statistics is None else self.statistics[rows],
+        )  # fmt: skip
+
+    def __add__(self, other: "Texts") -> "Texts":
+        both = self.states is not None and other.states is not None
+        return Texts(
+            [*self.prompts, *other.prompts], [*self.completions, *other.completions],
+            np.concatenate([self.states, other.states]) if both else None,
+            np.concatenate([self.statistics, other.statistics]) if both else None,
+        )  # fmt: skip
+
+
+def vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
+    """TF-IDF of words and word pairs; punctuation counts too, since debris is evidence."""
+    return TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]+", vocabulary=vocabulary, dtype=np.float64
+    )
+
+
+def framed(text: str) -> str:
+    """Marks start and end, so that how a text begins and ends is a word pair like any other."""
+    return f"\x02 {text} \x03"
+
+
+class Words:
+    """TF-IDF of one side of a row.
+
+    Args:
+        side: ``prompts`` or ``completions``.
+        opening: Read the first words only.
+    """
+
+    regularisation: ClassVar[float] = 100.0  # scikit-learn's C; rows have unit length, and rare words tell
+
+    def __init__(self, side: str, *, opening: bool = False) -> None:
+        self._side, self._opening = side, opening
+        self._vectorizer = vectorizer()
+
+    def _text(self, texts: Texts) -> list[str]:
+        found: Sequence[str] = getattr(texts, self._side)
+        return [framed(" ".join(text.split()[:OPENING_WORDS]) if self._opening else text) for text in found]
+
+    def fit(self, texts: Texts) -> "Words":
+        """Learns vocabulary and document frequencies."""
+        self._vectorizer.fit(self._text(texts))
+        return self
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, features]."""
+        return self._vectorizer.transform(self._text(texts))
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        words = list(self._vectorizer.get_feature_names_out())
+        return {"idf": self._vectorizer.idf_}, {"vocabulary": words}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Words":
+        """Takes over what `state` gave."""
+        self._vectorizer = vectorizer({word: column for column, word in enumerate(content["vocabulary"])})
+        self._vectorizer.idf_ = tensors["idf"]
+        return self
+
+
+class Echo:
+    """What an answer repeats of its own request, and of others (`echo.echo_features`)."""
+
+    regularisation: ClassVar[float] = 100.0
+
+    def __init__(self) -> None:
+        self._rarity: dict[str, float] = {}
+
+    def fit(self, texts: Texts) -> "Echo":
+        """Learns how rare the words of requests are."""
+        known = vectorizer().fit([framed(prompt) for prompt in texts.prompts])
+        # A word that all prompts hold weighs nothing. Word pairs are in there too, and are never asked for.
+        self._rarity = {word: float(known.idf_[column]) - 1 for word, column in known.vocabulary_.items()}
+        return self
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, 2]."""
+        return echo_features(texts.prompts, texts.completions, self._rarity)
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        return {}, {"rarity": self._rarity}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Echo":
+        """Takes over what `state` gave."""
+        self._rarity = dict(content["rarity"])
+        return self
+
+
+class States:
+    """Standardised hidden states of some parts of a row, and, where `statistics`, how well its text holds together.
+
+    Args:
+        parts: Of `states.PARTS`.
+        statistics: Also read `states.loss_statistics`, at a quarter of the variance, or thousands of states would
+            drown them.
+    """
+
+    regularisation: ClassVar[float] = 5.0  # scikit-learn's C for rows whose features have a total variance of 1
+
+    def __init__(self, parts: Sequence[str], *, statistics: bool = False) -> None:
+        self._parts, self._statistics = [PARTS.index(part) for part in parts], statistics
+        self._mean = self._scale = np.zeros(0)
+
+    def _raw(self, texts: Texts) -> list[FloatArray]:
+        assert texts.states is not None and texts.statistics is not None
+        states = texts.states[:, self._parts].reshape(len(texts), -1).astype(np.float64)
+        return [states, texts.statistics] if self._statistics else [states]
+
+    def fit(self, texts: Texts) -> "States":
+        """Learns location and scale."""
+        blocks = self._raw(texts)
+        shares = [0.75, 0.25] if self._statistics else [1.0]
+        self._mean = np.concatenate([block.mean(0) for block in blocks])
+        deviation = np.concatenate([block.std(0) for block in blocks])
+        share = np.concatenate([
+            np.full(block.shape[1], share / block.shape[1]) for block, share in zip(blocks, shares, strict=True)
+        ])  # fmt: skip
+        self._scale = np.where(deviation > 1e-12, deviation, 1.0) / np.sqrt(share)
+        return self
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, features]."""
+        result: FloatArray = (np.concatenate(self._raw(texts), axis=1) - self._mean) / self._scale
+        return result
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        return {"mean": self._mean, "scale": self._scale}, {}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "States":
+        """Takes over what `state` gave."""
+        self._mean, self._scale = tensors["mean"], tensors["scale"]
+        return self
+
+
+class Joined:
+    """Several views of text side by side."""
+
+    regularisation: ClassVar[float] = 100.0
+
+    def __init__(self, *views: Words | Echo) -> None:
+        self._views = views
+
+    def fit(self, texts: Texts) -> "Joined":
+        """Fits each view."""
+        for view in self._views:
+            view.fit(texts)
+        return self
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, features]."""
+        blocks = [scipy.sparse.csr_matrix(view.features(texts)) for view in self._views]
+        return scipy.sparse.hstack(blocks, format="csr")
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        states = [view.state() for view in self._views]
+        tensors = {f"{i}.{key}": value for i, (found, _) in enumerate(states) for key, value in found.items()}
+        return tensors, {"views": [content for _, content in states]}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Joined":
+        """Takes over what `state` gave."""
+        for i, (view, own) in enumerate(zip(self._views, content["views"], strict=True)):
+            prefix = f"{i}."
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            view.load(found, own)
+        return self
+
+
+View = Words | Echo | Joined | States
+
+
+def fit_logistic(
+    features: Features, answers: IntArray, weights: FloatArray, regularisation: float
+) -> tuple[FloatArray, float]:
+    """Logistic regression in which both answers weigh the same.
+
+    Args:
+        features: Shape [rows, features].
+        answers: 1 or 0, both of which occur, shape [rows].
+        weights: Of the rows, shape [rows].
+        regularisation: scikit-learn's C, for rows of a mean weight of 1.
+
+    Returns:
+        Coefficients, shape [features], and intercept.
+    """
+    total = np.array([weights[answers == 0].sum(), weights[answers == 1].sum()])
+    balanced = weights * (len(weights) / 2 / total)[answers]
+    # Newton's method finds the optimum to the last digits; where L-BFGS stops, one of two equal answers is favoured.
+    model = LogisticRegression(C=regularisation, solver="newton-cg", max_iter=1000, tol=1e-12)
+    with warnings.catch_warnings():
+        # The last step may find nothing better but rounding.
+        warnings.filterwarnings("ignore", "Line Search failed|The line search|Rounding errors prevent")
+        rotated, back = into_row_space(features)
+        model.fit(rotated, answers, sample_weight=balanced)
+    return back(model.coef_)[0], float(model.intercept_[0])
+
+
+def into_row_space(features: Features) -> tuple[Features, Callable[[FloatArray], FloatArray]]:
+    """Turns more features than rows into as many as rows, by a rotation, and tells how to turn coefficients back.
+
+    An L2 penalty does not see rotations, and the optimum lies in the span of the rows: the regression is the same, at
+    a cost that no longer grows with the vocabulary or the model's width.
+    """
+    n_rows, n_features = features.shape
+    if n_features <= n_rows:
+        return features, lambda coefficients: coefficients
+    gram: Any = features @ features.T
+    values, vectors = np.linalg.eigh(gram.toarray() if scipy.sparse.issparse(gram) else gram)
+    kept = values > 1e-12 * max(values[-1], 1e-300)
+    root, basis = np.sqrt(values[kept]), vectors[:, kept]
+
+    def back(coefficients: FloatArray) -> FloatArray:
+        over_rows = (coefficients / root) @ basis.T
+        result: FloatArray = np.asarray((features.T @ over_rows.T).T)
+        return result
+
+    return basis * root, back
+
+
+class Reader:
+    """A view of a row and a logistic regression on it."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.coefficients: tuple[FloatArray, float] = (np.zeros(0), 0.0)
+        """Per feature, and the intercept."""
+
+    @property
+    def regularisation(self) -> float:
+        """Of the logistic regression (scikit-learn's C)."""
+        return self._view.regularisation
+
+    def features(self, texts: Texts) -> Features:
+        """What the regression sees, shape [rows, features]."""
+        return self._view.features(texts)
+
+    def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
+        """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
+        features = self._view.fit(texts).features(texts)
+        self.coefficients = fit_logistic(features, answers, weights, self.regularisation)
+        return self
+
+    def log_odds(self, texts: Texts) -> FloatArray:
+        """Log-odds of yes, not calibrated, shape [rows]."""
+        coefficients, intercept = self.coefficients
+        result: FloatArray = self.features(texts) @ coefficients + intercept
+        return result
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        tensors, content = self._view.state()
+        coefficients, intercept = self.coefficients
+        return tensors | {"coefficients": coefficients, "intercept": np.array([intercept])}, content
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Reader":
+        """Takes over what `state` gave."""
+        self._view.load(tensors, content)
+        self.coefficients = tensors["coefficients"], float(tensors["intercept"][0])
+        return self

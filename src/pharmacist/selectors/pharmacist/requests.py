@@ -1,0 +1,80 @@
+"""Is a request harmful? What references say of it, and how the pool itself answers this request and similar ones.
+
+Word statistics and small models can hardly tell a harmful request from one that merely looks so. But a pool is full of
+answers, and most of them are right: where other answers to the same or similar requests decline, the request is likely
+to be harmful, and where they help, it is not. So a refusal among helpful answers stands out as an over-refusal, and
+help among refusals as compliance, as a wrong label stands out in confident learning (Northcutt et al. 2021). No row
+takes part in what is said of its own request.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+LEAST_DOUBT = 0.02
+"""No request is surer than that to be harmful or harmless."""
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Predictions of a ridge regression.
+
+    Attributes:
+        held_out: For every row the prediction of a regression that lacks it, shape [rows].
+        fitted: That of the regression on all rows, shape [rows].
+        ridge: The penalty whose held-out predictions were best.
+    """
+
+    held_out: FloatArray
+    fitted: FloatArray
+    ridge: float
+
+
+def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray) -> LeaveOneOut:
+    """Ridge regression with held-out predictions in closed form, the penalty chosen by them.
+
+    With the hat matrix H of a weighted ridge regression, the prediction for row i by the regression without it is
+    t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974).
+
+    Args:
+        features: Shape [rows, features]; a constant is added.
+        targets: Shape [rows].
+        weights: Positive, shape [rows].
+    """
+    design = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+    weighted = design * weights[:, None]
+    values, vectors = np.linalg.eigh(weighted.T @ design)
+    rotated = design @ vectors
+    squares, moments = rotated**2, vectors.T @ (weighted.T @ targets)
+    best: tuple[float, LeaveOneOut] | None = None
+    for ridge in RIDGES:
+        inverse = 1 / (values.clip(min=0) + ridge)
+        fitted = rotated @ (inverse * moments)
+        leverage = (weights * (squares @ inverse)).clip(max=1 - 1e-9)
+        held_out = targets - (targets - fitted) / (1 - leverage)
+        error = float(np.sum(weights * (targets - held_out) ** 2))
+        if best is None or error < best[0]:
+            best = error, LeaveOneOut(held_out, fitted, ridge)
+    assert best is not None
+    return best[1]
+
+
+def standardised(features: FloatArray) -> FloatArray:
+    """Features with mean 0 and a total variance of 1."""
+    deviation = features.std(0)
+    scale = np.where(deviation > 1e-12, deviation, np.inf) * np.sqrt(features.shape[1])
+    result: FloatArray = (features - features.mean(0)) / scale
+    return result
+
+
+def log_odds(probability: FloatArray) -> FloatArray:
+    """Log-odds of predictions that may lie outside [0, 1], shape [rows]."""
+    p = probability.clip(LEAST_DOUBT, 1 - LEAST_DOUBT)
+    result: FloatArray = np.log(p / (1 - p))
+    return result
