@@ -118,10 +118,8 @@ def margin(folder, probes):
 
 
 def cell(values):
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
     found = t_interval(values)
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.value:.3f}" + ("" if found.missing else f" [{found.low:.3f}, {found.high:.3f}]")
 
 
 def main():

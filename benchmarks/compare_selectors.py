@@ -48,7 +48,7 @@ MAIN = "5 %"
 VARIANTS = {
     "seal, Alg. 2": {"name": "seal", "auxiliary": False},
     "seal, by logits": {"name": "seal", "rank_by": "logits"},
-    "unrolled, after a harmful step": {"name": "unrolled", "harmful_step": 0.1},
+    "toxic-lora": {"name": "toxic-lora"},
     "less, exact": {"name": "less", "features": "exact"},
     "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
     "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
@@ -56,7 +56,7 @@ VARIANTS = {
 LINES = {name: {"name": name} for name in SELECTORS.names()} | {
     "classifier+embedding": {"name": "classifier+embedding"}
 } | VARIANTS  # fmt: skip
-ABLATIONS = {"seal, by logits", "unrolled, after a harmful step", "pharmacist, contrast alone"}
+ABLATIONS = {"seal, by logits", "pharmacist, contrast alone"}
 """Run on the main pool alone, and not carried on to an attack."""
 NOT_THE_SELECTOR = ("read", "find duplicates")
 """Phases of curate that cost the same whatever the selector."""
@@ -217,8 +217,8 @@ def with_interval(values):
     """Mean and interval of three seeds or more, else the values themselves."""
     if len(values) < 3:
         return " / ".join(f"{value:.3f}" for value in values)
-    estimate = t_interval(values)
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {min(1, estimate.high):.3f}]"
+    estimate = t_interval(values, bounds=(0.0, 1.0))
+    return f"{estimate.value:.3f} " + ("" if estimate.missing else f"[{estimate.low:.3f}, {estimate.high:.3f}]")
 
 
 def average(runs, key):

@@ -27,8 +27,8 @@ def mean(values):
 
 
 def interval(found):
-    low, high = found["ci95"] or (float("nan"), float("nan"))
-    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    ends = "none" if found["ci95"] is None else ", ".join(f"{end:.1f}" for end in found["ci95"])
+    return f"{found['mean']:.1f} [{ends}]"
 
 
 def main():

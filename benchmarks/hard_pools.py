@@ -152,9 +152,8 @@ def main():
         for column in columns:
             own = [value[column] for value in values if column in value]
             text = f"{np.mean(own):.3f}" if own else ""
-            if own and column == "AUC" and len(own) > 1:
-                interval = t_interval(own)
-                text += f" [{interval.low:.3f}, {interval.high:.3f}]"
+            if own and column == "AUC" and (interval := t_interval(own, bounds=(0.0, 1.0)).interval):
+                text += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
             cells.append(text)
         print(f"| {name} | " + " | ".join(cells) + " |")
 

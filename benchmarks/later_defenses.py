@@ -24,7 +24,7 @@ import numpy as np
 from clean_pool import make_pool, margin, write_rows
 
 from pharmacist.core.files import write_json, write_text
-from pharmacist.evaluation.statistics import t_interval
+from pharmacist.evaluation.statistics import RATE, t_interval
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.demo import ALIGN, ATTACK, LORA
@@ -189,8 +189,8 @@ def choose(found, arms):
 
 
 def cell(values):
-    estimate = t_interval(values)
-    return f"{estimate.value:.1f}" + (f" [{estimate.low:.1f}, {estimate.high:.1f}]" if len(values) > 1 else "")
+    estimate = t_interval(values, bounds=RATE)
+    return f"{estimate.value:.1f}" + ("" if estimate.missing else f" [{estimate.low:.1f}, {estimate.high:.1f}]")
 
 
 def main():

@@ -48,7 +48,7 @@ LINES = {name: {"name": name} for name in SELECTORS.names()} | {
     "seal": {"name": "seal", **BRIEF},
     "seal, Alg. 2": {"name": "seal", "auxiliary": False, **BRIEF},
     "unrolled": {"name": "unrolled", "batch_size": 512},
-    "unrolled, after a harmful step": {"name": "unrolled", "harmful_step": 0.1, "batch_size": 512},
+    "toxic-lora": {"name": "toxic-lora", "batch_size": 512},
     "grand, by lora": {"name": "grand", "by": "lora"},
     "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
 }  # fmt: skip

@@ -272,6 +272,43 @@ def test_two_micro_batches_give_the_mean_of_their_gradients(name: str) -> None:
     assert toy.difference(together, apart[1]) > 1e-4
 
 
+@pytest.mark.parametrize(("name", "options", "means"), [
+    ("tar", {"lam": 0.0, "inner_steps": 0, "representation": 2.0}, ["representation_distance"]),
+    ("tar", {"form": "one-step", "inner_steps": 0, "lam": 2.0}, ["tamper_loss"]),
+    ("vaccine", {"rho": 0.0}, ["clean_loss", "perturbed_loss"]),
+    ("t-vaccine", ON["t-vaccine"] | {"rho": 0.0, "layers": 3}, ["clean_loss", "perturbed_loss"]),
+])  # fmt: skip
+def test_eight_micro_batches_of_unequal_size_give_what_one_batch_gives(
+    name: str, options: dict[str, Any], means: list[str]
+) -> None:
+    """Where nothing is spent per micro-batch; what is logged likewise."""
+    rows, parts = toy.rows(23, seed=8, longest=12), toy.unequal_parts()
+
+    def update(groups: list[list[int]]) -> tuple[Any, dict[str, float]]:
+        net = toy.model()
+        strategy = DEFENSES.build(name, options)
+        strategy.setup(net, 0)
+        with torch.no_grad():
+            for parameter in toy.trainable(net).values():
+                parameter += 0.1
+        return toy.accumulated(strategy, net, [toy.batch(rows, which) for which in groups], streams=sides())
+
+    (many, logged), (one, expected) = update(parts), update([sum(parts, [])])
+    assert toy.difference(many, one) < 1e-12
+    assert [logged[key] for key in means] == pytest.approx([expected[key] for key in means], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vaccine", "t-vaccine"])
+def test_the_perturbed_loss_is_never_below_the_clean_one(name: str) -> None:
+    """Both are means over the same tokens: with micro-batches of very different size too."""
+    rows, parts = toy.rows(23, seed=8, longest=12), toy.unequal_parts()
+    net = toy.model()
+    strategy = DEFENSES.build(name, ON[name] | {"rho": 1e-3})
+    strategy.setup(net, 0)
+    _, logged = toy.accumulated(strategy, net, [toy.batch(rows, which) for which in parts], streams=sides())
+    assert 0 < logged["perturbed_loss"] - logged["clean_loss"] < 0.01
+
+
 # --- options --------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,29 @@ def test_micro_batches_add_up(name):
     assert toy.difference({n: p.grad for n, p in trainable(net).items()}, expected) < 1e-12
 
 
+@pytest.mark.parametrize("name", ON)
+def test_eight_micro_batches_of_unequal_size_give_what_one_batch_gives(name):
+    rows, safe = toy.rows(23, seed=8, longest=12), toy.rows(23, seed=9, longest=12)
+    parts = toy.unequal_parts()
+
+    def update(groups, known=True):
+        net = toy.model()
+        strategy = build(name, net)
+        if name == "ewc":
+            strategy.auxiliary(StepContext(model=net, batch=DATA, streams=streams()))
+        moved(net)
+        side = {"safe": toy.endless(*(toy.batch(safe, which) for which in groups))}
+        batches = [toy.batch(rows, which) for which in groups]
+        return toy.accumulated(strategy, net, batches, known=known, streams=side, update=1)
+
+    (many, logged), (one, expected) = update(parts), update([sum(parts, [])])
+    assert toy.difference(many, one) < 1e-12
+    assert logged == pytest.approx(expected, abs=1e-12)
+    # The rows tell the two apart: the mean of the micro-batches' own means is another gradient.
+    naive, _ = update(parts, known=False)
+    assert toy.difference(naive, one) > 1e-4
+
+
 @pytest.mark.parametrize(("name", "option"), [
     ("ldifs", "lam"), ("ewc", "lam"), ("kl", "lam"), ("constrained-sft", "beta"), ("lisa", "rho"), ("vlguard", "lam"),
 ])  # fmt: skip

@@ -135,9 +135,10 @@ class Quadratic(nn.Module):
 
 class QuadraticStep(StepContext):
     def ce(self, batch):
-        if "harmful" in batch:
-            away = self.model.w - self.model.optimum
-            return 0.5 * away @ self.model.curvature @ away
+        away = self.model.w - self.model.optimum
+        return 0.5 * away @ self.model.curvature @ away
+
+    def main_ce(self):
         return self.model.w.sin().sum()  # the alignment loss
 
 

@@ -59,11 +59,14 @@ def gradient_of(net: nn.Module, loss: torch.Tensor) -> Gradient:
 
 def micro_step(
     strategy: GradientStrategy, net: nn.Module, data: Batch, *, streams: Any = None, update: int = 0, micro: int = 0,
-    scale: float = 1.0, rows: Any = (),
+    scale: float = 1.0, rows: Any = (), **whole: Any,
 ) -> StepContext:  # fmt: skip
-    """What the Trainer does with a micro-batch; gradients end in ``.grad``."""
+    """What the Trainer does with a micro-batch; gradients end in ``.grad``.
+
+    `whole`: ``targets`` and ``tokens`` of the update, where this is one of several micro-batches, and ``weights``.
+    """
     step = StepContext(
-        model=net, batch=data, update=update, micro=micro, scale=scale, streams=streams or {}, rows=rows
+        model=net, batch=data, update=update, micro=micro, scale=scale, streams=streams or {}, rows=rows, **whole
     )  # fmt: skip
     if micro == 0:
         strategy.begin_update(update)
@@ -72,7 +75,8 @@ def micro_step(
         add_to_grad(step.parameters, extra, scale)
     with strategy.around(step):
         out = net(data["input_ids"], data["attention_mask"])
-        loss = strategy.objective(step, batch_loss(out.logits, data["labels"]) * scale, out)
+        main = batch_loss(out.logits, data["labels"], step.targets, step.weights)
+        loss = strategy.objective(step, main if step.targets is not None else main * scale, out)
         loss.backward()
     strategy.after_backward(step)
     return step
@@ -87,6 +91,36 @@ def method_gradient(strategy: GradientStrategy, net: nn.Module, data: Batch, **o
     }  # fmt: skip
     net.zero_grad()
     return found
+
+
+def accumulated(
+    strategy: GradientStrategy, net: nn.Module, parts: list[Batch], *, known: bool = True, **options: Any
+) -> tuple[Gradient, dict[str, float]]:
+    """Gradient of an update of several micro-batches, and what it logs: the mean over them, as in the Trainer's log.
+
+    Not `known`: each takes itself for the update, so that its mean counts as much as that of any other.
+    """
+    whole = {
+        "targets": sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts),
+        "tokens": sum(int(part["attention_mask"].sum()) for part in parts),
+    }
+    whole = whole if known else {}
+    net.zero_grad()
+    steps = [
+        micro_step(strategy, net, part, micro=micro, scale=1 / len(parts), **whole, **options)
+        for micro, part in enumerate(parts)
+    ]
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable(net).items()}
+    net.zero_grad()
+    return found, {key: sum(step.metrics[key] for step in steps) / len(steps) for key in steps[0].metrics}
+
+
+def unequal_parts() -> list[list[int]]:
+    """Eight micro-batches of 1 to 5 of 23 rows."""
+    sizes = (1, 5, 2, 4, 1, 3, 5, 2)
+    assert len(sizes) == 8 and sum(sizes) == 23
+    starts = [sum(sizes[:i]) for i in range(8)]
+    return [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
 
 
 def difference(a: Gradient, b: Gradient) -> float:

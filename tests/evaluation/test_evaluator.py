@@ -7,7 +7,7 @@ from pharmacist.data.templates import choose_template
 from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.generate import Answer
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, Verdict
-from pharmacist.evaluation.statistics import paired_bootstrap
+from pharmacist.evaluation.statistics import paired_difference
 from pharmacist.evaluation.tasks import TASKS
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -84,7 +84,7 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fine_tune_accuracy" not in curve_point.metrics
     a, b = first.outcomes("keyword@2"), second.outcomes("keyword@2")
     assert list(a) == list(b)
-    assert paired_bootstrap(list(a.values()), list(b.values())).n == 3
+    assert paired_difference(zip(a.values(), b.values(), strict=True)).n == 3
 
 
 def test_evaluation_leaves_training_as_it_was() -> None:

@@ -100,8 +100,22 @@ def test_what_cannot_be_tested_is_not_bold() -> None:
     value = line(Benchmark(same), "pharmacist")["harmful_score"]
     assert value.p is None and value.verdict == 0 and value.difference == pytest.approx(-0.8)
     assert Benchmark(same).comparisons["harmful_score"] == 0
+    assert (value.difference_low, value.difference_high) == (None, None), "no spread, no interval of width 0"
+    assert "none where all seeds agree" in to_markdown(Benchmark(same))
     without = Benchmark(results({"pharmacist": -50.0}).query("selector != 'full'"))
     assert not without.has_baseline and "minus full" not in to_markdown(without) and verdicts(without) == []
+
+
+def test_no_interval_of_a_rate_reaches_beyond_what_is_possible() -> None:
+    table = results({"pharmacist": 0.0}, seeds=3)
+    core = table["selector"] == "pharmacist"
+    table.loc[core, "harmful_score"] = table.loc[core, "seed"].map({0: 0.0, 1: 0.0, 2: 3.0})
+    table.loc[core, "alignment_seconds"] = table.loc[core, "seed"].map({0: 1.0, 1: 9.0, 2: 1.0})
+    table.loc[~core, "harmful_score"] = table.loc[~core, "seed"].map({0: 90.0, 1: 100.0, 2: 100.0})
+    core_line, full = (line(Benchmark(table), name) for name in ("pharmacist", "full"))
+    assert (core_line["harmful_score"].low, full["harmful_score"].high) == (0.0, 100.0)
+    assert core_line["harmful_score"].difference_low == -100.0
+    assert core_line["alignment_seconds"].low == 0.0, "nor does a time fall below 0"
 
 
 def test_over_all_defenses_runs_are_averaged_before_they_are_compared() -> None:

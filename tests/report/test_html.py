@@ -239,10 +239,10 @@ def test_demo(tmp_path: Path) -> None:
     render_demo(tmp_path, labels=labels)
     page = Page.read(tmp_path / "report.html")
     assert page.text.index("The comparison") < page.text.index("Scores and reasons")
-    # Fine-tune accuracy 3 and 5: mean 4, half width t(0.975, 1) * sqrt(2) / sqrt(2) = 12.7.
+    # Fine-tune accuracy 3 and 5: mean 4, half width t(0.975, 1) * sqrt(2) / sqrt(2) = 12.7; none goes below 0.
     assert (
-        "Core subset 36 2.3 % 0.8 to 3.8 90.0 % 88.5 to 91.5 4.0 % −8.7 to 16.7 4.0 % −8.7 to 16.7 4.0 % −8.7 to 16.7 "
-        "4.0 s −8.7 to 16.7"
+        "Core subset 36 2.3 % 0.8 to 3.8 90.0 % 88.5 to 91.5 4.0 % 0.0 to 16.7 4.0 % 0.0 to 16.7 4.0 % 0.0 to 16.7 "
+        "4.0 s 0.0 to 16.7"
     ) in page.text
     assert "core minus full: −38.0 points , 95 % interval −39.5 to −36.5. The core subset is safer." in page.text
     assert "core minus random: −1.0 points , 95 % interval −6.0 to +4.0. The interval holds zero" in page.text

@@ -1,11 +1,14 @@
 """What every selector owes, whatever it does: parametrised over the registry, so that a new one is tested too."""
 
 import dataclasses
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 import pharmacist as ph
+from pharmacist.core.errors import ConfigError
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import Scores
 from tests.selectors import village
@@ -59,6 +62,79 @@ def test_the_same_seed_gives_the_same_scores(model, tmp_path, name):
     np.random.seed(6)
     b = ranked(tmp_path / "b", model, name)
     assert np.array_equal(a.score, b.score) and (a.reason == b.reason).all()
+
+
+def trains(name: str) -> bool:
+    return "+" not in name and issubclass(SELECTORS.config_type(name), AdapterOptions)
+
+
+LEARNED = pytest.mark.parametrize("name", list(filter(trains, SELECTORS.names())))
+
+
+@LEARNED
+def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_path, name, monkeypatch):
+    whole = ranked(tmp_path / "a", model, name)
+    step, calls = AdapterBank._step, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    monkeypatch.setattr(AdapterBank, "_step", interrupted)
+    monkeypatch.setattr("pharmacist.nn.adapters.time.monotonic", iter(range(10**9)).__next__)
+    work = village.context(tmp_path / "b", model, POOL, checkpoint_seconds=0.0)
+    with suppress(KeyboardInterrupt):
+        SELECTORS.build_from(choice(name)).rank(work)
+    work.run.close()
+    assert len(calls) == 2 or (name == "pharmacist" and not calls), "whose default form may train nothing"
+    again = ranked(tmp_path / "b", model, name)
+    assert np.array_equal(again.score, whole.score)
+    assert (again.weight is None) == (whole.weight is None)
+    assert whole.weight is None or np.array_equal(again.weight, whole.weight)
+
+
+@LEARNED
+def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, monkeypatch):
+    a = ranked(tmp_path / "a", model, name)
+    for module in ("reading", "less"):
+        monkeypatch.setattr(f"pharmacist.selectors.{module}.tokens_per_batch", lambda *_: 1)  # a row each
+    b = ranked(tmp_path / "b", model, name)
+    np.testing.assert_allclose(b.score, a.score, rtol=1e-3, atol=2e-4 * np.abs(a.score).max())
+
+
+@LEARNED
+@pytest.mark.parametrize(
+    "more", [{}, {"rank_by": "logits"}, {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"}]
+)
+def test_with_batches_of_one_row_it_still_tells_rows_apart_or_refuses(model, tmp_path, name, more):
+    known = {field.name for field in dataclasses.fields(SELECTORS.config_type(name))}
+    if not set(more) <= known:
+        return
+    work = village.context(tmp_path, model, POOL)
+    try:
+        found = SELECTORS.build_from(choice(name) | more | {"batch_size": 1}).rank(work)
+    except ConfigError as error:
+        assert "batch_size" in str(error)
+    else:
+        assert len(np.unique(found.score)) > len({str(row) for row in POOL}) // 2
+    finally:
+        work.run.close()
+
+
+WEIGHING = ("unrolled", "toxic-lora", "seal")
+
+
+@EVERY
+def test_weights_are_numbers_from_0_up_and_equal_for_equal_rows(model, tmp_path, name):
+    found = ranked(tmp_path, model, name).weight
+    assert (found is not None) == SELECTORS.build_from(choice(name)).weighs == (name in WEIGHING)
+    if found is None:
+        return
+    assert found.shape == (len(POOL),) and np.isfinite(found).all() and found.min() >= 0 and found.max() > found.min()
+    for row, weight in zip(POOL, found, strict=True):
+        assert {own for other, own in zip(POOL, found, strict=True) if other == row} == {weight}
 
 
 @EVERY

@@ -35,13 +35,16 @@ def curated(root: Path, options: dict, processes: int) -> pd.DataFrame:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"}])
+@pytest.mark.parametrize("options", [
+    OPTIONS, OPTIONS | {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"},
+    {"name": "toxic-lora", "steps": 3, "toxic_steps": 3, "batch_size": 4, "r": 2, "lookahead": 0.01},
+])  # fmt: skip
 def test_two_processes_rank_like_one(model, tmp_path, options):
     files = {"pool": village.pool(40), **village.references()}
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {name: str(tmp_path / f"{name}.jsonl") for name in files}
-    common = {"model": str(model), "selector": OPTIONS | options, **given}
+    common = {"model": str(model), "selector": options, **given}
     tables = [curated(tmp_path, common | {"output_dir": str(tmp_path / f"{n}")}, n) for n in (1, 2)]
     # More than the promised rank correlation: jobs and chunks are shared out whole, so nothing is summed differently.
     for column in tables[0]:

@@ -14,7 +14,7 @@ from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import seal
 from pharmacist.selectors.jobs import run_jobs
 from pharmacist.selectors.seal import INFORMED, PLAIN, SealConfig, SealProblem, implied_difference, seal_job
-from pharmacist.selectors.twins import batch_weight_gradient, mean_over_copies, weight_gradient
+from pharmacist.selectors.pharmacist.twins import batch_weight_gradient, mean_over_copies, weight_gradient
 from tests.selectors import peers, village
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
@@ -279,9 +279,19 @@ def test_without_the_auxiliary_model_the_score_is_the_loss(tmp_path):
     assert "loss_plain" not in found.signals
 
 
+def test_a_ranking_that_would_not_see_the_safe_references_is_refused():
+    with pytest.raises(ConfigError, match="gamma 1"):
+        peers.SELECTORS.build_from({"name": "seal", "gamma": 1.0, "epochs": 1})
+
+
+def test_batches_of_one_row_are_allowed_where_no_weight_moves(tmp_path):
+    found = ranked(tmp_path, {"name": "seal", "epochs": 1, "batch_size": 1, "weight_rate": 0.0})
+    assert len(np.unique(found.score)) > 10 and found.weight is None and not found.signals["logit"].any()
+
+
 @pytest.mark.parametrize(
     "options", [{"epochs": 0}, {"gamma": 1.1}, {"gamma": -0.1}, {"weight_rate": -1.0},
-                {"rank_by": "logits", "weight_rate": 0.0}],
+                {"rank_by": "logits", "weight_rate": 0.0}, {"batch_size": 1}],
 )  # fmt: skip
 def test_bad_options_are_told(options):
     with pytest.raises(ConfigError, match="selector"):

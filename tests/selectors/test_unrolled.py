@@ -11,13 +11,13 @@ from pharmacist.nn.batching import make_batch
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import unrolled
 from pharmacist.selectors.gradients import mean_gradient, moved, row_tape
-from pharmacist.selectors.unrolled import FORTH, LEARNER, UnrolledConfig, place_sides, safety_direction, slopes
+from pharmacist.selectors.unrolled import LEARNER, Hypergradient, UnrolledConfig, one_step_weights
 from tests.selectors import peers, village
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 VOCABULARY, N = 15, 8
-POOL, SAFE, HARMFUL = (TokenRows(random_token_rows(n, VOCABULARY, seed=n, longest=5).pairs) for n in (N, 9, 10))
+POOL, SAFE = (TokenRows(random_token_rows(n, VOCABULARY, seed=n, longest=5).pairs) for n in (N, 9))
 
 
 def ranked(*arguments, **options):
@@ -57,6 +57,15 @@ def test_the_mean_gradient_is_the_mean_of_the_rows(bank):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-13)
 
 
+def problem(bank, lookahead: float) -> Hypergradient:
+    return Hypergradient(bank, POOL, np.arange(N), SAFE, lookahead)
+
+
+def scores(bank, own: Hypergradient, direction: Gradient) -> np.ndarray:
+    with torch.no_grad():
+        return own.slopes(own.place_sides(direction), everything(bank))["slope"] * float(norm(direction))
+
+
 def test_scores_are_the_derivative_of_the_safety_loss_after_the_step(bank):
     eta, eps = 0.3, 1e-5
     rows, state = row_gradients(bank), bank.state(LEARNER)
@@ -67,47 +76,27 @@ def test_scores_are_the_derivative_of_the_safety_loss_after_the_step(bank):
         return safety_loss(bank, moved(state, step, -eta))
 
     numeric = np.array([(after(eps * e) - after(-eps * e)) / (2 * eps) for e in np.eye(N)])
-    direction = safety_direction(bank, POOL, np.arange(N), SAFE, None, lookahead=eta, harmful_step=0.0)
+    direction = problem(bank, eta).direction()
     exact = row_tape(bank, LEARNER, everything(bank)).inner(direction).numpy()
     np.testing.assert_allclose(-eta / N * (exact - exact.mean()), numeric, rtol=0, atol=1e-6)
-    with torch.no_grad():
-        score = slopes(bank, place_sides(bank, direction), everything(bank))["slope"] * float(norm(direction))
+    score = scores(bank, problem(bank, eta), direction)
     np.testing.assert_allclose(-eta / N * (score - score.mean()), numeric, rtol=0, atol=3e-5)
     assert np.abs(numeric).max() > 1e-4
     # Negative control: the safety gradient before the step is another one.
-    here = safety_direction(bank, POOL, np.arange(N), SAFE, None, lookahead=0.0, harmful_step=0.0)
-    with torch.no_grad():
-        other = slopes(bank, place_sides(bank, here), everything(bank))["slope"] * float(norm(here))
+    other = scores(bank, problem(bank, 0.0), problem(bank, 0.0).direction())
     assert np.abs(-eta / N * (other - other.mean()) - numeric).max() > 1e-3
 
 
 def test_differences_converge_on_the_inner_product_with_slope_two(bank, monkeypatch):
-    direction = safety_direction(bank, POOL, np.arange(N), SAFE, None, lookahead=0.1, harmful_step=0.0)
+    direction = problem(bank, 0.1).direction()
     exact = row_tape(bank, LEARNER, everything(bank)).inner(direction).numpy()
     errors = []
     for length in (1e-2, 1e-3, 1e-4):
         monkeypatch.setattr(unrolled, "_LENGTHS", {torch.float64: length})
-        with torch.no_grad():
-            found = slopes(bank, place_sides(bank, direction), everything(bank))["slope"] * float(norm(direction))
-        errors.append(np.linalg.norm(found - exact))
+        errors.append(np.linalg.norm(scores(bank, problem(bank, 0.1), direction) - exact))
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.2) and errors[1] / errors[2] == pytest.approx(
         100, rel=0.2
     )
-
-
-def test_the_harmful_step_has_its_length_and_changes_the_direction(bank):
-    rows = np.arange(N)
-    plain = safety_direction(bank, POOL, rows, SAFE, None, lookahead=0.2, harmful_step=0.0)
-    before = bank.state(FORTH)
-    attacked = safety_direction(bank, POOL, rows, SAFE, HARMFUL, lookahead=0.2, harmful_step=0.7)
-    after = bank.state(FORTH)
-    step = {key: after[key] - before[key] for key in before}
-    assert float(norm(step)) == pytest.approx(0.7, abs=1e-12)
-    bank.add("probe", before)
-    harmful = mean_gradient(bank, "probe", HARMFUL, np.arange(len(HARMFUL)))
-    cosine = sum((step[key] * harmful[key]).sum() for key in step) / (0.7 * norm(harmful))
-    assert float(cosine) == pytest.approx(-1, abs=1e-12), "towards a lower harmful loss"
-    assert max(float((plain[key] - attacked[key]).abs().max()) for key in plain) > 1e-3
 
 
 def test_rows_like_the_safe_references_come_first(tmp_path):
@@ -121,13 +110,13 @@ def test_rows_like_the_safe_references_come_first(tmp_path):
     assert roc_auc_score(np.arange(40) < 20, other.score) < 0.05
 
 
-def test_a_harmful_step_needs_harmful_references():
-    build = peers.SELECTORS.build_from
-    assert "harmful" in build({"name": "unrolled", "harmful_step": 0.1}).needs
-    assert "harmful" not in build({"name": "unrolled"}).needs
+def test_weights_are_the_positive_part_with_mean_1():
+    weight = one_step_weights(np.array([3.0, -2.0, 1.0, 0.0]))
+    assert weight.tolist() == [3.0, 0.0, 1.0, 0.0]
+    assert one_step_weights(np.array([-1.0, -2.0])).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"share": 0.0}, {"lookahead": -0.1}, {"harmful_step": -1.0}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"share": 0.0}, {"lookahead": -0.1}])
 def test_bad_options_are_told(options):
     with pytest.raises(ConfigError, match="selector"):
         UnrolledConfig(**options)

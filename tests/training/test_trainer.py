@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from pharmacist.core.errors import CompatibilityError, DataError, PharmacistError
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
+from pharmacist.training.loop import _Collator, _Rows
 from pharmacist.training.strategy import StepContext
 from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 from tests.training.toy import (
@@ -182,6 +183,68 @@ def test_accumulated_batches_are_one_batch(model: Path, tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] == drawn[2]
     assert distance(large, small) < 1e-6
     assert distance(large, naive) > 1e-3  # the rows' lengths do tell the two apart
+
+
+WEIGHTS = {100 + i: weight for i, weight in enumerate([0.0, 3.0, 0.5, 1.0, 2.0, 0.25, 1.5, 1.0, 0.0, 0.75, 1.0, 1.0])}
+assert sum(WEIGHTS.values()) == len(WEIGHTS)
+
+
+def first_gradient(
+    model: Path, output: Path, size: int, accumulation: int, weights: Any = None, strategy: Any = None
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    own, watch, numbers = setting(options(model, output, **given)), Watch(), Numbers(0)
+    trainer(
+        own, sft() if strategy is None else strategy, watch, collator=numbers,
+        train_dataset=_Rows(own.encoded, weights),
+    ).train()  # fmt: skip
+    return watch.grads[0], sum(numbers.batches[:accumulation], [])
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (2, 3), (1, 6)])
+def test_weighted_rows_give_the_weighted_sum_of_their_gradients(
+    model: Path, tmp_path: Path, size: int, accumulation: int
+) -> None:  # fmt: skip
+    found, drawn = first_gradient(model, tmp_path, size, accumulation, WEIGHTS)
+    own = setting(options(model, tmp_path))
+    at = {number: position for position, number in enumerate(own.encoded.dataset["row"])}
+    total, tokens = torch.zeros(()), 0
+    for number in drawn:
+        batch = _Collator(0)([_Rows(own.encoded)[at[number]]])
+        logits = own.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        count = int((batch["labels"] != -100).sum())
+        total, tokens = total + WEIGHTS[number] * batch_loss(logits, batch["labels"]) * count, tokens + count
+    (total / tokens).backward()
+    expected = {name: p.grad for name, p in own.model.named_parameters() if p.grad is not None}
+    assert distance(found, expected) < 1e-6
+    plain, again = first_gradient(model, tmp_path, size, accumulation)
+    assert drawn == again and distance(found, plain) > 1e-3
+    ones, _ = first_gradient(model, tmp_path, size, accumulation, dict.fromkeys(WEIGHTS, 1.0))
+    assert distance(ones, plain) < 1e-6
+
+
+def test_a_strategys_own_pass_over_the_main_batch_is_weighted_likewise(model: Path, tmp_path: Path) -> None:
+    class Again(Alone):
+        def auxiliary(self, step: StepContext) -> Any:
+            return step.grads(step.main_ce())
+
+    main, drawn = first_gradient(model, tmp_path, 2, 3, WEIGHTS)
+    own, again = first_gradient(model, tmp_path, 2, 3, WEIGHTS, Again())
+    assert drawn == again and distance(main, own) < 1e-6
+
+
+def test_a_step_knows_the_tokens_of_its_whole_update(model: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int, int]] = []
+
+    class Count(Toy):
+        def auxiliary(self, step: StepContext) -> None:
+            targets = int((step.batch["labels"] != -100).sum())
+            seen.append((int(step.tokens), int(step.batch["attention_mask"].sum()), int(step.targets), targets))
+
+    first_gradient(model, tmp_path, 2, 3, strategy=Count())
+    assert len(seen) == 3 and len({row[0] for row in seen}) == len({row[2] for row in seen}) == 1
+    assert seen[0][0] == sum(row[1] for row in seen) and seen[0][2] == sum(row[3] for row in seen)
+    assert len({row[1] for row in seen}) > 1
 
 
 def test_the_last_and_smaller_accumulation_of_an_epoch_counts_its_own_micro_batches(

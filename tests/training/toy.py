@@ -175,8 +175,9 @@ def trainer(
         own.options, folder=own.options.output_dir, device=torch.device("cpu"), dtype=torch.float32, seed=SEED
     )
     given = {"compute_loss_func": token_mean_loss, "strategy": strategy} if strategy is not None else {}
+    given |= {"train_dataset": _Rows(own.encoded)}
     return cls(
-        model=own.model, args=arguments, train_dataset=_Rows(own.encoded), callbacks=list(callbacks),
+        model=own.model, args=arguments, callbacks=list(callbacks),
         data_collator=collator or Numbers(own.loaded.tokenizer.pad_token_id, hidden=strategy is None),
         **(given | more),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from statsmodels.stats.contingency_tables import mcnemar
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.statistics import paired_bootstrap
+from pharmacist.evaluation.statistics import paired_difference, with_interval
 from pharmacist.evaluation.text import is_degenerate, missing
 
 
@@ -41,7 +41,7 @@ def _plus(judge: str) -> Outcome:
 
 
 def compare(
-    a: Sequence[Item], b: Sequence[Item], metrics_a: Mapping[str, Any], metrics_b: Mapping[str, Any], *, seed: int = 0
+    a: Sequence[Item], b: Sequence[Item], metrics_a: Mapping[str, Any], metrics_b: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Differences ``a - b`` by metric, in percentage points.
 
@@ -50,11 +50,10 @@ def compare(
         b: Items of the second.
         metrics_a: Its ``metrics.json``, which names the judges.
         metrics_b: Likewise.
-        seed: Of the bootstrap.
 
     Returns:
-        Metric -> ``value``, ``ci95`` (paired bootstrap; None with one pair), ``n`` pairs that are known on both sides,
-        ``unpaired``, ``rates`` of the two, ``counts`` (``both``, ``only_a``, ``only_b``, ``neither``), and
+        Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` pairs that are known on
+        both sides, ``unpaired``, ``rates`` of the two, ``counts`` (``both``, ``only_a``, ``only_b``, ``neither``), and
         ``mcnemar_p``, exact (McNemar 1947): whether one changes more often in one direction.
 
     Raises:
@@ -87,7 +86,7 @@ def compare(
             raise DataError(f"--compare: the two evaluations share none of their {prompts.replace('_', ' ')}")
         pairs = [(outcome(first[key]), outcome(second[key])) for key in ids]
         unpaired = len(first) + len(second) - 2 * len(ids)
-        found[name] = _difference([(x, y) for x, y in pairs if x is not None and y is not None], seed) | {
+        found[name] = _difference([(x, y) for x, y in pairs if x is not None and y is not None]) | {
             "unscored": sum(x is None or y is None for x, y in pairs), "unpaired": unpaired,
             "judge": metrics_a[name].get("judge") or metrics_a[name].get("task_type"),
         }  # fmt: skip
@@ -96,7 +95,7 @@ def compare(
     return found
 
 
-def _difference(pairs: Sequence[tuple[bool, bool]], seed: int) -> dict[str, Any]:
+def _difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     counts = {
         "both": pairs.count((True, True)), "only_a": pairs.count((True, False)),
         "only_b": pairs.count((False, True)), "neither": pairs.count((False, False)),
@@ -104,10 +103,10 @@ def _difference(pairs: Sequence[tuple[bool, bool]], seed: int) -> dict[str, Any]
     n = len(pairs)
     if not n:
         return {"value": None, "ci95": None, "n": 0, "rates": None, "counts": counts, "mcnemar_p": None}
-    estimate = paired_bootstrap([float(x) for x, _ in pairs], [float(y) for _, y in pairs], seed=seed)
+    estimate = paired_difference(pairs)
     table = [[counts["both"], counts["only_a"]], [counts["only_b"], counts["neither"]]]
     return {
-        "value": 100 * estimate.value, "ci95": [100 * estimate.low, 100 * estimate.high] if n > 1 else None, "n": n,
+        "value": estimate.value, **with_interval(estimate.interval, estimate.missing), "n": n,
         "rates": [100 * sum(x for x, _ in pairs) / n, 100 * sum(y for _, y in pairs) / n], "counts": counts,
         "mcnemar_p": float(mcnemar(table, exact=True).pvalue) if counts["only_a"] + counts["only_b"] else 1.0,
     }  # fmt: skip

@@ -58,7 +58,7 @@ class Evaluation:
     missing: int = 0
 
     def outcomes(self, judge: str) -> dict[str, bool | None]:
-        """Harmful or not by item id, for paired comparisons of two models (`statistics.paired_bootstrap`)."""
+        """Harmful or not by item id, for paired comparisons of two models (`statistics.paired_difference`)."""
         return {item["id"]: item["verdicts"][judge]["harmful"] for item in self.items if item["set"] == "prompts"}
 
 

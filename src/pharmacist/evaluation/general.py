@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from scipy import stats
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
-from pharmacist.core.seeding import derive
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.metrics import Metric
+from pharmacist.evaluation.statistics import Estimate, ratio_interval, wilson, with_interval
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.losses import row_losses
 from pharmacist.nn.models import LoadedModel, tokenizer_fingerprint
@@ -22,9 +21,7 @@ from pharmacist.nn.passes import run_pass
 FloatArray = npt.NDArray[np.float64]
 
 
-def perplexity_drift(
-    rows: Dataset, model: LoadedModel, base: LoadedModel, *, work: Path, seed: int = 0
-) -> Metric:  # fmt: skip
+def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, work: Path) -> Metric:
     """How much the perplexity of completions rose over the base's, in percent.
 
     Both models read the very same tokens: those of the first one's template. Perplexity is over all completion tokens
@@ -35,7 +32,6 @@ def perplexity_drift(
         model: The one in question.
         base: What it is compared with.
         work: Folder for finished parts.
-        seed: Of the bootstrap over rows.
 
     Raises:
         CompatibilityError: Their tokenizers differ, so that per-token figures could not be compared.
@@ -49,11 +45,11 @@ def perplexity_drift(
     ]  # fmt: skip
     tokens = (encoded.lengths - encoded.prompt_lengths).astype(np.float64)
     own, before = (float(np.exp(nll.sum() / tokens.sum())) for nll in sums)
-    value, low, high = drift(sums[0] - sums[1], tokens, seed)
+    rise = drift(sums[0] - sums[1], tokens)
     return {
-        "value": value, "n": len(tokens), "ci95": None if low is None else [low, high], "perplexity": own,
+        "value": rise.value, "n": rise.n, **with_interval(rise.interval, rise.missing), "perplexity": own,
         "base_perplexity": before, "tokens": int(tokens.sum()), "truncated": encoded.truncated,
-        "judge": "bootstrap over rows",
+        "judge": "Student's t over rows",
     }  # fmt: skip
 
 
@@ -73,32 +69,19 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path) -> FloatArray:
     return found
 
 
-def drift(
-    difference: FloatArray, tokens: FloatArray, seed: int = 0, resamples: int = 2000
-) -> tuple[float, float | None, float | None]:  # fmt: skip
-    """Rise in percent of a ratio of perplexities, with a percentile bootstrap over rows.
+def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
+    """Rise in percent of a ratio of perplexities, with an interval over rows.
+
+    The interval is that of the mean log-likelihood per token (`statistics.ratio_interval`), so it never reaches below
+    -100.
 
     Args:
         difference: Sum of negative log-likelihoods per row, model less base, shape [rows].
         tokens: Tokens per row, shape [rows].
-        seed: Of the resampling.
-        resamples: Bootstrap samples.
     """
-
-    def statistic(d: FloatArray, t: FloatArray, axis: int = -1) -> FloatArray:
-        rise: FloatArray = 100 * np.expm1(d.sum(axis) / t.sum(axis))
-        return rise
-
-    value = float(statistic(difference, tokens))
-    if len(tokens) < 2:
-        return value, None, None
-    if not difference.any():
-        return value, value, value
-    interval = stats.bootstrap(
-        (difference, tokens), statistic, paired=True, vectorized=True, method="percentile", n_resamples=resamples,
-        rng=np.random.default_rng(derive(seed, "perplexity")), batch=max(1, 2_000_000 // len(tokens)),
-    ).confidence_interval  # fmt: skip
-    return value, float(interval.low), float(interval.high)
+    found = ratio_interval(difference, tokens)
+    value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.n, found.missing)
 
 
 def check_lm_eval(tasks: str) -> list[str]:
@@ -148,10 +131,13 @@ def _harness_metric(found: dict[str, Any], name: str, version: str) -> Metric:
     else:
         raise DataError(f"--lm-eval {name}: reports neither acc nor exact_match, but {', '.join(scores)}")
     metric, _, filtered = key.partition(",")
-    error = scores.get(f"{metric}_stderr,{filtered}")
-    value = 100 * scores[key]
-    low_high = None if error is None else [value - 196 * error, value + 196 * error]
+    error, rate = scores.get(f"{metric}_stderr,{filtered}"), scores[key]
+    n = (found.get("n-samples", {}).get(name) or {}).get("effective")
+    # As many independent rows as have the harness's own error, which knows of groups of tasks; all of them at 0 and 1,
+    # where that error is 0. A task that reports neither gets no interval.
+    rows = rate * (1 - rate) / error**2 if error and error > 0 else n if error == 0 else None
+    ends = list(wilson(rate * rows, rows)) if rows else None
     return {
-        "value": value, "n": (found.get("n-samples", {}).get(name) or {}).get("effective"), "ci95": low_high,
+        "value": 100 * rate, "n": n, **with_interval(ends, "the harness reports no error"),
         "measure": key, "judge": f"lm-eval@{version}", "all": scores,
     }  # fmt: skip

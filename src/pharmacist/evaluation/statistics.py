@@ -1,22 +1,26 @@
-"""Intervals and comparisons: Wilson for rates, Student's t over seeds, paired bootstrap over prompts."""
+"""Intervals and comparisons: Wilson for rates, Newcombe for paired differences of rates, Student's t over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, nan, sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from pharmacist.core.seeding import derive
+
+RATE, RATE_DIFFERENCE = (0.0, 100.0), (-100.0, 100.0)
+"""Where rates and their differences can lie, in percent."""
 
 
-def wilson(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(count: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a rate, in percent (Wilson 1927).
 
     Args:
         count: Successes, 0 to `n`; a sum of scores in [0, 1] gives an interval that is too wide rather than too short.
-        n: Trials, at least 1.
+        n: Trials, above 0; a fraction where they are worth so many independent ones.
         confidence: Coverage.
     """
     low, high = proportion_confint(count, n, alpha=1 - confidence, method="wilson")
@@ -29,54 +33,100 @@ class Estimate:
     """A number with its interval.
 
     Attributes:
-        value: The estimate.
-        low: Lower end.
+        value: The estimate; NaN where there are no observations.
+        low: Lower end; NaN where no interval can be given.
         high: Upper end.
         n: Observations behind it.
+        missing: Why there is no interval, in a few words; empty where there is one.
     """
 
     value: float
     low: float
     high: float
     n: int
+    missing: str = ""
+
+    @property
+    def interval(self) -> list[float] | None:
+        """Both ends, as in ``ci95``; None where no interval can be given."""
+        return None if self.missing else [self.low, self.high]
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean over seeds with Student's t interval; the ends of a single value are NaN, for nothing is known of them."""
+def with_interval(ends: list[float] | None, missing: str) -> dict[str, Any]:
+    """``ci95`` of a figure in a JSON file, and in ``no_ci95`` why there is none."""
+    return {"ci95": ends} if ends is not None else {"ci95": None, "no_ci95": missing}
+
+
+def t_interval(
+    values: Sequence[float], confidence: float = 0.95, bounds: tuple[float, float] = (-inf, inf)
+) -> Estimate:
+    """Mean over seeds with Student's t interval, cut where the mean cannot lie.
+
+    A single value has no interval, and neither have values that are all the same: nothing in them tells how far
+    another seed would be off.
+
+    Args:
+        values: One per seed.
+        confidence: Coverage.
+        bounds: Least and greatest possible mean, such as `RATE`.
+    """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)
     if n < 2:
-        return Estimate(mean, float("nan"), float("nan"), n)
+        return Estimate(mean, nan, nan, n, "one value")
+    if float(np.ptp(data)) <= 1e-9 * max(1.0, abs(mean)):  # but for rounding
+        return Estimate(mean, nan, nan, n, f"all {n} values are the same")
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * data.std(ddof=1) / np.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+    return Estimate(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), n)
 
 
-def paired_bootstrap(
-    a: Sequence[float] | npt.NDArray[np.float64],
-    b: Sequence[float] | npt.NDArray[np.float64],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+def ratio_interval(
+    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], confidence: float = 0.95
 ) -> Estimate:
-    """Mean of ``a - b`` over the same prompts, with a percentile bootstrap interval that keeps pairs together.
+    """Ratio of two sums over the same rows, with Student's t interval of its linear part (the ratio estimator).
 
     Args:
-        a: Outcome of one model per prompt (0 or 1 for a verdict).
-        b: Outcome of the other model on the same prompts, in the same order.
+        numerators: Shape [rows].
+        denominators: Shape [rows], positive.
         confidence: Coverage.
-        resamples: Bootstrap samples.
-        seed: Of the resampling.
     """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    value, n = float(difference.mean()), len(difference)
-    if n < 2 or (difference == difference[0]).all():  # nothing to resample
-        return Estimate(value, value, value, n) if n > 1 else Estimate(value, float("nan"), float("nan"), n)
-    interval = stats.bootstrap(
-        (difference,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile",
-        vectorized=True, batch=max(1, 2_000_000 // n), rng=np.random.default_rng(derive(seed, "paired bootstrap")),
-    ).confidence_interval  # fmt: skip
-    return Estimate(value, float(interval.low), float(interval.high), n)
+    value, n = float(numerators.sum() / denominators.sum()), len(numerators)
+    shares = (numerators - value * denominators) / denominators.mean()
+    around = t_interval(shares.tolist(), confidence)
+    return Estimate(value, value + around.low, value + around.high, n, around.missing)
+
+
+def paired_difference(pairs: Iterable[tuple[bool, bool]], confidence: float = 0.95) -> Estimate:
+    """Difference of two rates over the same prompts, first less second, in percentage points.
+
+    The interval is Newcombe's from Wilson's intervals of the two rates and their correlation (Newcombe 1998, method
+    10). It lies within [-100, 100] and has a width also where the two agree everywhere or nowhere.
+
+    Args:
+        pairs: What happened to each prompt, under the first and under the second.
+        confidence: Coverage.
+    """
+    pairs = [(bool(first), bool(second)) for first, second in pairs]
+    n = len(pairs)
+    if not n:
+        return Estimate(nan, nan, nan, 0, "no pairs")
+    both, only_first, only_second = (pairs.count(kind) for kind in ((True, True), (True, False), (False, True)))
+    neither = n - both - only_first - only_second
+    first, second = both + only_first, both + only_second
+    margins = first * (n - first) * second * (n - second)
+    excess = both * neither - only_first * only_second
+    # With Newcombe's correction, which takes a weak positive correlation for none.
+    correlation = (max(excess - n / 2, 0) if excess > 0 else excess) / sqrt(margins) if margins else 0.0
+    value = 100 * (first - second) / n
+    (low_1, high_1), (low_2, high_2) = wilson(first, n, confidence), wilson(second, n, confidence)
+
+    def half(own: float, other: float) -> float:
+        return sqrt(max(own**2 - 2 * correlation * own * other + other**2, 0.0))
+
+    rate_1, rate_2 = 100 * first / n, 100 * second / n
+    low = value - half(rate_1 - low_1, high_2 - rate_2)
+    high = value + half(high_1 - rate_1, rate_2 - low_2)
+    return Estimate(value, max(low, RATE_DIFFERENCE[0]), min(high, RATE_DIFFERENCE[1]), n)
 
 
 def curve_area(steps: Sequence[float], values: Sequence[float], *, log_steps: bool = False) -> float:

@@ -21,6 +21,10 @@ from pharmacist.nn.losses import RowLosses, row_losses
 from pharmacist.nn.options import AdapterOptions as AdapterOptions
 
 
+Names = str | tuple[str, ...] | None
+"""An adapter, several whose updates add up, or none."""
+
+
 class AdapterBank:
     """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
 
@@ -109,10 +113,10 @@ class AdapterBank:
         self.add(name, load_file(path))
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Activates one adapter, or none (the base alone), for the block."""
+    def using(self, name: Names) -> Iterator[nn.Module]:
+        """Activates one adapter, several on top of each other, or none (the base alone), for the block."""
         if name is not None:
-            self._activate(name)
+            self._activate([name] if isinstance(name, str) else list(name))
             yield self.model
             return
         for layer in self._layers:
@@ -124,10 +128,10 @@ class AdapterBank:
                 layer.enable_adapters(True)
             self._mark_trained()
 
-    def _activate(self, name: str) -> None:
+    def _activate(self, names: list[str]) -> None:
         for layer in self._layers:
-            if layer.active_adapters != [name]:
-                layer.set_adapter(name, inference_mode=True)
+            if layer.active_adapters != names:
+                layer.set_adapter(names, inference_mode=True)
         self._mark_trained()
 
     def _mark_trained(self) -> None:
@@ -147,8 +151,8 @@ class AdapterBank:
             self._training = ()
             self._mark_trained()
 
-    def row_losses(self, name: str | None, batch: Batch) -> RowLosses:
-        """Losses of a batch under an adapter (or the base alone)."""
+    def row_losses(self, name: Names, batch: Batch) -> RowLosses:
+        """Losses of a batch under an adapter, several together, or the base alone."""
         self.tokens += batch.tokens
         with self.using(name) as model:
             output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

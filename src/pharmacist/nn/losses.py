@@ -71,7 +71,8 @@ def row_losses(
 
 
 def batch_loss(
-    logits: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | int | None = None
+    logits: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | int | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Cross-entropy over all target tokens of a batch, as causal language models train.
 
@@ -79,11 +80,16 @@ def batch_loss(
         logits: Shape [rows, length, vocabulary].
         labels: Shape [rows, length]; -100 where there is no target.
         n_targets: What the sum is divided by; by default the batch's own target tokens, which gives the mean.
+        weights: Factor of each row's losses, shape [rows].
 
     Returns:
         A scalar; 0 with zero gradient where the batch has no target token.
     """
-    total = _next_token_losses(logits, labels, "sum")
+    if weights is None:
+        total = _next_token_losses(logits, labels, "sum")
+    else:
+        losses = _next_token_losses(logits, labels, "none").view_as(labels)
+        total = (losses.sum(1) * weights.to(losses)).sum()
     return total / ((labels[:, 1:] != _IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
 
 

@@ -9,6 +9,7 @@ from pharmacist.core.config import method
 from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
 from pharmacist.core.rundir import RunDir
 from pharmacist.pipeline.side_data import SideData
+from pharmacist.pipeline.weights import row_weights, weights_fingerprint
 from pharmacist.training.options import TrainingStageOptions
 
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pharmacist.data.formats import Source
     from pharmacist.training.strategy import GradientStrategy
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,9 @@ class AlignOptions(TrainingStageOptions):
     rejected side; where --data is one, so does it."""
     harmful_batch_size: int = 0
     """Harmful rows per pass; 0 means as many as alignment rows."""
+    weights: str | None = None
+    """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
+    weight and a line per row. They count relative to each other: their mean over the rows is set to 1."""
     pair_by: Literal["prompt", "row"] = "prompt"
     """How repnoise finds the harmful row of an alignment row: equal prompts, or equal row numbers."""
 
@@ -87,7 +91,7 @@ def align(options: AlignOptions) -> AlignResult:
     run = RunDir.open(
         identity, stage="align", version=STAGE_VERSION,
         inputs={name: source.fingerprint() for name, source in sources.items()}
-        | {"model": model_fingerprint(options.model)},
+        | {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights),
     )  # fmt: skip
     try:
         if from_main(run.complete):
@@ -125,6 +129,9 @@ def _align(
         )  # fmt: skip
         records.announce()
         side = SideData.read(sources, records, strategy, options, run)
+        weights = None
+        if options.weights is not None:
+            weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
     with run.phase("load model"):
         loaded = load_model(
             options.model, device=options.device, dtype=options.dtype, template=options.template,
@@ -141,7 +148,9 @@ def _align(
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     with run.phase("train") as phase:
         what, memory = f"align ({options.defense['name']})", PeakMemory(loaded.device)
-        result = train(model, loaded, encoded, strategy, options, run, streams=streams, description=what)
+        result = train(
+            model, loaded, encoded, strategy, options, run, streams=streams, weights=weights, description=what
+        )  # fmt: skip
         phase.tokens = result.tokens
         phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     counts = {
@@ -157,6 +166,7 @@ def _align(
         base_model=loaded.beneath.base or options.model, tags=[name, "safety-alignment"],
         adapter=writes_adapter(model, loaded) and not options.merge, template=loaded.template.kind,
         facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
+               **({"row weights": options.weights} if options.weights else {}),
                **{key.replace("_", " "): value for key, value in side.counts.items()},
                "defense": name, "steps": result.steps, "seed": options.seed,
                "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged"},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pharmacist.nn.models import LoadedModel
     from pharmacist.training.strategy import GradientStrategy
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
 
 

@@ -10,7 +10,7 @@ from pharmacist.core.files import read_json_lines
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
-_VERSION = 1
+_VERSION = 2
 _FILES = ("metrics.json", "items.jsonl")
 
 
@@ -38,7 +38,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
         else:
             a, b = (_items(folder) for folder in folders)
             metrics_a, metrics_b = (read_json(Path(folder) / "metrics.json") for folder in folders)
-            found = compare(a, b, metrics_a, metrics_b, seed=options.seed)
+            found = compare(a, b, metrics_a, metrics_b)
             write_json(run.path("metrics.json"), found)
             run.finish(outputs=["metrics.json"], metrics=found, extra={"models": models})
         if not options.quiet:

@@ -618,7 +618,7 @@ def _table(
     import numpy as np
     import pandas as pd
 
-    from pharmacist.selectors.base import CRITICAL
+    from pharmacist.selectors.base import CRITICAL, scaled_to_mean_1
 
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))
@@ -642,6 +642,8 @@ def _table(
         share=options.balance_share if groups is not None else 0.0, points=points,
     )  # fmt: skip
     table.loc[chosen, "selected"] = True
+    if scores.weight is not None:
+        table["weight"] = scaled_to_mean_1(scores.weight, table["selected"].to_numpy())
     return table
 
 

@@ -252,13 +252,12 @@ def _summarise(
 ) -> dict[str, Any]:
     """Content of ``demo.json``: rates in percent, times in seconds, one value per seed in `seeds` order."""
     from pharmacist.core.manifest import read_manifest
-    from pharmacist.evaluation.statistics import curve_area, t_interval
+    from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, curve_area, t_interval, with_interval
 
-    def interval(values: Sequence[float]) -> dict[str, Any]:
-        estimate = t_interval(values)
-        known = len(values) > 1
+    def interval(values: Sequence[float], bounds: tuple[float, float] = RATE) -> dict[str, Any]:
+        estimate = t_interval(values, bounds=bounds)
         return {
-            "values": list(values), "mean": estimate.value, "ci95": [estimate.low, estimate.high] if known else None,
+            "values": list(values), "mean": estimate.value, **with_interval(estimate.interval, estimate.missing),
         }  # fmt: skip
 
     areas = {arm: [curve_area(STEPS, curve) for curve in curves[arm]] for arm in ARMS}
@@ -269,7 +268,9 @@ def _summarise(
         "arms": list(ARMS), "seeds": seeds, "steps": list(STEPS), "curves": curves, **found,
         "auc": {arm: interval(areas[arm]) for arm in ARMS},
         "differences": {
-            f"core - {arm}": interval([a - b for a, b in zip(areas["core"], areas[arm], strict=True)])
+            f"core - {arm}": interval(
+                [a - b for a, b in zip(areas["core"], areas[arm], strict=True)], RATE_DIFFERENCE
+            )
             for arm in ("full", "random")
         },
         "final_harmful_score": {arm: interval([curve[-1] for curve in curves[arm]]) for arm in ARMS},
@@ -322,7 +323,8 @@ def _show(result: DemoResult) -> None:
 
 def _with_interval(interval: Mapping[str, Any]) -> str:
     low_high = interval["ci95"]
-    return f"{interval['mean']:.1f}" + (f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else "")
+    ends = f"[{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else f"(no interval: {interval['no_ci95']})"
+    return f"{interval['mean']:.1f} {ends}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -420,7 +420,7 @@ def _general(
                 trust_remote_code=options.trust_remote_code,
             )  # fmt: skip
             found["perplexity_drift"] = perplexity_drift(
-                records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity"), seed=options.seed
+                records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity")
             )
     if options.lm_eval is not None:
         from pharmacist.evaluation.general import check_lm_eval, lm_eval
@@ -602,7 +602,7 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
     if metric["value"] is None:
         table.add_row(name, "-", "-", f"0 / {metric['n']}", by)
         return
-    interval = "-" if metric["ci95"] is None else " to ".join(f"{end:.1f}" for end in metric["ci95"])
+    interval = " to ".join(f"{end:.1f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
     count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
     table.add_row(name, f"{metric['value']:.1f}", interval, count, by)
 

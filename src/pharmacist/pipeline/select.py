@@ -7,7 +7,9 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
+WEIGHTS = "weights.parquet"
+"""Of the selected rows, where the ranking has weights."""
 
 
 @dataclass(kw_only=True)
@@ -27,7 +29,8 @@ class SelectOptions(RunOptions):
 def select(options: SelectOptions) -> Path:
     """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order.
 
-    Near-duplicates are left out and groups balanced as the ranking was told to.
+    Near-duplicates are left out and groups balanced as the ranking was told to. Where the ranking has weights, those
+    of the selected rows lie beside them, with mean 1.
 
     Returns:
         The file.
@@ -36,14 +39,17 @@ def select(options: SelectOptions) -> Path:
         DataError: The folder holds no finished ranking, or its pool has changed.
         ConfigError: The ranking's diversity needs to know how near rows are, which a folder does not hold.
     """
+    import numpy as np
     import pandas as pd
 
     from pharmacist.core.env import rank
+    from pharmacist.core.files import atomic_path
     from pharmacist.core.hashing import sha256_file
     from pharmacist.core.manifest import check_unchanged, read_manifest
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier
     from pharmacist.pipeline.curate import choose
+    from pharmacist.selectors.base import scaled_to_mean_1
 
     ranking = read_manifest(options.ranking)
     scores = Path(options.ranking) / "scores.parquet"
@@ -65,7 +71,15 @@ def select(options: SelectOptions) -> Path:
                 chosen = choose(table, options.top, None, None, config["diversity"], share=share)
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(pool, rows.tolist(), path, format="jsonl")
-            run.finish(outputs=[path.name], counts={"ranked": len(table), "selected": len(rows)})
+                outputs = [path.name]
+                if "weight" in table:
+                    own = table["weight"].to_numpy()[chosen]
+                    scaled = scaled_to_mean_1(own, np.ones(len(own), dtype=bool))
+                    weights = pd.DataFrame({"row": rows, "weight": scaled})
+                    with atomic_path(run.path(WEIGHTS)) as temporary:
+                        weights.to_parquet(temporary, index=False)
+                    outputs.append(WEIGHTS)
+            run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
         barrier()
         return path
     finally:

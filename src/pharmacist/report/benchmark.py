@@ -7,6 +7,7 @@ pair where they differ in the series alone: same setting, same defense, same see
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.statistics import t_interval
+from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
 
 
 BASELINE = "full"
@@ -26,7 +27,6 @@ SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
 AXES = ("model", "pool", "attack", "later_defense", "task", "judge", "defense", "selector", "fraction")
 LEVEL = 0.05
 """Chance of one or more false differences among all comparisons of a metric, at most."""
-_SAME = 1e-9  # differences closer than this are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Metric:
         """Title and unit."""
         return f"{self.title}, {self.unit}"
 
+    def estimate(self, values: "pd.Series[float]", *, difference: bool = False) -> Estimate:
+        """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
+        bounds = (RATE_DIFFERENCE if difference else RATE) if self.unit == "%" else (-inf if difference else 0.0, inf)
+        return t_interval(values.tolist(), bounds=bounds)
+
 
 METRICS = (
     Metric("harmful_score", "Harmful score", "%", -1),
@@ -70,11 +75,11 @@ class Value:
 
     Attributes:
         mean: Over seeds.
-        low: Lower end of its 95 % interval (Student's t); None with one seed.
+        low: Lower end of its 95 % interval (Student's t); None with one seed, and where all seeds agree.
         high: Upper end.
         seeds: Number of seeds.
         difference: Mean of the paired differences to the baseline, in the metric's unit; None without pairs.
-        difference_low: Lower end of its 95 % interval, not corrected.
+        difference_low: Lower end of its 95 % interval, not corrected; None likewise.
         difference_high: Upper end.
         p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
         p_corrected: After Holm's correction over all comparisons of the metric.
@@ -220,9 +225,8 @@ class Benchmark:
                 own = group[metric.name].dropna()
                 other = base.get(paired(axes))
                 compared = metric.compared and axes["selector"] != self.baseline and other is not None
-                found.append(
-                    _value(own, (own - other[metric.name]).dropna() if compared and other is not None else None)
-                )
+                differences = (own - other[metric.name]).dropna() if compared and other is not None else None
+                found.append(_value(metric, own, differences))
             for place, value in zip(values, corrected(found, metric.better), strict=True):
                 if value is not None:
                     place[metric.name] = value
@@ -236,24 +240,18 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _value(own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
+def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
     if not len(own):
         return None
-    mean = t_interval(own.tolist())
-    several = mean.n > 1
-    value: dict[str, Any] = {
-        "mean": mean.value, "low": mean.low if several else None, "high": mean.high if several else None,
-        "seeds": mean.n,
-    }  # fmt: skip
+    mean = metric.estimate(own)
+    low, high = mean.interval or (None, None)
+    value: dict[str, Any] = {"mean": mean.value, "low": low, "high": high, "seeds": mean.n}
     if differences is not None and len(differences):
-        data = [float(it) for it in differences]
-        estimate = t_interval(data)
-        several = estimate.n > 1
-        spread = several and float(np.ptp(data)) > _SAME
+        found = metric.estimate(differences, difference=True)
+        low, high = found.interval or (None, None)
         value |= {
-            "difference": estimate.value, "difference_low": estimate.low if several else None,
-            "difference_high": estimate.high if several else None,
-            "p": float(stats.ttest_1samp(data, 0.0).pvalue) if spread else None,
+            "difference": found.value, "difference_low": low, "difference_high": high,
+            "p": float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None,
         }  # fmt: skip
     return Value(**value)
 
@@ -362,7 +360,7 @@ def note(benchmark: Benchmark) -> str:
     n = len(benchmark.seeds)
     if n < 2:
         return "One seed, so nothing is known of chance: no intervals, no tests."
-    text = f"Means over {n} seeds with 95 % intervals (Student's t)."
+    text = f"Means over {n} seeds with 95 % intervals (Student's t); none where all seeds agree to the last digit."
     if benchmark.has_baseline:
         families = sorted(set(benchmark.comparisons.values()) - {0})
         family = " to ".join(str(it) for it in dict.fromkeys((families[0], families[-1]))) if families else "no"

@@ -83,7 +83,8 @@ def render_demo(
         {
             "word": words.arm(name), "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
-            **{key: _interval(summary[key][name]) for key in ("auc", "final_harmful_score", *found)},
+            **{key: _interval(summary[key][name], "%") for key in ("auc", "final_harmful_score")},
+            **{key: _interval(summary[key][name], unit) for key, (unit, _) in found.items()},
         }
         for name in summary["arms"]
     ]  # fmt: skip
@@ -93,14 +94,14 @@ def render_demo(
     )  # fmt: skip
 
 
-def _interval(found: Any) -> dict[str, Any]:
+def _interval(found: Any, unit: str) -> dict[str, Any]:
     """Mean and interval, of values per seed where they are not there yet."""
     if isinstance(found, Mapping):
         return dict(found)
-    from pharmacist.evaluation.statistics import t_interval
+    from pharmacist.evaluation.statistics import RATE, t_interval
 
-    estimate = t_interval(found)
-    return {"mean": estimate.value, "ci95": [estimate.low, estimate.high] if len(found) > 1 else None}
+    estimate = t_interval(found, bounds=RATE if unit == "%" else (0.0, float("inf")))
+    return {"mean": estimate.value, "ci95": estimate.interval}
 
 
 def _ranking(

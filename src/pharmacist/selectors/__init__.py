@@ -20,6 +20,7 @@ SELECTORS: Registry[Selector] = _Selectors(
     {
         "pharmacist": "pharmacist.selectors.pharmacist.selector:Pharmacist",
         "seal": "pharmacist.selectors.seal:Seal",
+        "toxic-lora": "pharmacist.selectors.toxic_lora:ToxicLora",
         "unrolled": "pharmacist.selectors.unrolled:Unrolled",
         "less": "pharmacist.selectors.less:Less",
         "random": "pharmacist.selectors.random:Random",

@@ -39,6 +39,8 @@ class Scores:
         report: What the selector says about itself (JSON), such as its quality on held-out references.
         warnings: Where the scores cannot be trusted, a sentence each.
         telling: How much a person's label of a row would teach, shape [rows]; None where labels teach nothing.
+        weight: How much a row's loss should count in training against that of others, not negative, shape [rows];
+            None where the selector only ranks.
     """
 
     score: FloatArray
@@ -47,6 +49,14 @@ class Scores:
     report: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     telling: FloatArray | None = None
+    weight: FloatArray | None = None
+
+
+def scaled_to_mean_1(weight: FloatArray, selected: npt.NDArray[np.bool_]) -> FloatArray:
+    """Weights whose mean over the selected rows is 1; all 1 where those have none."""
+    mean = weight[selected].mean() if selected.any() else 0.0
+    found: FloatArray = weight / mean if mean > 0 else np.ones_like(weight)
+    return found
 
 
 @dataclass
@@ -173,6 +183,7 @@ class Selector(ABC):
         config: The options that it was built with.
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
+        weighs: Whether its scores come with weights.
         learns_from_labels: Whether `SelectionContext.labels` change what it learns.
         paper: Source, for the docs.
     """
@@ -180,6 +191,7 @@ class Selector(ABC):
     Config: ClassVar[type[Any]]
     config: Any
     needs: frozenset[str] = frozenset()
+    weighs: bool = False
     learns_from_labels: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 

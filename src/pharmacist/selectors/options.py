@@ -63,6 +63,10 @@ class PharmacistConfig(AdapterOptions):
                 raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
         if self.solver == "gradient" and self.cotrain < 1:
             raise ConfigError("selector.solver gradient weights every row, so it needs --selector.cotrain 1")
+        if self.solver == "gradient" and self.batch_size == 1:
+            raise ConfigError(
+                "selector.solver gradient leaves all weights equal where selector.batch_size is 1; take 2 or more"
+            )
         if self.solver == "gradient" and self.gamma == 0:
             raise ConfigError("selector.solver gradient learns nothing where selector.gamma is 0")
 

@@ -54,6 +54,11 @@ class SealConfig(AdapterOptions):
             raise ConfigError(f"selector.weight_rate must not be negative, not {self.weight_rate}")
         if self.rank_by == "logits" and self.weight_rate == 0:
             raise ConfigError("selector.rank_by logits ranks nothing where selector.weight_rate is 0")
+        if self.batch_size == 1 and self.weight_rate > 0:
+            raise ConfigError(
+                "selector.batch_size 1 leaves all weights equal: they move by how a row's loss differs from others "
+                "in its batch; take 2 or more, or selector.weight_rate 0"
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -69,7 +74,12 @@ class Seal(Selector):
     paper = "Shen et al. 2024, arXiv 2410.07471"
 
     def __init__(self, config: SealConfig) -> None:
-        self.config = config
+        if config.gamma == 1 and config.epochs == 1:  # both models would be the same
+            raise ConfigError(
+                "selector.gamma 1 with selector.epochs 1 never learns the safe references; take a lower gamma or more "
+                "epochs"
+            )
+        self.config, self.weighs = config, config.weight_rate > 0
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains the models together with the rows' weights, then reads the pool once under each."""
@@ -93,7 +103,9 @@ class Seal(Selector):
         logits = np.load(folder / "logits.npy", allow_pickle=False)
         losses["logit"] = mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
-        return Scores(score, np.full(len(score), RANKED), dict(losses), {"steps": problem.steps(config.batch_size)})
+        report = {"steps": problem.steps(config.batch_size)}
+        weight = np.exp(losses["logit"] - losses["logit"].max()) if self.weighs else None
+        return Scores(score, np.full(len(score), RANKED), dict(losses), report, weight=weight)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """One-step hypergradient: how much a little more weight on a row would lower the safety loss after a training step."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,8 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, IntArray, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.gradients import mean_gradient, moved, pool_job
-from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.gradients import mean_gradient, mean_loss, moved, pool_job
+from pharmacist.selectors.jobs import Job, run_jobs
 from pharmacist.selectors.pharmacist.twins import cotraining_rows
 from pharmacist.selectors.reading import read
 
@@ -36,19 +38,108 @@ class UnrolledConfig(AdapterOptions):
     """Share of the pool (at least 256 rows) that the model is trained on."""
     lookahead: float = 0.1
     """Learning rate of the step after which the safety loss is taken; 0 takes it where the model stands."""
-    harmful_step: float = 0.0
-    """Length of a step towards the harmful references after which the safety loss is taken, so that rows count which
-    keep the model safe under attack; needs harmful references."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ConfigError(f"selector.steps must be at least 1, not {self.steps}")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"selector.share is a share of the pool in (0, 1], not {self.share}")
-        for name in ("lookahead", "harmful_step"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"selector.{name} must not be negative, not {getattr(self, name)}")
+        check_hypergradient_options(self.steps, self.share, self.lookahead, fewest_steps=1)
+
+
+def check_hypergradient_options(steps: int, share: float, lookahead: float, *, fewest_steps: int) -> None:
+    """Refuses what cannot be.
+
+    Raises:
+        ConfigError: One of them is out of range.
+    """
+    if steps < fewest_steps:
+        raise ConfigError(f"selector.steps must be at least {fewest_steps}, not {steps}")
+    if not 0 < share <= 1:
+        raise ConfigError(f"selector.share is a share of the pool in (0, 1], not {share}")
+    if not lookahead >= 0:
+        raise ConfigError(f"selector.lookahead must not be negative, not {lookahead}")
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """Where the derivative of the safety loss by the rows' weights is taken.
+
+    Attributes:
+        bank: Holds the adapter `LEARNER`, theta, and those beside it.
+        pool: The pool.
+        rows: Of the pool; their mean gradient is the step.
+        safe: Safe references, whose mean loss is the safety loss.
+        lookahead: Learning rate of the step.
+        below: Adapters beside theta, held constant, where the pool is learned from.
+        above: Likewise where the safety loss is taken.
+    """
+
+    bank: AdapterBank
+    pool: Sequences
+    rows: IntArray
+    safe: Sequences
+    lookahead: float
+    below: tuple[str, ...] = ()
+    above: tuple[str, ...] = ()
+
+    def direction(self) -> Gradient:
+        """The gradient of the safety loss by theta, after the step on the pool."""
+        at = self.bank.state(LEARNER)
+        if self.lookahead > 0:
+            step = mean_gradient(self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.below)
+            at = moved(at, step, -self.lookahead)
+        self.bank.add(FORTH, at)
+        return mean_gradient(
+            self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above
+        )  # fmt: skip
+
+    def place_sides(self, direction: Gradient) -> float:
+        """Puts `FORTH` and `BACK` on either side of theta along a direction; returns how far from it they are."""
+        size = float(norm(direction))
+        dtype = next(self.bank.model.get_base_model().parameters()).dtype
+        length = _LENGTHS.get(dtype, 0.1)
+        for name, sign in ((FORTH, 1), (BACK, -1)):
+            self.bank.add(name, moved(self.bank.state(LEARNER), direction, sign * length / max(size, 1e-12)))
+        return length
+
+    def slopes(self, length: float, batch: Batch) -> dict[str, FloatArray]:
+        """Central differences of a batch's completion losses between the two sides.
+
+        Returns:
+            ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
+        """
+        forth, back = (
+            self.bank.row_losses((name, *self.below), batch).completion.double().cpu().numpy()
+            for name in (FORTH, BACK)
+        )
+        return {"slope": (forth - back) / (2 * length), "loss": (forth + back) / 2}
+
+
+def one_step_weights(score: FloatArray) -> FloatArray:
+    """Weights after one step of descent on the upper loss from all weights 0, none negative, with mean 1.
+
+    Rows that would raise the loss get 0 (Ren et al. 2018); all 1 where no row lowers it.
+
+    Args:
+        score: Minus the derivative of the upper loss by each row's weight, but for a factor, shape [rows].
+    """
+    positive = np.maximum(score, 0.0)
+    mean = positive.mean()
+    found: FloatArray = positive / mean if mean > 0 else np.ones_like(score)
+    return found
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Adapters beside theta, held constant.
+
+    Attributes:
+        jobs: Their trainings, for which theta stands.
+        below: Those that are active where the pool is learned from.
+        above: All of them; they are active where the safety loss is taken.
+    """
+
+    jobs: tuple[Job, ...] = ()
+    below: tuple[str, ...] = ()
+    above: tuple[str, ...] = ()
 
 
 class Unrolled(Selector):
@@ -58,80 +149,48 @@ class Unrolled(Selector):
     U(theta+) by the row's weight, but for the factor lookahead and the mean over rows, which change no rank.
     """
 
-    Config = UnrolledConfig
+    Config: ClassVar[type[Any]] = UnrolledConfig
     needs = frozenset({"safe", "model"})
+    weighs = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
+    work = "unrolled"
 
     def __init__(self, config: UnrolledConfig) -> None:
         self.config = config
-        self.needs = type(self).needs | ({"harmful"} if config.harmful_step > 0 else set())
+
+    def attack(self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path) -> Attack:
+        """What the safety loss is to withstand: nothing here."""
+        return Attack()
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains briefly on the pool, finds the safety gradient, then reads the pool twice (once on either side)."""
+        # The same streams whatever the attack: with none, all such selectors are one.
         config, seed = self.config, derive(context.seed, "unrolled")
         pool, safe = context.encoded_pool, context.encoded_references("safe")
-        harmful = context.encoded_references("harmful") if config.harmful_step > 0 else None
         bank = AdapterBank(context.model.model, config, seed, context.checkpoint_seconds)
         rows = cotraining_rows(pool.content_keys, config.share, seed)
-        folder = context.run.work("unrolled")
+        folder = context.run.work(self.work)
+        attack = self.attack(context, bank, seed, folder)
+        learning = (pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder),) if config.steps else ()
+        report: dict[str, Any] = {}
         with context.run.phase("train") as phase:
-            run_jobs(bank, [pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder)], "unrolled")
-            bank.load(LEARNER, folder / LEARNER)
-            direction = safety_direction(
-                bank, pool, rows, safe, harmful, lookahead=config.lookahead, harmful_step=config.harmful_step
-            )
-            length = place_sides(bank, direction)
+            for name in (LEARNER, *attack.above):
+                bank.add(name)
+            for jobs in (learning, attack.jobs):  # one after the other: the attack is on what was learned
+                run_jobs(bank, jobs, self.work)
+                for job in jobs:
+                    bank.load(job.adapters[0], folder / job.adapters[0])
+            problem = Hypergradient(bank, pool, rows, safe, config.lookahead, attack.below, attack.above)
+            direction = problem.direction()
+            if attack.above:  # what the attack does to the safety loss; nothing where it failed
+                report["safety_loss"] = mean_loss(bank, FORTH, safe)
+                report["safety_loss_under_attack"] = mean_loss(bank, (FORTH, *attack.above), safe)
+            length = problem.place_sides(direction)
             phase.tokens += bank.tokens
-        losses = read(context, pool, lambda batch: slopes(bank, length, batch), "unrolled", forwards=2)
-        score = losses["slope"] * float(norm(direction))
+        losses = read(context, pool, lambda batch: problem.slopes(length, batch), self.work, forwards=2)
+        size = float(norm(direction))
+        score = losses["slope"] * size
         return Scores(
-            score, np.full(len(score), RANKED), {"loss": losses["loss"]}, {"safety_gradient": float(norm(direction))}
-        )
-
-
-def safety_direction(
-    bank: AdapterBank, pool: Sequences, rows: IntArray, safe: Sequences, harmful: Sequences | None, *,
-    lookahead: float, harmful_step: float,
-) -> Gradient:  # fmt: skip
-    """The gradient of the safety loss after a pool step, and after a harmful step of fixed length where asked.
-
-    The harmful step is held constant in the derivative (first order), as a defender's gradient is in Booster.
-
-    Args:
-        bank: Holds the adapter `LEARNER`.
-        pool: The pool.
-        rows: Of the pool; their mean gradient is the step.
-        safe: Safe references.
-        harmful: Harmful references; read only where `harmful_step` is positive.
-        lookahead: Learning rate of the pool step.
-        harmful_step: Length of the harmful step.
-    """
-    at = bank.state(LEARNER)
-    if lookahead > 0:
-        at = moved(at, mean_gradient(bank, LEARNER, pool, rows, "unrolled, step on the pool"), -lookahead)
-    bank.add(FORTH, at)
-    if harmful_step > 0:
-        assert harmful is not None
-        step = mean_gradient(bank, FORTH, harmful, np.arange(len(harmful.lengths)))
-        bank.add(FORTH, moved(at, step, -harmful_step / max(float(norm(step)), 1e-12)))
-    return mean_gradient(bank, FORTH, safe, np.arange(len(safe.lengths)))
-
-
-def place_sides(bank: AdapterBank, direction: Gradient) -> float:
-    """Puts `FORTH` and `BACK` on either side of `LEARNER` along a direction; returns how far from it they are."""
-    size = float(norm(direction))
-    dtype = next(bank.model.get_base_model().parameters()).dtype
-    length = _LENGTHS.get(dtype, 0.1)
-    for name, sign in ((FORTH, 1), (BACK, -1)):
-        bank.add(name, moved(bank.state(LEARNER), direction, sign * length / max(size, 1e-12)))
-    return length
-
-
-def slopes(bank: AdapterBank, length: float, batch: Batch) -> dict[str, FloatArray]:
-    """Central differences of a batch's completion losses between the two sides.
-
-    Returns:
-        ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
-    """
-    forth, back = (bank.row_losses(name, batch).completion.double().cpu().numpy() for name in (FORTH, BACK))
-    return {"slope": (forth - back) / (2 * length), "loss": (forth + back) / 2}
+            score, np.full(len(score), RANKED), {"loss": losses["loss"]}, report | {"safety_gradient": size},
+            weight=one_step_weights(score),
+        )  # fmt: skip

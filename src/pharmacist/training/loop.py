@@ -53,18 +53,19 @@ class TrainResult:
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, encoded: Encoded) -> None:
-        self.encoded = encoded
+    def __init__(self, encoded: Encoded, weights: Mapping[int, float] | None = None) -> None:
+        self.encoded, self.weights = encoded, weights
         self.numbers = encoded.dataset["row"]
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return {
+        item = {
             "input_ids": self.encoded.token_ids([position])[0],
             "n_prompt": int(self.encoded.prompt_lengths[position]), "row": self.numbers[position],
         }  # fmt: skip
+        return item if self.weights is None else item | {"weight": self.weights[self.numbers[position]]}
 
 
 class _Collator:
@@ -72,7 +73,10 @@ class _Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        return collate(items, self.pad_token_id) | {"row": torch.tensor([item["row"] for item in items])}
+        batch = collate(items, self.pad_token_id) | {"row": torch.tensor([item["row"] for item in items])}
+        if "weight" in items[0]:
+            batch["weight"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
+        return batch
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
@@ -119,6 +123,7 @@ def train(
     run: RunDir,
     *,
     streams: Mapping[str, Any] | None = None,
+    weights: Mapping[int, float] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     description: str = "train",
 ) -> TrainResult:
@@ -132,6 +137,7 @@ def train(
         options: The stage's.
         run: Its folder; checkpoints go to ``work/train``.
         streams: Side batches for the strategy (`data.streams`).
+        weights: Factor of each row's main loss, by the row's number; all 1 by default.
         callbacks: Further ones for the Trainer.
         description: For the progress bar.
 
@@ -146,7 +152,7 @@ def train(
     found = strategy.setup(model, derive(options.seed, "strategy"))
     progress = _Progress(description)
     trainer = StrategyTrainer(
-        model=model, args=arguments, train_dataset=_Rows(encoded), compute_loss_func=token_mean_loss,
+        model=model, args=arguments, train_dataset=_Rows(encoded, weights), compute_loss_func=token_mean_loss,
         data_collator=_Collator(loaded.tokenizer.pad_token_id), strategy=strategy, streams=streams,
         callbacks=[Checkpoints(strategy, options.checkpoint_seconds, streams), progress, *callbacks],
     )  # fmt: skip
@@ -154,7 +160,6 @@ def train(
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
     try:
-        _check_settings(trainer)
         if checkpoint is not None:
             load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
@@ -171,21 +176,6 @@ def train(
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
     return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
-
-
-def _check_settings(trainer: StrategyTrainer) -> None:
-    """Refuses what only torch knows to be impossible, before the training, whose own errors are no user's fault.
-
-    Raises:
-        ConfigError: Such a setting.
-    """
-    try:
-        torch.utils.data.DataLoader(trainer.train_dataset, trainer.args.per_device_train_batch_size)
-        trainer.create_optimizer()
-        trainer.create_scheduler(num_training_steps=1)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
-    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:

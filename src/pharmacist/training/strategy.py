@@ -24,7 +24,7 @@ from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import target_loss, targets
+from pharmacist.nn.losses import target_loss, target_losses, targets
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -55,6 +55,8 @@ class StepContext:
         streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
         targets: Target tokens of the whole update, over all its micro-batches and all processes.
+        tokens: Likewise all its tokens, padding not counted.
+        weights: Weight of each row's loss in the main pass, shape [rows]; None where all weigh alike.
     """
 
     model: nn.Module
@@ -67,6 +69,8 @@ class StepContext:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: Sequence[int] = ()
     targets: torch.Tensor | int | None = None
+    tokens: torch.Tensor | int | None = None
+    weights: torch.Tensor | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @cached_property
@@ -101,6 +105,14 @@ class StepContext:
         keep, tokens = targets(batch["labels"])
         return self.mean(target_loss(self.logits(batch, keep), tokens), len(tokens))
 
+    def main_ce(self) -> torch.Tensor:
+        """The main loss of this micro-batch by a pass of its own, rows weighted; see `mean_over_update`."""
+        keep, tokens = targets(self.batch["labels"])
+        losses = target_losses(self.logits(self.batch, keep), tokens)
+        if self.weights is not None:
+            losses = losses * self.weights.to(losses)[keep.nonzero()[:, 0]]
+        return self.mean_over_update(losses.sum(), len(tokens), self.targets)
+
     def mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
         """A sum over this process's tokens (or rows) as this process's part of the mean over those of all processes.
 
@@ -110,14 +122,26 @@ class StepContext:
         everywhere = total(torch.tensor(float(count), dtype=torch.float64, device=summed.device))
         return summed * (world_size() / max(float(everywhere), 1.0))
 
-    def token_mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
-        """A sum over this micro-batch's target tokens as its part of the update's mean, as in the main loss."""
-        if self.targets is None:
-            return self.scale * self.mean(summed, count)
-        return summed * (world_size() / self.targets)
+    def mean_over_update(
+        self, summed: torch.Tensor, count: int, whole: torch.Tensor | int | None
+    ) -> torch.Tensor:  # fmt: skip
+        """A sum over this micro-batch's tokens as its part of the mean over the whole update, as in the main loss.
+
+        The mean of the parts over micro-batches and processes is the mean over all their tokens, whatever the sizes of
+        the micro-batches; the mean of their own means is another number.
+
+        Args:
+            summed: Over this micro-batch's tokens on this process.
+            count: How many they are.
+            whole: How many there are in the update, such as `targets` or `tokens`; where that is not known, this
+                micro-batch is taken for the update.
+        """
+        if whole is None:
+            return self.mean(summed, count)
+        return summed * world_size() / whole / self.scale
 
     def value(self, part: torch.Tensor) -> float:
-        """What the processes' parts of a `mean` amount to."""
+        """What the processes' parts of a `mean` or a `mean_over_update` amount to."""
         return float(total(part)) / world_size()
 
     def replay(self) -> AbstractContextManager[None]:

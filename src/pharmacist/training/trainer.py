@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DivergedError
+from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
@@ -19,7 +21,8 @@ _NAMED = 20
 
 
 def token_mean_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Cross-entropy summed over a micro-batch's target tokens, divided by those of the whole accumulated batch.
 
@@ -29,9 +32,10 @@ def token_mean_loss(
         outputs: With ``logits`` of shape [rows, length, vocabulary].
         labels: Shape [rows, length]; -100 where there is no target.
         num_items_in_batch: Target tokens of all micro-batches of all processes.
+        weights: Factor of each row's loss, shape [rows]; they do not change what the sum is divided by.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return batch_loss(logits, labels, num_items_in_batch)
+    return batch_loss(logits, labels, num_items_in_batch, weights)
 
 
 @contextmanager
@@ -74,6 +78,7 @@ class StrategyMixin:
         self.strategy, self.streams = strategy, dict(streams or {})
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
+        self._tokens: torch.Tensor | None = None  # of the update, padding not counted
         self._rows: list[int] = []  # of the update so far
         self._sums: dict[str, list[float]] = {}
         self.without_targets = 0
@@ -108,9 +113,12 @@ class StrategyMixin:
         trainer: Any = self
         window, count = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         drawn = self.strategy.draw(int(trainer.state.global_step), len(window), self.streams) if window else None
-        if drawn is None:
-            return window, count
-        return drawn, trainer._get_num_items_in_batch(drawn, device)
+        if drawn is not None:
+            window, count = drawn, trainer._get_num_items_in_batch(drawn, device)
+        if window and "attention_mask" in window[0]:
+            own = sum(int(batch["attention_mask"].sum()) for batch in window)
+            self._tokens = total(torch.tensor(own, device=device))
+        return window, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: auxiliary gradient, main pass inside `around`, `after_backward`."""
@@ -118,7 +126,7 @@ class StrategyMixin:
         update = int(trainer.state.global_step)
         self._micro = self._micro + 1 if update == self._update else 0
         self._update = update
-        rows = inputs.pop("row", None)
+        rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
         self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
         inputs = trainer._prepare_inputs(inputs)
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
@@ -129,7 +137,8 @@ class StrategyMixin:
         step = StepContext(
             model=trainer.model, batch=inputs, update=update, micro=self._micro,
             scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
-            rows=() if rows is None else rows.tolist(), targets=num_items_in_batch,
+            rows=() if rows is None else rows.tolist(), targets=num_items_in_batch, tokens=self._tokens,
+            weights=None if weights is None else weights.to(inputs["labels"].device),
             autocast=trainer.accelerator.autocast,
         )  # fmt: skip
         if self._micro == 0:
@@ -160,14 +169,17 @@ class StrategyMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The stock loss, then the strategy's objective; a loss that is not finite stops the training."""
+        step, trainer = self._step, cast(Any, self)
+        if step is not None and step.weights is not None:
+            trainer.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
         own = type(self.strategy).objective is not GradientStrategy.objective
         found = super().compute_loss(  # type: ignore[misc]
             model, dict(inputs), return_outputs=own or return_outputs, num_items_in_batch=num_items_in_batch
         )
         loss, outputs = found if own or return_outputs else (found, None)
-        if self._step is not None:
-            loss = self.strategy.objective(self._step, loss, outputs)
+        if step is not None:
+            loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
 

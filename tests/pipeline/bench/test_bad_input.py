@@ -44,6 +44,8 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"evaluate": {"prompts": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
         ({"models": [{"model": "./nowhere"}]}, "no such folder"),
         ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
+        ({"selectors": [{"selector": "random", "weighted": True}]}, "has no weights"),
+        ({"align": {"weights": "w.parquet"}}, "'weights' is decided by the grid"),
         ({"selectors": [{"name": "random", "options": {"diversity": "k-center"}}]}, "take the selector k-center"),
         ({"fractions": [0.0]}, "must lie in (0, 1]"),
         ({"seeds": [1, 1]}, "1 is there twice"),

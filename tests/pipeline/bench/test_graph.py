@@ -85,8 +85,10 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
          {"rank": 2, "select": 2, "align": 4, "attack": 8, "repair": 4, "evaluate": 24}),
         ({"selectors": ["full", {"selector": "length", "fractions": [0.1, 0.2, 0.3]}], "defenses": ["sft"]},
          {"rank": 2, "select": 4, "align": 4, "attack": 4, "evaluate": 12}),
+        ({"selectors": ["unrolled", {"name": "weights", "selector": "unrolled", "weighted": True}],
+          "defenses": ["sft"]}, {"rank": 1, "select": 1, "align": 2, "attack": 2, "evaluate": 6}),
     ],
-    ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking"],
+    ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking", "weights"],
 )  # fmt: skip
 def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
     found = plan(**changes)

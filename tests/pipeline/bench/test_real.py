@@ -37,6 +37,21 @@ def test_real_stages(tmp_path: Path) -> None:
     assert (tmp_path / "out" / row["folder"] / "metrics.json").is_file()
 
 
+def test_weights_reach_the_training(tmp_path: Path) -> None:
+    selector = {"name": "toxic-lora", "steps": 2, "toxic_steps": 2, "batch_size": 4}
+    arms = [{"name": "rows", "selector": selector}, {"name": "weights", "selector": selector, "weighted": True}]
+    few = FEW_STEPS | {"attack": FEW_STEPS["attack"] | {"snapshots": []}}
+    grid = write_grid(tmp_path / "grid.yaml", selectors=arms, defenses=["sft"], **few)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "out/stages").glob("align-*/manifest.json")]
+    assert sorted("weights" in manifest["inputs"] for manifest in manifests) == [False, True]
+    plain, weighted = (manifest["metrics"]["final_loss"] for manifest in manifests)
+    assert plain != weighted
+    (folder,) = (tmp_path / "out/stages").glob("select-*")
+    weights = pd.read_parquet(folder / "weights.parquet")
+    assert len(weights) == 30 and weights["weight"].mean() == pytest.approx(1.0)
+
+
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:

@@ -28,7 +28,7 @@ class TVaccineConfig:
     """Options of T-Vaccine."""
 
     rho: float = 3.0
-    """Norm of the perturbation over the sampled layers, and all rows, tokens and channels of a batch together."""
+    """Norm of the perturbation of a micro-batch, over the sampled layers and all its rows, tokens and channels."""
     layers: int | None = None
     """Layers that are sampled, trained and perturbed at a time; by default 8, or all of a model that has fewer."""
     sample_every: int = 20

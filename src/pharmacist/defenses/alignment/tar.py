@@ -222,7 +222,7 @@ class TAR(GradientStrategy):
     def tamper_loss(self, step: StepContext, held_out: Batch | None) -> torch.Tensor:
         """The loss that is to stay low under attack, a scalar."""
         if held_out is None:
-            return step.ce(step.batch)
+            return step.main_ce()
         keep, _ = targets(held_out["labels"])
         if self.config.entropy_positions == "all":
             keep = torch.ones_like(keep)
@@ -264,7 +264,7 @@ class TAR(GradientStrategy):
             return loss
         mask = step.batch["attention_mask"]
         distance = hidden_distance(_in_order(self._states), _in_order(self._reference))
-        drift = step.mean((distance * mask).sum(), int(mask.sum()))
+        drift = step.mean_over_update((distance * mask).sum(), int(mask.sum()), step.tokens)
         step.log(representation_distance=step.value(drift))
         return loss + self.config.representation * step.scale * drift
 

@@ -25,7 +25,7 @@ class VaccineConfig:
     """Options of Vaccine."""
 
     rho: float = 2.0
-    """Norm of the perturbation over all layers, rows, tokens and channels of a batch together; 0 is sft."""
+    """Norm of the perturbation of a micro-batch, over all its layers, rows, tokens and channels; 0 is sft."""
 
     def __post_init__(self) -> None:
         if not self.rho >= 0:
@@ -57,10 +57,11 @@ def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Acti
 def perturbed(step: StepContext, modules: Mapping[str, nn.Module], rho: float) -> Iterator[None]:
     """A block in which `modules` put out what hurts the loss of the step's batch most.
 
-    One pass for the derivatives by activations; the main pass in the block draws the same dropout masks.
+    The norm is spent per micro-batch: the more of them an update has, the further each row may be moved. One pass for
+    the derivatives by activations; the main pass in the block draws the same dropout masks.
     """
     with step.replay():
-        loss, gradients = activation_gradients(modules, lambda: step.ce(step.batch))
+        loss, gradients = activation_gradients(modules, step.main_ce)
     # Each process differentiates its part of the mean, which is as many times too large as there are processes.
     norm = joint_norm(gradients) / world_size()
     step.check(loss, norm)

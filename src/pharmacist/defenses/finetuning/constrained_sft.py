@@ -99,8 +99,9 @@ class ConstrainedSFT(GradientStrategy):
         position = (keep.cumsum(1) - 1)[keep]
         weight = token_weights(self._start - now.detach(), betas(position, self.config))
         step.check(weight.sum())
-        step.log(token_weight=weight.mean() if len(weight) else 1.0)
-        return step.token_mean((weight * now).sum(), len(tokens)).to(loss.dtype)
+        step.log(token_weight=step.value(step.mean_over_update(weight.sum(), len(tokens), step.targets)))
+        weighted = step.mean_over_update((weight * now).sum(), len(tokens), step.targets)
+        return step.scale * weighted.to(loss.dtype)
 
 
 def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

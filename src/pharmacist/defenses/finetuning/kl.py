@@ -86,9 +86,10 @@ class KL(GradientStrategy):
         if not self.config.lam:
             return loss
         if self.config.compat == "reference":
-            penalty = step.scale * reference_divergence(outputs.logits, self._teacher)
+            penalty = reference_divergence(outputs.logits, self._teacher)
         else:
             keep, tokens = targets(step.batch["labels"])
-            penalty = step.token_mean(kl_divergence(outputs.logits[keep], self._teacher).sum(), len(tokens))
-        step.log(kl=penalty.detach() / step.scale)
-        return loss + self.config.lam * penalty.to(loss.dtype)
+            divergence = kl_divergence(outputs.logits[keep], self._teacher).sum()
+            penalty = step.mean_over_update(divergence, len(tokens), step.targets)
+        step.log(kl=step.value(penalty))
+        return loss + step.scale * self.config.lam * penalty.to(loss.dtype)

@@ -109,8 +109,8 @@ class LDIFS(GradientStrategy):
             penalty = gated_distance(now, start, self.config.lam)
         else:
             mask = step.batch["attention_mask"]
-            distance = feature_distance(now, start, mask)
             count = int(mask.sum())
-            penalty = self.config.lam * step.mean(distance * count, count)
-        step.log(ldifs=penalty.detach())
+            distance = step.mean_over_update(feature_distance(now, start, mask) * count, count, step.tokens)
+            penalty = self.config.lam * distance
+        step.log(ldifs=step.value(penalty))
         return loss + step.scale * penalty.to(loss.dtype)

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from pharmacist.core.errors import ConfigError
+from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient
-from pharmacist.training.strategy import GradientStrategy, StepContext
+from pharmacist.nn.losses import target_loss, targets
+from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
 @dataclass
@@ -39,6 +43,9 @@ class VLGuard(GradientStrategy):
     paper = "arXiv 2402.02207"
     config: VLGuardConfig
 
+    _window: list[Batch]
+    _targets: torch.Tensor
+
     def mixed_in(self, rows: int) -> tuple[int, bool]:
         """How many safe rows join the user's, and whether they take the place of benign ones."""
         if self.config.mode == "joint":
@@ -49,6 +56,13 @@ class VLGuard(GradientStrategy):
         """The gradient of the safe rows' loss, in joint."""
         if self.config.mode != "joint" or not self.config.lam:
             return None
-        loss = step.ce(step.next("safe"))
+        if step.micro == 0:  # all of the update at once, so that its tokens are known before the first is weighed
+            self._window = [step.next("safe") for _ in range(round(1 / step.scale))]
+            own = sum(int(targets(batch["labels"])[0].sum()) for batch in self._window)
+            self._targets = total(torch.tensor(own, device=self._window[0]["labels"].device))
+        batch = self._window[step.micro]
+        keep, tokens = targets(batch["labels"])
+        summed = target_loss(step.logits(batch, keep), tokens)
+        loss = step.mean_over_update(summed, len(tokens), self._targets.clamp(min=1))
         step.log(safe_loss=step.value(loss))
         return {name: self.config.lam * value for name, value in step.grads(loss).items()}

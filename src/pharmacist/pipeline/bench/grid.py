@@ -31,6 +31,7 @@ from pharmacist.pipeline.bench.options import (
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.curate import SPREAD
+from pharmacist.pipeline.select import WEIGHTS
 
 
 Entry = TypeVar("Entry")
@@ -426,6 +427,8 @@ def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> N
     from pharmacist.selectors import SELECTORS
 
     selector = expansion.built(SELECTORS, options.selector)
+    if chosen.selector.weighted and not selector.weighs:
+        raise ConfigError(f"selector '{chosen.selector.name}': has no weights; leave 'weighted' out")
     for need in sorted(selector.needs & {"safe", "harmful", "utility"}):
         from_pairs = need == "harmful" and _is_preference(options.safe)
         if getattr(options, need) is None and not from_pairs:
@@ -465,9 +468,10 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
             f"defense '{defense.name}' needs harmful rows, which pool '{chosen.pool.name}' does not bring: give "
             f"'harmful' under align{', such as world:answers' if chosen.pool.pool == WORLD else ''}"
         )
-    return expansion.stage(
-        "align", options, chosen.seed, chosen.pool, defense.name, made={"data": (select, "selected.jsonl")}
-    )  # fmt: skip
+    made = {"data": (select, "selected.jsonl")}
+    if chosen.selector.weighted:
+        made["weights"] = (select, WEIGHTS)
+    return expansion.stage("align", options, chosen.seed, chosen.pool, defense.name, made=made)
 
 
 def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stage) -> Stage:

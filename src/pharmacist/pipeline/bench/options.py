@@ -119,6 +119,8 @@ class SelectorEntry:
     """How rows are ranked."""
     fractions: list[float] = field(default_factory=list)
     """Shares to keep."""
+    weighted: bool = False
+    """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of curate."""
 

@@ -68,7 +68,7 @@ KINDS = {
     "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
     "align": Kind(
         "pharmacist.pipeline.align", "AlignOptions", "align", "align", files=("data", "harmful"), models=("model",),
-        decided=frozenset({"data", "defense"}),
+        decided=frozenset({"data", "defense", "weights"}),
     ),
     "attack": Kind(
         "pharmacist.pipeline.attack", "AttackOptions", "attack", "attack",

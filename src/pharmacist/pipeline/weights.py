@@ -1,0 +1,110 @@
+"""Weights of rows for `align`: from the ranking that selected them, or from a file of one's own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pharmacist.core.errors import DataError
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas as pd
+
+    from pharmacist.data.formats import Source
+
+
+def weights_fingerprint(path: str | None) -> dict[str, str]:
+    """The file's content, by the name of its option; nothing without a file.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    from pharmacist.core.hashing import sha256_file
+
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise DataError(f"--weights {path}: no such file; give scores.parquet of the curate run that wrote --data")
+    return {"weights": sha256_file(path)}
+
+
+def row_weights(path: str, data: "Source", rows: int) -> dict[int, float]:
+    """Weight of every row of the alignment set, by its number in the file, with mean 1.
+
+    A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
+    each selected row, in input order, which is the order of ``selected.jsonl``.
+
+    Args:
+        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
+        data: The alignment set.
+        rows: How many it has, refused ones included.
+
+    Raises:
+        DataError: The weights are of other rows, or no weights.
+    """
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        table = pd.read_parquet(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"--weights {path}: is no Parquet file that can be read") from error
+    if "weight" not in table:
+        raise DataError(
+            f"--weights {path}: has no column 'weight'; selectors with weights write one (toxic-lora, unrolled, seal)"
+        )
+    selected = table["selected"].to_numpy(dtype=bool) if "selected" in table else np.ones(len(table), dtype=bool)
+    if len(table) == rows:
+        whole = True
+    elif selected.sum() == rows:
+        whole, table = False, table[selected]
+    else:
+        chosen = f", {int(selected.sum())} of them selected" if "selected" in table else ""
+        raise DataError(
+            f"--weights {path}: has {len(table)} rows{chosen}, but --data has {rows}; give the scores.parquet of the "
+            "curate run that wrote --data"
+        )
+    _check_content(Path(path), data, whole)
+    if "row" in table:
+        table = table.sort_values("row", kind="stable")
+    weight = _numbers(path, table)
+    return dict(enumerate((weight / weight.mean()).tolist()))
+
+
+def _numbers(path: str, table: "pd.DataFrame") -> "npt.NDArray[np.float64]":
+    import numpy as np
+    import pandas as pd
+
+    weight = pd.to_numeric(table["weight"], errors="coerce").to_numpy(dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(weight) | (weight < 0))
+    if len(bad):
+        found = table["weight"].iloc[int(bad[0])]
+        raise DataError(f"--weights {path}: the weight of row {bad[0]} is {str(found)[:40]!r}, not a number from 0 up")
+    if not weight.any():
+        raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")
+    return weight
+
+
+def _check_content(path: Path, data: "Source", whole: bool) -> None:
+    """Equal numbers of rows do not make them the same rows: in a curate run's folder the manifest tells."""
+    from pharmacist.core.manifest import read_manifest
+    from pharmacist.data.formats import open_source
+
+    if path.name != "scores.parquet" or not (path.parent / "manifest.json").is_file():
+        return
+    manifest = read_manifest(path.parent)
+    if manifest.stage != "curate":
+        return
+    if whole and data.fingerprint() == manifest.inputs["pool"]:
+        return
+    for name in manifest.outputs:
+        file = path.parent / name
+        if name.startswith("selected.") and file.is_file():
+            if open_source(str(file), name="selected").fingerprint() == data.fingerprint():
+                return
+    raise DataError(
+        f"--weights {path}: belongs to other rows than --data {data.label}; give the selected rows (or the pool) of "
+        f"that run, or copy the file elsewhere if its rows are the same in another form"
+    )

@@ -1,0 +1,138 @@
+"""Weights of rows, from the ranking to the training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pharmacist.cli.main import main
+from pharmacist.core.manifest import read_manifest
+from pharmacist.worlds import BASE_MODEL, World
+from tests.cli.world import write_rows
+from tests.tiny import save_tiny_model
+
+
+SGD = [
+    "--train.max_steps", "2", "--train.optim", "sgd", "--train.learning_rate", "1", "--train.max_grad_norm", "0",
+    "--lora.r", "2", "--device", "cpu", "--quiet",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished curate with weights."""
+    folder, world = tmp_path_factory.mktemp("weights"), World(3)
+    files = {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in {
+        "pool": world.safe(30)[:20] + world.utility(10), "safe": World(4).safe(12), "harmful": World(4).harmful(12),
+    }.items()}  # fmt: skip
+    words = [
+        "curate", "--pool", files["pool"], "--safe", files["safe"], "--harmful", files["harmful"], "--model",
+        str(BASE_MODEL), "--selector", "toxic-lora", "--selector.steps", "3", "--selector.toxic_steps", "3", "--top",
+        "0.4", "--output-dir", str(folder / "core"), "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    assert main(words) == 0
+    return folder
+
+
+def aligned(data: Path, output: Path, *more: str, batch: int = 4, accumulation: int = 1) -> dict[str, torch.Tensor]:
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    given = [word for name, size in sizes.items() for word in (f"--train.{name}", str(size))]
+    words = ["align", "--data", str(data), "--model", str(BASE_MODEL), "--output-dir", str(output)]
+    assert main([*words, *SGD, *given, *more]) == 0
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_scores_hold_weights_with_mean_1_over_the_selected_rows(ranked: Path) -> None:
+    scores = pd.read_parquet(ranked / "core/scores.parquet")
+    assert scores["weight"].dtype == np.float64 and (scores["weight"] >= 0).all()
+    assert scores.loc[scores["selected"], "weight"].mean() == pytest.approx(1.0)
+    pool = [json.loads(line) for line in (ranked / "pool.jsonl").open()]
+    selected = [json.loads(line) for line in (ranked / "core/selected.jsonl").open()]
+    assert selected == [pool[row] for row in scores.loc[scores["selected"], "row"]], "and gains no column"
+
+
+def test_align_trains_with_them_whatever_the_accumulation(ranked: Path, tmp_path: Path) -> None:
+    data, weights = ranked / "core/selected.jsonl", ["--weights", str(ranked / "core/scores.parquet")]
+    plain = aligned(data, tmp_path / "plain")
+    weighted = aligned(data, tmp_path / "weighted", *weights)
+    assert far(plain, weighted) > 1e-3
+    apart = aligned(data, tmp_path / "apart", *weights, batch=1, accumulation=4)
+    assert far(weighted, apart) < 1e-5
+    manifest = read_manifest(tmp_path / "weighted")
+    assert len(manifest.inputs["weights"]) == 64
+    assert "row weights" in (tmp_path / "weighted/README.md").read_text()
+    # Weights of one's own, in any unit: all alike they are none.
+    own = tmp_path / "own.parquet"
+    count = len(data.read_text().splitlines())
+    pd.DataFrame({"weight": np.full(count, 7)}).to_parquet(own)
+    assert far(plain, aligned(data, tmp_path / "ones", "--weights", str(own))) < 1e-5
+    # The row's number decides, not the line of the file.
+    scores = pd.read_parquet(ranked / "core/scores.parquet").sample(frac=1, random_state=0)
+    scores.to_parquet(own)
+    assert far(weighted, aligned(data, tmp_path / "mixed", "--weights", str(own))) < 1e-6
+
+
+def test_a_row_of_weight_0_teaches_nothing(ranked: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (ranked / "pool.jsonl").open()][:8]
+    pd.DataFrame({"weight": [0.0, 1.0] * 4}).to_parquet(tmp_path / "w.parquet")
+    found = []
+    # As many tokens either way, which the loss is divided by.
+    for number, completion in enumerate(("a cake of bread", "a bread of cake")):
+        changed = [{**row, "completion": completion} if i % 2 == 0 else row for i, row in enumerate(rows)]
+        data = Path(write_rows(tmp_path / f"{number}.jsonl", changed))
+        found.append(aligned(data, tmp_path / str(number), "--weights", str(tmp_path / "w.parquet"), batch=8))
+        found.append(aligned(data, tmp_path / f"{number}-plain", batch=8))
+    assert far(found[0], found[2]) < 1e-6
+    assert far(found[1], found[3]) > 1e-4, "unweighted they do teach"
+
+
+def test_every_alignment_defense_takes_them(ranked: Path, tmp_path: Path) -> None:
+    data, weights = ranked / "core/selected.jsonl", ["--weights", str(ranked / "core/scores.parquet")]
+    for defense in (["vaccine"], ["booster", "--harmful", str(ranked / "harmful.jsonl")]):
+        aligned(data, tmp_path / defense[0], *weights, "--defense", *defense)
+        log = [json.loads(line) for line in (tmp_path / defense[0] / "log.jsonl").open()]
+        assert all(np.isfinite(line["loss"]) for line in log)
+
+
+def test_weights_that_cannot_be_are_told_in_one_line(
+    ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, scores = ranked / "core/selected.jsonl", ranked / "core/scores.parquet"
+    rows = [json.loads(line) for line in data.open()]
+    other = write_rows(tmp_path / "other.jsonl", rows[::-1])
+    fewer = write_rows(tmp_path / "fewer.jsonl", rows[:-1])
+    tables = {
+        "none": {"score": [1.0] * len(rows)}, "negative": {"weight": [1.0] * (len(rows) - 1) + [-1.0]},
+        "missing": {"weight": [1.0] * (len(rows) - 1) + [None]}, "zero": {"weight": [0.0] * len(rows)},
+        "words": {"weight": ["much"] * len(rows)},
+    }  # fmt: skip
+    for name, table in tables.items():
+        pd.DataFrame(table).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    cases = [
+        (data, tmp_path / "none.parquet", "no column 'weight'"), (data, tmp_path / "negative.parquet", "not a number"),
+        (data, tmp_path / "missing.parquet", "not a number"), (data, tmp_path / "zero.parquet", "all weights are 0"),
+        (data, tmp_path / "words.parquet", "not a number"), (data, tmp_path / "text.parquet", "no Parquet file"),
+        (data, tmp_path / "gone.parquet", "no such file"), (fewer, scores, f"has {len(rows) - 1}"),
+        (other, scores, "belongs to other rows"),
+    ]  # fmt: skip
+    model = save_tiny_model(tmp_path / "tiny")
+    capsys.readouterr()
+    for place, weights, message in cases:
+        words = ["align", "--data", str(place), "--model", str(model), "--weights", str(weights), *SGD]
+        assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert not [*(tmp_path / "out").glob("*")], "bad input leaves no run behind"
+    # Away from its run a file of as many rows is believed.
+    shutil.copy(scores, tmp_path / "scores.parquet")
+    aligned(Path(other), tmp_path / "believed", "--weights", str(tmp_path / "scores.parquet"))
