@@ -48,6 +48,8 @@ class RunManifest(BaseModel):
     device: str = ""
     phases: dict[str, Phase] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+    """Where the results cannot be trusted, as said at the console."""
     outputs: list[str] = Field(default_factory=list)
     """Files and folders that make up the result."""
     files: dict[str, str] = Field(default_factory=dict)

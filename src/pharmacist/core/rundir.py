@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
@@ -129,7 +129,7 @@ class RunDir:
         # Of an input its content counts, not the path that led to it.
         relevant = {
             name: value for name, value in identifying(config).items()
-            if not (name in inputs and isinstance(value, str))
+            if not (name in inputs and isinstance(value, str | list))
         }  # fmt: skip
         early = {name: value for name, value in relevant.items() if name not in late}
         early_inputs = {name: value for name, value in inputs.items() if name not in late_inputs}
@@ -225,6 +225,7 @@ class RunDir:
         seeds: Mapping[str, int] | None = None,
         device: str = "",
         extra: Mapping[str, Any] | None = None,
+        warnings: Sequence[str] | None = None,
     ) -> RunManifest:
         """Notes results in the manifest without writing it yet, for pages that show them."""
         manifest = self.manifest
@@ -235,6 +236,7 @@ class RunDir:
         manifest.seeds |= dict(seeds or {})
         manifest.extra |= dict(extra or {})
         manifest.device = device or manifest.device
+        manifest.warnings = manifest.warnings if warnings is None else list(warnings)
         return manifest
 
     def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from pharmacist.data.records import Records
     from pharmacist.selectors.base import Scores, SelectionContext, Selector
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
 SPREAD = frozenset({"k-center", "facility-location"})
 """Diversities that need to know how near rows are."""
-_LATE = frozenset({"min_score", "diversity", "diversity_margin", "balance", "balance_share", "format"})
+_LATE = frozenset({
+    "min_score", "diversity", "diversity_margin", "balance", "balance_share", "format", "fill", "labels", "to_label",
+})  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -36,12 +38,18 @@ class CurateOptions(RunOptions):
 
     pool: str
     """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a hub id."""
-    safe: str | None = None
-    """Safe references: harmful prompt, refusal. A preference file gives its chosen side."""
-    harmful: str | None = None
+    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Safe references: harmful prompt, refusal. A preference file gives its chosen side. Several files count as
+    several sources, of which one at a time is held out where every kind of references has several."""
+    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Harmful references: harmful prompt, harmful answer. A preference file gives its rejected side."""
-    utility: str | None = None
+    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
+    labels: str | None = None
+    """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
+    learns from them, and no row labelled bad is selected. A finished ranking is made again in seconds."""
+    to_label: int = 40
+    """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
     model: str | None = None
     """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
     selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
@@ -54,6 +62,8 @@ class CurateOptions(RunOptions):
     """Number of rows to select."""
     min_score: float | None = None
     """Select the rows with at least this score."""
+    fill: bool = False
+    """Fill --top or --top-k with rows whose own reason speaks against them, where too few others are left."""
     diversity: Diversity = "none"
     """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
     that cover the best-ranked ones, instead of the very best."""
@@ -88,6 +98,11 @@ class CurateOptions(RunOptions):
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns", "balance"}
 
     def __post_init__(self) -> None:
+        for name in REFERENCES:  # one file may be given as a text, as in a grid or from Python
+            if not isinstance(value := getattr(self, name), list):
+                setattr(self, name, [] if value is None else [value])
+        if self.to_label < 0:
+            raise ConfigError(f"--to-label {self.to_label}: must not be negative")
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
@@ -125,19 +140,21 @@ class Ranking:
         records: The rows, with their source.
         table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
         about: What the selector says about itself, such as its quality on held-out references.
+        to_label: Positions of the rows whose label would teach most.
         manifest: Manifest of the run, as JSON.
     """
 
     records: "Records"
     table: "pd.DataFrame"
     about: dict[str, Any]
+    to_label: "npt.NDArray[np.int64]"
     manifest: dict[str, Any] = field(default_factory=dict)
     _keep_alive: Any = None
     _points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None
 
     def select(
         self, fraction: float | None = None, *, k: int | None = None, min_score: float | None = None,
-        diversity: Diversity = "none", diversity_margin: float = 1.5, balance_share: float = 0.0,
+        diversity: Diversity = "none", diversity_margin: float = 1.5, balance_share: float = 0.0, fill: bool = False,
     ) -> "datasets.Dataset":  # fmt: skip
         """The core subset with all input columns, in input order.
 
@@ -149,10 +166,11 @@ class Ranking:
                 ``facility-location`` need a ranking that was made with one of the two.
             diversity_margin: They take their rows from that many times as many best-ranked ones.
             balance_share: Least share of every group, in a ranking that was made with ``balance``; 0 sets none.
+            fill: Whether rows whose own reason speaks against them may be taken, to reach the share or number.
         """
         chosen = choose(
             self.table, fraction, k, min_score, diversity, margin=diversity_margin, share=balance_share,
-            points=self._points,
+            points=self._points, fill=fill,
         )  # fmt: skip
         rows = self.table["row"].to_numpy()[chosen]
         return self.records.source.dataset(rows)
@@ -190,23 +208,29 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    from pharmacist.core.files import remove
+    import json
+
+    from pharmacist.core.files import remove, write_text
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier, from_main
 
     sources = {"pool": open_source(options.pool, name="--pool")}
     for name in REFERENCES:
-        if getattr(options, name) is not None:
-            sources[name] = open_source(getattr(options, name), name=f"--{name}")
+        for number, file in enumerate(getattr(options, name), start=1):
+            sources[_source_name(name, number)] = open_source(file, name=f"--{name}")
     selector, options = _selector(options)
     if not _keeps_format(sources["pool"], options):
         sources["pool"].check_json_lines()  # not when all is ranked
     if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _input(sources, selector, options, Path(folder))
+    if options.labels is not None:  # before any work, and before the folder is touched
+        with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
+            _labels(_input(sources, selector, options, Path(folder))[0]["pool"], options)
     run = RunDir.open(
-        options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options), late=_LATE
+        options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options), late=_LATE,
+        late_inputs=frozenset({"labels"}), reopen=options.labels is not None,
     )  # fmt: skip
     try:
         if from_main(run.complete):
@@ -223,10 +247,17 @@ def curate(options: CurateOptions) -> Ranking | None:
         write_rows(source, selected.tolist(), run.path(name), format=source.format if own else "jsonl")
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
+        if len(ranking.to_label):
+            columns = ranking.records.dataset.select_columns(["row", "prompt", "completion"])
+            asked = [dict(columns[int(position)]) for position in ranking.to_label]
+            for row, position in zip(asked, ranking.to_label, strict=True):
+                row["reason"] = str(ranking.table["reason"].iloc[int(position)])
+            write_text(run.path("to_label.jsonl"), "".join(json.dumps(row) + "\n" for row in asked))
+            outputs.append("to_label.jsonl")
         if ranking.records.refused:
             _write_refused(run.path("refused.jsonl"), ranking.records)
             outputs.append("refused.jsonl")
-        remove(run.path("selector"))  # a link there would lead elsewhere
+        remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")
@@ -273,15 +304,21 @@ def rank(
     """
     from pharmacist.data.formats import open_source
 
-    given = {"pool": pool, "safe": safe, "harmful": harmful, "utility": utility}
-    sources = {name: open_source(value, name=name) for name, value in given.items() if value is not None}
+    sources = {"pool": open_source(pool, name="pool")}
+    for name, given in {"safe": safe, "harmful": harmful, "utility": utility}.items():
+        # A list of rows is one source, a list of files or datasets as many.
+        several = isinstance(given, list | tuple) and not all(isinstance(item, Mapping) for item in given)
+        for number, value in enumerate(given if several else [] if given is None else [given], start=1):
+            sources[_source_name(name, number)] = open_source(value, name=name)
     choice = {"name": selector} if isinstance(selector, str) else dict(selector)
     keep_alive = None if output_dir else tempfile.TemporaryDirectory(prefix="pharmacist-")
-    labels: dict[str, Any] = {name: source.label for name, source in sources.items()}
+    named: dict[str, Any] = {"pool": sources["pool"].label}
+    for name in REFERENCES:
+        named[name] = [source.label for key, source in sources.items() if key.split()[0] == name]
     settings = CurateOptions(
         output_dir=output_dir or keep_alive.name,  # type: ignore[union-attr]
         model=model, selector=choice, columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
-        **labels, **options,
+        **named, **options,
     )  # fmt: skip
     chosen, settings = _selector(settings)
     run = RunDir.open(
@@ -298,6 +335,20 @@ def rank(
     ranking.manifest = run.manifest.model_dump(mode="json")
     ranking._keep_alive = keep_alive  # the rows are memory-mapped from there
     return ranking
+
+
+def _source_name(kind: str, number: int) -> str:
+    """The name of the n-th file of a kind of references; the first has that of the kind."""
+    return kind if number == 1 else f"{kind} {number}"
+
+
+def _labels(pool: "Records", options: CurateOptions) -> dict[int, str]:
+    """Position in the pool -> reason that a person gave the row."""
+    from pharmacist.selectors.labels import read_labels
+
+    if options.labels is None:
+        return {}
+    return read_labels(options.labels, pool.source.fingerprint(), pool.row_numbers)
 
 
 def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
@@ -320,7 +371,7 @@ def _is_main() -> bool:
 
 
 def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> dict[str, str]:
-    from pharmacist.core.hashing import sha256_content
+    from pharmacist.core.hashing import sha256_content, sha256_file
     from pharmacist.nn.models import model_fingerprint
 
     found = {name: source.fingerprint() for name, source in sources.items()}
@@ -329,6 +380,8 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
     if options.embedder is not None:
         local = Path(options.embedder).is_dir()
         found["embedder"] = sha256_content(options.embedder) if local else f"hub:{options.embedder}"
+    if options.labels is not None:
+        found["labels"] = sha256_file(options.labels)
     if options.resume_selector is not None:
         found["resume_selector"] = sha256_content(options.resume_selector)
     return found
@@ -337,21 +390,23 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
 def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, run: RunDir) -> Ranking:
     import numpy as np
 
-    from pharmacist.core.progress import console
+    from pharmacist.core.progress import console, warn
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.nn.distributed import barrier
     from pharmacist.selectors.base import SelectionContext
+    from pharmacist.selectors.labels import rows_to_label
 
     barrier()
     with run.phase("read"):
         records, left_out, groups = _input(sources, selector, options, run.work("data"))
+        records, of_source = _joined(records)
     for read in records.values():
         read.announce()
     pool = records.pop("pool")
     for name, number in left_out.items():
-        run.record(counts={f"references_{name}_left_out": number})
+        run.record(counts={f"references_{name.replace(' ', '_')}_left_out": number})
         if number:
-            said = f"{number} of {number + len(records[name])} rows share a prompt with --pool and are left out"
+            said = f"{number} rows share a prompt with --pool and are left out"
             console().print(f"--{name}: {said}", soft_wrap=True)
     notice = selector.notice(records.keys()) if options.resume_selector is None else None
     if notice is not None:
@@ -362,7 +417,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         template=options.template, max_length=options.max_length,
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
         trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
-        embedder=options.embedder,
+        embedder=options.embedder, sources=of_source,
     )  # fmt: skip
     if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
         pool, groups = _rendered(context, groups, options)
@@ -370,6 +425,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         clusters = find_duplicates(
             pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
         )  # fmt: skip
+    context.labels = _labels(pool, options)
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
         from pharmacist.selectors.embeddings import pool_keys
@@ -379,7 +435,10 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
-    table = _table(pool, scores, clusters, options, groups, points)
+    table = _table(pool, scores, clusters, options, groups, points, context.labels)
+    warnings = [*scores.warnings, *_shortfall(table, options)]
+    for warning in warnings:
+        warn(warning)
     extra: dict[str, Any] = {"selector_report": scores.report}
     if groups is not None:
         extra["balance"] = _balance(table, options)
@@ -398,8 +457,53 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         loaded = context.model
         device = str(loaded.device)
         extra |= {"template": loaded.template.to_json(), "template_origin": loaded.template_origin}
-    run.record(counts=counts, device=device, extra=extra)
-    return Ranking(records=pool, table=table, about=scores.report, _points=points)
+    run.record(counts=counts, device=device, extra=extra, warnings=warnings)
+    to_label = np.zeros(0, np.int64)
+    if scores.telling is not None:
+        keys = pool.dataset["prompt_key"]
+        to_label = rows_to_label(scores.telling, table["reason"].tolist(), keys, clusters, options.to_label)
+    return Ranking(records=pool, table=table, about=scores.report, to_label=to_label, _points=points)
+
+
+def _joined(
+    records: "dict[str, Records]",
+) -> "tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]":
+    """References of one kind as one, and for each kind that came in several files the number of each row's file."""
+    import datasets
+    import numpy as np
+
+    found: dict[str, Records] = {}
+    of_source: dict[str, npt.NDArray[np.int64]] = {}
+    for kind in ("pool", *REFERENCES):
+        parts = [part for name, part in records.items() if name.split()[0] == kind and len(part)]
+        if not parts:
+            continue
+        found[kind] = parts[0]
+        if kind != "pool":
+            of_source[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        if len(parts) > 1:
+            for part in parts[1:]:
+                part.announce()
+            found[kind] = replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]))
+    return found, of_source
+
+
+def _shortfall(table: "pd.DataFrame", options: CurateOptions) -> list[str]:
+    """What is to be said where the cut could not be filled, or was filled with rows that should not be in it."""
+    from pharmacist.selectors.base import GOOD_REASONS
+
+    if options.min_score is not None:
+        return []
+    k, selected = options.top_k or _rows_of(_fraction(options, len(table)), len(table)), int(table["selected"].sum())
+    chosen = table["reason"][table["selected"]]
+    bad = chosen[~chosen.isin(GOOD_REASONS)].value_counts()
+    named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
+    if len(bad):
+        return [f"{int(bad.sum())} of the {selected} selected rows are so only to fill the quota: {named}"]
+    if selected < k and not options.fill and options.diversity != "near-duplicates":
+        few = f"{selected} rows are selected, not {k}: no others look worth keeping"
+        return [f"{few}; --fill takes the next best all the same"]
+    return []
 
 
 def _input(
@@ -564,9 +668,13 @@ def _read(
     from pharmacist.core.env import rank as process
     from pharmacist.data.records import read_records
     from pharmacist.data.splits import shared_prompts
-    from pharmacist.data.where import conditions_of
+    from pharmacist.data.where import conditions_for, conditions_of
 
-    conditions = conditions_of(options.where, sources)
+    first = {name: source for name, source in sources.items() if " " not in name}
+    conditions = conditions_of(options.where, first)
+    conditions |= {
+        name: conditions_for(options.where, name.split()[0], source) for name, source in sources.items() if " " in name
+    }
 
     def read(name: str, role: str) -> "Records":
         source, columns = sources[name], options.column_map
@@ -576,7 +684,8 @@ def _read(
                 columns = None
         return read_records(
             source, work_dir=work / f"{role}-{process()}", columns=columns,
-            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row, where=conditions[name],
+            side="rejected" if role.split()[0] == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+            where=conditions[name],
         )  # fmt: skip
 
     records = {name: read(name, name) for name in sources}
@@ -585,8 +694,8 @@ def _read(
     if {"safe", "harmful"} <= set(records) and _rows(records["safe"]) == _rows(records["harmful"]):
         raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
     left_out = {}
-    for name in REFERENCES:
-        if name not in records:
+    for name in records:
+        if name == "pool":
             continue
         shared = shared_prompts(records["pool"].dataset, records[name].dataset)
         if len(shared) == len(records[name]):
@@ -614,6 +723,7 @@ def _rows_of(fraction: float, n: int) -> int:
 def _table(
     pool: "Records", scores: "Scores", clusters: "npt.NDArray[np.int64]", options: CurateOptions,
     groups: "npt.NDArray[np.str_] | None", points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None",
+    labels: "Mapping[int, str]",
 ) -> "pd.DataFrame":  # fmt: skip
     import numpy as np
     import pandas as pd
@@ -634,12 +744,14 @@ def _table(
         "row": rows, "score": scores.score.astype(np.float64), "rank": position, "selected": False,
         "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
     })  # fmt: skip
+    if labels:  # whatever the selector makes of them, they hold
+        table["label"] = [labels.get(position, "") for position in range(len(table))]
     if groups is not None:
         table["group"] = groups.astype(object)
     top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
     chosen = choose(
         table, top, options.top_k, options.min_score, options.diversity, margin=options.diversity_margin,
-        share=options.balance_share if groups is not None else 0.0, points=points,
+        share=options.balance_share if groups is not None else 0.0, points=points, fill=options.fill,
     )  # fmt: skip
     table.loc[chosen, "selected"] = True
     if scores.weight is not None:
@@ -650,13 +762,17 @@ def _table(
 def choose(
     table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str, *,
     margin: float = 1.5, share: float = 0.0,
-    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None,
+    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None, fill: bool = False,
 ) -> "npt.NDArray[np.int64]":  # fmt: skip
-    """Positions in `table` of the rows to select, ascending."""
+    """Positions in `table` of the rows to select, ascending.
+
+    A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
+    that a person labelled bad is never selected.
+    """
     import numpy as np
     import pandas as pd
 
-    from pharmacist.selectors.base import CRITICAL, RANKED
+    from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED
     from pharmacist.selectors.subset import Spread, core_rows
 
     if share and "group" not in table:
@@ -666,8 +782,13 @@ def choose(
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
     candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
+    if "label" in table:
+        candidates = candidates[candidates["label"].isin(("", CRITICAL))]
     if min_score is not None:
         chosen = candidates.index[candidates["score"] >= min_score]
+        if not len(chosen):
+            best = table["score"].max()
+            raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
     else:
         if fraction is not None:
             if not 0 < fraction <= 1:
@@ -677,14 +798,15 @@ def choose(
             raise ConfigError(f"k {k}: must be at least 1")
         if k > len(table):
             raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
+        if not fill:
+            candidates = candidates[candidates["reason"].isin(GOOD_REASONS)]
         order = candidates.sort_values("rank").index.to_numpy()
         groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
         good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
         spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
+        if not len(order):
+            return np.zeros(0, dtype=np.int64)
         chosen = pd.Index(core_rows(order, min(k, len(order)), good, groups, share, spread))
-    if not len(chosen):
-        best = table["score"].max()
-        raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
     return np.sort(chosen.to_numpy())
 
 
@@ -708,13 +830,25 @@ def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
     for reason, row in counts.iterrows():
         table.add_row(str(reason), str(int(row.get(True, 0))), str(int(row.get(False, 0))))
     console().print(table)
-    quality = ranking.about.get("out_of_fold", {}).get("combined", {})
     lines = []
     if "template_origin" in run.manifest.extra:
         lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
-    if "auc_safe_against_rest" in quality:
-        auc = quality["auc_safe_against_rest"]
-        lines.append(f"held-out references, safe against the rest: AUC {auc:.3f}")
+    if questions := ranking.about.get("questions"):
+        told = ", ".join(f"{name} {quality['combined']['auc']:.3f}" for name, quality in questions.items())
+        lines.append(f"AUC on held-out references, by question: {told}")
+    if labels := ranking.about.get("labels"):
+        if labels["auc_after"] is not None:
+            lines.append(
+                f"AUC on {labels['labels']} labelled rows: {labels['auc_before']:.3f} without labels, "
+                f"{labels['auc_after']:.3f} with those of other prompts (standard error "
+                f"{labels['standard_error']:.3f})"
+            )
+        lines.append(f"labels: {labels['advice']}")
+    if len(ranking.to_label) and "labels" not in ranking.about:
+        lines.append(
+            f"{len(ranking.to_label)} labels would help most: pharmacist label {run.root}, or label them on the page; "
+            "then the same command with --labels labels.json"
+        )
     lines += [f"without more references it cannot see: {reason}" for reason in ranking.about.get("cannot_see", [])]
     lines += [f"scores {run.path('scores.parquet')}", f"core subset {run.path(selected)}"]
     lines += [f"page {run.path('report.html')}"]

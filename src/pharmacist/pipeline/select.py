@@ -68,7 +68,9 @@ def select(options: SelectOptions) -> Path:
                 table = pd.read_parquet(scores)
                 config = ranking.config
                 share = config["balance_share"] if config["balance"] is not None else 0.0
-                chosen = choose(table, options.top, None, None, config["diversity"], share=share)
+                chosen = choose(
+                    table, options.top, None, None, config["diversity"], share=share, fill=True
+                )  # the arms of a grid agree in size
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(pool, rows.tolist(), path, format="jsonl")
                 outputs = [path.name]

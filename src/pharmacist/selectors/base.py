@@ -25,6 +25,8 @@ CRITICAL = "critical"
 """The reason of rows worth keeping: safety-critical and of good quality."""
 RANKED = "ranked"
 """The reason of all rows where a selector measures without judging: it says nothing about what a row is."""
+GOOD_REASONS = (CRITICAL, RANKED, "duplicate")
+"""Reasons that do not speak against a row; a duplicate is a near-duplicate of a better critical row."""
 FEWEST_REFERENCES = 8
 
 

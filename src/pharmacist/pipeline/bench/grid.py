@@ -409,7 +409,7 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
             f"take the selector {rank_options.diversity}"
         )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
-        rank_options = with_options(rank_options, model=None, safe=None, harmful=None, utility=None)
+        rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
     select_options = expansion.template("select", (f"{chosen.fraction}",), "fractions", {
         "ranking": "-", "top": chosen.fraction,
@@ -430,8 +430,8 @@ def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> N
     if chosen.selector.weighted and not selector.weighs:
         raise ConfigError(f"selector '{chosen.selector.name}': has no weights; leave 'weighted' out")
     for need in sorted(selector.needs & {"safe", "harmful", "utility"}):
-        from_pairs = need == "harmful" and _is_preference(options.safe)
-        if getattr(options, need) is None and not from_pairs:
+        from_pairs = need == "harmful" and any(map(_is_preference, options.safe))
+        if not getattr(options, need) and not from_pairs:
             raise ConfigError(
                 f"selector '{chosen.selector.name}' needs {need} references: give pool '{chosen.pool.name}' a '{need}'"
             )

@@ -1,5 +1,6 @@
 """What the model showed of every row, kept with the results: a second ranking of the same pool needs no model."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,14 @@ def read_texts(context: "SelectionContext", rows: Any, name: str, *, with_model:
     folders = [context.run.work("states"), context.run.path("selector", KEPT)]
     if context.resume_from is not None:
         folders += [context.resume_from / KEPT, context.resume_from / "selector" / KEPT]
+    path = context.run.work("states") / f"{name}.safetensors"
     for folder in folders:
-        kept = _kept(folder / f"{name}.safetensors", keys, fingerprint)
+        kept = _kept(folder / path.name, keys, fingerprint)
         if kept is not None:
+            if folder != path.parent:  # what lies in the output folder is written anew in the end
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(folder / path.name, temporary)
             return Texts(prompts, completions, *kept), 0
     encoded, tokens = context.encode(rows, name), 0
     measure = hidden_states(context.model.model)
@@ -66,7 +72,6 @@ def read_texts(context: "SelectionContext", rows: Any, name: str, *, with_model:
         tokens_per_batch=tokens_per_batch(context), description=f"reading the {name}",
     )  # fmt: skip
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
-    path = context.run.work("states") / f"{name}.safetensors"
     with atomic_path(path) as temporary:
         save_file({"keys": keys, **found}, temporary, metadata={"model": fingerprint})
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens

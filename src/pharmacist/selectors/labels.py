@@ -1,0 +1,108 @@
+"""A person's labels of rows of the pool: which rows to ask for, and the file that holds what was answered."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json, write_json
+from pharmacist.selectors.base import CRITICAL
+
+
+IntArray = npt.NDArray[np.int64]
+
+LABELS = {
+    "good": CRITICAL,
+    "harmful": "teaches_compliance",
+    "over_refusal": "over_refusal",
+    "not_safety_critical": "not_safety_critical",
+    "low_quality": "low_quality",
+}
+"""What a person may say of a row -> the reason that it is ranked by."""
+
+
+def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
+    """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
+
+    Args:
+        path: The file.
+        pool: Fingerprint of the pool that is ranked, as ``inputs.pool`` of the manifest has it.
+        rows: Numbers of the pool's usable rows.
+
+    Returns:
+        Position in `rows` -> reason.
+
+    Raises:
+        DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
+    """
+    where = f"--labels {path}"
+    content = read_json(Path(path))
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')
+    if content.get("pool") != pool:
+        raise DataError(
+            f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"
+        )
+    position_of = {int(row): position for position, row in enumerate(rows)}
+    found: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(row, int) or isinstance(row, bool) or row not in position_of:
+            raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
+        if not isinstance(label, str) or label not in LABELS:
+            raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
+        if position_of[row] in found:
+            raise DataError(f"{where}: row {row} has two labels; keep one of them")
+        found[position_of[row]] = LABELS[label]
+    if not found:
+        raise DataError(f"{where}: holds no labels; label some rows of to_label.jsonl first")
+    if len(set(found.values())) == 1:
+        (only,) = set(found.values())
+        name = next(label for label, reason in LABELS.items() if reason == only)
+        raise DataError(f"{where}: all {len(found)} labels are '{name}', which teaches nothing; label other rows too")
+    return found
+
+
+def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:
+    """Writes ``labels.json`` in whole or not at all: row number -> label, in order of the rows."""
+    write_json(path, {"pool": pool, "labels": [{"row": row, "label": labels[row]} for row in sorted(labels)]})
+
+
+def rows_to_label(
+    telling: npt.NDArray[np.float64], reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
+) -> IntArray:
+    """The rows whose label would teach most: the least certain of each reason in turn, none like one before it.
+
+    Args:
+        telling: How much a label of each row would teach, negative where it has one, shape [rows].
+        reasons: Shape [rows].
+        prompts: Something that rows of one prompt share, shape [rows].
+        clusters: Near-duplicates share a number, shape [rows].
+        n: How many, at most.
+
+    Returns:
+        Positions, the most telling of the first reason first.
+    """
+    prompts = list(prompts)
+    queues: dict[str, list[int]] = {}
+    for position in np.argsort(-telling, kind="stable").tolist():
+        if telling[position] >= 0:
+            queues.setdefault(str(reasons[position]), []).append(position)
+    chosen: list[int] = []
+    seen: set[Any] = set()
+    pending = [iter(queues[reason]) for reason in sorted(queues)]
+    while pending and len(chosen) < n:
+        for queue in pending.copy():
+            position = next(
+                (p for p in queue if not {("prompt", prompts[p]), ("cluster", int(clusters[p]))} & seen), None
+            )
+            if position is None:
+                pending.remove(queue)
+            elif len(chosen) < n:
+                chosen.append(position)
+                seen |= {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
+    return np.array(chosen, dtype=np.int64)
