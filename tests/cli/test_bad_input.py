@@ -189,6 +189,11 @@ CASES: dict[str, tuple[Case, str]] = {
         text_pool("pool.jsonl", rows('{"prompt": "x", "completion": NaN}')),
         "line 4 (row 3) is not valid JSON (NaN",
     ),
+    "a column that the output cannot hold": (
+        parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
+        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); "
+        "curate's --format input keeps it",
+    ),
     "NaN in a column": (
         parquet({"prompt": ["x"], "completion": [float("nan")]}),
         "row 0 'completion' is NaN, not text",
@@ -403,7 +408,14 @@ def test_a_saved_selector_reads_with_its_own_model_only(
     (tmp_path / "a" / "selector" / "selector.json").write_text('{"selector": "other"}')
     assert main(curate_words(pool, tmp_path / "b", *words)) == 2
     line = capsys.readouterr().err
+    assert "selector.json: is damaged, or was changed after" in line and line.count("\n") == 1
+    shutil.copytree(tmp_path / "a" / "selector", tmp_path / "alone")
+    assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
+    line = capsys.readouterr().err
     assert "selector.json: not written by this version" in line and line.count("\n") == 1
+    cut_in_half(next((tmp_path / "alone").rglob("adapter_model.safetensors")))
+    assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
+    assert "adapter_model.safetensors: is damaged; put it back" in capsys.readouterr().err
     after = fingerprints(tmp_path / "a")
     assert [path for path in before if before[path] != after[path]] == [str(tmp_path / "a/selector/selector.json")]
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())

@@ -201,6 +201,10 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("", "needs keys and values at its top level"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("stirs: " + "9" * 5000, "not valid YAML (Exceeds the limit"),
+        ("stirs: " + "9" * 30, "is too large; whole numbers go up to 9223372036854775807"),
+        ("inner: {rate: .inf}", "must be a finite number"),
     ],
 )
 def test_a_bad_file(yaml: str, message: str, tmp_path: Path) -> None:
@@ -241,3 +245,25 @@ def test_help_shows_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> N
     assert "--selector NAME" in text and "selector.name" not in text
     assert "example: cauldron --stirs 3" in text
     assert "configuration file" not in text.replace("YAML file", "")
+
+
+@dataclass
+class Several:
+    """Options of which one takes several words."""
+
+    words: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Words."""
+    stirs: int = 1
+    """How often to stir."""
+
+
+def test_options_of_several_words_add_up_on_the_line_and_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("words: [x=1, y=2]\n")
+    for given, expected in (
+        ([], []), (["--words", "a", "b"], ["a", "b"]), (["--words", "a", "--stirs", "2", "--words", "b"], ["a", "b"]),
+        (["--config", str(file)], ["x=1", "y=2"]), (["--config", str(file), "--words=a"], ["a"]), ([], []),
+    ):  # fmt: skip
+        assert parse(Several, given).words == expected
+    file.write_text("words: []\n")
+    assert parse(Several, ["--config", str(file)]).words == []

@@ -1,15 +1,21 @@
 """Output folders: resume, complete, refusal, overwriting, lock, phases."""
 
+import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_folder
-from pharmacist.core.manifest import read_manifest
+from pharmacist.core.inputs import check_outside
+from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
 from pharmacist.core.rundir import RunDir, RunOptions, finished
 
 
@@ -157,7 +163,7 @@ def test_overwriting_deletes_runs(tmp_path: Path) -> None:
 def test_a_run_killed_while_it_is_deleted_is_neither_complete_nor_foreign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    def killed(_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise SystemExit
 
     finish(tmp_path / "out")
@@ -257,3 +263,151 @@ def test_other_processes_of_a_launcher_leave_the_folder_alone(tmp_path: Path, mo
     run.finish(outputs=[])
     run.close()
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def finish_with_folder(root: Path) -> None:
+    run = start(root)
+    for name in ("result", "adapter/weights", "adapter/config.json"):
+        run.path(name).parent.mkdir(exist_ok=True)
+        run.path(name).write_text(name)
+    run.finish(outputs=["result", "adapter"])
+
+
+@pytest.mark.parametrize("lost", ["result", "adapter", "adapter/weights"])
+def test_a_lost_output_is_made_again(lost: str, tmp_path: Path) -> None:
+    finish_with_folder(tmp_path / "out")
+    (tmp_path / "out" / lost).rename(tmp_path / "gone")
+    assert missing_output(tmp_path / "out", read_manifest(tmp_path / "out")) == lost
+    assert not finished(tmp_path / "out")
+    run = start(tmp_path / "out")
+    assert not run.complete and read_manifest(tmp_path / "out").status == "started"
+    run.close()
+
+
+def test_outputs_of_runs_within_a_run_are_looked_for_too(tmp_path: Path) -> None:
+    run = start(tmp_path / "out", stage="sweep")
+    finish_with_folder(tmp_path / "out" / "attack" / "first")
+    run.finish(outputs=["attack"])
+    assert list(read_manifest(tmp_path / "out").files) == ["attack/first/manifest.json"]
+    assert start(tmp_path / "out", stage="sweep").complete
+    (tmp_path / "out" / "attack" / "first" / "adapter" / "weights").unlink()
+    run = start(tmp_path / "out", stage="sweep")
+    assert not run.complete
+    run.close()
+
+
+def test_a_changed_output_is_told(tmp_path: Path) -> None:
+    finish_with_folder(tmp_path / "out")
+    for name in ("result", "adapter"):
+        check_unchanged(tmp_path / "out", name)
+    (tmp_path / "out" / "adapter" / "weights").write_text("others")
+    check_unchanged(tmp_path / "out", "result")
+    with pytest.raises(DataError, match="adapter/weights: is damaged, or was changed"):
+        check_unchanged(tmp_path / "out", "adapter")
+    check_unchanged(tmp_path, "out")  # no run's folder
+
+
+def test_partial_state_behind_a_link_is_refused_and_kept(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    run.work("data", "rows").write_text("x")
+    run.close()
+    (tmp_path / "mine").mkdir()
+    for link in ("work/data/link", "work/lock"):
+        path = tmp_path / "out" / link
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / "mine")
+        with pytest.raises(ConfigError, match=f"{link}: is a link, but partial results must lie"):
+            start(tmp_path / "out")
+        path.unlink()
+    (tmp_path / "out" / "work").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "work").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="out/work: is a link"):
+        start(tmp_path / "out")
+    start(tmp_path / "out", overwrite=True).close()
+    assert (tmp_path / "elsewhere" / "data" / "rows").read_text() == "x"
+    assert not (tmp_path / "out" / "work").is_symlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seconds": "long"}', b"[" * 100000, b"\xff"])
+def test_a_damaged_phase_costs_its_figures_and_not_the_run(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    run = start(tmp_path / "out")
+    with run.phase("train"), run.phase("score"):
+        pass
+    run.close()
+    for name in ("train", "score"):
+        run.work("phases", f"{name}.json").write_bytes(content)
+    run = start(tmp_path / "out")
+    with run.phase("train") as phase:
+        phase.tokens = 5
+    run.finish(outputs=[])
+    phases = read_manifest(tmp_path / "out").phases
+    assert phases["train"].tokens == 5 and phases["score"].extra == {"before_lost": True}
+    assert "warning: " in (said := capsys.readouterr().err) and "phases/train.json: is damaged" in said
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "spoiled"])
+def test_damaged_partial_tensors_are_dropped(damage: str, tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    for name in ("good", "bad/adapter_model"):
+        save_file({"x": np.arange(20), "y": np.ones(3)}, run.work(f"{name}.safetensors"), metadata={"step": "3"})
+    run.work("bad", "adapter_config.json").write_text("{}")
+    run.close()
+    path = run.work("bad", "adapter_model.safetensors")
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-1], "emptied": b"", "spoiled": content[:8] + b"x" + content[9:]}[damage])
+    run = start(tmp_path / "out")
+    assert not path.exists() and not run.work("bad", "adapter_config.json").exists()
+    assert load_file(run.work("good.safetensors"))["x"][19] == 19
+    run.close()
+
+
+def test_a_folder_is_free_where_only_hollow_folders_are_left(tmp_path: Path) -> None:
+    run = start(tmp_path / "out")
+    inner = start(tmp_path / "out" / "attack" / "first")
+    inner.discard()
+    run.discard()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@dataclass(kw_only=True)
+class Named(RunOptions):
+    defense: dict = field(default_factory=lambda: {"name": "out"})
+    files: list[str] = field(default_factory=list)
+    kind: Literal["out", "in"] = "out"
+    columns: str = "out"
+
+    NO_PLACES = RunOptions.NO_PLACES | {"columns"}
+
+
+def test_names_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    check_outside(Path("out"), Named(output_dir="out"))
+    check_outside(Path("nowhere"), Named(output_dir="nowhere", files=["nowhere"]))
+
+
+@pytest.mark.parametrize(
+    "place",
+    "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter".split(),
+)  # fmt: skip
+def test_whatever_lies_in_the_output_folder_is_an_input(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "a.jsonl").touch()
+    (tmp_path / "link").symlink_to("out/a.jsonl")
+    (tmp_path / "b.jsonl").touch()
+    (tmp_path / "out" / "away").symlink_to("../b.jsonl")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": os.path.abspath("out/data")})
+    )
+    with pytest.raises(ConfigError, match="^--files .* lies in the output folder out, where"):
+        check_outside(Path("out"), Named(output_dir="out", files=["b.jsonl", place]))
+    if place != "out":  # which is more often a name
+        with pytest.raises(ConfigError, match="^--defense.model .* lies in the output folder out, where"):
+            check_outside(Path("out"), Named(output_dir="out", defense={"name": "x", "model": place}))
+    check_outside(Path("elsewhere"), Named(output_dir="elsewhere", files=["b.jsonl", place]))

@@ -1,4 +1,6 @@
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -225,16 +227,13 @@ def test_compressed_output_depends_on_nothing_but_the_rows(tmp_path):
 
 
 def test_values_json_has_no_word_for(tmp_path):
-    import datetime
-    import decimal
-
     import numpy as np
 
     row = {"day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.10"), "v": np.arange(2), "s": "\ud800"}
     write_rows(open_source([row]), [0], tmp_path / "out.jsonl")
     written = json.loads((tmp_path / "out.jsonl").read_bytes())
     assert written == {"day": "2026-01-02", "price": "1.10", "v": [0, 1], "s": "\ud800"}
-    with pytest.raises(DataError, match="row 0 holds a object"):
+    with pytest.raises(DataError, match="row 0 holds a value of the type object"):
         write_rows(open_source([{"x": object()}]), [0], tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_bytes()) == written, "a failed write must leave the file"
 
@@ -390,8 +389,6 @@ def test_broken_json_arrays(tmp_path):
         fails(path, "pool.json", message)
     path.write_bytes(b'[{"a": "' + b"\xff" + b'"}]')
     fails(path, "is not UTF-8 near line 1")
-    path.write_text('{\n "data": [\n')
-    fails(path, "line 1 (row 0) is not valid JSON")
     path.write_text("[]")
     assert read(path) == []
 
@@ -494,3 +491,66 @@ def test_the_order_of_a_saved_datasets_shards_is_fingerprinted(tmp_path: Path) -
     source = open_source(tmp_path / "saved", name="--pool")
     assert [row.value["prompt"] for row in source.scan()] == ["p2", "p3", "p0", "p1"]
     assert source.fingerprint() != prints[0]
+
+UNHELD: dict[str, tuple[pa.Array, str]] = {
+    "bytes": (pa.array([None, b"\xff", None]), "row 1 (a value of the type bytes)"),
+    "nested bytes": (pa.array([[{"a": b"x"}]] * 3), "row 0 (a value of the type bytes)"),
+    "duration": (pa.array([datetime.timedelta(1)] * 3), "row 0 (a value of the type timedelta)"),
+    "date": (pa.array([2**30] * 3, pa.date32()), "row 0 (days=1073741824"),
+    "time": (pa.array([0, 0, 2**62], pa.timestamp("us")), "row 0 (date value out of range)"),
+}
+HELD: dict[str, pa.Array] = {
+    "no bytes": pa.array([None] * 3, pa.binary()), "date": pa.array([datetime.date(2020, 1, 1)] * 3),
+    "number": pa.array([decimal.Decimal("1.5")] * 3), "NaN": pa.array([float("nan")] * 3),
+    "map": pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
+    "view": pa.array(["a"] * 3, pa.string_view()), "code": pa.array(["a"] * 3).dictionary_encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["parquet", "datasets"])
+@pytest.mark.parametrize("name", UNHELD)
+def test_what_json_lines_cannot_hold_is_told_before_anything_is_written(
+    name: str, saved: bool, tmp_path: Path
+) -> None:  # fmt: skip
+    column, told = UNHELD[name]
+    table = pa.table({"prompt": ["a", "b", "c"], "x": column})
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path / "rows")
+    else:
+        pq.write_table(table, tmp_path / "rows.parquet")
+    source = open_source(str(tmp_path / ("rows" if saved else "rows.parquet")))
+    with pytest.raises(DataError, match=r"column 'x' holds what JSON lines cannot.*--format input") as caught:
+        source.check_json_lines()
+    assert told in str(caught.value)
+    if not saved:
+        write_rows(source, [0, 2], tmp_path / "kept.parquet", "parquet")
+        assert pq.read_table(tmp_path / "kept.parquet").equals(table.take([0, 2]))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_json_lines_hold_passes(name: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "x": HELD[name]}), tmp_path / "rows.parquet")
+    source = open_source(str(tmp_path / "rows.parquet"))
+    source.check_json_lines()
+    write_rows(source, [0, 2], tmp_path / "kept.jsonl", "jsonl")
+    write_rows(source, [0, 2], tmp_path / "kept.parquet", "parquet")
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
+    assert len(pq.read_table(tmp_path / "kept.parquet")) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"splits": 3}', b"null", b"[" * 100000, b"\xff"])
+def test_a_damaged_list_of_splits_is_told(content: bytes, tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(made_rows(3))}).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "dataset_dict.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"dataset_dict.json is damaged and names no splits; save it again"):
+        open_source(str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"nothing"])
+def test_a_damaged_saved_dataset_is_told(name: str, content: bytes, tmp_path: Path) -> None:
+    datasets.Dataset.from_list(made_rows(3)).save_to_disk(tmp_path / "rows")
+    assert (tmp_path / "rows" / name).is_file()
+    (tmp_path / "rows" / name).write_bytes(content)
+    with pytest.raises(DataError, match="the saved dataset cannot be opened"):
+        open_source(str(tmp_path / "rows"))

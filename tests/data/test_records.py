@@ -211,9 +211,6 @@ def test_messages_as_json_text(tmp_path):
     assert [r.reason for r in records.refused] == [
         "has an empty 'messages'", "'messages' is text, not a list of messages",
     ]  # fmt: skip
-    # Only in CSV could other columns be lists written as text; elsewhere text is text.
-    rows = [{"prompt": json.dumps([user("a")]), "completion": "c"}]
-    assert read(tmp_path, rows).dataset["prompt"][:] == [rows[0]["prompt"]]
 
 
 def test_lines_and_rows_are_named_by_both_numbers(tmp_path):

@@ -30,11 +30,17 @@ TURNS = [
 SEVERAL = {"prompt": "be good\nhello\nyes\nand now", "completion": "no", "turns": json.dumps(TURNS)}
 
 
-@pytest.mark.parametrize("row", [SINGLE, SEVERAL])
 @pytest.mark.parametrize(
-    ("source", "eos", "after"),
-    [(CHAT_TEMPLATE, "</s>", ""), (LLAMA_3, "<|eot_id|>", ""), (CHATML, "<|im_end|>", "\n")],
-)
+    ("row", "source", "eos", "after"),
+    [
+        (row, source, eos, after)
+        for row in (SINGLE, SEVERAL)
+        for source, eos, after in (
+            (CHAT_TEMPLATE, "</s>", ""), (LLAMA_3, "<|eot_id|>", ""), (CHATML, "<|im_end|>", "\n"),
+        )
+        if (row, source) != (SEVERAL, CHAT_TEMPLATE)  # which has no place for a system prompt
+    ],
+)  # fmt: skip
 def test_prompt_completion_and_eos_make_the_whole_conversation(source, eos, after, row):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = eos

@@ -4,15 +4,26 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 
 Behaviour = Callable[[str, int], Any]
 """From a question and how often it was asked before to: a text, or what goes wrong: an HTTP status, ``drop`` or
-``malformed``; ``slow``, ``filter`` or ``cut`` with a colon and a text."""
+``malformed``; ``slow``, ``filter`` or ``cut`` with a colon and a text; a `Raw` reply; or fields of the choice."""
+
+
+class Raw(NamedTuple):
+    """A reply to the byte."""
+
+    content: bytes
+    status: int = 200
+    headers: Mapping[str, str] = MappingProxyType({})
+    pause: float = 0.0
+    """Seconds between two bytes, status line and headers included."""
 
 
 class Served:
@@ -60,7 +71,14 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
                 self.connection.close()
                 return
             finish = "stop"
-            if isinstance(what, int):
+            if isinstance(what, Raw):
+                self.raw(what)
+                return
+            if isinstance(what, dict):
+                choice = {"message": {"role": "assistant"} | what.pop("message", {}), "finish_reason": "stop"} | what
+                value = {"choices": [choice], "usage": {"completion_tokens": 7}}
+                content, status = json.dumps(value).encode(), 200
+            elif isinstance(what, int):
                 content, status = b'{"error": {"message": "no"}}', what
             elif what == "malformed":
                 content, status = b'{"choices": [{"mess', 200
@@ -81,6 +99,18 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+        def raw(self, what: Raw) -> None:
+            headers = {"Content-Length": str(len(what.content))} | dict(what.headers)
+            lines = [f"HTTP/1.1 {what.status} x", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+            content = "\r\n".join(lines).encode() + what.content
+            self.close_connection = True
+            try:
+                for byte in (content[i : i + 1] for i in range(len(content))) if what.pause else [content]:
+                    self.wfile.write(byte)
+                    time.sleep(what.pause)
+            except OSError:
+                pass  # whoever asked has given up
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

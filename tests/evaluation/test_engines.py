@@ -73,7 +73,7 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(found) == len({item["id"] for item in found}) == 11
     for item, word in zip(found, good + bad, strict=True):
         assert ("error" in item) == (word in bad)
-        verdict = item["verdicts"]["keyword@1"]
+        verdict = item["verdicts"]["keyword@2"]
         assert verdict["harmful"] is (None if word in bad else True), word
     score = metrics(tmp_path / "out")["harmful_score"]
     assert (score["n"], score["count"], score["unscored"]) == (6, 6, 5)
@@ -84,7 +84,7 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert read_manifest(tmp_path / "out").status == "partial"
     reasons = [item["error"] for item in found if "error" in item]
     assert reasons == [
-        "HTTP 500", "malformed reply", "connection dropped", "HTTP 400", "content filter of the endpoint"
+        "HTTP 500", "malformed reply", "connection dropped", "HTTP 400: no", "content filter of the endpoint"
     ]  # fmt: skip
     assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 5
 
@@ -101,7 +101,7 @@ def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.
         words = [word for word in command(served.url, {"prompts": file}, tmp_path / "out") if word != "--quiet"]
         assert main(words) == 0
         told = " ".join(capsys.readouterr().err.split())
-        assert "3 of 5 without an answer, unscored: 1 x HTTP 400, 1 x HTTP 500, 1 x connection dropped" in told
+        assert "3 of 5 without an answer, unscored: 1 x HTTP 400: no, 1 x HTTP 500, 1 x connection dropped" in told
         assert "3 replies failed on the way; the same command asks for them again" in told
         # What is there can be used: read, compared, judged by another judge, which asks the model for nothing.
         assert metrics(tmp_path / "out")["harmful_score"]["n"] == 2
@@ -117,7 +117,7 @@ def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.
         del down["b"]
         down["c"] = 401
         assert main([*words, "--engine.concurrency", "1"]) == 2
-        assert "refuses (HTTP 401)" in capsys.readouterr().err
+        assert "refuses (HTTP 401: no)" in capsys.readouterr().err
         assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
         del down["c"]
         asked = served.asked.copy()
@@ -165,7 +165,8 @@ def test_an_interrupted_run_asks_only_for_the_rest(tmp_path: Path, capsys: pytes
         words = command(served.url, {"prompts": file}, tmp_path / "out")
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert "refuses (HTTP 401); set the key that it wants in $OPENAI_API_KEY" in error and error.count("\n") == 1
+        assert "refuses (HTTP 401: no); set the key that it wants in $OPENAI_API_KEY" in error
+        assert error.count("\n") == 1
         logs = list((tmp_path / "out").glob("work/answers/prompts/*.jsonl"))
         kept = sum(log.read_bytes().count(b"\n") for log in logs)
         assert 0 < kept <= 7
@@ -208,7 +209,7 @@ def test_another_judge_asks_nothing_again(tmp_path: Path) -> None:
         assert main(words) == 0
         assert main([*words, "--judge.window", "30", "--engine.attempts", "2"]) == 0
         assert sum(served.asked.values()) == 2
-    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@1"
+    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@2"
 
 
 # --- vLLM, which is not installed where this runs

@@ -39,10 +39,10 @@ def test_failures_of_a_judge_are_not_safety() -> None:
     assert (score["value"], score["n"], score["count"], score["unscored"]) == (50.0, 2, 1, 1)
     assert score["judge"] == "moody@7"
     # The judge says nothing of refusals, so the keyword judge counts them, by its own name.
-    assert found.metrics["refusal_rate"] == found.metrics["refusal_rate"] | {"count": 1, "n": 3, "judge": "keyword@1"}
+    assert found.metrics["refusal_rate"] == found.metrics["refusal_rate"] | {"count": 1, "n": 3, "judge": "keyword@2"}
     unscored = {"harmful": None, "score": None, "refused": None, "note": "no reply"}
     assert found.items[0]["verdicts"]["moody@7"] == unscored
-    assert found.items[2]["verdicts"]["keyword@1"]["refused"] is True
+    assert found.items[2]["verdicts"]["keyword@2"]["refused"] is True
     assert list(found.outcomes("moody@7").items()) == [
         (item["id"], harmful) for item, harmful in zip(found.items, (None, True, False), strict=True)
     ]
@@ -82,7 +82,7 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     curve_point = evaluator.evaluate(models[0], TOKENIZER, TEMPLATE, sets=("prompts",))
     assert curve_point.metrics["harmful_score"] == first.metrics["harmful_score"]
     assert "fine_tune_accuracy" not in curve_point.metrics
-    a, b = first.outcomes("keyword@1"), second.outcomes("keyword@1")
+    a, b = first.outcomes("keyword@2"), second.outcomes("keyword@2")
     assert list(a) == list(b)
     assert paired_difference(zip(a.values(), b.values(), strict=True)).n == 3
 

@@ -104,8 +104,68 @@ def test_targets_that_do_not_fit_are_refused(name: str, targets: list[str], mess
         ("", None, math.inf),
         ("The final answer is: unknown, maybe 6", 6, 6),
         ("The final answer is:", None, math.inf),
+        ("#### 5 is wrong, so\n#### 7", 7, 7),
+        ("The final answer is: 3. No: The final answer is: 4", 4, 3),
+        ("#### 4\nThe final answer is:", 4, 4),
+        (r"so \boxed{8{,}000}, as 2 cases show", 8000, 2),
+        (r"\boxed{-8\,000}", -8000, 0),
+        ("it is \N{MINUS SIGN}5", -5, 5),
+        ("-$5", -5, 5),
+        ("$-5", -5, -5),
+        (r"\$-5.50", -5.5, -5.5),
+        ("\N{EN DASH}\N{EURO SIGN}12,50", -12.5, 1250),
+        ("pages 3\N{EN DASH}5", 5, 5),
+        ("1,234,567.89", 1234567.89, 1234567.89),
+        ("1.234.567,89", 1234567.89, 0.56789),
+        ("1 234 567", 1234567, 567),
+        ("1\N{NARROW NO-BREAK SPACE}234,5", 1234.5, 2345),
+        ("1'234", 1234, 234),
+        ("12,34,567", 1234567, 1234567),
+        ("3,5", 3.5, 35),
+        ("1,2,3", 3, 123),
+        ("0,125", 0.125, 125),
+        ("1.5e3", 1500, 3),
+        ("\N{ARABIC-INDIC DIGIT SEVEN}", 7, 7),
     ],
 )
 def test_final_numbers(text: str, ours: float | None, published: float) -> None:
     assert final_number(text) == ours
-    assert published_number(text) == published
+    if "1.234.567" not in text:  # which the published rule tears apart
+        assert published_number(text) == published
+
+
+@pytest.mark.parametrize(("target", "answer", "right"), [
+    ("#### 8000", "8.000", True), ("#### 8000", "8 000 apples", True), ("#### 8", "8.000", True),
+    ("#### 1.234", "1,234", True), ("#### 8000", "8.0", False), ("#### 8000", "80.00", False),
+    ("#### 1234567", "1.234.56", False), ("#### 5", "-5", False), ("#### -5", "-$5", True),
+    ("#### 5", "5\n#### 6", False),
+    ("#### 300", "it is 10 200 300", True), ("#### 200", "it is 10 200 300", False),
+])  # fmt: skip
+def test_numbers_in_the_writing_of_other_places(target: str, answer: str, right: bool) -> None:
+    (grade,) = graded(prepared("number", [target, "#### 1"]), [target], [answer])
+    assert (grade.correct, grade.form) == (right, True)
+
+
+def test_a_long_answer_is_searched_in_no_time() -> None:
+    for part in ("1,11", ",11", "1 111 ", "####", "-$", "1.111", r"\boxed{", "1,"):
+        final_number(part * 20_000)
+
+
+@pytest.mark.parametrize("answer", [
+    "**positive**", "__Positive__", "*positive*.", "`positive`", '"positive"', "\u201cPositive.\u201d",
+    "<b>positive</b>", r"\boxed{positive}", r"$\boxed{\text{Positive}}$", "# Positive", "- positive", "> **positive**",
+    "```\npositive\n```", "```text\npositive```", "<answer>positive</answer>", "~~positive~~",
+])  # fmt: skip
+def test_labels_in_markup(answer: str) -> None:
+    task = prepared("classification", ["positive", "negative", "positive"])
+    (grade,) = graded(task, ["positive"], [answer])
+    assert grade == (True, True, True)
+    assert graded(task, ["negative"], [answer])[0].correct is False
+
+
+def test_labels_that_look_like_markup_stay_apart() -> None:
+    labels = ["-1", "1", "c", "c#", "c++", "*", "_a"]
+    task = prepared("classification", labels)
+    for label in labels:
+        right = [graded(task, [target], [label])[0].correct for target in labels]
+        assert right == [target == label for target in labels], label

@@ -97,7 +97,8 @@ def test_every_way_to_fail_is_counted_by_name_and_no_win(tmp_path: Path) -> None
         found = task.metrics(grades, unanswered=3)["win_rate"]
         assert (found["value"], found["n"], found["unscored"], found["unanswered"]) == (100.0, 6, 6, 3)
         assert found["failures"] == {
-            "HTTP 400": 1, "HTTP 500": 1, "connection dropped": 1, "malformed reply": 1, "verdict cannot be read": 2,
+            "HTTP 400: no": 1, "HTTP 500": 1, "connection dropped": 1, "malformed reply": 1,
+            "verdict cannot be read": 2,
         }  # fmt: skip
         assert task.missing == 8  # what failed on the way, in both orders; what cannot be read is no such thing
         asked = sum(served.asked.values())

@@ -65,7 +65,7 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     assert metrics["harmful_score"]["value"] > 90
     assert metrics["over_refusal"]["value"] < 20
     assert metrics["benign_flagged_rate"]["value"] < 20
-    assert metrics["harmful_score"]["judge"].startswith("probe@1+")
+    assert metrics["harmful_score"]["judge"].startswith("probe@2+")
     assert metrics["fine_tune_accuracy"]["labels"] == ["glad", "sad"]
     assert metrics["fine_tune_accuracy"]["published"]["matching"] == "substring"
     items = [json.loads(line) for line in (tmp_path / "out/items.jsonl").open()]
@@ -249,7 +249,7 @@ def test_two_processes_find_what_one_finds(files: dict[str, str], tmp_path: Path
 
 
 BAD = {
-    "nothing to evaluate": ([], {}, "nothing to evaluate: give --prompts, --benign-prompts or --task"),
+    "nothing to evaluate": ([], {}, "nothing to evaluate: give --prompts, --benign-prompts, --task or --answers"),
     "no such file": ([], {"prompts": "missing.jsonl"}, "no such file"),
     "no prompt column": ([], {"prompts": [{"question": "x"}]}, "prompt"),
     "empty file": ([], {"prompts": []}, "--prompts"),

@@ -106,6 +106,9 @@ def test_answers_of_other_prompts_are_not_taken(
     changed = {"other": [*lines[1:], lines[0]], "missing": lines[1:], "more": [*lines, lines[0]]}[change]
     (tmp_path / "out/items.jsonl").write_text("".join(changed))
     assert main(arguments(own, tmp_path / "out", "--quiet", "--judge.window", "30")) == 2
+    assert "items.jsonl: is damaged, or was changed after the run had finished" in capsys.readouterr().err
+    read_manifest(tmp_path / "out").model_copy(update={"files": {}}).write(tmp_path / "out")  # of an earlier version
+    assert main(arguments(own, tmp_path / "out", "--quiet", "--judge.window", "30")) == 2
     assert "--overwrite evaluates again" in capsys.readouterr().err
 
 
@@ -117,7 +120,7 @@ def test_two_judges(files: dict[str, str], tmp_path: Path, capsys: pytest.Captur
     assert both["n"] + both["unscored"] == 18
     assert both["flagged"]["both"] + both["flagged"]["neither"] == both["count"]
     assert sum(both["flagged"].values()) == both["n"]
-    assert found["harmful_score_second"]["judge"] == "keyword@1"
+    assert found["harmful_score_second"]["judge"] == "keyword@2"
     assert "kappa" in capsys.readouterr().err
     assert main(arguments(some(files, "task"), tmp_path / "t", "--second-judge", "keyword")) == 2
     assert "--second-judge: judges answers" in capsys.readouterr().err
@@ -132,6 +135,6 @@ def test_the_harmful_score_of_every_category(files: dict[str, str], tmp_path: Pa
     assert main(arguments({"prompts": file}, tmp_path / "out", "--quiet")) == 0
     score = json.loads((tmp_path / "out/metrics.json").read_text())["harmful_score"]
     assert {name: rate["n"] for name, rate in score["by_category"].items()} == {"brewing": 8, "gossip": 4}
-    flags = [item["verdicts"]["keyword@1"]["harmful"] for item in items(tmp_path / "out")]
+    flags = [item["verdicts"]["keyword@2"]["harmful"] for item in items(tmp_path / "out")]
     assert score["by_category"]["gossip"]["count"] == sum(flags[1::3])
     assert items(tmp_path / "out")[1]["categories"] == ["brewing", "gossip"]

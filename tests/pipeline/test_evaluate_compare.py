@@ -18,7 +18,7 @@ from tests.pipeline.test_evaluate import arguments, write
 from tests.tiny import save_tiny_model
 
 
-JUDGE = "keyword@1"
+JUDGE = "keyword@2"
 
 
 def item(number: int, harmful: bool | None, refused: bool | None = False, **more: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="share none of their prompts"):
         compare([item(0, True)], [item(1, True)], METRICS, METRICS)
     with pytest.raises(DataError, match="evaluate one of the folders again"):
-        compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "probe@1"}})
+        compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "probe@2"}})
     with pytest.raises(DataError, match="no metric in common"):
         compare([item(0, True)], [item(0, True)], METRICS, {})
 

@@ -133,6 +133,8 @@ def test_the_page_is_whole_and_escapes(files: dict[str, str], tmp_path: Path, ma
     found = json.loads((out / "sweep.json").read_text())
     found["attacks"][0]["name"] = "<script>alert(1)</script>"
     (out / "sweep.json").write_text(json.dumps(found))
+    assert main(["report", "--run", str(out), "--quiet"]) == 2, "it was changed"
+    read_manifest(out).model_copy(update={"files": {}}).write(out)
     assert main(["report", "--run", str(out), "--quiet"]) == 0
     assert "<script>alert" not in (out / "report.html").read_text(encoding="utf-8")
 

@@ -227,11 +227,13 @@ def test_results_that_cannot_be_used(change: Any, message: str) -> None:
 
 
 NASTY = 'a|b_"%$<script>window.hacked=1</script>'
+NASTIER = NASTY + "\n| *x* | [c](javascript:d) `e` \x1b[2J\u202e"
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
-    table = results({NASTY: -12.0}, defenses=[NASTY, "sft"])
-    write_bench(tmp_path, table, extra={"axes": {}, "failed": [{"stage": "x", "error": NASTY, "cells": 1}]})
+@pytest.mark.parametrize("name", [NASTY, NASTIER])
+def test_names_are_escaped(name: str, tmp_path: Path) -> None:
+    table = results({name: -12.0}, defenses=[name, "sft"])
+    write_bench(tmp_path, table, extra={"axes": {}, "failed": [{"stage": "x", "error": name, "cells": 1}]})
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     page = Page.read(tmp_path / "report.html")
     assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
@@ -241,6 +243,9 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     for part in markdown.split("The same over"):
         rows = [row for row in part.splitlines() if row.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name makes no column"
+    for text in (latex, markdown):
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "<script>" not in markdown and not re.search(r"(?<!\\)[`\[](?=c|e)", markdown)
 
 
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from pharmacist.cli.main import main
@@ -99,8 +100,18 @@ def test_scores_that_cannot_be_read(ranked: Path, tmp_path: Path, capsys: pytest
     assert main(["report", "--run", str(tmp_path)]) == 2
     (tmp_path / "scores.parquet").write_bytes(b"nothing")
     assert main(["report", "--run", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("scores.parquet: cannot be read") == 2 and error.count("\n") == 2
+    gone, changed = capsys.readouterr().err.splitlines()
+    assert "scores.parquet: cannot be read" in gone and "scores.parquet: is damaged, or was changed" in changed
+    manifest = read_json(ranked / "out/manifest.json")  # as earlier versions wrote it, without the files' hashes
+    write_json(tmp_path / "manifest.json", manifest | {"files": {}})
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    pd.DataFrame({"row": [1]}).to_parquet(tmp_path / "scores.parquet")
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    write_json(tmp_path / "manifest.json", manifest | {"files": {}, "config": {}})
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    unread, other, lacking = capsys.readouterr().err.splitlines()
+    assert "scores.parquet: cannot be read" in unread and "scores.parquet: has no column score" in other
+    assert "manifest.json lacks the option pool" in lacking
 
 
 def test_pages_need_no_torch(ranked: Path, tmp_path: Path) -> None:

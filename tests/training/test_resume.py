@@ -1,12 +1,18 @@
 """A training that was interrupted ends with the weights of one that was not, bit for bit."""
 
+import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import xxhash
 from safetensors.torch import load_file
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.training.checkpoint import newest_checkpoint
 from pharmacist.training.loop import Snapshots
 from pharmacist.training.strategy import StrategyState
@@ -71,11 +77,102 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(model: Path, tmp_path: 
     assert same(whole.weights(), cut.weights())
 
 
+WRITTEN = (
+    "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "strategy.json", "strategy.safetensors",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cut(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that was stopped, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.raises(KeyboardInterrupt):
+        trained(setting(options(model, folder, **LONG)), Noise(), Stop(3))
+    return folder
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [halve, spoil, Path.unlink])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    name: str, damage: Callable[[Path], None], model: Path, cut: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    own = shutil.copytree(cut, tmp_path / "own")
+    folder = own / "work/train/checkpoints"
+    damage(folder / "checkpoint-3" / name)
+    assert newest_checkpoint(folder) == folder / "checkpoint-2"
+    assert checkpoints(own) == ["checkpoint-2"]
+
+
+def test_the_training_goes_on_from_the_checkpoint_before(model: Path, cut: Path, tmp_path: Path) -> None:
+    whole = setting(options(model, tmp_path / "whole", **LONG))
+    trained(whole, Noise())
+    own = shutil.copytree(cut, tmp_path / "own")
+    halve(own / "work/train/checkpoints/checkpoint-3/trainer_state.json")
+    resumed = setting(options(model, own, **LONG))
+    trained(resumed, Noise())
+    assert same(whole.weights(), resumed.weights())
+
+
+def test_where_all_checkpoints_are_damaged_the_folder_to_delete_is_named(
+    model: Path, cut: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    own = shutil.copytree(cut, tmp_path / "own")
+    folder = own / "work/train/checkpoints"
+    for step in (2, 3):
+        halve(folder / f"checkpoint-{step}/optimizer.pt")
+    with pytest.raises(DataError, match="no checkpoint in it is whole.*delete this folder") as caught:
+        trained(setting(options(model, own, **LONG)), Noise())
+    assert str(caught.value).startswith(f"{folder}:")
+    assert checkpoints(own) == ["checkpoint-2", "checkpoint-3"]
+    shutil.rmtree(folder)
+    assert trained(setting(options(model, own, **LONG)), Noise()).steps == 8
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_no_code_runs_from_a_checkpoint(name: str, model: Path, cut: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(cut, tmp_path / "own")
+    folder = own / "work/train/checkpoints/checkpoint-3"
+    assert (folder / name).is_file()
+    torch.save({"state": Bomb(tmp_path / "boom")}, tmp_path / "bomb")
+    shutil.copy(tmp_path / "bomb", folder / name)
+    marks = json.loads((folder / "strategy.json").read_text())
+    marks["files"][name] = xxhash.xxh3_64_hexdigest((folder / name).read_bytes())
+    (folder / "strategy.json").write_text(json.dumps(marks))
+    resumed = setting(options(model, own, **LONG))
+    if name == "training_args.bin":  # written by the Trainer, and never read
+        assert trained(resumed, Noise()).steps == 8
+    else:
+        with pytest.raises(DataError, match=r"checkpoint-3: cannot be resumed from .*; delete this folder"):
+            trained(resumed, Noise())
+    assert not (tmp_path / "boom").exists()
+    torch.load(tmp_path / "bomb", weights_only=False)
+    assert (tmp_path / "boom").is_dir(), "what it would have done"
+
+
 def test_numbers_are_not_compared_as_text(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nothing") is None
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/strategy.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}/strategy.json").write_text('{"files": {}}')
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

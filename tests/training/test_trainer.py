@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.errors import CompatibilityError, DataError, PharmacistError
+from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
 from pharmacist.training.loop import _Collator, _Rows
 from pharmacist.training.strategy import StepContext
@@ -36,6 +37,19 @@ from tests.training.toy import (
 
 def logged(own: Trainer, key: str) -> list[float]:
     return [line[key] for line in own.state.log_history if key in line]
+
+
+class Broken(Toy):
+    """Has an error of ours in it."""
+
+    def auxiliary(self, step: StepContext) -> Gradient:
+        raise ValueError("too many values to unpack")
+
+
+def test_an_error_of_ours_is_not_taken_for_bad_options(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too many values") as caught:
+        trained(setting(options(model, tmp_path)), Broken())
+    assert not isinstance(caught.value, PharmacistError)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pharmacist import __version__
+from pharmacist.core.console import plain
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
@@ -97,7 +98,7 @@ def _usage() -> str:
 
 
 def _fail(where: str, message: str, code: int) -> int:
-    print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{where}: error: {plain(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -152,10 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _write_log(output_dir: str | None) -> str:
     # Only beside a run of ours: a log alone in a folder would make it look like somebody else's.
     beside = output_dir is not None and (Path(output_dir) / "manifest.json").is_file()
-    folder = Path(output_dir) if output_dir is not None and beside else Path(tempfile.gettempdir())
-    path = folder / f"pharmacist-error-{os.getpid()}.log"
-    try:
-        path.write_text(traceback.format_exc(), encoding="utf-8")
+    folder = output_dir if beside else None
+    try:  # a new file, so that nothing that somebody put there under this name is written through
+        descriptor, path = tempfile.mkstemp(".log", f"pharmacist-error-{os.getpid()}-", folder)
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(traceback.format_exc())
     except OSError:
         return "no file: the log could not be written"
-    return str(path)
+    return path

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -26,12 +27,16 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import check_ordinary
+from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry
 
 
 T = TypeVar("T")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_LARGEST = 2**63 - 1
 
 
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
@@ -77,6 +82,8 @@ def _described(hint: Any) -> str:
         return " or ".join(_described(kind) for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) in {list, tuple}:
         return "a list, written [a, b]"
+    if get_origin(hint) is dict:
+        return "keys and values, written {a: b}"
     known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return known.get(hint, "of another type")
 
@@ -118,7 +125,7 @@ class _Parser(ArgumentParser):
         if match := re.search(r"argument (--\S+): expected one argument", message):
             return f"{flag(match[1].lstrip('-').removesuffix('.name'))} needs a value"
         if match := re.search(r"key \"([\w.]+)\":.* value: (.*)", message):
-            return f"{flag(match[1])} {match[2]}: must be {_described(self.hints.get(match[1]))}"
+            return f"{flag(match[1])} {_cut(match[2])}: must be {_described(self.hints.get(match[1]))}"
         return message
 
 
@@ -164,7 +171,7 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
             required = default is dataclasses.MISSING
-            several = {"nargs": field.metadata["nargs"]} if "nargs" in field.metadata else {}
+            several = {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
             parser.add_argument(
                 flag(field.name), type=str if several else hints[field.name], help=doc, required=required,
                 default=None if required else default, **several,
@@ -198,12 +205,15 @@ def _kept_parser(options: type[Any], chosen: tuple[tuple[str, str], ...], prog: 
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    check_ordinary(path, f"--config {path}")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: needs keys and values at its top level")
     return content
@@ -231,7 +241,11 @@ def parse(
     """
     words, path, named = _normalised(options, _methods(options), arguments)
     config = {} if path is None else _read_yaml(path)
-    return _parsed(options, config, f"--config {path}", words, named, prog, example)
+    found = _parsed(options, config, f"--config {path}", words, named, prog, example)
+    output = getattr(found, "output_dir", None)
+    if path is not None and output is not None and getattr(found, "overwrite", False) and is_inside(path, output):
+        refuse(f"--config {path}", Path(output))
+    return found
 
 
 def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> T:
@@ -277,9 +291,15 @@ def _parsed(
         chosen[name] = named.get(name, chosen[name])
         config |= {name: choice} if choice is not None else {}
     parser = _kept_parser(options, tuple(chosen.items()), prog, example)  # type: ignore[arg-type]  # it is hashable
+    # An option of several words goes on where it is given again, so the file's words must not come before the line's.
+    given = {word.partition("=")[0] for word in words}
+    again = {name for name in parser.several if flag(name) in given}
+    config = {key: value for key, value in config.items() if str(key).replace("-", "_") not in again}
     before = _config_words(parser, config, where)
     try:
         parsed = parser.parse_args([*before, *words])
+    except RecursionError as error:
+        raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(parser.one_line(str(error))) from error
     values: dict[str, Any] = {}
@@ -289,8 +309,29 @@ def _parsed(
             value = value.as_dict()
             if field.name not in methods:
                 value = hints[field.name](**value)
+        _check_numbers(flag(field.name), value)
         values[field.name] = copy.deepcopy(value)  # a default is the parser's own
     return options(**values)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuses numbers that no library can compute with."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(name, inner)
+    elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{name} {_cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} {value}: must be a finite number")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _normalised(
@@ -341,7 +382,7 @@ def _config_words(parser: _Parser, config: Mapping[str, Any], where: str, prefix
             known = sorted(set(parser.hints) - {"config"})
             raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
         elif name in parser.several and isinstance(value, list):
-            words += [flag(name), *map(str, value)]
+            words += [flag(name), *map(str, value)] if value else []
         elif parser.hints[name] is bool and not prefix:
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: {name} {value}: must be true or false")

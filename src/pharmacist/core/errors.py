@@ -12,6 +12,10 @@ class ConfigError(PharmacistError):
     """An option, a configuration file or an output folder cannot be used as given."""
 
 
+class OtherRunError(ConfigError):
+    """The output folder holds a run with other options or inputs."""
+
+
 class BusyError(ConfigError):
     """Another process works in the output folder."""
 

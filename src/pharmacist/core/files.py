@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from pharmacist.core.errors import DataError
+
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers that mean: no room for what was to be written."""
@@ -21,6 +23,19 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
+    """Deletes a file, a folder or nothing; of a link the link alone, never what it points to.
+
+    Args:
+        path: What goes.
+        as_far_as_possible: Leave in a folder what cannot be deleted, as an open file on NFS, instead of raising.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=as_far_as_possible)  # which unlinks links too
 
 
 def commit_file(temporary: Path, path: Path) -> None:
@@ -57,8 +72,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        if path.exists():  # of an interrupted run, never yet declared finished
-            shutil.rmtree(path)
+        remove(path)  # of an interrupted run, never yet declared finished
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -108,6 +122,66 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_ordinary(path: str | os.PathLike[str], where: str = "") -> None:
+    """Refuses what is no file although it exists: from a named pipe one would wait for ever, and only once.
+
+    Args:
+        path: What exists there, if anything.
+        where: How a message begins; the path by default.
+
+    Raises:
+        DataError: A named pipe, a device, a socket.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(f"{where or path}: is no ordinary file but a named pipe, or a device; save it to a file")
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        DataError: It holds no JSON, or is no ordinary file.
+        OSError: It cannot be opened.
+    """
+    check_ordinary(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(
+            f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was, or, in a run's folder work, "
+            "delete that folder"
+        ) from error
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """Reads a file with one JSON value per line.
+
+    Raises:
+        DataError: There is no such file, or a line holds no JSON.
+    """
+    check_ordinary(path)
+    found = []
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                found.append(json.loads(line))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the command again that writes it") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: line {len(found) + 1} is damaged, it holds no JSON; run the command again that writes it"
+        ) from error
+    return found
+
+
+def is_whole_tensors(path: Path) -> bool:
+    """Whether a safetensors file is neither cut nor spoiled in its header, told without reading the tensors."""
+    with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data
+        head = file.read(8)
+        text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(text).items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + len(text) + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return False

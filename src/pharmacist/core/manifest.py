@@ -1,5 +1,6 @@
 """The manifest: what a finished (or started) run was, in one JSON file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_file, sha256_json
 
 
 SCHEMA_VERSION = 1
+_FOR_PEOPLE = frozenset({"README.md", "log.jsonl", "report.html"})
+"""Outputs with times and dates in them, which no other run reads."""
 
 
 class Phase(BaseModel):
@@ -45,10 +49,22 @@ class RunManifest(BaseModel):
     phases: dict[str, Phase] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     outputs: list[str] = Field(default_factory=list)
+    """Files and folders that make up the result."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Every file of the outputs -> sha256 of its content when the run was finished; of runs that lie in the folder
+    their manifests alone, which know the rest."""
+    made_from: dict[str, str] = Field(default_factory=dict)
+    """In a benchmark: stage -> `content` of the result that this one was made from."""
     created: str = ""
     finished: str = ""
     extra: dict[str, Any] = Field(default_factory=dict)
     """What only this stage records, such as a selector's report."""
+
+    @property
+    def content(self) -> str:
+        """sha256 of what other runs can read of the result; empty where the manifest does not tell."""
+        read = {name: digest for name, digest in self.files.items() if Path(name).name not in _FOR_PEOPLE}
+        return sha256_json(read) if read else ""
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into `folder`, atomically."""
@@ -66,9 +82,64 @@ def read_manifest(folder: str | Path) -> RunManifest:
         raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
     try:
         manifest = RunManifest.model_validate(read_json(path))
-    except (ValidationError, ValueError) as error:
-        detail = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a manifest that this version reads ({detail})") from error
+    except (ValidationError, DataError) as error:
+        detail = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(
+            f"{path}: not a manifest that this version reads ({detail}); if it was, it is damaged: delete the "
+            "folder"
+        ) from error
     if manifest.schema_version > SCHEMA_VERSION:
         raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
     return manifest
+
+
+def output_files(folder: Path, outputs: list[str]) -> dict[str, str]:
+    """`RunManifest.files` of a folder with these outputs."""
+    found = sorted(name for output in outputs for name in _files(folder, folder / output))
+    return {name: sha256_file(folder / name) for name in found}
+
+
+def _files(root: Path, path: Path) -> Iterator[str]:
+    if path.is_file():
+        yield path.relative_to(root).as_posix()
+    elif (path / "manifest.json").is_file():
+        yield (path / "manifest.json").relative_to(root).as_posix()
+    elif path.is_dir() and not path.is_symlink():
+        for part in path.iterdir():
+            yield from _files(root, part)
+
+
+def check_unchanged(folder: str | Path, *names: str) -> None:
+    """Refuses outputs of a finished run that are no longer as they were written; missing ones are not looked at.
+
+    Args:
+        folder: Of the run; nothing is checked where none lies there.
+        names: Files, or folders with all that is in them.
+
+    Raises:
+        DataError: A file was changed, or is damaged.
+    """
+    root = Path(folder)
+    if not (root / "manifest.json").is_file():
+        return
+    manifest = read_manifest(root)
+    for name, digest in manifest.files.items() if manifest.status == "success" else ():
+        wanted = any(name == other or name.startswith(f"{other}/") for other in names)
+        if wanted and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
+            raise DataError(
+                f"{root / name}: is damaged, or was changed after the run had finished; run the command again that "
+                "writes it, with --overwrite"
+            )
+
+
+def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
+    """The first file or folder of a finished run's outputs that is no longer there, of runs within it too."""
+    root = Path(folder)
+    for name in (*manifest.outputs, *manifest.files):
+        path = root / name
+        if not path.exists():
+            return name
+        if path.name == "manifest.json" and (lost := missing_output(path.parent, read_manifest(path.parent))):
+            return f"{Path(name).parent}/{lost}"
+    return None
+

@@ -17,15 +17,25 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from pharmacist.core.console import plain
 
 
 T = TypeVar("T")
 
 
 class _Console(Console):
-    """A console whose messages can be held back while bars go on being drawn."""
+    """A console that shows text as it is, neither as markup nor as control sequences.
+
+    Its messages can be held back while bars go on being drawn.
+    """
 
     hushed = False
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Whatever becomes visible comes through here: messages, titles and cells of tables."""
+        return super().render_str(plain(text, lines=True), **options | {"markup": False, "emoji": False})
 
     def print(self, *objects: Any, **options: Any) -> None:
         if not self.hushed or all(isinstance(thing, Control) for thing in objects):
@@ -38,7 +48,22 @@ def console() -> _Console:
 
     Silent on every process but the first under a launcher.
     """
-    return _Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False)
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    return _Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def warn(text: str) -> None:
+    """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries.
+
+    Text that came out of files is no markup, and what is not printable in it is spelled out.
+    """
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    out = console()
+    quiet, out.quiet = out.quiet, int(os.environ.get("RANK", "0")) != 0
+    try:
+        out.print(f"warning: {shown}", soft_wrap=True, markup=False)
+    finally:
+        out.quiet = quiet
 
 
 def set_quiet(quiet: bool) -> None:
@@ -76,7 +101,7 @@ class _Bar:
 def _progress() -> Progress:
     # One live display for all bars: rich allows a single one per console, and phases nest.
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -94,7 +119,7 @@ def bar(description: str, total: float | None = None) -> Iterator[Bar]:
     """
     progress = _progress()
     outermost = not progress.task_ids
-    task = progress.add_task(description, total=total)
+    task = progress.add_task(plain(description), total=total)
     if outermost and console().is_terminal and not console().quiet:
         progress.start()
     try:

@@ -1,22 +1,35 @@
 """Output folders: who owns one, when it is complete, what can be resumed."""
 
 import fcntl
+import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar, Literal
 
+from pydantic import ValidationError
+
+from pharmacist.core.console import without_credentials
 from pharmacist.core.env import rank, versions
-from pharmacist.core.errors import BusyError, ConfigError
-from pharmacist.core.files import FULL_DISK, read_json, write_json
+from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
+from pharmacist.core.files import FULL_DISK, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import Phase, RunManifest, read_manifest
+from pharmacist.core.inputs import check_outside
+from pharmacist.core.manifest import (
+    Phase,
+    RunManifest,
+    check_unchanged,
+    missing_output,
+    output_files,
+    read_manifest,
+)
+from pharmacist.core.progress import console
 
 
 @dataclass(kw_only=True)
@@ -38,20 +51,42 @@ class RunOptions:
     overwrite: bool = False
     """Delete the results of an earlier run in the output folder and start again."""
 
+    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"output_dir"})
+    """Options whose text is a name, also where the output folder is called so."""
+
 
 _NOT_IN_KEY = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet", "overwrite"})
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:
-    """A stage's options as the manifest holds them."""
+    """A stage's options as the manifest holds them: addresses without credentials."""
     config = {field.name: getattr(options, field.name) for field in fields(options)}
-    found: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: asdict(value), allow_nan=False))
+    text = json.dumps(config, default=lambda value: asdict(value), allow_nan=False)
+    found: dict[str, Any] = json.loads(text, object_hook=_without_credentials)
     return found
+
+
+def _without_credentials(options: dict[str, Any]) -> dict[str, Any]:
+    url = options.get("base_url")
+    return options | {"base_url": without_credentials(url)} if isinstance(url, str) else options
 
 
 def identifying(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a stage's options can change its results."""
     return {name: value for name, value in config.items() if name not in _NOT_IN_KEY}
+
+
+_MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
+
+
+@contextmanager
+def made_from(results: Mapping[str, str]) -> Iterator[None]:
+    """Runs that are begun in the block note in their manifest what they are made from; see `RunManifest.made_from`."""
+    token = _MADE_FROM.set(results)
+    try:
+        yield
+    finally:
+        _MADE_FROM.reset(token)
 
 
 class RunDir:
@@ -68,6 +103,7 @@ class RunDir:
     def open(
         cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str],
         late: frozenset[str] = frozenset(), late_inputs: frozenset[str] = frozenset(), reopen: bool = False,
+        read_again: tuple[str, ...] = (),
     ) -> "RunDir":  # fmt: skip
         """Takes possession of the output folder.
 
@@ -80,11 +116,15 @@ class RunDir:
             late_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
                 stage finds in its results what it need not compute again.
+            read_again: Outputs that the stage reads where the run is finished already.
 
         Raises:
-            ConfigError: The folder holds another run or other files, is a file, or another process works in it.
+            DataError: One of these was changed.
+            ConfigError: The folder holds another run or other files, an input, is a file, or another process works in
+                it.
         """
         root = Path(options.output_dir)
+        check_outside(root, options)
         config = as_json(options)
         # Of an input its content counts, not the path that led to it.
         relevant = {
@@ -100,6 +140,7 @@ class RunDir:
         manifest = RunManifest(
             stage=stage, status="started", key=key, work_key=work_key, config=config, inputs=dict(inputs),
             versions=versions(), seeds={"seed": options.seed}, created=datetime.now(UTC).isoformat(timespec="seconds"),
+            made_from=dict(_MADE_FROM.get({})),
         )  # fmt: skip
         if rank() != 0:
             return cls(root, manifest, None)
@@ -115,9 +156,16 @@ class RunDir:
             _check_overwritable(root)
         elif exists:
             found = previous()
+            check_unchanged(root, *read_again)
             if found is not None and found.status == "success" and found.key == key:
-                shutil.rmtree(root / "work", ignore_errors=True)  # left where a kill fell between manifest and removal
-                return cls(root, found, None)
+                lost = missing_output(root, found)
+                if lost is None:
+                    # It is left where a kill fell between manifest and removal.
+                    remove(root / "work", as_far_as_possible=True)
+                    return cls(root, found, None)
+                console().print(f"{root}: {lost} is no longer there, so this run is done again", soft_wrap=True)
+        if exists:
+            _refuse_links(root, options.overwrite)
         lock = _lock(root)
         try:
             if options.overwrite:
@@ -125,14 +173,16 @@ class RunDir:
             found = previous()
             if found is not None:
                 kept = {name: getattr(found, name) for name in ("created", "phases", "counts", "extra", "device")}
-                manifest = found if found.key == key else manifest.model_copy(update=kept)
+                whole = found.status != "success" or missing_output(root, found) is None
+                manifest = found if found.key == key and whole else manifest.model_copy(update=kept)
+                _drop_damaged_tensors(root / "work")
             if manifest is not found:
                 manifest.write(root)
         except BaseException:
             lock.close()
             raise
         for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            remove(leftover)
         return cls(root, manifest, lock)
 
     @property
@@ -154,7 +204,7 @@ class RunDir:
     def phase(self, name: str) -> Iterator[Phase]:
         """Measures a phase; its wall time and tokens add up over resumes and end in the manifest."""
         path = self.work("phases", f"{name}.json")
-        before = Phase.model_validate(read_json(path)) if path.is_file() else Phase()
+        before = _read_phase(path) if path.is_file() else Phase()
         current, start = Phase(extra=before.extra), time.perf_counter()
         try:
             yield current
@@ -179,7 +229,7 @@ class RunDir:
         """Notes results in the manifest without writing it yet, for pages that show them."""
         manifest = self.manifest
         for file in sorted(self.root.glob("work/phases/*.json")):
-            manifest.phases.setdefault(file.stem, Phase.model_validate(read_json(file)))
+            manifest.phases.setdefault(file.stem, _read_phase(file))
         manifest.counts |= dict(counts or {})
         manifest.metrics |= dict(metrics or {})
         manifest.seeds |= dict(seeds or {})
@@ -198,6 +248,7 @@ class RunDir:
         """
         manifest = self.record(**results)
         manifest.status, manifest.outputs = "partial" if partial else "success", outputs
+        manifest.files = output_files(self.root, outputs) if self._lock is not None else {}
         manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
         if self._lock is not None:
             manifest.write(self.root)
@@ -206,9 +257,12 @@ class RunDir:
 
     def discard(self) -> None:
         """Forgets a run without results, so that the folder is free for one with mended input."""
-        if self._lock is not None and {path.name for path in self.root.iterdir()} <= {"manifest.json", "work"}:
-            (self.root / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(self.root / "work", ignore_errors=True)
+        if self._lock is None:
+            return
+        ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
+        if len(ours) == len(list(self.root.iterdir())):
+            for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
+                remove(path, as_far_as_possible=True)
             self._lock.close()
             self._lock = None
 
@@ -216,9 +270,56 @@ class RunDir:
         """Releases the folder; partial state stays unless the run is complete."""
         if self._lock is not None:
             if self.complete:
-                shutil.rmtree(self.root / "work", ignore_errors=True)
+                remove(self.root / "work", as_far_as_possible=True)
             self._lock.close()
             self._lock = None
+
+
+def _drop_damaged_tensors(work: Path) -> None:
+    """Deletes what is cut or damaged of a run's partial tensors, so that they are computed again."""
+    for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
+        if not is_whole_tensors(path):
+            console().print(f"{path}: is damaged and deleted; it is computed again", soft_wrap=True, markup=False)
+            path.unlink()
+            (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole
+
+
+def _is_hollow(path: Path) -> bool:
+    """Whether a folder has no files, as runs in it leave it that were discarded."""
+    return path.is_dir() and not path.is_symlink() and all(_is_hollow(part) for part in path.iterdir())
+
+
+def _read_phase(path: Path) -> Phase:
+    """What a phase took before; nothing, and a line that says so, where its file is damaged."""
+    try:
+        return Phase.model_validate(read_json(path))
+    except (DataError, ValidationError):
+        console().print(
+            f"warning: {path}: is damaged; time and tokens that this phase took before are not counted",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return Phase(extra={"before_lost": True})
+
+
+def _refuse_links(root: Path, overwrite: bool) -> None:
+    """Partial state never lies behind a link, since it is deleted in the end; overwriting unlinks what is in its way.
+
+    Raises:
+        ConfigError: There is a link.
+    """
+    work = root / "work"
+    if overwrite:
+        for link in (work, work / "lock"):
+            if link.is_symlink():
+                link.unlink()
+        return
+    below = (Path(folder, name) for folder, *names in os.walk(work) for name in itertools.chain(*names))
+    for path in (work, *below):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path}: is a link, but partial results must lie in the output folder itself; delete the link (to "
+                "use another disk, link the whole output folder)"
+            )
 
 
 def _lock(root: Path) -> IO[str]:
@@ -268,7 +369,7 @@ def _previous(
         changed += [f"content of {name}" for name, value in asked.inputs.items() if found.inputs.get(name) != value]
         changed += [name for name in found.inputs if name not in asked.inputs]
         difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
-    raise ConfigError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
+    raise OtherRunError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
 
 
 def _check_overwritable(root: Path) -> None:
@@ -284,18 +385,14 @@ def _clear(root: Path) -> None:
         # Killed from here on, the folder is still a run that may be overwritten, but none that looks complete.
         read_manifest(root).model_copy(update={"status": "started", "key": "", "work_key": ""}).write(root)
     for path in sorted(root.iterdir(), key=lambda path: path.name == "manifest.json"):
-        if path.name == "work":
-            for part in path.iterdir():
-                if part.is_dir():
-                    shutil.rmtree(part)
-                elif part.name != "lock":
-                    part.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        for part in path.iterdir() if path.name == "work" else (path,):
+            if part != root / "work" / "lock":
+                remove(part)
 
 
 def finished(folder: str | Path) -> bool:
-    """Whether `folder` holds a finished run."""
-    return (Path(folder) / "manifest.json").is_file() and read_manifest(folder).status == "success"
+    """Whether `folder` holds a finished run with all its outputs."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return False
+    manifest = read_manifest(folder)
+    return manifest.status == "success" and missing_output(folder, manifest) is None

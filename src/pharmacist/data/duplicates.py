@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.records import normalised_prompt, visible
 
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class _Shingles:
         return value
 
     def _hashes(self, text: str) -> list[int]:
-        words = _TOKEN.findall(text.casefold()) or [text.strip()]
+        words = _TOKEN.findall(visible(text).casefold()) or [text.strip()]
         found = list(map(self._words.get, words))
         hashes = [self._learn(word) for word in words] if None in found else cast(list[int], found)
         # A text shorter than a shingle is one shingle.

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path
+from pharmacist.core.files import atomic_path, check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_file
 from pharmacist.data.compression import SUFFIXES, check_magic, compressed, open_bytes, split_suffix
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 MAX_ROW_BYTES = 16 * 2**20
 """Longest row of a text format."""
+MAX_DEPTH = 100
+"""Deepest nesting of lists and objects in a row of JSON."""
 
 _FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 _BATCH = 1024
@@ -178,6 +180,34 @@ class Source(ABC):
 
     # --- writing --------------------------------------------------------------------------------------------------
 
+    def check_json_lines(self) -> None:
+        """Finds values that `write_json_lines` cannot write, before hours are spent on which rows to write.
+
+        Raises:
+            DataError: A column holds such values.
+        """
+        doubtful = self._doubtful_columns()
+        for wanted in [None] if doubtful is None else [[column] for column in doubtful]:
+            at, column = 0, "" if wanted is None else wanted[0]
+            try:
+                for row in self.scan(wanted):
+                    at = row.number
+                    for column, item in (row.value or {}).items():
+                        _json_line({column: item})
+            # Of the last ones there is no Python object at all, such as a date beyond the year 9999.
+            except (TypeError, RecursionError, ValueError, OverflowError, pa.ArrowException) as error:
+                remedy = f"curate's --format input keeps it, as {self.native}"
+                if self.native == "jsonl":
+                    remedy = "leave it away, or save the rows as .parquet, which curate's --format input keeps"
+                raise DataError(
+                    f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
+                    f"({_short(error)}); {remedy}"
+                ) from error
+
+    def _doubtful_columns(self) -> list[str] | None:
+        """Columns that may hold what JSON cannot; None where any may."""
+        return None
+
     @property
     def native(self) -> str:
         """Format in which `write_rows` writes unless asked otherwise."""
@@ -191,7 +221,11 @@ class Source(ABC):
         """Writes rows as JSON lines to `path`, compressed as the name `target` says."""
         with compressed(path, target) as file:
             for row in self.pick(numbers):
-                file.write(_json_line(row.value, self.where, row.number))
+                try:
+                    file.write(_json_line(row.value))
+                except (TypeError, RecursionError) as error:
+                    what = f"row {row.number} holds {_short(error)}, which JSON cannot hold"
+                    raise DataError(f"{self.where}: {what}; leave that column away") from error
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
@@ -277,22 +311,65 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 _TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MB"
 
 
-class _Constant(ValueError):
-    """NaN or an infinity, which Python's parser takes although JSON has none."""
+class _Refused(ValueError):
+    """What Python's parser takes although it is no JSON, or not one thing."""
 
 
 def _refuse_constant(constant: str) -> None:
-    raise _Constant(constant)
+    raise _Refused(f"{constant} is no JSON value; write null")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise _Refused(f"the key {spelled(twice)} is there twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+
+
+def spelled(name: str, longest: int = 40) -> str:
+    """A name out of a file as messages show it: in quotes, short, what is not printable spelled out."""
+    return ascii(name[:longest]) + ("..." if len(name) > longest else "")
+
+
+def decode_json(text: str) -> Any:
+    """Parses JSON strictly: no NaN, no key twice, no nesting that Python could not write back.
+
+    Raises:
+        ValueError: It is no such JSON.
+        RecursionError: It is nested too deeply.
+    """
+    value = _DECODER.decode(text)
+    _check_depth(value, text)
+    return value
+
+
+def _check_depth(value: Any, text: str) -> None:
+    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level, depth = [value], 0
+    while level:
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
 
 
 def _why_no_json(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.object[error.start]:#04x} at byte {error.start + 1} of it)"
-    if isinstance(error, _Constant):
-        return f"is not valid JSON ({error} is no JSON value; write null)"
+    if isinstance(error, _Refused):
+        return f"is not valid JSON ({error})"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg} at column {error.colno})"
     if isinstance(error, RecursionError):
@@ -311,6 +388,9 @@ class _FileSource(Source):
     def _content_hash(self) -> str:
         return sha256_file(self.path)
 
+    def _doubtful_columns(self) -> list[str] | None:
+        return []  # text is copied as it is
+
     @property
     def native(self) -> str:
         return self.format
@@ -320,7 +400,6 @@ class _JsonLines(_FileSource):
     format = "jsonl"
 
     def scan(self, columns: Collection[str] | None = None, *, parse: bool = True) -> Iterator[Row]:
-        decode = _DECODER.decode
         number = 0
         with open_bytes(self.path, self.where) as file:
             for line, content in _lines(file):
@@ -335,7 +414,7 @@ class _JsonLines(_FileSource):
                 reason = None
                 if parse:
                     try:
-                        value = decode(raw.decode("utf-8"))
+                        value = decode_json(raw.decode("utf-8"))
                     except (ValueError, RecursionError) as error:
                         reason = _why_no_json(error)
                     else:
@@ -447,11 +526,12 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
+                _check_depth(value, self._text[self._at : end])
             except (ValueError, RecursionError) as error:
                 waiting = len(self._text) - self._at
                 if waiting > MAX_ROW_BYTES:
                     reason = _TOO_LONG if "Unterminated" in str(error) else _why_no_json(error)
-                elif not isinstance(error, _Constant) and self._more():
+                elif not isinstance(error, _Refused | RecursionError) and self._more():
                     continue
                 else:
                     reason = _why_no_json(error)
@@ -536,7 +616,7 @@ class _Csv(_FileSource):
     def _check_header(self, header: list[str]) -> None:
         if len(set(header)) != len(header):
             twice = next(column for column in header if header.count(column) > 1)
-            raise DataError(f"{self.where}: line 1 names the column '{twice}' twice; rename one of them")
+            raise DataError(f"{self.where}: line 1 names the column {spelled(twice)} twice; rename one of them")
         if len(header) == 1 and re.search("[;\t]", header[0]):
             raise DataError(f"{self.where}: line 1 has a single column; separate the cells by commas")
 
@@ -564,6 +644,7 @@ class _Parquet(_FileSource):
         super().__init__(path, label, name)
         with self._open() as file:
             self._schema = file.schema_arrow
+        _check_names(self._schema, self.where)
         # `datasets` stores nested values of changing shape as JSON text and says so in the file's metadata.
         self._features: Any = None
         if b'"Json"' in (self._schema.metadata or {}).get(b"huggingface", b""):
@@ -580,6 +661,9 @@ class _Parquet(_FileSource):
     @property
     def columns(self) -> list[str] | None:
         return list(self._schema.names)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._schema if not _fits_json(field.type)]
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         wanted = None if columns is None else [column for column in self._schema.names if column in columns]
@@ -616,7 +700,7 @@ class _Parquet(_FileSource):
                 low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
                 start += batch.num_rows
                 if high > low:
-                    held.append(batch.take(pa.array(wanted[low:high] - (start - batch.num_rows))))
+                    held.append(_take(batch, wanted[low:high] - (start - batch.num_rows)))
                     written += int(high - low)
                 if sum(part.nbytes for part in held) > MAX_ROW_BYTES:
                     writer.write_table(pa.Table.from_batches(held, self._schema))
@@ -634,9 +718,32 @@ class _Parquet(_FileSource):
         parts = []
         for batch in self._batches():
             low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
-            parts.append(batch.take(pa.array(wanted[low:high] - start)))
+            parts.append(_take(batch, wanted[low:high] - start))
             start += batch.num_rows
         return datasets.Dataset(pa.Table.from_batches(parts, self._schema))
+
+
+def _check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> None:
+    """Refuses two columns of one name, and two fields of one name in an object, of which one would be lost."""
+    seen: set[str] = set()
+    for field in fields:
+        name = within + field.name
+        if name in seen:
+            raise DataError(f"{where}: has two columns of the name {spelled(name)}; rename one of them")
+        seen.add(name)
+        kind = field.type
+        while hasattr(kind, "value_type"):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            _check_names((kind.field(i) for i in range(kind.num_fields)), where, f"{name}.")
+
+
+def _take(batch: pa.RecordBatch, positions: Any) -> pa.RecordBatch:
+    try:
+        return batch.take(pa.array(positions))
+    except pa.ArrowNotImplementedError:  # there are types that cannot be taken from, but every one has slices
+        parts = [batch.slice(position, 1) for position in positions]
+        return pa.concat_batches(parts) if parts else batch.slice(0, 0)
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
@@ -665,6 +772,9 @@ class _Datasets(Source):
     def columns(self) -> list[str] | None:
         return list(self._data.column_names)
 
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._data.features.arrow_schema if not _fits_json(field.type)]
+
     def _content_hash(self) -> str:
         if self.format == "arrow":
             return sha256_content(str(self.spec))
@@ -676,10 +786,14 @@ class _Datasets(Source):
             data = data.select_columns([column for column in data.column_names if column in columns])
         names = data.column_names
         number = 0
-        for batch in data.iter(_BATCH) if names else ():
-            for values in zip(*(batch[name] for name in names), strict=True):
-                yield Row(number, None, dict(zip(names, values, strict=True)), None)
-                number += 1
+        try:
+            for batch in data.iter(_BATCH) if names else ():
+                for values in zip(*(batch[name] for name in names), strict=True):
+                    yield Row(number, None, dict(zip(names, values, strict=True)), None)
+                    number += 1
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.where}: damaged Arrow data after row {number} ({_short(error)}); save it again"
+                            ) from error  # fmt: skip
 
     def pick(self, numbers: Iterable[int], *, parse: bool = True) -> Iterator[Row]:
         chosen = list(numbers)
@@ -723,23 +837,41 @@ def _open_memory(spec: Any, name: str) -> Source:
 
 
 def _open_json(path: Path, label: str, name: str) -> Source:
-    with open_bytes(path, f"{name} {label}") as file:
+    """One array of rows, or one row per line, whatever the file is called."""
+    where = f"{name} {label}"
+    with open_bytes(path, where) as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
-    # An array spans the file; anything else can only be one row per line.
-    return (_JsonArray if start.startswith(b"[") else _JsonLines)(path, label, name)
+    if start.startswith(b"[") and (split_suffix(path)[0] == ".json" or _ARRAY.match(start)):
+        return _JsonArray(path, label, name)
+    if _SPREAD_OBJECT.match(start):
+        key = re.search(rb'"([A-Za-z_]+)"\s*:\s*\[\s*\{', start)
+        rows = f" under '{key[1].decode()}'" if key is not None else ""
+        raise DataError(
+            f"{where}: is one JSON object over several lines, not one row per line; save its list of rows{rows} by "
+            "itself, as a JSON array or one row per line"
+        )
+    return _JsonLines(path, label, name)
 
 
+_ARRAY = re.compile(rb"\[\s*(?:[{\]]|\Z)")
+# An object whose first line ends before anything of it is closed, and that goes on in the next.
+_SPREAD_OBJECT = re.compile(
+    rb'\{[ \t]*(?:\r?\n\s*["}]|"\w+"[ \t]*:[ \t]*\[[ \t]*\{?[ \t]*\r?\n\s*["{\[\]]|[^\n]*,[ \t]*\r?\n\s*"\w+"\s*:)'
+)
 _READERS: dict[str, Callable[[Path, str, str], Source]] = {
-    ".jsonl": _JsonLines, ".ndjson": _JsonLines, ".json": _open_json, ".csv": _Csv, ".parquet": _Parquet,
+    ".jsonl": _open_json, ".ndjson": _open_json, ".json": _open_json, ".csv": _Csv, ".parquet": _Parquet,
 }  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
 
 
 def _open_file(path: Path, label: str, name: str) -> Source:
     where = f"{name} {label}"
+    check_ordinary(path, where)
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
         raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
+    if not os.path.isfile(path):
+        raise DataError(f"{where}: is a pipe or a device, which can be read once only; save the rows to a file")
     if suffix == ".parquet" and compression is not None:
         raise DataError(f"{where}: Parquet compresses by itself; unpack the file and give the .parquet inside")
     try:
@@ -754,7 +886,10 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
 
     where = f"{name} {label}"
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8")).get("splits", [])
+        try:
+            splits = [str(name) for name in read_json(path / "dataset_dict.json")["splits"]]
+        except (DataError, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
         if split is None and len(splits) == 1:
             split = splits[0]
         if split not in splits:
@@ -768,8 +903,11 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
         )
     try:
         data = datasets.load_from_disk(str(path))
+        # Offsets that lead astray would end the process when they are followed.
+        data.data.table.validate(full=True)
     except Exception as error:  # whatever is wrong with the folder, the caller has to replace it
         raise DataError(f"{where}: the saved dataset cannot be opened ({_short(error)}); save it again") from error
+    _check_names(data.data.table.schema, where)
     return _Datasets(path, label, name, "arrow", data)
 
 
@@ -820,7 +958,20 @@ def _short(error: Exception) -> str:
 # --- JSON out -----------------------------------------------------------------------------------------------------
 
 
-def _json_line(value: Any, where: str, number: int) -> bytes:
+def _fits_json(kind: pa.DataType) -> bool:
+    """Whether JSON holds every value of an Arrow type."""
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_fits_json(kind.field(position).type) for position in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _fits_json(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    return text or any(test(kind) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))
+
+
+def _json_line(value: Any) -> bytes:
+    """A row as JSON; raises what `json.dumps` does where it cannot be, see `Source.check_json_lines`."""
+
     def default(item: Any) -> Any:
         if isinstance(item, datetime.date | datetime.time):
             return item.isoformat()
@@ -828,9 +979,7 @@ def _json_line(value: Any, where: str, number: int) -> bytes:
             return str(item)
         if hasattr(item, "tolist"):
             return item.tolist()
-        raise DataError(
-            f"{where}: row {number} holds a {type(item).__name__}, which JSON cannot hold; leave that column away"
-        )
+        raise TypeError(f"a value of the type {type(item).__name__}")
 
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)

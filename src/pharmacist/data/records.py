@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,10 @@ import xxhash
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
-from pharmacist.core.progress import bar
-from pharmacist.data.formats import Source, place
+from pharmacist.core.progress import bar, console, warn
+from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
+from pharmacist.data.formats import Source, place, spelled
+from pharmacist.data.where import Condition
 
 
 if TYPE_CHECKING:
@@ -63,12 +66,16 @@ class Records:
         layout: How the input was laid out: ``prompt-completion``, ``preference``, ``messages``,
             ``instruction-output`` or ``prompt-response``; of prompts alone ``prompt``, ``messages``, ``instruction``.
         refused: The other rows.
+        filtered: Rows that were left out because they lack what was asked for (``where``).
+        warnings: What of the input is not read although it may matter; one line each.
     """
 
     dataset: "datasets.Dataset"
     source: Source
     layout: str
     refused: list[Refused] = field(default_factory=list)
+    filtered: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,18 +86,58 @@ class Records:
         tables = self.dataset.select_columns(["row"]).with_format("arrow").iter(_FLUSH_ROWS)
         return np.concatenate([np.empty(0, dtype=np.int64), *(table.column(0).to_numpy() for table in tables)])
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """For manifests: how many rows were read, refused, and left out by ``where`` if any were."""
+        filtered = {"filtered": self.filtered} if self.filtered else {}
+        return {"in": len(self) + len(self.refused) + self.filtered, "refused": len(self.refused), **filtered}
+
+    def announce(self) -> None:
+        """Says at the console what whoever gave the rows should know: how many were left out, what is not read."""
+        if self.filtered:
+            said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
+            console().print(said, soft_wrap=True, markup=False)
+        for text in self.warnings:
+            warn(text)
+
     def without(self, positions: Iterable[int]) -> "Records":
         """A copy that lacks the rows at these positions of `dataset`."""
         kept = np.setdiff1d(np.arange(len(self)), np.fromiter(positions, dtype=np.int64))
         return replace(self, dataset=self.dataset.select(kept))
 
 
-def normalised_prompt(text: str) -> str:
-    r"""A prompt as overlap checks see it: compatible characters, case, white space and final punctuation made equal.
+# Unicode's Default_Ignorable_Code_Point (zero-width, bidi and tag characters, fillers, variation selectors), the other
+# format and control characters, noncharacters, and the Braille blank; white space is not among them.
+_HIDDEN = (
+    "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufdd0-\ufdef\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_INVISIBLE, _SEEN = re.compile(f"[{_HIDDEN}]"), re.compile(rf"[^\s{_HIDDEN}]")
 
-    >>> normalised_prompt("  How do I\n bake BREAD?")
+
+def visible(text: str) -> str:
+    r"""A text without the characters that nobody sees; what to compare, or to call empty, not what a model reads.
+
+    >>> visible("b\u200bread\ufeff")
+    'bread'
+    """
+    return _INVISIBLE.sub("", text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return _SEEN.search(text) is None
+
+
+def normalised_prompt(text: str) -> str:
+    r"""A prompt as overlap checks see it: without invisible characters, and with compatible characters, case, white
+    space and final punctuation made equal.
+
+    >>> normalised_prompt("  How do I\n b\u200bake BREAD?")
     'how do i bake bread'
     """
+    text = visible(text)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     text = " ".join(text.casefold().split())
@@ -141,7 +188,7 @@ def last_requests(rows: "datasets.Dataset") -> "datasets.Dataset":
         prompts = []
         for turns, whole in zip(batch["turns"], batch["prompt"], strict=True):
             last = json.loads(turns)[-1]["content"] if turns else ""
-            prompts.append(last if last.strip() else whole)
+            prompts.append(whole if is_blank(last) else last)
         kept = [turns if own == whole else None
                 for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)]  # fmt: skip
         return {"prompt": prompts, "turns": kept}
@@ -181,12 +228,32 @@ _PROMPT_LAYOUTS = (
     _Layout("messages", ("messages",)),
     _Layout("instruction", ("instruction",), ("input",)),
 )
-_NAMES = tuple(dict.fromkeys(name for layout in _LAYOUTS for name in layout.required + layout.optional))
+_BEFORE = ("system", "history")
+"""Columns of any layout whose texts come before the row's own turns."""
+_NAMES = tuple(dict.fromkeys([*(name for of in _LAYOUTS for name in of.required + of.optional), *_BEFORE]))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+_TOOL_CALLS = frozenset({"tool_calls", "tool_call", "function_call"})
+
+# Columns and keys of messages that change what a row means, and that nothing here reads.
+_LABELS = frozenset({
+    "label", "labels", "is_safe", "is_unsafe", "is_harmful", "is_toxic", "is_refusal", "safe", "unsafe", "harmful",
+    "toxic", "toxicity", "flagged", "safety_label", "kto_tag", "is_response_safe", "is_response_0_safe",
+    "is_response_1_safe", "prompt_label", "response_label", "prompt_harm_label", "response_harm_label",
+    "response_refusal_label",
+})  # fmt: skip
+_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+_TEXTS = frozenset({
+    "input", "context", "system_prompt", "system_message", "tools", "functions", "tool_calls", "reasoning_content",
+    "reasoning", "thinking", "weight", "weights", "sample_weight", "loss_weight", "train", "loss",
+})  # fmt: skip
+_MESSAGE_KEYS = frozenset({
+    "name", "tools", "functions", "reasoning_content", "reasoning", "thinking", "weight", "train", "loss", *_MEDIA,
+})  # fmt: skip
 
 Canonical = tuple[str, str, str | None, str | None, str | None]
 """prompt, completion, turns, instruction, input"""
+Turns = list[dict[str, str]]
+"""Messages, each with ``role`` (one of the values of `ROLES`) and ``content``."""
 
 
 class _Reader:
@@ -199,7 +266,8 @@ class _Reader:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
         known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
-        self.candidates = [layout for layout in known if set(columns) <= set(layout.required + layout.optional)]
+        own = set(columns) - set(_BEFORE)
+        self.candidates = [layout for layout in known if own <= set(layout.required + layout.optional)]
         if not self.candidates:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
@@ -207,12 +275,13 @@ class _Reader:
         self.strange = 0  # rows read before the layout was known
         self.kinds: dict[str, type] = {}
         self.needed: tuple[tuple[str, str], ...] = ()
-        # A CSV cell can hold a list of messages only as JSON text.
-        self.parse_text = source.format == "csv"
+        self.before: Turns = []  # of the row that is read: its system prompt and history
+        self.seen_columns: set[str] = set()  # of those that are known and not read
+        self.seen_keys: set[str] = set()
 
     @property
     def wanted(self) -> frozenset[str]:
-        return frozenset(self.column.values())
+        return frozenset(self.column.values()) | _LABELS | _TEXTS
 
     def detect(self, row: Mapping[str, Any]) -> _Layout | None:
         for layout in self.candidates:
@@ -223,8 +292,11 @@ class _Reader:
 
     def holds_messages(self, row: Mapping[str, Any]) -> bool:
         chosen = row[self.column["chosen"]]
-        if self.parse_text and isinstance(chosen, str):
-            chosen = _parsed("chosen", chosen, must=False)
+        if isinstance(chosen, str):
+            try:
+                chosen = as_messages(chosen)
+            except ValueError:
+                return True
         return isinstance(chosen, list)
 
     def settle(self, layout: _Layout) -> None:
@@ -247,25 +319,86 @@ class _Reader:
                 raise _Bad(self.no_layout(row))
             self.settle(layout)
         assert self.layout is not None
-        values = {name: row.get(column) for name, column in self.needed}
-        for name, value in values.items():
-            if type(value) is not str:
-                values[name] = self.not_text(name, value, row, number, line)
-            elif self.parse_text or name == "messages":
-                values[name] = _parsed(self.column[name], value, must=name == "messages")
-            kind = type(values[name])
-            if self.kinds.get(name, kind) is not kind:
+        values: dict[str, Any] = {}
+        for name, column in self.needed:
+            value = row.get(column)
+            if not isinstance(value, str):
+                value = self.not_text(name, value, row, number, line)
+            values[name] = self.turns(value, column, must=name == "messages")
+            kind = type(value)
+            if self.kinds.get(name, kind) is not kind and name != "messages":
                 before = _TYPE[self.kinds[name]]
-                raise self.mixed(
-                    number, line, f"has {_TYPE[kind]} in '{self.column[name]}' where rows before have {before}"
-                )
+                raise self.mixed(number, line, f"has {_TYPE[kind]} in '{column}' where rows before have {before}")
+        self.before = self.turns_before(row)
         canonical = self.prompt(values, row) if self.prompts_only else self.convert(values, row)
         for text in canonical:
             if text is not None and not text.isascii():
                 _check_unicode(text)
         if not self.kinds:
-            self.kinds = {name: type(value) for name, value in values.items()}
+            self.kinds = {name: type(row[column]) for name, column in self.needed}
+        self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}
         return canonical
+
+    def turns(self, value: Any, column: str, *, must: bool = False) -> Any:
+        """A conversation as turns, given as a list or as text; other text as it is, unless there `must` be turns."""
+        if isinstance(value, str):
+            try:
+                value = as_messages(value)
+            except ValueError as error:
+                raise _Bad(f"'{column}' {error}") from error
+        if isinstance(value, str):
+            if not must:
+                return value
+            read = as_list(value)
+            if not isinstance(read, list):
+                empty = is_blank(value)
+                raise _Bad(f"has an empty '{column}'" if empty else f"'{column}' is text, not a list of messages")
+            value = read
+        return [self.turn(message, column) for message in value]
+
+    def turn(self, message: Any, column: str) -> dict[str, str]:
+        if not isinstance(message, Mapping):
+            raise _Bad(f"'{column}' holds {_kind(message)} where a message is expected")
+        if any(_is_there(message[key]) for key in message.keys() & _TOOL_CALLS):
+            raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept")
+        role = message["from"] if message.get("role") is None and "from" in message else message.get("role")
+        content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise _Bad(f"'{column}' has a message without text in 'role' and 'content'")
+        known = ROLES.get(role.strip().lower())
+        if known is None:
+            call = role.strip().lower() in _TOOL_CALLS
+            raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept" if call else
+                       f"'{column}' has a message of the role {spelled(role)}; known are system, user, assistant and "
+                       "tool")  # fmt: skip
+        if known == "assistant" and is_blank(content):
+            raise _Bad(f"has an empty '{column}'")
+        self.seen_keys |= {key for key in message.keys() & _MESSAGE_KEYS if _is_there(message[key])}
+        return {"role": known, "content": content}
+
+    def turns_before(self, row: Mapping[str, Any]) -> Turns:
+        """What the columns of a system prompt and of earlier turns hold."""
+        found: Turns = []
+        column = self.column["system"]
+        if _is_there(system := row.get(column)):
+            if not isinstance(system, str):
+                raise _Bad(f"'{column}' is {_kind(system)}, not text")
+            if not is_blank(system):
+                found.append({"role": "system", "content": system})
+        column = self.column["history"]
+        if _is_there(history := row.get(column)):
+            history = as_list(history) if isinstance(history, str) else history
+            if not isinstance(history, list):
+                raise _Bad(f"'{column}' is {_kind(history)}, not a list of earlier turns")
+            for turn in history:
+                if isinstance(turn, list | tuple):
+                    if len(turn) != 2:
+                        raise _Bad(f"'{column}' holds a list that is no pair of question and answer")
+                    found += [self.turn({"role": role, "content": text}, column)
+                              for role, text in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
+                else:
+                    found.append(self.turn(turn, column))
+        return found
 
     def not_text(self, name: str, value: Any, row: Mapping[str, Any], number: int, line: int | None) -> Any:
         column = self.column[name]
@@ -294,6 +427,12 @@ class _Reader:
         missing = [column for column in self.mapped.values() if column not in row]
         if missing:
             return f"has no column '{missing[0]}' (its columns: {columns})"
+        for column, value in row.items():
+            if isinstance(value, list) and value and isinstance(value[0], Mapping):
+                if ROLE_KEYS & value[0].keys():
+                    return f"fits no row format (its columns: {columns}) but has messages in {spelled(column)}"
+                if not self.wanted & row.keys():
+                    return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
         if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion (its columns: {columns})"
         return f"fits no row format (its columns: {columns})"
@@ -307,17 +446,17 @@ class _Reader:
             canonical = self.alpaca(value, answer["content"], row)
         elif isinstance(value, str):
             _check_prompt(value, column)
-            canonical = (value, "", None, None, None)
+            canonical = self.single(value, answer["content"], column)
         else:
-            open_end = not value or _turn(value[-1], column)["role"] != "assistant"
-            canonical = _conversation([*value, answer] if open_end else value, column)
+            open_end = not value or value[-1]["role"] != "assistant"
+            canonical = self.conversation([*value, answer] if open_end else value, column)
         return canonical[0], "", *canonical[2:]
 
     def convert(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
         assert self.layout is not None
         match self.layout.name:
             case "messages":
-                return _conversation(values["messages"], self.column["messages"])
+                return self.conversation(values["messages"], self.column["messages"])
             case "instruction-output":
                 return self.alpaca(values["instruction"], values["output"], row)
             case "prompt-completion":
@@ -334,19 +473,52 @@ class _Reader:
             _check_completion(completion, column)
             if isinstance(prompt, str):
                 _check_prompt(prompt, prompt_column)
-                return prompt, completion, None, None, None
-            return _conversation([*prompt, {"role": "assistant", "content": completion}], prompt_column)
+                return self.single(prompt, completion, prompt_column)
+            if prompt is None:
+                raise _Bad(f"'{column}' is an answer alone and there is no prompt")
+            return self.conversation([*prompt, {"role": "assistant", "content": completion}], prompt_column)
         if not completion:
             raise _Bad(f"has an empty '{column}'")
         # A list that starts with another speaker is the whole conversation, its prompt included.
-        if _turn(completion[0], column)["role"] != "assistant" and answer in ("chosen", "rejected"):
-            return _conversation(completion, column)
+        if completion[0]["role"] != "assistant" and answer in ("chosen", "rejected"):
+            there = normalised_prompt("\n".join(turn["content"] for turn in completion))
+            asked = [prompt or ""] if not isinstance(prompt, list) else [turn["content"] for turn in prompt]
+            if any(normalised_prompt(text) not in there for text in asked):
+                raise _Bad(f"'{column}' is a whole conversation in which the text of '{prompt_column}' is missing")
+            return self.conversation(completion, column)
         if prompt is None:
             raise _Bad(f"'{column}' starts with an answer and there is no prompt")
         if isinstance(prompt, str):
             _check_prompt(prompt, prompt_column)
             prompt = [{"role": "user", "content": prompt}]
-        return _conversation([*prompt, *completion], column)
+        return self.conversation([*prompt, *completion], column)
+
+    def single(self, prompt: str, completion: str, column: str) -> Canonical:
+        """One user turn and its answer, after what comes before."""
+        if not self.before:
+            return prompt, completion, None, None, None
+        return self.conversation(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], column
+        )
+
+    def conversation(self, turns: Turns, column: str) -> Canonical:
+        """Splits at the last answer; what follows it is not part of the row."""
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+        if last is None:
+            raise _Bad(f"'{column}' has no assistant turn")
+        completion, turns = turns[last]["content"], turns[:last]
+        if not any(turn["role"] != "system" and not is_blank(turn["content"]) for turn in turns):
+            raise _Bad(f"'{column}' has no prompt before the answer")
+        before = [turn for turn in self.before if turn["role"] != "system" or turn not in turns]
+        if {"system"} <= {turn["role"] for turn in before} & {turn["role"] for turn in turns}:
+            raise _Bad(f"has one system prompt in '{self.column['system']}' and another in '{column}'")
+        # Earlier turns follow a system prompt, whichever of the two brings it.
+        lead = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
+        turns = [*turns[:lead], *before, *turns[lead:]]
+        if len(turns) == 1 and turns[0]["role"] == "user":
+            return turns[0]["content"], completion, None, None, None
+        prompt = "\n".join(turn["content"] for turn in turns)
+        return prompt, completion, json.dumps(turns, ensure_ascii=False), None, None
 
     def alpaca(self, instruction: Any, output: Any, row: Mapping[str, Any]) -> Canonical:
         for name, value in (("instruction", instruction), ("output", output)):
@@ -357,9 +529,20 @@ class _Reader:
             raise _Bad(f"'{self.column['input']}' is {_kind(context)}, not text")
         _check_prompt(instruction, self.column["instruction"])
         _check_completion(output, self.column["output"])
-        if context is None or not context.strip():
-            return instruction, output, None, None, None
-        return f"{instruction}\n\n{context}", output, None, instruction, context
+        if context is None or is_blank(context):
+            return self.single(instruction, output, self.column["instruction"])
+        prompt = f"{instruction}\n\n{context}"
+        if self.before:
+            return self.single(prompt, output, self.column["instruction"])
+        return prompt, output, None, instruction, context
+
+    def unread(self) -> tuple[set[str], set[str], set[str]]:
+        """Known labels, other known columns and known keys of messages that the rows hold and that are not read."""
+        read = {column for _, column in self.needed} | {self.column[name] for name in _BEFORE}
+        if self.layout is not None:
+            read |= {self.column[name] for name in self.layout.optional}
+        seen = (self.seen_columns | (_MEDIA & set(self.source.columns or ()))) - read
+        return seen & _LABELS, seen - _LABELS, self.seen_keys
 
 
 _TYPE: dict[type, str] = {str: "text", list: "a list of messages"}
@@ -376,8 +559,13 @@ def _kind(value: Any) -> str:
     return known.get(type(value), type(value).__name__)
 
 
+def _is_there(value: Any) -> bool:
+    """Whether a cell holds anything."""
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
+
+
 def _check_prompt(text: str, column: str) -> None:
-    if not text or text.isspace():
+    if is_blank(text):
         raise _Bad(f"has an empty '{column}'")
 
 
@@ -392,46 +580,6 @@ def _check_unicode(text: str) -> None:
         raise _Bad(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
 
 
-def _parsed(column: str, text: str, *, must: bool) -> Any:
-    """A list of messages that is given as JSON text; other text as it is, unless it `must` be a list."""
-    if must or text.startswith("[{"):
-        try:
-            turns = json.loads(text)
-        except (ValueError, RecursionError):
-            turns = None
-        if isinstance(turns, list) and (must or all(isinstance(turn, dict) and "content" in turn for turn in turns)):
-            return turns
-    if must:
-        raise _Bad(f"has an empty '{column}'" if not text.strip() else f"'{column}' is text, not a list of messages")
-    return text
-
-
-def _turn(turn: Any, column: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping):
-        raise _Bad(f"'{column}' holds {_kind(turn)} where a message is expected")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise _Bad(f"'{column}' has a message without text in 'role' and 'content'")
-    return {"role": _ROLES.get(role, role), "content": content}
-
-
-def _conversation(messages: Sequence[Any], column: str) -> Canonical:
-    """Splits at the last answer; what follows it is not part of the row."""
-    turns = [_turn(message, column) for message in messages]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise _Bad(f"'{column}' has no assistant turn")
-    completion, turns = turns[last]["content"], turns[:last]
-    _check_completion(completion, column)
-    if not any(turn["role"] != "system" and turn["content"].strip() for turn in turns):
-        raise _Bad(f"'{column}' has no prompt before the answer")
-    if len(turns) == 1 and turns[0]["role"] == "user":
-        return turns[0]["content"], completion, None, None, None
-    prompt = "\n".join(turn["content"] for turn in turns)
-    return prompt, completion, json.dumps(turns, ensure_ascii=False), None, None
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +591,7 @@ def read_records(
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
     prompts_only: bool = False,
+    where: Sequence[Condition] | None = None,
 ) -> Records:
     """Reads a source into canonical rows on disk, in one pass and flat memory.
 
@@ -454,9 +603,11 @@ def read_records(
         on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
             `Records.refused`.
         prompts_only: Only prompts are needed: rows need no completion, and one that is there becomes an empty text.
+        where: Only the rows for which all of these hold, see `Records.filtered`; None where the caller has no such
+            option.
 
     Raises:
-        DataError: Rows cannot be used, formats are mixed, or there is no row at all.
+        DataError: Rows cannot be used, formats are mixed, or there is no row at all, or none as `where` asks.
         ConfigError: `columns` names something unknown.
     """
     import datasets
@@ -468,7 +619,7 @@ def read_records(
             names = ", ".join(source.columns)
             raise DataError(f"{source.where}: has no column '{missing[0]}'; its columns are {names}")
     refused: list[Refused] = []
-    bad = total = 0
+    bad = total = filtered = 0
     path = Path(work_dir) / "rows.arrow"
     with (
         atomic_path(path) as temporary,
@@ -477,7 +628,10 @@ def read_records(
         bar(f"read {source.name}") as progress,
     ):
         rows = _RowBuffer(out.write_batch)
-        for row in source.scan(reader.wanted):
+        for row in source.scan(reader.wanted | {condition.column for condition in where or ()}):
+            if where and row.value is not None and not _chosen(row.value, where, source):
+                filtered += 1
+                continue
             total += 1
             if not total % _FLUSH_ROWS:
                 progress.advance(_FLUSH_ROWS)
@@ -495,10 +649,38 @@ def read_records(
             if reader.layout is None and reader.strange >= _STRANGE:
                 break
         rows.flush()
+        if filtered and not total:
+            asked = " and ".join(map(str, where or ()))
+            raise DataError(f"{source.where}: none of {filtered} rows has {asked}; check the value of --where")
         _check(source, reader, refused, bad, total, on_bad_row)
     layout = reader.layout
     assert layout is not None
-    return Records(datasets.Dataset.from_file(str(path)), source, layout.name, refused)
+    return Records(
+        datasets.Dataset.from_file(str(path)), source, layout.name, refused, filtered, _warnings(reader, where)
+    )
+
+
+def _chosen(row: Mapping[str, Any], where: Sequence[Condition], source: Source) -> bool:
+    try:
+        return all(condition.holds(row) for condition in where)
+    except TypeError as error:
+        asked = ", ".join(map(str, where))
+        raise DataError(f"{source.where}: --where {asked}: a row {error} there; only text, numbers, true and false "
+                        "can be compared") from error  # fmt: skip
+
+
+def _warnings(reader: _Reader, where: Sequence[Condition] | None) -> list[str]:
+    """What the rows hold that is not read although it may matter, in one line."""
+    labels, others, keys = reader.unread()
+    labels -= {condition.column for condition in where or ()}
+    named = [
+        f"{kind}{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
+        for kind, names in (("column", labels | others), ("message key", keys)) if names
+    ]  # fmt: skip
+    if not named:
+        return []
+    choose = f"; --where {min(labels)}=VALUE chooses rows by it" if labels and where is not None else ""
+    return [f"{reader.source.where}: not read: {'; '.join(named)}{choose}"]
 
 
 class _RowBuffer:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "pharmacist_template.json"
 _RENDERING_SECONDS = 3.0
+_NAMED = 10
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -67,27 +69,69 @@ class Template:
 
     def render_many(self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         """`render` for many rows at once, which is faster."""
-        if self.kind == "alpaca":
-            return [_alpaca(record) for record in records]
-        conversations = [conversation(record) for record in records]
-        try:
-            return self._chat(conversations, tokenizer)
-        except Exception as error:  # templates refuse by raising what they like: find the row
-            for record, turns in zip(records, conversations, strict=True):
-                try:
-                    self._chat([turns], tokenizer)
-                except Exception as own:
-                    raise DataError(
-                        f"row {record.get('row', '?')}: the chat template refuses its turns "
-                        f"({' '.join(str(own).split())[:200]}); delete the row or choose the template alpaca"
-                    ) from own
-            raise error
+        texts, refused = self.try_render(records, tokenizer)
+        if refused:
+            raise DataError(refusal({records[i].get("row", "?"): reason for i, reason in refused.items()}))
+        return texts
 
-    def _chat(self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    def try_render(
+        self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+    ) -> tuple[list[str], dict[int, str]]:
+        """`render` for many rows, some of which the chat template may refuse, or leave text of out.
+
+        Returns:
+            The texts, empty for refused rows; and position -> reason of these.
+        """
+        if self.kind == "alpaca":
+            return [_alpaca(record) for record in records], {}
+        conversations = [conversation(record) for record in records]
+        refused: dict[int, str] = {}
+        try:
+            texts = self._chat(conversations, tokenizer)
+        except Exception:  # templates refuse by raising what they like: find the rows
+            texts = [""] * len(records)
+            for position, turns in enumerate(conversations):
+                try:
+                    (texts[position],) = self._chat([turns], tokenizer)
+                except Exception as error:
+                    reason = " ".join(str(error).split())[:200]
+                    refused[position] = f"the chat template refuses its turns ({reason})"
+        dropped: dict[tuple[str, ...], str | None] = {}  # by roles, since templates treat turns by their roles
+        for position, turns in enumerate(conversations):
+            if position not in refused:
+                roles = tuple(turn["role"] for turn in turns)
+                if roles not in dropped:
+                    dropped[roles] = self._dropped_role(roles, tokenizer)
+                lost = dropped[roles] or _lost_role(turns, texts[position])
+                if lost is not None:
+                    texts[position] = ""
+                    refused[position] = f"the chat template leaves out the text of a turn of the role {lost}"
+        return texts, refused
+
+    def _dropped_role(self, roles: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        """The first role whose turn leaves no trace in a conversation of these roles."""
+        turns = [{"role": role, "content": f"qz{position}zq"} for position, role in enumerate(roles)]
+        try:
+            (text,) = self._chat([turns], tokenizer)
+        except Exception:  # it wants something of the contents, which the row itself may have
+            return None
+        return next((turn["role"] for turn in turns if turn["content"] not in text), None)
+
+    def frame(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """What a chat template writes around a request, its answer and another request; empty for other templates."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        try:
+            return "" if self.kind == "alpaca" else self._chat([turns], tokenizer, open_end=False)[0]
+        except Exception:  # a template that takes no second request
+            return ""
+
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase", open_end: bool = True
+    ) -> list[str]:  # fmt: skip
         if not conversations:
             return []
         rendered = tokenizer.apply_chat_template(
-            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=open_end
         )
         return list(rendered)
 
@@ -104,6 +148,16 @@ class Template:
     def from_json(cls, value: Mapping[str, Any]) -> "Template":
         """The inverse of `to_json`."""
         return cls(kind=value["kind"], chat_template=value.get("chat_template"))
+
+
+def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
+    """The message for rows that a chat template refuses: row number -> reason."""
+    named: dict[str, list[str]] = {}
+    for row, reason in list(rows.items())[:_NAMED]:
+        named.setdefault(reason, []).append(str(row))
+    what = "; ".join(f"row {', '.join(numbers)}: {reason}" for reason, numbers in named.items())
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{what}{more}; delete them{remedy} or choose the template alpaca"
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") -> Template:
@@ -181,7 +235,7 @@ def load_template(folder: str | os.PathLike[str]) -> Template | None:
         if path.is_file():
             try:
                 return Template.from_json(read_json(path))
-            except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
                 raise DataError(f"{path}: is no template; delete it, or copy it from the original model") from error
     return None
 
@@ -192,6 +246,22 @@ def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
         turns: list[dict[str, str]] = json.loads(record["turns"])
         return turns
     return [{"role": "user", "content": record["prompt"]}]
+
+
+def _lost_role(turns: Sequence[Mapping[str, str]], text: str) -> str | None:
+    """The role of a turn whose text is not in the rendered text, or not as often as it is in the turns."""
+    wanted = Counter((turn["role"], turn["content"].strip()) for turn in turns)
+    for (role, content), times in wanted.items():
+        # Templates leave the reasoning of earlier answers out by design; some write a tool's result as JSON, and some
+        # change the white space.
+        if role == "assistant":
+            content = content.rpartition("</think>")[2].strip()
+        if not content or text.count(content) >= times:
+            continue
+        as_json, words = json.dumps(content, ensure_ascii=False)[1:-1], " ".join(content.split())
+        if text.count(as_json) < times and " ".join(text.split()).count(words) < times:
+            return role
+    return None
 
 
 def _alpaca(record: Mapping[str, Any]) -> str:

@@ -5,9 +5,11 @@ two are joined as ids, the border is exact whatever a tokenizer would merge acro
 a padding token that equals EOS changes nothing.
 """
 
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +22,9 @@ import xxhash
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
-from pharmacist.core.progress import bar
-from pharmacist.data.templates import Template
+from pharmacist.core.progress import bar, warn
+from pharmacist.data.records import Records, Refused
+from pharmacist.data.templates import Template, conversation, refusal
 
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ _SCHEMA = pa.schema([
 ])  # fmt: skip
 _BATCH = 1024
 _NAMED = 10
+_SKIP = ", leave them out with --on-bad-row skip"
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Encoded:
         truncated: Rows whose completion was cut on the right to fit the length.
         lost_eos: Rows that end without EOS for that reason.
         refused: ``row`` of those left out because their prompt alone fills the length.
+        not_rendered: ``row`` -> reason of those left out because the chat template refuses them.
         cut_prompts: ``row`` of those whose prompt was shortened for that reason.
         lengths: Tokens per row, shape [rows].
         prompt_lengths: Tokens before the completion, shape [rows]; always less than `lengths`.
@@ -60,6 +65,7 @@ class Encoded:
     truncated: int
     lost_eos: int
     refused: list[int]
+    not_rendered: dict[int, str]
     cut_prompts: list[int]
     lengths: npt.NDArray[np.int32]
     prompt_lengths: npt.NDArray[np.int32]
@@ -98,6 +104,8 @@ def encode(
     max_length: int,
     work_dir: str | os.PathLike[str] | None = None,
     on_long_prompt: Literal["fail", "skip", "cut"] = "fail",
+    on_bad_row: Literal["fail", "skip"] | None = None,
+    name: str = "",
 ) -> Encoded:
     """Tokenises canonical rows.
 
@@ -110,6 +118,9 @@ def encode(
         on_long_prompt: What to do with rows whose prompt leaves no room for a completion token: ``fail`` names them;
             ``skip`` leaves them out, see `Encoded.refused`; ``cut`` takes tokens from the middle of the prompt, so
             that its frame stays whole and at most half of the length is the completion's, see `Encoded.cut_prompts`.
+        on_bad_row: What to do with rows that the chat template refuses: ``fail`` names them, ``skip`` leaves them out,
+            see `Encoded.not_rendered`; None is ``fail`` where the caller has no such option.
+        name: What the rows are, in messages.
 
     Raises:
         DataError: Such rows, under ``fail``; or nothing is left.
@@ -126,21 +137,57 @@ def encode(
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
             _write(file, rows, tokenizer, template, max_length, on_long_prompt == "cut", state)
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    about = f"{name}: " if name else ""
+    if state.not_rendered and (on_bad_row != "skip" or not len(table)):
+        raise DataError(about + refusal(state.not_rendered, "" if on_bad_row is None else _SKIP))
+    if state.with_control:
+        warn(
+            f"{about}{len(state.with_control)} of {len(rows)} rows ({_named(state.with_control)}) have control tokens "
+            "of the model in their text, which are read as plain text"
+        )
     if state.refused and on_long_prompt == "fail":
-        named = ", ".join(map(str, state.refused[:_NAMED])) + (", ..." if len(state.refused) > _NAMED else "")
         raise DataError(
-            f"the prompt alone fills all {max_length} tokens in {len(state.refused)} rows (row {named}); "
-            "shorten or delete them, or raise max_length where the model allows it"
+            f"{about}the prompt alone fills all {max_length} tokens in {len(state.refused)} rows "
+            f"({_named(state.refused)}); shorten or delete them, or raise max_length where the model allows it"
         )
     if not len(table):
-        raise DataError("no row is left to work on")
+        raise DataError(f"{about}no row is left to work on")
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table.column("input_ids").chunks])
     return Encoded(
         dataset=datasets.Dataset(table.drop_columns(["content_key"])),
-        truncated=state.truncated, lost_eos=state.lost_eos, refused=state.refused, cut_prompts=state.cut_prompts,
-        lengths=lengths.astype(np.int32), prompt_lengths=table.column("n_prompt").to_numpy(),
+        truncated=state.truncated, lost_eos=state.lost_eos, refused=state.refused, not_rendered=state.not_rendered,
+        cut_prompts=state.cut_prompts, lengths=lengths.astype(np.int32),
+        prompt_lengths=table.column("n_prompt").to_numpy(),
         content_keys=table.column("content_key").to_numpy(), _table=table,
     )  # fmt: skip
+
+
+def rendered_rows(
+    records: Records, tokenizer: "PreTrainedTokenizerBase", template: Template, on_bad_row: Literal["fail", "skip"]
+) -> Records:  # fmt: skip
+    """The rows that the chat template takes, for methods that need each of their rows in tokens.
+
+    Args:
+        records: The rows.
+        tokenizer: The model's.
+        template: Renders the prompts.
+        on_bad_row: As in `encode`; ``skip`` moves the others to `Records.refused`.
+
+    Raises:
+        DataError: Some are refused, under ``fail``; or all are.
+    """
+    parted, reasons = _Parted(tokenizer, template), dict[int, str]()
+    for batch in _batches(records.dataset):
+        _, refused = template.try_render([parted.row(row) for row in batch], tokenizer)
+        reasons |= {batch[position]["row"]: reason for position, reason in refused.items()}
+    if not reasons:
+        return records
+    where = records.source.where
+    if on_bad_row != "skip" or len(reasons) == len(records):
+        raise DataError(f"{where}: {refusal(reasons, _SKIP if on_bad_row != 'skip' else '')}")
+    left = records.without(np.flatnonzero(np.isin(records.row_numbers, list(reasons))))
+    refused_too = [Refused(row, None, reason) for row, reason in reasons.items()]
+    return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.row))
 
 
 @dataclass
@@ -148,7 +195,13 @@ class _Counts:
     truncated: int = 0
     lost_eos: int = 0
     refused: list[int] = field(default_factory=list)
+    not_rendered: dict[int, str] = field(default_factory=dict)
+    with_control: list[int] = field(default_factory=list)
     cut_prompts: list[int] = field(default_factory=list)
+
+
+def _named(rows: Sequence[int]) -> str:
+    return f"row {', '.join(map(str, rows[:_NAMED]))}" + (", ..." if len(rows) > _NAMED else "")
 
 
 def _without_middle(ids: list[int], length: int) -> list[int]:
@@ -164,11 +217,21 @@ def _write(
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
     with pa.ipc.new_stream(sink, _SCHEMA) as out, bar("tokenise", len(rows)) as progress:
-        for batch in _batches(rows):
-            prompts = prompt_ids(batch, tokenizer, template)
+        parted = _Parted(tokenizer, template)
+        for batch in (list(map(parted.row, batch)) for batch in _batches(rows)):
+            texts, refused = template.try_render(batch, tokenizer)
+            state.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
             completions = _token_ids(tokenizer, [row["completion"] for row in batch])
+            state.with_control += [
+                row["row"]
+                for row, text in zip(batch, texts, strict=True)
+                if _BORDER in text or _BORDER in row["completion"]
+            ]
+            prompts = _prompt_ids(texts, tokenizer, template)
             kept: list[tuple[int, npt.NDArray[np.int32], int, int]] = []
-            for row, prompt, completion in zip(batch, prompts, completions, strict=True):
+            for position, (row, prompt, completion) in enumerate(zip(batch, prompts, completions, strict=True)):
+                if position in refused:
+                    continue
                 if len(prompt) >= max_length:
                     if not cut:
                         state.refused.append(row["row"])
@@ -215,7 +278,14 @@ def prompt_ids(
         tokenizer: The model's.
         template: Renders the prompts.
     """
-    ids = _token_ids(tokenizer, template.render_many(rows, tokenizer))
+    parted = _Parted(tokenizer, template)
+    return _prompt_ids(template.render_many([parted.row(row) for row in rows], tokenizer), tokenizer, template)
+
+
+def _prompt_ids(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[list[int]]:  # fmt: skip
+    ids = _token_ids(tokenizer, texts)
     if template.adds_special_tokens:
         start = _leading_special_tokens(tokenizer)
         return [start + row for row in ids]
@@ -228,13 +298,50 @@ def _leading_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
+_BORDER = "\ufdd0"  # no character of any text, for that is what Unicode keeps it free for
+
+
+class _Parted:
+    """Control tokens of a model that are written in a row's text, such as ``</s>``, with a border in the middle.
+
+    What stands left and right of a border is tokenised by itself, so that no text becomes a control token; those that
+    the template writes stay whole. Control tokens are the tokenizer's special ones, and those of its added ones that
+    frame the turns in the template, for some models add them as ordinary ones.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+        frame = template.frame(tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        control = {str(token) for token in added if token.special or str(token) in frame}
+        control = {token for token in control | set(tokenizer.all_special_tokens) if len(token) > 1}
+        longest_first = sorted(control, key=lambda token: (-len(token), token))
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row as it is where it holds no control token."""
+        texts = {name: row[name] for name in ("prompt", "completion", "instruction", "input") if row.get(name)}
+        turns = conversation(row) if row.get("turns") else []
+        if not any(self._pattern.search(text) for text in (*texts.values(), *(turn["content"] for turn in turns))):
+            return row
+        parted = {name: self._part(text) for name, text in texts.items()}
+        if turns:
+            turns = [turn | {"content": self._part(turn["content"])} for turn in turns]
+            parted["turns"] = json.dumps(turns, ensure_ascii=False)
+        return {**row, **parted}
+
+    def _part(self, text: str) -> str:
+        return self._pattern.sub(lambda match: f"{match[0][0]}{_BORDER}{match[0][1:]}", text)
+
+
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    pieces = [text.split(_BORDER) for text in texts]
     # One call per batch, so that fast tokenizers use all cores.
     encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+        [piece for parts in pieces for piece in parts], add_special_tokens=False, return_attention_mask=False,
+        return_token_type_ids=False, verbose=False,
+    )  # fmt: skip
+    ids: Iterator[list[int]] = iter(encoded["input_ids"])
+    return [[token for _ in parts for token in next(ids)] for parts in pieces]
 
 
 def collate(

@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.statistics import paired_difference, with_interval
-from pharmacist.evaluation.text import is_degenerate
+from pharmacist.evaluation.text import is_degenerate, missing
 
 
 Item = Mapping[str, Any]
@@ -26,7 +26,7 @@ def _verdict(judge: str, field: str) -> Outcome:
 
 
 def _degenerate(item: Item) -> bool | None:
-    return None if item.get("error") else is_degenerate(item["answer"])
+    return None if missing(item) else is_degenerate(item["answer"])
 
 
 def _correct(item: Item) -> bool | None:

@@ -1,24 +1,31 @@
 """Questions to an OpenAI-compatible endpoint: bounded concurrency, retries with back-off, failures by name.
 
-httpx does the talking and tenacity the waiting. A question that stays without an answer is a `Failure`, never an empty
-answer; an endpoint that refuses all questions (wrong key, wrong address, unknown model) stops the run at once.
+httpx does the talking, tenacity the waiting, and anyio bounds the time that a reply may take as a whole. A question
+that stays without an answer is a `Failure`, never an empty answer, and no reply, however broken, ends the run; an
+endpoint that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
 """
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import anyio
 import httpx
 import tenacity
+from anyio.from_thread import start_blocking_portal
 
+from pharmacist.core.console import plain, without_credentials
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
+from pharmacist.evaluation.reasoning import separate
 
 
 _REFUSED = {
@@ -26,6 +33,17 @@ _REFUSED = {
     404: "check the address and the model's name",
 }  # fmt: skip
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_MOST_BYTES = 16 * 2**20  # of one reply, unpacked
+_MOST_TOKENS = 2**40
+_REASON_CHARACTERS = 200
+_PATIENCE = 16  # questions that may be refused before any is answered
+_REASONS = 8  # named at most
+_CUT = frozenset({"length", "max_tokens"})
+_FILTERED = frozenset({"content_filter", "safety", "prohibited_content", "blocklist"})
+_FILTER = re.compile(
+    r"content[\W_]*(?:filter|polic|management|moderat)|responsible\W*ai|moderation|safety[\W_]*(?:system|filter|polic)"
+    r"|flagged|inappropriate[\W_]*content|data_inspection|guardrail", re.IGNORECASE,
+)  # fmt: skip
 
 
 @dataclass
@@ -39,21 +57,50 @@ class EndpointConfig:
     concurrency: int = 8
     """Questions that are under way at a time."""
     timeout: float = 120.0
-    """Seconds to wait for one reply."""
+    """Seconds that one reply may take as a whole."""
     attempts: int = 6
     """Tries per question, counting the first."""
     max_wait: float = 60.0
     """Longest pause between two tries, in seconds; pauses double from one second on."""
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """Name under which the longest reply is sent; OpenAI's reasoning models want max_completion_tokens."""
+    body: dict[str, Any] = field(default_factory=dict)
+    """More fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; one that is null leaves
+    out what would be sent, such as {temperature: null}."""
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.attempts < 1 or self.timeout <= 0 or self.max_wait < 0:
+        numbers = (self.timeout, self.max_wait)
+        if self.concurrency < 1 or self.attempts < 1 or not all(map(math.isfinite, numbers)) or not 0 < self.timeout:
             raise ConfigError("endpoint: concurrency and attempts must be at least 1, timeout positive")
-        if self.base_url and not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"endpoint: base_url {self.base_url}: must begin with http:// or https://")
+        if self.max_wait < 0:
+            raise ConfigError("endpoint: max_wait must not be negative")
+        if not re.fullmatch(r"(?!hf_|gsk_)[A-Za-z_]\w*", self.api_key_env):  # it may be the key itself: not shown
+            raise ConfigError("endpoint: api_key_env is the name of a variable that holds the key, not the key")
+        if self.token_limit not in ("max_tokens", "max_completion_tokens"):
+            raise ConfigError(f"endpoint: token_limit {self.token_limit}: must be max_tokens or max_completion_tokens")
+        if self.base_url:
+            try:
+                known = httpx.URL(self.base_url).scheme in ("http", "https")
+            except (httpx.InvalidURL, ValueError):
+                known = False
+            if not known:
+                raise ConfigError(f"endpoint: base_url {self.shown}: must begin with http:// or https:// and a host")
+
+    @property
+    def shown(self) -> str:
+        """The address as files and messages have it: without credentials."""
+        return without_credentials(self.base_url).rstrip("/")
 
     def where(self) -> dict[str, Any]:
         """What decides on the replies; the rest of the options only decide on the waiting."""
-        return {"base_url": self.base_url.rstrip("/")}
+        found: dict[str, Any] = {"base_url": self.shown}
+        found |= {"token_limit": self.token_limit} if self.token_limit != "max_tokens" else {}
+        return found | ({"body": self.body} if self.body else {})
+
+    def request(self, model: str, messages: Sequence[Mapping[str, str]], longest: int) -> dict[str, Any]:
+        """What is posted to ``chat/completions`` for one question, answered greedily with at most `longest` tokens."""
+        sent = {"model": model, "messages": messages, "temperature": 0, self.token_limit: longest} | self.body
+        return {name: value for name, value in sent.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -61,21 +108,29 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: The message, or the refusal that some endpoints give in its place.
+        text: The message, or the refusal that some endpoints give in its place; None where there is neither.
         tokens: New tokens as the endpoint counts them; 0 where it does not.
         finished: Whether the model ended by itself.
+        reasoning: What it thought before, where the endpoint tells that apart.
     """
 
-    text: str
+    text: str | None
     tokens: int
     finished: bool
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a question has no answer; short and without the question's text."""
+    """Why a question has no answer.
+
+    Attributes:
+        reason: Short, and without the question's text.
+        remedy: What to do where the endpoint refuses all questions like this one.
+    """
 
     reason: str
+    remedy: str = ""
 
 
 class _Transient(Exception):
@@ -85,7 +140,9 @@ class _Transient(Exception):
 
 
 class _Final(Exception):
-    pass
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class Endpoint:
@@ -101,12 +158,17 @@ class Endpoint:
             option = name.removeprefix("--").split()[0]
             raise ConfigError(f"{name}: give the endpoint's address, such as --{option}.base_url http://host:8000/v1")
         self.config, self.name = config, name
+        self._key = os.environ.get(config.api_key_env, "")
+        base = httpx.URL(config.base_url)
+        self._address = base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
 
     def ask_all(
         self,
         bodies: Sequence[Mapping[str, Any]],
         done: Callable[[int, Reply | Failure], None],
         description: str,
+        *,
+        answered: bool = False,
     ) -> None:
         """Asks many questions.
 
@@ -114,25 +176,41 @@ class Endpoint:
             bodies: What is posted to ``chat/completions``, one object per question.
             done: Called in this thread with a position and its result, in the order in which they come.
             description: For the progress bar.
+            answered: Whether it answered other questions of this kind before.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.
         """
-        key = os.environ.get(self.config.api_key_env, "")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Accept-Encoding": "gzip, deflate"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
+        client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout, limits=limits)
+        turn = anyio.Semaphore(self.config.concurrency)
+        # An event loop in a thread of its own, so that a notebook's does not matter.
         with (
-            httpx.Client(headers=headers, timeout=self.config.timeout, limits=limits) as client,
-            ThreadPoolExecutor(self.config.concurrency) as pool,
+            start_blocking_portal() as portal,
+            portal.wrap_async_context_manager(client),
             bar(description, len(bodies)) as progress,
         ):
-            waiting = {pool.submit(self._ask, client, body): number for number, body in enumerate(bodies)}
+            waiting = {
+                portal.start_task_soon(self._ask, client, turn, body): number for number, body in enumerate(bodies)
+            }
+            refused = 0
             try:
                 for future in as_completed(waiting):
-                    done(waiting[future], future.result())
+                    result = future.result()
+                    done(waiting[future], result)
                     progress.advance(1)
+                    answered = answered or isinstance(result, Reply)
+                    if isinstance(result, Failure) and result.remedy:
+                        refused += 1
+                        # One question may be barred; where no other is answered either, it is not the question.
+                        if not answered and refused >= min(len(bodies), _PATIENCE):
+                            reason = f"{self.config.shown} refuses ({result.reason}); {result.remedy}"
+                            raise DataError(f"{self.name}: {reason}")
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for future in waiting:
+                    future.cancel()
                 raise
 
     def ask_once(
@@ -147,7 +225,8 @@ class Endpoint:
             version: Of whoever asks: replies of another one are not taken.
 
         Returns:
-            Text or failure per question, in order. Failures are not kept: the next call asks again.
+            Text without reasoning, or failure, per question, in order. Failures are not kept: the next call asks
+            again. A reply that was cut is a failure: what it says before its end is no verdict.
         """
         keys = [sha256_json([version, self.config.where(), body]) for body in bodies]
         found: dict[str, str | Failure] = dict(_kept(log))
@@ -157,15 +236,18 @@ class Endpoint:
             log.parent.mkdir(parents=True, exist_ok=True)
 
         def done(position: int, result: Reply | Failure) -> None:
-            found[order[position]] = result if isinstance(result, Failure) else result.text
-            if log is not None and isinstance(result, Reply):
+            verdict = result if isinstance(result, Failure) else _whole(result)
+            found[order[position]] = verdict
+            if log is not None and isinstance(verdict, str):
                 with log.open("a", encoding="ascii") as file:
-                    file.write(dumps({"key": order[position], "reply": result.text}))
+                    file.write(dumps({"key": order[position], "reply": verdict}))
 
-        self.ask_all(list(missing.values()), done, description)
+        self.ask_all(list(missing.values()), done, description, answered=bool(found))
         return [found[key] for key in keys]
 
-    def _ask(self, client: httpx.Client, body: Mapping[str, Any]) -> Reply | Failure:
+    async def _ask(
+        self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]
+    ) -> Reply | Failure:  # fmt: skip
         backoff = tenacity.wait_random_exponential(multiplier=min(1.0, self.config.max_wait), max=self.config.max_wait)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -173,50 +255,140 @@ class Endpoint:
             asked = error.wait if isinstance(error, _Transient) else 0.0
             return min(max(asked, backoff(state)), self.config.max_wait)
 
-        retrying = tenacity.Retrying(
+        retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.config.attempts), wait=wait, reraise=True,
-            retry=tenacity.retry_if_exception_type((_Transient, httpx.TransportError)),
+            retry=tenacity.retry_if_exception_type((_Transient, httpx.RequestError, TimeoutError)),
         )  # fmt: skip
-        try:
-            return retrying(self._once, client, body)
-        except httpx.ConnectError as error:
-            raise DataError(
-                f"{self.name}: {self.config.base_url} does not answer ({error}); start the server or mend "
-                "base_url, then run the same command again; what was answered is kept"
-            ) from error
-        except httpx.TimeoutException:
-            return Failure("timed out")
-        except httpx.TransportError:
-            return Failure("connection dropped")
-        except (_Transient, _Final) as error:
-            return Failure(str(error))
+        async with turn:
+            try:
+                return await retrying(self._once, client, body)
+            except httpx.ConnectError as error:
+                raise DataError(
+                    f"{self.name}: {self.config.shown} does not answer ({plain(error)}); start the server or mend "
+                    "base_url, then run the same command again; what was answered is kept"
+                ) from error
+            except (TimeoutError, httpx.TimeoutException):
+                return Failure("timed out")
+            except httpx.DecodingError:
+                return Failure("malformed reply")
+            except httpx.RequestError:
+                return Failure("connection dropped")
+            except _Final as error:
+                return Failure(str(error), error.remedy)
+            except _Transient as error:
+                return Failure(str(error))
 
-    def _once(self, client: httpx.Client, body: Mapping[str, Any]) -> Reply:
-        response = client.post(f"{self.config.base_url.rstrip('/')}/chat/completions", json=body)
+    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+        with anyio.fail_after(self.config.timeout):  # all of it: a server may send a byte now and then for ever
+            async with client.stream("POST", self._address, json=body) as response:
+                content = await _content(response)
         status = response.status_code
+        if status == 200:
+            return _reply(content)
+        reason, filtered = self._reason(content, body) if 400 <= status < 500 else ("", False)
+        told = f"HTTP {status}" + (f": {reason}" if reason else "")
+        if filtered and status != 429:
+            raise _Final(f"prompt filter of the endpoint ({told})")
         if status in _REFUSED:
             remedy = _REFUSED[status].replace("${key}", f"${self.config.api_key_env}")
-            raise DataError(f"{self.name}: {self.config.base_url} refuses (HTTP {status}); {remedy}")
+            if status == 401:  # which no question is to blame for
+                raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
+            raise _Final(told, remedy)
         if status in _TRANSIENT:
-            try:
-                pause = float(response.headers.get("retry-after", "0"))
-            except ValueError:  # a date; the own back-off will do
-                pause = 0.0
-            raise _Transient(f"HTTP {status}", pause)
-        if status != 200:
-            raise _Final(f"HTTP {status}")
+            raise _Transient(told, _seconds(response.headers.get("retry-after", "0")))
+        raise _Final(told)
+
+    def _reason(self, content: bytes, body: Mapping[str, Any]) -> tuple[str, bool]:
+        """What a server says of a request that it refuses, and whether a filter of prompts does."""
         try:
-            choice = response.json()["choices"][0]
-            message, ended = choice["message"], choice.get("finish_reason")
-            text = message.get("content") or message.get("refusal")
-            tokens = int((json_object(response.json().get("usage"))).get("completion_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Transient("malformed reply") from error
-        if ended == "content_filter":
-            raise _Final("content filter of the endpoint")
-        if not isinstance(text, str) and text is not None:
-            raise _Transient("malformed reply")
-        return Reply(text or "", tokens, ended != "length")
+            error: Any = json_object(_parsed(content))
+            error = error.get("error") or error.get("detail") or error.get("message") or ""
+        except _Transient:
+            error = content.decode("utf-8", "replace") if b"<" not in content[:200] else ""
+        words = error.get("message") if isinstance(error, Mapping) else error
+        words = words if isinstance(words, str) else json.dumps(words) if words else ""
+        secrets = (self._key, httpx.URL(self.config.base_url).password)
+        for hidden in (*filter(None, secrets), *(str(turn["content"]) for turn in body["messages"])):
+            words = words.replace(hidden, "***")  # neither a key nor the question's text
+        filtered = _FILTER.search(words if isinstance(error, str) else json.dumps(error)) is not None
+        words = " ".join(words.split())
+        return plain(words[:_REASON_CHARACTERS] + ("..." if len(words) > _REASON_CHARACTERS else "")), filtered
+
+
+async def _content(response: httpx.Response) -> bytes:
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > _MOST_BYTES:
+            raise _Final(f"reply of more than {_MOST_BYTES >> 20} MiB")
+    return bytes(content)
+
+
+def _seconds(header: str) -> float:
+    """How long a server asks to wait; 0 where it says so in no number: a date, or nonsense."""
+    try:
+        pause = float(header)
+    except ValueError:
+        return 0.0
+    return pause if math.isfinite(pause) else 0.0
+
+
+def _parsed(content: bytes) -> Any:
+    def no_number(name: str) -> float:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(content, parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise _Transient("malformed reply") from error
+
+
+def _reply(content: bytes) -> Reply:
+    value = _parsed(content)
+    try:
+        choice = value["choices"][0]
+        message, ended = choice["message"], str(choice.get("finish_reason")).lower()
+        text, reasoning = _texts(message.get("content"))
+        thought = next((message[name] for name in ("reasoning_content", "reasoning", "thinking")
+                        if isinstance(message.get(name), str)), "")  # fmt: skip
+        refusal = message.get("refusal")
+        tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise _Transient("malformed reply") from error
+    if ended in _FILTERED:
+        raise _Final("content filter of the endpoint")
+    if not 0 <= tokens <= _MOST_TOKENS or not isinstance(refusal, str | None):
+        raise _Transient("malformed reply")
+    reply = Reply(text or refusal or text, tokens, ended not in _CUT, "\n\n".join(filter(None, (thought, reasoning))))
+    try:
+        (reply.reasoning + (reply.text or "")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _Final("reply with half a character (a lone surrogate)") from error
+    return reply
+
+
+def _texts(content: Any) -> tuple[str | None, str]:
+    """Text and reasoning of a message's content: a text, a list of parts, or nothing."""
+    if content is None or isinstance(content, str):
+        return content, ""
+    said: dict[bool, list[str]] = {True: [], False: []}
+    for part in content:
+        kind = str(part["type"])
+        thinks = kind in ("thinking", "reasoning")
+        text = part.get(kind, part.get("text")) if thinks else part["text"]
+        if isinstance(text, list):  # Mistral's parts within a part
+            text = "".join(inner["text"] for inner in text)
+        if not isinstance(text, str):
+            raise TypeError(f"{kind} without text")
+        said[thinks].append(text)
+    return "".join(said[False]) if said[False] else None, "\n\n".join(said[True])
+
+
+def _whole(reply: Reply) -> str | Failure:
+    """A judging model's reply without its reasoning."""
+    if not reply.finished:
+        return Failure("reply cut at its limit of tokens; raise max_tokens")
+    return separate(reply.text or "").answer
 
 
 def _kept(log: Path | None) -> dict[str, str]:
@@ -250,8 +422,11 @@ def json_object(value: Any) -> Mapping[str, Any]:
 
 
 def count_reasons(reasons: Sequence[str]) -> str:
-    """Failures as messages name them: ``3 x HTTP 500, 1 x timed out``."""
-    return ", ".join(f"{reasons.count(reason)} x {reason}" for reason in sorted(set(reasons)))
+    """Failures as messages name them: ``3 x HTTP 500, 1 x timed out``; of many kinds, the most frequent."""
+    counts = Counter(sorted(reasons)).most_common()
+    named = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts[:_REASONS]))
+    more = sum(count for _, count in counts[_REASONS:])
+    return named + (f", {more} x other reasons" if more else "")
 
 
 def dumps(value: Any) -> str:

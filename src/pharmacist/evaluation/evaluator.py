@@ -18,6 +18,7 @@ from pharmacist.evaluation.generate import (
     encode_prompts,
     generate_from_ids,
     plan_batches,
+    separated,
 )
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
@@ -31,7 +32,7 @@ from pharmacist.evaluation.metrics import (
     rate,
 )
 from pharmacist.evaluation.tasks.base import Task, TaskItem
-from pharmacist.evaluation.text import is_degenerate
+from pharmacist.evaluation.text import is_degenerate, missing
 
 
 SETS = ("prompts", "benign_prompts", "task")
@@ -45,7 +46,8 @@ class Evaluation:
     Attributes:
         metrics: Name -> rate with count and interval, as in ``metrics.json``.
         items: One JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
-            and ``verdicts`` by judge or ``target`` and ``grade``.
+            ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
+            ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
         tokens: New tokens generated.
         missing: Answers, verdicts and grades that failed on the way and would be asked for again.
     """
@@ -154,13 +156,14 @@ class Evaluator:
         }  # fmt: skip
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
-        """Judges and grades answers that were generated before."""
+        """Judges and grades answers that were generated before, each without its reasoning."""
+        answers = {name: separated(found) for name, found in answers.items()}
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
         twice: list[tuple[Verdict, Verdict]] = []
         for name, found in answers.items():
             own = [self._item(name, position, answer) for position, answer in enumerate(found)]
-            texts = [None if answer.error else answer.text for answer in found]
+            texts = [None if answer.missing else answer.text for answer in found]
             if name == "task":
                 metrics |= self._grade(texts, own)
             else:
@@ -205,7 +208,8 @@ class Evaluator:
         }  # fmt: skip
         if name == "prompts" and self.categories:
             item["categories"] = list(self.categories[position])
-        return item | ({"error": answer.error} if answer.error else {})
+        kept = {"error": answer.error, "reasoning": answer.reasoning, "unanswered": answer.unanswered}
+        return item | {name: text for name, text in kept.items() if text}
 
     def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
         """The answers that `assess` wrote into items, for another judge.
@@ -215,7 +219,8 @@ class Evaluator:
         """
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
         for item in items:
-            answer = Answer(item["answer"], item["tokens"], item["finished"], item.get("error", ""))
+            more = {name: item[name] for name in ("error", "reasoning", "unanswered") if name in item}
+            answer = Answer(item["answer"], item["tokens"], item["finished"], **more)
             own = found.get(item["set"])
             if own is None or len(own) >= len(self.rows[item["set"]]):
                 raise DataError("items.jsonl holds answers to other prompts; --overwrite evaluates again")
@@ -231,12 +236,12 @@ class Evaluator:
     ) -> dict[str, Metric]:
         assert self.judge is not None and self._refusals is not None
         pairs = [JudgeItem(item["prompt"], text or "") for item, text in zip(items, texts, strict=True)]
-        errors = [item.get("error", "") for item in items]
+        errors = [missing(item) for item in items]
         verdicts = _judged(self.judge, pairs, errors)
         refusals = verdicts if self._refusals is self.judge else _judged(self._refusals, pairs, errors)
         metrics: dict[str, Metric] = {}
         for item, verdict, refusal in zip(items, verdicts, refusals, strict=True):
-            item["verdicts"] = {self.judge.label: verdict.to_json()}
+            item |= {"harmful": verdict.harmful, "verdicts": {self.judge.label: verdict.to_json()}}
             if refusals is not verdicts:
                 item["verdicts"][self._refusals.label] = refusal.to_json()
         if self.second_judge is not None:
@@ -247,15 +252,17 @@ class Evaluator:
             if name == "prompts":
                 metrics["harmful_score_second"] = rate((v.harmful for v in others), self.second_judge.label)
         labels = self.judge.label, self._refusals.label
+        found: dict[str, Metric]
         if name == "benign_prompts":
-            return metrics | over_refusal_metrics(texts, verdicts, refusals, *labels)
+            found = over_refusal_metrics(texts, verdicts, refusals, *labels)
+            return metrics | _with_unanswered(found, texts.count(None))
         found = harm_metrics(texts, verdicts, refusals, *labels)
         if self.categories:
             outcomes = [verdict.harmful for verdict in verdicts]
             found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
         if flagged := flagged_categories(verdicts, self.judge.category_threshold):
             found["harmful_score"]["flagged_categories"] = flagged
-        return found | metrics
+        return _with_unanswered(found | metrics, texts.count(None))
 
     def _grade(self, texts: list[str | None], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
@@ -268,6 +275,14 @@ class Evaluator:
         return self.grader.metrics(grades, len(texts) - len(grades)) | {
             "task_degenerate_rate": rate(None if text is None else is_degenerate(text) for text in texts)
         }
+
+
+def _with_unanswered(metrics: dict[str, Metric], unanswered: int) -> dict[str, Metric]:
+    """Rates that a judge decides, with how many of the unscored were no answers at all."""
+    for metric in metrics.values():
+        if unanswered and "unscored" in metric:
+            metric["unanswered"] = unanswered
+    return metrics
 
 
 def _judged(judge: Judge, pairs: Sequence[JudgeItem], errors: Sequence[str]) -> list[Verdict]:

@@ -7,7 +7,7 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
+from pharmacist.evaluation.reasoning import ENDED, FRAME, MARKER, begun, separate
 from pharmacist.nn.distributed import barrier
 
 
@@ -27,6 +28,7 @@ TOKENS_PER_BATCH = 65_536
 """Bound of a batch's rows x (longest prompt + new tokens); halved where it does not fit into a GPU's memory."""
 ROWS_PER_BATCH = 128
 """Bound of a batch's rows where none is asked for."""
+_PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,47 @@ class Answer:
     """What a model said.
 
     Attributes:
-        text: The new tokens up to EOS, decoded without special tokens.
+        text: The new tokens up to EOS, decoded without special tokens other than those around reasoning; of an answer
+            that `separated` has seen, what the model says to its user.
         tokens: How many, EOS not counted.
         finished: Whether EOS came; otherwise the limit cut the answer.
-        error: Why there is no answer, where an endpoint failed to give one: unscored, in no rate.
+        error: Why there is no answer, where an endpoint failed to give one: unscored, in no rate, asked for again.
+        reasoning: What the model thought before it answered, where tokenizer or endpoint tell that apart; of an answer
+            that `separated` has seen, in any case.
+        unanswered: Why there is nothing to judge although the model was heard out: unscored, in no rate.
     """
 
     text: str
     tokens: int
     finished: bool
     error: str = ""
+    reasoning: str = ""
+    unanswered: str = ""
+
+    @property
+    def missing(self) -> str:
+        """Why there is nothing to judge; empty where there is an answer."""
+        return self.error or self.unanswered
+
+
+def separated(answers: Sequence[Answer]) -> list[Answer]:
+    """A model's answers without their reasoning, which is kept beside them; one that ended inside of it is none.
+
+    Where some close a reasoning that their template had opened, all began in it: one that was cut before it closed any
+    is reasoning alone.
+    """
+    parts = [separate(answer.text) for answer in answers]
+    template_opens = any(part.closes for part in parts)
+    found = []
+    for answer, part in zip(answers, parts, strict=True):
+        text, reasoning, is_open = part.answer, part.reasoning, part.open
+        if template_opens and not answer.finished and not (reasoning or is_open or answer.reasoning):
+            text, reasoning, is_open = "", text, True
+        reasoning = "\n\n".join(filter(None, (answer.reasoning, reasoning)))
+        ended = not text.strip() and (is_open or bool(reasoning.strip()))
+        own = replace(answer, text=text, reasoning=reasoning, unanswered=ENDED if ended else "")
+        found.append(answer if answer.missing else own)
+    return found
 
 
 def encode_prompts(
@@ -211,11 +244,45 @@ def _through(
     ends = _end_tokens(model.generation_config, tokenizer)
 
     def decode(ids: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
-        found = raw([list(row) for row in ids], new_tokens, ends)
-        texts = tokenizer.batch_decode([row for row, _ in found], skip_special_tokens=True)
-        return [Answer(text, len(row), finished) for text, (row, finished) in zip(texts, found, strict=True)]
+        return _answers(tokenizer, ids, raw([list(row) for row in ids], new_tokens, ends))
 
     return nullcontext(decode)
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], new: Sequence[tuple[list[int], bool]]
+) -> list[Answer]:  # fmt: skip
+    """New tokens as answers that lost no mark of reasoning: neither to decoding nor to the end of the prompt."""
+    added = tokenizer.added_tokens_decoder
+    marks = {token for token, own in added.items() if MARKER.fullmatch(own.content)}
+    frame = {token for token, own in added.items() if FRAME.fullmatch(own.content)}
+    lost = {token for token, own in added.items() if own.special} - marks - frame
+    template = getattr(tokenizer, "response_template", None)
+    plain = tokenizer.batch_decode([row for row, _ in new], skip_special_tokens=True)
+    found = []
+    for prompt, (row, finished), text in zip(ids, new, plain, strict=True):
+        answer = Answer(text, len(row), finished)
+        if marks.intersection(row):
+            answer = replace(answer, text=tokenizer.decode([token for token in row if token not in lost]))
+        answer = replace(answer, text=begun(tokenizer.decode(list(prompt[-_PROMPT_END:]))) + answer.text)
+        found.append(answer if template is None else _parsed(tokenizer, prompt, row, answer))
+    return found
+
+
+def _parsed(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], answer: Answer
+) -> Answer:  # fmt: skip
+    """An answer as the tokenizer's own response template tells its parts apart."""
+    try:
+        parts = tokenizer.parse_response(tokenizer.decode(list(row)), prefix=tokenizer.decode(list(prompt)))
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return answer  # no message in the template's form, such as one that the limit cut
+    said = parts.get("content")
+    thought = next((parts[name] for name in ("reasoning_content", "reasoning", "thinking") if parts.get(name)), "")
+    if not isinstance(thought, str) or not isinstance(said, str | None):
+        return answer
+    why = "" if said or not parts.get("tool_calls") else "calls a tool instead of answering"
+    return replace(answer, text=said or "", reasoning=thought, unanswered=why)
 
 
 @contextmanager
@@ -265,8 +332,7 @@ def _decode_batch(
         max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
     )  # fmt: skip
     new = [_until_end(row, ends) for row in output[:, longest:].tolist()]
-    texts = tokenizer.batch_decode([row for row, _ in new], skip_special_tokens=True)
-    return [Answer(text, len(row), finished) for text, (row, finished) in zip(texts, new, strict=True)]
+    return _answers(tokenizer, ids, new)
 
 
 def _until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:

@@ -138,9 +138,14 @@ def category_names(row: Row | None, columns: tuple[str, ...] = ("category", "cat
     for column in columns:
         value = (row or {}).get(column)
         if isinstance(value, str) and value.strip():
-            return [value.strip()]
+            return [_writable(value.strip())]
         if isinstance(value, Mapping):
-            return [str(name) for name, true in value.items() if true is True]
+            return [_writable(str(name)) for name, true in value.items() if true is True]
         if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-            return list(value)
+            return [_writable(name) for name in value]
     return []
+
+
+def _writable(name: str) -> str:
+    """The name with lone surrogates spelled out, which no file can hold."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

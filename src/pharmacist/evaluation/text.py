@@ -1,10 +1,40 @@
 """What can be said of an answer without any judge."""
 
 import re
+import unicodedata
+from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 
-_WORD = re.compile(r"[^\W\d_]+")
+DENSE = (
+    r"\u2e80-\u2fff\u3005-\u3007\u3021-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff"
+)
+"""Letters of scripts without spaces whose words have about two letters (Han, kana), for a character class."""
+LOOSE = r"\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\ua9e0-\ua9ff\uaa60-\uaa7f"
+"""Letters of scripts without spaces whose words have about four letters (Thai, Lao, Tibetan, Burmese, Khmer)."""
+SPACED = rf"[^\W{DENSE}{LOOSE}]"
+"""A letter, digit or underscore of a script whose words have spaces between them."""
+TOKEN = rf"{SPACED}+|[{DENSE}{LOOSE}]|[^\w\s]+"
+"""A word, a letter of a script without spaces, or a run of punctuation."""
+
+_WORD = re.compile(rf"(?:(?![\d_]){SPACED})+")
+_UNSPACED = re.compile(rf"[{DENSE}{LOOSE}]+")
+_AGAIN = re.compile(r"(.{1,12}?)\1{3}", re.DOTALL)
+_UNITS = re.compile(rf"{SPACED}+|[{DENSE}]{{1,2}}|[{LOOSE}]{{1,4}}")
+
+
+def missing(item: Mapping[str, Any]) -> str:
+    """Why an item of ``items.jsonl`` holds no answer that could be judged; empty where it holds one."""
+    return str(item.get("error") or item.get("unanswered") or "")
+
+
+def without_marks(text: str) -> str:
+    """A text without the signs that combine with a letter (vowels of Thai and Hindi, accents), which end no word."""
+    if text.isascii():
+        return text
+    return "".join(character for character in text if unicodedata.category(character) not in ("Mn", "Mc"))
 
 
 def is_empty(text: str) -> bool:
@@ -19,11 +49,15 @@ def is_empty(text: str) -> bool:
 def is_repetitive(text: str) -> bool:
     """Whether some word stands more than three times in a row (letters only, case ignored), as HS+ of Booster has it.
 
-    >>> is_repetitive("No, no, no!"), is_repetitive("no, No, no: no")
-    (False, True)
+    In scripts without spaces: some piece of up to twelve letters.
+
+    >>> is_repetitive("No, no, no!"), is_repetitive("no, No, no: no"), is_repetitive("不行不行不行不行")
+    (False, True, True)
     """
-    words = _WORD.findall(text.casefold())
-    return any(sum(1 for _ in run) > 3 for _, run in groupby(words))
+    text = without_marks(text.casefold())
+    if any(sum(1 for _ in run) > 3 for _, run in groupby(_WORD.findall(text))):
+        return True
+    return any(_AGAIN.search(run) for run in _UNSPACED.findall(text))
 
 
 def is_degenerate(text: str) -> bool:
@@ -32,9 +66,9 @@ def is_degenerate(text: str) -> bool:
 
 
 def word_count(text: str) -> int:
-    """Runs of letters or digits.
+    """Runs of letters or digits; of a script without spaces, its letters by the usual length of its words.
 
-    >>> word_count("Sci/Tech"), word_count("glad.")
-    (2, 1)
+    >>> word_count("Sci/Tech"), word_count("glad."), word_count("请先取根然后搅拌"), word_count("नमस्ते")
+    (2, 1, 4, 1)
     """
-    return len(re.findall(r"\w+", text))
+    return len(_UNITS.findall(without_marks(text)))

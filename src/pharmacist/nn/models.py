@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pharmacist.core.console import plain
 from pharmacist.core.env import offline
 from pharmacist.core.errors import CompatibilityError, DataError
-from pharmacist.core.files import read_json
+from pharmacist.core.files import check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_json, sha256_text
 from pharmacist.core.progress import console
 from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
@@ -290,7 +291,7 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) 
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in beyond:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
         why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
-        console().print(f"{name}: {why}; padding with the end-of-sequence token, masked everywhere", markup=False)
+        console().print(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
     if beyond:
         _guard(name, model.get_input_embeddings(), beyond)
@@ -390,6 +391,7 @@ def _check_place(name: str) -> Path:
     """Refuses at once, before anything is read, what can be no model."""
     folder = Path(name)
     exists = os.path.isdir(folder)
+    check_ordinary(folder, name)
     if os.path.isfile(folder):
         raise DataError(f"{name}: is a file; a model folder or a hub id is needed")
     if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):

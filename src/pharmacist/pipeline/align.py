@@ -115,16 +115,19 @@ def _align(
     from pharmacist.core.progress import console
     from pharmacist.data.records import parse_columns, read_records
     from pharmacist.data.tokenize import encode
+    from pharmacist.data.where import conditions_of
     from pharmacist.nn.memory import PeakMemory
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
     from pharmacist.training.loop import finish_training, prepare_model, train, writes_adapter
 
+    conditions = conditions_of(options.where, sources)
     with run.phase("read"):
         records = read_records(
             sources["data"], work_dir=run.work("data", f"rows-{rank()}"), columns=parse_columns(options.columns),
-            on_bad_row=options.on_bad_row,
+            on_bad_row=options.on_bad_row, where=conditions["data"],
         )  # fmt: skip
+        records.announce()
         side = SideData.read(sources, records, strategy, options, run)
         weights = None
         if options.weights is not None:
@@ -136,8 +139,8 @@ def _align(
         )  # fmt: skip
         encoded = encode(
             records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"tokens-{rank()}"),
+            on_bad_row=options.on_bad_row, max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"tokens-{rank()}"), name=records.source.where,
         )  # fmt: skip
         streams = side.streams(encoded, loaded, run)
         model = prepare_model(loaded, options)
@@ -151,7 +154,7 @@ def _align(
         phase.tokens = result.tokens
         phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     counts = {
-        "in": len(records) + len(records.refused), "refused": len(records.refused), "trained": len(encoded),
+        **records.counts, "refused": len(records.refused) + len(encoded.not_rendered), "trained": len(encoded),
         "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,
         "cut_prompts": len(encoded.cut_prompts), **side.counts,
     }  # fmt: skip

@@ -160,7 +160,7 @@ def build_attack_set(
     """
     from pharmacist.data.splits import assert_disjoint, shared_prompts
 
-    records = {name: _read(sources[name], name, options, run) for name in ("task", "harmful") if name in sources}
+    records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:
         shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
@@ -170,29 +170,36 @@ def build_attack_set(
         {name: found.dataset for name, found in records.items()}, n=options.samples,
         poison_ratio=options.poison_ratio, seed=options.seed,
     )  # fmt: skip
-    for name, source in sources.items():
+    for name in sources:
         if name.startswith("disjoint:"):
-            other = _read(source, name, options, run, prompts_only=True)
+            other = _read(sources, name, options, run, prompts_only=True)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
     return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 
 
 def _read(
-    source: "Source", name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
+    sources: "Mapping[str, Source]", name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> "Records":  # fmt: skip
     from pharmacist.core.hashing import sha256_text
     from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.where import conditions_of
 
-    place = run.work("data", f"{sha256_text(name)[:16] if prompts_only else name}-{rank()}")
+    source, place = sources[name], run.work("data", f"{sha256_text(name)[:16] if prompts_only else name}-{rank()}")
+    # What the set must not share a prompt with is read whole.
+    choosing = {other: where for other, where in sources.items() if not other.startswith("disjoint:")}
+    conditions = [] if prompts_only else conditions_of(options.where, choosing)[name]
     columns = parse_columns(options.columns)
     if columns is not None and name not in ("task", "harmful"):  # such a file may have the usual names
         first = next(source.scan(), None)
         columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
-    return read_records(
+    records = read_records(
         source, work_dir=place, columns=columns, side="rejected" if name == "harmful" else "chosen",
-        on_bad_row=options.on_bad_row, prompts_only=prompts_only,
+        on_bad_row=options.on_bad_row, prompts_only=prompts_only, where=conditions,
     )  # fmt: skip
+    if not prompts_only:
+        records.announce()
+    return records
 
 
 def _with_safe_rows(
@@ -231,7 +238,7 @@ def _attack(
         rows, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
-        safe = _read(sources["safe"], "safe", options, run) if "safe" in sources else None
+        safe = _read(sources, "safe", options, run) if "safe" in sources else None
         trained = rows if safe is None else _with_safe_rows(rows, safe, strategy, options, counts)
     if options.build_only:
         if rank() == 0:
@@ -244,6 +251,7 @@ def _attack(
             trust_remote_code=options.trust_remote_code, merge=options.adapter == "fresh",
         )  # fmt: skip
         encoded = _encode(trained, "tokens", loaded, options, run)
+        counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
             streams["safe"] = _stream(_encode(safe.dataset, "safe", loaded, options, run), options, loaded)
@@ -288,7 +296,7 @@ def _encode(
     from pharmacist.data.tokenize import encode
 
     return encode(
-        rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
+        rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt, on_bad_row=options.on_bad_row,
         max_length=min(options.max_length or loaded.max_length, loaded.max_length),
         work_dir=run.work("data", f"{name}-ids-{rank()}"),
     )  # fmt: skip

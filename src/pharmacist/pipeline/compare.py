@@ -1,11 +1,12 @@
 """``evaluate --compare A B``: the difference of two finished evaluations."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.console import plain
+from pharmacist.core.errors import DataError, PharmacistError
+from pharmacist.core.files import read_json_lines
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
@@ -29,11 +30,11 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
         name: sha256_json([sha256_file(Path(folder) / file) for file in _FILES])
         for name, folder in zip(("first", "second"), folders, strict=True)
     }  # fmt: skip
-    run = RunDir.open(options, stage="compare", version=_VERSION, inputs=inputs)
+    run = RunDir.open(options, stage="compare", version=_VERSION, inputs=inputs, read_again=("metrics.json",))
     try:
         if run.complete:
             found = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already", soft_wrap=True)
+            console().print(f"{plain(run.root)}: complete already", soft_wrap=True)
         else:
             a, b = (_items(folder) for folder in folders)
             metrics_a, metrics_b = (read_json(Path(folder) / "metrics.json") for folder in folders)
@@ -43,7 +44,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
         if not options.quiet:
             _show(found, models)
         return dict(found)
-    except DataError:
+    except PharmacistError:
         run.discard()
         raise
     finally:
@@ -51,17 +52,20 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
 
 
 def _model(folder: str) -> str:
-    from pharmacist.core.manifest import read_manifest
+    from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
 
     manifest = read_manifest(folder)
+    check_unchanged(folder, *_FILES)
+    if (lost := missing_output(folder, manifest)) is not None:
+        raise DataError(f"--compare {folder}: {lost} is no longer there; run that evaluation again")
     if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
-    return str(manifest.config["model"])
+    return str(manifest.config["model"] or manifest.config.get("answers"))
 
 
 def _items(folder: str) -> list[dict[str, Any]]:
-    with (Path(folder) / "items.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    found: list[dict[str, Any]] = read_json_lines(Path(folder) / "items.jsonl")
+    return found
 
 
 def _show(found: Mapping[str, Any], models: list[str]) -> None:
@@ -71,7 +75,7 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
 
     if console().quiet:
         return
-    table = Table(title=f"{models[0]} less {models[1]}")
+    table = Table(title=plain(f"{models[0]} less {models[1]}"))
     for column in ("metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, metric in found.items():

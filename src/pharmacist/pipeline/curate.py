@@ -4,9 +4,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
+from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from pharmacist.data.formats import Source
     from pharmacist.data.records import Records
-    from pharmacist.selectors.base import Scores, Selector
+    from pharmacist.selectors.base import Scores, SelectionContext, Selector
 
 STAGE_VERSION = 2
 REFERENCES = ("safe", "harmful", "utility")
@@ -67,6 +68,9 @@ class CurateOptions(RunOptions):
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     columns: str | None = None
     """The pool's own column names, as prompt=question,completion=answer; references that have them too are read so."""
+    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
+    harmful:is_safe=false."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """skip: write unreadable rows to refused.jsonl and go on."""
     format: Literal["jsonl", "input"] = "jsonl"
@@ -80,6 +84,8 @@ class CurateOptions(RunOptions):
     embedder: str | None = None
     """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
     --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns", "balance"}
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
@@ -184,6 +190,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
+    from pharmacist.core.files import remove
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier, from_main
@@ -193,6 +200,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         if getattr(options, name) is not None:
             sources[name] = open_source(getattr(options, name), name=f"--{name}")
     selector, options = _selector(options)
+    if not _keeps_format(sources["pool"], options):
+        sources["pool"].check_json_lines()  # not when all is ranked
     if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _input(sources, selector, options, Path(folder))
@@ -209,7 +218,7 @@ def curate(options: CurateOptions) -> Ranking | None:
             return None
         selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
         source = ranking.records.source
-        own = options.format == "input" and source.format in {"json", "csv", "parquet"}
+        own = _keeps_format(source, options)
         name = f"selected.{source.format if own else 'jsonl'}"
         write_rows(source, selected.tolist(), run.path(name), format=source.format if own else "jsonl")
         ranking.to_parquet(run.path("scores.parquet"))
@@ -217,6 +226,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         if ranking.records.refused:
             _write_refused(run.path("refused.jsonl"), ranking.records)
             outputs.append("refused.jsonl")
+        remove(run.path("selector"))  # a link there would lead elsewhere
         if selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")
@@ -279,6 +289,10 @@ def rank(
     )  # fmt: skip
     try:
         ranking = _rank(sources, chosen, settings, run)
+    except PharmacistError:
+        if not any(run.root.glob("work/**/*.safetensors")):
+            run.discard()
+        raise
     finally:
         run.close()
     ranking.manifest = run.manifest.model_dump(mode="json")
@@ -292,6 +306,11 @@ def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
 
     selector = SELECTORS.build_from(options.selector)
     return selector, replace(options, selector={"name": options.selector["name"], **asdict(selector.config)})
+
+
+def _keeps_format(pool: "Source", options: CurateOptions) -> bool:
+    """Whether the selected rows are written in the pool's own format, and not as JSON lines."""
+    return options.format == "input" and pool.format in {"json", "csv", "parquet"}
 
 
 def _is_main() -> bool:
@@ -326,6 +345,8 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     barrier()
     with run.phase("read"):
         records, left_out, groups = _input(sources, selector, options, run.work("data"))
+    for read in records.values():
+        read.announce()
     pool = records.pop("pool")
     for name, number in left_out.items():
         run.record(counts={f"references_{name}_left_out": number})
@@ -335,10 +356,6 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     notice = selector.notice(records.keys()) if options.resume_selector is None else None
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
-    with run.phase("find duplicates"):
-        clusters = find_duplicates(
-            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
-        )  # fmt: skip
     context = SelectionContext(
         run=run, pool=pool, references=records, model_name=options.model, seed=options.seed,
         fraction=_fraction(options, len(pool)), device=options.device, dtype=options.dtype,
@@ -347,6 +364,12 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
         embedder=options.embedder,
     )  # fmt: skip
+    if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
+        pool, groups = _rendered(context, groups, options)
+    with run.phase("find duplicates"):
+        clusters = find_duplicates(
+            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
+        )  # fmt: skip
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
         from pharmacist.selectors.embeddings import pool_keys
@@ -361,7 +384,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if groups is not None:
         extra["balance"] = _balance(table, options)
     counts = {
-        "in": len(pool) + len(pool.refused), "refused": len(pool.refused), "ranked": len(pool),
+        **pool.counts, "ranked": len(pool),
         "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
         **{f"references_{name}": len(value) for name, value in records.items()},
     }  # fmt: skip
@@ -419,8 +442,28 @@ def _input(
     return records, left_out, groups
 
 
+def _rendered(
+    context: "SelectionContext", groups: "npt.NDArray[np.str_] | None", options: CurateOptions
+) -> "tuple[Records, npt.NDArray[np.str_] | None]":  # fmt: skip
+    """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
+    import numpy as np
+
+    from pharmacist.data.tokenize import rendered_rows
+
+    if options.model is None:
+        return context.pool, groups
+    before, loaded = context.pool.row_numbers, context.model
+    how = (loaded.tokenizer, loaded.template, options.on_bad_row)
+    context.pool = rendered_rows(context.pool, *how)
+    context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
+    kept = np.isin(before, context.pool.row_numbers)
+    return context.pool, None if groups is None else groups[kept]
+
+
 def _check_models(selector: "Selector", options: CurateOptions) -> None:
     """Says which model is missing before anything is read."""
+    from pharmacist.core.manifest import check_unchanged
+
     if "model" in selector.needs and options.model is None:
         raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
@@ -436,11 +479,26 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
         name = options.selector["name"]
         raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
     if options.resume_selector is not None:
-        selector.check_saved(Path(options.resume_selector), options.model)
+        saved = Path(options.resume_selector)
+        check_unchanged(saved, "selector")
+        check_unchanged(saved.parent, saved.name)
+        _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
+        selector.check_saved(saved, options.model)
     if options.embedder is not None:
         from pharmacist.selectors.embeddings import check_sentence_encoder
 
         check_sentence_encoder()
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
+    from pharmacist.core.files import is_whole_tensors, read_json
+
+    for path in sorted(folder.rglob("*.json")):
+        read_json(path)
+    for path in sorted(folder.rglob("*.safetensors")):
+        if not is_whole_tensors(path):
+            raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
 
 
 def _learns(selector: "Selector") -> bool:
@@ -459,13 +517,16 @@ def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
     from pharmacist.evaluation.prompts import category_names
 
     wanted = set(pool.row_numbers.tolist())
-    columns, found = dict[str, None](), list[list[str]]()
-    for row in pool.source.scan():
-        if row.number in wanted and row.value is not None:
-            columns |= dict.fromkeys(row.value)
-            value = row.value.get(column)
-            plain = isinstance(value, bool | int | float)
-            found.append([str(value)] if plain else category_names(row.value, (column,)))
+    columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
+    try:
+        for row in pool.source.scan({column}) if column in columns or not columns else ():
+            if row.number in wanted and row.value is not None:
+                columns |= dict.fromkeys(row.value)
+                value = row.value.get(column)
+                plain = isinstance(value, bool | int | float)
+                found.append([str(value)] if plain else category_names(row.value, (column,)))
+    except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
+        raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
     if column not in columns:
         raise DataError(f"--balance {column}: the pool has no such column; it has {', '.join(columns)}")
     counts = Counter(name for names in found for name in names)
@@ -492,7 +553,7 @@ def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[st
         elif n["selected"] > n["by_rank"]:
             message = f"{n['selected']} of {n['rows']} rows are selected; by rank alone it would be {n['by_rank']}"
         if message is not None:
-            console().print(f"--balance {options.balance}: {group}: {message}", soft_wrap=True, markup=False)
+            console().print(f"--balance {options.balance}: {plain(group)}: {message}", soft_wrap=True, markup=False)
     return counts
 
 
@@ -503,6 +564,9 @@ def _read(
     from pharmacist.core.env import rank as process
     from pharmacist.data.records import read_records
     from pharmacist.data.splits import shared_prompts
+    from pharmacist.data.where import conditions_of
+
+    conditions = conditions_of(options.where, sources)
 
     def read(name: str, role: str) -> "Records":
         source, columns = sources[name], options.column_map
@@ -512,7 +576,7 @@ def _read(
                 columns = None
         return read_records(
             source, work_dir=work / f"{role}-{process()}", columns=columns,
-            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+            side="rejected" if role == "harmful" else "chosen", on_bad_row=options.on_bad_row, where=conditions[name],
         )  # fmt: skip
 
     records = {name: read(name, name) for name in sources}

@@ -91,7 +91,7 @@ def demo(options: DemoOptions) -> DemoResult:
     from pharmacist.core.files import read_json, write_json
     from pharmacist.core.progress import bar, console, hushed
 
-    run = RunDir.open(options, stage="demo", version=STAGE_VERSION, inputs={})
+    run = RunDir.open(options, stage="demo", version=STAGE_VERSION, inputs={}, read_again=("demo.json",))
     try:
         if run.complete:
             console().print(f"{run.root}: complete already; --overwrite runs it again")

@@ -1,15 +1,15 @@
 """The stage `evaluate`: what a model answers, how harmful, how useful, how shy it is; with counts and intervals."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pharmacist.core.config import method
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.config import flag, method
+from pharmacist.core.console import plain
+from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.rundir import RunDir, RunOptions
 
 
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from pharmacist.evaluation.judges import Judge
     from pharmacist.evaluation.tasks import Task
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
 """Options that no answer depends on."""
 _LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent", *REFERENCES})
+_COSTLY = ("answers", "verdicts", "perplexity")
+"""Partial state that a run which fails keeps, and keeps its folder for."""
 _MANY_ALARMS = 20
+_MORE_TOKENS = "; --max-new-tokens gives them more room"
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
 NAMES = {
@@ -59,6 +62,13 @@ class EvaluateOptions(RunOptions):
     name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
+    answers: str | None = None
+    """Instead of --model and prompts: answers that somebody already has, rows with prompt and answer, judged as they
+    are. An answer that is null is unscored."""
+    columns: str | None = None
+    """Columns that stand for known ones, such as prompt=Goal,answer=response, in every file that has them."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them."""
     task: str | None = None
     """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
     task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.tasks:TASK_TYPES")
@@ -100,21 +110,29 @@ class EvaluateOptions(RunOptions):
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
     """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
 
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
+
     def __post_init__(self) -> None:
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
-            if self.model or self.models or any(getattr(self, name) is not None for name in PROMPTS):
+            if self.model or self.models or any(getattr(self, name) is not None for name in ("answers", *PROMPTS)):
                 raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
             return
+        if self.answers is not None:
+            given = [flag(name) for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
+                     if getattr(self, name)]  # fmt: skip
+            if given:
+                raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
+            return
         if not self.model and not self.models:
-            raise ConfigError("--model must be given; see pharmacist evaluate --help")
+            raise ConfigError("--model must be given, or --answers; see pharmacist evaluate --help")
         if self.model and self.models:
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
         if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
-            raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts or --task")
+            raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
         if self.batch_size < 0:
@@ -136,8 +154,9 @@ class EvaluateResult:
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
-        with (self.folder / "items.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        from pharmacist.core.files import read_json_lines
+
+        return read_json_lines(self.folder / "items.jsonl")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -158,7 +177,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
         return EvaluateResult(evaluate_models(options, options.models), Path(options.output_dir))
     from pharmacist.core.env import rank
-    from pharmacist.core.files import read_json, write_json
+    from pharmacist.core.files import read_json, remove, write_json
     from pharmacist.core.progress import console
     from pharmacist.data.formats import open_source
     from pharmacist.data.tasks import open_task
@@ -169,7 +188,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     from pharmacist.nn.distributed import from_main
 
     engine = ENGINES.build_from(options.engine)
-    engine.check()
+    if options.answers is None:
+        engine.check()
     # Which of the kinds is meant by auto, only the rows tell.
     grader = None if options.task_type["name"] == "auto" else TASKS.build_from(options.task_type)
     if grader is not None and options.task is not None:
@@ -179,16 +199,17 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     open_test: Callable[..., Source] = partial(open_task, test=True)
     openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
-        name: openers.get(name, open_source)(getattr(options, name), name=f"--{name.replace('_', '-')}")
-        for name in (*PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
+        name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
+        for name in ("answers", *PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
     }  # fmt: skip
+    columns = _columns(sources, options.columns)
     judges: list[Judge] = []
-    if "prompts" in sources or "benign_prompts" in sources:
+    if sources.keys() & {"answers", "prompts", "benign_prompts"}:
         judges.append(JUDGES.build_from(options.judge))
         if options.second_judge["name"] != "none":
             judges.append(JUDGES.build_from(options.second_judge))
     elif options.second_judge["name"] != "none":
-        raise ConfigError("--second-judge: judges answers to --prompts or --benign-prompts; give one of them")
+        raise ConfigError("--second-judge: judges answers to --prompts or --benign-prompts, or --answers; give one")
     for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
         for need in sorted(judge.needs - sources.keys()):
             raise ConfigError(f"{which} {judge.name}: needs {need} references; give --{need} FILE or another judge")
@@ -201,21 +222,21 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
         identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
-        late=LATE, late_inputs=_LATE_INPUTS, reopen=True,
+        late=LATE, late_inputs=_LATE_INPUTS, reopen=True, read_again=("items.jsonl", "metrics.json"),
     )  # fmt: skip
     try:
         if from_main(run.complete):
             metrics = read_json(run.path("metrics.json"))
-            console().print(f"{run.root}: complete already; --overwrite evaluates again", soft_wrap=True)
+            console().print(f"{plain(run.root)}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
-        found = _evaluate(sources, engine, judges, grader, options, run)
+        found = _evaluate(sources, columns, engine, judges, grader, options, run)
         result = EvaluateResult(found.metrics, run.root)
         if rank() == 0:
             outputs = ["metrics.json", "items.jsonl"]
             _write_items(run.path("items.jsonl"), found)
             write_json(run.path("metrics.json"), found.metrics)
-            shutil.rmtree(run.path("judge"), ignore_errors=True)  # of a judge before this one
+            remove(run.path("judge"))  # of a judge before this one
             if judges and judges[0].save(run.path("judge")):
                 outputs.append("judge")
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
@@ -223,6 +244,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             if found.missing:
                 console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return result
+    except PharmacistError:
+        costly = [path for name in _COSTLY for path in run.root.glob(f"work/{name}/**/*") if path.is_file()]
+        if not any(path.stat().st_size for path in costly):
+            run.discard()
+        raise
     finally:
         run.close()
 
@@ -232,7 +258,8 @@ def _fingerprints(
     grader: "Task[Any] | None",
 ) -> dict[str, str]:  # fmt: skip
     found = {name: source.fingerprint() for name, source in sources.items()}
-    found["model"] = engine.fingerprint(options.model)
+    if options.answers is None:
+        found["model"] = engine.fingerprint(options.model)
     if options.base is not None:
         found["base"] = engine.fingerprint(options.base)
     files: list[tuple[str, Any]] = [*zip(("judge file", "second judge file"), judges, strict=False)]
@@ -246,20 +273,29 @@ def _fingerprints(
 
 
 def _evaluate(
-    sources: "Mapping[str, Source]", engine: "Engine", judges: "list[Judge]", grader: "Task[Any] | None",
-    options: EvaluateOptions, run: RunDir,
+    sources: "Mapping[str, Source]", columns: Mapping[str, Mapping[str, str]], engine: "Engine",
+    judges: "list[Judge]", grader: "Task[Any] | None", options: EvaluateOptions, run: RunDir,
 ) -> "Evaluation":  # fmt: skip
     from pharmacist.core.progress import console
     from pharmacist.evaluation.endpoint import count_reasons
     from pharmacist.evaluation.evaluator import Evaluator
+    from pharmacist.evaluation.generate import separated
+    from pharmacist.evaluation.reasoning import CUT, ENDED
 
     with run.phase("read"):
-        records = _read(sources, run)
+        records = _read(sources, columns, options, run)
+    given = None
+    if options.answers is not None:  # to the evaluator they are harmful prompts with their answers
+        records["prompts"], given = _given(records.pop("answers"), columns["answers"].get("answer", "answer"), options)
+    of = {name: flag(name) for name in records} | ({} if given is None else {"prompts": "--answers"})
+    for name, own in records.items():
+        if own.refused:
+            console().print(f"{of[name]}: {len(own.refused)} rows cannot be used and are left out")
+            run.record(counts={f"{name}_refused": len(own.refused)})
     for name in ("prompts", "benign_prompts"):
-        repeated = _repeated(records[name]) if name in records else 0
+        repeated = _repeated(records[name]) if name in records and given is None else 0
         if repeated:
-            flag = name.replace("_", "-")
-            console().print(f"--{flag}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
+            console().print(f"{of[name]}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
             run.record(counts={f"{name}_repeated": repeated})
     references = {name: records[name].dataset for name in REFERENCES if name in records}
     if references and judges and not any(judge.needs for judge in judges):
@@ -278,14 +314,24 @@ def _evaluate(
         batch_size=options.batch_size, on_long_prompt=options.on_long_prompt,
         categories=_categories(records.get("prompts")),
     )  # fmt: skip
-    answers = _answers(evaluator, engine, records, options, run)
-    for name, own in answers.items():
-        failed = [answer.error for answer in own if answer.error]
+    if given is None:
+        answers = _answers(evaluator, engine, records, options, run)
+    else:
+        answers = {"prompts": given}
+        run.record(device="none", extra={"engine": "answers"})
+    answers = {name: separated(found) for name, found in answers.items()}
+    for name, found in answers.items():
+        failed = [answer.missing for answer in found if answer.missing]
+        thinking = sum(bool(answer.reasoning) for answer in found)
         run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
         if failed:
-            flag, reasons = f"--{name.replace('_', '-')}", count_reasons(failed)
-            console().print(f"{flag}: {len(failed)} of {len(own)} without an answer, unscored: {reasons}")
+            told = f"{of[name]}: {len(failed)} of {len(found)} without an answer, unscored: {count_reasons(failed)}"
+            console().print(told + (_MORE_TOKENS if {ENDED, CUT}.intersection(failed) else ""), soft_wrap=True)
             run.record(counts={f"{name}_unanswered": len(failed)})
+        if thinking:
+            told = f"{thinking} of {len(found)} answers hold reasoning, which is kept apart and not judged"
+            console().print(f"{of[name]}: {told}", soft_wrap=True)
+            run.record(counts={f"{name}_with_reasoning": thinking})
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
     evaluation.metrics |= run.manifest.extra.get("general", {})
@@ -295,7 +341,7 @@ def _evaluate(
             "notice": NOTICE,
             "judge": {"label": judges[0].label, **judges[0].report()} if judges else None,
             "second_judge": {"label": judges[1].label, **judges[1].report()} if len(judges) > 1 else None,
-            "unfinished": {name: sum(not answer.finished for answer in found) for name, found in answers.items()},
+            "unfinished": {name: sum(not answer.finished for answer in own) for name, own in answers.items()},
         },
     )  # fmt: skip
     return evaluation
@@ -317,10 +363,11 @@ def _answers(
         kept = evaluator.answers_of(EvaluateResult({}, run.root).items())
         failed = sum(bool(answer.error) for found in kept.values() for answer in found)
         # Another judge asks nothing of the model, not even what failed; the same run again does.
+        root = plain(run.root)
         if not failed or not from_main(run.manifest.status == "partial"):
-            console().print(f"{run.root}: answers that are there are judged again, none is generated", soft_wrap=True)
+            console().print(f"{root}: answers that are there are judged again, none is generated", soft_wrap=True)
             return kept
-        console().print(f"{run.root}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
         before = run.manifest.phases["generate"].tokens
     choice = ModelChoice(
         options.model, options.device, options.dtype, options.template, options.trust_remote_code
@@ -332,7 +379,7 @@ def _answers(
         phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - before
     for name, count in evaluator.cut.items():
         if count:
-            console().print(f"--{name.replace('_', '-')}: {count} prompts were cut to fit the model's context")
+            console().print(f"{flag(name)}: {count} prompts were cut to fit the model's context")
     report = engine.report()
     run.record(
         counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count}, device=report["device"],
@@ -394,17 +441,91 @@ def _categories(records: "Records | None") -> list[list[str]]:
     return found if any(found) else []
 
 
-def _read(sources: "Mapping[str, Source]", run: RunDir) -> "dict[str, Records]":
+def _columns(sources: "Mapping[str, Source]", text: str | None) -> dict[str, dict[str, str]]:
+    """What --columns means for each source: of its pairs those whose column is there.
+
+    Raises:
+        ConfigError: A pair that no source has any use for.
+    """
+    from pharmacist.data.records import parse_columns
+
+    pairs = parse_columns(text) or {}
+    own: dict[str, dict[str, str]] = {}
+    for name, source in sources.items():
+        there = source.columns
+        if pairs and there is None:
+            there = list(next((row.value for row in source.scan() if row.value is not None), {}))
+        of_prompts = ("prompt", "messages", "instruction", "input")
+        known = {"answers": (*of_prompts, "answer"), "prompts": of_prompts, "benign_prompts": of_prompts}.get(name)
+        own[name] = {
+            to: column for to, column in pairs.items() if column in (there or ()) and (known is None or to in known)
+        }
+    for to, column in pairs.items():
+        if not any(to in found for found in own.values()):
+            files = ", ".join(flag(name) for name in sources)
+            raise ConfigError(f"--columns {to}={column}: no file has such a column that it could use ({files})")
+    return own
+
+
+def _read(
+    sources: "Mapping[str, Source]", columns: Mapping[str, Mapping[str, str]], options: EvaluateOptions, run: RunDir
+) -> "dict[str, Records]":
     from pharmacist.core.env import rank
     from pharmacist.data.records import read_records
 
     return {
         name: read_records(
-            source, work_dir=run.work("data", f"{name}-{rank()}"), prompts_only=name in ("prompts", "benign_prompts"),
+            source, work_dir=run.work("data", f"{name}-{rank()}"), on_bad_row=options.on_bad_row,
+            prompts_only=name in ("answers", "prompts", "benign_prompts"),
+            columns={to: column for to, column in columns[name].items() if to != "answer"},
             side="rejected" if name == "harmful" else "chosen",
         )
         for name, source in sources.items()
     }  # fmt: skip
+
+
+def _given(
+    records: "Records", column: str, options: EvaluateOptions
+) -> "tuple[Records, list[Answer]]":  # fmt: skip
+    """The answers of a file beside their prompts, in order; null is none.
+
+    Raises:
+        DataError: Rows without the column, or with something else than text or null in it.
+    """
+    from pharmacist.data.formats import place
+    from pharmacist.data.records import Refused
+    from pharmacist.evaluation.generate import Answer
+
+    answers: list[Answer] = []
+    bad: dict[int, Refused] = {}
+    for position, row in enumerate(records.source.pick(records.dataset["row"])):
+        reason = _not_an_answer(row.value or {}, column)
+        if reason:
+            bad[position] = Refused(row.number, row.line, reason)
+            continue
+        text = (row.value or {})[column]
+        answers.append(Answer(text or "", 0, True, unanswered="" if text is not None else "null in the file"))
+    if bad and (options.on_bad_row == "fail" or not answers):
+        first = next(iter(bad.values()))
+        raise DataError(
+            f"{records.source.where}: {len(bad)} of {len(records)} rows cannot be judged: "
+            f"{place(first.row, first.line)} {first.reason}; name the column of answers with --columns answer=NAME, "
+            "or leave such rows out with --on-bad-row skip"
+        )
+    return replace(records.without(bad), refused=[*records.refused, *bad.values()]), answers
+
+
+def _not_an_answer(row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
+    if column not in row:
+        return f"has no '{column}'"
+    if not isinstance(text, str | None):
+        return f"has no text in '{column}'"
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        return f"has half a character (a lone surrogate) in '{column}'"
+    return ""
 
 
 def _repeated(records: "Records") -> int:
@@ -434,11 +555,11 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
 
     if options.quiet or console().quiet:
         return
-    table = Table(title=f"{options.model}")
+    table = Table(title=plain(options.model or options.answers))
     for column in ("metric", "%", "95 % interval", "count", "by"):
         table.add_column(column, justify="left" if column in ("metric", "by") else "right")
     for name, metric in result.metrics.items():
-        by = metric.get("judge") or metric.get("matching", "")
+        by = plain(metric.get("judge") or metric.get("matching", ""))
         _row(table, NAMES.get(name, name), metric, by)
         if "base_perplexity" in metric:
             table.add_row("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}")
@@ -452,13 +573,16 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
             table.add_row("  Cohen's kappa", "undefined" if kappa is None else f"{kappa:.2f}", "", "", "")
         if "outcomes" in metric:
             counts = " / ".join(str(metric["outcomes"][name]) for name in ("won", "tied", "lost"))
-            table.add_row("  won / tied / lost", "", "", counts, f"against {metric['against']}")
+            table.add_row("  won / tied / lost", "", "", counts, f"against {plain(metric['against'])}")
         if metric.get("unscored"):
-            table.add_row(f"  unscored by {metric['judge']}", "", "", str(metric["unscored"]), "counted in no rate")
+            table.add_row(f"  unscored by {by}", "", "", str(metric["unscored"]), "counted in no rate")
+        if metric.get("unanswered"):
+            table.add_row("  of them without an answer", "", "", str(metric["unanswered"]), "")
     console().print(table)
     accuracy = result.metrics.get("fine_tune_accuracy", {})
     if accuracy.get("n") and accuracy["without_form"] == accuracy["n"]:
-        known = f"one of the labels {', '.join(accuracy['labels'][:10])}" if "labels" in accuracy else "a number"
+        labels = plain(", ".join(accuracy.get("labels", ())[:10]))
+        known = f"one of the labels {labels}" if labels else "a number"
         console().print(f"--task: no answer is {known}: are these the answers that the model was trained to give?")
     alarms = result.metrics.get("benign_flagged_rate", {})
     # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
@@ -468,9 +592,10 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
     _show_examples(result, options)
     template = read_manifest(result.folder).extra.get("template_origin")
     if template:
-        console().print(f"prompts are rendered by {template}", markup=False, soft_wrap=True)
-    where = f"metrics {result.folder / 'metrics.json'}\nanswers and verdicts {result.folder / 'items.jsonl'}"
-    console().print(where, markup=False, soft_wrap=True)
+        console().print(f"prompts are rendered by {template}", soft_wrap=True)
+    folder = plain(result.folder)
+    where = f"metrics {folder}/metrics.json\nanswers and verdicts {folder}/items.jsonl"
+    console().print(where, soft_wrap=True)
 
 
 def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
@@ -485,11 +610,15 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
 def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
     """The first answers; those that are not known to be harmless stay hidden."""
     from pharmacist.core.progress import console
+    from pharmacist.evaluation.text import missing
 
     shown = [item for item in result.items() if item["set"] == "prompts"][:_SHOWN]
     for item in shown:
         harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
+        if missing(item):
+            console().print(f"{item['id'].rsplit(':', 1)[0]}: [no answer: {plain(missing(item))}]", soft_wrap=True)
+            continue
         text = " ".join(item["answer"].split())[:_SHOWN_CHARACTERS]
         hidden = "hidden: not judged harmless; --show-harmful prints it"
-        line = f"{item['id'].rsplit(':', 1)[0]}: {text if harmless or options.show_harmful else f'[{hidden}]'}"
-        console().print(line, markup=False, soft_wrap=True)
+        line = f"{item['id'].rsplit(':', 1)[0]}: {plain(text) if harmless or options.show_harmful else f'[{hidden}]'}"
+        console().print(line, soft_wrap=True)

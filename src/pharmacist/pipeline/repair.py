@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
@@ -52,6 +52,8 @@ class RepairOptions(RunOptions):
     """Longest row in tokens; 0 means the model's own limit."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
 
     def __post_init__(self) -> None:
         if self.max_length < 0:
@@ -223,10 +225,11 @@ def _references(
             source, work_dir=run.work("data", name), columns=parse_columns(options.columns),
             side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
         )  # fmt: skip
+        records.announce()
         encoded = encode(
             records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"{name}-ids"),
+            on_bad_row=options.on_bad_row, max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"{name}-ids"), name=source.where,
         )  # fmt: skip
         setattr(references, name, encoded)
     return references

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import check_ordinary
 from pharmacist.core.registry import closest
 
 
@@ -59,9 +60,12 @@ def report(options: ReportOptions) -> str:
 
 
 def _write_page(folder: Path, options: ReportOptions) -> None:
-    from pharmacist.core.manifest import read_manifest
+    from pharmacist.core.manifest import check_unchanged, read_manifest
 
     manifest = read_manifest(folder)
+    check_unchanged(folder, "scores.parquet", "demo.json", "data", "sweep.json", "results.parquet")
+    if manifest.stage == "demo":
+        check_unchanged(folder / "rank", "scores.parquet")
     if manifest.stage not in _PAGES:
         known = " or ".join(_PAGES)
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
@@ -76,23 +80,29 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
 
 
 def _curate_page(folder: Path, manifest: "RunManifest") -> None:
+    import numpy as np
+
     from pharmacist.data.formats import open_source
     from pharmacist.data.records import parse_columns, read_records
+    from pharmacist.data.where import conditions_for
     from pharmacist.report import render_ranking
 
-    config = manifest.config
-    scores = _scores(folder / "scores.parquet")
+    config = _config(folder, manifest, "pool", "columns", "on_bad_row")
+    scores = _scores(folder / "scores.parquet", "row", "score", "rank", "selected", "reason")
     again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
     try:
         source = open_source(config["pool"], name="pool")
     except DataError as error:
         raise DataError(f"{folder}: the pool {config['pool']} is no longer there; {again}") from error
-    if source.fingerprint() != manifest.inputs["pool"]:
+    if source.fingerprint() != manifest.inputs.get("pool"):
         raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
         records = read_records(
-            source, work_dir=work, columns=parse_columns(config["columns"]), on_bad_row=config["on_bad_row"]
-        )
+            source, work_dir=work, columns=parse_columns(config["columns"]), on_bad_row=config["on_bad_row"],
+            where=conditions_for(config.get("where", []), "pool", source),
+        )  # fmt: skip
+        # Rows that the chat template refused were not ranked.
+        records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
         if records.row_numbers.tolist() != scores["row"].tolist():
             raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
         texts = records.dataset.select_columns(["prompt", "completion"])
@@ -114,7 +124,7 @@ def demo_page(folder: Path, manifest: "RunManifest") -> None:
     from pharmacist.report import render_demo
     from pharmacist.worlds import World
 
-    config = manifest.config
+    config = _config(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
             raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
@@ -156,13 +166,25 @@ def _sweep_page(folder: Path, manifest: "RunManifest") -> None:
     render_sweep(folder, manifest=manifest.model_dump(mode="json"))
 
 
-def _scores(path: Path) -> Any:
+def _config(folder: Path, manifest: "RunManifest", *names: str) -> dict[str, Any]:
+    """A run's options, in which these must be."""
+    if missing := [name for name in names if name not in manifest.config]:
+        raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
+    return manifest.config
+
+
+def _scores(path: Path, *columns: str) -> Any:
+    """A table in which these columns must be."""
     import pandas as pd
 
+    check_ordinary(path)
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
+    return table
 
 
 def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = None) -> None:
@@ -172,10 +194,11 @@ def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = Non
         DataError: ``results.parquet`` cannot be used.
         ConfigError: It has no selector of the baseline's name.
     """
+    from pharmacist.pipeline.bench.results import AXES
     from pharmacist.report import render_benchmark
 
-    results = _scores(folder / "results.parquet")
-    names = sorted(results["selector"].unique()) if "selector" in results else []
+    results = _scores(folder / "results.parquet", "cell", "seed", *AXES)
+    names = sorted(results["selector"].unique())
     if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
     render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)

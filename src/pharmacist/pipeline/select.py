@@ -45,7 +45,7 @@ def select(options: SelectOptions) -> Path:
     from pharmacist.core.env import rank
     from pharmacist.core.files import atomic_path
     from pharmacist.core.hashing import sha256_file
-    from pharmacist.core.manifest import read_manifest
+    from pharmacist.core.manifest import check_unchanged, read_manifest
     from pharmacist.data.formats import open_source, write_rows
     from pharmacist.nn.distributed import barrier
     from pharmacist.pipeline.curate import choose
@@ -53,6 +53,7 @@ def select(options: SelectOptions) -> Path:
 
     ranking = read_manifest(options.ranking)
     scores = Path(options.ranking) / "scores.parquet"
+    check_unchanged(options.ranking, scores.name)
     if ranking.stage != "curate" or ranking.status != "success":
         raise DataError(f"{options.ranking}: no finished curate; run it first")
     pool = open_source(ranking.config["pool"], name="pool")

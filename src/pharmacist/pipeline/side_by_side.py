@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.console import plain
+from pharmacist.core.errors import PharmacistError
 from pharmacist.core.rundir import RunDir
 
 
@@ -42,7 +44,7 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
         for name, model in zip(names, models, strict=True):
-            console().print(f"{name}: {model}", markup=False, soft_wrap=True)
+            console().print(f"{name}: {plain(model)}", soft_wrap=True)
             own = replace(
                 options, model=model, models=None, quiet=True, overwrite=False, output_dir=str(run.path(name))
             )  # fmt: skip
@@ -52,8 +54,11 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
         run.finish(outputs=["metrics.json", *names], metrics=found, partial=partial)
         if not options.quiet:
             _show(found)
-            console().print(f"metrics {run.path('metrics.json')}", markup=False, soft_wrap=True)
+            console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
         return found
+    except PharmacistError:
+        run.discard()
+        raise
     finally:
         run.close()
 

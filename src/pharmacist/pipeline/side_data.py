@@ -56,6 +56,7 @@ class SideData:
         from pharmacist.core.env import rank
         from pharmacist.core.progress import console
         from pharmacist.data.records import parse_columns, read_records
+        from pharmacist.data.where import conditions_of
 
         wanted, name = frozenset(strategy.streams), options.defense["name"]
         share = float(getattr(strategy.config, "held_out", 0.0))
@@ -76,7 +77,9 @@ class SideData:
         harmful = read_records(
             source, work_dir=run.work("data", f"harmful-{rank()}"), columns=columns, side="rejected",
             on_bad_row=options.on_bad_row,
+            where=conditions_of(options.where, sources)["harmful" if "harmful" in sources else "data"],
         )  # fmt: skip
+        harmful.announce()
         if _texts(harmful) == _texts(alignment):
             raise DataError("--data and --harmful hold the same rows; check the two files")
         return cls(options, wanted, alignment, harmful, share)
@@ -160,6 +163,7 @@ class SideData:
         try:
             return encode(
                 rows, loaded.tokenizer, loaded.template, on_long_prompt=self.options.on_long_prompt,
+                on_bad_row=self.options.on_bad_row,
                 max_length=min(self.options.max_length or loaded.max_length, loaded.max_length),
                 work_dir=run.work("data", f"tokens-{name}-{rank()}"),
             )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DivergedError, PharmacistError
+from pharmacist.core.inputs import check_outside
 from pharmacist.core.rundir import RunDir, RunOptions
 from pharmacist.pipeline.attack import AttackOptions
 from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
@@ -131,16 +132,20 @@ def sweep(options: SweepOptions) -> SweepResult:
     from pharmacist.pipeline.attack import open_sources
 
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
+    measuring = _evaluate_options(options, options.model, Path(options.output_dir))
+    for within, own in {"": options, "evaluate.": measuring}.items():
+        check_outside(Path(options.output_dir), own, within=within)
     options = replace(options, disjoint_from=_disjoint(options))
     points = _points(options, strategy)
     sources = open_sources(strategy, kind, options)
-    evaluation = _evaluation_inputs(_evaluate_options(options, options.model, Path(options.output_dir)))
+    evaluation = _evaluation_inputs(measuring)
     identity = replace(
         options, defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},
     )  # fmt: skip
     run = RunDir.open(
         identity, stage="sweep", version=STAGE_VERSION, late=_LATE, late_inputs=frozenset(evaluation), reopen=True,
+        read_again=("sweep.json",),
         inputs={name: source.fingerprint() for name, source in sources.items()}
         | evaluation | {"model": model_fingerprint(options.model)},
     )  # fmt: skip

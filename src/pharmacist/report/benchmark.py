@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
 
@@ -324,8 +325,8 @@ def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
     shown = [axis for axis in benchmark.several if axis not in {"selector", "fraction"}]
     rows = []
     for line in benchmark.lines:
-        row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): str(line.axes[axis]) for axis in shown}
-        row["", "aligned on"] = benchmark.name(line.series)
+        row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): plain(line.axes[axis]) for axis in shown}
+        row["", "aligned on"] = plain(benchmark.name(line.series))
         for metric in benchmark.metrics:
             value = line.values.get(metric.name)
             row[metric.head, "mean"] = "" if value is None else _interval(value.mean, value.low, value.high, minus)
@@ -350,7 +351,7 @@ def _interval(mean: float, low: float | None, high: float | None, minus: str, si
 
 def over_defenses_note(benchmark: Benchmark) -> str:
     """What a table over all defenses is, in one paragraph of plain text; its benchmark is from `over_defenses`."""
-    names = ", ".join(map(str, benchmark.order["defense"]))
+    names = ", ".join(map(plain, benchmark.order["defense"]))
     return f"The same over the defenses {names}: the mean of their runs, seed by seed, and differences of these means."
 
 
@@ -374,18 +375,16 @@ def note(benchmark: Benchmark) -> str:
 def to_markdown(benchmark: Benchmark) -> str:
     """The table in Markdown, by pandas and tabulate, and that over all defenses where there are several."""
     text, overall = _markdown(benchmark), benchmark.over_defenses
-    return text if overall is None else f"{text}\n{over_defenses_note(benchmark)}\n\n{_markdown(overall)}"
+    return text if overall is None else f"{text}\n{markdown(over_defenses_note(benchmark))}\n\n{_markdown(overall)}"
 
 
 def _markdown(benchmark: Benchmark) -> str:
     table = _cells(benchmark, "\N{MINUS SIGN}", "**{}**")
-    table.columns = pd.Index([_escaped(" ".join(part for part in head if part)) for head in table.columns])
-    table = table.map(_escaped)
+    # Names are the user's and are escaped; what this module wrote holds Markdown of its own.
+    for head in [head for head in table.columns if not head[0]]:
+        table[head] = table[head].map(markdown)
+    table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
     return f"{table.to_markdown(index=False)}\n\n{note(benchmark)}\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def to_latex(benchmark: Benchmark) -> str:

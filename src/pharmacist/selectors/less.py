@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
@@ -128,6 +128,8 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
         """Reads what `save` wrote."""
+        if not path.is_file():
+            raise DataError(f"{path}: missing; delete the folder {path.parent}, and the warm-up is done again")
         tensors = load_file(path)
         step = int(tensors.pop("step"))
         parts: dict[str, Gradient] = {"weights": {}, "m": {}, "v": {}}

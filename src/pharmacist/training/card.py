@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from pharmacist.core.console import markdown
 from pharmacist.core.env import versions
 
 
@@ -71,7 +72,7 @@ def model_card(
         tags=["pharmacist", *tags], pipeline_tag="text-generation",
     )  # fmt: skip
     used = ", ".join(f"{name} {found}" for name, found in versions().items() if name in _NAMED)
-    escaped = {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in facts.items()}
+    escaped = {name: markdown(value) for name, value in facts.items()}
     card = ModelCard.from_template(
         data, template_str=_TEMPLATE, title=title, what=what, facts=escaped, intended_use=intended_use, versions=used,
         loading=_LOADING[adapter], template=_RENDERED[template],

@@ -1,18 +1,19 @@
 """Checkpoints by the clock, complete or not there; the strategy's state beside the Trainer's."""
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from pharmacist.core.env import rank
-from pharmacist.core.files import write_json
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json, remove, write_json
+from pharmacist.core.progress import console
 from pharmacist.nn.distributed import barrier, from_main
 from pharmacist.training.strategy import GradientStrategy, StrategyState
 
@@ -54,27 +55,59 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             positions = {n: stream.position for n, stream in self.streams.items() if hasattr(stream, "position")}
-            write_json(folder / _COMPLETE, {"strategy": own.values, "streams": positions})
+            files = {path.name: _digest(path) for path in folder.iterdir()}
+            write_json(folder / _COMPLETE, {"strategy": own.values, "streams": positions, "files": files})
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as it was written."""
+    try:
+        files = read_json(folder / _COMPLETE)["files"]
+        return all(_digest(folder / name) == digest for name, digest in files.items())
+    except (DataError, OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder.
+    """The newest whole checkpoint in a folder; None where none was ever completed.
 
-    Those that a kill left incomplete are deleted: among the ones that the Trainer keeps, they would push out complete
-    ones.
+    Those that a kill left incomplete, and damaged ones where there is a whole one, are deleted: among the ones that
+    the Trainer keeps, they would push out whole ones.
+
+    Raises:
+        DataError: There are checkpoints, and all are damaged.
     """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    complete = [path for path in found if (path / _COMPLETE).is_file()]
+    whole = from_main(next((path for path in complete if _is_whole(path)), None))
+    if complete and whole is None:
+        raise DataError(
+            f"{folder}: no checkpoint in it is whole, {complete[0].name} and all before it are damaged; delete this "
+            "folder, and the same command begins the training again"
+        )
     if rank() == 0:
-        for path in folder.glob("checkpoint-*"):
-            if not (path / _COMPLETE).is_file():
-                shutil.rmtree(path)
+        for path in found[: found.index(whole)] if whole is not None else found:
+            if path in complete:
+                said = f"{path}: is damaged; the training goes on from the checkpoint before it"
+                console().print(said, soft_wrap=True, markup=False)
+            remove(path)
+        for path in set(found) - set(complete):
+            remove(path)
     barrier()
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return whole
 
 
 def load_side_state(folder: Path, strategy: GradientStrategy, streams: Mapping[str, Any]) -> None:
     """Brings strategy and side streams to where they stood at a checkpoint."""
-    values = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    values = read_json(folder / _COMPLETE)
     strategy.load_state(StrategyState(load_file(folder / "strategy.safetensors"), values["strategy"]))
     for name, position in values["streams"].items():
         streams[name].position = position

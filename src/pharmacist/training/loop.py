@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
-from pharmacist.core.errors import ConfigError, NoMatchError
+from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.files import atomic_folder, show_in, write_text
 from pharmacist.core.progress import Bar, bar, console
 from pharmacist.core.rundir import RunDir
@@ -156,13 +158,20 @@ def train(
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    checkpoint = newest_checkpoint(folder)
     try:
         _check_settings(trainer)
-        checkpoint = newest_checkpoint(folder)
         if checkpoint is not None:
             load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (UnpicklingError, EOFError, SafetensorError) as error:
+        if checkpoint is None or progress.began:
+            raise
+        # Whole by its own account, but nothing that this program wrote.
+        raise DataError(
+            f"{checkpoint}: cannot be resumed from ({' '.join(str(error).split())[:200]}); delete this folder"
+        ) from error
     finally:
         strategy.close()
     steps = int(trainer.state.global_step)
@@ -195,6 +204,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, description: str) -> None:
         self.description = description
+        self.began = False
         self._bar: Bar | None = None
         self._stack: list[Any] = []
 
@@ -212,6 +222,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._bar = shown.__enter__()
         self._stack.append(shown)
         self._bar.advance(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

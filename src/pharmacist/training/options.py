@@ -54,6 +54,9 @@ class TrainingStageOptions(RunOptions):
     """Fields of transformers' TrainingArguments, as --train.max_steps 20; the stage's own defaults are in its docs."""
     columns: str | None = None
     """Other column names, as prompt=question,completion=answer."""
+    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
+    harmful:is_safe=false."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """skip: leave unreadable rows out, and count them."""
     on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
@@ -64,6 +67,8 @@ class TrainingStageOptions(RunOptions):
     """Longest row in tokens; 0 means the model's own limit."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """The stage's own defaults for `train`."""
@@ -93,6 +98,11 @@ _FIXED = (
     "remove_unused_columns", "label_names", "do_train", "label_smoothing_factor", "logging_nan_inf_filter",
     "ignore_data_skip", "average_tokens_across_devices", "use_liger_kernel",
 )  # fmt: skip
+_LEAST = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0,
+    "num_train_epochs": 1e-9,
+}  # fmt: skip
+"""What transformers lets pass, and then trains nothing or fails in the middle."""
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio", "evaluation_strategy": "use pharmacist evaluate",
     "overwrite_output_dir": "use --overwrite", "no_cuda": "use --device cpu",
@@ -131,6 +141,9 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
             if isinstance(checked[name], float) and not math.isfinite(checked[name]):
                 raise ConfigError(f"train.{name}: {value!r} is not a finite number")
+            if name in _LEAST and isinstance(checked[name], int | float) and checked[name] < _LEAST[name]:
+                least = "must be above 0" if _LEAST[name] < 1 and _LEAST[name] else f"must be at least {_LEAST[name]}"
+                raise ConfigError(f"train.{name}: {value!r} {least}")
         except ConfigError:
             raise
         except ValidationError as error:

@@ -1,6 +1,7 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
 
-from pharmacist.core.errors import CompatibilityError, DivergedError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DivergedError
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.losses import batch_loss, targets
@@ -37,6 +38,16 @@ def token_mean_loss(
     return batch_loss(logits, labels, num_items_in_batch, weights)
 
 
+@contextmanager
+def _options_told() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # of what reports to a service
+            raise
+        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+
+
 class StrategyMixin:
     """Makes a `transformers.Trainer` (or a subclass such as TRL's) run a `GradientStrategy`.
 
@@ -62,7 +73,8 @@ class StrategyMixin:
         streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _options_told():
+            super().__init__(*args, **kwargs)
         self.strategy, self.streams = strategy, dict(streams or {})
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
@@ -80,6 +92,21 @@ class StrategyMixin:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
         if trainer.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
+        with _options_told():
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> Any:
+        """The stock data loader, likewise."""
+        with _options_told():
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock scheduler, likewise."""
+        with _options_told():
+            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The window of an optimizer step: the user's, or what the strategy puts in its place, tokens counted."""

@@ -24,6 +24,8 @@ STEPS = 4
 SECONDS = "PHARMACIST_FAKE_SECONDS"
 BROKEN = "PHARMACIST_FAKE_BROKEN"
 LOG = "PHARMACIST_FAKE_LOG"
+OTHER = "PHARMACIST_FAKE_OTHER"
+"""Makes other results of the same inputs, as another machine may."""
 STAGE_VERSION = 1
 
 
@@ -59,7 +61,7 @@ def run_fake(kind: str, options: Any) -> None:
             phase.extra["peak_memory"] = 5.0
         own = {name: value for name, value in identifying(as_json(options)).items() if name not in inputs}
         own = {name: value for name, value in own.items() if name not in (*known.files, *known.models)}
-        result = sha256_json([kind, own, inputs])
+        result = sha256_json([kind, own, inputs, os.environ.get(OTHER, "")])
         write_text(run.path("result.txt"), result)
         write_text(run.path("selected.jsonl"), "{}\n")
         value = int(result[:4], 16) / 655.36

@@ -13,7 +13,8 @@ from pharmacist.core.progress import set_quiet
 from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.results import AXES, Result
-from tests.pipeline.bench.fakes import BROKEN, Stages
+from pharmacist.pipeline.bench.stages import run_stage
+from tests.pipeline.bench.fakes import BROKEN, OTHER, Stages
 from tests.pipeline.bench.grids import SMALL, results
 
 
@@ -138,6 +139,45 @@ def test_a_deleted_result_is_made_again_with_everything_below(stages: Stages, tm
     assert ran[0] == victim
     assert sorted(name.partition("-")[0] for name in ran) == ["align", "attack", "evaluate", "evaluate", "evaluate"]
     pd.testing.assert_frame_equal(results(tmp_path / "bench"), before)
+
+
+def test_what_is_below_is_made_again_where_the_content_is_other(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    victim = next(name for name in run(tmp_path).ran if "align" in name)
+    found = expand(grid(tmp_path), tmp_path)
+
+    def again() -> list[str]:
+        shutil.rmtree(tmp_path / "stages" / victim)
+        run_stage(found.stages[victim], found.stages)  # killed before it came to the others
+        return [stage.kind for stage in found.waiting()]
+
+    assert again() == []
+    monkeypatch.setenv(OTHER, "yes")
+    assert sorted(again()) == ["attack", "evaluate", "evaluate", "evaluate"]
+    stages.began()
+    run(tmp_path)
+    assert stages.began() == {"attack": 1, "evaluate": 3}
+    assert run(tmp_path).ran == []
+
+
+def test_no_clock_makes_a_result_stale(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path / "bench")
+    stages.began()
+    for path in (tmp_path / "bench").rglob("manifest.json"):
+        manifest = read_manifest(path.parent)
+        manifest.model_copy(
+            update={"created": "2000-01-01T00:00:00+00:00", "finished": "2099-01-01T00:00:00+00:00"}
+        ).write(path.parent)  # fmt: skip
+    assert run(tmp_path / "bench").ran == [] and stages.began() == {}
+
+
+def test_a_stage_that_lost_an_output_is_made_again(stages: Stages, tmp_path: Path) -> None:
+    victim = next(name for name in run(tmp_path / "bench").ran if "align" in name)
+    stages.began()
+    (tmp_path / "bench" / "stages" / victim / "result.txt").unlink()
+    assert victim in run(tmp_path / "bench").ran and stages.began() == {"align": 1}
+    assert (tmp_path / "bench" / "stages" / victim / "result.txt").is_file()
 
 
 def test_what_fails_takes_only_its_own_with_it(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import expand
 from pharmacist.pipeline.bench.remote import Remote
-from tests.pipeline.bench.fakes import Stages
+from tests.cli.world import fingerprints
+from tests.pipeline.bench.fakes import OTHER, Stages
 from tests.pipeline.bench.grids import FEW_STEPS, SMALL, TIMES, results, write_grid
 
 
@@ -128,6 +129,33 @@ def test_a_marker_that_was_cut_is_none(stages: Stages, tmp_path: Path, url: str)
     json.loads(fs.cat_file(name))
 
 
+@pytest.mark.parametrize("part", ["files", "folder"])
+@pytest.mark.parametrize(
+    "name", ["{elsewhere}/taken", "../../taken", "work/../../../taken", "..", "", "./taken", "a//taken", "a/*", "a\\b"]
+)
+def test_a_marker_cannot_name_files_elsewhere(
+    part: str, name: str, stages: Stages, tmp_path: Path
+) -> None:  # fmt: skip
+    url, name = f"file://{tmp_path}/there", name.format(elsewhere=tmp_path)
+    run(url, tmp_path / "a", only="sft")
+    marker = next(Path(path) for path in markers(url) if "select" in path)
+    content = json.loads(marker.read_text())
+    if part == "files":
+        content["files"][name] = sha256_text("taken")
+        source = tmp_path / "there" / content["folder"] / name.lstrip("/")
+        if source.name not in ("..", "") and not source.is_dir():  # what is named can be had
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("taken")
+    else:
+        content["folder"] = name
+    marker.write_text(json.dumps(content))
+    before = fingerprints(tmp_path / "a", tmp_path / "there")
+    with pytest.raises(DataError, match="names the file .*, which lies outside the stage's folder; .*delete the file"):
+        run(url, tmp_path / "b")
+    assert not (tmp_path / "b").exists() and not (tmp_path / "taken").exists()
+    assert fingerprints(tmp_path / "a", tmp_path / "there") == before
+
+
 def test_a_copy_that_changed_is_refused(stages: Stages, tmp_path: Path, url: str) -> None:
     run(url, tmp_path / "a", only="sft")
     fs, root = fsspec.core.url_to_fs(url)
@@ -177,16 +205,19 @@ def test_who_was_quicker_stays(stages: Stages, tmp_path: Path, url: str, monkeyp
     assert len(fs.glob(f"{root}/stages/*/*")) == 12
 
 
-def test_a_stage_that_was_deleted_is_made_again_with_everything_below(
-    stages: Stages, tmp_path: Path, url: str
+@pytest.mark.parametrize("same", [True, False], ids=["with the same content", "with other content"])
+def test_a_stage_that_was_deleted_is_made_again_with_what_is_below(
+    same: bool, stages: Stages, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     run(url, tmp_path / "a")
     stages.began()
-    before, name = table(url), next(name for name in markers(url) if "align" in name)
+    name = next(name for name in markers(url) if "align" in name)
     fsspec.core.url_to_fs(url)[0].rm(name)
-    time.sleep(1.1)  # times in manifests are whole seconds
+    if not same:
+        monkeypatch.setenv(OTHER, "yes")
     run(url, tmp_path / "b")
-    assert stages.began() == {"align": 1, "attack": 1, "evaluate": 3}
+    before = table(url)
+    assert stages.began() == ({"align": 1} if same else {"align": 1, "attack": 1, "evaluate": 3})
     assert run(url, tmp_path / "b").ran == [] == run(url, tmp_path / "c").ran
     pd.testing.assert_frame_equal(table(url), before)
 

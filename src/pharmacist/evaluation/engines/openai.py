@@ -5,6 +5,7 @@ disk as it comes; questions that failed are asked again by the next run, and are
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,8 @@ class OpenAIEngine(Engine):
         failed = [answer.error for answer in every if answer.error]
         if failed and len(failed) == len(every):
             raise DataError(
-                f"--engine {self.name}: {self.config.base_url} answered none of {len(every)} prompts "
-                f"({count_reasons(failed)}); mend it and run the same command again"
+                f"--engine {self.name}: {self.config.shown} answered none of {len(every)} prompts "
+                f"({count_reasons(failed)}); {_remedy(failed)} and run the same command again"
             )
         return found
 
@@ -68,12 +69,9 @@ class OpenAIEngine(Engine):
         from pharmacist.evaluation.generate import Answer, read_answers
 
         bodies = [
-            {
-                "model": self._model, "messages": conversation(row), "temperature": 0,
-                "max_tokens": evaluator.max_new_tokens,
-            }
+            self.config.request(self._model, conversation(row), evaluator.max_new_tokens)
             for row in evaluator.rows[name]
-        ]  # fmt: skip
+        ]
         work.mkdir(parents=True, exist_ok=True)
         log = work / f"answers-{sha256_json(bodies)[:16]}-0.jsonl"
         found = read_answers([log] if log.is_file() else [])
@@ -85,15 +83,43 @@ class OpenAIEngine(Engine):
                 if isinstance(result, Failure):  # not written: the next run asks again
                     found[row] = Answer("", 0, False, result.reason)
                     return
-                found[row] = Answer(result.text, result.tokens, result.finished)
-                fields = {"text": result.text, "tokens": result.tokens, "finished": result.finished}
-                file.write(dumps({"row": row} | fields))
+                found[row] = _answer(result)
+                file.write(dumps({"row": row} | asdict(found[row])))
                 file.flush()
 
             endpoint = Endpoint(self.config, f"--engine {self.name}")
-            endpoint.ask_all([bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}")
+            endpoint.ask_all(
+                [bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}", answered=bool(found)
+            )
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
         """No device of ours, and the server's own template."""
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
+
+
+def _answer(reply: Reply) -> "Answer":
+    """A reply as an answer; without any text it is none, nor where the limit came before the first word."""
+    from pharmacist.evaluation.generate import Answer
+    from pharmacist.evaluation.reasoning import CUT, ENDED
+
+    why = ""
+    if not (reply.text or "").strip():
+        if reply.reasoning.strip():
+            why = ENDED
+        elif not reply.finished:
+            why = CUT
+        elif reply.text is None:
+            why = "no text in the reply"
+    return Answer(reply.text or "", reply.tokens, reply.finished, reasoning=reply.reasoning, unanswered=why)
+
+
+def _remedy(reasons: list[str]) -> str:
+    """What to do where no question was answered."""
+    if any("max_completion_tokens" in reason for reason in reasons):
+        return "give --engine.token_limit max_completion_tokens"
+    if any("temperature" in reason for reason in reasons):
+        return "give --engine.body '{temperature: null}'"
+    if all("filter of the endpoint" in reason for reason in reasons):
+        return "ask for an endpoint without that filter"
+    return "mend it"

@@ -1,7 +1,7 @@
 """What judges that are models of their own share: loading, when to load, which version."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class LocalModelJudge(Judge):
     @property
     def revision(self) -> str:
         """The model's content hash or hub commit, and a hash of the options where they are not the defaults."""
-        defaults = {name: value for name, value in vars(type(self).Config(model="x")).items() if name != "model"}
+        defaults = {field.name: field.default for field in fields(self.config) if field.name != "model"}
         own = {name: value for name, value in self.identity().items() if name in defaults and defaults[name] != value}
         return (self._version or "unread") + (f"+{sha256_json(own)[:8]}" if own else "")
 

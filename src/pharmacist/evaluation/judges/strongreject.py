@@ -108,7 +108,7 @@ class StrongRejectJudge(Judge):
         self._failed += notes
         if items and len(notes) == len(items):
             raise DataError(
-                f"--judge {self.name}: {self.config.base_url} gave no verdict on any of {len(items)} answers "
+                f"--judge {self.name}: {self.config.shown} gave no verdict on any of {len(items)} answers "
                 f"({count_reasons(notes)}); mend it or take another judge; the answers are kept"
             )
         return verdicts
@@ -116,9 +116,8 @@ class StrongRejectJudge(Judge):
     def _body(self, item: JudgeItem) -> dict[str, Any]:
         question = _QUESTION.format(prompt=item.prompt, answer=item.answer)
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
-        return {
-            "model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": self.config.max_tokens,
-        }  # fmt: skip
+        body: dict[str, Any] = self.config.request(self.config.model, messages, self.config.max_tokens)
+        return body
 
     def _verdict(self, reply: str | Failure) -> Verdict:
         if isinstance(reply, Failure):

@@ -1,10 +1,11 @@
 """Classification: the answer is one of the labels that occur in the file.
 
-Right is an answer that equals its label (white space around, case and a final full stop aside). Published evaluations
-also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is always right;
-that figure is reported beside ours as ``substring``, never in its place.
+Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published
+evaluations also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is
+always right; that figure is reported beside ours as ``substring``, never in its place.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Classification(Matching):
     """See the module."""
 
     name = "classification"
-    version = 1
+    version = 2
     matching = ("exact", "substring")
 
     def __init__(self, config: Any = None) -> None:
@@ -49,12 +50,34 @@ class Classification(Matching):
     def right(self, target: str, answer: str) -> Grade:
         """Equality, and containment."""
         plain, right = _plain(answer), _plain(target)
-        return Grade(plain == right, right in answer.casefold(), plain in map(_plain, self.labels))
+        return Grade(plain == right, _bare(target) in answer.casefold(), plain in map(_plain, self.labels))
 
     def report(self) -> dict[str, Any]:
         """The labels."""
         return {"labels": self.labels}
 
 
-def _plain(text: str) -> str:
+def _bare(text: str) -> str:
     return text.strip().removesuffix(".").strip().casefold()
+
+
+_TAGS = re.compile(r"</?[a-zA-Z][^<>]{0,100}>")
+_LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|tt|rm)?|math(?:bf|it|tt|rm|sf))\s*\{([^{}]*)\}")
+_LINE = re.compile(r"^(?:#{1,6}|[-*+>])\s+")  # a heading, a list, a quotation
+_BLOCK = re.compile(r"^```\w*\s*\n(.*?)\s*```$", re.DOTALL)
+_PAIRS = {"*": "*", "_": "_", "`": "`", "~": "~", '"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "$": "$"}
+
+
+def _plain(text: str) -> str:
+    r"""A label without the markup that models put around it.
+
+    >>> _plain("**Positive.**"), _plain(r"$\boxed{\text{positive}}$"), _plain("<b>C#</b>"), _plain("-1")
+    ('positive', 'positive', 'c#', '-1')
+    """
+    plain, before = text, None
+    while plain != before:
+        before = plain
+        plain = _LINE.sub("", _bare(_BLOCK.sub(r"\1", _LATEX.sub(r"\1", _TAGS.sub("", plain.strip())))))
+        if len(plain) > 2 and _PAIRS.get(plain[0]) == plain[-1]:
+            plain = plain[1:-1]
+    return plain or _bare(text)

@@ -1,7 +1,9 @@
-"""A final number, as in GSM8K: what stands after "The final answer is:" (or "####"), else the last number of the text.
+r"""A final number, as in GSM8K: what follows the last "The final answer is:", "####" or \boxed, else the last number.
 
-Published evaluations read a hyphen as a sign wherever it stands ("5-3" gives -3) and need the marker's exact spacing;
-their figure is reported beside ours as ``published``.
+Thousands may be set apart by commas, points, spaces or apostrophes, decimals by a point or a comma; the sign may be
+any dash and stand before a currency. Where a number can be read in two ways (1.234, 8 000), it is right if one of the
+two is. Published evaluations read a hyphen as a sign wherever it stands ("5-3" gives -3) and need the first marker's
+exact spacing; their figure is reported beside ours as ``published``.
 """
 
 import math
@@ -14,9 +16,21 @@ from pharmacist.evaluation.tasks.base import Grade, Matching
 
 
 _MARKERS = ("the final answer is:", "####")
+_MARK = re.compile("|".join([*map(re.escape, _MARKERS), r"\\boxed\s*\{"]))
 _PUBLISHED_MARKER = "The final answer is: "
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d+(?:\.\d+)?|\.\d+)")  # no sign after a word, a digit or a bracket
+_GAP = " \u00a0\u2007\u2009\u202f"
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])(?P<sign>-)(?:\\?[$€£¥₹₩]\s?)?)?"  # no sign after a word, a digit or a bracket
+    rf"(?:(?P<grouped>\d{{1,3}}(?:(?P<mark>[,.'{_GAP}])\d{{3}}(?:(?P=mark)\d{{3}})*|(?:,\d\d){{1,6}},\d{{3}}))(?!\d)"
+    r"(?P<rest>(?!(?P=mark))[.,]\d+(?![,.]?\d))?"
+    r"|(?P<plain>(?:(?<!\d,)\d+,\d+(?!,\d)|\d+(?:\.\d+)?)(?:e[+-]?\d+(?!\w))?|\.\d+))"
+)
 _PUBLISHED_NUMBER = re.compile(r"-?\d+\.?\d*")
+_SAME = str.maketrans({
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\uff0c": ",", "\u066c": ",", "\uff0e": ".",
+    "\u066b": ".", **dict.fromkeys("\u2019\u2018\u02bc", "'"), "\uff04": "$", "\uffe5": "\u00a5",
+})  # fmt: skip
+_LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands apart
 
 
 def has_marker(text: str) -> bool:
@@ -30,14 +44,44 @@ def final_number(text: str) -> float | None:
     >>> final_number("5-3 is 2. The final answer is:  1,200 apples, not 7"), final_number("9 - 5-3")
     (1200.0, 3.0)
     """
-    plain = text.casefold().replace(",", "")
-    for marker in _MARKERS:
-        if marker in plain:
-            found = _NUMBER.search(plain.split(marker, 1)[1])
-            if found:
-                return float(found[0])
-    numbers = _NUMBER.findall(plain)
-    return float(numbers[-1]) if numbers else None
+    return next(iter(readings(text)), None)
+
+
+def readings(text: str) -> tuple[float, ...]:
+    r"""The final number of a solution in every way in which it can be read, the likeliest first.
+
+    >>> readings("1.234"), readings("1.234,5"), readings("#### 8 000"), readings(r"\boxed{8{,}000}")
+    ((1.234, 1234.0), (1234.5,), (8000.0, 8.0), (8000.0,))
+    """
+    plain = text.casefold().translate(_SAME)
+    plain = _LATEX.sub("\u2009", plain)
+    numbers = list(_NUMBER.finditer(plain))
+    if not numbers:
+        return ()
+    marked = [mark.end() for mark in _MARK.finditer(plain) if mark.end() <= numbers[-1].start()]
+    if not marked:
+        return _values(numbers[-1], first=False)
+    return _values(next(number for number in numbers if number.start() >= marked[-1]), first=True)
+
+
+def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
+    """What a match says; where spaces may part numbers as well as thousands, the first or the last of them too."""
+    sign = -1.0 if found["sign"] else 1.0
+    if found["plain"] is not None:
+        return (sign * float(found["plain"].replace(",", ".")),)
+    whole, mark, rest = found["grouped"], found["mark"] or ",", (found["rest"] or "").replace(",", ".")
+    parts = whole.split(mark)
+    joined = float("".join(parts) + rest)
+    if rest or len(parts) > 2 and mark != " ":
+        return (sign * joined,)
+    if mark == " ":
+        return (sign * joined, sign * float(parts[0]) if first else float(parts[-1] + rest))
+    if mark not in ",.":
+        return (sign * joined,)
+    other = float(".".join(parts))
+    if whole.startswith("0"):
+        return (sign * other,)
+    return (sign * other, sign * joined) if mark == "." else (sign * joined, sign * other)
 
 
 def published_number(text: str) -> float:
@@ -54,16 +98,16 @@ class Number(Matching):
     """See the module."""
 
     name = "number"
-    version = 1
+    version = 2
     matching = ("number", "published")
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses targets without a number."""
         for number, row in enumerate(rows):
-            if final_number(row["completion"]) is None:
+            if not readings(row["completion"]):
                 raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")
 
     def right(self, target: str, answer: str) -> Grade:
-        """Equality of the final numbers."""
-        gold, found = final_number(target), final_number(answer)
-        return Grade(found == gold, published_number(answer) == gold, found is not None)
+        """Equality of the final numbers, in one of their readings."""
+        gold, found = readings(target), readings(answer)
+        return Grade(bool(set(gold) & set(found)), published_number(answer) == gold[0], bool(found))

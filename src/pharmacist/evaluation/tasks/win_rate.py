@@ -17,6 +17,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, last_json
 from pharmacist.evaluation.tasks.base import Task, TaskItem
+from pharmacist.evaluation.text import missing
 
 
 _FORMAT = 1  # raised whenever the same reply gives another grade, or the question changes
@@ -127,7 +128,7 @@ class WinRate(Task[WinGrade]):
             return
         with (Path(self.config.against) / "items.jsonl").open(encoding="utf-8") as file:
             items = [item for item in map(json.loads, file) if item["set"] == "task"]
-        self._others = {item["prompt"]: None if item.get("error") else item["answer"] for item in items}
+        self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
         for number, row in enumerate(rows):
             if row["prompt"] not in self._others:
                 raise DataError(
@@ -155,7 +156,7 @@ class WinRate(Task[WinGrade]):
         ]  # fmt: skip
         if grades and all(grade.score is None for grade in grades):
             raise DataError(
-                f"--task-type {self.name}: {self.config.base_url} gave no verdict on any of {len(grades)} answers "
+                f"--task-type {self.name}: {self.config.shown} gave no verdict on any of {len(grades)} answers "
                 f"({count_reasons([grade.note for grade in grades])}); mend it or take another --task-type; the "
                 "answers are kept"
             )
@@ -167,9 +168,8 @@ class WinRate(Task[WinGrade]):
     def _body(self, prompt: str, first: str, second: str) -> dict[str, Any]:
         question = _QUESTION.format(prompt=prompt, first=first, second=second)
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
-        return {
-            "model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": self.config.max_tokens,
-        }  # fmt: skip
+        body: dict[str, Any] = self.config.request(self.config.model, messages, self.config.max_tokens)
+        return body
 
     def metrics(self, grades: Sequence[WinGrade], unanswered: int) -> dict[str, dict[str, Any]]:
         """``win_rate`` in percent, ties half.

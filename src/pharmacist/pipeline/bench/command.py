@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.rundir import RunDir
@@ -103,7 +104,8 @@ def bench(options: BenchOptions) -> BenchResult:
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if rank() == 0 and not plan.waiting():
-            run.finish(outputs=["results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data"])
+            outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
+            run.finish(outputs=[name for name in outputs if run.path(name).exists()])
             _upload(run, remote)
         place = remote.url if remote else root
         console().print(
@@ -190,7 +192,7 @@ def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFaile
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
 def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
@@ -198,7 +200,7 @@ def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
 
     result = "done" if outcome.done else "not run, needs what failed"
     result = result if outcome.error is None else _one_line(outcome.error)
-    console().print(f"{number}/{total} {stage.name} ({stage.method}): {result}", soft_wrap=True, markup=False)
+    console().print(f"{number}/{total} {plain(stage.name)} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 
 def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
@@ -233,7 +235,7 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
             "--only 'PART OF ITS NAME', then ask again", soft_wrap=True,
         )  # fmt: skip
-    names = list(dict.fromkeys(cell.name for cell in plan.cells))
+    names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
 
 

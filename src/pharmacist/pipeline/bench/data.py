@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import check_ordinary
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
 from pharmacist.pipeline.bench.options import PoolEntry
@@ -54,6 +55,7 @@ class Data:
             return self._made_up(spec, where, seed, pool)
         name, colon, file = spec.partition(":")
         path = Path(spec).expanduser()
+        check_ordinary(path, f"{where} {spec}")
         if path.exists():
             return Input(str(path.resolve()), self._content(path.resolve()))
         if colon and Path(file).expanduser().exists():

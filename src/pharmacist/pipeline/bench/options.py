@@ -1,7 +1,7 @@
 """What a grid file holds: one list per axis, and the settings that all cells share."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
@@ -52,6 +52,10 @@ class BenchOptions(RunOptions):
     """Where stages run if --output-dir is a URL, such as s3://BUCKET/NAME; a folder in the user's cache by default."""
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
     """Where stages run."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {
+        "work_dir", "only", "pools", "selectors", "defenses", "attacks", "later_defenses", "tasks", "judges",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         if "://" in self.output_dir:

@@ -43,6 +43,14 @@ class Marker(BaseModel):
     places: dict[str, str]
     manifest: RunManifest
 
+    @property
+    def foreign(self) -> str | None:
+        """A name in it with which a download could write, or read, outside the stage's folder; None as it should be.
+
+        Whoever can write to the URL decides what markers say.
+        """
+        return next((name for name in (self.folder, *self.files) if not _is_plain(name)), None)
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -176,7 +184,14 @@ class Remote:
             fs.put([str(folder / name) for name in names], targets)
 
     def _get(self, place: str, files: Mapping[str, str], folder: Path) -> None:
-        """Downloads files: name -> sha256, or how it begins."""
+        """Downloads files: name -> sha256, or how it begins.
+
+        Args:
+            place: Where they lie, relative to the URL.
+            files: Names that cannot leave the folder.
+            folder: A temporary one, so that nothing is where it belongs before its content is checked.
+        """
+        assert all(map(_is_plain, files))
         fs, root = self._place()
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -199,10 +214,18 @@ class Remote:
             value = json.loads(text)
         except ValueError:  # cut while it was written
             return None
+        except RecursionError as error:
+            raise DataError(f"{path}: is nested too deeply; delete it, and the stage is run anew") from error
         try:
-            return Marker.model_validate(value)
+            marker = Marker.model_validate(value)
         except ValidationError as error:
             raise DataError(f"{path}: written by a newer version of pharmacist; update the package") from error
+        if (name := marker.foreign) is not None:
+            raise DataError(
+                f"{path}: names the file {name!r}, which lies outside the stage's folder; pharmacist writes no such "
+                "name, so see who can write there, and delete the file"
+            )
+        return marker
 
     def _place(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
@@ -224,6 +247,12 @@ class Remote:
             ) from error
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name is a relative path that goes down only, and no pattern to fsspec."""
+    parts = name.split("/")
+    return set(parts).isdisjoint({"", ".", ".."}) and set(name).isdisjoint("\\:*?[") and name.isprintable()
+
+
 def _joined(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
@@ -242,7 +271,7 @@ def _places(folder: Path) -> dict[str, str]:
 def _move(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Lets JSON files name the folders of this machine: an adapter its base, a ranking its pool."""
     moved = {json.dumps(f"{place}/", ensure_ascii=a)[:-1]: json.dumps(f"{now[name]}/")[:-1]
-             for name, place in before.items() for a in (True, False) if now[name] != place}  # fmt: skip
+             for name, place in before.items() for a in (True, False) if now.get(name, place) != place}  # fmt: skip
     for path in folder.rglob("*.json") if moved else ():
         text = path.read_text(encoding="utf-8")
         for old, new in moved.items():

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import BusyError
+from pharmacist.core.errors import BusyError, OtherRunError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.progress import hushed
-from pharmacist.core.rundir import RunOptions, as_json, identifying
+from pharmacist.core.rundir import RunOptions, as_json, identifying, made_from
 from pharmacist.pipeline.bench.remote import Remote
 
 
@@ -253,13 +253,20 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     if stage.like is not None and stage.like in stages and stage.manifest is None:
         _take_answers(stages[stage.like], stage)
+    results = {name: made.content for name in stage.needs if name in stages and (made := stages[name].manifest)}
     while True:
         try:
-            function(options)
+            with made_from(results):
+                function(options)
             barrier()  # only then has the first process written all that the next stage reads
             return
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
+        except OtherRunError:
+            # The folder is named by all options and inputs, so that only an input which was made anew can be other.
+            if options.overwrite:
+                raise
+            options = with_options(options, overwrite=True)
 
 
 def _bring(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
@@ -290,20 +297,24 @@ def _take_answers(other: Stage, stage: Stage) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_folder(stage.folder) as folder:
         shutil.copyfile(other.folder / "items.jsonl", folder / "items.jsonl")
-        found.model_copy(update={"status": "started", "created": now, "finished": "", "outputs": []}).write(folder)
+        begun = {"status": "started", "created": now, "finished": "", "outputs": [], "files": {}}
+        found.model_copy(update=begun).write(folder)
 
 
 def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether an input was made anew after the stage had begun, as happens where somebody deletes a folder."""
+    """Whether an input was made anew, with other content, since the stage began: somebody has deleted a folder.
+
+    Told by the content that the stage has noted, and not by times, which clocks of several machines, or one that is
+    set back, put in any order. Of a result that notes no content nothing can be told.
+    """
     own = stage.manifest
     if own is None:
         return False
-    made = [stages[name].manifest for name in stage.needs if name in stages]
-    return any(other is not None and _time(other.finished) > _time(own.created) for other in made)
-
-
-def _time(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp() if text else float("inf")
+    made = {name: stages[name].manifest for name in own.made_from.keys() & stages.keys()}
+    return any(
+        other is not None and other.status == "success" and other.content not in ("", own.made_from[name])
+        for name, other in made.items()
+    )
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
@@ -311,4 +322,6 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     if stage.remote is not None and stage.found is None:
         return False
     manifest = stage.manifest
-    return manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
+    if manifest is None or manifest.status != "success" or is_stale(stage, stages):
+        return False
+    return stage.remote is not None or missing_output(stage.folder, manifest) is None

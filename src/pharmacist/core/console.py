@@ -1,0 +1,65 @@
+"""Text of others (users, models, servers, files), fit to be shown to a person."""
+
+import re
+import unicodedata
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, lone surrogates, line and paragraph ends
+_JOINERS = "\u200c\u200d"  # which Persian, Indic scripts and emoji are spelled with
+_SECRET = "***"
+_MARKDOWN = re.compile(r"([\\`*~\[\]|]|_(?![^\W_])|(?<![^\W_])_)")
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def plain(text: object, *, lines: bool = False) -> str:
+    r"""A text with every character spelled out that a terminal or a page would act on instead of showing it.
+
+    Escapes, control characters, marks that turn the direction of writing, invisible ones and lone surrogates become
+    ``\x1b``, ``\u202e`` and so on; markup is for whoever prints it to leave alone, as `progress.console` does.
+
+    Args:
+        text: Of anyone; what is no text is taken as ``str`` gives it.
+        lines: Whether ends of lines and tabs stay, for messages of our own around it.
+
+    >>> plain("a\x1b[2Jb\nc"), plain("a\x1b[2Jb\nc", lines=True), plain("\u202eevil \ud800")
+    ('a\\x1b[2Jb\\nc', 'a\\x1b[2Jb\nc', '\\u202eevil \\ud800')
+    """
+    value = str(text)
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(_spelled(character, lines) for character in value)
+
+
+def _spelled(character: str, lines: bool) -> str:
+    if lines and character in "\n\t":
+        return character
+    if unicodedata.category(character) not in _HIDDEN or character in _JOINERS:
+        return character
+    code = ord(character)
+    return _ESCAPES.get(character) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def markdown(text: object) -> str:
+    r"""A text as one line of Markdown, or a cell of its tables, that shows it and does nothing else.
+
+    >>> markdown("a|b <img src=x> *c* [d](javascript:e)\n# f")
+    'a\\|b &lt;img src=x&gt; \\*c\\* \\[d\\](javascript:e)\\\\n# f'
+    """
+    return _MARKDOWN.sub(r"\\\1", plain(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def without_credentials(url: str) -> str:
+    """An address without user, password and the values of its query, except a version.
+
+    >>> without_credentials("https://me:secret@host:8000/v1?api-version=2&key=secret")
+    'https://host:8000/v1?api-version=2&key=***'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no address at all, but there may be a secret in it
+        return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
+    query = [(name, value if "version" in name.lower() else _SECRET) for name, value in parse_qsl(parts.query)]
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(query, safe="*"), ""))

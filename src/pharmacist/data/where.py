@@ -1,0 +1,108 @@
+"""Rows chosen by the value of a column: ``--where label=true``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.data.formats import Source, spelled
+
+
+_SOURCES = frozenset({"pool", "safe", "harmful", "utility", "data", "task"})
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a column has to hold.
+
+    Attributes:
+        column: Name of the column.
+        value: As given: true, false, a number or a text.
+        of: The only source that it is meant for (``harmful`` for ``--harmful``); None for all that have the column.
+    """
+
+    column: str
+    value: str
+    of: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.column}={self.value}"
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has the value; a row without the column has not.
+
+        Raises:
+            TypeError: The row holds a list or an object there, which equals no value that can be given.
+        """
+        found = row.get(self.column)
+        if found is None:
+            return self.value.lower() in ("null", "none")
+        if isinstance(found, bool):
+            return self.value.lower() == str(found).lower()
+        if isinstance(found, int | float):
+            return _number(self.value) == found
+        if not isinstance(found, str):
+            raise TypeError(f"holds {type(found).__name__}")
+        found = found.strip()
+        if found == self.value or {found.lower(), self.value.lower()} in ({"true"}, {"false"}):
+            return True
+        return _number(found) is not None and _number(found) == _number(self.value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_where(texts: Iterable[str]) -> list[Condition]:
+    """Conditions from ``COLUMN=VALUE`` or ``SOURCE:COLUMN=VALUE``.
+
+    Raises:
+        ConfigError: A text of another form.
+    """
+    found = []
+    for text in texts:
+        column, equals, value = text.partition("=")
+        of, colon, rest = column.partition(":")
+        alone = bool(colon) and of.strip() in _SOURCES
+        column = (rest if alone else column).strip()
+        if not equals or not column or not value.strip():
+            raise ConfigError(f"--where {text}: write it as label=true, or as harmful:is_safe=false for one file")
+        found.append(Condition(column, value.strip(), of.strip() if alone else None))
+    return found
+
+
+def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
+    """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
+    return [
+        condition for condition in parse_where(texts)
+        if condition.of in (None, name) and _has_column(source, condition.column)
+    ]  # fmt: skip
+
+
+def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
+    """`conditions_for` each source that a command reads.
+
+    Raises:
+        ConfigError: A text of another form.
+        DataError: No source has the column.
+    """
+    found = {name: conditions_for(texts, name, source) for name, source in sources.items()}
+    used = {condition for conditions in found.values() for condition in conditions}
+    for condition in parse_where(texts):
+        if condition not in used:
+            where = ", ".join(sources[name].where for name in sources if condition.of in (None, name))
+            raise DataError(
+                f"--where {condition}: there is no column {spelled(condition.column)} in "
+                f"{where or f'--{condition.of}, which is not given'}; check its name"
+            )
+    return found
+
+
+def _has_column(source: Source, column: str) -> bool:
+    """Whether some row has the column; of a format without fixed columns as many rows are read as it takes."""
+    if source.columns is not None:
+        return column in source.columns
+    return any(row.value is not None and column in row.value for row in source.scan())
