@@ -13,8 +13,8 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import seal
 from pharmacist.selectors.jobs import run_jobs
-from pharmacist.selectors.seal import INFORMED, PLAIN, SealConfig, SealProblem, implied_difference, seal_job
 from pharmacist.selectors.pharmacist.twins import batch_weight_gradient, mean_over_copies, weight_gradient
+from pharmacist.selectors.seal import INFORMED, PLAIN, SealConfig, SealProblem, implied_difference, seal_job
 from tests.selectors import peers, village
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
