@@ -40,6 +40,11 @@ COMMANDS = {
         "pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
         "--model MODEL --top 0.3 --output-dir runs/core",
     ),
+    "label": Command(
+        "pharmacist.pipeline.label", "LabelOptions", "label",
+        "label the rows of a ranking that would teach it most, in a terminal",
+        "pharmacist label runs/core --output labels.json",
+    ),
     "align": Command(
         "pharmacist.pipeline.align", "AlignOptions", "align",
         "train on an alignment set with an alignment-stage defense",

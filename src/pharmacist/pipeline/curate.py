@@ -189,14 +189,21 @@ class Ranking:
             path: The HTML file.
             labels: Known label per ranked row, where there is one (planted pools).
         """
-        from pharmacist.pipeline.report import pool_categories
+        from pharmacist.pipeline.report import labelling, pool_categories
         from pharmacist.report.html import render_ranking
 
         columns = self.records.dataset.select_columns(["prompt", "completion"])
         render_ranking(
             Path(path), scores=self.table, texts=columns, manifest=self.manifest, labels=labels,
             categories=pool_categories(self.records),
+            labelling=labelling(self.records.source.fingerprint(), self.asked(), self.table),
         )  # fmt: skip
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The rows whose label would teach most, most telling first: ``row``, ``prompt``, ``completion``, ``reason``."""
+        columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
+        reasons = self.table["reason"].to_numpy()
+        return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
 
 
 def curate(options: CurateOptions) -> Ranking | None:
@@ -248,11 +255,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
         if len(ranking.to_label):
-            columns = ranking.records.dataset.select_columns(["row", "prompt", "completion"])
-            asked = [dict(columns[int(position)]) for position in ranking.to_label]
-            for row, position in zip(asked, ranking.to_label, strict=True):
-                row["reason"] = str(ranking.table["reason"].iloc[int(position)])
-            write_text(run.path("to_label.jsonl"), "".join(json.dumps(row) + "\n" for row in asked))
+            write_text(run.path("to_label.jsonl"), "".join(json.dumps(row) + "\n" for row in ranking.asked()))
             outputs.append("to_label.jsonl")
         if ranking.records.refused:
             _write_refused(run.path("refused.jsonl"), ranking.records)

@@ -2,16 +2,19 @@
 
 import itertools
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary
+from pharmacist.core.files import check_ordinary, read_json_lines
 from pharmacist.core.registry import closest
 
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pharmacist.core.manifest import RunManifest
     from pharmacist.data.records import Records
 
@@ -63,7 +66,7 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
     from pharmacist.core.manifest import check_unchanged, read_manifest
 
     manifest = read_manifest(folder)
-    check_unchanged(folder, "scores.parquet", "demo.json", "data", "sweep.json", "results.parquet")
+    check_unchanged(folder, "scores.parquet", "to_label.jsonl", "demo.json", "data", "sweep.json", "results.parquet")
     if manifest.stage == "demo":
         check_unchanged(folder / "rank", "scores.parquet")
     if manifest.stage not in _PAGES:
@@ -106,9 +109,10 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         if records.row_numbers.tolist() != scores["row"].tolist():
             raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
         texts = records.dataset.select_columns(["prompt", "completion"])
+        asked = read_json_lines(folder / "to_label.jsonl") if (folder / "to_label.jsonl").is_file() else []
         render_ranking(
             folder / "report.html", scores=scores, texts=texts, manifest=manifest.model_dump(mode="json"),
-            categories=pool_categories(records),
+            categories=pool_categories(records), labelling=labelling(manifest.inputs["pool"], asked, scores),
         )  # fmt: skip
         del texts, records  # memory-mapped from the folder that goes now
 
@@ -139,6 +143,19 @@ def demo_page(folder: Path, manifest: "RunManifest") -> None:
         folder, labels=[row.kind if clean else row.label for row in planted],
         categories=[[row.category] for row in planted],
     )  # fmt: skip
+
+
+def labelling(pool: str, asked: Sequence[Mapping[str, Any]], scores: "pd.DataFrame") -> dict[str, Any]:
+    """What `render_ranking` needs to have rows labelled on the page.
+
+    Args:
+        pool: Fingerprint of the pool.
+        asked: Rows to label, as in ``to_label.jsonl``.
+        scores: ``scores.parquet``, which holds the labels that the ranking was made with.
+    """
+    from pharmacist.selectors.labels import LABELS, labels_of
+
+    return {"pool": pool, "rows": asked, "labels": LABELS, "known": labels_of(scores)}
 
 
 def pool_categories(records: "Records") -> list[list[str]] | None:

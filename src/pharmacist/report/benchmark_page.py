@@ -73,7 +73,7 @@ def render_benchmark(
         if fractions:
             per_setting(f"fraction-{at}", lambda lines: fraction_curves(lines, look), of_defense.__contains__)
     write_page(
-        folder / "report.html", "benchmark.html.j2", "benchmark.js",
+        folder / "report.html", "benchmark.html.j2", ["benchmark.js"],
         {"figures": figures, "results": result_table(benchmark, look)}, manifest=manifest, benchmark=benchmark,
         settings=[benchmark.setting_name(setting) for setting in settings], defenses=defenses, curves=curves,
         fractions=fractions, trade_off="trade_off" in figures, note=note(benchmark), verdicts=[

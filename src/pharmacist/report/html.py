@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pharmacist import __version__
+from pharmacist.core.console import plain
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_text
 from pharmacist.core.manifest import read_manifest
@@ -34,6 +35,7 @@ _NARROW = "\N{NARROW NO-BREAK SPACE}"
 def render_ranking(
     path: Path, *, scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any],
     labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None,
+    labelling: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes the page of a ranking.
 
@@ -44,9 +46,26 @@ def render_ranking(
         manifest: ``manifest.json`` of the run.
         labels: Known label per row (planted pools).
         categories: Categories of each row, none or several, where the pool tells them.
+        labelling: Rows that a person may label on the page: ``pool`` (its fingerprint), ``rows`` (dicts with ``row``,
+            ``prompt`` and ``completion``), ``labels`` (label -> reason that it gives) and ``known`` (row -> label).
     """
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
-    write_page(path, "ranking.html.j2", "ranking.js", data, ranking=ranking, manifest=manifest)
+    scripts = ["ranking.js"]
+    if labelling is not None and labelling["rows"]:
+        ranking["labelling"], data["labelling"] = _labelling(labelling)
+        scripts.append("labelling.js")
+    write_page(path, "ranking.html.j2", scripts, data, ranking=ranking, manifest=manifest)
+
+
+def _labelling(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template and what the script need to have rows labelled; a label's key is its first letter."""
+    labels = [
+        {"name": name, "key": name[0], "word": words.reason(reason)} for name, reason in given["labels"].items()
+    ]
+    keys = [{"name": label["name"], "key": label["key"]} for label in labels]
+    rows = [[row["row"], row["prompt"], row["completion"]] for row in given["rows"]]
+    known = [[row, label] for row, label in sorted(given["known"].items())]
+    return {"labels": labels, "rows": len(rows)}, {"pool": given["pool"], "labels": keys, "rows": rows, "known": known}
 
 
 def render_demo(
@@ -89,7 +108,7 @@ def render_demo(
         for name in summary["arms"]
     ]  # fmt: skip
     write_page(
-        folder / "report.html", "demo.html.j2", "ranking.js", data, ranking=ranking, manifest=manifest, demo=summary,
+        folder / "report.html", "demo.html.j2", ["ranking.js"], data, ranking=ranking, manifest=manifest, demo=summary,
         arms=arms,
     )  # fmt: skip
 
@@ -129,7 +148,11 @@ def _ranking(
         "reasons": [group | {"word": word_of[group["name"]]} for group in reasons],
         "cannot_see": [words.reason(name) for name in judgement.blind], "fallback": report.get("fallback"),
         "cut": cut,
-        "quality": tables.held_out_quality(report), "classes": words.CLASSES, "phases": tables.phases(manifest),
+        "warnings": [plain(warning) for warning in manifest.get("warnings", ())],
+        "quality": tables.held_out_quality(report), "questions": words.QUESTIONS, "classes": words.CLASSES,
+        "make_up": tables.make_up(report), "compared": "distance" in report, "distance": report.get("distance"),
+        "near": report.get("near"), "gain": report.get("labels"), "labelling": None,
+        "phases": tables.phases(manifest),
         "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
         "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()),
         "table": table, "pairs": pairs, "categories": None,
@@ -168,21 +191,21 @@ def _environment() -> Environment:
     return environment
 
 
-def write_page(path: Path, template: str, script: str, data: Mapping[str, Any], **context: Any) -> None:
+def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
     """Writes a page.
 
     Args:
         path: The HTML file.
         template: Its template.
-        script: Its script, which runs after ``page.js``.
+        scripts: Its scripts, which run after ``page.js``.
         data: What the scripts read, by name; ``figures`` are those of the template's charts.
         **context: For the template.
     """
     from plotly.offline import get_plotlyjs
 
-    scripts = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", script))]
+    code = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", *scripts))]
     text = _environment().get_template(template).render(
-        **context, version=__version__, scripts=scripts, policy=_policy(scripts),
+        **context, version=__version__, scripts=code, policy=_policy(code),
         table_style=Markup(_datatables("css")), style=Markup(_template_file("style.css")),
         data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
     )  # fmt: skip

@@ -102,7 +102,7 @@ def render_sweep(folder: Path, *, manifest: Mapping[str, Any]) -> None:
     )
     figures = {"trade_off": trade_off(summary)} | ({"curves": curves(summary)} if summary["curves"] else {})
     write_page(
-        folder / "report.html", "sweep.html.j2", "sweep.js", {"figures": figures}, sweep=summary, attacks=attacks,
+        folder / "report.html", "sweep.html.j2", ["sweep.js"], {"figures": figures}, sweep=summary, attacks=attacks,
         manifest=manifest,
         worst=next((attack for attack in attacks if attack["group"] == "worst"), None), titles=GROUPS,
     )  # fmt: skip

@@ -29,6 +29,7 @@ MOST_CATEGORIES = 20
 _EXCERPT = 1200  # characters of a text in pairs and examples
 _BEST, _AT_THE_CUT, _PER_REASON = 2, 3, 2  # examples
 _PROMPT, _COMPLETION = 5, 6  # places in a row
+_OF_A_QUESTION = ("yes", "no", "combined")  # the rest are readers
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 _SHOWN = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
@@ -104,30 +105,40 @@ def confusion(labels: "pd.Series[Any]", reasons: "pd.Series[Any]") -> dict[str, 
 
 
 def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Per-class quality on held-out references; None where the selector measured none.
+    """How well each question was answered for held-out references; None where the selector measured nothing.
 
     Returns:
-        ``readers`` (the combination first) and ``classes``: per class its ``name``, number of ``references``,
-        ``recall`` (percent, of the combination) and ``auc`` per reader of the safe class against it (None for the
-        safe class, which stands against all the others in ``auc_rest``).
+        ``by`` ("prompt" or "source", what was held out together), ``readers`` and ``questions``: per question its
+        ``name``, the numbers of references to be answered by ``yes`` and ``no``, the ``auc``, ``log_loss`` and shares
+        in percent ``yes_found`` and ``no_found`` of all readers together, and the AUC of each of ``readers`` (None
+        where it has no say); ``weakest``, the one of them with the least AUC.
     """
-    found = report.get("out_of_fold")
-    if not found or "combined" not in found:
+    found = report.get("questions")
+    if not found:
         return None
-    readers = ["combined", *(name for name in found if name != "combined")]
-    combined = found["combined"]
-    classes = [
+    readers = list(dict.fromkeys(name for answers in found.values() for name in answers if name not in _OF_A_QUESTION))
+    questions = [
         {
-            "name": name, "references": report.get("references", {}).get(name),
-            "recall": 100 * recall, "auc": [found[reader]["auc_safe_against"].get(name) for reader in readers],
+            "name": name, "yes": answers["yes"], "no": answers["no"], "auc": answers["combined"]["auc"],
+            "log_loss": answers["combined"]["log_loss"], "yes_found": 100 * answers["combined"]["yes_found"],
+            "no_found": 100 * answers["combined"]["no_found"],
+            "readers": [answers[reader]["auc"] if reader in answers else None for reader in readers],
         }
-        for name, recall in combined["recall"].items()
+        for name, answers in found.items()
     ]  # fmt: skip
     return {
-        "readers": readers, "classes": classes, "left_out": list(report.get("left_out", ())),
-        "weights": dict(report.get("weights", {})),
-        "auc_rest": [found[name]["auc_safe_against_rest"] for name in readers],
+        "by": report.get("held_out_by", "prompt"), "readers": readers, "questions": questions,
+        "weakest": min(questions, key=lambda question: question["auc"]),
     }  # fmt: skip
+
+
+def make_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per class its ``name``, number of ``references``, and estimated ``share`` of the pool in percent (or None)."""
+    references, shares = report.get("references", {}), report.get("shares", {})
+    return [
+        {"name": name, "references": references.get(name, 0), "share": 100 * shares[name] if name in shares else None}
+        for name in dict.fromkeys([*references, *shares])
+    ]
 
 
 def phases(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -70,8 +70,22 @@ CLASSES = {
     "utility": "Utility: harmless request, helpful answer",
     "over_refusal": "Over-refusing: harmless request, refusal",
     "corrupted": "Corrupted: damaged answer",
+    "misplaced": "Misplaced: harmful request, refusal of another one",
 }
 """Classes of references."""
+
+QUESTIONS = {
+    "risky": Word("risky", "Is the request harmful?"),
+    "refuses": Word("refuses", "Does the answer decline?"),
+    "whole": Word("whole", "Is the text of the answer whole?"),
+    "pertinent": Word("pertinent", "Does a refusal refuse this very request?"),
+    "typical": Word(
+        "typical", "Does the row look like a safe reference? Counts only as far as pool and references look like one "
+        "source."
+    ),
+    "safe": Word("safe", "Is the row like a safe reference, and like no other?"),
+}  # fmt: skip
+"""What selectors ask of a row."""
 
 ARMS = {
     "full": Word("Full pool", "Every row of the pool.", "--full"),

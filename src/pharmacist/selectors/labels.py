@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,9 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.selectors.base import CRITICAL
 
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,6 +42,31 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
         DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
     """
     where = f"--labels {path}"
+    labels = read_entries(path, pool, rows, where=where)
+    if not labels:
+        raise DataError(f"{where}: holds no labels; label some rows of to_label.jsonl first")
+    if len(set(labels.values())) == 1:
+        (only,) = set(labels.values())
+        raise DataError(f"{where}: all {len(labels)} labels are '{only}', which teaches nothing; label other rows too")
+    position_of = {int(row): position for position, row in enumerate(rows)}
+    return {position_of[row]: LABELS[label] for row, label in labels.items()}
+
+
+def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
+    """What a file of labels says, be it too little to learn from.
+
+    Args:
+        path: The file.
+        pool: Fingerprint of the pool.
+        rows: Numbers of the pool's usable rows.
+        where: How messages begin.
+
+    Returns:
+        Row number -> label.
+
+    Raises:
+        DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
+    """
     content = read_json(Path(path))
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list):
@@ -47,24 +75,27 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
         raise DataError(
             f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"
         )
-    position_of = {int(row): position for position, row in enumerate(rows)}
+    usable = set(np.asarray(rows).tolist())
     found: dict[int, str] = {}
     for number, entry in enumerate(entries):
         row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(row, int) or isinstance(row, bool) or row not in position_of:
+        if not isinstance(row, int) or isinstance(row, bool) or row not in usable:
             raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
         if not isinstance(label, str) or label not in LABELS:
             raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
-        if position_of[row] in found:
+        if row in found:
             raise DataError(f"{where}: row {row} has two labels; keep one of them")
-        found[position_of[row]] = LABELS[label]
-    if not found:
-        raise DataError(f"{where}: holds no labels; label some rows of to_label.jsonl first")
-    if len(set(found.values())) == 1:
-        (only,) = set(found.values())
-        name = next(label for label, reason in LABELS.items() if reason == only)
-        raise DataError(f"{where}: all {len(found)} labels are '{name}', which teaches nothing; label other rows too")
+        found[row] = label
     return found
+
+
+def labels_of(scores: "pd.DataFrame") -> dict[int, str]:
+    """Row number -> label, of the labels that a ranking was made with (column ``label`` of ``scores.parquet``)."""
+    if "label" not in scores:
+        return {}
+    label_of = {reason: label for label, reason in LABELS.items()}
+    known = scores[scores["label"].isin(label_of)]
+    return {int(row): label_of[reason] for row, reason in zip(known["row"], known["label"], strict=True)}
 
 
 def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:

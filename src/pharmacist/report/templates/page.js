@@ -91,6 +91,18 @@ const pharmacist = (() => {
     made.append(...children);
     return made;
   };
+  // Marks that turn text around or cannot be seen are spelled out.
+  const MARKS = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+  const readable = (text) => {
+    const parts = [];
+    let from = 0;
+    for (const match of text.matchAll(MARKS)) {
+      const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+      parts.push(text.slice(from, match.index), element("span", { class: "mark" }, `U+${code}`));
+      from = match.index + match[0].length;
+    }
+    return [...parts, text.slice(from)];
+  };
   const swatch = (color) => {
     const made = element("span", { class: "swatch" });
     made.style.background = color;
@@ -126,5 +138,5 @@ const pharmacist = (() => {
     await tables(await library());
     root.dataset.ready = "true";
   };
-  return { data, element, swatch, tableOptions, onSearch, choose, start };
+  return { data, element, readable, swatch, tableOptions, onSearch, choose, start };
 })();

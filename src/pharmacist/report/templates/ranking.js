@@ -1,25 +1,13 @@
 // The rows of a ranking: the table, examples of what is kept and dropped, near-duplicates side by side.
 "use strict";
 pharmacist.start(async (DataTable) => {
-  const { data, element, swatch, tableOptions, onSearch } = pharmacist;
+  const { data, element, readable, swatch, tableOptions, onSearch } = pharmacist;
   const [RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL] = Array(10).keys();
   const LONG = 240;
-  // Marks that turn text around or cannot be seen are spelled out.
-  const MARKS = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
   const { table: { rows, reasons, labels }, examples, pairs } = await data("rows");
 
   // --- texts ---------------------------------------------------------------------------------------------------
 
-  const readable = (text) => {
-    const parts = [];
-    let from = 0;
-    for (const match of text.matchAll(MARKS)) {
-      const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-      parts.push(text.slice(from, match.index), element("span", { class: "mark" }, `U+${code}`));
-      from = match.index + match[0].length;
-    }
-    return [...parts, text.slice(from)];
-  };
   // Every second piece is what the other text of a pair does not have.
   const compared = (pieces) => pieces.flatMap((piece, at) => (at % 2 ? element("mark", {}, ...readable(piece)) : readable(piece)));
   const veiled = new WeakMap();

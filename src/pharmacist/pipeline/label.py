@@ -1,0 +1,182 @@
+"""The command `label`: asks a person, in a terminal, for the labels that would help a ranking most."""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pharmacist.core.console import plain
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import read_json_lines
+
+
+if TYPE_CHECKING:
+    from pharmacist.core.manifest import RunManifest
+
+_SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
+
+
+@dataclass(kw_only=True)
+class LabelOptions:
+    """Label the rows of a ranking whose label would teach most, in a terminal."""
+
+    run: str = field(metadata={"first": True})
+    """Folder of a finished curate; as the first word it needs no --run."""
+    output: str = "labels.json"
+    """File of labels, written after each one. An earlier one is gone on with."""
+
+
+def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
+    """Asks for a label of each row of ``to_label.jsonl`` that has none, and keeps what is said in ``--output``.
+
+    A text is shown only after an empty line has asked for it.
+
+    Args:
+        options: Of the command.
+        answers: Lines of the person; standard input by default, which must then be a terminal.
+        out: Where rows are shown; standard output by default.
+
+    Returns:
+        Row number -> label, those of earlier sessions included.
+
+    Raises:
+        ConfigError: The output lies in the run's folder, or there is no terminal.
+        DataError: The folder is no finished ranking with rows to label, or the output holds something else.
+    """
+    from pharmacist.core.manifest import check_unchanged, read_manifest
+    from pharmacist.selectors.labels import LABELS, write_labels
+
+    folder, output = Path(options.run), Path(options.output)
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
+        raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another place")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
+    manifest = read_manifest(folder)
+    if manifest.stage != "curate":
+        raise ConfigError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
+    if manifest.status != "success":
+        raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
+    if not (folder / "to_label.jsonl").is_file():
+        raise DataError(
+            f"{folder}: no to_label.jsonl; rank with the selector pharmacist, of form evidence or both, and not with "
+            "--to-label 0"
+        )
+    check_unchanged(folder, "to_label.jsonl", "scores.parquet")
+    asked = read_json_lines(folder / "to_label.jsonl")
+    labels = _earlier(folder, manifest, output)
+    if answers is None:
+        if not sys.stdin.isatty():
+            raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
+        answers = sys.stdin
+    talk = _Talk(answers, out or sys.stdout)
+    talk.say(f"{len(asked)} rows to label; every answer is a word, or its first letter, and Enter.", *_meanings(LABELS))
+
+    def keep() -> None:
+        write_labels(output, manifest.inputs["pool"], labels)
+
+    _ask(talk, asked, labels, keep=keep, names=tuple(LABELS))
+    if output.is_file():
+        talk.say(
+            f"{len(labels)} labels in {output}; give them to the command that made the ranking: --labels {output}"
+        )
+    else:
+        talk.say("no labels yet, so nothing was written")
+    return labels
+
+
+def _ask(talk: "_Talk", asked: list[Any], labels: dict[int, str], *, keep: Any, names: tuple[str, ...]) -> None:
+    """Goes through the rows that have no label, in order; `keep` is called whenever `labels` has changed."""
+    waiting = [row for row in asked if row["row"] not in labels]
+    past: list[tuple[int, bool]] = []  # places in `waiting`, and whether a label was given there
+    at, shown = 0, False
+    while at < len(waiting):
+        row = waiting[at]
+        done = sum(row["row"] in labels for row in asked)
+        if not shown:
+            prompt = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it, or skip, undo, quit > "
+        else:
+            prompt = f"{', '.join(names)}, or skip, undo, quit > "
+        said = talk.ask(prompt)
+        if said is None or (said and _QUIT.startswith(said)):
+            return
+        if not said:
+            if not shown:
+                talk.show(row)
+            shown = True
+        elif _UNDO.startswith(said):
+            if not past:
+                talk.say("nothing to undo")
+                continue
+            at, labelled = past.pop()
+            shown = False
+            if labelled:
+                del labels[waiting[at]["row"]]
+                keep()
+        elif _SKIP.startswith(said):
+            past.append((at, False))
+            at, shown = at + 1, False
+        elif found := [name for name in names if name.startswith(said)]:
+            if not shown:
+                talk.say("not seen yet; Enter shows it")
+                continue
+            labels[row["row"]] = found[0]
+            keep()
+            past.append((at, True))
+            at, shown = at + 1, False
+        else:
+            talk.say(f"'{plain(said)}' is none of {', '.join((*names, *_OTHERS))}")
+    skipped = sum(not labelled for _, labelled in past)
+    talk.say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
+
+
+def _earlier(folder: Path, manifest: "RunManifest", output: Path) -> dict[int, str]:
+    """Labels that the ranking was made with, and those in the output, which count where both have one."""
+    import pandas as pd
+
+    from pharmacist.selectors.labels import labels_of, read_entries
+
+    try:
+        scores = pd.read_parquet(folder / "scores.parquet")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'scores.parquet'}: cannot be read; run the command again that writes it") from error
+    labels = labels_of(scores)
+    if output.exists():
+        labels |= read_entries(output, manifest.inputs["pool"], scores["row"], where=f"--output {output}")
+    return labels
+
+
+def _meanings(labels: Mapping[str, str]) -> Iterable[str]:
+    from pharmacist.report import words
+
+    width = max(map(len, labels))
+    return [f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in labels.items()]
+
+
+class _Talk:
+    """Lines to and from a person; text of others can neither steer the terminal nor pass for a line of ours."""
+
+    def __init__(self, answers: TextIO, out: TextIO) -> None:
+        self.answers, self.out = answers, out
+
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self._write(plain(line) + "\n")
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        for name in ("prompt", "completion"):
+            self._write(f"{name}:\n")
+            for line in plain(row[name], lines=True).split("\n"):
+                self._write(f"  | {line}\n")
+
+    def ask(self, prompt: str) -> str | None:
+        """What was said, in small letters; None at the end of the input."""
+        self._write(prompt)
+        line = self.answers.readline()
+        return line.strip().lower() if line else None
+
+    def _write(self, text: str) -> None:
+        encoding = getattr(self.out, "encoding", None) or "utf-8"
+        self.out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self.out.flush()
