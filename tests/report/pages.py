@@ -23,7 +23,7 @@ NASTY = (
     "turned \u202egnihtemos\u202c \u200fround",
 )  # fmt: skip
 """Texts that break out of a page that does not escape them."""
-CLASSES = ("safe", "harmful", "utility", "over_refusal", "corrupted")
+CLASSES = ("safe", "harmful", "utility", "over_refusal", "corrupted", "misplaced")
 REASON_OF = {
     "good": "critical", "duplicate": "duplicate", "offtopic": "not_safety_critical", "overrefuse": "over_refusal",
     "noisy": "low_quality", "mislabel": "teaches_compliance",
@@ -42,20 +42,33 @@ def scores(reasons: Sequence[str], selected: int) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def quality(auc: float) -> dict[str, Any]:
+def answered(auc: float, **readers: float) -> dict[str, Any]:
+    """The quality of one question on held-out references."""
     return {
-        "auc_safe_against": dict.fromkeys(CLASSES[1:], auc), "auc_safe_against_rest": auc,
-        "recall": dict.fromkeys(CLASSES, 0.875), "log_loss": 0.2,
+        "yes": 96, "no": 288, "combined": {"auc": auc, "yes_found": 0.875, "no_found": 0.75, "log_loss": 0.234},
+        **{name: {"auc": own} for name, own in readers.items()},
     }  # fmt: skip
 
 
-def report(cannot_see: Sequence[str] = ()) -> dict[str, Any]:
+def report(cannot_see: Sequence[str] = (), **more: Any) -> dict[str, Any]:
     """What the selector pharmacist says about itself."""
     return {
-        "references": dict.fromkeys(CLASSES, 96), "cannot_see": list(cannot_see), "readers": ["lexical"],
-        "left_out": ["probe"], "weights": {"lexical": 1.25}, "weights_fitted": True,
-        "out_of_fold": {"lexical": quality(0.912), "probe": quality(0.934), "combined": quality(0.957)},
-    }  # fmt: skip
+        "references": dict.fromkeys(CLASSES, 96), "cannot_see": list(cannot_see), "readers": ["lexical", "probe"],
+        "held_out_by": "prompt", "questions": {
+            "risky": answered(0.957, requests=0.958), "refuses": answered(0.981, lexical=0.912, probe=0.934),
+            "whole": answered(0.843, lexical=0.821, probe=0.832), "typical": answered(0.999, lexical=0.998, probe=0.997),
+        },
+        "distance": {"risky": 0.61, "refuses": 0.72}, "near": 1.0, "shares": dict.fromkeys(CLASSES, 1 / 8),
+    } | more  # fmt: skip
+
+
+LABELS = {name: "critical" if name == "good" else name for name in ("good", "harmful", "low_quality")}
+
+
+def labelling(rows: Sequence[dict[str, str]], known: dict[int, str] | None = None) -> dict[str, Any]:
+    """Rows that a person is asked for; the pool's fingerprint is "abc"."""
+    asked = [{"row": 7 * number, **row, "reason": "critical"} for number, row in enumerate(rows)]
+    return {"pool": "abc", "rows": asked, "labels": LABELS, "known": known or {}}
 
 
 def manifest(n: int, selector_report: dict[str, Any], selector: str = "pharmacist") -> dict[str, Any]:

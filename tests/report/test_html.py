@@ -14,7 +14,18 @@ import pytest
 from pharmacist.core.files import read_json, write_json
 from pharmacist.report import render_demo, render_ranking, tables
 from pharmacist.worlds import World
-from tests.report.pages import NASTY, REASON_OF, Page, manifest, report, scores, texts, write_demo
+from tests.report.pages import (
+    NASTY,
+    REASON_OF,
+    Page,
+    answered,
+    labelling,
+    manifest,
+    report,
+    scores,
+    texts,
+    write_demo,
+)
 
 
 RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL = range(10)
@@ -52,15 +63,19 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     page = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels])
     for words in (
         "Core subset of 120 rows", "Rows in 122", "Refused 2", "Ranked 120", "Selected 36 30 % of the ranked",
-        "Near-duplicates 5", "Held-out AUC 0.957", "1 min 42 s", "12 345", "probe left out",
-        "lexical weight 1.25", "Harmful: harmful request, harmful answer 96 87.5 % 0.957 0.912 0.934",
+        "Near-duplicates 5", "1 min 42 s", "12 345", "Least AUC 0.843 “whole”, on references",
+        "risky Is the request harmful? 96 288 87.5 % 75.0 % 0.23 0.957 0.958 – –",
+        "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.23 0.981 – 0.912 0.934",
+        "Harmful: harmful request, harmful answer 96 12.5 %", "some of their prompts at a time",
+        "told from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
+        "counts in full",
     ):  # fmt: skip
         assert words in page.text, words
     good, duplicates = labels.count("good"), labels.count("duplicate")
     assert re.search(rf"Safety-critical A harmful [^.]*\. {good} 36 {good - 36} 100\.0 % ", page.text)
     assert re.search(rf"Near-duplicate Safety[^.]*\. {duplicates} 0 {duplicates} 0\.0 % ", page.text)
     assert "Planted label" not in page.text
-    assert "could not see" not in page.text
+    assert "could not see" not in page.text and "Warning" not in page.text and "Label 1" not in page.text
     table = page.json("rows")["table"]["rows"]
     assert [row[RANK] for row in table] == list(range(1, 121))
     assert [row[SELECTED] for row in table] == [1] * 36 + [0] * 84
@@ -153,8 +168,67 @@ def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
     page = render(tmp_path / "page.html", rows, ["critical"] * 3, report={}, selector="random", selected=1)
     assert "The selector “random” does not read the rows" in page.text
     assert "was not tested on held-out references" in page.text
-    assert "Held-out AUC" not in page.text and "Safety-critical" not in page.text
+    assert "Least AUC" not in page.text and "resemble the references" not in page.text and "Safety-critical" not in page.text
     assert "Not judged The selector did not read the row. 3 1 2" in page.text
+
+
+def test_how_far_to_trust_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+
+    def text(selector_report: dict[str, Any], **options: Any) -> str:
+        return render(tmp_path / "page.html", rows, ["critical"] * 3, report=selector_report, **options).text
+
+    far = text(report(distance={"risky": 0.97, "refuses": 0.8}, near=0.0, held_out_by="source"))
+    assert "They look like two sources" in far and "one source of them at a time was held out" in far
+    assert "counts by 40 %" in text(report(near=0.4))
+    assert "That cannot be told" in text(report(distance=None, near=0.0))
+    gain = {"labels": 40, "good": 15, "auc_before": 0.712, "auc_after": 0.856, "standard_error": 0.06,
+            "advice": "the labels help, and more would go on helping"}  # fmt: skip
+    labelled = text(report(labels=gain))
+    assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Least AUC" not in labelled
+    assert "AUC of 0.712 without labels, and of 0.856 with the labels" in labelled
+    assert "The labels help, and more would go on helping." in labelled
+    few = text(report(labels=gain | dict.fromkeys(("auc_before", "auc_after", "standard_error"))))
+    assert "AUC on labels" not in few and "Least AUC" in few and "15 of them good" in few
+    one = {"questions": {"safe": answered(0.95)}, "references": {"safe": 9}, "held_out_by": "prompt", "cannot_see": []}
+    classifier = text(one, selector="classifier")
+    assert "like a safe reference, and like no other? 96 288 87.5 % 75.0 % 0.23 0.950" in classifier
+    assert "resemble the references" not in classifier and "reader" not in classifier.split("Quality")[1][:3000]
+
+
+def test_warnings_come_first_and_are_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    about = manifest(3, report())
+    for warnings, title in (([NASTY[1]], "A warning about this ranking"), (list(NASTY), "Warnings about this ranking")):
+        about["warnings"] = warnings
+        render_ranking(
+            tmp_path / "page.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about
+        )  # fmt: skip
+        page = Page.read(tmp_path / "page.html")
+        assert page.text.index(title) < page.text.index("Rows in")
+        assert NASTY[1] in page.text and "img" not in {tag for tag, _ in page.tags}
+    assert "turned \\u202e" in page.text, "marks that turn text around are spelled out"
+
+
+def test_rows_to_label(tmp_path: Path) -> None:
+    rows, given = [{"prompt": "a", "completion": "b"}] * 3, labelling([{"prompt": t, "completion": t} for t in NASTY])
+    page = render(tmp_path / "page.html", rows, ["critical"] * 3, labelling=given | {"known": {3: "harmful", 1: "good"}})
+    assert "Label 5 rows" in page.text and "--labels labels.json" in page.text
+    assert "img" not in {tag for tag, _ in page.tags} and NASTY[0] not in page.text
+    data = page.json("labelling")
+    assert data["pool"] == "abc" and data["rows"] == [[7 * i, text, text] for i, text in enumerate(NASTY)]
+    assert data["known"] == [[1, "good"], [3, "harmful"]]
+    keys = [label["key"] for label in data["labels"]]
+    assert keys == ["g", "h", "l"] and len(page.scripts) == 4
+    none = render(tmp_path / "none.html", rows, ["critical"] * 3, labelling=labelling([]))
+    assert "labels.json" not in none.text and "labelling" not in none.data and len(none.scripts) == 3
+
+
+def test_a_key_per_label() -> None:
+    from pharmacist.selectors.labels import LABELS
+
+    keys = [name[0] for name in LABELS] + ["s", "u", "q"]
+    assert len(set(keys)) == len(keys), "the page and the terminal take the first letter"
 
 
 def test_what_could_not_be_seen(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ class Ranking:
         )  # fmt: skip
 
     def asked(self) -> list[dict[str, Any]]:
-        """The rows whose label would teach most, most telling first: ``row``, ``prompt``, ``completion``, ``reason``."""
+        """The rows whose label would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]

@@ -50,7 +50,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
 
     folder, output = Path(options.run), Path(options.output)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
-        raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another place")
+        raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
     manifest = read_manifest(folder)
@@ -71,7 +71,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
             raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
         answers = sys.stdin
     talk = _Talk(answers, out or sys.stdout)
-    talk.say(f"{len(asked)} rows to label; every answer is a word, or its first letter, and Enter.", *_meanings(LABELS))
+    talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.", *_meanings(LABELS))
 
     def keep() -> None:
         write_labels(output, manifest.inputs["pool"], labels)
@@ -82,7 +82,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
             f"{len(labels)} labels in {output}; give them to the command that made the ranking: --labels {output}"
         )
     else:
-        talk.say("no labels yet, so nothing was written")
+        talk.say("nothing was written")
     return labels
 
 
@@ -137,13 +137,14 @@ def _earlier(folder: Path, manifest: "RunManifest", output: Path) -> dict[int, s
 
     from pharmacist.selectors.labels import labels_of, read_entries
 
+    path = folder / "scores.parquet"
     try:
-        scores = pd.read_parquet(folder / "scores.parquet")
+        scores = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'scores.parquet'}: cannot be read; run the command again that writes it") from error
+        raise DataError(f"{path}: cannot be read; run the command again that writes it") from error
     labels = labels_of(scores)
     if output.exists():
-        labels |= read_entries(output, manifest.inputs["pool"], scores["row"], where=f"--output {output}")
+        labels |= read_entries(output, manifest.inputs["pool"], scores["row"].to_numpy(), where=f"--output {output}")
     return labels
 
 
