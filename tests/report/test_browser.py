@@ -8,10 +8,11 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.report import render_demo, render_ranking
+from pharmacist.selectors.labels import read_labels
 from pharmacist.worlds import World
 from tests.report.benches import results, write_bench
 from tests.report.browser import Browser, executable, measure, running
-from tests.report.pages import NASTY, REASON_OF, manifest, report, scores, texts, write_demo
+from tests.report.pages import NASTY, REASON_OF, labelling, manifest, report, scores, texts, write_demo
 
 
 pytestmark = pytest.mark.slow
@@ -254,6 +255,69 @@ def test_a_benchmark(browser: Browser, bench: Path) -> None:
     page.click("#theme")
     assert page.evaluate(background) != light
     assert browser.complaints == []
+    page.close()
+
+
+def test_labelling(browser: Browser, tmp_path: Path) -> None:
+    asked, rows = [{"prompt": text, "completion": text} for text in NASTY], [{"prompt": "a", "completion": "b"}] * 3
+    given = labelling(asked, known={100: "low_quality"})
+    about = manifest(3, report())
+    render_ranking(
+        tmp_path / "report.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about,
+        labelling=given,
+    )  # fmt: skip
+    page = browser.open(tmp_path / "report.html")
+    card, texts_shown = page.locator("#label-card"), page.locator("#label-prompt")
+
+    def progress() -> str:
+        return str(page.inner_text("#label-progress"))
+
+    def stored() -> dict[int, str]:
+        return dict(page.evaluate("JSON.parse(localStorage.getItem('pharmacist-labels:abc'))"))
+
+    page.wait_for_selector("#label-reveal:enabled")
+    blur = "getComputedStyle(document.getElementById('label-prompt')).filter"
+    assert progress() == "0 of 5 labelled · row 0 of the pool" and page.evaluate(blur) == "blur(6px)"
+    card.focus()
+    page.keyboard.press("g")
+    assert progress().startswith("0 of 5"), "nobody labels what they have not seen"
+    page.keyboard.press("Space")
+    assert page.evaluate(blur) == "none" and texts_shown.text_content() == NASTY[0]
+    page.keyboard.press("g")
+    assert progress() == "1 of 5 labelled · row 7 of the pool" and page.evaluate(blur) == "blur(6px)"
+    page.click("#label-texts")
+    assert page.evaluate(blur) == "none"
+    page.click("[data-label=harmful]")
+    page.keyboard.press("Space")  # shows the next row, and does not press the button again
+    assert stored() == {100: "low_quality", 0: "good", 7: "harmful"}
+    page.keyboard.press("s")
+    assert progress() == "2 of 5 labelled · row 21 of the pool"
+    for _ in range(2):
+        page.keyboard.press("u")
+    assert progress() == "1 of 5 labelled · row 7 of the pool" and 7 not in stored()
+    for _ in range(3):
+        page.keyboard.press("Space")
+        page.keyboard.press("l")
+    page.keyboard.press("s")
+    assert progress() == "4 of 5 labelled, 1 skipped" and page.inner_text("#label-reveal").startswith("Go through")
+    page.focus("#search")
+    page.keyboard.type("gh")
+    assert progress() == "4 of 5 labelled, 1 skipped", "keys elsewhere on the page label nothing"
+    with page.expect_download() as waiting:
+        page.click("#label-download")
+    assert waiting.value.suggested_filename == "labels.json"
+    waiting.value.save_as(tmp_path / "labels.json")
+    found = read_labels(tmp_path / "labels.json", "abc", [0, 7, 14, 21, 28, 100])
+    assert found == {0: "critical", 1: "low_quality", 2: "low_quality", 3: "low_quality", 5: "low_quality"}
+    page.reload()
+    page.wait_for_selector("#label-reveal:enabled")
+    assert progress() == "4 of 5 labelled · row 28 of the pool", "kept in the browser"
+    card.focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("h")
+    assert progress() == "All 5 labelled" and page.locator("#label-texts").is_hidden()
+    assert page.evaluate("window.hacked") is None and browser.complaints == []
+    assert [url for url in browser.requests if not url.startswith(("file:", "blob:", "data:"))] == []
     page.close()
 
 

@@ -64,8 +64,8 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     for words in (
         "Core subset of 120 rows", "Rows in 122", "Refused 2", "Ranked 120", "Selected 36 30 % of the ranked",
         "Near-duplicates 5", "1 min 42 s", "12 345", "Least AUC 0.843 “whole”, on references",
-        "risky Is the request harmful? 96 288 87.5 % 75.0 % 0.23 0.957 0.958 – –",
-        "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.23 0.981 – 0.912 0.934",
+        "risky Is the request harmful? 96 288 87.5 % 75.0 % 0.957 0.958 – –",
+        "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.981 – 0.912 0.934",
         "Harmful: harmful request, harmful answer 96 12.5 %", "some of their prompts at a time",
         "told from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
         "counts in full",
@@ -192,7 +192,7 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
     assert "AUC on labels" not in few and "Least AUC" in few and "15 of them good" in few
     one = {"questions": {"safe": answered(0.95)}, "references": {"safe": 9}, "held_out_by": "prompt", "cannot_see": []}
     classifier = text(one, selector="classifier")
-    assert "like a safe reference, and like no other? 96 288 87.5 % 75.0 % 0.23 0.950" in classifier
+    assert "like a safe reference, and like no other? 96 288 87.5 % 75.0 % 0.950" in classifier
     assert "resemble the references" not in classifier and "reader" not in classifier.split("Quality")[1][:3000]
 
 

@@ -49,11 +49,11 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
     from pharmacist.selectors.labels import LABELS, write_labels
 
     folder, output = Path(options.run), Path(options.output)
+    manifest = read_manifest(folder)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
-    manifest = read_manifest(folder)
     if manifest.stage != "curate":
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
     if manifest.status != "success":

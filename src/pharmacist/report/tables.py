@@ -109,7 +109,7 @@ def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         ``by`` ("prompt" or "source", what was held out together), ``readers`` and ``questions``: per question its
-        ``name``, the numbers of references to be answered by ``yes`` and ``no``, the ``auc``, ``log_loss`` and shares
+        ``name``, the numbers of references to be answered by ``yes`` and ``no``, the ``auc`` and the shares
         in percent ``yes_found`` and ``no_found`` of all readers together, and the AUC of each of ``readers`` (None
         where it has no say); ``weakest``, the one of them with the least AUC.
     """
@@ -120,8 +120,7 @@ def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
     questions = [
         {
             "name": name, "yes": answers["yes"], "no": answers["no"], "auc": answers["combined"]["auc"],
-            "log_loss": answers["combined"]["log_loss"], "yes_found": 100 * answers["combined"]["yes_found"],
-            "no_found": 100 * answers["combined"]["no_found"],
+            "yes_found": 100 * answers["combined"]["yes_found"], "no_found": 100 * answers["combined"]["no_found"],
             "readers": [answers[reader]["auc"] if reader in answers else None for reader in readers],
         }
         for name, answers in found.items()
