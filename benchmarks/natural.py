@@ -242,7 +242,7 @@ def rank_with_labels(name, folder, numbers, options, labels, prompts):
             place = folder.with_name(f"{folder.name}-labels-{len(known)}")
             path = folder.with_name(f"{place.name}.json")
             write_json(path, {"pool": fingerprint, "labels": list(known.values())})
-            table, cost = ranked(place, options | {"labels": str(path)})
+            table, cost = ranked(place, options | {"labels": str(path), "resume_selector": str(folder)})
         counts = of_other_prompts(prompts, known)
         lines.append((f"{name}, without labels on the rows of the next line", only(unlabelled, counts), {}))
         lines.append((f"{name}, {number} labels", only(table, counts), cost))
