@@ -56,15 +56,16 @@ def test_the_examples_of_the_help_run_one_after_the_other(tmp_path: Path, monkey
         "sweep": "--train.max_steps 2 --evaluate.max_new_tokens 8",
     }  # fmt: skip
     for name, command in COMMANDS.items():
-        if name not in ("demo", "bench"):  # which take minutes, and have tests of their own
+        if name not in ("demo", "bench", "label"):  # take minutes, or ask a person, and have tests of their own
             assert main(shlex.split(f"{command.example} {quick.get(name, '')}")[1:]) == 0, name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_page_whose_examples_parse(name: str) -> None:
-    text = (DOCS / "how-to" / f"{name}.md").read_text(encoding="utf-8")
+    page = COMMANDS[name].page or name
+    text = (DOCS / "how-to" / f"{page}.md").read_text(encoding="utf-8")
     examples = [words[2:] for words in commands_in(text) if words[1] == name]
-    assert examples, f"docs/how-to/{name}.md shows no `pharmacist {name} ...` in a bash block"
+    assert examples, f"docs/how-to/{page}.md shows no `pharmacist {name} ...` in a bash block"
     for words in examples:
         parse(options_of(name), without_file(words))
     assert f"{{{{ options {name} }}}}" in text, "the table of options comes from the dataclass"

@@ -278,12 +278,12 @@ CASES: dict[str, tuple[Case, str]] = {
     "unknown key": (config_file("divresity: none\n"), "unknown key 'divresity'; did you mean 'diversity'?"),
     # --- references
     "harmful missing, twins on references alone": (
-        options(without="harmful"),
+        options("--selector.form", "both", without="harmful"),
         "without harmful references the second twin learns from the pool alone, so selector.cotrain must be above 0; "
         "or give --harmful, or use --selector.form evidence",
     ),
     "harmful missing, pool without weight": (
-        options("--selector.cotrain", "1", "--selector.gamma", "0", without="harmful"),
+        options("--selector.form", "both", "--selector.cotrain", "1", "--selector.gamma", "0", without="harmful"),
         "so selector.gamma must be above 0; or give --harmful",
     ),
     "harmful missing, in a mixture": (
@@ -292,6 +292,8 @@ CASES: dict[str, tuple[Case, str]] = {
             folder / "out",
             "--selector",
             "pharmacist+length",
+            "--selector.pharmacist.form",
+            "both",
             "--selector.pharmacist.cotrain",
             "0",
         ),
@@ -301,15 +303,11 @@ CASES: dict[str, tuple[Case, str]] = {
         lambda folder, files: curate_words(
             {name: files[name] for name in ("pool", "safe")},
             folder / "out",
-            "--selector.form",
-            "evidence",
             "--selector.readers",
             "lexical",
-            "--selector.corruptions_per_row",
-            "0",
         ),
-        "safe references alone have no other class to be told from; give --harmful or --utility, or set "
-        "selector.corruptions_per_row above 0",
+        "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
+        "--selector.form bilevel",
     ),
     "safe missing": (options(without="safe"), "selector 'pharmacist' needs safe references; give --safe FILE"),
     "harmful = safe": (
@@ -413,9 +411,9 @@ def test_a_saved_selector_reads_with_its_own_model_only(
     assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
     line = capsys.readouterr().err
     assert "selector.json: not written by this version" in line and line.count("\n") == 1
-    cut_in_half(next((tmp_path / "alone").rglob("adapter_model.safetensors")))
+    cut_in_half(next((tmp_path / "alone").rglob("evidence.safetensors")))
     assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
-    assert "adapter_model.safetensors: is damaged; put it back" in capsys.readouterr().err
+    assert "evidence.safetensors: is damaged; put it back" in capsys.readouterr().err
     after = fingerprints(tmp_path / "a")
     assert [path for path in before if before[path] != after[path]] == [str(tmp_path / "a/selector/selector.json")]
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
@@ -450,7 +448,7 @@ def test_references_that_are_partly_ranked_are_left_out_and_counted(
     safe = write_rows(tmp_path / "safe.jsonl", ranked + lines_of(files["safe"]))
     words = curate_words(files | {"safe": safe}, tmp_path / "out", *CHEAP, "--selector.form", "evidence")
     assert main(words) == 0
-    assert "--safe: 5 of 21 rows share a prompt with --pool and are left out" in capsys.readouterr().err
+    assert "--safe: 5 rows share a prompt with --pool and are left out" in capsys.readouterr().err
     counts = read_manifest(tmp_path / "out").counts
     assert (counts["references_safe"], counts["references_safe_left_out"]) == (16, 5)
     assert (counts["references_harmful"], counts["references_harmful_left_out"]) == (16, 0)

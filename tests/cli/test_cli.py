@@ -209,7 +209,8 @@ def test_an_interruption_is_130_and_says_how_to_resume(
 
 def test_ctrl_c(files: dict[str, str], tmp_path: Path) -> None:
     words = curate_words(
-        files, tmp_path / "out", *CHEAP, "--selector.twin_steps", "100000", "--checkpoint-seconds", "0"
+        files, tmp_path / "out", *CHEAP, "--selector.form", "bilevel", "--selector.twin_steps", "100000",
+        "--checkpoint-seconds", "0",
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "pharmacist", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

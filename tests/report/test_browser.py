@@ -123,7 +123,7 @@ def test_sorting_by_several_columns(browser: Browser, ranking: Path) -> None:
     }
 
     def column(number: int) -> list[str]:
-        return [cell.text_content() for cell in page.locator(f"#table tbody td:nth-child({number})").all()]
+        return list(page.locator(f"#table tbody td:nth-child({number})").all_text_contents())
 
     page.select_option("#table_wrapper select.dt-input", "100")
     for reverse in (False, True):
@@ -142,6 +142,7 @@ def test_sorting_by_several_columns(browser: Browser, ranking: Path) -> None:
         assert ranks == sorted(ranks, reverse=True)
     assert found == sorted(found, key=lambda pair: (groups.index(pair[0]), -pair[1])), "groups are not mixed"
     heads["rank"].click()
+    page.wait_for_selector("#table tbody tr:first-child td:first-child:text-is('1')")  # not at once
     assert [int(rank) for rank in column(1)] == list(range(1, 101))
     page.close()
 

@@ -184,7 +184,8 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
     assert "That cannot be told" in text(report(distance=None, near=0.0))
     gain = {"labels": 40, "good": 15, "auc_before": 0.712, "auc_after": 0.856, "standard_error": 0.06,
             "advice": "the labels help, and more would go on helping"}  # fmt: skip
-    labelled = text(report(labels=gain))
+    labelled = text(report(labels=gain, changed={"entered": 12, "left": 9}))
+    assert "12 rows entered the selection, 9 left it." in labelled
     assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Least AUC" not in labelled
     assert "AUC of 0.712 without labels, and of 0.856 with the labels" in labelled
     assert "The labels help, and more would go on helping." in labelled

@@ -19,13 +19,16 @@ from pharmacist.core.registry import closest
 
 @dataclass(frozen=True)
 class Command:
-    """One command: where its options and its function are, what it does, an example."""
+    """One command: where its options and its function are, what it does, an example, and the name of its how-to page
+    where that is not its own.
+    """
 
     module: str
     options: str
     function: str
     summary: str
     example: str
+    page: str | None = None
 
 
 COMMANDS = {
@@ -44,6 +47,7 @@ COMMANDS = {
         "pharmacist.pipeline.label", "LabelOptions", "label",
         "label the rows of a ranking that would teach it most, in a terminal",
         "pharmacist label runs/core --output labels.json",
+        page="label-forty-rows",
     ),
     "align": Command(
         "pharmacist.pipeline.align", "AlignOptions", "align",
