@@ -80,7 +80,9 @@ def options_of(name: str) -> type[Any]:
 
 def commands() -> str:
     """The table of commands."""
-    rows = [(f"[`{name}`](../how-to/{command.page or name}.md)", command.summary) for name, command in COMMANDS.items()]
+    rows = [
+        (f"[`{name}`](../how-to/{command.page or name}.md)", command.summary) for name, command in COMMANDS.items()
+    ]
     return _table(("command", "does"), rows)
 
 

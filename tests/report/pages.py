@@ -56,7 +56,8 @@ def report(cannot_see: Sequence[str] = (), **more: Any) -> dict[str, Any]:
         "references": dict.fromkeys(CLASSES, 96), "cannot_see": list(cannot_see), "readers": ["lexical", "probe"],
         "held_out_by": "prompt", "questions": {
             "risky": answered(0.957, requests=0.958), "refuses": answered(0.981, lexical=0.912, probe=0.934),
-            "whole": answered(0.843, lexical=0.821, probe=0.832), "typical": answered(0.999, lexical=0.998, probe=0.997),
+            "whole": answered(0.843, lexical=0.821, probe=0.832),
+            "typical": answered(0.999, lexical=0.998, probe=0.997),
         },
         "distance": {"risky": 0.61, "refuses": 0.72}, "near": 1.0, "shares": dict.fromkeys(CLASSES, 1 / 8),
     } | more  # fmt: skip

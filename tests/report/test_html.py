@@ -168,7 +168,8 @@ def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
     page = render(tmp_path / "page.html", rows, ["critical"] * 3, report={}, selector="random", selected=1)
     assert "The selector “random” does not read the rows" in page.text
     assert "was not tested on held-out references" in page.text
-    assert "Least AUC" not in page.text and "resemble the references" not in page.text and "Safety-critical" not in page.text
+    for words in ("Least AUC", "resemble the references", "Safety-critical"):
+        assert words not in page.text
     assert "Not judged The selector did not read the row. 3 1 2" in page.text
 
 
@@ -200,7 +201,7 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
 def test_warnings_come_first_and_are_text(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
     about = manifest(3, report())
-    for warnings, title in (([NASTY[1]], "A warning about this ranking"), (list(NASTY), "Warnings about this ranking")):
+    for warnings, title in (([NASTY[1]], "A warning about this"), (list(NASTY), "Warnings about this")):
         about["warnings"] = warnings
         render_ranking(
             tmp_path / "page.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about
@@ -213,7 +214,8 @@ def test_warnings_come_first_and_are_text(tmp_path: Path) -> None:
 
 def test_rows_to_label(tmp_path: Path) -> None:
     rows, given = [{"prompt": "a", "completion": "b"}] * 3, labelling([{"prompt": t, "completion": t} for t in NASTY])
-    page = render(tmp_path / "page.html", rows, ["critical"] * 3, labelling=given | {"known": {3: "harmful", 1: "good"}})
+    given["known"] = {3: "harmful", 1: "good"}
+    page = render(tmp_path / "page.html", rows, ["critical"] * 3, labelling=given)
     assert "Label 5 rows" in page.text and "--labels labels.json" in page.text
     assert "img" not in {tag for tag, _ in page.tags} and NASTY[0] not in page.text
     data = page.json("labelling")
