@@ -75,7 +75,8 @@ def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:
 def rows_to_label(
     telling: npt.NDArray[np.float64], reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
 ) -> IntArray:
-    """The rows whose label would teach most: the least certain of each reason in turn, none like one before it.
+    """The rows whose label would teach most: the least certain of each reason in turn, none like one before it or like
+    one that has a label.
 
     Args:
         telling: How much a label of each row would teach, negative where it has one, shape [rows].
@@ -93,16 +94,18 @@ def rows_to_label(
         if telling[position] >= 0:
             queues.setdefault(str(reasons[position]), []).append(position)
     chosen: list[int] = []
-    seen: set[Any] = set()
+
+    def marks(position: int) -> set[Any]:
+        return {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
+
+    seen = {mark for position in np.flatnonzero(telling < 0).tolist() for mark in marks(position)}
     pending = [iter(queues[reason]) for reason in sorted(queues)]
     while pending and len(chosen) < n:
         for queue in pending.copy():
-            position = next(
-                (p for p in queue if not {("prompt", prompts[p]), ("cluster", int(clusters[p]))} & seen), None
-            )
+            position = next((p for p in queue if not marks(p) & seen), None)
             if position is None:
                 pending.remove(queue)
             elif len(chosen) < n:
                 chosen.append(position)
-                seen |= {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
+                seen |= marks(position)
     return np.array(chosen, dtype=np.int64)
