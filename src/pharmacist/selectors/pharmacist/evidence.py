@@ -317,19 +317,23 @@ class Evidence:
         references = self._known[question]
         for name, reader in self._readers[question].items():
             fits = [reader.coefficients]
+            if len(known) > 1:
+                every = known[1]
+                features = reader.features(self._references.take(references) + pool.take(every.rows))
             for labels in known[1:]:
                 told = np.flatnonzero(answers_to(question, labels.classes) != UNKNOWN)
-                texts = self._references.take(references) + pool.take(labels.rows[told])
+                places = len(references) + np.searchsorted(every.rows, labels.rows[told])
+                rows = np.concatenate([np.arange(len(references)), places])
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
                 answers = answers_to(question, classes)
-                fits.append(fit_logistic(reader.features(texts), answers, weights, reader.regularisation))
+                fits.append(fit_logistic(features[rows], answers, weights, reader.regularisation))
             coefficients = np.stack([fit[0] for fit in fits], axis=1)
             intercepts = np.array([fit[1] for fit in fits])
             parts = []
             for start in track(range(0, len(pool), _CHUNK), f"reading the pool: {question}, {name}"):
-                rows = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
-                parts.append(np.asarray(reader.features(rows) @ coefficients) + intercepts)
+                some = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
+                parts.append(np.asarray(reader.features(some) @ coefficients) + intercepts)
             found[name] = np.concatenate(parts)
         return found
 
