@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.progress import warn
 from pharmacist.selectors.base import CRITICAL
 
 
@@ -29,6 +30,8 @@ LABELS = {
 
 def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
     """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
+
+    The bare list is read too, with a warning, since nothing then tells which pool it is about.
 
     Args:
         path: The file.
@@ -68,10 +71,12 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
         DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
     """
     content = read_json(Path(path))
-    entries = content.get("labels") if isinstance(content, dict) else None
+    entries = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')
-    if content.get("pool") != pool:
+    if isinstance(content, list):
+        warn(f"{where}: names no pool, so nobody can tell whether these labels are about this one")
+    elif content.get("pool") != pool:
         raise DataError(
             f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"
         )
