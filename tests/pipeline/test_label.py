@@ -113,7 +113,7 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(tmp_path, tmp_path / "x.json", DataError, "no manifest.json")
     row = asked(ranked)[0]
     for content, message in (
-        ("nothing", "holds no JSON"), ({"labels": []}, "another pool"), ([], "write it as"),
+        ("nothing", "holds no JSON"), ({"labels": []}, "another pool"), ("3", "write it as"),
         ({"pool": read_json(ranked / "manifest.json")["inputs"]["pool"], "labels": [{"row": row, "label": "fine"}]},
          "entry 0, row .* is none of"),
     ):  # fmt: skip
