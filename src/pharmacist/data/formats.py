@@ -870,8 +870,6 @@ def _open_file(path: Path, label: str, name: str) -> Source:
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
         raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
-    if not os.path.isfile(path):
-        raise DataError(f"{where}: is a pipe or a device, which can be read once only; save the rows to a file")
     if suffix == ".parquet" and compression is not None:
         raise DataError(f"{where}: Parquet compresses by itself; unpack the file and give the .parquet inside")
     try:
