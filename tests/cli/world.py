@@ -11,12 +11,11 @@ from pharmacist.worlds import BASE_MODEL, World
 
 
 FEW_STEPS = (
-    "--selector.adapter_steps 3 --selector.twin_steps 4 --selector.folds 2 --selector.corruptions_per_row 1 "
-    "--selector.batch_size 4"
+    "--selector.twin_steps 4 --selector.folds 2 --selector.corruptions_per_row 1 --selector.batch_size 4"
 ).split()  # fmt: skip
 """Options of the selector that train little."""
 CHEAP = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.cotrain", "0"]
-"""Less still."""
+"""Less still; trains nothing but where the form asks for twins."""
 
 TWO_PROCESSES = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m pharmacist".split()]
 """A launcher; `accelerate launch --cpu` is none, it starts a single process however many it is asked for."""
