@@ -886,7 +886,7 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
     if (path / "dataset_dict.json").is_file():
         try:
             splits = [str(name) for name in read_json(path / "dataset_dict.json")["splits"]]
-        except (DataError, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        except (DataError, OSError, KeyError, TypeError) as error:
             raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
         if split is None and len(splits) == 1:
             split = splits[0]
