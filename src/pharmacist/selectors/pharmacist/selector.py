@@ -175,8 +175,8 @@ class _Ranking:
 
     def _evidence(self) -> Scores:
         with self.phase("read references") as phase:
-            if self.saved is not None:
-                self.evidence = Evidence.load(self.saved)
+            if (learned := self._learned()) is not None:
+                self.evidence = Evidence.load(learned)
                 self.readers = self.evidence.names
             else:
                 rows = to_dataset(self.references.rows)
@@ -193,6 +193,13 @@ class _Ranking:
             labels = Labels(rows, np.array([told[row] for row in rows], dtype=np.int64))
             answers = self.evidence.answer(texts.take(first), labels)
         return _verdict(answers, labels, inverse, self.evidence.report)
+
+    def _learned(self) -> Path | None:
+        """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""
+        if self.saved is not None:
+            return self.saved
+        own = self.run.path("selector")
+        return own if self.context.labels and (own / "evidence.json").is_file() else None
 
     def _twin_losses(self) -> dict[str, FloatArray]:
         context = self.context
