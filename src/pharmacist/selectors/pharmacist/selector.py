@@ -27,6 +27,7 @@ from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
 from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys, tokens_per_batch
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
+    WHOLE,
     class_log_posterior,
     pool_priors,
     safe_log_odds,
@@ -60,7 +61,6 @@ class Pharmacist(Selector):
 
     Config = PharmacistConfig
     needs = frozenset({"safe"})
-    learns_from_labels = True
     paper = "arXiv 2510.10085; the questions of the evidence and the closed form are this project's own"
 
     def __init__(self, config: PharmacistConfig) -> None:
@@ -282,9 +282,8 @@ def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:
 
 
 def _unseen(learned: dict[str, Any]) -> list[str]:
-    """Reasons that no reference shows."""
-    seen = {REASONS[name] for name in learned["references"]}
-    return [reason for reason in dict.fromkeys(REASONS.values()) if reason not in seen]
+    """Reasons that cannot be given, since no reference answers their question by no."""
+    return [] if WHOLE in learned["questions"] else [REASONS["corrupted"]]
 
 
 def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
