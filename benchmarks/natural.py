@@ -200,8 +200,9 @@ def read_pool(pool, labels_file, sample, seed, root):
     try:
         given = read_json(labels_file)
         labels = np.array([value["label"] if isinstance(value, dict) else value for value in given], dtype=object)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--labels {labels_file}: is no JSON list of labels ({error!r}); check the file") from error
+    except (OSError, DataError, KeyError, TypeError) as error:
+        reason = repr(error.__cause__ or error)
+        raise DataError(f"--labels {labels_file}: is no JSON list of labels ({reason}); check the file") from error
     prompts = np.array(read_records(source, work_dir=root / "rows").dataset["prompt_key"])
     if len(labels) != len(prompts):
         raise DataError(f"--labels {labels_file}: {len(labels)} labels for {len(prompts)} rows; give this pool's own")

@@ -572,7 +572,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     import os
 
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is a pipe or a device.*save the rows to a file"):
+    with pytest.raises(DataError, match=f"{name}: is no ordinary file but a named pipe.*save it to a file"):
         open_source(tmp_path / name)
 
 

@@ -62,7 +62,7 @@ BAD = {
 def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": name}) + "\n" for name in ["well", *BAD]))
-    fast = ["--engine.timeout", "1", "--engine.attempts", "1", "--engine.concurrency", "8"]
+    fast = ["--engine.timeout", "3", "--engine.attempts", "1", "--engine.concurrency", "8"]
     with serve(lambda question, before: BAD.get(question, GOOD)) as served:
         assert main([*command(served.url, {"prompts": str(rows)}, tmp_path / "o"), *fast]) == 0
     found = items(tmp_path / "o")

@@ -25,10 +25,12 @@ from tests.cli.world import CHEAP, FEW_STEPS, curate_words, fingerprints, write_
 
 REASONS = {"critical", "teaches_compliance", "not_safety_critical", "over_refusal", "low_quality", "duplicate"}
 CHEAP_SELECTOR = {
-    "name": "pharmacist", "adapter_steps": 3, "twin_steps": 4, "folds": 2, "corruptions_per_row": 1, "batch_size": 4,
+    "name": "pharmacist", "form": "both", "twin_steps": 4, "folds": 2, "corruptions_per_row": 1, "batch_size": 4,
     "readers": "lexical,probe", "cotrain": 0.0,
 }  # fmt: skip
-"""`CHEAP`, as Python says it."""
+"""`TWINS`, as Python says it."""
+
+TWINS = [*CHEAP, "--selector.form", "both"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ranked(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a cheap run, to be read only."""
     folder = tmp_path_factory.mktemp("ranked") / "out"
-    assert main(curate_words(files, folder, *CHEAP, "--quiet")) == 0
+    assert main(curate_words(files, folder, *TWINS, "--quiet")) == 0
     return folder
 
 
@@ -70,28 +72,32 @@ def check_table(table: pd.DataFrame, n: int) -> None:
 
 
 def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
-    """With everything the selector has: three readers, twins that train on the pool."""
+    """With everything the selector has: two readers, twins that train on the pool."""
     out = tmp_path / "out"
-    words = [*FEW_STEPS, "--selector.readers", "lexical,probe,adapters", "--top", "0.25", "--quiet", "--seed", "5"]
+    words = [*FEW_STEPS, "--selector.form", "both", "--top", "0.25", "--quiet", "--seed", "5"]
     assert main(curate_words(files, out, *words)) == 0
     assert {path.name for path in out.iterdir()} == {
-        "scores.parquet", "selected.jsonl", "manifest.json", "report.html", "selector"
+        "scores.parquet", "selected.jsonl", "to_label.jsonl", "manifest.json", "report.html", "selector"
     }  # fmt: skip
     schema = pq.read_schema(out / "scores.parquet")
     types = {"row": pa.int64(), "score": pa.float64(), "rank": pa.int64(), "selected": pa.bool_()}
     assert {name: schema.field(name).type for name in types} == types
     assert schema.field("reason").type in (pa.string(), pa.large_string())
     classes = ("safe", "harmful", "utility", "over_refusal", "corrupted")
-    signals = {f"p_{name}" for name in classes} | {f"{name}_log_odds" for name in ("lexical", "probe", "adapters")}
-    signals |= {"loss_safe", "loss_toxic", "contrast", "duplicate_of"}
-    assert set(schema.names) == {*types, "reason", *signals}
+    questions = ("risky", "refuses", "whole", "pertinent")
+    signals = {"loss_safe", "loss_toxic", "contrast", "duplicate_of", *questions, *(f"p_{name}" for name in classes)}
+    by_reader = set(schema.names) - {*types, "reason", *signals}
+    assert signals <= set(schema.names)
+    assert {"refuses", "whole", "typical"} <= {name.split("_")[0] for name in by_reader} <= {*questions, "typical"}
+    assert {name.split("_")[1] for name in by_reader} == {"lexical", "probe"}
 
     table = scores(out)
     check_table(table, 60)
     assert np.allclose(sum(table[f"p_{name}"] for name in classes), 1)
     assert np.allclose(table["contrast"], table["loss_toxic"] - table["loss_safe"])
     assert table["selected"].sum() == 15
-    assert (table["selected"] == (table["rank"] <= 15)).all()
+    good = table[table["reason"].isin(["critical", "duplicate"])]
+    assert set(table["row"][table["selected"]]) == set(good.nsmallest(15, "rank")["row"])
     for one, other in ((7, 31), (50, 12)):  # equal rows, equal scores, the earlier one first
         assert table["score"][one] == table["score"][other]
         first, second = sorted((one, other))
@@ -106,26 +112,33 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     assert (manifest.stage, manifest.status, manifest.device) == ("curate", "success", "cpu")
     assert set(manifest.config) == {field.name for field in fields(CurateOptions)}
     assert manifest.config["selector"]["tau"] == 1.0  # those left at their defaults too
+    asked = [json.loads(line) for line in (out / "to_label.jsonl").open()]
+    assert 0 < len(asked) <= 40 and len({row["row"] for row in asked}) == len(asked)
+    assert all(table["reason"][row["row"]] == row["reason"] for row in asked)
     assert {name: manifest.inputs[name] for name in files} == {name: sha256_file(path) for name, path in files.items()}
     assert len(manifest.inputs["model"]) == 64
     expected = {"in": 60, "refused": 0, "ranked": 60, "selected": 15, "references_safe": 16, "truncated": 0}
     assert expected.items() <= manifest.counts.items()
     assert manifest.seeds["seed"] == 5
     assert {"python", "torch", "transformers", "pharmacist"} <= set(manifest.versions)
-    assert set(manifest.phases) == {"read", "find duplicates", "train readers", "train twins", "score"}
+    reading = {"read references", "read pool", "train twins", "score with twins"}
+    assert set(manifest.phases) == {"read", "find duplicates", "answer", *reading}
     assert all(phase.seconds > 0 for phase in manifest.phases.values())
-    for name in ("train readers", "train twins", "score"):
+    for name in reading:
         assert manifest.phases[name].tokens > 1000
     assert manifest.phases["read"].tokens == 0
-    assert set(manifest.outputs) == {"scores.parquet", "selected.jsonl", "report.html", "selector"}
-    assert 0 <= manifest.extra["selector_report"]["out_of_fold"]["combined"]["auc_safe_against_rest"] <= 1
+    written = {"scores.parquet", "selected.jsonl", "to_label.jsonl", "report.html", "selector"}
+    assert set(manifest.outputs) == written
+    report = manifest.extra["selector_report"]
+    assert {"risky", "refuses", "whole", "typical"} <= set(report["questions"])
+    assert all(0 <= quality["combined"]["auc"] <= 1 for quality in report["questions"].values())
 
 
 def test_a_second_run_is_complete(
     files: dict[str, str], ranked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     before = fingerprints(ranked)
-    assert main(curate_words(files, ranked, *CHEAP)) == 0
+    assert main(curate_words(files, ranked, *TWINS)) == 0
     assert "complete already; --overwrite ranks again" in capsys.readouterr().err
     selector = {"name": "pharmacist"} | CHEAP_SELECTOR
     options = CurateOptions(**files, model=str(BASE_MODEL), selector=selector, output_dir=str(ranked), device="cpu")
@@ -138,7 +151,7 @@ def test_overwriting_finds_the_same(files: dict[str, str], tmp_path: Path, ranke
     words = ["--selector", "random", "--quiet"]
     assert main(curate_words(pool, tmp_path / "out", *words, model=None)) == 0
     first = fingerprints(tmp_path / "out")
-    assert main(curate_words(files, tmp_path / "out", *CHEAP, "--quiet", "--overwrite")) == 0
+    assert main(curate_words(files, tmp_path / "out", *TWINS, "--quiet", "--overwrite")) == 0
     assert (tmp_path / "out/scores.parquet").read_bytes() == (ranked / "scores.parquet").read_bytes()
     assert main(curate_words(pool, tmp_path / "out", *words, "--overwrite", model=None)) == 0
     second = fingerprints(tmp_path / "out")
@@ -151,7 +164,7 @@ def test_permuted_rows_get_permuted_scores(files: dict[str, str], ranked: Path, 
     lines = Path(files["pool"]).read_text(encoding="utf-8").splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
     (tmp_path / "pool.jsonl").write_text("\n".join(lines[i] for i in order) + "\n", encoding="utf-8")
-    words = curate_words(files | {"pool": str(tmp_path / "pool.jsonl")}, tmp_path / "out", *CHEAP, "--quiet")
+    words = curate_words(files | {"pool": str(tmp_path / "pool.jsonl")}, tmp_path / "out", *TWINS, "--quiet")
     assert main(words) == 0
     before, after = scores(ranked), scores(tmp_path / "out")
     assert (after["score"].to_numpy() == before["score"].to_numpy()[order]).all()
@@ -170,7 +183,8 @@ def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
     words = curate_words({"pool": files["pool"]}, tmp_path / "out", "--resume-selector", str(ranked), "--quiet")
     assert main(words) == 0
     assert (tmp_path / "out/scores.parquet").read_bytes() == (ranked / "scores.parquet").read_bytes()
-    assert set(read_manifest(tmp_path / "out").phases) == {"read", "find duplicates", "score"}
+    reading = {"read references", "read pool", "answer", "score with twins"}
+    assert set(read_manifest(tmp_path / "out").phases) == {"read", "find duplicates", *reading}
     # The copy that it writes serves as well, for another pool.
     (tmp_path / "pool.jsonl").write_text("".join(Path(files["pool"]).open().readlines()[20:]))
     other = {"pool": str(tmp_path / "pool.jsonl")}
@@ -178,14 +192,14 @@ def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
     assert main(words) == 0
     check_table(scores(tmp_path / "more"), 40)
     both = scores(tmp_path / "more"), scores(ranked).iloc[20:]
-    assert np.allclose(both[0]["lexical_log_odds"], both[1]["lexical_log_odds"], atol=1e-6)
+    assert np.allclose(both[0]["refuses_lexical"], both[1]["refuses_lexical"], atol=1e-6)
     assert np.allclose(both[0]["contrast"], both[1]["contrast"], atol=1e-4)
 
 
 def test_an_unfinished_run_goes_on_when_only_the_cut_changes(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    words = curate_words(files, tmp_path / "out", *CHEAP, "--quiet")
+    words = curate_words(files, tmp_path / "out", *TWINS, "--quiet")
     assert main([*words, "--min-score", "1e9"]) == 2
     trained = []
     monkeypatch.setattr(AdapterBank, "train", lambda *_, **__: trained.append(1))
@@ -247,7 +261,7 @@ def test_everything_can_be_kept(files: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_near_duplicates_can_be_left_out(files: dict[str, str], ranked: Path, tmp_path: Path) -> None:
-    words = [*CHEAP, "--quiet", "--resume-selector", str(ranked), "--top-k", "30"]
+    words = [*TWINS, "--quiet", "--resume-selector", str(ranked), "--fill", "--top-k", "30"]
     pool = {"pool": files["pool"]}
     selected = {}
     for diversity in ("none", "near-duplicates"):
@@ -283,8 +297,9 @@ def test_each_form_alone(form: str, missing: str, files: dict[str, str], tmp_pat
     check_table(table, 60)
     assert missing not in table
     if form == "evidence":
-        p = table["p_safe"]
-        assert np.allclose(table["score"], np.log(p) - np.log1p(-p), atol=1e-6)
+        # p is for the pool's own shares of the classes, the score for equal ones.
+        assert table["score"].corr(table["p_safe"], method="spearman") > 0.9
+        assert table["p_safe"][table["reason"] == "critical"].min() > table["p_safe"][table["score"] < -3].max()
     else:
         assert (table["score"] == table["contrast"]).all()
 
@@ -293,7 +308,8 @@ def test_without_harmful_references_it_says_what_it_does_instead(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, out = {name: path for name, path in files.items() if name != "harmful"}, tmp_path / "out"
-    assert main(curate_words(given, out, *FEW_STEPS, "--selector.readers", "lexical")) == 0
+    both = [*FEW_STEPS, "--selector.readers", "lexical", "--selector.form", "both"]
+    assert main(curate_words(given, out, *both)) == 0
     said = capsys.readouterr().err
     assert "selector 'pharmacist': without harmful references the twins fall back to SEAL's contrast" in said
     assert "without more references it cannot see: teaches_compliance" in said and "toxic" not in said
@@ -304,10 +320,8 @@ def test_without_harmful_references_it_says_what_it_does_instead(
     text = page.split("<script")[0] + page.split("</script>")[-1]  # what is written out; the rows are packed
     assert "Without harmful references the twins fall back to" in text and "toxic" not in text
     # Nothing of the kind with them, nor without twins.
-    for more in (files, {**given}):
-        words = ["--selector.form", "evidence"] if more == given else ["--selector.cotrain", "0"]
-        folder = tmp_path / words[-1]
-        assert main(curate_words(more, folder, *FEW_STEPS, "--selector.readers", "lexical", *words)) == 0
+    for more, words in ((files, both), (given, ["--selector.readers", "lexical"])):
+        assert main(curate_words(more, tmp_path / f"{len(more)}", *words)) == 0
         assert "SEAL" not in capsys.readouterr().err
     # A saved selector needs no references, so there is nothing to say.
     more = curate_words({"pool": files["pool"]}, tmp_path / "again", "--resume-selector", str(out / "selector"))
@@ -329,13 +343,13 @@ def test_a_preference_file_gives_both_references(files: dict[str, str], ranked: 
         for one, other in zip(read["safe"], read["harmful"], strict=True)
     ]
     own = {"pool": files["pool"], "safe": write_rows(tmp_path / "pairs.jsonl", pairs), "utility": files["utility"]}
-    assert main(curate_words(own, tmp_path / "a", *CHEAP, "--quiet")) == 0
+    assert main(curate_words(own, tmp_path / "a", *TWINS, "--quiet")) == 0
     same = own | {"harmful": own["safe"]}
-    assert main(curate_words(same, tmp_path / "b", *CHEAP, "--quiet")) == 0
+    assert main(curate_words(same, tmp_path / "b", *TWINS, "--quiet")) == 0
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "b/scores.parquet").read_bytes()
     harmful = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in pairs]
     apart = files | {"safe": own["safe"], "harmful": write_rows(tmp_path / "harmful.jsonl", harmful)}
-    assert main(curate_words(apart, tmp_path / "c", *CHEAP, "--quiet")) == 0
+    assert main(curate_words(apart, tmp_path / "c", *TWINS, "--quiet")) == 0
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "c/scores.parquet").read_bytes()
 
 
@@ -343,7 +357,7 @@ def test_the_pools_columns_may_have_other_names(files: dict[str, str], ranked: P
     rows = [json.loads(line) for line in Path(files["pool"]).open(encoding="utf-8")]
     renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
     own = files | {"pool": write_rows(tmp_path / "pool.jsonl", renamed)}
-    words = [*CHEAP, "--quiet", "--columns", "prompt=question,completion=answer"]
+    words = [*TWINS, "--quiet", "--columns", "prompt=question,completion=answer"]
     assert main(curate_words(own, tmp_path / "out", *words)) == 0
     assert (scores(tmp_path / "out")["score"] == scores(ranked)["score"]).all()
     assert json.loads((tmp_path / "out/selected.jsonl").open().readline()).keys() == {"question", "answer"}
@@ -381,8 +395,10 @@ def test_the_core_subset(ranking: Ranking, files: dict[str, str]) -> None:
     assert ranking.select(k=7)["id"] == [rows[i]["id"] for i in table["row"][table["rank"] <= 7]]
     middle = float(table["score"].median())
     assert len(ranking.select(min_score=middle)) == (table["score"] >= middle).sum()
-    assert len(ranking.select(fraction=1.0)) == 60
-    diverse = ranking.select(k=30, diversity="near-duplicates")
+    good = int(table["reason"].isin(["critical", "duplicate"]).sum())
+    assert 18 < good < 60 and len(ranking.select(fraction=1.0)) == good  # no row that speaks against itself
+    assert len(ranking.select(fraction=1.0, fill=True)) == 60
+    diverse = ranking.select(k=30, diversity="near-duplicates", fill=True)
     assert len(diverse) == 30
     assert len(set(zip(diverse["prompt"], diverse["completion"], strict=True))) == 30
 

@@ -17,8 +17,7 @@ from tests.cli.world import CHEAP, FEW_STEPS, TWO_PROCESSES, curate_words, write
 from tests.pipeline.kills import kill_until_done, results, start, undisturbed
 
 
-TRAINING = [*CHEAP, "--selector.cotrain", "0.25"]
-EVERYTHING = [*FEW_STEPS, "--selector.readers", "lexical,probe,adapters"]
+EVERYTHING = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.form", "both"]
 GRADIENT = [*CHEAP, "--selector.form", "bilevel", "--selector.solver", "gradient", "--selector.cotrain", "1"]
 
 
@@ -28,9 +27,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_a_run_killed_twice(forks: ForkServerContext, world: dict[str, str], tmp_path: Path) -> None:
-    words = [*TRAINING, "--checkpoint-seconds", "0", "--quiet"]
+    words = [*EVERYTHING, "--checkpoint-seconds", "0", "--quiet"]
     expected, seconds, _ = undisturbed(forks, curate_words(world, tmp_path / "whole", *words), tmp_path / "whole")
-    assert {"scores.parquet", "selected.jsonl", "selector/adapters/twin_safe/adapter_model.safetensors"} <= set(
+    assert {"scores.parquet", "selected.jsonl", "selector/twins/twin_safe/adapter_model.safetensors"} <= set(
         expected
     )
     moments = iter([0.6 * seconds, 0.5 * seconds])
@@ -62,7 +61,7 @@ def test_a_run_killed_ten_times(
 def test_a_run_killed_at_any_file(
     half_written: bool, forks: ForkServerContext, world: dict[str, str], tmp_path: Path
 ) -> None:  # fmt: skip
-    words = [*TRAINING, "--checkpoint-seconds", "0", "--quiet"]
+    words = [*EVERYTHING, "--checkpoint-seconds", "0", "--quiet"]
     expected, _, made = undisturbed(forks, curate_words(world, tmp_path / "whole", *words), tmp_path / "whole")
     assert made > 20
     # The first and the last of them, results and manifest among these, and some between.

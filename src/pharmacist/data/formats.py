@@ -870,8 +870,6 @@ def _open_file(path: Path, label: str, name: str) -> Source:
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
         raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
-    if not os.path.isfile(path):
-        raise DataError(f"{where}: is a pipe or a device, which can be read once only; save the rows to a file")
     if suffix == ".parquet" and compression is not None:
         raise DataError(f"{where}: Parquet compresses by itself; unpack the file and give the .parquet inside")
     try:
@@ -888,7 +886,7 @@ def _open_folder(path: Path, split: str | None, label: str, name: str) -> Source
     if (path / "dataset_dict.json").is_file():
         try:
             splits = [str(name) for name in read_json(path / "dataset_dict.json")["splits"]]
-        except (DataError, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        except (DataError, OSError, KeyError, TypeError) as error:
             raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
         if split is None and len(splits) == 1:
             split = splits[0]

@@ -214,7 +214,7 @@ def read_stack(folder: Path) -> dict[str, Any] | None:
         LoraConfig(**found["trained_last"])
         if found["trained_last"].keys() ^ {*_LAST} or not isinstance(found["trained_on"], str):
             raise KeyError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is damaged; delete it to take the adapter for one of a single part") from error
     return found
 

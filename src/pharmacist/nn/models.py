@@ -339,8 +339,8 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
         config = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is damaged ({_short(error)}); save the adapter again") from error
+    except (OSError, DataError) as error:
+        raise DataError(f"{path}: is damaged ({_short(error.__cause__ or error)}); save the adapter again") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DataError(f"{path}: names no kind of adapter (peft_type); save the adapter again")
     if config["peft_type"] in _PROMPTS:
@@ -431,7 +431,7 @@ def _why_no_adapter(adapter: Path, base: str, error: Exception | str) -> str:
     )
 
 
-def _short(error: Exception | str) -> str:
+def _short(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -24,7 +24,7 @@ ALIGN = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rat
 ATTACK = {"max_steps": STEPS[-1], "per_device_train_batch_size": 16, "learning_rate": 1.5e-3}
 """The same settings for every arm: epochs, not steps, so that a subset costs its share of the time."""
 SELECTOR = {"name": "pharmacist"}
-"""The default selector without the adapters, its costliest reader, which pay only on longer text."""
+"""The default one."""
 
 
 @dataclass(kw_only=True)

@@ -69,6 +69,11 @@ _TEMPER, _CAUTION = 0.75, 1.0
 _FEWEST_COMPARED, _MOST_COMPARED = 20, 256
 
 
+def _can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
+    """Whether both answers are left whichever fold is held out."""
+    return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
+
+
 def _readers(question: str, names: tuple[str, ...]) -> dict[str, Reader]:
     """The readers of a question, by name."""
     views: dict[str, dict[str, View]] = {
@@ -178,9 +183,11 @@ class Evidence:
             if question == RISKY:  # what was made has the requests of what was given
                 known = known[~references.made[known]]
             self._known[question] = known
-            if len(set(answers[known].tolist())) < 2:
-                continue  # nothing that tells yes from no: the question stays open
             own, answers, folds = texts.take(known), answers[known], references.folds[known]
+            if len(set(answers.tolist())) < 2:
+                continue  # nothing that tells yes from no: the question stays open
+            if question not in (RISKY, REFUSES) and not _can_be_held_out(answers, folds):
+                continue  # what was made to answer it by no comes from one fold alone: likewise
             held_out = self._cross_fit(question, own, answers, folds)
             self._spread[question] = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
             combined = self._combined(question, held_out)
@@ -199,12 +206,12 @@ class Evidence:
 
     def _cross_fit(self, question: str, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
         """Log-odds of every reference by readers that did not see its fold."""
+        if not _can_be_held_out(answers, folds):
+            raise DataError("the references have too few different prompts to hold some out; give more")
         names = ["requests"] if question == RISKY else list(self._readers[question])
         found = {name: np.zeros(len(answers)) for name in names}
         for fold in np.unique(folds):
             held = folds == fold
-            if len(set(answers[~held].tolist())) < 2:
-                raise DataError("the references have too few different prompts to hold some out; give more")
             rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
             ones = np.ones(len(rest))
             if question == RISKY:
