@@ -11,10 +11,10 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import make_batch
-from pharmacist.selectors import twins
+from pharmacist.selectors.pharmacist import twins
 from pharmacist.selectors.jobs import run_jobs
 from pharmacist.selectors.options import PharmacistConfig
-from pharmacist.selectors.twins import (
+from pharmacist.selectors.pharmacist.twins import (
     FEWEST_COTRAINED,
     TWINS,
     TwinProblem,

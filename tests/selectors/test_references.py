@@ -5,8 +5,8 @@ import pytest
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.records import normalised_prompt
-from pharmacist.selectors.evidence import classes
-from pharmacist.selectors.evidence.classes import REASONS, build_references
+from pharmacist.selectors.pharmacist import references as module
+from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, build_references, shortened
 from tests.selectors import village
 
 
@@ -15,7 +15,7 @@ def built(given, seed=0, n_folds=4, per_row=2, **options):
 
 
 def members(found, name, made=None):
-    where = np.flatnonzero(found.labels == found.classes.index(name))
+    where = np.flatnonzero(found.labels == CLASSES.index(name))
     if made is not None:
         where = where[found.made[where] == made]
     return [found.rows[i] for i in where], found.folds[where]
@@ -25,21 +25,20 @@ def distinct(name: str, n: int) -> list[dict[str, str]]:
     return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer no{i}"} for i in range(n)]
 
 
-GIVEN = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), ("utility", 9))}
+ROWS = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), ("utility", 9))}
 
 
 def test_the_made_classes_are_made_of_given_rows():
-    found = built(GIVEN)
-    assert found.classes == tuple(REASONS)
+    found = built(ROWS)
     assert found.counts() == {
         "safe": 12, "harmful": 10, "utility": 2 * 9, "over_refusal": 9, "corrupted": 2 * 12 + 9,
     }  # fmt: skip
-    assert members(found, "utility", made=False)[0] == GIVEN["utility"]
-    assert members(found, "safe")[0] == GIVEN["safe"]
+    assert members(found, "utility", made=False)[0] == ROWS["utility"]
+    assert members(found, "safe")[0] == ROWS["safe"]
     over, _ = members(found, "over_refusal")
-    assert [row["prompt"] for row in over] == [row["prompt"] for row in GIVEN["utility"]]
-    assert {row["completion"] for row in over} <= {row["completion"] for row in GIVEN["safe"]}
-    originals = {row["prompt"]: row["completion"] for row in GIVEN["safe"] + GIVEN["utility"]}
+    assert [row["prompt"] for row in over] == [row["prompt"] for row in ROWS["utility"]]
+    assert {row["completion"] for row in over} <= {row["completion"] for row in ROWS["safe"]}
+    originals = {row["prompt"]: row["completion"] for row in ROWS["safe"] + ROWS["utility"]}
     for row in members(found, "corrupted")[0]:
         assert row["completion"] != originals[row["prompt"]]
 
@@ -81,7 +80,7 @@ def test_only_refusals_that_name_another_request_are_misplaced():
 
 
 def test_made_rows_share_no_text_across_folds():
-    found = built(GIVEN)
+    found = built(ROWS)
     fold_of_prompt, fold_of_answer = {}, {}
     for name in ("safe", "harmful", "utility"):
         for row, fold in zip(*members(found, name, made=False), strict=True):
@@ -92,7 +91,7 @@ def test_made_rows_share_no_text_across_folds():
 
 
 def test_a_terse_answer_is_one_word_of_the_given_one():
-    given = {**GIVEN, "utility": [*GIVEN["utility"], {"prompt": "how many?", "completion": "42 or so"}]}
+    given = {**ROWS, "utility": [*ROWS["utility"], {"prompt": "how many?", "completion": "42 or so"}]}
     found = built(given)
     terse, _ = members(found, "utility", made=True)
     answers = {row["prompt"]: row["completion"] for row in given["utility"]}
@@ -129,15 +128,15 @@ def test_every_class_is_spread_over_all_folds(overlap):
 
 
 def test_folds_and_damage_follow_the_seed():
-    a, b, other = built(GIVEN), built(GIVEN), built(GIVEN, seed=1)
+    a, b, other = built(ROWS), built(ROWS), built(ROWS, seed=1)
     assert a.rows == b.rows and (a.folds == b.folds).all()
     assert a.rows != other.rows and (a.folds != other.folds).any()
 
 
 def test_classes_without_references_are_left_out():
-    assert built({"safe": GIVEN["safe"]}).classes == ("safe", "corrupted")
-    assert built({"safe": GIVEN["safe"], "harmful": GIVEN["harmful"]}, per_row=0).classes == ("safe", "harmful")
-    assert built({**GIVEN, "harmful": []}).classes == ("safe", "utility", "over_refusal", "corrupted")
+    XX
+    assert built({"safe": ROWS["safe"], "harmful": ROWS["harmful"]}, per_row=0).classes == ("safe", "harmful")
+    assert built({**ROWS, "harmful": []}).classes == ("safe", "utility", "over_refusal", "corrupted")
 
 
 def test_few_prompts_make_fewer_folds_and_a_single_one_is_refused():
@@ -145,12 +144,12 @@ def test_few_prompts_make_fewer_folds_and_a_single_one_is_refused():
     found = built(given)
     assert set(found.folds.tolist()) == set(range(found.n_folds))
     with pytest.raises(DataError, match="--harmful: all rows have the same prompt"):
-        built({"safe": GIVEN["safe"], "harmful": distinct("one", 1) * 9})
+        built({"safe": ROWS["safe"], "harmful": distinct("one", 1) * 9})
 
 
 def test_equal_references_get_equal_folds():
     """H := S must be the very same problem twice."""
-    found = built({"safe": GIVEN["safe"], "harmful": GIVEN["safe"], "utility": GIVEN["utility"]})
+    found = built({"safe": ROWS["safe"], "harmful": ROWS["safe"], "utility": ROWS["utility"]})
     (safe, safe_folds), (harmful, harmful_folds) = members(found, "safe"), members(found, "harmful")
     assert safe == harmful and (safe_folds == harmful_folds).all()
 
