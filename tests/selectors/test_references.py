@@ -22,7 +22,7 @@ def members(found, name, made=None):
 
 
 def distinct(name: str, n: int) -> list[dict[str, str]]:
-    return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer no{i}"} for i in range(n)]
+    return [{"prompt": f"{name} prompt {i}", "completion": f"{name} answer {name}no{i}"} for i in range(n)]
 
 
 ROWS = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), ("utility", 9))}
@@ -69,8 +69,7 @@ def test_only_refusals_that_name_another_request_are_misplaced():
     own = {row["prompt"]: row["completion"] for row in NAMED}
 
     def misplaced(safe, **options):
-        damaged, _ = members(built({"safe": safe}, n_folds=2, per_row=1, **options), "corrupted")
-        return [row for row in damaged if row["completion"] in {row["completion"] for row in safe}]
+        return members(built({"safe": safe}, n_folds=2, per_row=1, **options), "misplaced")[0]
 
     found = misplaced(NAMED)
     assert 3 <= len(found) <= len(NAMED)
@@ -134,9 +133,10 @@ def test_folds_and_damage_follow_the_seed():
 
 
 def test_classes_without_references_are_left_out():
-    XX
-    assert built({"safe": ROWS["safe"], "harmful": ROWS["harmful"]}, per_row=0).classes == ("safe", "harmful")
-    assert built({**ROWS, "harmful": []}).classes == ("safe", "utility", "over_refusal", "corrupted")
+    assert tuple(built({"safe": ROWS["safe"]}).counts()) == ("safe", "corrupted")
+    two = {name: ROWS[name] for name in ("safe", "harmful")}
+    assert tuple(built(two, per_row=0).counts()) == ("safe", "harmful")
+    assert tuple(built({**ROWS, "harmful": []}).counts()) == ("safe", "utility", "over_refusal", "corrupted")
 
 
 def test_few_prompts_make_fewer_folds_and_a_single_one_is_refused():
@@ -154,11 +154,102 @@ def test_equal_references_get_equal_folds():
     assert safe == harmful and (safe_folds == harmful_folds).all()
 
 
+# --- sources as folds -----------------------------------------------------------------------------------------------
+
+
+def sourced(**numbers):
+    """`ROWS` whose sources are numbered by these functions of the row's place."""
+    return {name: np.array([numbers[name](i) for i in range(len(rows))]) for name, rows in ROWS.items()}
+
+
+def test_sources_are_the_folds_where_every_kind_has_several():
+    sources = sourced(safe=lambda i: i % 3, harmful=lambda i: 5 + 2 * (i % 2), utility=lambda i: i // 3)
+    found = built(ROWS, sources=sources)
+    assert found.by_source and found.n_folds == 3
+    for name, rows in ROWS.items():
+        _, numbers = np.unique(sources[name], return_inverse=True)
+        given, folds = members(found, name, made=False)
+        assert given == rows and (folds == numbers).all(), "in the order of their numbers, whatever these are"
+    fold_of = {row["prompt"]: fold for name in GIVEN for row, fold in zip(*members(found, name, False), strict=True)}
+    for row, fold in zip(found.rows, found.folds, strict=True):
+        assert fold_of[row["prompt"]] == fold, "made rows share the source of what they were made from"
+
+
+@pytest.mark.parametrize("alone", GIVEN)
+def test_one_kind_from_a_single_source_leaves_the_folds_to_the_prompts(alone):
+    kinds = {name: (lambda i: 0) if name == alone else (lambda i: i % 2) for name in GIVEN}
+    found, plain = built(ROWS, sources=sourced(**kinds)), built(ROWS)
+    assert not found.by_source and found.rows == plain.rows and (found.folds == plain.folds).all()
+
+
+def test_made_rows_take_nothing_from_another_source():
+    """Texts of the two sources have no word in common, so that any exchange would be seen."""
+    halves = {
+        name: [
+            {part: text.replace(" answer ", f" {said} ") for part, text in row.items()}
+            for said in ("replied", "retorted") for row in distinct(f"{name} {said}", 8)
+        ]
+        for name in GIVEN
+    }  # fmt: skip
+    sources = {name: np.repeat([0, 1], 8) for name in GIVEN}
+    found = built(halves, per_row=3, sources=sources)
+    for name in ("over_refusal", "corrupted", "utility"):
+        rows, folds = members(found, name)
+        assert set(folds.tolist()) == {0, 1}
+        for row, fold in zip(rows, folds, strict=True):
+            assert ("replied" if fold else "retorted") not in row["completion"]
+    # Negative control: with folds by prompts the halves are mixed.
+    over, _ = members(built(halves, per_row=3), "over_refusal")
+    assert any(("replied" in row["prompt"]) != ("replied" in row["completion"]) for row in over)
+
+
+def test_a_partner_is_of_the_same_fold_or_there_is_none():
+    rows, fold = distinct("x", 9), [0, 1, 2] * 3
+    for seed in range(30):
+        partner = module._partner(rows, fold, 1, np.random.default_rng(seed))
+        assert rows.index(partner) % 3 == 1
+    assert module._partner(rows, fold, 7, np.random.default_rng(0)) is None
+    # A benign row in whose fold no refusal lies is not refused with one of another fold.
+    sources = sourced(safe=lambda i: i % 2, harmful=lambda i: i % 2, utility=lambda i: i % 3)
+    over, folds = members(built(ROWS, sources=sources), "over_refusal")
+    assert len(over) == 6 and set(folds.tolist()) == {0, 1}
+
+
+# --- long references ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, kept", [
+    (1, "One two three."), (3, "One two three."), (4, "One two three."), (5, "One two three. Four five!"),
+    (6, "One two three. Four five! Six"), (99, None),
+])  # fmt: skip
+def test_whole_sentences_are_kept_and_at_least_one(words, kept):
+    text = " One two three. Four five!\nSix\n\nSeven eight "
+    assert shortened(text, words) == (text.strip() if kept is None else kept)
+
+
+def test_sentences_are_never_cut_and_only_left_out_from_the_end():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sentences = [" ".join(["word"] * int(n)) + str(rng.choice(list(".!?…"))) for n in rng.integers(1, 9, 6)]
+        text, words = " ".join(sentences), int(rng.integers(1, 40))
+        found = shortened(text, words)
+        n = next(n for n in range(1, 7) if found == " ".join(sentences[:n]))
+        assert n == 1 or len(found.split()) <= words
+        assert n == 6 or len(" ".join(sentences[: n + 1]).split()) > words
+
+
+def test_given_completions_are_shortened_to_whole_sentences():
+    long = [{**row, "completion": "This is said at some length. " * 40} for row in ROWS["safe"]]
+    rows, _ = members(built({**ROWS, "safe": long}), "safe")
+    assert {row["completion"] for row in rows} == {" ".join(["This is said at some length."] * 16)}
+    assert members(built(ROWS), "harmful")[0] == ROWS["harmful"], "short ones stay as they are"
+
+
 def test_the_pool_is_never_damaged(monkeypatch, tmp_path):
     from pharmacist.selectors import SELECTORS
 
-    seen, original = [], classes.corrupt
-    monkeypatch.setattr(classes, "corrupt", lambda text, *rest: seen.append(text) or original(text, *rest))
+    seen, original = [], module.corrupt
+    monkeypatch.setattr(module, "corrupt", lambda text, *rest: seen.append(text) or original(text, *rest))
     refs = village.references()
     pool = [{"prompt": f"water {row['prompt']}", "completion": f"water {row['completion']}"} for row in village.pool()]
     selector = SELECTORS.build("pharmacist", {"form": "evidence", "readers": "lexical"})
