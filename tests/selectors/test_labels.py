@@ -244,7 +244,7 @@ def test_what_labels_changed_is_said(files, tmp_path, capsys):
     assert main(words(files, tmp_path / "out", *lexical)) == 0
     path = str(written(tmp_path / "labels.json", labels_of(range(0, 40)), fingerprint(tmp_path / "out")))
     assert main(words(files, tmp_path / "out", *lexical, "--labels", path)) == 0
-    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "AUC on 40 labelled rows:" in said and "with those of other prompts" in said
     report = read_manifest(tmp_path / "out").extra["selector_report"]["labels"]
     assert (report["labels"], report["good"]) == (40, 8) and report["advice"] in said

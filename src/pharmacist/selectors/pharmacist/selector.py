@@ -151,6 +151,7 @@ class _Ranking:
 
     def scores(self) -> Scores:
         """The verdict on the pool."""
+        fallback = None if self.saved else _fall_back(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if self.config.form == "evidence":
             assert evidence is not None
@@ -161,7 +162,6 @@ class _Ranking:
         contrast = other - safe
         signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
         report: dict[str, Any] = {"twins": self.twins.report}
-        fallback = _fall_back(self.config, self.context.references) if self.saved is None else None
         report |= {} if fallback is None else {"fallback": fallback}
         if evidence is None:
             keys = self.context.encoded["pool"].content_keys
