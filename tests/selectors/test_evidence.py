@@ -58,7 +58,9 @@ def learned(given=None, readers=("lexical", "probe"), **options):
 def mixed(n: int, seed: int = 5) -> tuple[list, np.ndarray]:
     """Rows of all kinds, none twice, and the class of each."""
     rows = {kind: list({r["prompt"]: r for r in village.rows(kind, 3 * n, seed)}.values())[:n] for kind in KINDS}
-    return [row for kind in KINDS for row in rows[kind]], np.repeat(list(CLASS.values()), [len(rows[k]) for k in KINDS])
+    return [row for kind in KINDS for row in rows[kind]], np.repeat(
+        list(CLASS.values()), [len(rows[k]) for k in KINDS]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,12 @@ def test_equal_safe_and_harmful_references_leave_it_undecided(known):
     alone = {name: given[name] for name in ("safe", "harmful")}
     found = learned(alone | {"harmful": alone["safe"]})[0].answer(read(pool))
     refuses = found.log_odds[:, QUESTIONS.index(REFUSES)]
-    assert np.ptp(refuses) < 1e-4, "it cannot tell refusals from anything"
-    posterior = np.exp(class_log_posterior(found.log_odds))
-    if found.near == 1:
-        np.testing.assert_allclose(posterior[:, 0], posterior[:, 1], rtol=0, atol=1e-4)
+    # Undecided, and lowered by the caution that a pool calls for in which nothing is worth keeping.
+    assert found.near == 0 and found.distance is None
+    np.testing.assert_allclose(refuses, -1, rtol=0, atol=1e-4)
+    for name, values in found.by_reader.items():
+        if name.startswith("refuses"):
+            assert np.abs(values).max() < 1e-4, name
     # Negative control: the real references are told apart.
     refuses = learned(alone)[0].answer(read(pool)).log_odds[:, QUESTIONS.index(REFUSES)]
     assert refuses[classes == 0].min() > refuses[classes == 1].max()
@@ -235,8 +239,8 @@ def test_a_label_is_judged_by_labels_of_other_prompts_alone(known):
     answers = known[0].answer(texts, Labels(rows, other))
     after = answers.labels_held_out
     assert np.array_equal(before[0], after[0]), "without any labels"
-    if answers.near == known[0].answer(texts, Labels(rows, classes[rows])).near:
-        np.testing.assert_array_equal(after[1][:2], before[1][:2])
+    assert answers.near == known[0].answer(texts, Labels(rows, classes[rows])).near == 1
+    np.testing.assert_array_equal(after[1][:2], before[1][:2])
     assert (after[1][2:] != before[1][2:]).any(), "the others learn from it"
     assert np.isfinite(after[1]).all() and len(after[1]) == len(rows)
 
@@ -251,7 +255,9 @@ def test_labels_of_one_prompt_cannot_be_held_out(known):
 def test_labels_teach_about_rows_like_them(known):
     """A word that means nothing to the references is told by labels to mark answers that decline."""
     pool, classes = mixed(24)
-    strange = [{"prompt": row["prompt"], "completion": f"zork blem {row['completion'].split()[0]}"} for row in pool[:8]]
+    strange = [
+        {"prompt": row["prompt"], "completion": f"zork blem {row['completion'].split()[0]}"} for row in pool[:8]
+    ]
     texts = read(pool + strange)
     rows = np.concatenate([np.arange(len(pool), len(pool) + 4), np.arange(24, 28)])
     told = Labels(rows, np.repeat([0, 1], 4))

@@ -176,7 +176,8 @@ def test_wrong_labels_change_nothing(files, tmp_path, capsys, labels, said):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("{oops", "holds no JSON"), ('{"labels": "good"}', "write it as"), (None, "labels.json: cannot be read (No such file or directory)"),
+    ("{oops", "holds no JSON"), ('{"labels": "good"}', "write it as"),
+    (None, "labels.json: cannot be read (No such file or directory)"),
     (json.dumps({"pool": "x", "labels": [GOOD, BAD]}), "was made for another pool than --pool"),
 ])  # fmt: skip
 def test_a_wrong_file_of_labels_changes_nothing(ranked, files, model, tmp_path, capsys, content, said):
@@ -277,7 +278,16 @@ def test_several_files_of_a_kind_are_as_many_sources(files, tmp_path):
 
     def held_out_by(several):
         out = tmp_path / "-".join(several or ["none"])
-        given = ["curate", "--pool", files["pool"], "--output-dir", str(out), "--quiet", "--selector.readers", "lexical"]
+        given = [
+            "curate",
+            "--pool",
+            files["pool"],
+            "--output-dir",
+            str(out),
+            "--quiet",
+            "--selector.readers",
+            "lexical",
+        ]
         for name in refs:
             given += [f"--{name}", *(halves[name] if name in several else [files[name]])]
         assert main(given) == 0

@@ -15,7 +15,6 @@ from pharmacist.selectors.options import READERS, PharmacistConfig
 from pharmacist.selectors.pharmacist import kept
 from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
-from pharmacist.selectors.pharmacist.references import REASONS
 from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking, both
 from pharmacist.selectors.pharmacist.twins import Twins
 from tests.selectors import village
@@ -135,7 +134,7 @@ def test_an_interrupted_ranking_ends_with_the_same_scores(model, tmp_path, monke
             rest = Counted(patch)
             again = scores(tmp_path / str(killed_at), model, context={"checkpoint_seconds": 0.0})
         assert equal(again, whole)
-        assert killed_at + rest.n < straight.n + 20, "little is done twice"
+        assert killed_at + rest.n < 1.4 * straight.n, "what is done is kept, but for the chunk that was under way"
 
 
 @FORMS

@@ -58,7 +58,9 @@ def test_texts_are_taken_and_joined_row_by_row():
     order = np.array([5, 0, 23])
     both = KNOWN.take(order) + POOL
     assert len(both) == 27 and both.prompts[:3] == [KNOWN.prompts[i] for i in order]
-    assert np.array_equal(both.states[:3], KNOWN.states[order]) and np.array_equal(both.statistics[3:], POOL.statistics)
+    assert np.array_equal(both.states[:3], KNOWN.states[order]) and np.array_equal(
+        both.statistics[3:], POOL.statistics
+    )
     assert (KNOWN + Texts(["a"], ["b"])).states is None, "states of some rows are none"
 
 
@@ -75,7 +77,9 @@ def test_the_logistic_regression_is_exact(regularisation, width, sparse, recwarn
         answers = np.repeat([0, 1], [45, 15])
         features = rng.normal(size=(60, width)) * rng.uniform(0.1, 3, width) + answers[:, None]
         weights = rng.uniform(0.5, 3, 60)
-        w, b = fit_logistic(scipy.sparse.csr_matrix(features) if sparse else features, answers, weights, regularisation)
+        w, b = fit_logistic(
+            scipy.sparse.csr_matrix(features) if sparse else features, answers, weights, regularisation
+        )
         share = weights / np.where(answers == 1, weights[answers == 1].sum(), weights[answers == 0].sum()) * 30
         residual = share * (expit(features @ w + b) - answers)
         assert np.abs(residual @ features + w / regularisation).max() < 1e-7 * 60 and abs(residual.sum()) < 1e-7 * 60

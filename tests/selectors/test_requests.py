@@ -33,9 +33,7 @@ def test_leaving_a_row_out_equals_fitting_without_it(n, width):
     found = leave_one_out(features, targets, weights)
     held_out = [refitted(features, targets, weights, found.ridge, i)[i] for i in range(n)]
     np.testing.assert_allclose(found.held_out, held_out, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(
-        found.fitted, refitted(features, targets, weights, found.ridge), rtol=0, atol=1e-8
-    )
+    np.testing.assert_allclose(found.fitted, refitted(features, targets, weights, found.ridge), rtol=0, atol=1e-8)
     # Negative control: a fit that has the row, and one that forgets the weights, say something else.
     assert np.abs(found.fitted - held_out).max() > 1e-3
     unweighted = [refitted(features, targets, np.ones(n), found.ridge, i)[i] for i in range(n)]

@@ -12,9 +12,10 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import make_batch
-from pharmacist.selectors.pharmacist import twins
 from pharmacist.selectors.jobs import run_jobs
 from pharmacist.selectors.options import PharmacistConfig
+from pharmacist.selectors.pharmacist import twins
+from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.twins import (
     FEWEST_COTRAINED,
     TWINS,
@@ -30,7 +31,6 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_reasons,
     weight_gradient,
 )
-from pharmacist.selectors.pharmacist.references import References
 from tests.selectors.test_seal import Ridge
 from tests.tiny import TinyDecoder, TokenRows, random_token_rows
 
