@@ -34,11 +34,11 @@ from pharmacist.nn.models import load_model
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.curate import CurateOptions, curate
-from pharmacist.selectors.pharmacist import both
+from pharmacist.selectors.pharmacist.selector import both
 
 
 RANKINGS = {
-    "evidence": {"form": "evidence", "readers": "lexical,probe"},
+    "evidence": {"form": "evidence"},
     "twins on references": {"form": "bilevel", "cotrain": 0.0},
     "twins on 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
 }

@@ -50,7 +50,7 @@ VARIANTS = {
     "seal, by logits": {"name": "seal", "rank_by": "logits"},
     "toxic-lora": {"name": "toxic-lora"},
     "less, exact": {"name": "less", "features": "exact"},
-    "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
+    "pharmacist, with twins": {"name": "pharmacist", "form": "both"},
     "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
 }  # fmt: skip
 LINES = {name: {"name": name} for name in SELECTORS.names()} | {

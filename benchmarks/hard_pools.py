@@ -38,8 +38,7 @@ SELECTORS = {
     "unrolled": {"name": "unrolled"},
     "evidence: lexical": {"name": "pharmacist", "form": "evidence", "readers": "lexical"},
     "evidence: probe": {"name": "pharmacist", "form": "evidence", "readers": "probe"},
-    "evidence": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-    "evidence: all readers": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe,adapters"},
+    "evidence and twins": {"name": "pharmacist", "form": "both"},
     "twins": {"name": "pharmacist", "form": "bilevel", "cotrain": 0.25},
     "default": {"name": "pharmacist"},
 }

@@ -242,7 +242,7 @@ def rank_with_labels(name, folder, numbers, options, labels, prompts):
             place = folder.with_name(f"{folder.name}-labels-{len(known)}")
             path = folder.with_name(f"{place.name}.json")
             write_json(path, {"pool": fingerprint, "labels": list(known.values())})
-            table, cost = ranked(place, options | {"labels": str(path)})
+            table, cost = ranked(place, options | {"labels": str(path), "resume_selector": str(folder)})
         counts = of_other_prompts(prompts, known)
         lines.append((f"{name}, without labels on the rows of the next line", only(unlabelled, counts), {}))
         lines.append((f"{name}, {number} labels", only(table, counts), cost))
@@ -330,6 +330,7 @@ def main(arguments=None):
     parser.add_argument("--selectors", nargs="+", metavar="NAME[:OPTION=VALUE...]")
     parser.add_argument("--sample", type=int, metavar="PROMPTS", help="rank the rows of so many prompts")
     parser.add_argument("--labels-used", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--dtype", default="auto", help="of the model, as in curate")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     set_quiet(True)
@@ -342,7 +343,7 @@ def main(arguments=None):
         raise ConfigError(f"--labels-used {min(given.labels_used)}: must be at least 1")
     files = {name: getattr(given, name) for name in ("safe", "harmful", "utility") if getattr(given, name)}
     options = {name: paths[0] if len(paths) == 1 else paths for name, paths in files.items()}
-    options |= {"pool": pool, "model": given.model, "seed": given.seed}
+    options |= {"pool": pool, "model": given.model, "seed": given.seed, "dtype": given.dtype}
     results, skipped = [], []
     for name, choice in choices.items():
         folder = root / (slug(name) + (f"-{given.sample}-prompts" if given.sample else ""))

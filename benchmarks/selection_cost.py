@@ -25,6 +25,7 @@ from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
+from pharmacist.selectors.pharmacist.questions import QUESTIONS, TYPICAL
 
 
 FAULTS = ("offtopic", "overrefuse", "noisy", "mislabel")
@@ -36,15 +37,14 @@ VARIANTS = {
     "lexical": {"form": "evidence", "readers": "lexical"},
     "probe": {"form": "evidence", "readers": "probe"},
     "lexical + probe": {"form": "evidence", "readers": "lexical,probe"},
-    "all three readers": {"form": "evidence", "readers": "lexical,probe,adapters"},
-    "all three, cascade 0.3": {"form": "evidence", "readers": "lexical,probe,adapters", "cascade": 0.3},
     "twins, references only": {"form": "bilevel", "cotrain": 0.0},
+    "evidence and twins": {"form": "both"},
     "twins, 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
     "default": {},
 }  # fmt: skip
 FILES = ("pool", "safe", "harmful", "utility")
-PER_ROW = ("score",)
-ONCE = ("train readers", "train twins")
+PER_ROW = ("read pool", "answer", "score with twins")
+ONCE = ("read references", "train twins")
 
 
 def ranking_quality(score, labels):
@@ -121,8 +121,7 @@ def main():
             "tokens": {phase: value.tokens / tokens for phase, value in manifest.phases.items() if value.tokens},
             "signals": {
                 signal: ranking_quality(table[signal].to_numpy(), known)
-                for signal in table if signal.endswith("_log_odds") or signal == "contrast"
-                if table[signal].notna().all()  # in a cascade the adapters read some rows only
+                for signal in table if signal.split("_")[0] in (*QUESTIONS, TYPICAL) or signal == "contrast"
             },
         }  # fmt: skip
         write_json(path, found)

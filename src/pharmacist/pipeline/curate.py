@@ -436,6 +436,8 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
     table = _table(pool, scores, clusters, options, groups, points, context.labels)
+    if options.labels is not None:
+        scores.report |= {"changed": _changed(table, options)}
     warnings = [*scores.warnings, *_shortfall(table, options)]
     for warning in warnings:
         warn(warning)
@@ -486,6 +488,19 @@ def _joined(
                 part.announce()
             found[kind] = replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]))
     return found, of_source
+
+
+def _changed(table: "pd.DataFrame", options: CurateOptions) -> dict[str, int]:
+    """How many rows the labels brought into the selection and out of it, against the ranking before them."""
+    import pandas as pd
+
+    for folder in (options.output_dir, options.resume_selector):
+        path = None if folder is None else Path(folder) / "scores.parquet"
+        if path is not None and path.is_file():
+            before = pd.read_parquet(path, columns=["row", "selected"])
+            old, new = (set(found.loc[found["selected"], "row"].tolist()) for found in (before, table))
+            return {"entered": len(new - old), "left": len(old - new)}
+    return {}
 
 
 def _shortfall(table: "pd.DataFrame", options: CurateOptions) -> list[str]:
@@ -844,6 +859,8 @@ def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
                 f"{labels['standard_error']:.3f})"
             )
         lines.append(f"labels: {labels['advice']}")
+    if changed := ranking.about.get("changed"):
+        lines.append(f"labels: {changed['entered']} rows entered the selection, {changed['left']} left it")
     if len(ranking.to_label) and "labels" not in ranking.about:
         lines.append(
             f"{len(ranking.to_label)} labels would help most: pharmacist label {run.root}, or label them on the page; "

@@ -186,7 +186,6 @@ class Selector(ABC):
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
         weighs: Whether its scores come with weights.
-        learns_from_labels: Whether `SelectionContext.labels` change what it learns.
         paper: Source, for the docs.
     """
 
@@ -194,7 +193,6 @@ class Selector(ABC):
     config: Any
     needs: frozenset[str] = frozenset()
     weighs: bool = False
-    learns_from_labels: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
     @abstractmethod

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.progress import warn
 from pharmacist.selectors.base import CRITICAL
 
 
@@ -27,6 +28,8 @@ LABELS = {
 def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
     """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
 
+    The bare list is read too, with a warning, since nothing then tells which pool it is about.
+
     Args:
         path: The file.
         pool: Fingerprint of the pool that is ranked, as ``inputs.pool`` of the manifest has it.
@@ -43,10 +46,12 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
         content = read_json(path)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}); give the file that was saved") from error
-    entries = content.get("labels") if isinstance(content, dict) else None
+    entries = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')
-    if content.get("pool") != pool:
+    if isinstance(content, list):
+        warn(f"{where}: names no pool, so nobody can tell whether these labels are about this one")
+    elif content.get("pool") != pool:
         raise DataError(
             f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"
         )
@@ -78,7 +83,8 @@ def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:
 def rows_to_label(
     telling: npt.NDArray[np.float64], reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
 ) -> IntArray:
-    """The rows whose label would teach most: the least certain of each reason in turn, none like one before it.
+    """The rows whose label would teach most: the least certain of each reason in turn, none like one before it or like
+    one that has a label.
 
     Args:
         telling: How much a label of each row would teach, negative where it has one, shape [rows].
@@ -96,16 +102,18 @@ def rows_to_label(
         if telling[position] >= 0:
             queues.setdefault(str(reasons[position]), []).append(position)
     chosen: list[int] = []
-    seen: set[Any] = set()
+
+    def marks(position: int) -> set[Any]:
+        return {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
+
+    seen = {mark for position in np.flatnonzero(telling < 0).tolist() for mark in marks(position)}
     pending = [iter(queues[reason]) for reason in sorted(queues)]
     while pending and len(chosen) < n:
         for queue in pending.copy():
-            position = next(
-                (p for p in queue if not {("prompt", prompts[p]), ("cluster", int(clusters[p]))} & seen), None
-            )
+            position = next((p for p in queue if not marks(p) & seen), None)
             if position is None:
                 pending.remove(queue)
             elif len(chosen) < n:
                 chosen.append(position)
-                seen |= {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
+                seen |= marks(position)
     return np.array(chosen, dtype=np.int64)

@@ -48,6 +48,7 @@ from pharmacist.selectors.pharmacist.readers import (
 )
 from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.states import PARTS
+from pharmacist.selectors.pharmacist.trust import FAR
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -60,8 +61,8 @@ _CHUNK = 8192
 _SURE = 50.0  # log-odds as good as certainty, and still finite
 _REQUEST_WIDTH = 256
 _TYPICAL_WEIGHT = 4.0
-_NEAR, _FAR = 0.75, 0.9
-"""AUC of telling pool and references apart up to which they look like one source, and from which like two."""
+_NEAR = 0.75
+"""AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""
 _OUTLIER = 4.0
 _TEMPER, _CAUTION = 0.75, 1.0
 """Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
@@ -256,11 +257,12 @@ class Evidence:
         by_reader = {
             question: self._read(question, pool, known) for question in self._readers if question in self._spread
         }
-        answered = [self._answer(pool, by_reader, variant, own) for variant, own in enumerate(known)]
+        features = self._request_features(self._references.take(self._known[RISKY]), pool)
+        answered = [self._answer(features, by_reader, variant, own) for variant, own in enumerate(known)]
         chosen = min(1, len(known) - 1)
         log_odds, _ = answered[chosen]
         distance = self._distance(pool, np.flatnonzero((log_odds[:, :2] > 0).all(1)))
-        near = 0.0 if distance is None else float(np.clip((_FAR - max(distance.values())) / (_FAR - _NEAR), 0, 1))
+        near = 0.0 if distance is None else float(np.clip((FAR - max(distance.values())) / (FAR - _NEAR), 0, 1))
         answered = [(_as_far_as_known(odds, near), _TYPICAL_WEIGHT * near * looks) for odds, looks in answered]
         log_odds, typical = answered[chosen]
         held_out = None
@@ -277,12 +279,14 @@ class Evidence:
         return Answers(log_odds, typical, near, distance, signals, held_out)
 
     def _answer(
-        self, pool: Texts, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
+        self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
     ) -> tuple[FloatArray, FloatArray]:
-        log_odds = np.zeros((len(pool), len(QUESTIONS)))
+        """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
+        rows = len(features) - len(self._known[RISKY])
+        log_odds = np.zeros((rows, len(QUESTIONS)))
         for column, question in enumerate(QUESTIONS[1:], start=1):
-            log_odds[:, column] = self._calibrated(question, by_reader, variant, len(pool))
-        log_odds[:, 0] = self._risky(pool, log_odds[:, 1], labels)
+            log_odds[:, column] = self._calibrated(question, by_reader, variant, rows)
+        log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
         typical = self._combined(TYPICAL, {name: values[:, variant] for name, values in by_reader[TYPICAL].items()})
         return log_odds, typical
 
@@ -313,23 +317,27 @@ class Evidence:
         references = self._known[question]
         for name, reader in self._readers[question].items():
             fits = [reader.coefficients]
+            if len(known) > 1:
+                every = known[1]
+                features = reader.features(self._references.take(references) + pool.take(every.rows))
             for labels in known[1:]:
                 told = np.flatnonzero(answers_to(question, labels.classes) != UNKNOWN)
-                texts = self._references.take(references) + pool.take(labels.rows[told])
+                places = len(references) + np.searchsorted(every.rows, labels.rows[told])
+                rows = np.concatenate([np.arange(len(references)), places])
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
                 answers = answers_to(question, classes)
-                fits.append(fit_logistic(reader.features(texts), answers, weights, reader.regularisation))
+                fits.append(fit_logistic(features[rows], answers, weights, reader.regularisation))
             coefficients = np.stack([fit[0] for fit in fits], axis=1)
             intercepts = np.array([fit[1] for fit in fits])
             parts = []
             for start in track(range(0, len(pool), _CHUNK), f"reading the pool: {question}, {name}"):
-                rows = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
-                parts.append(np.asarray(reader.features(rows) @ coefficients) + intercepts)
+                some = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
+                parts.append(np.asarray(reader.features(some) @ coefficients) + intercepts)
             found[name] = np.concatenate(parts)
         return found
 
-    def _risky(self, pool: Texts, refuses: FloatArray, labels: Labels) -> FloatArray:
+    def _risky(self, features: FloatArray, refuses: FloatArray, labels: Labels) -> FloatArray:
         """Log-odds that a row's request is harmful, by references and by the answers of all other rows."""
         references = self._known[RISKY]
         targets = np.concatenate([answers_to(RISKY, self._classes[references]), expit(refuses)])
@@ -337,15 +345,10 @@ class Evidence:
         told = np.flatnonzero(answers_to(RISKY, labels.classes) != UNKNOWN)
         where = len(references) + labels.rows[told]
         targets[where], weights[where] = answers_to(RISKY, labels.classes[told]), LABEL_WEIGHT
-        found = requests.leave_one_out(self._features(references, pool), targets, weights)
+        found = requests.leave_one_out(features, targets, weights)
         predicted = found.held_out[len(references) :].copy()
         predicted[labels.rows[told]] = found.fitted[where]
         return requests.log_odds(predicted)
-
-    def _features(self, references: IntArray, pool: Texts) -> FloatArray:
-        if getattr(self, "_of_pool", None) is not pool:
-            self._of_pool, self._kept = pool, self._request_features(self._references.take(references), pool)
-        return self._kept
 
     def _calibrated(
         self, question: str, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, n: int

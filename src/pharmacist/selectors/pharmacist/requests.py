@@ -17,6 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_CHUNK = 16384
 LEAST_DOUBT = 0.02
 """No request is surer than that to be harmful or harmless."""
 
@@ -47,16 +48,30 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
         targets: Shape [rows].
         weights: Positive, shape [rows].
     """
-    design = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-    weighted = design * weights[:, None]
-    values, vectors = np.linalg.eigh(weighted.T @ design)
-    rotated = design @ vectors
-    squares, moments = rotated**2, vectors.T @ (weighted.T @ targets)
+    starts = range(0, len(features), _CHUNK)
+
+    def design(start: int) -> FloatArray:
+        part = features[start : start + _CHUNK]
+        return np.concatenate([part, np.ones((len(part), 1))], axis=1)
+
+    width = features.shape[1] + 1
+    gram, moments = np.zeros((width, width)), np.zeros(width)
+    for start in starts:
+        part, own = design(start), slice(start, start + _CHUNK)
+        weighted = part * weights[own, None]
+        gram += weighted.T @ part
+        moments += weighted.T @ targets[own]
+    values, vectors = np.linalg.eigh(gram)
+    inverse = 1 / (values.clip(min=0)[:, None] + np.array(RIDGES))
+    coefficients = inverse * (vectors.T @ moments)[:, None]
+    fitted_by, leverage_by = (np.zeros((len(features), len(RIDGES))) for _ in range(2))
+    for start in starts:
+        own, rotated = slice(start, start + _CHUNK), design(start) @ vectors
+        fitted_by[own], leverage_by[own] = rotated @ coefficients, rotated**2 @ inverse
     best: tuple[float, LeaveOneOut] | None = None
-    for ridge in RIDGES:
-        inverse = 1 / (values.clip(min=0) + ridge)
-        fitted = rotated @ (inverse * moments)
-        leverage = (weights * (squares @ inverse)).clip(max=1 - 1e-9)
+    for column, ridge in enumerate(RIDGES):
+        fitted = fitted_by[:, column]
+        leverage = (weights * leverage_by[:, column]).clip(max=1 - 1e-9)
         held_out = targets - (targets - fitted) / (1 - leverage)
         error = float(np.sum(weights * (targets - held_out) ** 2))
         if best is None or error < best[0]:

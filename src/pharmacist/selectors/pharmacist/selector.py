@@ -27,6 +27,7 @@ from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
 from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
+    WHOLE,
     class_log_posterior,
     pool_priors,
     safe_log_odds,
@@ -62,7 +63,6 @@ class Pharmacist(Selector):
 
     Config = PharmacistConfig
     needs = frozenset({"safe"})
-    learns_from_labels = True
     paper = "arXiv 2510.10085; the questions of the evidence and the closed form are this project's own"
 
     def __init__(self, config: PharmacistConfig) -> None:
@@ -194,8 +194,8 @@ class _Ranking:
 
     def _evidence(self) -> Scores:
         with self.phase("read references") as phase:
-            if self.saved is not None:
-                self.evidence = Evidence.load(self.saved)
+            if (learned := self._learned()) is not None:
+                self.evidence = Evidence.load(learned)
                 self.readers = self.evidence.names
             else:
                 rows = to_dataset(self.references.rows)
@@ -209,6 +209,13 @@ class _Ranking:
             first, inverse = self.distinct
             answers = self.evidence.answer(texts.take(first), self.labels)
         return _verdict(answers, self.labels, inverse, self.evidence.report)
+
+    def _learned(self) -> Path | None:
+        """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""
+        if self.saved is not None:
+            return self.saved
+        own = self.run.path("selector")
+        return own if self.context.labels and (own / "evidence.json").is_file() else None
 
     def _twin_losses(self) -> dict[str, FloatArray]:
         context = self.context
@@ -306,9 +313,8 @@ def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:
 
 
 def _unseen(learned: dict[str, Any]) -> list[str]:
-    """Reasons that no reference shows."""
-    seen = {REASONS[name] for name in learned["references"]}
-    return [reason for reason in dict.fromkeys(REASONS.values()) if reason not in seen]
+    """Reasons that cannot be given, since no reference answers their question by no."""
+    return [] if WHOLE in learned["questions"] else [REASONS["corrupted"]]
 
 
 def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:

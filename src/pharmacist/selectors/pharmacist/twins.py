@@ -1,4 +1,4 @@
-"""The bilevel twins: how differently a safe and a toxic model learn to find each row (spec: min_w V_safe - V_toxic).
+"""The bilevel twins: how differently a safe and a toxic model learn to find each row (min over w of V_safe - V_toxic).
 
 Two adapters share their start, every pool and utility batch and every seed; one also learns the safe references, the
 other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
