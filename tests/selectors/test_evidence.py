@@ -259,8 +259,8 @@ def test_labels_teach_about_rows_like_them(known):
         {"prompt": row["prompt"], "completion": f"zork blem {row['completion'].split()[0]}"} for row in pool[:8]
     ]
     texts = read(pool + strange)
-    rows = np.concatenate([np.arange(len(pool), len(pool) + 4), np.arange(24, 28)])
-    told = Labels(rows, np.repeat([0, 1], 4))
+    rows = np.concatenate([np.arange(24, 28), np.arange(len(pool), len(pool) + 4)])
+    told = Labels(rows, np.repeat([1, 0], 4))
     plain, taught = known[0].answer(texts), known[0].answer(texts, told)
     column, new = QUESTIONS.index(REFUSES), np.arange(len(pool) + 4, len(pool) + 8)
     difference = taught.by_reader["refuses_lexical"] - plain.by_reader["refuses_lexical"]

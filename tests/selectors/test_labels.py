@@ -44,6 +44,12 @@ def test_labels_are_read_as_they_were_written(tmp_path):
     assert found == {1: "over_refusal", 2: "teaches_compliance", 3: CRITICAL}, "by position among the usable rows"
 
 
+def test_a_bare_list_is_read_with_a_warning(tmp_path, capsys):
+    (tmp_path / "labels.json").write_text(json.dumps([GOOD, BAD]))
+    assert read_labels(tmp_path / "labels.json", "p", [1, 2]) == {0: CRITICAL, 1: "teaches_compliance"}
+    assert "names no pool" in " ".join(capsys.readouterr().err.split())
+
+
 GOOD, BAD = {"row": 1, "label": "good"}, {"row": 2, "label": "harmful"}
 MISTAKES = {
     "a row the pool lacks": ([GOOD, {"row": 99, "label": "harmful"}], "entry 1: the pool has no usable row 99"),
@@ -70,7 +76,7 @@ def test_what_labels_cannot_be(tmp_path, labels, said):
         read_labels(written(tmp_path / "labels.json", labels), "p", [1, 2])
 
 
-@pytest.mark.parametrize("content, said", [("[]", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON")])
+@pytest.mark.parametrize("content, said", [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON")])
 def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(DataError, match=said):

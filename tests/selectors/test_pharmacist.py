@@ -243,11 +243,11 @@ def test_training_cost_does_not_grow_with_the_pool(model, tmp_path, form, cotrai
     assert cost[0] == cost[1] and len(cost[0]) == (2 if form == "both" else 1) and min(cost[0]) > 0
 
 
-def test_a_missing_class_is_named_as_unseen(model, tmp_path):
-    refs = village.references()
-    found = scores(tmp_path, model, refs={name: refs[name] for name in ("safe", "harmful")}, form="evidence")
-    assert found.report["cannot_see"] == ["not_safety_critical", "over_refusal"]
-    assert found.report["references"].keys() <= {"safe", "harmful", "corrupted", "misplaced"}
+def test_what_no_reference_shows_is_named_as_unseen(tmp_path):
+    whole = scores(tmp_path / "a", None, form="evidence")
+    blind = scores(tmp_path / "b", None, form="evidence", corruptions_per_row=0)
+    assert whole.report["cannot_see"] == [] and blind.report["cannot_see"] == ["low_quality"]
+    assert "low_quality" in whole.reason and "low_quality" not in blind.reason
 
 
 def test_the_lexical_reader_alone_needs_no_model(tmp_path):
@@ -328,9 +328,7 @@ WITHOUT_HARMFUL = {name: rows for name, rows in village.references().items() if 
 @FORMS
 def test_without_harmful_references_it_falls_back_to_an_auxiliary_model(model, tmp_path, monkeypatch, form):
     selector, found = ranked(tmp_path / "run", model, refs=WITHOUT_HARMFUL, form=form)
-    if form != "bilevel":
-        assert "teaches_compliance" in found.report["cannot_see"]
-    else:
+    if form == "bilevel":
         assert "teaches_compliance" not in found.reason
     assert np.isfinite(found.score).all() and len(np.unique(found.score)) > 20
     assert "loss_toxic" not in found.signals
