@@ -76,7 +76,9 @@ def test_what_labels_cannot_be(tmp_path, labels, said):
         read_labels(written(tmp_path / "labels.json", labels), "p", [1, 2])
 
 
-@pytest.mark.parametrize("content, said", [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON")])
+@pytest.mark.parametrize("content, said", [
+    ("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON"),
+])  # fmt: skip
 def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(DataError, match=said):

@@ -244,8 +244,9 @@ def test_training_cost_does_not_grow_with_the_pool(model, tmp_path, form, cotrai
 
 
 def test_what_no_reference_shows_is_named_as_unseen(tmp_path):
-    whole = scores(tmp_path / "a", None, form="evidence")
-    blind = scores(tmp_path / "b", None, form="evidence", corruptions_per_row=0)
+    pool, refs = village.pool(103), village.references(100)
+    whole = scores(tmp_path / "a", None, pool, refs, form="evidence")
+    blind = scores(tmp_path / "b", None, pool, refs, form="evidence", corruptions_per_row=0)
     assert whole.report["cannot_see"] == [] and blind.report["cannot_see"] == ["low_quality"]
     assert "low_quality" in whole.reason and "low_quality" not in blind.reason
 
