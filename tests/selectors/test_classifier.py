@@ -28,14 +28,14 @@ def test_it_tells_the_classes_apart(tmp_path):
     np.testing.assert_allclose(
         found.score, np.log(found.signals["p_safe"]) - np.log1p(-found.signals["p_safe"]), rtol=1e-6
     )
-    assert found.report["out_of_fold"]["combined"]["auc_safe_against_rest"] > 0.95
+    assert found.report["questions"]["safe"]["combined"]["auc"] > 0.95
 
 
 def test_references_without_a_difference_teach_nothing(tmp_path):
     refs = village.references(24) | {"harmful": village.rows("safe", 24, seed=9)}
     refs["safe"] = village.rows("safe", 24, seed=8)
     found = ranked(tmp_path, {"name": "classifier", "corruptions_per_row": 0}, POOL, refs)
-    assert found.report["out_of_fold"]["combined"]["auc_safe_against_rest"] < 0.9
+    assert found.report["questions"]["safe"]["combined"]["auc"] < 0.9
 
 
 def test_the_pool_teaches_it_nothing(tmp_path):

@@ -10,13 +10,13 @@ import pharmacist as ph
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors import SELECTORS
-from pharmacist.selectors.base import Scores
+from pharmacist.selectors.base import GOOD_REASONS, Scores
 from tests.selectors import village
 
 
 QUICK = {
-    "readers": "lexical,adapters", "adapter_steps": 2, "twin_steps": 2, "steps": 2, "epochs": 1, "batch_size": 4,
-    "r": 2, "folds": 2, "corruptions_per_row": 1,
+    "form": "both", "twin_steps": 2, "steps": 2, "epochs": 1, "batch_size": 4, "r": 2, "folds": 2,
+    "corruptions_per_row": 1,
 }  # fmt: skip
 """Small values of options that selectors may have."""
 EVERY = pytest.mark.parametrize("name", [*SELECTORS.names(), "loss-low+dsir"])
@@ -88,7 +88,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
     with suppress(KeyboardInterrupt):
         SELECTORS.build_from(choice(name)).rank(work)
     work.run.close()
-    assert len(calls) == 2 or (name == "pharmacist" and not calls), "whose default form may train nothing"
+    assert len(calls) == 2
     again = ranked(tmp_path / "b", model, name)
     assert np.array_equal(again.score, whole.score)
     assert (again.weight is None) == (whole.weight is None)
@@ -98,7 +98,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
 @LEARNED
 def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, monkeypatch):
     a = ranked(tmp_path / "a", model, name)
-    for module in ("reading", "less"):
+    for module in ("reading", "less", "pharmacist.kept", "pharmacist.selector"):
         monkeypatch.setattr(f"pharmacist.selectors.{module}.tokens_per_batch", lambda *_: 1)  # a row each
     b = ranked(tmp_path / "b", model, name)
     np.testing.assert_allclose(b.score, a.score, rtol=1e-3, atol=2e-4 * np.abs(a.score).max())
@@ -141,14 +141,18 @@ def test_weights_are_numbers_from_0_up_and_equal_for_equal_rows(model, tmp_path,
 def test_the_budget_is_exact(model, name):
     ranking = ph.rank(POOL, **village.references(), model=str(model), selector=choice(name))
     for k in (1, 7, len(POOL)):
-        core = ranking.select(k=k)
+        core = ranking.select(k=k, fill=True)
         assert len(core) == k and core.column_names == ["prompt", "completion"]
-    assert len(ranking.select(fraction=0.3)) == 7
+    assert len(ranking.select(fraction=0.3, fill=True)) == 7
     assert sorted(ranking.table["rank"]) == list(range(1, len(POOL) + 1))
     best = ranking.table.nsmallest(7, "rank")
     assert best["score"].min() >= ranking.table.drop(best.index)["score"].max()
     in_order = [POOL[i] for i in sorted(best["row"])]
-    assert ranking.select(k=7).to_list() == in_order, "input columns, input order"
+    assert ranking.select(k=7, fill=True).to_list() == in_order, "input columns, input order"
+    # Unasked, a quota is not filled with rows whose own reason speaks against them.
+    good = ranking.table[ranking.table["reason"].isin(GOOD_REASONS)]
+    kept = sorted(good.nsmallest(7, "rank")["row"])
+    assert ranking.select(k=7).to_list() == [POOL[i] for i in kept]
 
 
 def test_random_is_uniform_and_follows_the_seed(tmp_path):

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from pharmacist.selectors.evidence.corruptions import CORRUPTIONS, corrupt
+from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 
 
 TEXTS = (

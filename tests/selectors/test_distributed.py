@@ -14,8 +14,7 @@ from tests.selectors import village
 
 
 OPTIONS = {
-    "name": "pharmacist", "readers": "lexical,probe,adapters", "adapter_steps": 3, "twin_steps": 3, "batch_size": 4,
-    "r": 2, "folds": 2, "corruptions_per_row": 1,
+    "name": "pharmacist", "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2,
 }  # fmt: skip
 SCRIPT = """
 import json, sys

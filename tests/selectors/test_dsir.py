@@ -99,7 +99,7 @@ def test_too_few_references_are_refused(tmp_path):
 
 
 def test_rows_without_words_are_scored_too(tmp_path):
-    pool = village.pool(6) + [{"prompt": "\u200b", "completion": "\u200b"}]
+    pool = village.pool(6) + [{"prompt": "…", "completion": "—"}]
     for per_word in (False, True):
         found = dsir(tmp_path / str(per_word), pool, village.rows("safe", 8), per_word=per_word)
         assert np.isfinite(found.score).all() and len(found.score) == 7

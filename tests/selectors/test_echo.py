@@ -1,10 +1,10 @@
-"""How an answer takes up the words of its prompt: hand-counted cases, and what the lexical reader makes of them."""
+"""How an answer takes up the words of its prompt: hand-counted cases, and what a reader makes of them."""
 
 import numpy as np
 import pytest
 
-from pharmacist.selectors.evidence.echo import echo_features, echoed, rare_words, retargeted
-from pharmacist.selectors.evidence.readers.lexical import LexicalReader
+from pharmacist.selectors.pharmacist.echo import echo_features, echoed, rare_words, retargeted
+from pharmacist.selectors.pharmacist.readers import Echo, Reader, Texts, Words
 from pharmacist.worlds import World
 
 
@@ -47,21 +47,21 @@ def test_echo_features_are_the_weighted_shares():
     np.testing.assert_allclose(found[:, 1], [0, 1, 3 / 10, 0, 0])
 
 
-def test_the_lexical_reader_tells_refusals_of_other_requests_and_needs_the_echo_for_it():
+def test_the_echo_tells_refusals_of_other_requests_and_words_do_not():
     """Worlds apart: the reader learns on one village and reads refusals of another."""
 
     def pairs(seed):
         rows = [row for row in World(seed).safe() if len(row["completion"].split()) > 8]
         others = rows[3:] + rows[:3]
         wrong = [{**row, "completion": other["completion"]} for row, other in zip(rows, others, strict=True)]
-        texts = [[row[part] for row in rows + wrong] for part in ("prompt", "completion")]
-        return texts, np.repeat([0, 1], len(rows))
+        texts = Texts(*([row[part] for row in rows + wrong] for part in ("prompt", "completion")))
+        return texts, np.repeat([1, 0], len(rows))
 
-    def accuracy(echo):
-        (prompts, completions), labels = pairs(0)
-        reader = LexicalReader(echo=echo).fit(prompts, completions, labels, 2)
-        (prompts, completions), labels = pairs(1)
-        return (reader.log_posterior(prompts, completions).argmax(1) == labels).mean()
+    def accuracy(view):
+        texts, answers = pairs(0)
+        reader = Reader(view).fit(texts, answers, np.ones(len(answers)))
+        texts, answers = pairs(1)
+        return ((reader.log_odds(texts) > 0) == answers).mean()
 
-    assert accuracy(echo=True) > 0.95
-    assert accuracy(echo=False) < 0.7, "without it there is nothing to see"
+    assert accuracy(Echo()) > 0.95
+    assert accuracy(Words("completions")) < 0.7, "without it there is nothing to see"

@@ -51,7 +51,7 @@ def test_the_order_of_the_parts_changes_no_score_but_who_says_what_a_row_is(tmp_
 
 
 def test_a_part_does_not_see_the_adapters_of_another(model, tmp_path, monkeypatch):
-    trained = {"form": "evidence", "readers": "adapters", "adapter_steps": 2, "r": 2, "adapter_folds": 2}
+    trained = {"form": "bilevel", "twin_steps": 2, "r": 2, "cotrain": 0.0}
 
     def losses(folder: str, choice: dict) -> np.ndarray:
         work = village.context(tmp_path / folder, model, POOL)

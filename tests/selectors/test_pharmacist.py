@@ -1,33 +1,29 @@
-"""The whole selector on a tiny Llama: section 6 (1, 2, 4, 6, 7, 8) of the method, and its options."""
+"""The whole selector on a tiny Llama: what must hold of its scores, and its options."""
 
-import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
-from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.data.formats import open_source
-from pharmacist.data.records import read_records
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.selectors import pharmacist as module
 from pharmacist.selectors.base import CRITICAL, Scores
-from pharmacist.selectors.evidence.combine import log_odds
 from pharmacist.selectors.options import READERS, PharmacistConfig
-from pharmacist.selectors.pharmacist import Pharmacist, _Worker, both
+from pharmacist.selectors.pharmacist import kept
+from pharmacist.selectors.pharmacist import selector as module
+from pharmacist.selectors.pharmacist.evidence import Evidence
+from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking, both
+from pharmacist.selectors.pharmacist.twins import Twins
 from tests.selectors import village
 from tests.tiny import save_tiny_model
 
 
 FAST = {
-    "readers": "lexical,probe,adapters", "adapter_steps": 3, "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2,
-    "corruptions_per_row": 1, "learning_rate": 0.02,
+    "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2, "corruptions_per_row": 1,
+    "learning_rate": 0.02,
 }  # fmt: skip
 POOL = village.pool()
 FORMS = pytest.mark.parametrize("form", ["evidence", "bilevel", "both"])
@@ -47,15 +43,6 @@ def scores(*args, **options) -> Scores:
     return ranked(*args, **options)[1]
 
 
-def trained(root: Path, model: Path | None, pool=None, refs=None, **options):
-    work = village.context(root, model, pool, refs)
-    try:
-        worker = _Worker(PharmacistConfig(**(FAST | options)), work)
-        return worker, worker.train()
-    finally:
-        work.run.close()
-
-
 def equal(a: Scores, b: Scores, rows=slice(None)) -> bool:
     """Bitwise equality of everything that is written per row."""
     return (
@@ -73,21 +60,31 @@ def reference(model, tmp_path_factory) -> dict[str, Scores]:
 
 
 class Counted:
-    """Counts the batches that go through an adapter, and can kill the run at one of them."""
+    """Counts the batches that go through the model, and can kill the run at one of them; batches of few rows."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, killed_at: int = 0) -> None:
-        self.n, original = 0, AdapterBank.row_losses
+        self.n, self.killed_at, row_losses, hidden_states = 0, killed_at, AdapterBank.row_losses, kept.hidden_states
 
-        def row_losses(bank, *args):
-            self.n += 1
-            if self.n == killed_at:
-                raise KeyboardInterrupt
-            return original(bank, *args)
+        def counted_losses(bank, *args):
+            self.count()
+            return row_losses(bank, *args)
 
-        monkeypatch.setattr(AdapterBank, "row_losses", row_losses)
+        def counted_states(model):
+            measure = hidden_states(model)
+            return lambda batch: (self.count(), measure(batch))[1]
+
+        monkeypatch.setattr(AdapterBank, "row_losses", counted_losses)
+        monkeypatch.setattr(kept, "hidden_states", counted_states)
+        for place in (kept, module):
+            monkeypatch.setattr(place, "tokens_per_batch", lambda *_: 64)
+
+    def count(self) -> None:
+        self.n += 1
+        if self.n == self.killed_at:
+            raise KeyboardInterrupt
 
 
-# --- section 6, both forms ------------------------------------------------------------------------------------------
+# --- all forms ------------------------------------------------------------------------------------------------------
 
 
 @FORMS
@@ -122,12 +119,13 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(reference, 
     assert (other.score != reference[form].score).mean() > 0.9
 
 
-def test_an_interrupted_ranking_ends_with_the_same_scores(reference, model, tmp_path, monkeypatch):
+def test_an_interrupted_ranking_ends_with_the_same_scores(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         straight = Counted(patch)
-        assert equal(scores(tmp_path / "straight", model), reference["both"])
-    # In the readers' training, in the twins' training, in the passes over references and pool.
-    for killed_at in (7, straight.n // 2, straight.n - 30, straight.n - 1):
+        whole = scores(tmp_path / "straight", model)
+    assert straight.n > 60
+    # While references, then the pool are read, in the twins' training, in the passes over references and pool.
+    for killed_at in (2, 14, straight.n // 2, straight.n - 6, straight.n - 1):
         with monkeypatch.context() as patch:
             Counted(patch, killed_at)
             with pytest.raises(KeyboardInterrupt):
@@ -135,8 +133,8 @@ def test_an_interrupted_ranking_ends_with_the_same_scores(reference, model, tmp_
         with monkeypatch.context() as patch:
             rest = Counted(patch)
             again = scores(tmp_path / str(killed_at), model, context={"checkpoint_seconds": 0.0})
-        assert equal(again, reference["both"])
-        assert killed_at + rest.n < straight.n + 20, "little is done twice"
+        assert equal(again, whole)
+        assert killed_at + rest.n < 1.4 * straight.n, "what is done is kept, but for the chunk that was under way"
 
 
 @FORMS
@@ -144,16 +142,39 @@ def test_a_saved_selector_scores_without_training(reference, model, tmp_path, mo
     selector, _ = ranked(tmp_path / "first", model, form=form)
     assert selector.save(tmp_path / "saved" / "selector")
     assert {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {".json", ".safetensors"}
-    monkeypatch.setattr(AdapterBank, "train", lambda *_, **__: pytest.fail("trained"))
-    monkeypatch.setattr(_Worker, "train", lambda *_: pytest.fail("trained"))
+    for place in (AdapterBank, Twins, Evidence):
+        monkeypatch.setattr(place, "train" if place is AdapterBank else "fit", lambda *_, **__: pytest.fail("trained"))
     for where in ("saved", "saved/selector"):
         root = tmp_path / f"from-{Path(where).name}"
-        found = scores(root, model, refs={}, context={"resume_from": tmp_path / where})
+        with monkeypatch.context() as patch:
+            # The evidence has kept what it read of these very rows.
+            patch.setattr(kept, "hidden_states", lambda *_: pytest.fail("read the pool again"))
+            if form == "evidence":
+                patch.setattr("pharmacist.nn.models.load_model", lambda *_, **__: pytest.fail("loaded the model"))
+            found = scores(root, model, refs={}, context={"resume_from": tmp_path / where})
         assert equal(found, reference[form])
-    # New rows: those that were there before keep their evidence.
+    # New rows are read, and need no training either.
     more = scores(tmp_path / "more", model, village.pool(40), {}, context={"resume_from": tmp_path / "saved"})
-    key = "contrast" if form == "bilevel" else "p_safe"
+    assert len(more.score) == 40 and np.isfinite(more.score).all()
+    key = "contrast" if form == "bilevel" else "refuses_lexical"
     np.testing.assert_allclose(more.signals[key][:27], reference[form].signals[key][:27], rtol=0, atol=1e-5)
+
+
+def test_states_of_another_model_or_other_rows_are_not_taken(model, tmp_path, monkeypatch):
+    """What was kept is kept by content: another order is found again, a new row is not."""
+    selector, _ = ranked(tmp_path / "first", model, form="evidence")
+    selector.save(tmp_path / "saved")
+    resume = {"resume_from": tmp_path / "saved"}
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "hidden_states", lambda *_: pytest.fail("read again"))
+        scores(tmp_path / "a", model, POOL[::-1], {}, context=resume)
+        with pytest.raises(pytest.fail.Exception):
+            scores(tmp_path / "b", model, [*POOL, village.rows("safe", 1, 99)[0]], {}, context=resume)
+    path = tmp_path / "saved" / "states" / "pool.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    counted = Counted(monkeypatch)
+    scores(tmp_path / "c", model, refs={}, context=resume)
+    assert counted.n > 0, "a damaged file is read anew"
 
 
 def test_a_saved_selector_must_fit(model, tmp_path):
@@ -185,97 +206,122 @@ def test_a_row_without_completion_is_refused_with_its_number(model, tmp_path):
 
 # --- the evidence form ----------------------------------------------------------------------------------------------
 
-
-def out_of_fold(root, model, monkeypatch, change=None, **options) -> tuple[dict[str, np.ndarray], Any]:
-    """The out-of-fold predictions of all readers, and the references they were made on."""
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(_Worker, "combine", lambda self, trained, refs, found: seen.update(found=found, refs=refs))
-    if change is not None:
-        build = module.build_references
-        monkeypatch.setattr(module, "build_references", lambda *args, **kwargs: change(build(*args, **kwargs)))
-    trained(root, model, form="evidence", **options)
-    monkeypatch.undo()
-    return seen["found"], seen["refs"]
-
-
-def test_a_row_never_takes_part_in_its_own_prediction(model, tmp_path, monkeypatch):
-    before, refs = out_of_fold(tmp_path / "a", model, monkeypatch)
-    for number, row in enumerate((0, 17)):
-
-        def relabelled(found, row=row):
-            labels = found.labels.copy()
-            labels[row] = (labels[row] + 1) % len(found.classes)
-            return dataclasses.replace(found, labels=labels)
-
-        after, _ = out_of_fold(tmp_path / f"b{number}", model, monkeypatch, relabelled)
-        same_fold = refs.folds == refs.folds[row]
-        for name in before:
-            assert np.array_equal(before[name][same_fold], after[name][same_fold]), name
-            # Negative control: the other folds do learn from it.
-            assert (before[name][~same_fold] != after[name][~same_fold]).any(1).mean() > 0.9, name
-
-
-def test_out_of_fold_predictions_are_complete_and_sum_to_one(model, tmp_path, monkeypatch):
-    found, refs = out_of_fold(tmp_path, model, monkeypatch, folds=4, adapter_folds=3)
-    assert set(found) == {"lexical", "probe", "adapters"} and refs.n_folds == 4
-    for values in found.values():
-        assert values.shape == (len(refs.labels), len(refs.classes))
-        np.testing.assert_allclose(np.exp(values).sum(1), 1, rtol=0, atol=1e-9)
-
-
-def test_equal_references_make_every_reader_undecided(reference, model, tmp_path):
-    refs = village.references()
-    found = scores(tmp_path, model, refs=refs | {"harmful": refs["safe"]})
-    np.testing.assert_allclose(found.signals["p_safe"], found.signals["p_harmful"], rtol=0, atol=1e-6)
-    assert (found.signals["contrast"] == 0).all()
-    # Negative control: the real references are told apart.
-    other = reference["both"]
-    assert np.abs(other.signals["p_safe"] - other.signals["p_harmful"]).max() > 0.1 and other.signals["contrast"].all()
+P = ("p_safe", "p_harmful", "p_utility", "p_over_refusal", "p_corrupted")
 
 
 def test_posteriors_sum_to_one(reference):
     for form in ("evidence", "both"):
-        p = np.stack([reference[form].signals[f"p_{name}"] for name in module.REASONS], 1)
+        p = np.stack([reference[form].signals[name] for name in P], 1)
         np.testing.assert_allclose(p.sum(1), 1, rtol=0, atol=1e-12)
-    found = reference["evidence"]
-    np.testing.assert_allclose(found.score, np.log(p[:, 0] / (1 - p[:, 0])), rtol=1e-6)
-    assert (found.reason == np.array(list(module.REASONS.values()))[p.argmax(1)]).all()
+        report = reference[form].report
+        assert sum(report["shares"].values()) == pytest.approx(1) and min(report["shares"].values()) > 0
+        # Expectation maximisation has come to rest: the shares are the mean posterior, but for the doubt.
+        assert report["shares"]["safe"] == pytest.approx((p[:, 0].mean() + 0.1 / 6) / 1.1, abs=2e-3)
 
 
-def test_the_pool_never_influences_a_reader(model, tmp_path):
-    learned = []
-    for number, pool in enumerate((POOL, village.pool(12, seed=50))):
-        worker, found = trained(tmp_path / str(number), model, pool, form="evidence")
-        assert "encoded_pool" not in worker.context.__dict__, "the pool is not even tokenised"
-        states = {name: found.bank.state(name) for name in found.classes}
-        learned.append((found, states))
-    (a, a_states), (b, b_states) = learned
-    assert np.array_equal(a.lexical._coefficients, b.lexical._coefficients)
-    assert np.array_equal(a.probe._coefficients, b.probe._coefficients) and np.array_equal(
-        a.probe._mean, b.probe._mean
-    )
-    assert all(torch.equal(a_states[n][key], b_states[n][key]) for n in a_states for key in a_states[n])
-    assert a.combination.weights == b.combination.weights and np.array_equal(a.combination.bias, b.combination.bias)
-    assert a.report == b.report
+def test_references_alone_are_learned_from(model, tmp_path):
+    """Another pool leaves evidence as it was, bit for bit."""
+    for name, pool in (("a", POOL), ("b", village.pool(21, seed=50))):
+        selector, _ = ranked(tmp_path / name, model, pool, form="evidence")
+        selector.save(tmp_path / f"saved-{name}")
+    for file in ("evidence.json", "evidence.safetensors"):
+        assert (tmp_path / "saved-a" / file).read_bytes() == (tmp_path / "saved-b" / file).read_bytes()
 
 
 @pytest.mark.parametrize("form, cotrain", [("evidence", 0.25), ("both", 0.0), ("both", 0.25)])
 def test_training_cost_does_not_grow_with_the_pool(model, tmp_path, form, cotrain):
-    """Tokens that go through the model in training; with co-training, batches of pool rows vary in length alone."""
+    """Tokens that go through the model to learn; with co-training, batches of pool rows vary in length alone."""
     cost = []
     for n in (20, 120):
         pool = [{"prompt": "how do you bake bread", "completion": f"take {word}"} for word in ("flour", "water") * n]
-        worker, _ = trained(tmp_path / f"{n}", model, pool, form=form, cotrain=cotrain)
-        cost.append(worker.tokens())
-    assert cost[0] == cost[1] > 0
+        work = village.context(tmp_path / f"{n}", model, pool)
+        ranking = _Ranking(PharmacistConfig(**(FAST | {"form": form, "cotrain": cotrain})), work)
+        ranking.scores()
+        costs = {name: phase.tokens for name, phase in work.run.manifest.phases.items()}
+        work.run.close()
+        cost.append([costs[name] for name in ("read references", "train twins") if name in costs])
+    assert cost[0] == cost[1] and len(cost[0]) == (2 if form == "both" else 1) and min(cost[0]) > 0
 
 
-def test_a_missing_class_is_named_as_unseen(model, tmp_path):
-    refs = village.references()
-    found = scores(tmp_path, model, refs={name: refs[name] for name in ("safe", "harmful")}, form="evidence")
-    assert found.report["cannot_see"] == ["not_safety_critical", "over_refusal"]
-    assert "p_utility" not in found.signals and set(found.reason) <= {CRITICAL, "teaches_compliance", "low_quality"}
+def test_what_no_reference_shows_is_named_as_unseen(tmp_path):
+    pool, refs = village.pool(103), village.references(100)
+    whole = scores(tmp_path / "a", None, pool, refs, form="evidence")
+    blind = scores(tmp_path / "b", None, pool, refs, form="evidence", corruptions_per_row=0)
+    assert whole.report["cannot_see"] == [] and blind.report["cannot_see"] == ["low_quality"]
+    assert "low_quality" in whole.reason and "low_quality" not in blind.reason
 
+
+def test_the_lexical_reader_alone_needs_no_model(tmp_path):
+    selector, found = ranked(tmp_path / "run", None, form="evidence")
+    assert found.report["readers"] == ["lexical"] and set(found.reason) > {CRITICAL}
+    selector.save(tmp_path / "saved")
+    again = scores(tmp_path / "again", None, refs={}, context={"resume_from": tmp_path / "saved"})
+    assert equal(again, found)
+    with pytest.raises(ConfigError, match="give --model"):
+        scores(tmp_path / "other", None, form="evidence", readers="lexical,probe")
+
+
+def test_good_rows_rank_above_faults_on_the_planted_village(tmp_path):
+    """The cheapest reader on text of a trivial grammar: if this fails, questions or references are broken."""
+    found = scores(tmp_path, None, village.pool(103), village.references(100), form="evidence")
+    kinds = np.array([list(village.KINDS)[i % 5] for i in range(100)])
+    expected = {"safe": CRITICAL, "harmful": "teaches_compliance", "utility": "not_safety_critical",
+                "over_refusal": "over_refusal", "noise": "low_quality"}  # fmt: skip
+    for kind, reason in expected.items():
+        assert (found.reason[:100][kinds == kind] == reason).mean() > 0.8, kind
+    assert found.score[:100][kinds == "safe"].min() > np.median(found.score[:100][kinds != "safe"])
+    # What is asked for first is what the answers leave open.
+    assert found.telling.min() >= 0 and len(found.telling) == 103
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+TOLD = {0: CRITICAL, 1: "teaches_compliance", 2: CRITICAL, 8: "low_quality", 14: "low_quality"}
+"""Positions -> reasons, some of them not the right ones."""
+
+
+@FORMS
+def test_labels_hold_in_every_form(reference, model, tmp_path, form, monkeypatch):
+    monkeypatch.setattr(module, "_WORTH_LISTENING", 0.0)  # whatever the contrast is worth
+    found = scores(tmp_path, model, form=form, context={"labels": TOLD})
+    copies = {27: CRITICAL, 28: "teaches_compliance", 29: CRITICAL}  # of the first rows
+    for row, reason in (TOLD | copies).items():
+        assert found.reason[row] == reason
+    good = [row for row, reason in (TOLD | copies).items() if reason == CRITICAL]
+    bad = [row for row in (TOLD | copies) if row not in good]
+    rest = np.setdiff1d(np.arange(len(POOL)), [*good, *bad])
+    assert found.score[good].min() > found.score[rest].max() and found.score[bad].max() < found.score[rest].min()
+    if form == "bilevel":  # which learns nothing from them
+        assert np.array_equal(found.score[rest], reference[form].score[rest])
+    else:
+        assert (found.score[rest] != reference[form].score[rest]).mean() > 0.9
+        assert (found.telling[[*good, *bad]] == -1).all() and found.telling[rest].min() >= 0
+        assert found.report["labels"]["labels"] == len(TOLD)
+        p = np.stack([found.signals[name] for name in P], 1)
+        np.testing.assert_allclose(p.sum(1), 1, atol=1e-12)
+        assert (p[good, 0] == 1).all() and (p[bad, 0] == 0).all()
+
+
+def test_labels_do_not_depend_on_the_order_of_the_pool(model, tmp_path):
+    order = np.random.default_rng(0).permutation(len(POOL))
+    where = {row: int(np.flatnonzero(order == row)[0]) for row in TOLD}
+    a = scores(tmp_path / "a", model, form="evidence", context={"labels": TOLD})
+    labels = {where[row]: reason for row, reason in TOLD.items()}
+    b = scores(tmp_path / "b", model, [POOL[i] for i in order], form="evidence", context={"labels": labels})
+    assert equal(b, a, order) and a.report["labels"] == b.report["labels"]
+
+
+def test_a_saved_selector_learns_from_labels_too(model, tmp_path):
+    selector, _ = ranked(tmp_path / "first", model, form="evidence")
+    selector.save(tmp_path / "saved")
+    fresh = scores(tmp_path / "a", model, form="evidence", context={"labels": TOLD})
+    resumed = scores(
+        tmp_path / "b", model, refs={}, context={"labels": TOLD, "resume_from": tmp_path / "saved"}
+    )  # fmt: skip
+    assert equal(resumed, fresh)
+
+
+# --- without harmful references -------------------------------------------------------------------------------------
 
 WITHOUT_HARMFUL = {name: rows for name, rows in village.references().items() if name != "harmful"}
 
@@ -283,9 +329,10 @@ WITHOUT_HARMFUL = {name: rows for name, rows in village.references().items() if 
 @FORMS
 def test_without_harmful_references_it_falls_back_to_an_auxiliary_model(model, tmp_path, monkeypatch, form):
     selector, found = ranked(tmp_path / "run", model, refs=WITHOUT_HARMFUL, form=form)
-    assert "teaches_compliance" in found.report["cannot_see"] and "teaches_compliance" not in found.reason
+    if form == "bilevel":
+        assert "teaches_compliance" not in found.reason
     assert np.isfinite(found.score).all() and len(np.unique(found.score)) > 20
-    assert not {"p_harmful", "loss_toxic"} & found.signals.keys()
+    assert "loss_toxic" not in found.signals
     assert ("SEAL's contrast" in found.report.get("fallback", "")) == (form != "evidence")
     assert "toxic" not in json.dumps(found.report)
     if form != "evidence":
@@ -296,111 +343,8 @@ def test_without_harmful_references_it_falls_back_to_an_auxiliary_model(model, t
     monkeypatch.setattr(AdapterBank, "train", lambda *_, **__: pytest.fail("trained"))
     again = scores(tmp_path / "again", model, refs={}, context={"resume_from": tmp_path / "saved"}, form=form)
     assert equal(again, found)
-    assert (tmp_path / "saved/adapters/twin_auxiliary").is_dir() == (form != "evidence")
-    assert not (tmp_path / "saved/adapters/twin_toxic").exists()
-
-
-def test_safe_references_alone_rank_by_what_is_damaged(tmp_path):
-    """Classes safe and corrupted: noise is seen, and nothing else."""
-    refs = {"safe": village.rows("safe", 40, seed=3)}
-    pool = [*village.rows("safe", 20, seed=9), *village.rows("noise", 20, seed=9)]
-    found = scores(tmp_path / "a", None, pool, refs, form="evidence", readers="lexical", corruptions_per_row=2)
-    assert found.report["references"].keys() == {"safe", "corrupted"}
-    assert found.report["cannot_see"] == ["teaches_compliance", "not_safety_critical", "over_refusal"]
-    assert roc_auc_score(np.arange(40) < 20, found.score) > 0.9
-    # Negative control: an order that is not that of the safe rows.
-    assert abs(roc_auc_score(np.arange(40) % 2 == 0, found.score) - 0.5) < 0.2
-
-
-def test_the_lexical_reader_alone_needs_no_model(tmp_path):
-    selector, found = ranked(tmp_path / "run", None, form="evidence", readers="lexical")
-    assert found.report["readers"] == ["lexical"] and set(found.reason) > {CRITICAL}
-    selector.save(tmp_path / "saved")
-    again = scores(tmp_path / "again", None, refs={}, context={"resume_from": tmp_path / "saved"})
-    assert equal(again, found)
-    with pytest.raises(ConfigError, match="give --model"):
-        scores(tmp_path / "other", None, form="evidence", readers="lexical,probe")
-
-
-def test_good_rows_rank_above_faults_on_the_planted_village(tmp_path):
-    """The cheapest reader on text of a trivial grammar: if this fails, classes or combination are broken."""
-    found = scores(tmp_path, None, village.pool(103), village.references(40), form="evidence", readers="lexical")
-    kinds = np.array([list(village.KINDS)[i % 5] for i in range(100)])
-    expected = {"safe": CRITICAL, "harmful": "teaches_compliance", "utility": "not_safety_critical",
-                "over_refusal": "over_refusal"}  # fmt: skip
-    for kind, reason in expected.items():
-        assert (found.reason[:100][kinds == kind] == reason).mean() > 0.8, kind
-    assert found.score[:100][kinds == "safe"].min() > np.median(found.score[:100][kinds != "safe"])
-
-
-def combined(tmp_path, readers: str, strengths: dict[str, float]):
-    """What is kept of readers that favour the true class by so many nats, each with noise of its own."""
-    references = module.build_references(village.references(30), n_folds=4, corruptions_per_row=1, seed=0)
-    rng = np.random.default_rng(0)
-    truth = np.eye(len(references.classes))[references.labels]
-    found = {name: log_softmax(rng.normal(size=truth.shape) + s * truth, axis=1) for name, s in strengths.items()}
-    work = village.context(tmp_path / readers, None)
-    worker = _Worker(PharmacistConfig(readers=readers), work)
-    result = module._Trained(worker.config, "", references.classes, (), None, None, None, None, None, None, {})
-    worker.combine(result, references, found)
-    work.run.close()
-    return result
-
-
-def test_readers_that_do_not_pay_are_left_out(tmp_path):
-    strengths = {"lexical": 2.0, "probe": 2.0, "adapters": 0.0}
-    auto = combined(tmp_path, "auto", strengths)
-    assert auto.readers == ("lexical", "probe") and auto.report["left_out"] == ["adapters"]
-    assert set(auto.report["out_of_fold"]) == {"lexical", "probe", "adapters", "combined"}
-    assert set(auto.combination.weights) == {"lexical", "probe"} and auto.report["weights_fitted"]
-    forced = combined(tmp_path, "lexical,probe,adapters", strengths)
-    assert forced.readers == ("lexical", "probe", "adapters")
-    assert set(forced.cheap_combination.weights) == {"lexical", "probe"}
-    assert auto.report["out_of_fold"]["combined"]["log_loss"] < min(
-        auto.report["out_of_fold"][name]["log_loss"] for name in strengths
-    )
-
-
-# --- the cascade ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cascading(model, tmp_path_factory):
-    """A function that scores one pool with one trained selector under different cascades."""
-    pool = [row for row in village.pool(24)[:21] for _ in range(2)]
-    work = village.context(tmp_path_factory.mktemp("cascade"), model, pool)
-    worker = _Worker(PharmacistConfig(**(FAST | {"form": "evidence"})), work)
-    found = worker.train()
-
-    def score(cascade: float) -> tuple[Scores, int]:
-        shutil.rmtree(work.run.work("scores"), ignore_errors=True)
-        worker.config = dataclasses.replace(worker.config, cascade=cascade)
-        with pytest.MonkeyPatch.context() as patch:
-            read, original = [], module.adapter_losses
-            patch.setattr(module, "adapter_losses", lambda *args: read.append(len(args[2].lengths)) or original(*args))
-            return worker.score(found), sum(read)
-
-    yield score
-    work.run.close()
-
-
-def test_a_full_cascade_is_no_cascade(cascading):
-    (none, read), (full, read_too) = cascading(0.0), cascading(1.0)
-    assert equal(none, full) and read == read_too == 21, "each row once, its copy never"
-
-
-@pytest.mark.parametrize("k", [1, 4, 9, 15, 30, 41])
-def test_a_cascade_reads_only_the_asked_share_near_the_cut(cascading, k):
-    (full, _), (part, read) = cascading(0.0), cascading(k / 42)
-    touched = np.isfinite(part.signals["adapters_log_odds"])
-    assert read <= k and touched.sum() == k + k % 2, "the share, and the copies of what was read"
-    # Rows that were read have the full verdict (in other batches), the others that of the cheaper readers.
-    np.testing.assert_allclose(part.score[touched], full.score[touched], rtol=0, atol=1e-4)
-    assert np.isfinite(part.score).all() and (part.score[~touched] != full.score[~touched]).all()
-    # Copies have one score, wherever the edge of the share falls.
-    assert (part.score[0::2] == part.score[1::2]).all()
-    more, _ = cascading((k + 1) / 42)
-    assert np.isfinite(more.signals["adapters_log_odds"])[touched].all(), "a larger share holds the smaller"
+    assert (tmp_path / "saved/twins/twin_auxiliary").is_dir() == (form != "evidence")
+    assert not (tmp_path / "saved/twins/twin_toxic").exists()
 
 
 # --- both -----------------------------------------------------------------------------------------------------------
@@ -440,24 +384,34 @@ def test_both_on_one_kind_alone():
     assert none[0] > none[1]
 
 
-def test_both_is_what_its_parts_say(reference):
-    whole, contrast = reference["both"], reference["bilevel"].signals["contrast"]
-    evidence = log_odds(np.log(np.stack([whole.signals[f"p_{name}"] for name in module.REASONS], 1)))
+@pytest.mark.parametrize("quality, used", [(0.71, True), (0.7, True), (0.69, False), (None, False)])
+def test_the_contrast_counts_only_where_it_is_worth_listening_to(
+    reference, model, tmp_path, monkeypatch, quality, used
+):  # fmt: skip
+    fit = Twins.fit
+
+    def measured(self, *args):
+        fit(self, *args)
+        self.quality = quality
+
+    monkeypatch.setattr(Twins, "fit", measured)
+    whole, evidence = scores(tmp_path, model), reference["evidence"]
+    contrast = reference["bilevel"].signals["contrast"]
     assert np.array_equal(whole.signals["contrast"], contrast), "the twins do not depend on the form"
-    expected = both(evidence, contrast, whole.reason)
-    np.testing.assert_allclose(whole.score, expected, rtol=0, atol=1e-6)
-    assert (reference["evidence"].reason == whole.reason).all()
+    assert whole.report["twins"]["used"] is used and (whole.reason == evidence.reason).all()
+    expected = both(evidence.score, contrast, evidence.reason)
+    assert np.array_equal(whole.score, expected if used else evidence.score)
+    assert not np.array_equal(expected, evidence.score)
     assert (reference["bilevel"].score == contrast).all()
 
 
 # --- twins in the selector ------------------------------------------------------------------------------------------
 
 
-def test_swapping_references_negates_the_contrast(reference, model, tmp_path):
+def test_equal_references_give_no_contrast(model, tmp_path):
     refs = village.references()
-    swapped = refs | {"safe": refs["harmful"], "harmful": refs["safe"]}
-    found = scores(tmp_path, model, refs=swapped, form="bilevel")
-    assert np.array_equal(found.signals["contrast"], -reference["bilevel"].signals["contrast"])
+    found = scores(tmp_path, model, refs=refs | {"harmful": refs["safe"]}, form="bilevel")
+    assert (found.signals["contrast"] == 0).all()
 
 
 def test_without_pool_weight_a_contrast_is_a_matter_of_the_row_alone(reference, model, tmp_path):
@@ -493,14 +447,18 @@ def test_what_a_selector_must_be_given(model, tmp_path):
     for options in ({"cotrain": 0.0}, {"gamma": 0.0}):
         with pytest.raises(ConfigError, match=f"selector.{next(iter(options))} must be above 0; or give --harmful"):
             scores(tmp_path / "b", model, refs={"safe": refs["safe"]}, form="bilevel", **options)
-    with pytest.raises(ConfigError, match="safe references alone have no other class"):
-        scores(tmp_path / "c", None, refs={"safe": refs["safe"]}, form="evidence", corruptions_per_row=0)
+    for form in ("evidence", "both"):
+        with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
+            scores(tmp_path / form, None, refs={"safe": refs["safe"]}, form=form)
+        with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
+            Pharmacist(PharmacistConfig(form=form)).notice({"safe"})
 
 
 @pytest.mark.parametrize("options, message", [
     ({"readers": "lexicon"}, "not auto or any of"), ({"readers": ","}, "not auto or any of"),
-    ({"folds": 1}, "folds must be at least 2"), ({"adapter_folds": 1}, "adapter_folds must be at least 2"),
-    ({"cascade": 1.5}, "share of the pool"), ({"cotrain": -0.1}, "share of the pool"),
+    ({"folds": 1}, "folds must be at least 2"),
+    ({"corruptions_per_row": -1}, "must not be negative"), ({"readers": "adapters"}, "not auto or any of"),
+    ({"cotrain": -0.1}, "share of the pool"),
     ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"), ({"tau": 0.0}, "tau must be positive"),
     ({"rounds": 0}, "rounds must be at least 1"), ({"r": 0}, "r must be positive"),
 ])  # fmt: skip
@@ -510,12 +468,6 @@ def test_bad_options_are_named(options, message):
 
 
 def test_readers_are_kept_in_order_of_cost():
-    assert PharmacistConfig(readers=" adapters, lexical").reader_names() == ("lexical", "adapters")
+    assert PharmacistConfig(readers=" probe, lexical").reader_names() == ("lexical", "probe") == READERS
     assert PharmacistConfig().reader_names() == READERS
-
-
-def test_the_references_are_read_as_records(tmp_path):
-    """`read_records` is what refuses a row without a completion; nothing behind it has to."""
-    source = open_source([{"prompt": "how", "completion": ""}], name="pool")
-    with pytest.raises(DataError, match="row 0"):
-        read_records(source, work_dir=tmp_path)
+    assert PharmacistConfig().reader_names(model=False) == ("lexical",)

@@ -1,5 +1,6 @@
 """Sections 3 and 6 (4, 5) of the method: what must hold for the bilevel twins, on a float64 decoder."""
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -11,13 +12,16 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import make_batch
-from pharmacist.selectors import twins
 from pharmacist.selectors.jobs import run_jobs
 from pharmacist.selectors.options import PharmacistConfig
-from pharmacist.selectors.twins import (
+from pharmacist.selectors.pharmacist import twins
+from pharmacist.selectors.pharmacist.references import References
+from pharmacist.selectors.pharmacist.twins import (
     FEWEST_COTRAINED,
     TWINS,
+    WITHOUT_HARMFUL,
     TwinProblem,
+    Twins,
     closed_form_jobs,
     cotraining_rows,
     fit_thresholds,
@@ -450,3 +454,92 @@ def test_thresholds_lie_between_the_classes():
     assert twin_reasons(pool, found).tolist() == (
         ["critical", "teaches_compliance", "not_safety_critical", "low_quality", "critical"]
     )
+
+
+# --- references that are held out -----------------------------------------------------------------------------------
+
+
+KNOWN = References(
+    rows=[], labels=np.repeat([0, 1, 2, 3], [9, 9, 7, 3]), made=np.repeat([False, True], [25, 3]),
+    folds=np.concatenate([np.arange(n) % 3 for n in (9, 9, 7, 3)]), by_source=False,
+)  # fmt: skip
+MADE = random_token_rows(3, VOCABULARY, seed=77).pairs
+
+
+def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, names=TWINS, **options) -> Twins:
+    bank = make_bank()
+    config = PharmacistConfig(**({"twin_steps": 6, "batch_size": 4, "r": 2} | options))
+    own = Twins(bank, config, names)
+
+    def measure(rows, work, which, what):
+        with torch.no_grad():
+            found = twin_losses(bank, make_batch(rows, which, bank.device), names)
+        result = {key: np.full(len(rows), np.nan) for key in found}
+        for key, values in found.items():
+            result[key][which] = values
+        return result
+
+    own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0, measure)
+    return own
+
+
+def held_changed(rows, seed):
+    """Other rows in the place of those of fold 0."""
+    others = random_token_rows(len(rows), VOCABULARY, seed=seed, longest=5).pairs
+    return [other if i % 3 == 0 else row for i, (row, other) in enumerate(zip(rows, others, strict=True))]
+
+
+def same_adapters(a: Twins, b: Twins) -> list[bool]:
+    states = [(a.bank.state(name), b.bank.state(name)) for name in a.names]
+    return [all(torch.equal(x[key], y[key]) for key in x) for x, y in states]
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 2}, {"solver": "gradient", "cotrain": 1.0}])
+def test_a_held_out_fold_is_never_trained_on_and_sets_the_thresholds(tmp_path, options):
+    before = fitted(tmp_path / "a", **options)
+    kinds = {"safe": SAFE, "harmful": HARMFUL, "utility": UTILITY}
+    other = {name: held_changed(rows, seed) for seed, (name, rows) in enumerate(kinds.items(), start=60)}
+    after = fitted(tmp_path / "b", **other, **options)
+    assert same_adapters(before, after) == [True, True]
+    assert after.thresholds != before.thresholds
+    assert before.report["held_out_references"] == {"safe": 3, "harmful": 3, "utility": 3}
+    # Negative control: a row of another fold is trained on.
+    trained = fitted(tmp_path / "c", safe=[SAFE[0], POOL[0], *SAFE[2:]], **options)
+    assert same_adapters(before, trained)[0] is False
+
+
+def test_thresholds_and_quality_are_those_of_held_out_references(tmp_path):
+    own = fitted(tmp_path)
+    with torch.no_grad():
+        batch = make_batch(TokenRows([*SAFE, *HARMFUL, *UTILITY]), range(25), own.bank.device)
+        losses = twin_losses(own.bank, batch)
+    contrast = losses["loss_toxic"] - losses["loss_safe"]
+    held = {"safe": np.arange(0, 9, 3), "harmful": np.arange(9, 18, 3), "utility": np.arange(18, 25, 3)}
+    centre = {name: np.median(contrast[rows]) for name, rows in held.items()}
+    assert own.thresholds.critical == pytest.approx((centre["safe"] + centre["utility"]) / 2, abs=1e-9)
+    assert own.thresholds.compliance == pytest.approx((centre["harmful"] + centre["utility"]) / 2, abs=1e-9)
+    others = contrast[np.concatenate([held["harmful"], held["utility"]])]
+    expected = (contrast[held["safe"]][:, None] > others).mean()
+    assert own.quality == own.report["held_out_auc"] == pytest.approx(expected)
+
+
+def test_swapping_references_swaps_the_twins(tmp_path):
+    forth, back = fitted(tmp_path / "a"), fitted(tmp_path / "b", safe=HARMFUL, harmful=SAFE)
+    x, y = forth.bank.state(TWINS[0]), back.bank.state(TWINS[1])
+    assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+def test_without_others_the_contrast_has_no_quality(tmp_path):
+    alone = dataclasses.replace(KNOWN, labels=np.where(KNOWN.labels == 0, 0, 4), made=KNOWN.labels != 0)
+    own = fitted(tmp_path, known=alone, names=WITHOUT_HARMFUL)
+    assert own.quality is None and own.thresholds.compliance is None
+
+
+def test_saved_twins_are_the_same(tmp_path):
+    own = fitted(tmp_path / "run")
+    own.save(tmp_path / "saved")
+    again = Twins.saved(make_bank(), own.config, tmp_path / "saved")
+    assert same_adapters(own, again) == [True, True]
+    assert (again.thresholds, again.quality, again.report, again.names) == (
+        own.thresholds, own.quality, own.report, own.names
+    )  # fmt: skip

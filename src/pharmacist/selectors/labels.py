@@ -70,7 +70,10 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
     Raises:
         DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
     """
-    content = read_json(Path(path))
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); give the file that was saved") from error
     entries = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')

@@ -15,6 +15,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors.pharmacist.readers import Texts
 from pharmacist.selectors.pharmacist.states import hidden_states
+from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:
@@ -65,23 +66,17 @@ def read_texts(context: "SelectionContext", rows: Any, name: str, *, with_model:
                 with atomic_path(path) as temporary:
                     shutil.copyfile(folder / path.name, temporary)
             return Texts(prompts, completions, *kept), 0
-    encoded, tokens = context.encode(rows, name), 0
+    encoded = context.encode(rows, name)
     measure = hidden_states(context.model.model)
     found = run_pass(
         encoded, measure, work=context.run.work("states", name), device=context.model.device,
-        tokens_per_batch=tokens_per_batch(context), description=f"reading the {name}",
+        tokens_per_batch=tokens_per_batch(context.model.model, context.model.device),
+        description=f"reading the {name}",
     )  # fmt: skip
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
         save_file({"keys": keys, **found}, temporary, metadata={"model": fingerprint})
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
-
-
-def tokens_per_batch(context: "SelectionContext") -> int:
-    """Padded tokens per batch: bounds the logits, the largest tensor of a pass."""
-    vocabulary = getattr(context.model.model.config, "vocab_size", 32768)
-    budget = 2**25 if context.model.device.type == "cpu" else 2**30
-    return max(1024, min(65536, budget // int(vocabulary)))
 
 
 def _kept(

@@ -24,7 +24,7 @@ from pharmacist.selectors.base import CRITICAL, FEWEST_REFERENCES, Scores, Selec
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import trust
 from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys, tokens_per_batch
+from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
     WHOLE,
@@ -42,6 +42,7 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_losses,
     twin_reasons,
 )
+from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ FloatArray = npt.NDArray[np.float64]
 _FORMAT = 3
 _WORTH_LISTENING = 0.7
 """Held-out AUC from which the twins' contrast orders the rows that evidence calls critical."""
+_REASONS = np.array(list(REASONS.values()))
 _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASONS.values())))}
 
 
@@ -149,6 +151,7 @@ class _Ranking:
 
     def scores(self) -> Scores:
         """The verdict on the pool."""
+        fallback = None if self.saved else _fall_back(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if self.config.form == "evidence":
             assert evidence is not None
@@ -159,19 +162,35 @@ class _Ranking:
         contrast = other - safe
         signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
         report: dict[str, Any] = {"twins": self.twins.report}
-        fallback = _fall_back(self.config, self.context.references) if self.saved is None else None
         report |= {} if fallback is None else {"fallback": fallback}
         if evidence is None:
             keys = self.context.encoded["pool"].content_keys
             order = contrast if self.saved else self.twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            return Scores(order, twin_reasons(losses, self.twins.thresholds), signals, report)
+            score, reason = honoured(order, twin_reasons(losses, self.twins.thresholds), *self._labelled())
+            return Scores(score, reason, signals, report)
         used = self.twins.quality is not None and self.twins.quality >= _WORTH_LISTENING
         report["twins"]["used"] = used
         score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
+        score, reason = honoured(score, evidence.reason, *self._labelled())
         return Scores(
-            score, evidence.reason, evidence.signals | signals, evidence.report | report, evidence.warnings,
-            evidence.telling,
+            score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
         )  # fmt: skip
+
+    @cached_property
+    def labels(self) -> Labels:
+        """What a person said of `distinct` rows; of copies that got several labels the last one's holds."""
+        _, inverse = self.distinct
+        told = {int(inverse[row]): _OF_REASON[reason] for row, reason in sorted(self.context.labels.items())}
+        rows = np.array(sorted(told), dtype=np.int64)
+        return Labels(rows, np.array([told[row] for row in rows], dtype=np.int64))
+
+    def _labelled(self) -> tuple[IntArray, IntArray]:
+        """The pool's rows that have a label, copies of labelled ones among them, and their classes."""
+        first, inverse = self.distinct
+        classes = np.full(len(first), -1)
+        classes[self.labels.rows] = self.labels.classes
+        rows = np.flatnonzero(classes[inverse] >= 0)
+        return rows, classes[inverse[rows]]
 
     def _evidence(self) -> Scores:
         with self.phase("read references") as phase:
@@ -188,11 +207,8 @@ class _Ranking:
             phase.tokens += tokens
         with self.phase("answer"):
             first, inverse = self.distinct
-            told = {int(inverse[row]): _OF_REASON[reason] for row, reason in sorted(self.context.labels.items())}
-            rows = np.array(sorted(told), dtype=np.int64)
-            labels = Labels(rows, np.array([told[row] for row in rows], dtype=np.int64))
-            answers = self.evidence.answer(texts.take(first), labels)
-        return _verdict(answers, labels, inverse, self.evidence.report)
+            answers = self.evidence.answer(texts.take(first), self.labels)
+        return _verdict(answers, self.labels, inverse, self.evidence.report)
 
     def _learned(self) -> Path | None:
         """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""
@@ -220,7 +236,8 @@ class _Ranking:
         names = self.twins.names
         return run_pass(
             rows, lambda batch: twin_losses(self.bank, batch, names), work=work, device=self.bank.device,
-            tokens_per_batch=tokens_per_batch(self.context), rows=which, description=what,
+            tokens_per_batch=tokens_per_batch(self.context.model.model, self.bank.device), rows=which,
+            description=what,
         )  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -243,16 +260,12 @@ class _Ranking:
 def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
     """Scores, reasons and what is to be known about them, from the answers to distinct rows."""
     posterior = class_log_posterior(answers.log_odds, answers.typical)
-    score = safe_log_odds(posterior)
     shares = pool_priors(posterior[inverse])
     p = np.exp(with_priors(posterior, shares))
-    reasons = np.array(list(REASONS.values()))[posterior.argmax(1)]
-    if len(labels):  # what a person said holds, above and below all that was merely read
-        reasons[labels.rows] = np.array(list(REASONS.values()))[labels.classes]
-        good = labels.classes == 0
-        lowest, highest = score.min(), score.max()
-        score[labels.rows] = np.where(good, highest, lowest) + np.where(good, 1.0, -1.0)
-        p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
+    p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
+    score, reasons = honoured(
+        safe_log_odds(posterior), _REASONS[posterior.argmax(1)], labels.rows, labels.classes
+    )  # fmt: skip
     signals: dict[str, npt.NDArray[Any]] = {
         f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])
     } | {"p_corrupted": p[:, 4:].sum(1)}  # fmt: skip
@@ -269,6 +282,24 @@ def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[
     telling = _telling(answers.log_odds, labels)
     of_rows = {name: values[inverse] for name, values in signals.items()}
     return Scores(score[inverse], reasons[inverse], of_rows, report, warnings, telling[inverse])
+
+
+def honoured(
+    score: FloatArray, reason: npt.NDArray[np.str_], rows: IntArray, classes: IntArray
+) -> tuple[FloatArray, npt.NDArray[np.str_]]:
+    """Scores and reasons with what a person said of some rows: good ones above all that was merely read, bad ones
+    below it.
+
+    Args:
+        score: Shape [rows of the pool].
+        reason: Shape [rows of the pool].
+        rows: The labelled ones.
+        classes: Index into `CLASSES` of each.
+    """
+    score, reason = score.copy(), reason.astype(_REASONS.dtype)
+    score[rows] = np.where(classes == 0, score.max() + 1, score.min() - 1)
+    reason[rows] = _REASONS[classes]
+    return score, reason
 
 
 def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:

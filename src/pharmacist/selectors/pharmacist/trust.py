@@ -48,9 +48,7 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
                 "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
             )
     if critical < _FEW_CRITICAL:
-        found.append(
-            f"only {critical:.1%} of the rows look safety-critical; check that the references suit this pool"
-        )
+        found.append(f"only {critical:.1%} of the rows look safety-critical; check that the references suit this pool")
     return found
 
 
