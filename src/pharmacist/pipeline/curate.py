@@ -578,6 +578,8 @@ def _rendered(
     how = (loaded.tokenizer, loaded.template, options.on_bad_row)
     context.pool = rendered_rows(context.pool, *how)
     context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
+    if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
+        context.sources = {}  # what was left out is not told by source; folds are made by prompt
     kept = np.isin(before, context.pool.row_numbers)
     return context.pool, None if groups is None else groups[kept]
 
@@ -762,8 +764,10 @@ def _table(
         "row": rows, "score": scores.score.astype(np.float64), "rank": position, "selected": False,
         "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
     })  # fmt: skip
-    if labels:  # whatever the selector makes of them, they hold
-        table["label"] = [labels.get(position, "") for position in range(len(table))]
+    if labels:  # whatever the selector makes of them, they hold, for copies of a labelled row too
+        texts = list(zip(pool.dataset["prompt"], pool.dataset["completion"], strict=True))
+        told = {texts[position]: reason for position, reason in labels.items()}
+        table["label"] = [told.get(text, "") for text in texts]
     if groups is not None:
         table["group"] = groups.astype(object)
     top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
