@@ -245,7 +245,7 @@ def rank_with_labels(name, folder, numbers, options, labels, prompts):
             write_json(path, {"pool": fingerprint, "labels": list(known.values())})
             table, cost = ranked(place, options | {"labels": str(path), "resume_selector": str(folder)})
         counts = of_other_prompts(prompts, known)
-        lines.append((f"{name}, without labels on the rows of the next line", only(unlabelled, counts), {}))
+        lines.append((f"{name}, without the {number} labels, same rows", only(unlabelled, counts), {}))
         lines.append((f"{name}, {number} labels", only(table, counts), cost))
     return lines
 

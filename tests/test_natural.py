@@ -124,8 +124,8 @@ def test_labels_come_in_rounds_from_the_person_who_labelled_the_pool(
     first = [(0, "good"), (1, "harmful"), (2, "harmful"), (3, "over_refusal")]
     assert seen == [[], first, [*first, (4, "not_safety_critical"), (5, "good")]]
     assert [(name, len(table), cost) for name, table, cost in lines] == [
-        ("new, without labels on the rows of the next line", 26, {}), ("new, 4 labels", 26, {"labels": 4}),
-        ("new, without labels on the rows of the next line", 24, {}), ("new, 6 labels", 24, {"labels": 6}),
+        ("new, without the 4 labels, same rows", 26, {}), ("new, 4 labels", 26, {"labels": 4}),
+        ("new, without the 6 labels, same rows", 24, {}), ("new, 6 labels", 24, {"labels": 6}),
     ]  # fmt: skip
 
 
