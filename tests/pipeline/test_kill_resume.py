@@ -32,10 +32,12 @@ def test_a_run_killed_twice(forks: ForkServerContext, world: dict[str, str], tmp
     assert {"scores.parquet", "selected.jsonl", "selector/twins/twin_safe/adapter_model.safetensors"} <= set(
         expected
     )
-    moments = iter([0.6 * seconds, 0.5 * seconds])
-    killed = kill_until_done(
-        forks, curate_words(world, tmp_path / "cut", *words), tmp_path / "cut", moments, expected
-    )  # fmt: skip
+    killed = rounds = 0
+    while killed < 2 and rounds < 20:  # on a machine whose speed varies a run may end before it is killed; that is checked too
+        moments = iter([0.5 * seconds, 0.4 * seconds][killed:])
+        output = tmp_path / f"cut{rounds}"
+        killed += kill_until_done(forks, curate_words(world, output, *words), output, moments, expected)
+        rounds += 1
     assert killed == 2
 
 
