@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pharmacist.data.records import Records
     from pharmacist.selectors.base import Scores, SelectionContext, Selector
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
 SPREAD = frozenset({"k-center", "facility-location"})

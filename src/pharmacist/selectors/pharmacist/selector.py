@@ -27,6 +27,8 @@ from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
 from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
+    REFUSES,
+    RISKY,
     WHOLE,
     class_log_posterior,
     pool_priors,
@@ -263,9 +265,9 @@ def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[
     shares = pool_priors(posterior[inverse])
     p = np.exp(with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
-    score, reasons = honoured(
-        safe_log_odds(posterior), _REASONS[posterior.argmax(1)], labels.rows, labels.classes
-    )  # fmt: skip
+    read = _REASONS[posterior.argmax(1)]
+    ordered = both(safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
+    score, reasons = honoured(ordered, read, labels.rows, labels.classes)
     signals: dict[str, npt.NDArray[Any]] = {
         f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])
     } | {"p_corrupted": p[:, 4:].sum(1)}  # fmt: skip
@@ -359,21 +361,33 @@ def _fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
     )
 
 
-def both(evidence: FloatArray, contrast: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
-    """Evidence throws out faults, contrast orders the rest.
+def _clarity(log_odds: FloatArray, critical: npt.NDArray[np.bool_]) -> FloatArray:
+    """How clearly a critical row answers the two questions that make it so, shape [rows].
 
-    Rows whose reason is critical come first, by the sum of evidence and contrast, each standardised over those rows;
-    the others follow by evidence alone, standardised over them. One row's score means little without its pool.
+    That a row has no fault is not all: the clearer refusals of clearer requests harden a model more.
+    """
+    result = np.zeros(len(log_odds))
+    for question in (RISKY, REFUSES):
+        result[critical] += _standardised(log_odds[critical, QUESTIONS.index(question)])
+    return result
+
+
+def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
+    """Evidence throws out faults, it and a second measure order the rest.
+
+    Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
+    by evidence alone, standardised over them. One row's score means little without its pool.
 
     Args:
         evidence: Log-odds of the safe class, shape [rows].
-        contrast: Loss under the other twin less that under the safe one, shape [rows].
+        second: `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one), shape
+            [rows].
         reason: Shape [rows].
     """
     critical = reason == CRITICAL
     score = np.empty(len(reason))
     score[~critical] = _standardised(evidence[~critical])
-    score[critical] = _standardised(evidence[critical]) + _standardised(contrast[critical])
+    score[critical] = _standardised(evidence[critical]) + _standardised(second[critical])
     if critical.any() and not critical.all():
         # A constant for all critical rows: lifts the lowest of them just above the best of the others.
         score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
