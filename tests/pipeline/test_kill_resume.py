@@ -33,7 +33,7 @@ def test_a_run_killed_twice(forks: ForkServerContext, world: dict[str, str], tmp
         expected
     )
     killed = rounds = 0
-    while killed < 2 and rounds < 20:  # on a machine whose speed varies a run may end before it is killed; that is checked too
+    while killed < 2 and rounds < 20:  # a run that ends before it is killed is checked too
         moments = iter([0.5 * seconds, 0.4 * seconds][killed:])
         output = tmp_path / f"cut{rounds}"
         killed += kill_until_done(forks, curate_words(world, output, *words), output, moments, expected)
