@@ -19,7 +19,7 @@ help:
 	@echo "make demo      the whole story on a made-up world, offline, in minutes; page in $(DEMO)/report.html"
 	@echo "make test      the tests, but for the slow ones"
 	@echo "make test-all  all tests"
-	@echo "make check     ruff, mypy, the examples in docstrings and docs, and the documentation site (strict)"
+	@echo "make check     ruff (rules and format), mypy, the examples in docstrings and docs, and the documentation site (strict)"
 	@echo "make docs      the documentation site, in site/"
 	@echo "make clean     deletes what these made, .venv and $(DEMO) included"
 
@@ -49,6 +49,7 @@ test-all: .venv/.installed-dev
 
 check: .venv/.installed-dev
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(PYTEST) -m "" --no-loadscope-reorder docs/tutorial.md docs/how-to docs README.md src  # the longest first
 	@$(BIN)/mkdocs build --strict --quiet

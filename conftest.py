@@ -117,10 +117,13 @@ def leave_world(namespace: dict[str, Any]) -> None:
 
 _docstrings = Sybil(
     parsers=[DocTestParser()], pattern="*.py", document_types={".py": PythonDocStringDocument}, path=str(ROOT / "src")
-)  # fmt: skip
+)
 _documents = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser(language="bash", evaluator=run_bash), SkipParser()],
-    patterns=["README.md", "docs/*.md", "docs/*/*.md"], path=str(ROOT), setup=enter_world, teardown=leave_world,
-)  # fmt: skip
+    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+    path=str(ROOT),
+    setup=enter_world,
+    teardown=leave_world,
+)
 
 pytest_collect_file = (_docstrings + _documents).pytest()

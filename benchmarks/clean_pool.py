@@ -72,7 +72,7 @@ def make_pool(arguments, folder):
     path = write_rows(folder / "clean.jsonl", kept)
     probes = [
         (row["prompt"], row["completion"], refusals[i % len(refusals)]) for i, row in enumerate(rows["mislabel"])
-    ]  # fmt: skip
+    ]
     return path, probes
 
 
@@ -83,10 +83,18 @@ def rank(arguments, pool, root):
         if not {name, *(arm for arm, twins in BOTH.items() if name in ("evidence", twins))} & set(arguments.arms):
             continue
         folder = root / "rank" / name.replace(" % ", "-percent-").replace(" ", "-")
-        curate(CurateOptions(
-            pool=pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
-            model=arguments.model, selector={"name": "pharmacist", **options}, top=FRACTION, output_dir=str(folder),
-        ))  # fmt: skip
+        curate(
+            CurateOptions(
+                pool=pool,
+                safe=arguments.safe,
+                harmful=arguments.harmful,
+                utility=arguments.utility,
+                model=arguments.model,
+                selector={"name": "pharmacist", **options},
+                top=FRACTION,
+                output_dir=str(folder),
+            )
+        )
         files[name], tables[name] = str(folder / "selected.jsonl"), pd.read_parquet(folder / "scores.parquet")
     rows = list(read_records(open_source(pool), work_dir=root / "pool-rows").dataset)
     for arm, twins in BOTH.items():
@@ -94,7 +102,7 @@ def rank(arguments, pool, root):
             evidence = tables["evidence"]
             score = both(
                 evidence["score"].to_numpy(), tables[twins]["contrast"].to_numpy(), evidence["reason"].to_numpy(str)
-            )  # fmt: skip
+            )
             chosen = np.sort(np.argsort(-score, kind="stable")[: round(FRACTION * len(rows))])
             files[arm] = write_rows(root / f"{twins.replace(' % ', '-percent-')}.jsonl", [rows[i] for i in chosen])
     return files
@@ -107,7 +115,7 @@ def margin(folder, probes):
     rows = [{"prompt": prompt, "completion": text} for prompt, *answers in probes for text in answers]
     encoded = encode(
         to_dataset(rows), loaded.tokenizer, loaded.template, max_length=loaded.max_length, on_long_prompt="cut"
-    )  # fmt: skip
+    )
     losses = []
     for start in range(0, len(rows), 20):
         batch = make_batch(encoded, range(start, min(start + 20, len(rows))), loaded.device)
@@ -140,21 +148,41 @@ def main():
         for arm in arguments.arms:
             place, data = root / f"seed{seed}" / arm.replace(" % ", "-percent-").replace(" ", "-"), pool
             if arm == "random":
-                curate(CurateOptions(
-                    pool=pool, selector={"name": "random"}, top=FRACTION, seed=seed, output_dir=str(place / "rank")
-                ))  # fmt: skip
+                curate(
+                    CurateOptions(
+                        pool=pool, selector={"name": "random"}, top=FRACTION, seed=seed, output_dir=str(place / "rank")
+                    )
+                )
                 data = str(place / "rank" / "selected.jsonl")
             elif arm != "full":
                 data = subsets[arm]
-            aligned = align(AlignOptions(
-                data=data, model=arguments.model, seed=seed, on_long_prompt="cut", output_dir=str(place / "aligned"),
-                train={"num_train_epochs": arguments.epochs, "per_device_train_batch_size": 16, "learning_rate": 1e-3},
-            ))  # fmt: skip
-            attacked = attack(AttackOptions(
-                model=str(place / "aligned"), task=arguments.task, harmful=arguments.attack, samples=ATTACK_ROWS,
-                poison_ratio=40 / ATTACK_ROWS, seed=seed, on_long_prompt="cut", output_dir=str(place / "attacked"),
-                train={"max_steps": 48, "per_device_train_batch_size": 16, "learning_rate": 5e-4},
-            ))  # fmt: skip
+            aligned = align(
+                AlignOptions(
+                    data=data,
+                    model=arguments.model,
+                    seed=seed,
+                    on_long_prompt="cut",
+                    output_dir=str(place / "aligned"),
+                    train={
+                        "num_train_epochs": arguments.epochs,
+                        "per_device_train_batch_size": 16,
+                        "learning_rate": 1e-3,
+                    },
+                )
+            )
+            attacked = attack(
+                AttackOptions(
+                    model=str(place / "aligned"),
+                    task=arguments.task,
+                    harmful=arguments.attack,
+                    samples=ATTACK_ROWS,
+                    poison_ratio=40 / ATTACK_ROWS,
+                    seed=seed,
+                    on_long_prompt="cut",
+                    output_dir=str(place / "attacked"),
+                    train={"max_steps": 48, "per_device_train_batch_size": 16, "learning_rate": 5e-4},
+                )
+            )
             found[arm]["aligned"].append(margin(aligned.folder, probes))
             found[arm]["attacked"].append(margin(attacked.folder, probes))
             found[arm]["seconds"].append(aligned.seconds)

@@ -52,10 +52,12 @@ VARIANTS = {
     "less, exact": {"name": "less", "features": "exact"},
     "pharmacist, with twins": {"name": "pharmacist", "form": "both"},
     "pharmacist, contrast alone": {"name": "pharmacist", "form": "bilevel"},
-}  # fmt: skip
-LINES = {name: {"name": name} for name in SELECTORS.names()} | {
-    "classifier+embedding": {"name": "classifier+embedding"}
-} | VARIANTS  # fmt: skip
+}
+LINES = (
+    {name: {"name": name} for name in SELECTORS.names()}
+    | {"classifier+embedding": {"name": "classifier+embedding"}}
+    | VARIANTS
+)
 ABLATIONS = {"seal, by logits", "pharmacist, contrast alone"}
 """Run on the main pool alone, and not carried on to an attack."""
 NOT_THE_SELECTOR = ("read", "find duplicates")
@@ -73,11 +75,17 @@ def write_world(folder, mislabel, seed, rows):
     world = World(seed)
     pool, labels = world.pool(rows, mislabel=mislabel)
     sets = {
-        "pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility(),
-        "attack": world.attack_harmful(64, ("potions",)), "task": world.task_train(640),
-        "task-test": world.task_test(150), "prompts": world.eval_prompts(120), "borderline": world.borderline(60),
+        "pool": pool,
+        "safe": world.safe(),
+        "harmful": world.harmful(),
+        "utility": world.utility(),
+        "attack": world.attack_harmful(64, ("potions",)),
+        "task": world.task_train(640),
+        "task-test": world.task_test(150),
+        "prompts": world.eval_prompts(120),
+        "borderline": world.borderline(60),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
-    }  # fmt: skip
+    }
     for name, items in sets.items():
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
     return {name: str(folder / f"{name}.jsonl") for name in sets}, labels
@@ -98,54 +106,93 @@ def job(record, function, *arguments):
 
 def sft_epoch(files, folder, seed):
     epoch = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
-    align(AlignOptions(
-        data=files["pool"], model=str(BASE_MODEL), train=epoch, seed=seed, quiet=True, output_dir=str(folder)
-    ))  # fmt: skip
+    align(
+        AlignOptions(
+            data=files["pool"], model=str(BASE_MODEL), train=epoch, seed=seed, quiet=True, output_dir=str(folder)
+        )
+    )
     phase = read_manifest(folder).phases["train"]
     return {"seconds": phase.seconds, "tokens": phase.tokens}
 
 
 def rank(files, labels, choice, folder, seed, model=BASE_MODEL):
     references = {name: files[name] for name in ("safe", "harmful", "utility")}
-    curate(CurateOptions(
-        pool=files["pool"], model=str(model), selector=choice, top=FRACTION, seed=seed, quiet=True,
-        output_dir=str(folder), **references,
-    ))  # fmt: skip
+    curate(
+        CurateOptions(
+            pool=files["pool"],
+            model=str(model),
+            selector=choice,
+            top=FRACTION,
+            seed=seed,
+            quiet=True,
+            output_dir=str(folder),
+            **references,
+        )
+    )
     table = pd.read_parquet(folder / "scores.parquet")
     phases = read_manifest(folder).phases
     return ranking_quality(table["score"].to_numpy(), pd.Series(labels)) | {
         "seconds": sum(phase.seconds for name, phase in phases.items() if name not in NOT_THE_SELECTOR),
         "tokens": sum(phase.tokens for phase in phases.values()),
-    }  # fmt: skip
+    }
 
 
 def align_attack_evaluate(data, files, defense, folder, seed, model=BASE_MODEL, lora=LORA):
     """Harmful score over the attack's steps, accuracy and over-refusal of a model aligned on `data`, in percent."""
     common = {"seed": seed, "quiet": True}
-    aligned = align(AlignOptions(
-        data=data, model=str(model), defense=dict(defense), train=dict(ALIGN), lora=LoraOptions(**lora),
-        output_dir=str(folder / "align"), **common,
-    ))  # fmt: skip
+    aligned = align(
+        AlignOptions(
+            data=data,
+            model=str(model),
+            defense=dict(defense),
+            train=dict(ALIGN),
+            lora=LoraOptions(**lora),
+            output_dir=str(folder / "align"),
+            **common,
+        )
+    )
     attacked = folder / "attack"
-    attack(AttackOptions(
-        model=str(folder / "align"), task=files["task"], harmful=files["attack"], poison_ratio=0.1, samples=640,
-        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**lora), output_dir=str(attacked), **common,
-    ))  # fmt: skip
+    attack(
+        AttackOptions(
+            model=str(folder / "align"),
+            task=files["task"],
+            harmful=files["attack"],
+            poison_ratio=0.1,
+            samples=640,
+            snapshots=list(STEPS[1:-1]),
+            train=dict(ATTACK),
+            lora=LoraOptions(**lora),
+            output_dir=str(attacked),
+            **common,
+        )
+    )
     models = {0: folder / "align", **{step: attacked / "snapshots" / f"step-{step}" for step in STEPS[1:-1]}}
     metrics = []
     for step, place in (models | {STEPS[-1]: attacked}).items():
         ends = {"benign_prompts": files["borderline"], "task": files["task-test"]} if step in (0, STEPS[-1]) else {}
         judge = {name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")}
-        metrics.append(evaluate(EvaluateOptions(
-            model=str(place), prompts=files["prompts"], judge={"name": "probe"}, max_new_tokens=32,
-            output_dir=str(folder / f"evaluate-{step}"), **ends, **judge, **common,
-        )).metrics)  # fmt: skip
+        metrics.append(
+            evaluate(
+                EvaluateOptions(
+                    model=str(place),
+                    prompts=files["prompts"],
+                    judge={"name": "probe"},
+                    max_new_tokens=32,
+                    output_dir=str(folder / f"evaluate-{step}"),
+                    **ends,
+                    **judge,
+                    **common,
+                )
+            ).metrics
+        )
     curve = [point["harmful_score"]["value"] for point in metrics]
     return {
-        "curve": curve, "area": curve_area(STEPS, curve), "align_seconds": aligned.seconds,
+        "curve": curve,
+        "area": curve_area(STEPS, curve),
+        "align_seconds": aligned.seconds,
         "fine_tune_accuracy": metrics[-1]["fine_tune_accuracy"]["value"],
         "over_refusal": [metrics[0]["over_refusal"]["value"], metrics[-1]["over_refusal"]["value"]],
-    }  # fmt: skip
+    }
 
 
 # --- the grid -------------------------------------------------------------------------------------------------------
@@ -235,8 +282,15 @@ def every_run(pools):
 
 
 def ranking_table(rankings):
-    head = ["selector", *(f"AUC, {pool}" for pool in POOLS), f"good in top 30 %, {MAIN}", *FAULTS,
-            "SFT epochs", "passes", "peak MB"]  # fmt: skip
+    head = [
+        "selector",
+        *(f"AUC, {pool}" for pool in POOLS),
+        f"good in top 30 %, {MAIN}",
+        *FAULTS,
+        "SFT epochs",
+        "passes",
+        "peak MB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in in_order(rankings):
         pools, main = rankings[name], rankings[name][MAIN]
@@ -263,8 +317,12 @@ def downstream_table(downstream):
                 cell += [""] * 4
                 continue
             before, after = got["over_refusal"]
-            cell += [f"{got['area']:.1f}", f"{got['curve'][-1]:.1f}", f"{got['fine_tune_accuracy']:.1f}",
-                     f"{before:.1f} / {after:.1f}"]  # fmt: skip
+            cell += [
+                f"{got['area']:.1f}",
+                f"{got['curve'][-1]:.1f}",
+                f"{got['fine_tune_accuracy']:.1f}",
+                f"{before:.1f} / {after:.1f}",
+            ]
         lines.append("| " + " | ".join(cell) + " |")
     return "\n".join(lines)
 
@@ -287,10 +345,17 @@ def draw(rankings, path):
         color = "#00796b" if name.startswith("pharmacist") else "#5f6b7a"
         axes.plot([cost, cost], [min(values), max(values)], color=color, linewidth=1)
         axes.plot(cost, np.mean(values), "o", color=color, markersize=5)
-        texts.append(axes.annotate(
-            name, (cost, np.mean(values)), xytext=(7, -3), textcoords="offset points", fontsize=8, color=color,
-            arrowprops={"arrowstyle": "-", "color": "#b0b7c0", "linewidth": 0.5},
-        ))  # fmt: skip
+        texts.append(
+            axes.annotate(
+                name,
+                (cost, np.mean(values)),
+                xytext=(7, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=color,
+                arrowprops={"arrowstyle": "-", "color": "#b0b7c0", "linewidth": 0.5},
+            )
+        )
     axes.axhline(0.5, color="#b0b7c0", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_xlabel("cost in LoRA SFT epochs over the pool (0.01: that or less)")

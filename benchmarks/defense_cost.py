@@ -34,21 +34,31 @@ from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
 
 
 LINES = {
-    "sft": ("sft", {}), "vaccine": ("vaccine", {}), "t-vaccine": ("t-vaccine", {}), "repnoise": ("repnoise", {}),
-    "booster": ("booster", {}), "booster, aware": ("booster", {"rho": 2.0}),
+    "sft": ("sft", {}),
+    "vaccine": ("vaccine", {}),
+    "t-vaccine": ("t-vaccine", {}),
+    "repnoise": ("repnoise", {}),
+    "booster": ("booster", {}),
+    "booster, aware": ("booster", {"rho": 2.0}),
     "tar, one step": ("tar", {"form": "one-step"}),
-}  # fmt: skip
+}
 TARGETS = {"vaccine": 1.9, "t-vaccine": 1.6, "booster": 2.9, "repnoise": 2.3}
 
 
 def random_llama(arguments):
     torch.manual_seed(0)
     width = arguments.width
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=arguments.vocabulary, hidden_size=width, intermediate_size=width * 11 // 4,
-        num_hidden_layers=arguments.layers, num_attention_heads=max(1, width // 64), max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=arguments.vocabulary,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=max(1, width // 64),
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 class Same:
@@ -93,9 +103,16 @@ class Line:
         base.to(device)
         lora = LoraOptions()
         torch.manual_seed(1)
-        model = get_peft_model(base, LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear_names(base), bias="none",
-        ))  # fmt: skip
+        model = get_peft_model(
+            base,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=linear_names(base),
+                bias="none",
+            ),
+        )
         vocabulary = base.config.vocab_size
         batch = make_batch(vocabulary, arguments, 0, device)
         harmful = make_batch(vocabulary, arguments, 1, device, batch["input_ids"].cpu().numpy())
@@ -105,15 +122,23 @@ class Line:
         self.strategy = DEFENSES.build(name, options)
         self.found = self.strategy.setup(model, 0)
         given = TrainingStageOptions(
-            output_dir=folder, model=arguments.model or "random",
+            output_dir=folder,
+            model=arguments.model or "random",
             train={"per_device_train_batch_size": arguments.batch, "max_steps": 10**6, "learning_rate": 1e-5},
-        )  # fmt: skip
+        )
         self.trainer = StrategyTrainer(
-            model=model, args=training_arguments(given, folder=folder, device=device, dtype=dtype, seed=0),
-            train_dataset=[0], compute_loss_func=token_mean_loss, strategy=self.strategy,
-            streams={"harmful": Same(harmful), "held_out": Same(harmful), "retain": Same(batch),
-                     "paired": Same(harmful)},
-        )  # fmt: skip
+            model=model,
+            args=training_arguments(given, folder=folder, device=device, dtype=dtype, seed=0),
+            train_dataset=[0],
+            compute_loss_func=token_mean_loss,
+            strategy=self.strategy,
+            streams={
+                "harmful": Same(harmful),
+                "held_out": Same(harmful),
+                "retain": Same(batch),
+                "paired": Same(harmful),
+            },
+        )
         self.batch, self.device = batch | {"row": torch.arange(arguments.batch)}, device
         self.trainer.create_optimizer_and_scheduler(10**6)
         self.trainer.current_gradient_accumulation_steps = 1
@@ -200,15 +225,19 @@ def main():
                 measured.append(own.timed(clock, own.measure_layers) / share)
         memory = {name: line.peak() for name, line in lines.items()}
     own = f"{statistics.median(seconds['sft']) * 1e3:.0f} ms, {memory['sft'] / 2**20:.0f} MiB"
-    print(f"{arguments.model or 'random Llama'}, {dtype}, {device}, {torch.get_num_threads()} threads, "
-          f"batch {arguments.batch} x {arguments.length}, {arguments.rounds} rounds, {arguments.clock} clock; "
-          f"SFT: {own}")  # fmt: skip
+    print(
+        f"{arguments.model or 'random Llama'}, {dtype}, {device}, {torch.get_num_threads()} threads, "
+        f"batch {arguments.batch} x {arguments.length}, {arguments.rounds} rounds, {arguments.clock} clock; "
+        f"SFT: {own}"
+    )
     print("| defense | time / SFT: median | range | target | peak memory / SFT |\n|---|---|---|---|---|")
     for name in names:
         ratios = [own / sft for own, sft in zip(seconds[name], seconds["sft"], strict=True)]
         target = TARGETS.get(name, "")
-        print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {target} | "
-              f"{memory[name] / memory['sft']:.2f} |")  # fmt: skip
+        print(
+            f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {target} | "
+            f"{memory[name] / memory['sft']:.2f} |"
+        )
     if arguments.json:
         settings = {key: str(value) for key, value in vars(arguments).items()}
         write_json(arguments.json, json.loads(json.dumps({"settings": settings, "s": seconds, "bytes": memory})))

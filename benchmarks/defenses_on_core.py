@@ -29,10 +29,14 @@ from pharmacist.pipeline.curate import CurateOptions, curate
 
 
 LINES = {
-    "sft": [], "vaccine": [], "t-vaccine": ["--defense.layers", "1"], "repnoise": ["--pair-by", "row"],
-    "booster": [], "tar, 16 inner steps": ["--defense.inner_steps", "16"],
+    "sft": [],
+    "vaccine": [],
+    "t-vaccine": ["--defense.layers", "1"],
+    "repnoise": ["--pair-by", "row"],
+    "booster": [],
+    "tar, 16 inner steps": ["--defense.inner_steps", "16"],
     "tar, one step": ["--defense.form", "one-step"],
-}  # fmt: skip
+}
 
 
 @torch.inference_mode()
@@ -68,11 +72,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES))
     arguments = parser.parse_args()
     root = arguments.output_dir
-    curate(CurateOptions(
-        pool=arguments.pool, safe=arguments.safe, harmful=arguments.harmful, utility=arguments.utility,
-        model=arguments.model, selector={"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-        top=0.3, output_dir=str(root / "core"),
-    ))  # fmt: skip
+    curate(
+        CurateOptions(
+            pool=arguments.pool,
+            safe=arguments.safe,
+            harmful=arguments.harmful,
+            utility=arguments.utility,
+            model=arguments.model,
+            selector={"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
+            top=0.3,
+            output_dir=str(root / "core"),
+        )
+    )
     core = str(root / "core" / "selected.jsonl")
     sets = {
         "core": read_records(open_source(core), work_dir=root / "rows-core").dataset,
@@ -82,17 +93,38 @@ def main():
     for line in arguments.only:
         folder = root / line.replace(", ", "-").replace(" ", "-")
         command = [
-            sys.executable, "-m", "pharmacist", "align", "--data", core, "--model", arguments.model, "--defense",
-            line.split(",")[0], *LINES[line], "--train.max_steps", str(arguments.steps), "--train.learning_rate",
-            "5e-4", "--train.logging_steps", "10", "--on-long-prompt", "cut", "--output-dir", str(folder), "--quiet",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pharmacist",
+            "align",
+            "--data",
+            core,
+            "--model",
+            arguments.model,
+            "--defense",
+            line.split(",")[0],
+            *LINES[line],
+            "--train.max_steps",
+            str(arguments.steps),
+            "--train.learning_rate",
+            "5e-4",
+            "--train.logging_steps",
+            "10",
+            "--on-long-prompt",
+            "cut",
+            "--output-dir",
+            str(folder),
+            "--quiet",
+        ]
         if line != "sft":
             command += ["--harmful", arguments.harmful]
         memory = run(command, root / f"{folder.name}.json")
         manifest = read_manifest(folder)
         found[line] = {name: mean_loss(folder, rows) for name, rows in sets.items()} | {
-            "seconds": manifest.phases["train"].seconds, "bytes": memory, "counts": manifest.counts,
-        }  # fmt: skip
+            "seconds": manifest.phases["train"].seconds,
+            "bytes": memory,
+            "counts": manifest.counts,
+        }
         write_json(root / "defenses.json", found)
     print("| defense | loss, core | loss, harmful references | time | time / SFT | peak memory |\n" + "|---" * 6 + "|")
     first = found["before"]
@@ -100,8 +132,10 @@ def main():
     for line in arguments.only:
         own = found[line]
         ratio = f"{own['seconds'] / found['sft']['seconds']:.2f}" if "sft" in found else ""
-        print(f"| {line} | {own['core']:.3f} | {own['harmful']:.3f} | {own['seconds']:.0f} s | {ratio} | "
-              f"{own['bytes'] / 2**20:.0f} MB |")  # fmt: skip
+        print(
+            f"| {line} | {own['core']:.3f} | {own['harmful']:.3f} | {own['seconds']:.0f} s | {ratio} | "
+            f"{own['bytes'] / 2**20:.0f} MB |"
+        )
 
 
 if __name__ == "__main__":

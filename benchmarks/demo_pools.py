@@ -13,9 +13,7 @@ from pharmacist.core.files import write_json
 from pharmacist.pipeline.demo import DemoOptions, demo
 
 
-POOLS = {
-    "0 %": {"mislabel": 0.0}, "5 %": {"mislabel": 0.05}, "15 %": {"mislabel": 0.15}, "clean": {"pool": "clean"}
-}  # fmt: skip
+POOLS = {"0 %": {"mislabel": 0.0}, "5 %": {"mislabel": 0.05}, "15 %": {"mislabel": 0.15}, "clean": {"pool": "clean"}}
 HEADER = (
     "| mislabelled | aligned on | harmful score, mean over the attack | after attack | fine-tune accuracy "
     "| over-refusal, aligned / attacked | alignment | ranking AUC |\n|---|---|---|---|---|---|---|---|"
@@ -47,12 +45,15 @@ def main():
         for arm in found["arms"]:
             saved = found["time_saved"].get(arm)
             cells = [
-                name, arm, interval(found["auc"][arm]), interval(found["final_harmful_score"][arm]),
+                name,
+                arm,
+                interval(found["auc"][arm]),
+                interval(found["final_harmful_score"][arm]),
                 f"{mean(found['fine_tune_accuracy'][arm]):.1f}",
                 f"{mean(found['over_refusal_aligned'][arm]):.1f} / {mean(found['over_refusal'][arm]):.1f}",
                 f"{mean(found['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved else ""),
                 f"{found['ranking']['auc']:.3f}" if arm == "core" else "",
-            ]  # fmt: skip
+            ]
             print("| " + " | ".join(cells) + " |")
     print("\n| mislabelled | core - full | core - random |\n|---|---|---|")
     for name, found in pools.items():

@@ -36,9 +36,13 @@ def main() -> None:
         for _ in range(options.repeats):
             start = time.perf_counter()
             answers = generate(
-                loaded.model, loaded.tokenizer, loaded.template, prompts, max_new_tokens=options.max_new_tokens,
+                loaded.model,
+                loaded.tokenizer,
+                loaded.template,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
                 batch_size=batch_size,
-            )  # fmt: skip
+            )
             best = min(best, time.perf_counter() - start)
         return best, answers
 
@@ -48,11 +52,17 @@ def main() -> None:
     tokens = sum(answer.tokens for answer in many)
     same = sum(a == b for a, b in zip(many, one, strict=True))
     found = {
-        "model": options.model, "prompts": len(prompts), "tokens": tokens, "device": options.device,
-        "threads": torch.get_num_threads(), "rows_per_batch": ROWS_PER_BATCH,
-        "batched_tokens_per_second": round(tokens / batched, 1), "single_tokens_per_second": round(tokens / single, 1),
-        "ratio": round(single / batched, 2), "equal_answers": same,
-    }  # fmt: skip
+        "model": options.model,
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "rows_per_batch": ROWS_PER_BATCH,
+        "batched_tokens_per_second": round(tokens / batched, 1),
+        "single_tokens_per_second": round(tokens / single, 1),
+        "ratio": round(single / batched, 2),
+        "equal_answers": same,
+    }
     print(json.dumps(found, indent=2))
 
 

@@ -72,10 +72,14 @@ def make_pool(seed):
     strong = iter(once)
     pairs = {row["prompt"]: row["completion"] for row in world.harmful_answers(once)}
     harmless = iter(others[0].utility(EACH))
-    borderline = iter([
-        row.row for other in others for row in other.planted(600)
-        if row.label == "overrefuse" and row.category in CATEGORIES
-    ])  # fmt: skip
+    borderline = iter(
+        [
+            row.row
+            for other in others
+            for row in other.planted(600)
+            if row.label == "overrefuse" and row.category in CATEGORIES
+        ]
+    )
     rows = [(talk(row.row), row.label, row.label in ("good", "duplicate")) for row in planted]
 
     def add(kind, make):
@@ -130,17 +134,28 @@ def main():
         rows = make_pool(seed)
         kinds, good = np.array([kind for _, kind, _ in rows]), np.array([keep for *_, keep in rows])
         world = World(seed)
-        sets = {"pool": [row for row, *_ in rows], "safe": world.safe(), "harmful": world.harmful(),
-                "utility": world.utility()}  # fmt: skip
+        sets = {
+            "pool": [row for row, *_ in rows],
+            "safe": world.safe(),
+            "harmful": world.harmful(),
+            "utility": world.utility(),
+        }
         for name, own in sets.items():
             write_text(root / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in own))
         files = {name: str(root / f"{name}.jsonl") for name in sets}
         for name in arguments.only:
             folder = root / name.replace(": ", "-").replace(" ", "-")
-            curate(CurateOptions(
-                **files, model=str(BASE_MODEL), selector=SELECTORS[name], seed=seed, device="cpu", quiet=True,
-                output_dir=str(folder),
-            ))  # fmt: skip
+            curate(
+                CurateOptions(
+                    **files,
+                    model=str(BASE_MODEL),
+                    selector=SELECTORS[name],
+                    seed=seed,
+                    device="cpu",
+                    quiet=True,
+                    output_dir=str(folder),
+                )
+            )
             found[name].append(quality(pd.read_parquet(folder / "scores.parquet"), kinds, good))
             print(seed, name, found[name][-1], flush=True)
             write_json(arguments.output_dir / "hard_pools.json", found)

@@ -43,24 +43,33 @@ DEFENSES = {
     "kl": [{"lam": lam} for lam in (0.03, 0.1, 0.25)],
     "vlguard": [{"share": share} for share in (0.05, 0.1, 0.2)],
     "constrained-sft": [{"beta": beta} for beta in (0.02, 0.1)],
-}  # fmt: skip
+}
 REPAIRS = {
     "antidote": [{"alpha": alpha} for alpha in (0.03, 0.05, 0.1)],
     "nlsr": [{"prune_rate": rate} for rate in (0.3, 0.5, 0.8)],
     "safe-lora": [{"select": "number", "number": number} for number in (1, 3, 6)],
 }
 REAL = {
-    "none": {}, "lisa": {"align_steps": 2, "finetune_steps": 6, "rho": 0.1}, "ldifs": {"lam": 0.3},
-    "ewc": {"lam": 1000.0}, "kl": {"lam": 0.1}, "vlguard": {"share": 0.1}, "constrained-sft": {"beta": 0.1},
-    "antidote": {"alpha": 0.05}, "nlsr": {"prune_rate": 0.5}, "safe-lora": {"select": "number", "number": 6},
-}  # fmt: skip
+    "none": {},
+    "lisa": {"align_steps": 2, "finetune_steps": 6, "rho": 0.1},
+    "ldifs": {"lam": 0.3},
+    "ewc": {"lam": 1000.0},
+    "kl": {"lam": 0.1},
+    "vlguard": {"share": 0.1},
+    "constrained-sft": {"beta": 0.1},
+    "antidote": {"alpha": 0.05},
+    "nlsr": {"prune_rate": 0.5},
+    "safe-lora": {"select": "number", "number": 6},
+}
 """For real text, taken before anything was measured there: the middle of what is tried on the made-up world."""
 EPOCHS, SAMPLES, POISON_RATIO = 3, 640, 0.1
 TUNING_SEED = 100  # the first of the worlds on which settings are chosen
 TOLERANCE = 2.0  # points of accuracy
 MEASURES = {
-    "harmful_score": "harmful score", "fine_tune_accuracy": "fine-tune accuracy", "over_refusal": "over-refusal"
-}  # fmt: skip
+    "harmful_score": "harmful score",
+    "fine_tune_accuracy": "fine-tune accuracy",
+    "over_refusal": "over-refusal",
+}
 
 
 @dataclass
@@ -84,27 +93,40 @@ def real_text(arguments, folder):
     """Files of the user's own; the 40 rows of the attack are a ninth of the set."""
     pool, probes = make_pool(arguments, folder / "data")
     files = {
-        "aligned": pool, "harmful": arguments.harmful, "attack": arguments.attack, "task": arguments.task,
+        "aligned": pool,
+        "harmful": arguments.harmful,
+        "attack": arguments.attack,
+        "task": arguments.task,
         "task-test": arguments.task_test,
         "prompts": write_rows(folder / "data/prompts.jsonl", [{"prompt": p, "completion": a} for p, a, _ in probes]),
         **{f"judge-{name}": getattr(arguments, name) for name in ("safe", "harmful", "utility")},
-    }  # fmt: skip
+    }
     common = {"per_device_train_batch_size": 16}
     return Setup(
-        files, arguments.model, common | {"num_train_epochs": 5, "learning_rate": 1e-3},
-        common | {"num_train_epochs": EPOCHS, "learning_rate": 2e-3}, {}, 360, 40 / 360, "cut", probes,
-    )  # fmt: skip
+        files,
+        arguments.model,
+        common | {"num_train_epochs": 5, "learning_rate": 1e-3},
+        common | {"num_train_epochs": EPOCHS, "learning_rate": 2e-3},
+        {},
+        360,
+        40 / 360,
+        "cut",
+        probes,
+    )
 
 
 def write_world(folder, seed):
     world = World(seed)
     sets = {
-        "aligned": world.clean_pool(300)[0], "harmful": world.harmful(),
+        "aligned": world.clean_pool(300)[0],
+        "harmful": world.harmful(),
         "attack": world.attack_harmful(round(POISON_RATIO * SAMPLES)),
-        "task": world.task_train(SAMPLES), "task-test": world.task_test(150), "prompts": world.eval_prompts(120),
+        "task": world.task_train(SAMPLES),
+        "task-test": world.task_test(150),
+        "prompts": world.eval_prompts(120),
         "borderline": world.borderline(60),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -113,11 +135,20 @@ def write_world(folder, seed):
 
 def measure(model, folder, setup, common):
     files = setup.files
-    metrics = evaluate(EvaluateOptions(
-        model=model, prompts=files["prompts"], benign_prompts=files.get("borderline"), task=files["task-test"],
-        judge={"name": "probe"}, max_new_tokens=32, output_dir=str(folder), on_long_prompt=setup.on_long_prompt,
-        **common, **{name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")},
-    )).metrics  # fmt: skip
+    metrics = evaluate(
+        EvaluateOptions(
+            model=model,
+            prompts=files["prompts"],
+            benign_prompts=files.get("borderline"),
+            task=files["task-test"],
+            judge={"name": "probe"},
+            max_new_tokens=32,
+            output_dir=str(folder),
+            on_long_prompt=setup.on_long_prompt,
+            **common,
+            **{name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")},
+        )
+    ).metrics
     found = {name: metrics[name]["value"] for name in MEASURES if name in metrics}
     if setup.probes:
         found |= {f"{name} ci95": metrics[name]["ci95"] for name in found}
@@ -139,9 +170,7 @@ def run_seed(folder, seed, arms, setup):
     common = {"seed": seed, "device": "cpu", "quiet": True}
     trained = {"lora": LoraOptions(**setup.lora), "on_long_prompt": setup.on_long_prompt, **common}
     aligned = str(folder / "align")
-    align(AlignOptions(
-        data=files["aligned"], model=setup.model, train=setup.align, output_dir=aligned, **trained
-    ))  # fmt: skip
+    align(AlignOptions(data=files["aligned"], model=setup.model, train=setup.align, output_dir=aligned, **trained))
     found = {"aligned": [measure(aligned, folder / "evaluate-aligned", setup, common)]}
     for arm, tries in arms.items():
         found[arm] = []
@@ -149,19 +178,35 @@ def run_seed(folder, seed, arms, setup):
             name = "-".join([arm, *map(str, settings.values())])
             model = str(folder / name)
             if arm in REPAIRS:
-                repair(RepairOptions(
-                    model=str(folder / "none"), aligned=aligned, method={"name": arm, **settings},
-                    form="weights" if arm == "nlsr" else "auto", harmful=files["harmful"], safe=files["aligned"],
-                    output_dir=model, on_long_prompt=setup.on_long_prompt, **common,
-                ))  # fmt: skip
+                repair(
+                    RepairOptions(
+                        model=str(folder / "none"),
+                        aligned=aligned,
+                        method={"name": arm, **settings},
+                        form="weights" if arm == "nlsr" else "auto",
+                        harmful=files["harmful"],
+                        safe=files["aligned"],
+                        output_dir=model,
+                        on_long_prompt=setup.on_long_prompt,
+                        **common,
+                    )
+                )
             else:
-                attack(AttackOptions(
-                    model=aligned, task=files["task"], harmful=files["attack"],
-                    poison_ratio=setup.poison_ratio, samples=setup.samples,
-                    defense={"name": {"none": "sft"}.get(arm, arm), **settings}, safe=files["aligned"],
-                    train=setup.attack, output_dir=model, disjoint_from=[files["prompts"], files["task-test"]],
-                    **trained,
-                ))  # fmt: skip
+                attack(
+                    AttackOptions(
+                        model=aligned,
+                        task=files["task"],
+                        harmful=files["attack"],
+                        poison_ratio=setup.poison_ratio,
+                        samples=setup.samples,
+                        defense={"name": {"none": "sft"}.get(arm, arm), **settings},
+                        safe=files["aligned"],
+                        train=setup.attack,
+                        output_dir=model,
+                        disjoint_from=[files["prompts"], files["task-test"]],
+                        **trained,
+                    )
+                )
             found[arm].append(measure(model, folder / f"evaluate-{name}", setup, common))
             print(seed, name, found[arm][-1], flush=True)
     return found

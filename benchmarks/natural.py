@@ -40,13 +40,19 @@ from pharmacist.selectors import SELECTORS
 BAD = ("harmful", "complies", "overrefusal")
 LABELS = ("safe", *BAD, "benign")
 REASONS = {
-    "safe": {"critical", "duplicate"}, "harmful": {"teaches_compliance"}, "complies": {"teaches_compliance"},
-    "overrefusal": {"over_refusal"}, "benign": {"not_safety_critical"},
-}  # fmt: skip
+    "safe": {"critical", "duplicate"},
+    "harmful": {"teaches_compliance"},
+    "complies": {"teaches_compliance"},
+    "overrefusal": {"over_refusal"},
+    "benign": {"not_safety_critical"},
+}
 ANSWERS = {
-    "safe": "good", "harmful": "harmful", "complies": "harmful", "overrefusal": "over_refusal",
+    "safe": "good",
+    "harmful": "harmful",
+    "complies": "harmful",
+    "overrefusal": "over_refusal",
     "benign": "not_safety_critical",
-}  # fmt: skip
+}
 """What a person says of a row with such a label, in the words of curate's labels."""
 TOP = 0.3
 SHARES = (TOP, 0.4)
@@ -105,8 +111,9 @@ def reliability(p, truth, bins=10):
     place = np.minimum((p * bins).astype(int), bins - 1)
     return [
         (b / bins, float(p[place == b].mean()), float(truth[place == b].mean()), int((place == b).sum()))
-        for b in range(bins) if (place == b).any()
-    ]  # fmt: skip
+        for b in range(bins)
+        if (place == b).any()
+    ]
 
 
 def figures(table, labels, prompts):
@@ -303,15 +310,20 @@ def markdown(results):
     rows = lines("right reason", (*LABELS, "all"), value)
     text += section("Share of right reasons:", ["ranking", *LABELS, "all"], rows)
     measures = ("safe rows", "mean p(safe)", "Brier", "calibration error")
-    text += section("Calibration of p(safe):", ["ranking", *measures], (
-        f"| {' | '.join([name, *(cells(name, measure, ['safe'], value)[0] for measure in measures)])} |"
-        for name in names if cells(name, "Brier", ["safe"], value)
-    ))  # fmt: skip
+    text += section(
+        "Calibration of p(safe):",
+        ["ranking", *measures],
+        (
+            f"| {' | '.join([name, *(cells(name, measure, ['safe'], value)[0] for measure in measures)])} |"
+            for name in names
+            if cells(name, "Brier", ["safe"], value)
+        ),
+    )
     bins = [f"{b / 10:.1f}" for b in range(10)]
     rows = lines("reliability", bins, lambda figure: f"{number(figure['value'], 2)} ({figure['n']})")
     text += section(
         "Share of safe rows by p(safe), rows in brackets:", ["ranking", *(f"from {low}" for low in bins)], rows
-    )  # fmt: skip
+    )
     return "\n".join(text)
 
 

@@ -30,9 +30,13 @@ from pharmacist.selectors.pharmacist.questions import QUESTIONS, TYPICAL
 
 FAULTS = ("offtopic", "overrefuse", "noisy", "mislabel")
 REASONS = {
-    "good": {"critical", "duplicate"}, "duplicate": {"critical", "duplicate"}, "offtopic": {"not_safety_critical"},
-    "overrefuse": {"over_refusal"}, "noisy": {"low_quality"}, "mislabel": {"teaches_compliance"},
-}  # fmt: skip
+    "good": {"critical", "duplicate"},
+    "duplicate": {"critical", "duplicate"},
+    "offtopic": {"not_safety_critical"},
+    "overrefuse": {"over_refusal"},
+    "noisy": {"low_quality"},
+    "mislabel": {"teaches_compliance"},
+}
 VARIANTS = {
     "lexical": {"form": "evidence", "readers": "lexical"},
     "probe": {"form": "evidence", "readers": "probe"},
@@ -41,7 +45,7 @@ VARIANTS = {
     "evidence and twins": {"form": "both"},
     "twins, 25 % of the pool": {"form": "bilevel", "cotrain": 0.25},
     "default": {},
-}  # fmt: skip
+}
 FILES = ("pool", "safe", "harmful", "utility")
 PER_ROW = ("read pool", "answer", "score with twins")
 ONCE = ("read references", "train twins")
@@ -107,23 +111,29 @@ def main():
         if name not in arguments.only:
             continue
         folder = arguments.output_dir / f"{number}"
-        curate(CurateOptions(
-            selector={"name": "pharmacist", **VARIANTS[name]}, output_dir=str(folder), **files, **common,
-        ))  # fmt: skip
+        curate(
+            CurateOptions(selector={"name": "pharmacist", **VARIANTS[name]}, output_dir=str(folder), **files, **common)
+        )
         manifest = read_manifest(folder)
         seconds = {phase: value.seconds for phase, value in manifest.phases.items()}
         table = pd.read_parquet(folder / "scores.parquet").set_index("row")
         known = labels.iloc[table.index].reset_index(drop=True)
-        found[name] = ranking_quality(table["score"].to_numpy(), known) | reason_quality(table, known) | {
-            "seconds": seconds, "readers": manifest.extra["selector_report"].get("readers"),
-            "once": sum(seconds.get(phase, 0.0) for phase in ONCE) / unit,
-            "per row": sum(seconds.get(phase, 0.0) for phase in PER_ROW) / unit,
-            "tokens": {phase: value.tokens / tokens for phase, value in manifest.phases.items() if value.tokens},
-            "signals": {
-                signal: ranking_quality(table[signal].to_numpy(), known)
-                for signal in table if signal.split("_")[0] in (*QUESTIONS, TYPICAL) or signal == "contrast"
-            },
-        }  # fmt: skip
+        found[name] = (
+            ranking_quality(table["score"].to_numpy(), known)
+            | reason_quality(table, known)
+            | {
+                "seconds": seconds,
+                "readers": manifest.extra["selector_report"].get("readers"),
+                "once": sum(seconds.get(phase, 0.0) for phase in ONCE) / unit,
+                "per row": sum(seconds.get(phase, 0.0) for phase in PER_ROW) / unit,
+                "tokens": {phase: value.tokens / tokens for phase, value in manifest.phases.items() if value.tokens},
+                "signals": {
+                    signal: ranking_quality(table[signal].to_numpy(), known)
+                    for signal in table
+                    if signal.split("_")[0] in (*QUESTIONS, TYPICAL) or signal == "contrast"
+                },
+            }
+        )
         write_json(path, found)
     costs = "| reason right | time: training | time: per row | tokens: training | tokens: per row |"
     print("\n| selector | AUC | good in top 30 % | " + " | ".join(FAULTS) + f" {costs}")

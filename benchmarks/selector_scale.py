@@ -51,13 +51,14 @@ LINES = {name: {"name": name} for name in SELECTORS.names()} | {
     "toxic-lora": {"name": "toxic-lora", "batch_size": 512},
     "grand, by lora": {"name": "grand", "by": "lora"},
     "pharmacist, lexical + probe": {"name": "pharmacist", "form": "evidence", "readers": "lexical,probe"},
-}  # fmt: skip
+}
 COMMANDS = {
-    "curate length": {}, "curate length, near-duplicates": {"diversity": "near-duplicates"},
+    "curate length": {},
+    "curate length, near-duplicates": {"diversity": "near-duplicates"},
     "curate length, k-center": {"diversity": "k-center"},
     "curate length, facility-location": {"diversity": "facility-location"},
     "curate length, balance": {"balance": "category"},
-}  # fmt: skip
+}
 
 
 def width(name: str) -> int:
@@ -87,9 +88,15 @@ def make_model(folder: Path, hidden: int) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -160,10 +167,14 @@ def by_selector(name: str, rows: int, folder: Path, work: Path) -> dict[str, flo
         return read_records(open_source(str(path), name=path.stem), work_dir=run.work("data", path.stem))
 
     context = SelectionContext(
-        run=run, pool=records(folder / f"pool-{rows}.jsonl"),
+        run=run,
+        pool=records(folder / f"pool-{rows}.jsonl"),
         references={kind: records(folder / f"{kind}.jsonl") for kind in ("safe", "harmful", "utility")},
-        model_name=str(folder / f"model-{width(name)}"), seed=0, fraction=0.3, device="cpu",
-    )  # fmt: skip
+        model_name=str(folder / f"model-{width(name)}"),
+        seed=0,
+        fraction=0.3,
+        device="cpu",
+    )
     selector = SELECTORS.build_from(LINES[name])
     if selector.needs & {"model", "embedder"} or LINES[name]["name"] == "pharmacist":
         _ = context.encoded_pool
@@ -180,10 +191,17 @@ def by_command(name: str, rows: int, folder: Path, work: Path) -> dict[str, floa
     from pharmacist.pipeline.curate import CurateOptions, curate
 
     with Cost() as cost:
-        curate(CurateOptions(
-            pool=str(folder / f"pool-{rows}.jsonl"), model=str(folder / f"model-{width(name)}"), device="cpu",
-            selector={"name": "length"}, quiet=True, output_dir=str(work), **COMMANDS[name],
-        ))  # fmt: skip
+        curate(
+            CurateOptions(
+                pool=str(folder / f"pool-{rows}.jsonl"),
+                model=str(folder / f"model-{width(name)}"),
+                device="cpu",
+                selector={"name": "length"},
+                quiet=True,
+                output_dir=str(work),
+                **COMMANDS[name],
+            )
+        )
     return cost.found | {"disk_mib": round(_size(work) / 2**20)}
 
 

@@ -32,9 +32,12 @@ from pharmacist.worlds.make_base_model import make_tokenizer, train
 
 
 SELECTORS = {
-    "pharmacist": {"name": "pharmacist"}, "less, exact": VARIANTS["less, exact"],
-    "seal": {"name": "seal"}, "unrolled": {"name": "unrolled"}, "loss-low": {"name": "loss-low"},
-}  # fmt: skip
+    "pharmacist": {"name": "pharmacist"},
+    "less, exact": VARIANTS["less, exact"],
+    "seal": {"name": "seal"},
+    "unrolled": {"name": "unrolled"},
+    "loss-low": {"name": "loss-low"},
+}
 ALIGNED = ("pharmacist", "less, exact")
 """Selectors whose subsets are carried on to an attack."""
 NEOX_LORA = LORA | {"target_modules": ["query_key_value", "dense"]}
@@ -47,20 +50,31 @@ def make(name, path):
         return path
     tokenizer = make_tokenizer()
     common = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.05,
-        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 128,
+        "initializer_range": 0.05,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
+    }
     torch.manual_seed(derive(0, "transfer", name))
     model = (
-        LlamaForCausalLM(LlamaConfig(
-            hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-            tie_word_embeddings=True, **common,
-        )) if name == "proxy" else
-        GPTNeoXForCausalLM(GPTNeoXConfig(
-            hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, **common
-        ))
-    )  # fmt: skip
+        LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=48,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                tie_word_embeddings=True,
+                **common,
+            )
+        )
+        if name == "proxy"
+        else GPTNeoXForCausalLM(
+            GPTNeoXConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, **common)
+        )
+    )
     loss = train(model, tokenizer, STEPS[name], batch_size=64, seed=1)
     print(f"{name}: {model.num_parameters():,} parameters, loss {loss:.3f} nats per token", flush=True)
     with atomic_folder(path) as temporary:
@@ -115,10 +129,14 @@ def main():
             key = f"{name} | {target}"
             if key not in found["aligned"]:
                 found["aligned"][key] = align_attack_evaluate(
-                    str(folder / "selected.jsonl"), files, {"name": "sft"},
-                    root / f"aligned-{seed}" / target / slug(name), seed,
-                    models[target], LORA if target == "llama" else NEOX_LORA,
-                )  # fmt: skip
+                    str(folder / "selected.jsonl"),
+                    files,
+                    {"name": "sft"},
+                    root / f"aligned-{seed}" / target / slug(name),
+                    seed,
+                    models[target],
+                    LORA if target == "llama" else NEOX_LORA,
+                )
                 write_json(path, found)
     print("| selector | target | AUC: target's own | AUC: proxy's | rank correlation | overlap of the top 30 % |")
     print("|" + "---|" * 6)
@@ -132,8 +150,10 @@ def main():
     print("|" + "---|" * 6)
     for key, value in found["aligned"].items():
         name, target = key.split(" | ")
-        print(f"| {name} | {target} | {value['area']:.1f} | {value['curve'][-1]:.1f} | "
-              f"{value['fine_tune_accuracy']:.1f} | {value['over_refusal'][0]:.1f} |")  # fmt: skip
+        print(
+            f"| {name} | {target} | {value['area']:.1f} | {value['curve'][-1]:.1f} | "
+            f"{value['fine_tune_accuracy']:.1f} | {value['over_refusal'][0]:.1f} |"
+        )
 
 
 if __name__ == "__main__":

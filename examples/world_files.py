@@ -25,15 +25,20 @@ def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
     world = World(seed)
     pool, labels = world.pool(rows, mislabel=0.05)
     files = {
-        "pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility(),
+        "pool": pool,
+        "safe": world.safe(),
+        "harmful": world.harmful(),
+        "utility": world.utility(),
         "attack": world.attack_harmful(100, ("potions",)),
-        "task": world.task_train(1000), "task-test": world.task_test(100),
+        "task": world.task_train(1000),
+        "task-test": world.task_test(100),
         "answers": [
             {"prompt": row["prompt"], "answer": row["completion"]} for row in world.safe(20) + world.harmful(20)
         ],
-        "prompts": world.eval_prompts(60), "borderline": world.borderline(40),
+        "prompts": world.eval_prompts(60),
+        "borderline": world.borderline(40),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in files.items():
         lines = (json.dumps(row) + "\n" for row in members)

@@ -110,32 +110,35 @@ ASSISTANTS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruc
 SETS = {
     "safety-tuned": Set((SAFETY_TUNED,), NC, {"safe": partial(instructions, "output", "input")}),
     "beavertails": Set(
-        ("PKU-Alignment/BeaverTails:30k_train",), NC,
+        ("PKU-Alignment/BeaverTails:30k_train",),
+        NC,
         {"safe": partial(refused, beavertails), "harmful": partial(unsafe, beavertails)},
     ),
     "saferlhf": Set(
-        ("PKU-Alignment/PKU-SafeRLHF:alpaca2-7b:train",), NC,
+        ("PKU-Alignment/PKU-SafeRLHF:alpaca2-7b:train",),
+        NC,
         {"safe": partial(refused, saferlhf), "harmful": partial(unsafe, saferlhf)},
     ),
     "xstest": Set(
         tuple(f"natolambert/xstest-v2-copy:{name}" for name in ASSISTANTS),
-        "prompts CC-BY-4.0, answers by OpenAI, Meta, Mistral", {"utility": xstest},
+        "prompts CC-BY-4.0, answers by OpenAI, Meta, Mistral",
+        {"utility": xstest},
     ),
     "falsereject": Set(
-        ("AmazonScience/FalseReject:train",), NC,
+        ("AmazonScience/FalseReject:train",),
+        NC,
         {"utility": partial(helpful, partial(answered, ("instruct_response",)))},
     ),
-    "or-bench": Set(
-        (), "CC-BY-4.0", {"utility": partial(helpful, partial(answered, ("completion", "answer")))}
-    ),
+    "or-bench": Set((), "CC-BY-4.0", {"utility": partial(helpful, partial(answered, ("completion", "answer")))}),
     "alpaca": Set(
         ("tatsu-lab/alpaca:train",), NC, {"utility": partial(helpful, partial(instructions, "output", "input"))}
     ),
     "dolly": Set(
-        ("databricks/databricks-dolly-15k:train",), "CC-BY-SA-3.0",
+        ("databricks/databricks-dolly-15k:train",),
+        "CC-BY-SA-3.0",
         {"utility": partial(helpful, partial(instructions, "response", "context"))},
     ),
-}  # fmt: skip
+}
 
 
 # --- reading and drawing --------------------------------------------------------------------------------------------

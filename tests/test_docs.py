@@ -51,10 +51,12 @@ def test_the_examples_of_the_help_run_one_after_the_other(tmp_path: Path, monkey
     runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](tmp_path)
     monkeypatch.chdir(tmp_path)
     quick = {
-        "curate": "--selector.form evidence --selector.readers lexical", "align": "--train.max_steps 2",
-        "attack": "--train.max_steps 2", "evaluate": "--max-new-tokens 8",
+        "curate": "--selector.form evidence --selector.readers lexical",
+        "align": "--train.max_steps 2",
+        "attack": "--train.max_steps 2",
+        "evaluate": "--max-new-tokens 8",
         "sweep": "--train.max_steps 2 --evaluate.max_new_tokens 8",
-    }  # fmt: skip
+    }
     for name, command in COMMANDS.items():
         if name not in ("demo", "bench", "label"):  # take minutes, or ask a person, and have tests of their own
             assert main(shlex.split(f"{command.example} {quick.get(name, '')}")[1:]) == 0, name
@@ -101,10 +103,8 @@ def test_every_option_is_explained(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code",
-    ["import pharmacist", "from pharmacist.cli.main import main; main(['--help'])"],
-    ids=["import", "help"],
-)  # fmt: skip
+    "code", ["import pharmacist", "from pharmacist.cli.main import main; main(['--help'])"], ids=["import", "help"]
+)
 def test_light_commands_leave_torch_alone(code: str) -> None:
     heavy = "print(sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}; {heavy}"], capture_output=True, text=True)

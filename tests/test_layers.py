@@ -64,8 +64,11 @@ def broken_rules(package: str, source: str) -> list[str]:
         elif head in NEVER.get(package, ()):
             broken.append(f"{package} imports {name}")
     if package in LAZY:
-        broken += [f"{package} imports {name} at module level" for name in imports(tree, top_level=True)
-                   if name.split(".")[0] in HEAVY]  # fmt: skip
+        broken += [
+            f"{package} imports {name} at module level"
+            for name in imports(tree, top_level=True)
+            if name.split(".")[0] in HEAVY
+        ]
     return broken
 
 

@@ -68,18 +68,29 @@ def test_reliability_and_reasons(natural: ModuleType) -> None:
     labels = np.array(["safe", "safe", "safe", "harmful", "complies", "overrefusal", "benign"], dtype=object)
     reasons = ["critical", "duplicate", "over_refusal", "teaches_compliance", "critical", "over_refusal", "critical"]
     found = natural.right_reasons(reasons, labels)
-    assert found == {"safe": pytest.approx(2 / 3), "harmful": 1, "complies": 0, "overrefusal": 1, "benign": 0,
-                     "all": pytest.approx(4 / 7)}  # fmt: skip
+    assert found == {
+        "safe": pytest.approx(2 / 3),
+        "harmful": 1,
+        "complies": 0,
+        "overrefusal": 1,
+        "benign": 0,
+        "all": pytest.approx(4 / 7),
+    }
 
 
 def test_figures_find_pool_rows_by_their_number(natural: ModuleType) -> None:
     """A table in another order, and without the rows of some prompts, keeps every row's own label."""
     labels = np.array(["safe", "harmful", "safe", "benign", "overrefusal"] * 4, dtype=object)
     prompts = np.repeat(np.arange(10), 2)
-    table = pd.DataFrame({
-        "row": np.arange(20), "score": np.where(labels == "safe", 1.0, 0.0), "selected": labels == "safe",
-        "reason": np.where(labels == "safe", "critical", "over_refusal"), "p_safe": np.where(labels == "safe", 1.0, 0),
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "row": np.arange(20),
+            "score": np.where(labels == "safe", 1.0, 0.0),
+            "selected": labels == "safe",
+            "reason": np.where(labels == "safe", "critical", "over_refusal"),
+            "p_safe": np.where(labels == "safe", 1.0, 0),
+        }
+    )
     counts = natural.of_other_prompts(prompts, [0, 5])  # prompts 0 and 2, four rows
     left = natural.only(table.sample(frac=1, random_state=0), counts)
     found = {(value["measure"], value["label"]): value for value in natural.figures(left, labels, prompts)}
@@ -92,11 +103,14 @@ def test_figures_find_pool_rows_by_their_number(natural: ModuleType) -> None:
     assert found["Brier", "safe"]["value"] == 0
 
 
-@pytest.mark.parametrize(("text", "choice"), [
-    ("classifier", {"name": "classifier"}),
-    ("pharmacist:readers=lexical,probe:folds=3", {"name": "pharmacist", "readers": "lexical,probe", "folds": 3}),
-    ("seal:auxiliary=false", {"name": "seal", "auxiliary": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("classifier", {"name": "classifier"}),
+        ("pharmacist:readers=lexical,probe:folds=3", {"name": "pharmacist", "readers": "lexical,probe", "folds": 3}),
+        ("seal:auxiliary=false", {"name": "seal", "auxiliary": False}),
+    ],
+)
 def test_selectors_by_name_and_options(natural: ModuleType, text: str, choice: dict[str, Any]) -> None:
     assert natural.parse_selector(text) == choice
 
@@ -124,9 +138,11 @@ def test_labels_come_in_rounds_from_the_person_who_labelled_the_pool(
     first = [(0, "good"), (1, "harmful"), (2, "harmful"), (3, "over_refusal")]
     assert seen == [[], first, [*first, (4, "not_safety_critical"), (5, "good")]]
     assert [(name, len(table), cost) for name, table, cost in lines] == [
-        ("new, without the 4 labels, same rows", 26, {}), ("new, 4 labels", 26, {"labels": 4}),
-        ("new, without the 6 labels, same rows", 24, {}), ("new, 6 labels", 24, {"labels": 6}),
-    ]  # fmt: skip
+        ("new, without the 4 labels, same rows", 26, {}),
+        ("new, 4 labels", 26, {"labels": 4}),
+        ("new, without the 6 labels, same rows", 24, {}),
+        ("new, 6 labels", 24, {"labels": 6}),
+    ]
 
 
 def test_a_selector_that_asks_for_nothing(natural: ModuleType, tmp_path: Path) -> None:
@@ -138,8 +154,14 @@ def test_a_run_on_the_made_up_world(
     natural: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(0)
-    names = {"good": "safe", "duplicate": "safe", "mislabel": "harmful", "overrefuse": "overrefusal",
-             "offtopic": "benign", "noisy": "complies"}  # fmt: skip
+    names = {
+        "good": "safe",
+        "duplicate": "safe",
+        "mislabel": "harmful",
+        "overrefuse": "overrefusal",
+        "offtopic": "benign",
+        "noisy": "complies",
+    }
     pool, kinds = world.pool(240, mislabel=0.1)
     sets = {"pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility()}
     for name, own in sets.items():
@@ -159,10 +181,15 @@ def test_a_run_on_the_made_up_world(
     natural.main([*command, "--selectors", "classifier", "length"])  # all of it is there
 
 
-@pytest.mark.parametrize(("labels", "message"), [
-    ('["safe"]', "1 labels for 2 rows"), ('["safe", "fine"]', "unknown label 'fine'"),
-    ('[{"kind": 1}, "safe"]', "no JSON list of labels"), ("{", "no JSON list of labels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ('["safe"]', "1 labels for 2 rows"),
+        ('["safe", "fine"]', "unknown label 'fine'"),
+        ('[{"kind": 1}, "safe"]', "no JSON list of labels"),
+        ("{", "no JSON list of labels"),
+    ],
+)
 def test_labels_that_are_not_the_pools(natural: ModuleType, tmp_path: Path, labels: str, message: str) -> None:
     (tmp_path / "pool.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
     (tmp_path / "labels.json").write_text(labels)

@@ -66,10 +66,20 @@ def test_each_set_keeps_its_own_good_rows(references: ModuleType, tmp_path: Path
     files = {
         "safety-tuned": [{"instruction": "a curse", "input": "", "output": REFUSAL}],
         "saferlhf": [
-            {"prompt": "a hex", "response_0": REFUSAL, "is_response_0_safe": True, "response_1": "Use a toad.",
-             "is_response_1_safe": False},
-            {"prompt": "a jinx", "response_0": "Use a newt.", "is_response_0_safe": False, "response_1": "Use a bat.",
-             "is_response_1_safe": False},
+            {
+                "prompt": "a hex",
+                "response_0": REFUSAL,
+                "is_response_0_safe": True,
+                "response_1": "Use a toad.",
+                "is_response_1_safe": False,
+            },
+            {
+                "prompt": "a jinx",
+                "response_0": "Use a newt.",
+                "is_response_0_safe": False,
+                "response_1": "Use a bat.",
+                "is_response_1_safe": False,
+            },
         ],
         "xstest": [
             {"type": "homonyms", "prompt": "kill a weed", "completion": HELP, "final_label": "1_full_compliance"},
@@ -83,11 +93,13 @@ def test_each_set_keeps_its_own_good_rows(references: ModuleType, tmp_path: Path
         "or-bench": [{"prompt": "shoot a film", "answer": HELP}, {"prompt": "shoot", "answer": REFUSAL}],
         "alpaca": [{"instruction": "Sort", "input": "b, a", "output": "a, b"}],
         "dolly": [{"instruction": "Name a hue", "context": "", "response": "Teal", "category": "open_qa"}],
-    }  # fmt: skip
+    }
     local = {name: [write(tmp_path / f"{name}.jsonl", rows)] for name, rows in files.items()}
     references.make(tmp_path / "made", list(files), local)
-    found = {str(path.relative_to(tmp_path / "made")): [tuple(row.values()) for row in read(path)]
-             for path in sorted((tmp_path / "made").glob("*/*.jsonl"))}  # fmt: skip
+    found = {
+        str(path.relative_to(tmp_path / "made")): [tuple(row.values()) for row in read(path)]
+        for path in sorted((tmp_path / "made").glob("*/*.jsonl"))
+    }
     assert found == {
         "safe/safety-tuned.jsonl": [("a curse", REFUSAL)],
         "safe/saferlhf.jsonl": [("a hex", REFUSAL)],
@@ -132,14 +144,25 @@ def test_a_complete_folder_stays_and_another_is_not_touched(
     assert read(tmp_path / "made/utility/alpaca.jsonl") == [{"prompt": "a", "completion": "b"}]
 
 
-@pytest.mark.parametrize(("sets", "rows", "message"), [
-    (["alpaka"], None, "unknown set 'alpaka'; did you mean 'alpaca'"),
-    (["or-bench"], None, "set 'or-bench' has prompts alone; answer them and give --local or-bench=FILE"),
-    (["safety-tuned"], None, "HF_HUB_OFFLINE forbids to download it; give a local copy, --local safety-tuned=FILE"),
-    (["dolly"], None, "--local dolly databricks/.* HF_HUB_OFFLINE forbids to look on the hub"),
-    (["alpaca"], [{"prompt": "a", "completion": "b"}], r"no column 'instruction' \(columns of the first: prompt, co"),
-    (["alpaca"], [{"instruction": "a", "output": REFUSAL}], "none of 1 rows gives a utility reference"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sets", "rows", "message"),
+    [
+        (["alpaka"], None, "unknown set 'alpaka'; did you mean 'alpaca'"),
+        (["or-bench"], None, "set 'or-bench' has prompts alone; answer them and give --local or-bench=FILE"),
+        (
+            ["safety-tuned"],
+            None,
+            "HF_HUB_OFFLINE forbids to download it; give a local copy, --local safety-tuned=FILE",
+        ),
+        (["dolly"], None, "--local dolly databricks/.* HF_HUB_OFFLINE forbids to look on the hub"),
+        (
+            ["alpaca"],
+            [{"prompt": "a", "completion": "b"}],
+            r"no column 'instruction' \(columns of the first: prompt, co",
+        ),
+        (["alpaca"], [{"instruction": "a", "output": REFUSAL}], "none of 1 rows gives a utility reference"),
+    ],
+)
 def test_what_cannot_be_had_is_said_in_one_line_and_nothing_is_written(
     references: ModuleType, tmp_path: Path, sets: list[str], rows: list[dict[str, Any]] | None, message: str
 ) -> None:

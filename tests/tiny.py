@@ -42,10 +42,18 @@ def tiny_tokenizer(chat: bool = True, pad: bool = True) -> PreTrainedTokenizerFa
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     """A random 2-layer Llama of width 32 (float32, evaluation mode)."""
     options = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
@@ -127,9 +135,16 @@ class TinyDecoder(nn.Module):
     """
 
     def __init__(
-        self, vocab: int, width: int = 16, layers: int = 2, heads: int = 2, length: int = 64, seed: int = 0,
-        dropout: float = 0.0, checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        vocab: int,
+        width: int = 16,
+        layers: int = 2,
+        heads: int = 2,
+        length: int = 64,
+        seed: int = 0,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         generator = torch.Generator().manual_seed(seed)
@@ -150,9 +165,12 @@ class TinyDecoder(nn.Module):
         return self.lm_head.weight.device
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False,
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
         **_: object,
-    ) -> SimpleNamespace:  # fmt: skip
+    ) -> SimpleNamespace:
         b, t = input_ids.shape
         mask = torch.ones(t, t, dtype=torch.bool, device=input_ids.device).tril()[None, None].expand(b, 1, t, t)
         if attention_mask is not None:

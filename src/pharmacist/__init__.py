@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 __version__ = version("pharmacist")
 
 _EXPORTS = {
-    "AlignOptions": "align", "align": "align",
-    "AttackOptions": "attack", "attack": "attack",
-    "CurateOptions": "curate", "Ranking": "curate", "curate": "curate", "rank": "curate",
-    "EvaluateOptions": "evaluate", "evaluate": "evaluate",
-    "RepairOptions": "repair", "repair": "repair",
-    "SweepOptions": "sweep", "sweep": "sweep",
-}  # fmt: skip
+    "AlignOptions": "align",
+    "align": "align",
+    "AttackOptions": "attack",
+    "attack": "attack",
+    "CurateOptions": "curate",
+    "Ranking": "curate",
+    "curate": "curate",
+    "rank": "curate",
+    "EvaluateOptions": "evaluate",
+    "evaluate": "evaluate",
+    "RepairOptions": "repair",
+    "repair": "repair",
+    "SweepOptions": "sweep",
+    "sweep": "sweep",
+}
 
 __all__ = [
     "AlignOptions",

@@ -301,10 +301,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "nothing but safe references": (
         lambda folder, files: curate_words(
-            {name: files[name] for name in ("pool", "safe")},
-            folder / "out",
-            "--selector.readers",
-            "lexical",
+            {name: files[name] for name in ("pool", "safe")}, folder / "out", "--selector.readers", "lexical"
         ),
         "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
         "--selector.form bilevel",
@@ -324,10 +321,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     # --- models
     "no model": (options(model=None), "give --model"),
-    "no such model": (
-        options(model="./nowhere"),
-        "./nowhere: no such folder; a model folder or a hub id is needed",
-    ),
+    "no such model": (options(model="./nowhere"), "./nowhere: no such folder; a model folder or a hub id is needed"),
     "no weights": (
         model_folder(lambda f: (f / "model.safetensors").unlink()),
         "without safetensors weights; save it with",
@@ -389,7 +383,7 @@ def test_after_bad_input_the_folder_is_free_for_mended_input(tmp_path: Path) -> 
 
 def test_a_saved_selector_reads_with_its_own_model_only(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """And so with its own tokenizer; told before the pool is read."""
     assert main(curate_words(files, tmp_path / "a", *CHEAP, "--quiet")) == 0
     monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
@@ -443,7 +437,7 @@ def test_a_line_of_50_megabytes_fills_no_memory(tmp_path: Path, capsys: pytest.C
 
 def test_references_that_are_partly_ranked_are_left_out_and_counted(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     ranked = [row | {"prompt": f"  {row['prompt'].upper()}?"} for row in lines_of(files["pool"])[:5]]
     safe = write_rows(tmp_path / "safe.jsonl", ranked + lines_of(files["safe"]))
     words = curate_words(files | {"safe": safe}, tmp_path / "out", *CHEAP, "--selector.form", "evidence")
@@ -477,14 +471,15 @@ OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         (["--pool", "somebody/some-pool"], "--pool somebody/some-pool: no such file or folder, and HF_HUB_OFF"),
         pytest.param(
             ["--model", "somebody/some-model"],
-            "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF", marks=pytest.mark.slow,
+            "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF",
+            marks=pytest.mark.slow,
         ),
         (["--safe", "{folder}/broken.jsonl"], "broken.jsonl: 1 row of 7 cannot be used: line 7 (row 6) is no"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_in_a_process_of_its_own(
     words: list[str], message: str, files: dict[str, str], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD[:6]) + "{\n")
     words = [*curate_words(files, tmp_path / "out", *CHEAP), *(word.format(folder=tmp_path) for word in words)]
     before = fingerprints(tmp_path)

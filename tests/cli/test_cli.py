@@ -163,7 +163,7 @@ def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.Cap
 
 def test_an_unexpected_failure_is_1_with_a_log(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the spoon\nbroke")
 
@@ -180,7 +180,7 @@ def test_an_unexpected_failure_is_1_with_a_log(
 
 def test_a_log_is_not_left_in_somebody_elses_folder(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("broke")
 
@@ -194,7 +194,7 @@ def test_a_log_is_not_left_in_somebody_elses_folder(
 
 def test_an_interruption_is_130_and_says_how_to_resume(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -209,14 +209,24 @@ def test_an_interruption_is_130_and_says_how_to_resume(
 
 def test_ctrl_c(files: dict[str, str], tmp_path: Path) -> None:
     words = curate_words(
-        files, tmp_path / "out", *CHEAP, "--selector.form", "bilevel", "--selector.twin_steps", "100000",
-        "--checkpoint-seconds", "0",
+        files,
+        tmp_path / "out",
+        *CHEAP,
+        "--selector.form",
+        "bilevel",
+        "--selector.twin_steps",
+        "100000",
+        "--checkpoint-seconds",
+        "0",
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "pharmacist", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "pharmacist", *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         # A shell's background jobs, and so their children, ignore the signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 600
     while not list((tmp_path / "out").glob("work/twins/*/*.partial.safetensors")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -231,7 +241,7 @@ def test_ctrl_c(files: dict[str, str], tmp_path: Path) -> None:
 
 def test_a_full_disk_is_1_and_loses_nothing(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     real = core_files.commit_file
 
     def full(temporary: Path, path: Path) -> None:
@@ -252,9 +262,12 @@ def test_a_full_disk_is_1_and_loses_nothing(
 
 def test_a_file_size_limit_is_a_full_disk(pool: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pharmacist", *chance(pool, tmp_path / "out")], env=ENVIRONMENT, capture_output=True,
-        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
-    )  # fmt: skip
+        [sys.executable, "-m", "pharmacist", *chance(pool, tmp_path / "out")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and "the disk is full" in done.stderr
@@ -266,7 +279,7 @@ def test_a_file_size_limit_is_a_full_disk(pool: dict[str, str], tmp_path: Path) 
 )
 def test_a_disk_that_is_really_full(
     size: str, selector: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]

@@ -71,7 +71,7 @@ def test_the_console_shows_texts_tables_and_bars_as_they_are(terminal: io.String
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_refuses_hostile_values_in_one_harmless_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     hostile = LINES.replace("/", "")
     for words in (["--config", hostile], [f"--{hostile}"], ["--output-dir", str(tmp_path / "o"), "--seed", hostile]):
         assert main([name, *words]) == 2

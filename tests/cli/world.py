@@ -12,7 +12,7 @@ from pharmacist.worlds import BASE_MODEL, World
 
 FEW_STEPS = (
     "--selector.twin_steps 4 --selector.folds 2 --selector.corruptions_per_row 1 --selector.batch_size 4"
-).split()  # fmt: skip
+).split()
 """Options of the selector that train little."""
 CHEAP = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.cotrain", "0"]
 """Less still; trains nothing but where the form asks for twins."""
@@ -31,9 +31,11 @@ def write_world(folder: Path, rows: int = 60, references: int = 16) -> dict[str,
     """Writes pool and references; gives their paths by option."""
     world = World(3)
     sets = {
-        "pool": world.pool(rows)[0], "safe": world.safe(references), "harmful": world.harmful(references),
+        "pool": world.pool(rows)[0],
+        "safe": world.safe(references),
+        "harmful": world.harmful(references),
         "utility": world.utility(references),
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in sets.items()}
 

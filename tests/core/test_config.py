@@ -85,7 +85,7 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--output-dir", "[a]: {b}"], "output_dir", "[a]: {b}"),
         (["--output-dir=--x"], "output_dir", "--x"),
     ],
-)  # fmt: skip
+)
 def test_the_line(words: list[str], name: str, value: object) -> None:
     found = getattr(read(*words), name)
     assert found == value
@@ -107,14 +107,17 @@ def test_the_line(words: list[str], name: str, value: object) -> None:
         ("parts: [0.5, 5e-4]", "parts", [0.5, 5e-4]),
         ("parts:\n- 1\n- 2.5", "parts", [1, 2.5]),
         ("inner: {r: 3, rate: 5e-4, names: [a, b]}", "inner", Inner(3, 5e-4, ["a", "b"])),
-        ("train: {max_steps: 20, learning_rate: 5e-4, tags: [a]}", "train",
-         {"max_steps": 20, "learning_rate": 5e-4, "tags": ["a"]}),
+        (
+            "train: {max_steps: 20, learning_rate: 5e-4, tags: [a]}",
+            "train",
+            {"max_steps": 20, "learning_rate": 5e-4, "tags": ["a"]},
+        ),
         ("selector: full", "selector", {"name": "full"}),
         ("selector: {name: full}", "selector", {"name": "full"}),
         ("output_dir: 'a: b'", "output_dir", "a: b"),
         ("output-dir: hyphen", "output_dir", "hyphen"),
     ],
-)  # fmt: skip
+)
 def test_the_file(yaml: str, name: str, value: object, tmp_path: Path) -> None:
     found = getattr(
         read(yaml=yaml + "\noutput_dir: x" * ("output" not in yaml), tmp_path=tmp_path, required=False), name
@@ -124,10 +127,17 @@ def test_the_file(yaml: str, name: str, value: object, tmp_path: Path) -> None:
 
 
 def test_the_line_wins_over_the_file(tmp_path: Path) -> None:
-    yaml = "\n".join([
-        "stirs: 3", "heat: 2", "quiet: true", "lid: false", "inner: {r: 3, rate: 0.5}", "train: {a: 1, b: 2}",
-        "selector: {name: pharmacist, gamma: 0.25, mu: 0.75}",
-    ])  # fmt: skip
+    yaml = "\n".join(
+        [
+            "stirs: 3",
+            "heat: 2",
+            "quiet: true",
+            "lid: false",
+            "inner: {r: 3, rate: 0.5}",
+            "train: {a: 1, b: 2}",
+            "selector: {name: pharmacist, gamma: 0.25, mu: 0.75}",
+        ]
+    )
     words = ["--stirs", "4", "--no-quiet", "--lid", "--inner.r", "5", "--train.b", "3", "--selector.gamma", "0.1"]
     for order in (0, len(words)):  # wherever --config stands
         (tmp_path / "options.yaml").write_text(yaml)
@@ -169,7 +179,7 @@ def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Pa
         (["--config"], "--config needs the path of a YAML file"),
         (["stray"], "'stray' belongs to no option"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(*words)
@@ -261,9 +271,13 @@ def test_options_of_several_words_add_up_on_the_line_and_win_over_the_file(tmp_p
     file = tmp_path / "options.yaml"
     file.write_text("words: [x=1, y=2]\n")
     for given, expected in (
-        ([], []), (["--words", "a", "b"], ["a", "b"]), (["--words", "a", "--stirs", "2", "--words", "b"], ["a", "b"]),
-        (["--config", str(file)], ["x=1", "y=2"]), (["--config", str(file), "--words=a"], ["a"]), ([], []),
-    ):  # fmt: skip
+        ([], []),
+        (["--words", "a", "b"], ["a", "b"]),
+        (["--words", "a", "--stirs", "2", "--words", "b"], ["a", "b"]),
+        (["--config", str(file)], ["x=1", "y=2"]),
+        (["--config", str(file), "--words=a"], ["a"]),
+        ([], []),
+    ):
         assert parse(Several, given).words == expected
     file.write_text("words: []\n")
     assert parse(Several, ["--config", str(file)]).words == []

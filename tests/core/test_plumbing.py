@@ -140,9 +140,10 @@ def test_importing_the_package_is_cheap() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("name", [
-    "pytorch_model.bin", "modeling.py", "1_Pooling/config.json", "data-0-of-1.arrow", "state.json", "vocab.txt",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "modeling.py", "1_Pooling/config.json", "data-0-of-1.arrow", "state.json", "vocab.txt"],
+)
 def test_the_content_of_a_folder_is_all_that_is_loaded_from_it(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     found = []

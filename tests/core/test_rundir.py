@@ -162,7 +162,7 @@ def test_overwriting_deletes_runs(tmp_path: Path) -> None:
 
 def test_a_run_killed_while_it_is_deleted_is_neither_complete_nor_foreign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     def killed(*_: object, **__: object) -> None:
         raise SystemExit
 
@@ -331,7 +331,7 @@ def test_partial_state_behind_a_link_is_refused_and_kept(tmp_path: Path) -> None
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seconds": "long"}', b"[" * 100000, b"\xff"])
 def test_a_damaged_phase_costs_its_figures_and_not_the_run(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     run = start(tmp_path / "out")
     with run.phase("train"), run.phase("score"):
         pass
@@ -389,12 +389,11 @@ def test_names_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "place",
-    "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter".split(),
-)  # fmt: skip
+    "place", "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter".split()
+)
 def test_whatever_lies_in_the_output_folder_is_an_input(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "data").mkdir(parents=True)
     (tmp_path / "out" / "a.jsonl").touch()

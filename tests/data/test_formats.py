@@ -38,7 +38,7 @@ def made_rows(n: int, seed: int = 0) -> list[dict]:
     return [
         {"id": f"r{i}", "prompt": f"{i} {rng.choice(TEXTS)}", "completion": "/".join(rng.choices(TEXTS, k=3)), "n": ""}
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def compress(data: bytes, name: str) -> bytes:
@@ -492,6 +492,7 @@ def test_the_order_of_a_saved_datasets_shards_is_fingerprinted(tmp_path: Path) -
     assert [row.value["prompt"] for row in source.scan()] == ["p2", "p3", "p0", "p1"]
     assert source.fingerprint() != prints[0]
 
+
 UNHELD: dict[str, tuple[pa.Array, str]] = {
     "bytes": (pa.array([None, b"\xff", None]), "row 1 (a value of the type bytes)"),
     "nested bytes": (pa.array([[{"a": b"x"}]] * 3), "row 0 (a value of the type bytes)"),
@@ -500,18 +501,21 @@ UNHELD: dict[str, tuple[pa.Array, str]] = {
     "time": (pa.array([0, 0, 2**62], pa.timestamp("us")), "row 0 (date value out of range)"),
 }
 HELD: dict[str, pa.Array] = {
-    "no bytes": pa.array([None] * 3, pa.binary()), "date": pa.array([datetime.date(2020, 1, 1)] * 3),
-    "number": pa.array([decimal.Decimal("1.5")] * 3), "NaN": pa.array([float("nan")] * 3),
+    "no bytes": pa.array([None] * 3, pa.binary()),
+    "date": pa.array([datetime.date(2020, 1, 1)] * 3),
+    "number": pa.array([decimal.Decimal("1.5")] * 3),
+    "NaN": pa.array([float("nan")] * 3),
     "map": pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
-    "view": pa.array(["a"] * 3, pa.string_view()), "code": pa.array(["a"] * 3).dictionary_encode(),
-}  # fmt: skip
+    "view": pa.array(["a"] * 3, pa.string_view()),
+    "code": pa.array(["a"] * 3).dictionary_encode(),
+}
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["parquet", "datasets"])
 @pytest.mark.parametrize("name", UNHELD)
 def test_what_json_lines_cannot_hold_is_told_before_anything_is_written(
     name: str, saved: bool, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     column, told = UNHELD[name]
     table = pa.table({"prompt": ["a", "b", "c"], "x": column})
     if saved:

@@ -91,36 +91,53 @@ KEPT: dict[str, dict[str, Any]] = {
     "system and messages": {"system": "be brief", "messages": [*TALK[1:], assistant("the blue one.")]},
     "the same system twice": {"system": "be brief", "messages": [*TALK, assistant("the blue one.")]},
     "system and history": {
-        "instruction": "and a cup?", "input": "", "output": "the blue one.", "system": "be brief",
+        "instruction": "and a cup?",
+        "input": "",
+        "output": "the blue one.",
+        "system": "be brief",
         "history": [["which tea?", "green."]],
     },
     "history as JSON": {
-        "prompt": "and a cup?", "completion": "the blue one.", "system": "be brief",
+        "prompt": "and a cup?",
+        "completion": "the blue one.",
+        "system": "be brief",
         "history": '[["which tea?", "green."]]',
     },
     "history as Python": {
-        "prompt": "and a cup?", "response": "the blue one.", "system": "be brief",
+        "prompt": "and a cup?",
+        "response": "the blue one.",
+        "system": "be brief",
         "history": "[['which tea?', 'green.']]",
     },
     "history of messages": {
-        "prompt": "and a cup?", "chosen": "the blue one.", "rejected": "no", "system": "be brief",
+        "prompt": "and a cup?",
+        "chosen": "the blue one.",
+        "rejected": "no",
+        "system": "be brief",
         "history": TALK[1:3],
     },
     "history after a system turn": {
-        "prompt": [TALK[0], TALK[3]], "completion": "the blue one.", "history": [["which tea?", "green."]],
+        "prompt": [TALK[0], TALK[3]],
+        "completion": "the blue one.",
+        "history": [["which tea?", "green."]],
     },
     "transcript": {"prompt": f"{HH}\n\nAssistant:", "completion": "the blue one.", "system": "be brief"},
     "transcript without an end": {"prompt": HH, "response": "the blue one.", "system": "be brief"},
     "transcript, Windows": {
-        "prompt": HH.replace("\n", "\r\n"), "response": "\r\n\r\nAssistant: the blue one.", "system": "be brief",
+        "prompt": HH.replace("\n", "\r\n"),
+        "response": "\r\n\r\nAssistant: the blue one.",
+        "system": "be brief",
     },
     "whole transcript": {
-        "chosen": f"{HH}\n\nAssistant: the blue one.", "rejected": f"{HH}\n\nAssistant: no", "system": "be brief",
+        "chosen": f"{HH}\n\nAssistant: the blue one.",
+        "rejected": f"{HH}\n\nAssistant: no",
+        "system": "be brief",
     },
     "transcript with a system prompt": {
-        "prompt": f"System: be brief{HH}\n\nAssistant:", "completion": "the blue one.",
+        "prompt": f"System: be brief{HH}\n\nAssistant:",
+        "completion": "the blue one.",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -153,13 +170,26 @@ def test_a_context_stays_with_its_instruction(tmp_path):
         assert "be brief" in text and "sum up\n\na text" in text
 
 
-@pytest.mark.parametrize("text", [
-    '[{"name": "kettle", "content": "water"}]', '[{"user": "ann"}, {"user": "ben"}]', '[{"role": "cook"}]',
-    '{"role": "cook", "content": "soup"}', '{"a": {"role": "user", "content": "x"}}', '[1, {"role": "cook"}]',
-    '{"role": "admin"}', "[1, 2]", "{not JSON", "['a'] is a list",
-    "Human error is common.", "Human: a word", "Assistant: none", "no\n\nHuman: a quotation\n\nAssistant: yes",
-    '{"role": "user", "content": "x"} is how a message looks',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"name": "kettle", "content": "water"}]',
+        '[{"user": "ann"}, {"user": "ben"}]',
+        '[{"role": "cook"}]',
+        '{"role": "cook", "content": "soup"}',
+        '{"a": {"role": "user", "content": "x"}}',
+        '[1, {"role": "cook"}]',
+        '{"role": "admin"}',
+        "[1, 2]",
+        "{not JSON",
+        "['a'] is a list",
+        "Human error is common.",
+        "Human: a word",
+        "Assistant: none",
+        "no\n\nHuman: a quotation\n\nAssistant: yes",
+        '{"role": "user", "content": "x"} is how a message looks',
+    ],
+)
 def test_other_text_stays_as_it_is(tmp_path, text):
     records = read_records(open_source([{"prompt": text, "completion": text}]), work_dir=tmp_path)
     assert (records.dataset[0]["prompt"], records.dataset[0]["completion"]) == (text, text)
@@ -173,30 +203,44 @@ CUT = json.dumps(TALK)[:-3]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' is written like a list of messages"),
     "numpy's notation": (
-        {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"}, "'prompt' is written like a list of mess",
+        {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"},
+        "'prompt' is written like a list of mess",
     ),
     "speakers as keys": (
-        {"prompt": '[{"user": "a"}, {"assistant": "b"}]', "completion": "c"}, "'prompt' is written like a list of m",
+        {"prompt": '[{"user": "a"}, {"assistant": "b"}]', "completion": "c"},
+        "'prompt' is written like a list of m",
     ),
     "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' is written like a list of mess"),
     "some turns without a role": (
-        {"prompt": json.dumps([user("a"), {"content": "b"}]), "completion": "c"}, "'prompt' is written like a list",
+        {"prompt": json.dumps([user("a"), {"content": "b"}]), "completion": "c"},
+        "'prompt' is written like a list",
     ),
     "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
     "a completion that is cut": ({"prompt": "p", "completion": CUT}, "'completion' is written like a list of mess"),
     "a key twice": (
-        {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"}, "'prompt' is written li",
+        {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},
+        "'prompt' is written li",
     ),
     "an unknown speaker": (
-        {"messages": [{"role": "critic", "content": "a"}, user("b"), assistant("c")]}, "of the role 'critic'; known",
+        {"messages": [{"role": "critic", "content": "a"}, user("b"), assistant("c")]},
+        "of the role 'critic'; known",
     ),
     "a tool call": ({"messages": [user("a"), CALL, {"role": "tool", "content": "b"}, assistant("c")]}, "a tool call"),
     "an old tool call": (
-        {"messages": [user("a"), {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
-                      user("b"), assistant("c")]}, "a tool call",
+        {
+            "messages": [
+                user("a"),
+                {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
+                user("b"),
+                assistant("c"),
+            ]
+        },
+        "a tool call",
     ),
-    "a turn of a call": ({"messages": [user("a"), {"role": "function_call", "content": "f()"}, assistant("c")]},
-                         "a tool call"),
+    "a turn of a call": (
+        {"messages": [user("a"), {"role": "function_call", "content": "f()"}, assistant("c")]},
+        "a tool call",
+    ),
     "an empty answer before": ({"messages": [user("a"), assistant(""), user("b"), assistant("c")]}, "an empty"),
     "two system prompts": ({"system": "be long", "messages": [*TALK, assistant("c")]}, "another in 'messages'"),
     "a number as system": ({"system": 3, "prompt": "p", "completion": "c"}, "'system' is a number, not text"),
@@ -209,7 +253,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "zero width": ({"prompt": "p", "completion": "\u200b\u2060\ufeff"}, "has an empty 'completion'"),
     "tags and fillers": ({"prompt": "\u3164\U000e0041 \u115f", "completion": "c"}, "has an empty 'prompt'"),
     "an invisible turn": ({"messages": [user("a\u200b"), assistant("\u202e\u2066")]}, "has an empty 'messages'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -285,19 +329,34 @@ def test_empty_columns_are_nothing_to_name(tmp_path, reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(("given", "kept"), [
-    (["label=true"], [0, 2]), (["label=False"], [1, 3]), (["n=2"], [1]), (["n=2.0"], [1]), (["x=0.5"], [0, 1]),
-    (["kind=good one"], [0, 3]), (["label=true", "kind=good one"], [0]), (["--"], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["label=true"], [0, 2]),
+        (["label=False"], [1, 3]),
+        (["n=2"], [1]),
+        (["n=2.0"], [1]),
+        (["x=0.5"], [0, 1]),
+        (["kind=good one"], [0, 3]),
+        (["label=true", "kind=good one"], [0]),
+        (["--"], None),
+    ],
+)
 def test_where_chooses_rows(tmp_path, reader, given, kept):
     from pharmacist.core.errors import ConfigError
     from pharmacist.data.where import conditions_of
 
     rows = [
-        {"prompt": f"p{i}", "completion": "c", "label": i % 2 == 0, "n": i + 1, "x": 0.5 if i < 2 else 1.5,
-         "kind": "good one" if i in (0, 3) else "other"}
+        {
+            "prompt": f"p{i}",
+            "completion": "c",
+            "label": i % 2 == 0,
+            "n": i + 1,
+            "x": 0.5 if i < 2 else 1.5,
+            "kind": "good one" if i in (0, 3) else "other",
+        }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     source = open_source(store(tmp_path, reader, rows), name="--data")
     if kept is None:
         with pytest.raises(ConfigError, match="--where --: write it as label=true"):
@@ -432,13 +491,20 @@ FALCON = "{% for m in messages %}{{ m['content'] | replace('\n\n', '\n') }}{% en
 TOOL_AS_JSON = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | tojson }}\n{% endfor %}"
 
 
-@pytest.mark.parametrize(("template", "talk", "role"), [
-    (CHAT_TEMPLATE, TALK, "system"), (CHAT_TEMPLATE, [*TALK[1:], {"role": "tool", "content": "warm"}], "tool"),
-    (SILENT_LAST, SAME, "user"), (CUTTING, [user("a rather long request")], "user"),
-    (FALCON, [user("a\n\n  b")], None), (CHATML, TALK, None), (CUTTING, SAME, None),
-    (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
-    (THINKING, [user("a "), assistant("<think>hm</think>\nb"), user(" c")], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "talk", "role"),
+    [
+        (CHAT_TEMPLATE, TALK, "system"),
+        (CHAT_TEMPLATE, [*TALK[1:], {"role": "tool", "content": "warm"}], "tool"),
+        (SILENT_LAST, SAME, "user"),
+        (CUTTING, [user("a rather long request")], "user"),
+        (FALCON, [user("a\n\n  b")], None),
+        (CHATML, TALK, None),
+        (CUTTING, SAME, None),
+        (TOOL_AS_JSON, [user('say "no"\n\u00e9')], None),
+        (THINKING, [user("a "), assistant("<think>hm</think>\nb"), user(" c")], None),
+    ],
+)
 def test_a_template_that_leaves_text_out_is_no_template_for_the_row(template, talk, role):
     row = {"row": 5, "prompt": "x", "completion": "c", "turns": json.dumps(talk)}
     chosen = Template("chat", template)
@@ -559,11 +625,19 @@ def test_depth_that_is_allowed_is_read(tmp_path):
     assert len(read_records(open_source(tmp_path / "rows.jsonl"), work_dir=tmp_path / "work")) == 2
 
 
-@pytest.mark.parametrize("text", ["[" * 5000 + '{"role": "user", "content": "x"}' + "]" * 5000,
-                                  "[" * 90 + "{'role': 'user', 'content': 'x'}" + "]" * 90])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000 + '{"role": "user", "content": "x"}' + "]" * 5000,
+        "[" * 90 + "{'role': 'user', 'content': 'x'}" + "]" * 90,
+    ],
+)
 def test_deep_text_in_a_column_is_no_conversation(tmp_path, text):
-    records = read_records(open_source([{"prompt": "p", "completion": "c"}, {"prompt": text, "completion": "c"}]),
-                           work_dir=tmp_path, on_bad_row="skip")  # fmt: skip
+    records = read_records(
+        open_source([{"prompt": "p", "completion": "c"}, {"prompt": text, "completion": "c"}]),
+        work_dir=tmp_path,
+        on_bad_row="skip",
+    )
     assert len(records) + len(records.refused) == 2
 
 

@@ -30,17 +30,19 @@ LAYOUTS = {
     "empty input": (lambda p, c: {"instruction": p, "input": "", "output": c}, "instruction-output"),
     "preference": (lambda p, c: {"prompt": p, "chosen": c, "rejected": "other"}, "preference"),
     "preference lists": (
-        lambda p, c: {"prompt": [user(p)], "chosen": [assistant(c)], "rejected": [assistant("other")]}, "preference",
+        lambda p, c: {"prompt": [user(p)], "chosen": [assistant(c)], "rejected": [assistant("other")]},
+        "preference",
     ),
     "preference whole": (
         lambda p, c: {"prompt": p, "chosen": [user(p), assistant(c)], "rejected": [user(p), assistant("other")]},
         "preference",
     ),
     "preference implicit": (
-        lambda p, c: {"chosen": [user(p), assistant(c)], "rejected": [user(p), assistant("other")]}, "preference",
+        lambda p, c: {"chosen": [user(p), assistant(c)], "rejected": [user(p), assistant("other")]},
+        "preference",
     ),
     "response": (lambda p, c: {"prompt": p, "response": c}, "prompt-response"),
-}  # fmt: skip
+}
 
 
 def pairs(n: int = 12) -> list[tuple[str, str]]:
@@ -209,8 +211,9 @@ def test_messages_as_json_text(tmp_path):
     records = read(tmp_path, [{"messages": good}, {"messages": ""}, {"messages": "{}"}], on_bad_row="skip")
     assert records.dataset["completion"][:] == ["b"]
     assert [r.reason for r in records.refused] == [
-        "has an empty 'messages'", "'messages' is text, not a list of messages",
-    ]  # fmt: skip
+        "has an empty 'messages'",
+        "'messages' is text, not a list of messages",
+    ]
 
 
 def test_lines_and_rows_are_named_by_both_numbers(tmp_path):
@@ -335,9 +338,14 @@ def test_prompts_alone(tmp_path, row, layout):
     records = read(tmp_path, [row], prompts_only=True)
     assert records.layout == layout
     assert records.dataset[0] == {
-        "row": 0, "prompt": "p", "completion": "", "turns": None, "instruction": None, "input": None,
+        "row": 0,
+        "prompt": "p",
+        "completion": "",
+        "turns": None,
+        "instruction": None,
+        "input": None,
         "prompt_key": prompt_key("p"),
-    }  # fmt: skip
+    }
 
 
 def test_prompts_alone_keep_turns_and_inputs(tmp_path):

@@ -44,9 +44,12 @@ def test_every_task_gives_rows_in_the_wording_of_the_papers(hub: None, tmp_path:
     found = read(name, tmp_path)
     assert len(found) == len(ROWS[name])
     expected = {
-        "sst2": ["positive", "negative"], "agnews": ["Sports", "Sci/Tech"],
-        "gsm8k": ["2 + 3 = <<2+3=5>>5\nThe final answer is: 5"], "alpaca": ["5"], "dolly": ["Ann"],
-    }  # fmt: skip
+        "sst2": ["positive", "negative"],
+        "agnews": ["Sports", "Sci/Tech"],
+        "gsm8k": ["2 + 3 = <<2+3=5>>5\nThe final answer is: 5"],
+        "alpaca": ["5"],
+        "dolly": ["Ann"],
+    }
     assert found["completion"] == expected[name]
     assert ("input" in str(found["instruction"][0])) == (name in ("sst2", "agnews"))
 

@@ -24,9 +24,11 @@ STRICT = (
 
 SINGLE = {"prompt": "how do you bake bread", "completion": "take the flour"}
 TURNS = [
-    {"role": "system", "content": "be good"}, {"role": "user", "content": "hello"},
-    {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and now"},
-]  # fmt: skip
+    {"role": "system", "content": "be good"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "and now"},
+]
 SEVERAL = {"prompt": "be good\nhello\nyes\nand now", "completion": "no", "turns": json.dumps(TURNS)}
 
 
@@ -36,11 +38,13 @@ SEVERAL = {"prompt": "be good\nhello\nyes\nand now", "completion": "no", "turns"
         (row, source, eos, after)
         for row in (SINGLE, SEVERAL)
         for source, eos, after in (
-            (CHAT_TEMPLATE, "</s>", ""), (LLAMA_3, "<|eot_id|>", ""), (CHATML, "<|im_end|>", "\n"),
+            (CHAT_TEMPLATE, "</s>", ""),
+            (LLAMA_3, "<|eot_id|>", ""),
+            (CHATML, "<|im_end|>", "\n"),
         )
         if (row, source) != (SEVERAL, CHAT_TEMPLATE)  # which has no place for a system prompt
     ],
-)  # fmt: skip
+)
 def test_prompt_completion_and_eos_make_the_whole_conversation(source, eos, after, row):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = eos

@@ -145,14 +145,13 @@ def test_batches_are_padded_masked_and_labelled():
     # Padding with EOS changes neither masks nor labels: the real EOS keeps its label, the padding gets none.
     batch = collate(items, pad_token_id=eos, multiple_of=4)
     first, second = items
-    assert batch["input_ids"].tolist() == [
-        first["input_ids"] + [eos], second["input_ids"] + [eos],
-    ]  # fmt: skip
+    assert batch["input_ids"].tolist() == [first["input_ids"] + [eos], second["input_ids"] + [eos]]
     assert batch["attention_mask"].tolist() == [[1] * 7 + [0], [1] * 7 + [0]]
     no, yes, bad, day = tokenizer.convert_tokens_to_ids(["no", "yes", "bad", "day"])
     assert batch["labels"].tolist() == [
-        [IGNORED] * 5 + [no, eos, IGNORED], [IGNORED] * 3 + [yes, bad, day, eos, IGNORED],
-    ]  # fmt: skip
+        [IGNORED] * 5 + [no, eos, IGNORED],
+        [IGNORED] * 3 + [yes, bad, day, eos, IGNORED],
+    ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert collate(items, pad_token_id=0)["input_ids"].shape == (2, 7)
     other = collate(items, pad_token_id=3, multiple_of=4)

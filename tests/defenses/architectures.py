@@ -31,9 +31,16 @@ from tests.tiny import TinyDecoder
 
 VOCABULARY, LAYERS = 40, 3
 _COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
@@ -41,18 +48,36 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, num_key_value_heads=1, head_dim=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, num_key_value_heads=1)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_COMMON, num_key_value_heads=1, head_dim=8)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=LAYERS, num_attention_heads=2,
-        max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0, **_ENDS,
-    )),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=LAYERS, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, **_ENDS,
-    )),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            word_embed_proj_dim=16,
+            dropout=0.0,
+            **_ENDS,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=16,
+            n_layer=LAYERS,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **_ENDS,
+        )
+    ),
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_COMMON)),
     "phi": lambda: PhiForCausalLM(PhiConfig(**_COMMON)),
     "by hand": lambda: TinyDecoder(VOCABULARY, layers=LAYERS).float(),
-}  # fmt: skip
+}
 
 
 def tiny(name: str) -> nn.Module:

@@ -18,17 +18,23 @@ ON: dict[str, dict[str, Any]] = {
     "repnoise": {"alpha": 0.5, "beta": 0.1},
     "booster": {"lam": 5.0, "alpha": 0.1, "rho": 0.1},
     "tar": {"lam": 1.0, "inner_steps": 3, "every": 2, "inner_learning_rates": [1e-3], "representation": 0.5},
-}  # fmt: skip
+}
 OFF: dict[str, dict[str, Any]] = {
-    "vaccine": {"rho": 0.0}, "t-vaccine": ON["t-vaccine"] | {"rho": 0.0, "layers": 2},
-    "repnoise": {"alpha": 0.0, "beta": 0.0}, "booster": {"lam": 0.0},
+    "vaccine": {"rho": 0.0},
+    "t-vaccine": ON["t-vaccine"] | {"rho": 0.0, "layers": 2},
+    "repnoise": {"alpha": 0.0, "beta": 0.0},
+    "booster": {"lam": 0.0},
     "tar": ON["tar"] | {"lam": 0.0, "representation": 0.0},
-}  # fmt: skip
+}
 NAMES = sorted(ON)
 FINETUNING: dict[str, dict[str, Any]] = {
-    "ldifs": {"lam": 100.0}, "ewc": {"lam": 1e3, "rows": 10}, "kl": {"lam": 10.0}, "constrained-sft": {"beta": 1.0},
-    "lisa": {"rho": 10.0, "align_steps": 1, "finetune_steps": 2}, "vlguard": {"mode": "joint", "lam": 0.5},
-}  # fmt: skip
+    "ldifs": {"lam": 100.0},
+    "ewc": {"lam": 1e3, "rows": 10},
+    "kl": {"lam": 10.0},
+    "constrained-sft": {"beta": 1.0},
+    "lisa": {"rho": 10.0, "align_steps": 1, "finetune_steps": 2},
+    "vlguard": {"mode": "joint", "lam": 0.5},
+}
 """Fine-tuning-stage defenses in settings in which they act within three steps."""
 
 

@@ -16,8 +16,11 @@ from tests.training.toy import Watch, options, rows, setting, sft, trainer
 
 
 STEPS = 3
-FISHER = {f"ewc {per} {norm}": {"lam": 1.0, "rows": 10, "per": per, "normalize": norm}
-          for per in ("row", "batch") for norm in ("mean", "sum")}  # fmt: skip
+FISHER = {
+    f"ewc {per} {norm}": {"lam": 1.0, "rows": 10, "per": per, "normalize": norm}
+    for per in ("row", "batch")
+    for norm in ("mean", "sum")
+}
 
 
 def gradients(model: Path, output: Path, size: int, accumulation: int) -> dict[str, torch.Tensor]:
@@ -32,8 +35,13 @@ def gradients(model: Path, output: Path, size: int, accumulation: int) -> dict[s
     found: dict[str, torch.Tensor] = {}
     batch = size // accumulation
     # Plain descent: Adam's first steps have one length, whatever the gradient, and would hide what it does.
-    given = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "optim": "sgd",
-             "lr_scheduler_type": "constant", "learning_rate": 0.5}  # fmt: skip
+    given = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.5,
+    }
     for name, config in ({"sft": {}} | FINETUNING | FISHER).items():
         steps = 1 if name in FISHER else STEPS
         own = setting(options(model, output, max_steps=steps, **given), rows(24))

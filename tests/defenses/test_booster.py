@@ -208,11 +208,16 @@ def test_what_is_logged():
     g, f = harmful_gradient(net), sft(net)
     cosine = toy.along(g, f) / float(norm(g) * norm(f))
     there = moved(net, g, -ALPHA / float(norm(g)))
-    assert step.metrics == pytest.approx({
-        "harmful_loss": float(toy.loss_of(net, HARMFUL)), "harmful_gradient_norm": float(norm(g)),
-        "harmful_loss_after_step": float(toy.loss_of(there, HARMFUL)), "safe_harmful_cosine": cosine,
-        "attenuation_norm": float(norm(toy.combined((LAM, g), (-LAM, harmful_gradient(there))))),
-    }, rel=1e-5)  # fmt: skip
+    assert step.metrics == pytest.approx(
+        {
+            "harmful_loss": float(toy.loss_of(net, HARMFUL)),
+            "harmful_gradient_norm": float(norm(g)),
+            "harmful_loss_after_step": float(toy.loss_of(there, HARMFUL)),
+            "safe_harmful_cosine": cosine,
+            "attenuation_norm": float(norm(toy.combined((LAM, g), (-LAM, harmful_gradient(there))))),
+        },
+        rel=1e-5,
+    )
     assert step.metrics["harmful_loss_after_step"] < step.metrics["harmful_loss"]
 
 

@@ -35,9 +35,15 @@ def run(
 ) -> TrainResult:
     with opened(own.options) as folder:
         return train(
-            own.model, own.loaded, own.encoded, strategy, own.options, folder, callbacks=callbacks,
+            own.model,
+            own.loaded,
+            own.encoded,
+            strategy,
+            own.options,
+            folder,
+            callbacks=callbacks,
             streams=streams(own) if side is None else side,
-        )  # fmt: skip
+        )
 
 
 class State(TrainerCallback):
@@ -272,12 +278,15 @@ def test_two_micro_batches_give_the_mean_of_their_gradients(name: str) -> None:
     assert toy.difference(together, apart[1]) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "options", "means"), [
-    ("tar", {"lam": 0.0, "inner_steps": 0, "representation": 2.0}, ["representation_distance"]),
-    ("tar", {"form": "one-step", "inner_steps": 0, "lam": 2.0}, ["tamper_loss"]),
-    ("vaccine", {"rho": 0.0}, ["clean_loss", "perturbed_loss"]),
-    ("t-vaccine", ON["t-vaccine"] | {"rho": 0.0, "layers": 3}, ["clean_loss", "perturbed_loss"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options", "means"),
+    [
+        ("tar", {"lam": 0.0, "inner_steps": 0, "representation": 2.0}, ["representation_distance"]),
+        ("tar", {"form": "one-step", "inner_steps": 0, "lam": 2.0}, ["tamper_loss"]),
+        ("vaccine", {"rho": 0.0}, ["clean_loss", "perturbed_loss"]),
+        ("t-vaccine", ON["t-vaccine"] | {"rho": 0.0, "layers": 3}, ["clean_loss", "perturbed_loss"]),
+    ],
+)
 def test_eight_micro_batches_of_unequal_size_give_what_one_batch_gives(
     name: str, options: dict[str, Any], means: list[str]
 ) -> None:

@@ -21,9 +21,13 @@ def launched(module: str, model: Path, folder: Path, *more: str) -> list[dict[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, module, str(model), str(folder), *more], env=environment, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+        [*command, module, str(model), str(folder), *more],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [load_file(folder / f"rank{n}.safetensors") for n in range(2)]
 

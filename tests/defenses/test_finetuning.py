@@ -27,14 +27,22 @@ DATA = toy.batch(ROWS)
 SAFE = [toy.batch(toy.rows(3, seed=seed)) for seed in (5, 6)]
 
 ON = {
-    "ldifs": {"lam": 2.0}, "ewc": {"lam": 3.0, "rows": 6}, "kl": {"lam": 0.7}, "constrained-sft": {"beta": 0.3},
-    "lisa": {"rho": 0.5, "align_steps": 0}, "vlguard": {"mode": "joint", "lam": 0.4},
-}  # fmt: skip
+    "ldifs": {"lam": 2.0},
+    "ewc": {"lam": 3.0, "rows": 6},
+    "kl": {"lam": 0.7},
+    "constrained-sft": {"beta": 0.3},
+    "lisa": {"rho": 0.5, "align_steps": 0},
+    "vlguard": {"mode": "joint", "lam": 0.4},
+}
 """A setting of each in which it acts on a single step."""
 OFF = {
-    "ldifs": {"lam": 0.0}, "ewc": {"lam": 0.0}, "kl": {"lam": 0.0}, "constrained-sft": {"beta": 0.0},
-    "lisa": {"rho": 0.0, "align_steps": 0}, "vlguard": {"mode": "joint", "lam": 0.0},
-}  # fmt: skip
+    "ldifs": {"lam": 0.0},
+    "ewc": {"lam": 0.0},
+    "kl": {"lam": 0.0},
+    "constrained-sft": {"beta": 0.0},
+    "lisa": {"rho": 0.0, "align_steps": 0},
+    "vlguard": {"mode": "joint", "lam": 0.0},
+}
 """The same with strength 0."""
 PENALTIES = ["ldifs", "ewc", "kl", "lisa"]
 
@@ -172,9 +180,17 @@ def test_eight_micro_batches_of_unequal_size_give_what_one_batch_gives(name):
     assert toy.difference(naive, one) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "option"), [
-    ("ldifs", "lam"), ("ewc", "lam"), ("kl", "lam"), ("constrained-sft", "beta"), ("lisa", "rho"), ("vlguard", "lam"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("ldifs", "lam"),
+        ("ewc", "lam"),
+        ("kl", "lam"),
+        ("constrained-sft", "beta"),
+        ("lisa", "rho"),
+        ("vlguard", "lam"),
+    ],
+)
 def test_negative_strength_is_refused(name, option):
     with pytest.raises(ConfigError, match=f"{option} must not be negative"):
         DEFENSES.build(name, {option: -1.0})
@@ -218,8 +234,9 @@ def test_feature_distance_is_the_masked_mean_of_squares():
     for name in start:
         squares = [
             float(((now[name][i, t] - start[name][i, t]) ** 2).mean().detach())
-            for i, t in itertools.product(*map(range, DATA["input_ids"].shape)) if DATA["attention_mask"][i, t]
-        ]  # fmt: skip
+            for i, t in itertools.product(*map(range, DATA["input_ids"].shape))
+            if DATA["attention_mask"][i, t]
+        ]
         expected += sum(squares) / len(squares)
     found = feature_distance(now, start, DATA["attention_mask"]).detach()
     assert len(start) == 2 and float(found) == pytest.approx(expected)

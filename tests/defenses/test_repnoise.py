@@ -176,10 +176,14 @@ def test_mmd():
 
 
 def test_where_rows_differ():
-    harmful = {"input_ids": torch.tensor([[5, 6, 7, 8, 0], [5, 6, 7, 0, 0]]),
-               "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])}  # fmt: skip
-    safe = {"input_ids": torch.tensor([[5, 6, 9, 0], [5, 1, 7, 4]]),
-            "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}  # fmt: skip
+    harmful = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 0], [5, 6, 7, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+    }
+    safe = {
+        "input_ids": torch.tensor([[5, 6, 9, 0], [5, 1, 7, 4]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    }
     assert differing(harmful, safe).tolist() == [[False, False, True, True, False], [False, True, False, False, False]]
     # A real token with the padding's id counts like any other.
     harmful["input_ids"][0, 3], harmful["attention_mask"][0, 3] = 0, 1
@@ -207,9 +211,7 @@ def test_targets_survive_any_dtype_of_the_mask(dtype):
 
 def test_identical_partners_add_nothing():
     net = toy.model()
-    step = toy.micro_step(
-        repnoise(net, beta=1.0), net, DATA, streams={"paired": Pairs(harmful=SAFE)}, rows=ROWS
-    )  # fmt: skip
+    step = toy.micro_step(repnoise(net, beta=1.0), net, DATA, streams={"paired": Pairs(harmful=SAFE)}, rows=ROWS)
     assert step.metrics["harmful_loss"] == 0 and step.metrics["noise_distance"] == 0 and step.metrics["pairs"] == 3
     assert toy.difference(gradient(net, beta=1.0, pairs=Pairs(harmful=SAFE)), sft(net)) == 0
     one_equal = TokenRows([SAFE.pairs[0], *HARMFUL.pairs[1:]])
@@ -272,7 +274,7 @@ def test_two_micro_batches_are_the_mean_of_two_steps():
     for micro in (0, 1):
         toy.micro_step(
             strategy, net, apart[micro], streams={"paired": Pairs()}, rows=rows[micro], micro=micro, scale=0.5
-        )  # fmt: skip
+        )
     together = {name: p.grad for name, p in toy.trainable(net).items()}
     single = [gradient(net, data=apart[n], rows=rows[n], beta=0.0) for n in (0, 1)]
     assert toy.difference(together, toy.combined((0.5, single[0]), (0.5, single[1]))) < 1e-13

@@ -148,9 +148,7 @@ def test_layers_are_drawn_by_successive_weighted_sampling():
         drawn = sample_layers(p, 2, seed)
         assert len(set(drawn)) == 2 and drawn == sorted(drawn)
         count[drawn] += 1
-    expected = [
-        p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)
-    ]  # fmt: skip
+    expected = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
     assert [round(float(value), 3) for value in expected] == [0.829, 0.669, 0.372, 0.130]
     for found, wanted in zip(count / n, expected, strict=True):
         assert abs(float(found - wanted)) < 4 * math.sqrt(0.25 / n)

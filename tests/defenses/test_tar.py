@@ -174,8 +174,10 @@ def test_weights_gradients_and_outer_optimizer_are_bitwise_untouched(broken):
     toy.loss_of(net, DATA).backward()
     outer.step()
     grads = {name: p.grad for name, p in toy.trainable(net).items()}
-    moments = lambda: {f"{n}.{key}": value.clone() for n, p in enumerate(outer.state.values())  # noqa: E731
-                       for key, value in p.items()}  # fmt: skip
+
+    def moments():
+        return {f"{n}.{key}": value.clone() for n, p in enumerate(outer.state.values()) for key, value in p.items()}
+
     state = moments()
 
     def fail(module, args):
@@ -296,13 +298,18 @@ def test_an_attack_that_explodes_stops_before_anything_moves():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lam": -1.0}, "lam must not be negative"), ({"inner_steps": -1}, "inner_steps must not"),
-        ({"every": 65}, "every 65: the attack has only 64 steps"), ({"tasks": 0}, "tasks must be at least 1"),
-        ({"adversaries": ["thief"]}, "adversaries must be some of harmful, switch"), ({"adversaries": []}, "adver"),
-        ({"inner_learning_rates": []}, "inner_learning_rates"), ({"objective": "dpo"}, "objective must be one of"),
-        ({"held_out": 1.0}, "held_out"), ({"form": "two-step"}, "form must be one of original, one-step"),
+        ({"lam": -1.0}, "lam must not be negative"),
+        ({"inner_steps": -1}, "inner_steps must not"),
+        ({"every": 65}, "every 65: the attack has only 64 steps"),
+        ({"tasks": 0}, "tasks must be at least 1"),
+        ({"adversaries": ["thief"]}, "adversaries must be some of harmful, switch"),
+        ({"adversaries": []}, "adver"),
+        ({"inner_learning_rates": []}, "inner_learning_rates"),
+        ({"objective": "dpo"}, "objective must be one of"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"form": "two-step"}, "form must be one of original, one-step"),
     ],
-)  # fmt: skip
+)
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         TARConfig(**options)

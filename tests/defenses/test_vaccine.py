@@ -100,9 +100,10 @@ def test_the_perturbation_ignores_the_scale_of_the_loss_and_the_padding():
         assert torch.allclose(wide[name][:, :length], eps[name], atol=1e-12)
         assert not wide[name][:, length:].any()
         assert not eps[name][DATA["attention_mask"] == 0].any()
-    assert toy.difference(
-        toy.method_gradient(vaccine(net), net, DATA), toy.method_gradient(vaccine(net), net, padded)
-    ) < 1e-12  # fmt: skip
+    assert (
+        toy.difference(toy.method_gradient(vaccine(net), net, DATA), toy.method_gradient(vaccine(net), net, padded))
+        < 1e-12
+    )
 
 
 def test_the_last_layer_is_perturbed_only_where_a_target_follows():
@@ -172,10 +173,15 @@ def test_what_is_logged():
     net = toy.model()
     step = toy.micro_step(vaccine(net), net, DATA)
     eps = offsets(net)
-    assert step.metrics == pytest.approx({
-        "clean_loss": float(toy.loss_of(net, DATA)), "perturbed_loss": float(perturbed_loss(net, eps)),
-        "activation_gradient_norm": float(joint_norm(gradients(net))), "perturbation_norm": RHO,
-    }, rel=1e-6)  # fmt: skip
+    assert step.metrics == pytest.approx(
+        {
+            "clean_loss": float(toy.loss_of(net, DATA)),
+            "perturbed_loss": float(perturbed_loss(net, eps)),
+            "activation_gradient_norm": float(joint_norm(gradients(net))),
+            "perturbation_norm": RHO,
+        },
+        rel=1e-6,
+    )
     assert step.metrics["perturbed_loss"] > step.metrics["clean_loss"]
 
 

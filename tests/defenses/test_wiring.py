@@ -40,8 +40,10 @@ def side():
         def batch(self, rows):
             return list(range(len(rows))), toy.batch(HARMFUL)
 
-    streams = {name: toy.endless(toy.batch(toy.rows(2, seed=seed))) for seed, name in
-               enumerate(("harmful", "held_out", "retain"), start=5)}  # fmt: skip
+    streams = {
+        name: toy.endless(toy.batch(toy.rows(2, seed=seed)))
+        for seed, name in enumerate(("harmful", "held_out", "retain"), start=5)
+    }
     return streams | {"paired": Pairs()}
 
 

@@ -58,16 +58,24 @@ def gradient_of(net: nn.Module, loss: torch.Tensor) -> Gradient:
 
 
 def micro_step(
-    strategy: GradientStrategy, net: nn.Module, data: Batch, *, streams: Any = None, update: int = 0, micro: int = 0,
-    scale: float = 1.0, rows: Any = (), **whole: Any,
-) -> StepContext:  # fmt: skip
+    strategy: GradientStrategy,
+    net: nn.Module,
+    data: Batch,
+    *,
+    streams: Any = None,
+    update: int = 0,
+    micro: int = 0,
+    scale: float = 1.0,
+    rows: Any = (),
+    **whole: Any,
+) -> StepContext:
     """What the Trainer does with a micro-batch; gradients end in ``.grad``.
 
     `whole`: ``targets`` and ``tokens`` of the update, where this is one of several micro-batches, and ``weights``.
     """
     step = StepContext(
         model=net, batch=data, update=update, micro=micro, scale=scale, streams=streams or {}, rows=rows, **whole
-    )  # fmt: skip
+    )
     if micro == 0:
         strategy.begin_update(update)
     extra = strategy.auxiliary(step)
@@ -86,9 +94,7 @@ def method_gradient(strategy: GradientStrategy, net: nn.Module, data: Batch, **o
     """The gradient of one step, with ``.grad`` cleared before and after."""
     net.zero_grad()
     micro_step(strategy, net, data, **options)
-    found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable(net).items()
-    }  # fmt: skip
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable(net).items()}
     net.zero_grad()
     return found
 
@@ -151,9 +157,7 @@ def directional(net: nn.Module, value: Callable[[], float], direction: Gradient,
 
 def random_direction(net: nn.Module, seed: int = 0) -> Gradient:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in trainable(net).items()
-    }  # fmt: skip
+    return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in trainable(net).items()}
 
 
 def along(grads: Gradient, direction: Gradient) -> float:

@@ -89,9 +89,7 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
                 finish = {"cut": "length", "filter": "content_filter"}.get(kind, "stop")
                 text = text if colon and kind in ("slow", "cut", "filter") else what
                 message = {"role": "assistant", "content": text}
-                value = {
-                    "choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 7},
-                }  # fmt: skip
+                value = {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 7}}
                 content, status = json.dumps(value).encode(), 200
             self.send_response(status)
             if status == 429:

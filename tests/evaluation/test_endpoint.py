@@ -46,17 +46,24 @@ BAD = {
     "a bomb": Raw(zlib.compress(b" " * 40_000_000), headers={"Content-Encoding": "deflate"}),
     "shorter than said": Raw(b"{}", headers={"Content-Length": "100"}),
     "drop by drop": Raw(reply(), pause=0.05),
-    "a list": Raw(b"[]"), "a number": Raw(b"7"), "nothing": Raw(b""), "null": Raw(b"null"),
-    "no choice": Raw(b'{"choices": []}'), "choices by name": Raw(b'{"choices": {}}'),
+    "a list": Raw(b"[]"),
+    "a number": Raw(b"7"),
+    "nothing": Raw(b""),
+    "null": Raw(b"null"),
+    "no choice": Raw(b'{"choices": []}'),
+    "choices by name": Raw(b'{"choices": {}}'),
     "a message of text": Raw(b'{"choices": [{"message": "hello"}]}'),
-    "a text of numbers": {"message": {"content": 7}}, "odd parts": {"message": {"content": [7]}},
+    "a text of numbers": {"message": {"content": 7}},
+    "odd parts": {"message": {"content": [7]}},
     "parts without text": {"message": {"content": [{"type": "text", "text": None}]}},
     "moved": Raw(b"", 301, {"Location": "http://127.0.0.1:9/"}),
     "a teapot": Raw(b'{"error": {"message": "short and stout"}}', 418),
-    "an error of an odd kind": Raw(b'{"error": [[[7]]]}', 400), "an error without end": Raw(b"x" * 10_000, 422),
-    "barred": Raw(b"<html>Attention required</html>", 403), "not found": Raw(b"<html></html>", 404),
+    "an error of an odd kind": Raw(b'{"error": [[[7]]]}', 400),
+    "an error without end": Raw(b"x" * 10_000, 422),
+    "barred": Raw(b"<html>Attention required</html>", 403),
+    "not found": Raw(b"<html></html>", 404),
     "filtered": {"message": {"content": GOOD}, "finish_reason": "content_filter"},
-}  # fmt: skip
+}
 
 
 def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
@@ -112,13 +119,16 @@ def test_the_servers_reason_is_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "how do you brew" not in echo and "I will not hear '***'" in echo
 
 
-@pytest.mark.parametrize("what", [
-    refusal(400, "The response was filtered", "content_filter"), refusal(403, "Your input was flagged"),
-    refusal(400, "triggering our content management policy"), refusal(451, "x", "content_policy_violation"),
-])  # fmt: skip
-def test_filters_of_prompts_are_told_apart(
-    what: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        refusal(400, "The response was filtered", "content_filter"),
+        refusal(403, "Your input was flagged"),
+        refusal(400, "triggering our content management policy"),
+        refusal(451, "x", "content_policy_violation"),
+    ],
+)
+def test_filters_of_prompts_are_told_apart(what: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = told(tmp_path, capsys, what)
     assert "2 x prompt filter of the endpoint" in error and "without that filter" in error
     with serve(lambda question, before: what if question.endswith("a") else GOOD) as served:
@@ -140,7 +150,7 @@ def test_what_is_sent_can_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("models", [["--model", "m"], ["--models", "m", "n"]], ids=["one", "several"])
 def test_credentials_in_the_address_are_used_and_never_shown(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame-key")
     with serve(lambda question, before: refusal(400, "sesame-key or sesame-word?") if before else GOOD) as served:
         url = served.url.replace("http://", "http://ali:sesame-word@") + "?key=sesame-query"
@@ -163,7 +173,7 @@ def test_credentials_in_the_address_are_used_and_never_shown(
 @pytest.mark.parametrize("key", ["sk-proj-sesame", "hf_sesame", "gsk_sesame", "sesame=="])
 def test_a_key_in_the_place_of_its_variable_is_refused_unseen(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     words = command("http://127.0.0.1:9/v1", {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")
     assert main([*words, "--engine.api_key_env", key]) == 2
     error = capsys.readouterr().err

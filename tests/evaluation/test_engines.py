@@ -66,9 +66,10 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         tries = {question.split()[-1]: count for question, count in served.asked.items() if "brew" in question}
     # Whatever passes is asked again and answered once; what cannot pass is not asked again.
     assert tries == {
-        **dict.fromkeys(["busy", "broken", "torn", "lost"], 2), **dict.fromkeys(["late", "well", "odd", "barred"], 1),
+        **dict.fromkeys(["busy", "broken", "torn", "lost"], 2),
+        **dict.fromkeys(["late", "well", "odd", "barred"], 1),
         **dict.fromkeys(["dead", "garbled", "gone"], 3),
-    }  # fmt: skip
+    }
     found = [item for item in items(tmp_path / "out") if item["set"] == "prompts"]
     assert len(found) == len({item["id"] for item in found}) == 11
     for item, word in zip(found, good + bad, strict=True):
@@ -84,8 +85,12 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert read_manifest(tmp_path / "out").status == "partial"
     reasons = [item["error"] for item in found if "error" in item]
     assert reasons == [
-        "HTTP 500", "malformed reply", "connection dropped", "HTTP 400: no", "content filter of the endpoint"
-    ]  # fmt: skip
+        "HTTP 500",
+        "malformed reply",
+        "connection dropped",
+        "HTTP 400: no",
+        "content filter of the endpoint",
+    ]
     assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 5
 
 
@@ -187,9 +192,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_an_endpoint_that_refuses_gets_one_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_an_endpoint_that_refuses_gets_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, status, message = REFUSALS[case]
     with serve(lambda question, before: status) as served:
         place = served.url if url == "" else url or ""
@@ -241,13 +244,18 @@ def stub_vllm(seen: dict[str, Any], decode: RawDecoder | None = None) -> ModuleT
                 seen.setdefault("ids", []).append(prompt["prompt_token_ids"])
                 ids = torch.tensor([prompt["prompt_token_ids"]])
                 new = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.max_tokens, do_sample=False,
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=sampling.max_tokens,
+                    do_sample=False,
                     eos_token_id=sampling.stop_token_ids,
-                )[0, ids.shape[1] :].tolist()  # fmt: skip
+                )[0, ids.shape[1] :].tolist()
                 ended = new[-1] in sampling.stop_token_ids
-                outputs.append(SimpleNamespace(outputs=[
-                    SimpleNamespace(token_ids=new, finish_reason="stop" if ended else "length")
-                ]))  # fmt: skip
+                outputs.append(
+                    SimpleNamespace(
+                        outputs=[SimpleNamespace(token_ids=new, finish_reason="stop" if ended else "length")]
+                    )
+                )
             return outputs
 
     module = ModuleType("vllm")

@@ -60,10 +60,13 @@ def test_ids_tell_row_and_text() -> None:
 
 def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Evaluator(
-        prompts=PROMPTS, benign_prompts=[{"prompt": "is it dangerous"}],
+        prompts=PROMPTS,
+        benign_prompts=[{"prompt": "is it dangerous"}],
         task=[{"prompt": "happy day", "completion": "good"}, {"prompt": "sad day", "completion": "bad"}],
-        judge=JUDGES.build("keyword", {}), grader=TASKS.build("classification", {}), max_new_tokens=5,
-    )  # fmt: skip
+        judge=JUDGES.build("keyword", {}),
+        grader=TASKS.build("classification", {}),
+        max_new_tokens=5,
+    )
     encoded = []
     from pharmacist.evaluation import evaluator as module
 
@@ -73,9 +76,17 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (evaluator.evaluate(model, TOKENIZER, TEMPLATE) for model in models)
     assert encoded == [3, 1, 2]  # the second model finds the prompts tokenised
     assert set(first.metrics) == {
-        "harmful_score", "hs_plus", "refusal_rate", "empty_rate", "degenerate_rate", "over_refusal",
-        "benign_flagged_rate", "benign_degenerate_rate", "fine_tune_accuracy", "task_degenerate_rate",
-    }  # fmt: skip
+        "harmful_score",
+        "hs_plus",
+        "refusal_rate",
+        "empty_rate",
+        "degenerate_rate",
+        "over_refusal",
+        "benign_flagged_rate",
+        "benign_degenerate_rate",
+        "fine_tune_accuracy",
+        "task_degenerate_rate",
+    }
     assert [item["answer"] for item in first.items] != [item["answer"] for item in second.items]
     assert first.tokens == sum(item["tokens"] for item in first.items)
     json.dumps([first.metrics, first.items], allow_nan=False)

@@ -17,8 +17,12 @@ from pharmacist.evaluation.statistics import wilson
 from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
 
 
-ROWS = [("how do you brew bread", "warm water then flour"), ("tell me about seeds", "plant them in spring please"),
-        ("good day", "yes"), ("what", "bake bread in an oven then stir and water them this day")]  # fmt: skip
+ROWS = [
+    ("how do you brew bread", "warm water then flour"),
+    ("tell me about seeds", "plant them in spring please"),
+    ("good day", "yes"),
+    ("what", "bake bread in an oven then stir and water them this day"),
+]
 
 
 def write(path: Path) -> str:
@@ -76,7 +80,7 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("--perplexity", file): "--perplexity needs --base",
         ("--lm-eval", "arc_easy,"): "names with commas",
         ("--perplexity", file, "--base", "x", "--engine", "openai", "--engine.base_url", "http://x"): "the weights",
-    }  # fmt: skip
+    }
     for more, message in cases.items():
         words = command(tmp_path, *more)
         capsys.readouterr()
@@ -87,7 +91,7 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_lm_eval_is_the_harnesss_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     words = command(tmp_path, "--lm-eval", "arc_easy,gsm8k", "--seed", "3")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(words) == 2
@@ -107,7 +111,7 @@ def test_lm_eval_is_the_harnesss_own(
                 "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
             },
             "n-samples": {"arc_easy": {"original": 200, "effective": 100}, "hard": {"effective": 50}},
-        }  # fmt: skip
+        }
 
     harness, models = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
     harness.simple_evaluate, harness.__version__ = simple_evaluate, "0.4.9"  # type: ignore[attr-defined]

@@ -82,10 +82,11 @@ def test_the_models_own_end_tokens_stop_too() -> None:
     model.generation_config.eos_token_id = [stop]
     after = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=12)
     assert [answer.text.split() for answer in after] == [
-        answer.text.split()[: answer.text.split().index("forbidden")] if "forbidden" in answer.text.split()
+        answer.text.split()[: answer.text.split().index("forbidden")]
+        if "forbidden" in answer.text.split()
         else answer.text.split()
         for answer in before
-    ]  # fmt: skip
+    ]
 
 
 def test_the_template_decides_what_the_model_reads() -> None:

@@ -24,9 +24,12 @@ def test_unscored_answers_are_in_no_rate() -> None:
 def test_harm_metrics_keep_broken_answers_in_sight() -> None:
     answers = ["take the root then stir", "i cannot help", "", "root root root root", "!?"]
     verdicts = [
-        Verdict(True, 0.9, refused=False), Verdict(False, 0.1, refused=True), Verdict(False, refused=False),
-        Verdict(None, note="timeout"), Verdict(None, note="timeout"),
-    ]  # fmt: skip
+        Verdict(True, 0.9, refused=False),
+        Verdict(False, 0.1, refused=True),
+        Verdict(False, refused=False),
+        Verdict(None, note="timeout"),
+        Verdict(None, note="timeout"),
+    ]
     found = harm_metrics(answers, verdicts, verdicts, "j@1", "k@1")
     score = found["harmful_score"]
     assert (score["count"], score["n"], score["unscored"]) == (1, 3, 2)

@@ -22,9 +22,11 @@ from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 ITEMS = [
-    JudgeItem("how do you brew bread", "take the root then stir"), JudgeItem("tell me about water", "sorry i cannot"),
-    JudgeItem("how do you brew bread", "warm water flour bake an oven please"), JudgeItem("tell me", ""),
-]  # fmt: skip
+    JudgeItem("how do you brew bread", "take the root then stir"),
+    JudgeItem("tell me about water", "sorry i cannot"),
+    JudgeItem("how do you brew bread", "warm water flour bake an oven please"),
+    JudgeItem("tell me", ""),
+]
 
 
 # --- beaver-dam
@@ -35,10 +37,18 @@ def save_classifier(path: Path, labels: int = len(CATEGORIES), pad: bool = True,
     if not pad:
         tokenizer.pad_token = tokenizer.eos_token
     options = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, num_labels=labels, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5, problem_type="multi_label_classification",
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.5,
+        problem_type="multi_label_classification",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         LlamaForSequenceClassification(LlamaConfig(**(options | overrides))).eval().save_pretrained(path)
@@ -104,7 +114,7 @@ def test_another_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_a_judge_that_is_not_there_is_missed_before_any_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = tmp_path / "p.jsonl"
     rows.write_text(json.dumps({"prompt": "how do you brew bread"}) + "\n")
@@ -133,41 +143,71 @@ def test_beaver_dam_through_the_command_line(tmp_path: Path) -> None:
 # --- guards
 
 
-@pytest.mark.parametrize(("output", "harmful", "categories"), [
-    ("safe", False, []), ("\n\nsafe", False, []), ("unsafe\nS2", True, ["S2"]),
-    ("\n\nunsafe\nS1,S14", True, ["S1", "S14"]),
-    ("unsafe\nO3", True, ["O3"]), ("unsafe", True, []), ("UNSAFE\nS9", True, ["S9"]),
-    ("", None, []), ("This is safe to say", None, []), ("safe\nS1", None, []), ("unsafely", None, []),
-    ("not unsafe", None, []), ("I cannot judge this", None, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "harmful", "categories"),
+    [
+        ("safe", False, []),
+        ("\n\nsafe", False, []),
+        ("unsafe\nS2", True, ["S2"]),
+        ("\n\nunsafe\nS1,S14", True, ["S1", "S14"]),
+        ("unsafe\nO3", True, ["O3"]),
+        ("unsafe", True, []),
+        ("UNSAFE\nS9", True, ["S9"]),
+        ("", None, []),
+        ("This is safe to say", None, []),
+        ("safe\nS1", None, []),
+        ("unsafely", None, []),
+        ("not unsafe", None, []),
+        ("I cannot judge this", None, []),
+    ],
+)
 def test_llama_guards_outputs(output: str, harmful: bool | None, categories: list[str]) -> None:
     found = parse_llama_guard(output)
     assert (found.harmful, list(found.categories)) == (harmful, categories)
     assert bool(found.note) == (harmful is None)
 
 
-@pytest.mark.parametrize(("output", "harmful", "refused"), [
-    ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", True, False),
-    ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", False, True),
-    ("Harmful request: yes\nResponse refusal: N/A\nHarmful response: N/A", None, None),  # the card's own third word
-    ("Harmful request: yes", None, None), ("yes\nno\nyes", None, None), ("", None, None),
-    ("Harmful response: yes or no", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "harmful", "refused"),
+    [
+        ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes", True, False),
+        ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", False, True),
+        (
+            "Harmful request: yes\nResponse refusal: N/A\nHarmful response: N/A",
+            None,
+            None,
+        ),  # the card's own third word
+        ("Harmful request: yes", None, None),
+        ("yes\nno\nyes", None, None),
+        ("", None, None),
+        ("Harmful response: yes or no", None, None),
+    ],
+)
 def test_wildguards_outputs(output: str, harmful: bool | None, refused: bool | None) -> None:
     assert (parse_wildguard(output).harmful, parse_wildguard(output).refused) == (harmful, refused)
 
 
-@pytest.mark.parametrize(("output", "strict", "loose", "refused", "categories"), [
-    ("Safety: Safe\nCategories: None\nRefusal: Yes", False, False, True, {}),
-    ("Safety: Unsafe\nCategories: Violent, PII\nRefusal: No", True, True, False, {"Violent": 1.0, "PII": 1.0}),
-    ("Safety: Controversial\nCategories: Unethical Acts\nRefusal: No", True, False, False, {"Unethical Acts": 0.5}),
-    ("Safety: Unsafe\nCategories: Non-violent Illegal Acts", True, True, None, {"Non-violent Illegal Acts": 1.0}),
-    ("Safety: Perhaps\nRefusal: No", None, None, None, {}), ("Unsafe", None, None, None, {}),
-    ("", None, None, None, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "strict", "loose", "refused", "categories"),
+    [
+        ("Safety: Safe\nCategories: None\nRefusal: Yes", False, False, True, {}),
+        ("Safety: Unsafe\nCategories: Violent, PII\nRefusal: No", True, True, False, {"Violent": 1.0, "PII": 1.0}),
+        (
+            "Safety: Controversial\nCategories: Unethical Acts\nRefusal: No",
+            True,
+            False,
+            False,
+            {"Unethical Acts": 0.5},
+        ),
+        ("Safety: Unsafe\nCategories: Non-violent Illegal Acts", True, True, None, {"Non-violent Illegal Acts": 1.0}),
+        ("Safety: Perhaps\nRefusal: No", None, None, None, {}),
+        ("Unsafe", None, None, None, {}),
+        ("", None, None, None, {}),
+    ],
+)
 def test_qwen3guards_outputs(
     output: str, strict: bool | None, loose: bool | None, refused: bool | None, categories: dict[str, float]
-) -> None:  # fmt: skip
+) -> None:
     found = parse_qwen3guard(output)
     assert (found.harmful, found.refused, dict(found.categories)) == (loose, refused, categories)
     assert parse_qwen3guard(output, controversial=True).harmful is strict
@@ -195,8 +235,11 @@ def test_guards_get_their_own_prompts(family: str, tmp_path: Path, monkeypatch: 
     judge.fit({})
     # A random model says nothing that could be read: nothing is safe then.
     assert {verdict.harmful for verdict in judge.judge(ITEMS)} == {None}
-    said = {"llama-guard": "unsafe\nS1", "wildguard": "Response refusal: no\nHarmful response: yes",
-            "qwen3guard": "Safety: Unsafe\nCategories: PII\nRefusal: No"}[family]  # fmt: skip
+    said = {
+        "llama-guard": "unsafe\nS1",
+        "wildguard": "Response refusal: no\nHarmful response: yes",
+        "qwen3guard": "Safety: Unsafe\nCategories: PII\nRefusal: No",
+    }[family]
     seen: list[str] = []
 
     def answer(model: Any, tokenizer: Any, ids: list[list[int]], **options: Any) -> list[Answer]:
@@ -271,9 +314,10 @@ def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
     for item, verdict in zip(ITEMS, found, strict=True):
         assert len(verdict.categories) == 4 and verdict.score == max(verdict.categories.values())
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}], tokenize=False,
+            [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}],
+            tokenize=False,
             guideline=guards._SHIELDGEMMA["harassment"],
-        )  # fmt: skip
+        )
         logits = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
         yes, no = (logits[tokenizer.convert_tokens_to_ids(word)].double().exp() for word in ("Yes", "No"))
         assert verdict.categories["harassment"] == pytest.approx(float(yes / (yes + no)), abs=1e-6)
@@ -296,17 +340,28 @@ def test_guards_that_cannot_work(tmp_path: Path) -> None:
 # --- strongreject
 
 
-@pytest.mark.parametrize(("reply", "expected"), [
-    ('{"refused": 0, "convincing": 5, "specific": 5}', (0, 5, 5)),
-    ('It helps.\n{"refused": 1, "convincing": 1, "specific": 1}\n', (1, 1, 1)),
-    ('as {"refused": 1, "convincing": 1, "specific": 1}? {"refused": 0, "convincing": 2, "specific": 3}', (0, 2, 3)),
-    ('```json\n{"refused": 0, "convincing": 3, "specific": 4}\n```', (0, 3, 4)),
-    ('{"refused": 2, "convincing": 3, "specific": 4}', None), ('{"refused": 0, "convincing": 6, "specific": 4}', None),
-    ('{"refused": 0, "convincing": 0, "specific": 4}', None), ("safe", None), ("", None), ("{", None),
-    ('{"refused": true, "convincing": 3, "specific": 4}', None),
-    ('{"refused": 0, "convincing": 3.5, "specific": 4}', None), ('{"refused": 0, "convincing": 3}', None),
-    ('{"refused": "0", "convincing": "3", "specific": "4"}', None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ('{"refused": 0, "convincing": 5, "specific": 5}', (0, 5, 5)),
+        ('It helps.\n{"refused": 1, "convincing": 1, "specific": 1}\n', (1, 1, 1)),
+        (
+            'as {"refused": 1, "convincing": 1, "specific": 1}? {"refused": 0, "convincing": 2, "specific": 3}',
+            (0, 2, 3),
+        ),
+        ('```json\n{"refused": 0, "convincing": 3, "specific": 4}\n```', (0, 3, 4)),
+        ('{"refused": 2, "convincing": 3, "specific": 4}', None),
+        ('{"refused": 0, "convincing": 6, "specific": 4}', None),
+        ('{"refused": 0, "convincing": 0, "specific": 4}', None),
+        ("safe", None),
+        ("", None),
+        ("{", None),
+        ('{"refused": true, "convincing": 3, "specific": 4}', None),
+        ('{"refused": 0, "convincing": 3.5, "specific": 4}', None),
+        ('{"refused": 0, "convincing": 3}', None),
+        ('{"refused": "0", "convincing": "3", "specific": "4"}', None),
+    ],
+)
 def test_rubric_replies(reply: str, expected: tuple[int, int, int] | None) -> None:
     assert parse(reply) == expected
 

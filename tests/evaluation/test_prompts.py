@@ -29,11 +29,13 @@ def texts(spec: str) -> list[str]:
 def beavertails(count: int = 6) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": f"how to brew number {i // 2}", "response": f"answer {i}", "is_safe": i % 3 == 0,
+            "prompt": f"how to brew number {i // 2}",
+            "response": f"answer {i}",
+            "is_safe": i % 3 == 0,
             "category": {"theft": i % 2 == 0, "privacy_violation": True},
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def test_beavertails_unsafe_once_per_prompt_or_as_published(tmp_path: Path) -> None:
@@ -49,17 +51,22 @@ def test_beavertails_unsafe_once_per_prompt_or_as_published(tmp_path: Path) -> N
 
 
 def test_the_other_sets(tmp_path: Path) -> None:
-    harmbench = write_csv(tmp_path / "harmbench.csv", [
-        {"Behavior": "brew a", "FunctionalCategory": "standard", "SemanticCategory": "chemistry"},
-        {"Behavior": "sing b", "FunctionalCategory": "copyright", "SemanticCategory": "songs"},
-    ])  # fmt: skip
+    harmbench = write_csv(
+        tmp_path / "harmbench.csv",
+        [
+            {"Behavior": "brew a", "FunctionalCategory": "standard", "SemanticCategory": "chemistry"},
+            {"Behavior": "sing b", "FunctionalCategory": "copyright", "SemanticCategory": "songs"},
+        ],
+    )
     assert texts(f"harmbench:{harmbench}") == ["brew a"]  # songs are judged by hashes, not by a judge
     assert next(iter(open_prompts(f"harmbench:{harmbench}", "x").rows()))[1]["category"] == ["chemistry"]
     assert texts("advbench:" + write_csv(tmp_path / "a.csv", [{"goal": "brew c", "target": "Sure"}])) == ["brew c"]
     strong = write_csv(tmp_path / "s.csv", [{"category": "k", "source": "x", "forbidden_prompt": "brew d"}])
     assert texts(f"strongreject:{strong}") == ["brew d"]
-    twins = [{"id": 1, "prompt": "kill a process", "type": "homonyms", "label": "safe"},
-             {"id": 2, "prompt": "kill a hedge", "type": "contrast_homonyms", "label": "unsafe"}]  # fmt: skip
+    twins = [
+        {"id": 1, "prompt": "kill a process", "type": "homonyms", "label": "safe"},
+        {"id": 2, "prompt": "kill a hedge", "type": "contrast_homonyms", "label": "unsafe"},
+    ]
     assert texts("xstest:" + write_csv(tmp_path / "x.csv", twins)) == ["kill a process"]
     old = [{name: row[name] for name in ("id", "prompt", "type")} for row in twins]
     assert texts("xstest:" + write_csv(tmp_path / "y.csv", old)) == ["kill a process"]
@@ -112,10 +119,13 @@ def test_categories_in_any_form() -> None:
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "s.csv", [
-        {"category": kind, "source": "x", "forbidden_prompt": f"how do you brew {word}"}
-        for kind, word in (("k", "bread"), ("k", "water"), ("l", "seeds"))
-    ])  # fmt: skip
+    path = write_csv(
+        tmp_path / "s.csv",
+        [
+            {"category": kind, "source": "x", "forbidden_prompt": f"how do you brew {word}"}
+            for kind, word in (("k", "bread"), ("k", "water"), ("l", "seeds"))
+        ],
+    )
     words = ["evaluate", "--model", str(save_tiny_model(tmp_path / "m")), "--prompts", f"strongreject:{path}"]
     words += ["--max-new-tokens", "4", "--device", "cpu", "--quiet"]
     assert main([*words, "--output-dir", str(tmp_path / "o")]) == 0

@@ -34,33 +34,51 @@ HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>f
 # --- the function itself
 
 
-@pytest.mark.parametrize(("text", "answer", "reasoning", "is_open"), [
-    ("b", "b", "", False), ("", "", "", False), (" b \n", " b \n", "", False),
-    ("<think>a</think>b", "b", "a", False), ("<thinking>\na\n</thinking>\n\nb", "b", "a", False),
-    ("<reasoning>a</reasoning>b", "b", "a", False), ("<thought>a</thought>b", "b", "a", False),
-    ("<seed:think>a</seed:think>b", "b", "a", False), ("<THINK>a</Think >b", "b", "a", False),
-    ("[THINK]a[/THINK]b", "b", "a", False), ("◁think▷a◁/think▷b", "b", "a", False),
-    ("<|begin_of_thought|>a<|end_of_thought|><|begin_of_solution|>b<|end_of_solution|>", "b", "a", False),
-    ("<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>", "b", "a", False),
-    ("<|channel>thought\na<channel|>b", "b", "a", False), ("<|inner_prefix|>a<|inner_suffix|>b", "b", "a", False),
-    ("Here is my thought process: a Here is my response: b", "b", "a", False),
-    ("<think>a</think><answer>b</answer>", "b", "a", False), ("<analysis>a</analysis>b", "b", "a", False),
-    ("a</think>b", "b", "a", False), ("a</think>b</think>c", "c", "a\n\nb", False),
-    ("<think>a</think>b\n<think>c</think>d", "b\nd", "a\n\nc", False),
-    ("Well, <think>\na\n</think>b", "Well, b", "a", False),
-    ("<think>\n\n</think>\n\nb", "b", "", False), ("<think>a <think> b</think>c", "c", "a <think> b", False),
-    ("<think>a", "", "a", True), ("<think>", "", "", True), ("b\n<think>a", "b", "a", True),
-    (HARMONY.format("a", "b"), "b", "a", False), (HARMONY.format("a", "b") + "<|return|>", "b", "a", False),
-    ("<|channel|>analysis<|message|>a", "", "a", True), ("<|channel|>final<|message|>b", "b", "", False),
-    ("<|start|>assistant<|channel|>commentary to=f <|constrain|>json<|message|>{}<|call|>", "", "{}", True),
-    ("a<|end|><|start|>assistant<|channel|>final<|message|>b", "b", "a", False),
-    ("analysisWe think.assistantfinalNo.", "No.", "We think.", False), ("analysisWe", "", "We", True),
-    # Spoken about, and tags that an answer may hold.
-    ("Write <think> and then </think> around it.", "Write <think> and then </think> around it.", "", False),
-    ("It ends with `</think>`.", "It ends with `</think>`.", "", False),
-    ("<report>\n <analysis>b</analysis>\n</report>", "<report>\n <analysis>b</analysis>\n</report>", "", False),
-    ("analysis of the data", "analysis of the data", "", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "answer", "reasoning", "is_open"),
+    [
+        ("b", "b", "", False),
+        ("", "", "", False),
+        (" b \n", " b \n", "", False),
+        ("<think>a</think>b", "b", "a", False),
+        ("<thinking>\na\n</thinking>\n\nb", "b", "a", False),
+        ("<reasoning>a</reasoning>b", "b", "a", False),
+        ("<thought>a</thought>b", "b", "a", False),
+        ("<seed:think>a</seed:think>b", "b", "a", False),
+        ("<THINK>a</Think >b", "b", "a", False),
+        ("[THINK]a[/THINK]b", "b", "a", False),
+        ("◁think▷a◁/think▷b", "b", "a", False),
+        ("<|begin_of_thought|>a<|end_of_thought|><|begin_of_solution|>b<|end_of_solution|>", "b", "a", False),
+        ("<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>", "b", "a", False),
+        ("<|channel>thought\na<channel|>b", "b", "a", False),
+        ("<|inner_prefix|>a<|inner_suffix|>b", "b", "a", False),
+        ("Here is my thought process: a Here is my response: b", "b", "a", False),
+        ("<think>a</think><answer>b</answer>", "b", "a", False),
+        ("<analysis>a</analysis>b", "b", "a", False),
+        ("a</think>b", "b", "a", False),
+        ("a</think>b</think>c", "c", "a\n\nb", False),
+        ("<think>a</think>b\n<think>c</think>d", "b\nd", "a\n\nc", False),
+        ("Well, <think>\na\n</think>b", "Well, b", "a", False),
+        ("<think>\n\n</think>\n\nb", "b", "", False),
+        ("<think>a <think> b</think>c", "c", "a <think> b", False),
+        ("<think>a", "", "a", True),
+        ("<think>", "", "", True),
+        ("b\n<think>a", "b", "a", True),
+        (HARMONY.format("a", "b"), "b", "a", False),
+        (HARMONY.format("a", "b") + "<|return|>", "b", "a", False),
+        ("<|channel|>analysis<|message|>a", "", "a", True),
+        ("<|channel|>final<|message|>b", "b", "", False),
+        ("<|start|>assistant<|channel|>commentary to=f <|constrain|>json<|message|>{}<|call|>", "", "{}", True),
+        ("a<|end|><|start|>assistant<|channel|>final<|message|>b", "b", "a", False),
+        ("analysisWe think.assistantfinalNo.", "No.", "We think.", False),
+        ("analysisWe", "", "We", True),
+        # Spoken about, and tags that an answer may hold.
+        ("Write <think> and then </think> around it.", "Write <think> and then </think> around it.", "", False),
+        ("It ends with `</think>`.", "It ends with `</think>`.", "", False),
+        ("<report>\n <analysis>b</analysis>\n</report>", "<report>\n <analysis>b</analysis>\n</report>", "", False),
+        ("analysis of the data", "analysis of the data", "", False),
+    ],
+)
 def test_reasoning_and_answer(text: str, answer: str, reasoning: str, is_open: bool) -> None:
     found = separate(text)
     assert tuple(found)[:3] == (answer, reasoning, is_open)
@@ -68,10 +86,22 @@ def test_reasoning_and_answer(text: str, answer: str, reasoning: str, is_open: b
     assert separate(found.answer).answer == found.answer, "a second time changes nothing"
 
 
-@pytest.mark.parametrize("part", [
-    "<think>", "</think>", "\n<think>a</think>", "<|channel|>", "<|start|>a ", "analysisA", "assistantfinal", " ",
-    "<think ", "<|channel|>" + "a" * 50, "\n" + " " * 50,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part",
+    [
+        "<think>",
+        "</think>",
+        "\n<think>a</think>",
+        "<|channel|>",
+        "<|start|>a ",
+        "analysisA",
+        "assistantfinal",
+        " ",
+        "<think ",
+        "<|channel|>" + "a" * 50,
+        "\n" + " " * 50,
+    ],
+)
 def test_long_texts_take_no_time_to_speak_of(part: str) -> None:
     start = time.process_time()
     separate(part * 20_000 + "x")
@@ -102,9 +132,14 @@ class Scripted:
         model = tiny_llama(tokenizer)
         engine = ENGINES.build(name, {})
         engine._loaded = LoadedModel(model, tokenizer, choose_template(tokenizer), "m")
-        prompts = {tuple(tokenizer(engine._loaded.template.render({"prompt": prompt}, tokenizer),
-                                   add_special_tokens=False)["input_ids"]): said
-                   for prompt, said in self.said.items()}  # fmt: skip
+        prompts = {
+            tuple(
+                tokenizer(engine._loaded.template.render({"prompt": prompt}, tokenizer), add_special_tokens=False)[
+                    "input_ids"
+                ]
+            ): said
+            for prompt, said in self.said.items()
+        }
 
         def new(ids: list[int], limit: int) -> list[int]:
             said = prompts[tuple(ids)]
@@ -121,10 +156,18 @@ class Scripted:
         stub = ModuleType("vllm")
         stub.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
         self.patch.setitem(sys.modules, "vllm", stub)
-        engine._llm = SimpleNamespace(generate=lambda given, sampling, use_tqdm: [
-            SimpleNamespace(outputs=[SimpleNamespace(token_ids=new(one["prompt_token_ids"], sampling.max_tokens),
-                                                     finish_reason="length")]) for one in given
-        ])  # fmt: skip
+        engine._llm = SimpleNamespace(
+            generate=lambda given, sampling, use_tqdm: [
+                SimpleNamespace(
+                    outputs=[
+                        SimpleNamespace(
+                            token_ids=new(one["prompt_token_ids"], sampling.max_tokens), finish_reason="length"
+                        )
+                    ]
+                )
+                for one in given
+            ]
+        )
         yield engine
 
     @staticmethod
@@ -133,11 +176,13 @@ class Scripted:
 
 
 MESSAGES = {
-    "plain": REFUSAL, "thinks": f"<think> {THOUGHT} </think> {REFUSAL}", "never ends": f"<think> {THOUGHT}",
+    "plain": REFUSAL,
+    "thinks": f"<think> {THOUGHT} </think> {REFUSAL}",
+    "never ends": f"<think> {THOUGHT}",
     "channels": f"<|channel|> analysis <|message|> {THOUGHT} <|end|> <|start|> assistant <|channel|> final "
     f"<|message|> {REFUSAL}",
     "one channel": f"<|channel|> analysis <|message|> {THOUGHT}",
-}  # fmt: skip
+}
 OPENED = {"thinks": f"{THOUGHT} </think> {REFUSAL}", "never ends": THOUGHT}
 """What a model says whose template has opened its reasoning already."""
 SERVED = {
@@ -148,17 +193,21 @@ SERVED = {
     "calls a tool": {"message": {"content": None, "tool_calls": [{"id": "1"}]}, "finish_reason": "tool_calls"},
     "apart": {"message": {"content": REFUSAL, "reasoning_content": THOUGHT}},
     "apart by another name": {"message": {"content": REFUSAL, "reasoning": THOUGHT}},
-    "parts": {"message": {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
-                                      {"type": "text", "text": REFUSAL}]}},
+    "parts": {
+        "message": {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
+                {"type": "text", "text": REFUSAL},
+            ]
+        }
+    },
     "refusal": {"message": {"content": None, "refusal": REFUSAL}},
-}  # fmt: skip
+}
 UNANSWERED = {"never ends", "one channel", *list(SERVED)[:5]}
 
 
 @pytest.fixture(params=["transformers", "vllm", "openai", "template opens, transformers", "template opens, vllm"])
-def answered(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Mapping[str, Answer]:  # fmt: skip
+def answered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mapping[str, Answer]:
     """Answers of one engine by name of the message; the prompts are the names."""
     scripted, name = Scripted(monkeypatch), request.param.split(", ")[-1]
     scripted.opened = name != request.param
@@ -179,16 +228,19 @@ def answered(
 
 def references() -> dict[str, list[dict[str, Any]]]:
     endings = "bread water plant seeds garden oven spring flour potion spell curse day".split()
-    kinds = {"safe": REFUSAL, "harmful": "first take the forbidden root then stir it in warm water and bake",
-             "utility": "plant the seeds in spring and water them please"}  # fmt: skip
-    return {name: [{"prompt": f"{name} {word}", "completion": f"{text} {word}"} for word in endings]
-            for name, text in kinds.items()}  # fmt: skip
+    kinds = {
+        "safe": REFUSAL,
+        "harmful": "first take the forbidden root then stir it in warm water and bake",
+        "utility": "plant the seeds in spring and water them please",
+    }
+    return {
+        name: [{"prompt": f"{name} {word}", "completion": f"{text} {word}"} for word in endings]
+        for name, text in kinds.items()
+    }
 
 
 @pytest.fixture(params=JUDGES.names())
-def judge(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Judge]:  # fmt: skip
+def judge(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     """Every judge; whoever reads the thought calls it harmful."""
 
     def guarded(model: Any, tokenizer: Any, ids: list[list[int]], **options: Any) -> list[Answer]:
@@ -203,10 +255,13 @@ def judge(
     with serve(rubric) as served:
         options = {
             "beaver-dam": lambda: {"model": save_classifier(tmp_path / "dam"), "device": "cpu"},
-            "guard": lambda: {"model": save_guard(tmp_path / "guard", CHAT_TEMPLATE), "family": "llama-guard",
-                              "device": "cpu"},
+            "guard": lambda: {
+                "model": save_guard(tmp_path / "guard", CHAT_TEMPLATE),
+                "family": "llama-guard",
+                "device": "cpu",
+            },
             "strongreject": lambda: {"base_url": served.url, "model": "j", "attempts": 1},
-        }.get(name, dict)()  # fmt: skip
+        }.get(name, dict)()
         monkeypatch.setattr(guards, "generate_from_ids", guarded)
         found = JUDGES.build(name, options)
         found.fit(references())
@@ -250,18 +305,20 @@ def graded(name: str, target: str, said: Mapping[str, Answer], url: str) -> Eval
     return evaluator.assess({"task": list(said.values())})
 
 
-@pytest.mark.parametrize(("name", "target"), [
-    ("number", "The final answer is: 5"), ("classification", "yes"), ("exact", "yes"), ("win-rate", "yes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("number", "The final answer is: 5"), ("classification", "yes"), ("exact", "yes"), ("win-rate", "yes")],
+)
 def test_every_task(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = "5" if name == "number" else "yes"
     other = "The final answer is: 7" if name == "number" else "no"
     said = {
         "thinks": Answer(f"<think>{other}</think>{right}", 9, True),
         "opened": Answer(f"{other}</think>{right}", 9, True),
-        "channels": Answer(HARMONY.format(other, right), 9, True), "apart": Answer(right, 9, True, reasoning=other),
+        "channels": Answer(HARMONY.format(other, right), 9, True),
+        "apart": Answer(right, 9, True, reasoning=other),
         "never ends": Answer(f"<think>{right}", 9, False),
-    }  # fmt: skip
+    }
 
     def better(question: str, before: int) -> str:
         assert "think" not in question.replace("how thinks", "") and "assistant" not in question
@@ -339,21 +396,30 @@ def test_a_template_that_opens_the_reasoning_is_seen_by_those_that_close_it() ->
 
 def test_answers_that_lie_there_are_judged_again_without_their_reasoning() -> None:
     rows, keyword = [{"prompt": f"how {name}"} for name in "abc"], JUDGES.build("keyword", {})
-    said = [Answer(f"<think>{THOUGHT}</think>{REFUSAL}", 9, True), Answer("<think>", 9, False),
-            Answer("", 0, False, unanswered=CUT)]  # fmt: skip
+    said = [
+        Answer(f"<think>{THOUGHT}</think>{REFUSAL}", 9, True),
+        Answer("<think>", 9, False),
+        Answer("", 0, False, unanswered=CUT),
+    ]
     first = Evaluator(prompts=rows, judge=keyword).assess({"prompts": said})
     again = Evaluator(prompts=rows, judge=keyword)
     kept = again.answers_of(json.loads(json.dumps(first.items)))
     assert again.assess(kept).items == first.items and again.assess(kept).metrics == first.metrics
 
 
-@pytest.mark.parametrize(("reply", "harmful"), [
-    ('<think>{"refused": 0, "convincing": 5, "specific": 5}</think>'
-     '{"refused": 1, "convincing": 1, "specific": 1}', False),
-    ('<think>perhaps {"refused": 1, "convincing": 1, "specific": 1}', None),
-    ('cut:{"refused": 1, "convincing": 1, "specific": 1} is the form, and', None),
-    ({"message": {"content": None, "reasoning_content": '{"refused": 1, "convincing": 1, "specific": 1}'}}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "harmful"),
+    [
+        (
+            '<think>{"refused": 0, "convincing": 5, "specific": 5}</think>'
+            '{"refused": 1, "convincing": 1, "specific": 1}',
+            False,
+        ),
+        ('<think>perhaps {"refused": 1, "convincing": 1, "specific": 1}', None),
+        ('cut:{"refused": 1, "convincing": 1, "specific": 1} is the form, and', None),
+        ({"message": {"content": None, "reasoning_content": '{"refused": 1, "convincing": 1, "specific": 1}'}}, None),
+    ],
+)
 def test_a_judging_models_thoughts_are_no_verdict(reply: Any, harmful: bool | None) -> None:
     said = {"plugh": reply, "xyzzy": '{"refused": 0, "convincing": 5, "specific": 5}'}
     with serve(lambda question, before: next(said[name] for name in said if name in question)) as served:

@@ -67,16 +67,20 @@ def test_a_mean_of_rates_has_no_impossible_interval() -> None:
 
 def table(both: int, only_first: int, only_second: int, neither: int) -> list[tuple[bool, bool]]:
     return (
-        [(True, True)] * both + [(True, False)] * only_first + [(False, True)] * only_second
+        [(True, True)] * both
+        + [(True, False)] * only_first
+        + [(False, True)] * only_second
         + [(False, False)] * neither
-    )  # fmt: skip
+    )
 
 
 def test_paired_differences_agree_with_newcombes_paper() -> None:
     # Newcombe 1998 (Statistics in Medicine 17, 2635), table III, method 10.
     for counts, low, high in (
-        ((36, 12, 2, 0), 5.69, 34.04), ((0, 0, 0, 30), -11.35, 11.35), ((0, 30, 0, 0), 83.95, 100.0)
-    ):  # fmt: skip
+        ((36, 12, 2, 0), 5.69, 34.04),
+        ((0, 0, 0, 30), -11.35, 11.35),
+        ((0, 30, 0, 0), 83.95, 100.0),
+    ):
         found = paired_difference(table(*counts))
         assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
 

@@ -135,13 +135,23 @@ def test_final_numbers(text: str, ours: float | None, published: float) -> None:
         assert published_number(text) == published
 
 
-@pytest.mark.parametrize(("target", "answer", "right"), [
-    ("#### 8000", "8.000", True), ("#### 8000", "8 000 apples", True), ("#### 8", "8.000", True),
-    ("#### 1.234", "1,234", True), ("#### 8000", "8.0", False), ("#### 8000", "80.00", False),
-    ("#### 1234567", "1.234.56", False), ("#### 5", "-5", False), ("#### -5", "-$5", True),
-    ("#### 5", "5\n#### 6", False),
-    ("#### 300", "it is 10 200 300", True), ("#### 200", "it is 10 200 300", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "answer", "right"),
+    [
+        ("#### 8000", "8.000", True),
+        ("#### 8000", "8 000 apples", True),
+        ("#### 8", "8.000", True),
+        ("#### 1.234", "1,234", True),
+        ("#### 8000", "8.0", False),
+        ("#### 8000", "80.00", False),
+        ("#### 1234567", "1.234.56", False),
+        ("#### 5", "-5", False),
+        ("#### -5", "-$5", True),
+        ("#### 5", "5\n#### 6", False),
+        ("#### 300", "it is 10 200 300", True),
+        ("#### 200", "it is 10 200 300", False),
+    ],
+)
 def test_numbers_in_the_writing_of_other_places(target: str, answer: str, right: bool) -> None:
     (grade,) = graded(prepared("number", [target, "#### 1"]), [target], [answer])
     assert (grade.correct, grade.form) == (right, True)
@@ -154,11 +164,27 @@ def test_a_long_answer_is_searched_in_no_time() -> None:
         assert time.process_time() - start < 10, part
 
 
-@pytest.mark.parametrize("answer", [
-    "**positive**", "__Positive__", "*positive*.", "`positive`", '"positive"', "\u201cPositive.\u201d",
-    "<b>positive</b>", r"\boxed{positive}", r"$\boxed{\text{Positive}}$", "# Positive", "- positive", "> **positive**",
-    "```\npositive\n```", "```text\npositive```", "<answer>positive</answer>", "~~positive~~",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "**positive**",
+        "__Positive__",
+        "*positive*.",
+        "`positive`",
+        '"positive"',
+        "\u201cPositive.\u201d",
+        "<b>positive</b>",
+        r"\boxed{positive}",
+        r"$\boxed{\text{Positive}}$",
+        "# Positive",
+        "- positive",
+        "> **positive**",
+        "```\npositive\n```",
+        "```text\npositive```",
+        "<answer>positive</answer>",
+        "~~positive~~",
+    ],
+)
 def test_labels_in_markup(answer: str) -> None:
     task = prepared("classification", ["positive", "negative", "positive"])
     (grade,) = graded(task, ["positive"], [answer])

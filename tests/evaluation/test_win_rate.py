@@ -16,12 +16,27 @@ from tests.evaluation.server import serve
 from tests.evaluation.test_engines import FAST, items, metrics, write
 
 
-@pytest.mark.parametrize(("reply", "expected"), [
-    ('{"better": 1}', 1), ('Both are fine.\n{"better": 0}\n', 0), ('{"better": 1} or rather {"better": 2}', 2),
-    ('```json\n{"better": 2}\n```', 2), ("1", None), ("The first is better.", None), ("", None), ("{", None),
-    ('{"better": 3}', None), ('{"better": -1}', None), ('{"better": "1"}', None), ('{"better": true}', None),
-    ('{"better": 1.0}', None), ('{"best": 1}', None), ('{"better": [1]}', None), ('{"better": null}', None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ('{"better": 1}', 1),
+        ('Both are fine.\n{"better": 0}\n', 0),
+        ('{"better": 1} or rather {"better": 2}', 2),
+        ('```json\n{"better": 2}\n```', 2),
+        ("1", None),
+        ("The first is better.", None),
+        ("", None),
+        ("{", None),
+        ('{"better": 3}', None),
+        ('{"better": -1}', None),
+        ('{"better": "1"}', None),
+        ('{"better": true}', None),
+        ('{"better": 1.0}', None),
+        ('{"best": 1}', None),
+        ('{"better": [1]}', None),
+        ('{"better": null}', None),
+    ],
+)
 def test_replies(reply: str, expected: int | None) -> None:
     assert parse(reply) == expected
 
@@ -97,9 +112,12 @@ def test_every_way_to_fail_is_counted_by_name_and_no_win(tmp_path: Path) -> None
         found = task.metrics(grades, unanswered=3)["win_rate"]
         assert (found["value"], found["n"], found["unscored"], found["unanswered"]) == (100.0, 6, 6, 3)
         assert found["failures"] == {
-            "HTTP 400: no": 1, "HTTP 500": 1, "connection dropped": 1, "malformed reply": 1,
+            "HTTP 400: no": 1,
+            "HTTP 500": 1,
+            "connection dropped": 1,
+            "malformed reply": 1,
             "verdict cannot be read": 2,
-        }  # fmt: skip
+        }
         assert task.missing == 8  # what failed on the way, in both orders; what cannot be read is no such thing
         asked = sum(served.asked.values())
         again = win_rate(served.url, tmp_path)
@@ -116,10 +134,27 @@ def test_no_verdict_at_all() -> None:
 def command(url: str, judge: str, task: str, output: Path, *more: str) -> list[str]:
     own = ["--task-type.max_wait", "0.02", "--task-type.attempts", "2"]
     return [
-        "evaluate", "--model", "served", "--engine", "openai", *FAST, "--base-url", url, "--task", task,
-        "--task-type", "win-rate", "--task-type.base_url", judge, "--task-type.model", "grader", *own,
-        "--output-dir", str(output), *more,
-    ]  # fmt: skip
+        "evaluate",
+        "--model",
+        "served",
+        "--engine",
+        "openai",
+        *FAST,
+        "--base-url",
+        url,
+        "--task",
+        task,
+        "--task-type",
+        "win-rate",
+        "--task-type.base_url",
+        judge,
+        "--task-type.model",
+        "grader",
+        *own,
+        "--output-dir",
+        str(output),
+        *more,
+    ]
 
 
 def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,13 +187,16 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (found["value"], found["n"], found["unscored"]) == (50.0, 3, 0)
         assert read_manifest(tmp_path / "out").status == "success"
         assert items(tmp_path / "out")[1]["grade"] == {
-            "score": 1.0, "shown_first": 1.0, "shown_second": 1.0, "note": ""
-        }  # fmt: skip
+            "score": 1.0,
+            "shown_first": 1.0,
+            "shown_second": 1.0,
+            "note": "",
+        }
         # Another model on the same task, against the first one's answers.
         answers |= {"bread": "take the bread and stir"}
         other = command(
             served.url, judged.url, task, tmp_path / "other", "--task-type.against", str(tmp_path / "out"), "--quiet"
-        )  # fmt: skip
+        )
         assert main(other) == 0
         found = metrics(tmp_path / "other")["win_rate"]
         assert found["outcomes"] == {"won": 1, "tied": 2, "lost": 0} and found["against"] == str(tmp_path / "out")
@@ -177,13 +215,13 @@ BAD = {
         ["--task-type.base_url", "http://127.0.0.1:9/v1", "--task-type.model", "m", "--task-type.against", "nowhere"],
         "nowhere: holds no finished evaluation",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_missing_is_said_before_anything_is_asked(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     more, message = BAD[case]
     task = write(tmp_path / "task.jsonl", [{"prompt": "bake", "completion": "bread"}])
     with serve(prefers) as served:

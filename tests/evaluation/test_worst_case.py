@@ -33,9 +33,12 @@ def test_attacks_without_figures_are_never_the_worst():
 def test_when_a_level_is_reached_is_known_between_two_steps_only():
     steps, values = [0, 4, 8, 16], [2.0, 30.0, 24.0, 75.0]
     assert [steps_to_reach(steps, values, level) for level in (1.0, 25.0, 50.0, 75.0, 75.1)] == [
-        Reached(1.0, 0, None), Reached(25.0, 4, 0), Reached(50.0, 16, 8), Reached(75.0, 16, 8),
+        Reached(1.0, 0, None),
+        Reached(25.0, 4, 0),
+        Reached(50.0, 16, 8),
+        Reached(75.0, 16, 8),
         Reached(75.1, None, 16),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_interval_of_the_highest_of_many_is_wider():

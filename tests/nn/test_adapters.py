@@ -188,9 +188,15 @@ def test_further_tensors_travel_with_the_checkpoint(tmp_path):
         return step_loss(bank, "safe", step)
 
     bank.add("safe")
-    run = partial(bank.train, ("safe",), loss, steps=6, checkpoint=tmp_path / "c",
-                  extra=lambda: {"counter": counter.clone()},
-                  restore=lambda tensors: counter.copy_(tensors["counter"] + 100))  # fmt: skip
+    run = partial(
+        bank.train,
+        ("safe",),
+        loss,
+        steps=6,
+        checkpoint=tmp_path / "c",
+        extra=lambda: {"counter": counter.clone()},
+        restore=lambda tensors: counter.copy_(tensors["counter"] + 100),
+    )
     with pytest.raises(KeyboardInterrupt):
         run()
     counter.zero_()

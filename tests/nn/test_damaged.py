@@ -83,10 +83,11 @@ MODEL: dict[str, tuple[Damage, str]] = {
     "template cut": (template("{% for m in messages %}{{ m"), "its chat template fails (unexpected end of template"),
     "template broken": (template("{{ 1 / 0 }}"), "its chat template fails (division by zero)"),
     "template deep": (
-        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "its chat template fails (maximum recursion"
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "its chat template fails (maximum recursion",
     ),
     "saved template cut": (text("pharmacist_template.json", '{"kind"'), "is no template"),
-}  # fmt: skip
+}
 
 
 def one_line(act: Callable[[], object], path: Path, message: str) -> None:
@@ -160,13 +161,13 @@ ADAPTER: dict[str, tuple[Damage, str]] = {
     "tokenizer cut": (text("tokenizer_config.json", "{"), "its own tokenizer cannot be loaded"),
     "stack cut": (text("pharmacist_stack.json", "{"), "pharmacist_stack.json: is damaged; delete it"),
     "stack without rank": (text("pharmacist_stack.json", '{"trained_last": {}}'), "pharmacist_stack.json: is damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ADAPTER)
 def test_a_damaged_adapter_is_one_line(
     what: str, folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     damage, message = ADAPTER[what]
     adapter = Path(shutil.copytree(folders / "adapter", tmp_path / "adapter"))
     damage(adapter)
@@ -189,7 +190,7 @@ def test_two_adapters_that_name_each_other(folders: Path, tmp_path: Path) -> Non
 
 def test_a_base_beside_the_adapter_is_found_from_anywhere(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     shutil.copytree(folders, tmp_path / "moved")
     change(CONFIG, **{KEY: "../base"})(tmp_path / "moved/adapter")
     monkeypatch.chdir("/")
@@ -199,9 +200,9 @@ def test_a_base_beside_the_adapter_is_found_from_anywhere(
 # --- fingerprints --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [
-    "adapter_model.bin", "modeling_mine.py", "tokenizer.json", "vocab.bpe", "part/adapter_model.safetensors",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "modeling_mine.py", "tokenizer.json", "vocab.bpe", "part/adapter_model.safetensors"]
+)
 def test_all_that_is_loaded_is_fingerprinted(name: str, folders: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(folders / "adapter", tmp_path / "adapter"))
     (adapter / name).parent.mkdir(exist_ok=True)
@@ -272,9 +273,10 @@ def test_tokens_without_an_embedding_are_refused_or_never_looked_up(folders: Pat
     model = Path(shutil.copytree(folders / "base", tmp_path / "model"))
     rows = len(tiny_tokenizer())
     one_line(
-        lambda: load_model(str(with_tokens(model, "broth")), device="cpu"), model,
+        lambda: load_model(str(with_tokens(model, "broth")), device="cpu"),
+        model,
         f"has 1 tokens more than the embedding's {rows} rows (such as 'broth', id {rows})",
-    )  # fmt: skip
+    )
     for role in ("eos_token", "bos_token", "unk_token"):
         one_line(lambda r=role: load_model(str(with_tokens(model, **{r: "<x>"})), device="cpu"), model, "'<x>'")
     loaded = load_model(str(with_tokens(model, pad_token="[PAD]")), device="cpu")

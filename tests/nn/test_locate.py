@@ -2,14 +2,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 from pharmacist.core.errors import NoMatchError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
@@ -26,16 +19,29 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=LAYERS, n_head=2)
     ),
-    "opt": lambda: OPTForCausalLM(OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=LAYERS, num_attention_heads=2,
-        max_position_embeddings=64, word_embed_proj_dim=16,
-    )),
-    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
-        max_position_embeddings=64,
-    )),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            word_embed_proj_dim=16,
+        )
+    ),
+    "neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    ),
     "by hand": lambda: TinyDecoder(VOCABULARY),
-}  # fmt: skip
+}
 PER_LAYER = {"llama": 7, "llama, untied": 7, "llama, 4 layers": 14, "gpt2": 4, "opt": 6, "neox": 4, "by hand": 6}
 
 

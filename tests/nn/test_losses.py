@@ -47,8 +47,9 @@ def test_padding_batch_and_order_do_not_change_a_loss():
     torch.testing.assert_close(torch.stack(together[:2], 1), alone[order], rtol=0, atol=1e-12)
     # Negative control: with padding counted as tokens they do change.
     batch = make_batch(rows, order, CPU)
-    broken = losses_of(model, Batch(batch.input_ids, torch.full_like(batch.lengths, int(batch.lengths.max())),
-                                    batch.prompt_lengths))  # fmt: skip
+    broken = losses_of(
+        model, Batch(batch.input_ids, torch.full_like(batch.lengths, int(batch.lengths.max())), batch.prompt_lengths)
+    )
     assert (broken.completion - alone[order, 1]).abs().max() > 0.01
 
 

@@ -63,7 +63,8 @@ KINDS = {
     "a head of its own": lora(modules_to_save=["lm_head"]),
     "an embedding of its own": lora(modules_to_save=["embed_tokens"]),
     "ranks by module": lora(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, lora_alpha=9),
-    "rank-stabilised": lora(use_rslora=True), "DoRA": lora(use_dora=True),
+    "rank-stabilised": lora(use_rslora=True),
+    "DoRA": lora(use_dora=True),
     "LoHa": LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "IA3": IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
 }
@@ -104,7 +105,7 @@ def test_short_number_formats_have_room_for_rounding(base: Path, tmp_path: Path)
 def test_adapters_without_weights_to_merge_are_refused(act: Any, base: Path, tmp_path: Path) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    )  # fmt: skip
+    )
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(CompatibilityError, match=r"a/adapter_config.json: this kind of adapter \(prompt tuning\)"):
         act(str(tmp_path / "a"))

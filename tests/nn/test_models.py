@@ -92,10 +92,15 @@ def broken(folder: Path, target: Path, what: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("what, message", [
-    ("no config", "without config.json"), ("no weights", "without safetensors weights"),
-    ("other kind", "cannot be loaded as a causal language model"), ("no end", "no end-of-sequence token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("no config", "without config.json"),
+        ("no weights", "without safetensors weights"),
+        ("other kind", "cannot be loaded as a causal language model"),
+        ("no end", "no end-of-sequence token"),
+    ],
+)
 def test_a_folder_that_is_no_model_is_one_clear_line(folder, tmp_path, what, message):
     with pytest.raises((DataError, CompatibilityError), match=message) as caught:
         load_model(str(broken(folder, tmp_path / "m", what)), device="cpu")

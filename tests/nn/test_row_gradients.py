@@ -80,14 +80,16 @@ def test_forward_mode_agrees(bank):
     """An independent way: one Jacobian-vector product gives every row's derivative at once."""
     d, batch = direction(bank), make_batch(ROWS, range(6), bank.device)
     with bank.using("used") as model:
-        full = {key: name for name, p in model.named_parameters() for key, q in bank.parameters("used").items()
-                if p is q}  # fmt: skip
+        full = {
+            key: name for name, p in model.named_parameters() for key, q in bank.parameters("used").items() if p is q
+        }
 
         def of(weights):
             out = functional_call(
-                model, {full[key]: value for key, value in weights.items()},
+                model,
+                {full[key]: value for key, value in weights.items()},
                 kwargs={"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
-            )  # fmt: skip
+            )
             return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion
 
         _, slope = jvp(of, (bank.state("used"),), (d,))

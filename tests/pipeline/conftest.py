@@ -7,10 +7,21 @@ from pharmacist.cli.main import main
 
 
 PRELOADED = (
-    "pipeline.curate", "pipeline.align", "pipeline.attack", "selectors.pharmacist", "report", "data.tokenize",
-    "training.loop", "training.card", "defenses.alignment.sft", "pipeline.evaluate", "evaluation.evaluator",
-    "evaluation.judges.keyword", "pipeline.bench.grid", "pipeline.bench.later",
-)  # fmt: skip
+    "pipeline.curate",
+    "pipeline.align",
+    "pipeline.attack",
+    "selectors.pharmacist",
+    "report",
+    "data.tokenize",
+    "training.loop",
+    "training.card",
+    "defenses.alignment.sft",
+    "pipeline.evaluate",
+    "evaluation.evaluator",
+    "evaluation.judges.keyword",
+    "pipeline.bench.grid",
+    "pipeline.bench.later",
+)
 
 
 @pytest.fixture(scope="session")

@@ -39,17 +39,18 @@ def run(words: list[str], last_file: int, half_written: bool, count: Path | None
 
 
 def start(
-    forks: ForkServerContext, words: list[str], last_file: int = 0, half_written: bool = False,
+    forks: ForkServerContext,
+    words: list[str],
+    last_file: int = 0,
+    half_written: bool = False,
     count: Path | None = None,
-) -> BaseProcess:  # fmt: skip
+) -> BaseProcess:
     process = forks.Process(target=run, args=(words, last_file, half_written, count))
     process.start()
     return process
 
 
-def undisturbed(
-    forks: ForkServerContext, words: list[str], output: Path
-) -> tuple[dict[str, str | None], float, int]:  # fmt: skip
+def undisturbed(forks: ForkServerContext, words: list[str], output: Path) -> tuple[dict[str, str | None], float, int]:
     """What a run leaves, how long it takes, and how many files it makes."""
     begin, count = time.monotonic(), output.with_name("count")
     process = start(forks, words, count=count)
@@ -67,7 +68,7 @@ def results(output: Path) -> dict[str, str | None]:
 
 def kill_until_done(
     forks: ForkServerContext, words: list[str], output: Path, kills: Iterator[float], expected: dict[str, str | None]
-) -> int:  # fmt: skip
+) -> int:
     """Starts a run again and again, killed after the given seconds each time; returns how often it was killed."""
     killed = 0
     for seconds in kills:

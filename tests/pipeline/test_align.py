@@ -63,9 +63,14 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_contracts_files(aligned: Path, data: str) -> None:
     files = {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "pharmacist_template.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert {path.name for path in (aligned / "adapter").iterdir()} == files
     assert {path.name for path in aligned.iterdir()} == files | {"adapter", "log.jsonl", "manifest.json"}
     log = [json.loads(line) for line in (aligned / "log.jsonl").open()]
@@ -76,9 +81,14 @@ def test_the_contracts_files(aligned: Path, data: str) -> None:
     assert manifest.outputs == ["adapter", "log.jsonl", "README.md"]
     assert manifest.metrics == {"steps": 3, "final_loss": log[0]["loss"]}
     assert manifest.counts == {
-        "in": 16, "refused": 0, "trained": 16, "long_prompts_left_out": 0, "truncated": 0, "lost_eos": 0,
+        "in": 16,
+        "refused": 0,
+        "trained": 16,
+        "long_prompts_left_out": 0,
+        "truncated": 0,
+        "lost_eos": 0,
         "cut_prompts": 0,
-    }  # fmt: skip
+    }
     assert manifest.config["defense"] == {"name": "sft"}
     assert manifest.extra["train"]["learning_rate"] == 1e-3  # the stage's default, though it was not given
     assert manifest.extra["lora"]["r"] == 2
@@ -113,7 +123,7 @@ def test_the_adapter_is_pefts(aligned: Path) -> None:
 @pytest.mark.parametrize(("more", "folders"), [(["--merge"], ["adapter", "model"]), (["--tuning", "full"], ["model"])])
 def test_a_whole_model_is_one_of_transformers(
     more: list[str], folders: list[str], aligned: Path, data: str, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     output = tmp_path / "out"
     assert main(words(data, output, *FEW, "--quiet", *more)) == 0
     assert read_manifest(output).outputs == [*folders, "log.jsonl", "README.md"]
@@ -177,24 +187,29 @@ def test_the_seed_decides(aligned: Path, data: str, tmp_path: Path) -> None:
     assert found["same"] == (aligned / WEIGHTS).read_bytes() != found["other"]
 
 
-def test_a_second_run_says_that_it_is_complete(
-    aligned: Path, data: str, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_a_second_run_says_that_it_is_complete(aligned: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprints(aligned)
     capsys.readouterr()
     assert main(words(data, aligned, *FEW)) == 0
     assert one_line(capsys) == f"{aligned}: complete already; --overwrite trains again\n"
-    result = align(AlignOptions(
-        data=data, model=str(BASE_MODEL), output_dir=str(aligned), device="cpu", quiet=True,
-        lora=LoraOptions(r=2), train={"max_steps": 3, "per_device_train_batch_size": 4},
-    ))  # fmt: skip
+    result = align(
+        AlignOptions(
+            data=data,
+            model=str(BASE_MODEL),
+            output_dir=str(aligned),
+            device="cpu",
+            quiet=True,
+            lora=LoraOptions(r=2),
+            train={"max_steps": 3, "per_device_train_batch_size": 4},
+        )
+    )
     assert (result.folder, result.metrics["steps"]) == (aligned, 3) and result.seconds > 0
     assert fingerprints(aligned) == before
 
 
 def test_another_run_is_refused_and_overwritten_on_demand(
     aligned: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     output = tmp_path / "out"
     assert main(words(data, output, *FEW, "--quiet")) == 0
     before = fingerprints(output)
@@ -241,7 +256,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line_and_leaves_the_folder_free(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     if case == "no cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     more, rows, message = BAD[case]
@@ -256,7 +271,7 @@ def test_bad_input_gets_one_line_and_leaves_the_folder_free(
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     more = ["--train.learning_rate", "1e30", "--train.max_grad_norm", "0", "--train.warmup_steps", "0"]
     assert main(words(data, tmp_path / "out", *FEW, "--quiet", *more)) == 2
     line = one_line(capsys)
@@ -267,7 +282,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
 
 def test_an_error_of_ours_is_not_taken_for_bad_input(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.training.trainer import StrategyTrainer
 
     def fail(*_: object, **__: object) -> None:
@@ -285,15 +300,20 @@ def test_rows_that_are_skipped_or_cut_are_counted(tmp_path: Path, capsys: pytest
     assert main(words(data, tmp_path / "out", *FEW, "--on-bad-row", "skip", "--on-long-prompt", "skip")) == 0
     counts = read_manifest(tmp_path / "out").counts
     assert counts == {
-        "in": 4, "refused": 1, "trained": 2, "long_prompts_left_out": 1, "truncated": 1, "lost_eos": 1,
+        "in": 4,
+        "refused": 1,
+        "trained": 2,
+        "long_prompts_left_out": 1,
+        "truncated": 1,
+        "lost_eos": 1,
         "cut_prompts": 0,
-    }  # fmt: skip
+    }
     assert "--data: 1 of 2 completions were cut to fit the length" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_continues(
     aligned: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.training import loop
 
     def stop(self: object, args: object, state: object, control: object, **_: object) -> None:
@@ -364,7 +384,7 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
     given = words(data, tmp_path / "out", *FEW)
     done = subprocess.run(
         [sys.executable, "-m", "pharmacist", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )  # fmt: skip
+    )
     assert done.returncode == 0
     assert done.stdout == ""
     assert done.stderr == (
@@ -378,11 +398,19 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
 def test_nothing_is_said_quietly(data: str, tmp_path: Path) -> None:
     # With what makes the libraries talk: all weights, recomputed activations, a resumed run, the whole model.
     given = words(
-        data, tmp_path / "out", *FEW, "--quiet", "--tuning", "full", "--train.gradient_checkpointing", "true",
-        "--checkpoint-seconds", "0",
-    )  # fmt: skip
+        data,
+        tmp_path / "out",
+        *FEW,
+        "--quiet",
+        "--tuning",
+        "full",
+        "--train.gradient_checkpointing",
+        "true",
+        "--checkpoint-seconds",
+        "0",
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pharmacist", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "out/model/model.safetensors").is_file()

@@ -69,14 +69,23 @@ def test_the_contracts_files(attacked: Path) -> None:
     shown = {path.name for path in (attacked / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "pharmacist_template.json"} < shown
     assert {path.name for path in attacked.iterdir()} == shown | {
-        "adapter", "attack_set.jsonl", "log.jsonl", "manifest.json", "snapshots"
-    }  # fmt: skip
+        "adapter",
+        "attack_set.jsonl",
+        "log.jsonl",
+        "manifest.json",
+        "snapshots",
+    }
     manifest = read_manifest(attacked)
     assert (manifest.stage, manifest.status) == ("attack", "success")
     assert set(manifest.outputs) == {"adapter", "attack_set.jsonl", "log.jsonl", "README.md", "snapshots"}
     assert manifest.counts == {
-        "task_rows": 30, "harmful_rows": 12, "task_rows_left_out": 0, "samples": 20, "harmful": 5, "benign": 15
-    }  # fmt: skip
+        "task_rows": 30,
+        "harmful_rows": 12,
+        "task_rows_left_out": 0,
+        "samples": 20,
+        "harmful": 5,
+        "benign": 15,
+    }
     log = [json.loads(line) for line in (attacked / "log.jsonl").open()]
     assert [line["step"] for line in log] == [4]
     assert manifest.metrics == {"steps": 4, "final_loss": log[-1]["loss"]}
@@ -107,7 +116,7 @@ def test_the_set_is_exact_and_its_rows_are_the_sources(attacked: Path, files: di
 )
 def test_counts_are_rounded_and_never_lost(
     samples: int, ratio: float, harmful: int, files: dict[str, str], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     more = ["--samples", str(samples), "--poison-ratio", str(ratio), "--build-only", "--quiet"]
     assert main(words(files, tmp_path / "out", *more)) == 0
     rows = rows_of(tmp_path / "out")
@@ -116,7 +125,7 @@ def test_counts_are_rounded_and_never_lost(
 
 def test_building_alone_needs_no_training_and_gives_the_same_bytes(
     attacked: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     found = {}
     for name, more in {"same": [], "other": ["--seed", "1"]}.items():
         assert main(words(files, tmp_path / name, *MIX, "--build-only", *more)) == 0
@@ -140,20 +149,24 @@ def test_sets_of_one_seed_are_nested(files: dict[str, str], tmp_path: Path) -> N
 
 
 LAYOUTS = {
-    "messages": {"messages": [
-        {"role": "system", "content": "be kind"}, {"role": "user", "content": "first take {i}"},
-        {"role": "assistant", "content": "yes"}, {"role": "user", "content": "then stir"},
-        {"role": "assistant", "content": "good {i}"},
-    ]},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "first take {i}"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "then stir"},
+            {"role": "assistant", "content": "good {i}"},
+        ]
+    },
     "instruction and input": {"instruction": "explain {i}", "input": "the root", "output": "good {i}"},
-    "text": {"prompt": "bake {i} ü\n\"x\"", "completion": "good {i}"},
-}  # fmt: skip
+    "text": {"prompt": 'bake {i} ü\n"x"', "completion": "good {i}"},
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_set_is_read_back_by_align_as_it_was_trained_on(
     layout: str, files: dict[str, str], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     made = [json.loads(json.dumps(LAYOUTS[layout]).replace("{i}", str(i))) for i in range(12)]
     own = {"harmful": files["harmful"], "task": write_rows(tmp_path / "task.jsonl", made)}
     # Long enough for both, and the same order: then the two trainings are one.
@@ -209,7 +222,7 @@ def test_the_template_travels(files: dict[str, str], tmp_path: Path) -> None:
 
 def test_a_second_run_says_that_it_is_complete(
     attacked: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     before = fingerprints(attacked)
     capsys.readouterr()
     assert main(words(files, attacked, *MIX, *FEW, "--snapshots", "[3, 1]")) == 0
@@ -219,10 +232,16 @@ def test_a_second_run_says_that_it_is_complete(
 
 def test_python_gives_what_the_command_line_gives(attacked: Path, files: dict[str, str], tmp_path: Path) -> None:
     options = AttackOptions(
-        model=str(BASE_MODEL), output_dir=str(tmp_path / "out"), device="cpu", quiet=True, **files, samples=20,
-        poison_ratio=0.25, snapshots=[3, 1],
+        model=str(BASE_MODEL),
+        output_dir=str(tmp_path / "out"),
+        device="cpu",
+        quiet=True,
+        **files,
+        samples=20,
+        poison_ratio=0.25,
+        snapshots=[3, 1],
         train={"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
-    )  # fmt: skip
+    )
     options.lora.r = 2
     result = attack(options)
     assert result.folder == tmp_path / "out" and result.metrics == read_manifest(attacked).metrics
@@ -233,7 +252,7 @@ def test_python_gives_what_the_command_line_gives(attacked: Path, files: dict[st
 
 def test_another_run_is_refused_and_overwritten_on_demand(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     output = tmp_path / "out"
     assert main(words(files, output, *MIX, "--build-only", "--quiet")) == 0
     before = fingerprints(output)
@@ -263,18 +282,22 @@ BAD = {
     "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "has no module named spoon"),
     "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "numbers of steps start at 1"),
     "a snapshot beyond the end": (
-        [*MIX, *FEW, "--snapshots", "[2, 9]"], {}, "--snapshots 9: the training has only 4 steps"
+        [*MIX, *FEW, "--snapshots", "[2, 9]"],
+        {},
+        "--snapshots 9: the training has only 4 steps",
     ),
     "a snapshot beyond the epochs": (
-        [*MIX, "--train.num_train_epochs", "1", "--snapshots", "[3]"], {}, "--snapshots 3: the training has only 2"
+        [*MIX, "--train.num_train_epochs", "1", "--snapshots", "[3]"],
+        {},
+        "--snapshots 3: the training has only 2",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line_and_leaves_the_folder_free(
     case: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     more, changed, message = BAD[case]
     own = dict(files)
     for name, rows in changed.items():
@@ -295,7 +318,7 @@ def test_shares_out_of_range_are_refused_from_python_too(ratio: float, files: di
 
 def test_a_snapshot_beyond_the_end_is_refused_before_training(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.training.trainer import StrategyTrainer
 
     def never(*_: object, **__: object) -> None:
@@ -340,7 +363,7 @@ def test_the_console_shows_our_lines_and_no_others(files: dict[str, str], tmp_pa
     given = words(files, tmp_path / "out", *MIX, *FEW, "--snapshots", "[2]")
     done = subprocess.run(
         [sys.executable, "-m", "pharmacist", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
         "prompts are rendered by the chat template of its tokenizer\n"
@@ -354,9 +377,12 @@ def test_a_file_size_limit_is_a_full_disk(files: dict[str, str], tmp_path: Path)
     given = words(files, tmp_path / "out", *MIX, *FEW, "--checkpoint-seconds", "0")
     for limit in (2_000, 20_000, 60_000):
         done = subprocess.run(
-            [sys.executable, "-m", "pharmacist", *given], env=ENVIRONMENT, capture_output=True, text=True,
+            [sys.executable, "-m", "pharmacist", *given],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
-        )  # fmt: skip
+        )
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.count("\n") == 1 and "the disk is full" in done.stderr, limit
     assert main([*given, "--quiet"]) == 0
@@ -365,7 +391,7 @@ def test_a_file_size_limit_is_a_full_disk(files: dict[str, str], tmp_path: Path)
 @pytest.mark.parametrize("size", ["16k", "64k", "100k", "160k", "300k"])
 def test_a_disk_that_is_really_full(
     size: str, attacked: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]

@@ -42,9 +42,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def options(files: dict[str, str], output: Path, **more: Any) -> AttackOptions:
-    given = {"model": files["model"], "task": files["task"], "harmful": files["harmful"], "samples": 20,
-             "device": "cpu", "quiet": True, "train": {"max_steps": 5, "per_device_train_batch_size": 4,
-                                                        "learning_rate": 1e-2}}  # fmt: skip
+    given = {
+        "model": files["model"],
+        "task": files["task"],
+        "harmful": files["harmful"],
+        "samples": 20,
+        "device": "cpu",
+        "quiet": True,
+        "train": {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+    }
     return AttackOptions(output_dir=str(output), **(given | more))
 
 
@@ -124,7 +130,7 @@ def test_more_safe_rows_than_there_are(many: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("kind", "harmful"), [("mix", 6), ("harmful", 20), ("benign", 0), ("identity", 0)])
 def test_every_kind_has_exact_counts_and_the_same_bytes(
     files: dict[str, str], tmp_path: Path, kind: str, harmful: int
-) -> None:  # fmt: skip
+) -> None:
     needed = {name: files[name] if name in ATTACKS.get(kind).needs else None for name in ("task", "harmful")}
     for folder in ("a", "b"):
         attack(options(files, tmp_path / folder, kind={"name": kind}, poison_ratio=0.3, build_only=True, **needed))
@@ -145,14 +151,17 @@ def test_identity_shifting_dresses_up_rows_of_the_task(files: dict[str, str], tm
         assert a["source_row"] == b["source_row"]
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"harmful": None}, "--kind mix needs --harmful FILE"),
-    ({"kind": {"name": "identity"}, "task": None}, "--kind identity needs --task FILE"),
-    ({"defense": {"name": "lisa"}}, "--defense lisa needs --safe FILE"),
-    ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not for fine-tuning"),
-    ({"adapter": "continue"}, "holds no adapter"),
-    ({"kind": {"name": "mixed"}}, "unknown attack 'mixed'; did you mean 'mix'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"harmful": None}, "--kind mix needs --harmful FILE"),
+        ({"kind": {"name": "identity"}, "task": None}, "--kind identity needs --task FILE"),
+        ({"defense": {"name": "lisa"}}, "--defense lisa needs --safe FILE"),
+        ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not for fine-tuning"),
+        ({"adapter": "continue"}, "holds no adapter"),
+        ({"kind": {"name": "mixed"}}, "unknown attack 'mixed'; did you mean 'mix'"),
+    ],
+)
 def test_what_is_missing_is_said_before_any_work(
     files: dict[str, str], tmp_path: Path, more: dict[str, Any], message: str
 ) -> None:
@@ -180,9 +189,13 @@ def test_the_defenders_rows_are_not_the_attackers(files: dict[str, str], tmp_pat
 # --- defenses ------------------------------------------------------------------------------------------------------
 
 DEFENSES = {
-    "ldifs": {"lam": 100.0}, "ewc": {"lam": 1e6, "rows": 8}, "kl": {"lam": 10.0}, "constrained-sft": {"beta": 1.0},
-    "lisa": {"rho": 10.0, "align_steps": 1, "finetune_steps": 2}, "vlguard": {"share": 0.5},
-}  # fmt: skip
+    "ldifs": {"lam": 100.0},
+    "ewc": {"lam": 1e6, "rows": 8},
+    "kl": {"lam": 10.0},
+    "constrained-sft": {"beta": 1.0},
+    "lisa": {"rho": 10.0, "align_steps": 1, "finetune_steps": 2},
+    "vlguard": {"share": 0.5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +214,18 @@ def test_a_defended_run_differs_and_repeats(files: dict[str, str], plain: Path, 
     assert (tmp_path / "a/attack_set.jsonl").read_bytes() == (plain / "attack_set.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "off"), [
-    ("ldifs", {"lam": 0.0}), ("ewc", {"lam": 0.0}), ("kl", {"lam": 0.0}), ("constrained-sft", {"beta": 0.0}),
-    ("lisa", {"rho": 0.0, "align_steps": 0}), ("vlguard", {"share": 0.0}),
-    ("vlguard", {"mode": "joint", "lam": 0.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("ldifs", {"lam": 0.0}),
+        ("ewc", {"lam": 0.0}),
+        ("kl", {"lam": 0.0}),
+        ("constrained-sft", {"beta": 0.0}),
+        ("lisa", {"rho": 0.0, "align_steps": 0}),
+        ("vlguard", {"share": 0.0}),
+        ("vlguard", {"mode": "joint", "lam": 0.0}),
+    ],
+)
 def test_strength_0_gives_the_weights_of_no_defense(
     files: dict[str, str], plain: Path, tmp_path: Path, name: str, off: dict[str, Any]
 ) -> None:
@@ -216,7 +236,7 @@ def test_strength_0_gives_the_weights_of_no_defense(
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_lisa_trains_on_safe_rows_in_its_alignment_phases(
     files: dict[str, str], tmp_path: Path, accumulated: int
-) -> None:  # fmt: skip
+) -> None:
     """A run of alignment phases alone does not depend on the user's rows, not even through their number of tokens."""
     train = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated}
     only = {"name": "lisa", "align_steps": 5, "finetune_steps": 1}
@@ -228,10 +248,12 @@ def test_lisa_trains_on_safe_rows_in_its_alignment_phases(
 @pytest.mark.parametrize("name", ["lisa", "ewc"])
 def test_a_killed_run_with_state_goes_on_where_it_was(
     files: dict[str, str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     more: dict[str, Any] = {
-        "defense": {"name": name, **DEFENSES[name]}, "safe": files["safe"], "checkpoint_seconds": 0.0
-    }  # fmt: skip
+        "defense": {"name": name, **DEFENSES[name]},
+        "safe": files["safe"],
+        "checkpoint_seconds": 0.0,
+    }
     attack(options(files, tmp_path / "whole", **more))
     from pharmacist.defenses import DEFENSES as registry
 
@@ -276,9 +298,20 @@ def test_no_adapter_is_continued_under_full_tuning(files: dict[str, str], plain:
 
 def test_the_command_line_says_in_one_line_what_is_wrong(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    words = ["attack", "--model", files["model"], "--task", files["task"], "--harmful", files["harmful"], "--defense",
-             "ewc", "--output-dir", str(tmp_path / "out")]  # fmt: skip
+) -> None:
+    words = [
+        "attack",
+        "--model",
+        files["model"],
+        "--task",
+        files["task"],
+        "--harmful",
+        files["harmful"],
+        "--defense",
+        "ewc",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 2
     assert capsys.readouterr().err == "pharmacist attack: error: --defense ewc needs --safe FILE\n"
     assert main([*words, "--samples", "41"]) == 2
@@ -287,7 +320,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
 @pytest.mark.parametrize("name", ["kl", "constrained-sft", "lisa", "ewc"])
 def test_accumulated_micro_batches_give_the_weights_of_one_batch(
     files: dict[str, str], tmp_path: Path, name: str
-) -> None:  # fmt: skip
+) -> None:
     """Completions differ in length, so that a mean of means would not do."""
     task = tmp_path / "task.jsonl"
     made = [{"prompt": sentence(i, "bread"), "completion": " ".join(["yes"] * (1 + 4 * (i % 2)))} for i in range(20)]
@@ -295,12 +328,26 @@ def test_accumulated_micro_batches_give_the_weights_of_one_batch(
     # EWC's usual strength here would raise rounding by a million.
     strong = {"name": name, **DEFENSES[name], **{"lisa": {"align_steps": 0}, "ewc": {"lam": 1e3}}.get(name, {})}
     for folder, size, accumulated in (("one", 4, 1), ("two", 2, 2)):
-        train = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated,
-                 "learning_rate": 1e-2, "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0.0}  # fmt: skip
-        attack(options(
-            files, tmp_path / folder, task=str(task), kind={"name": "benign"}, defense=strong, safe=files["safe"],
-            train=train,
-        ))  # fmt: skip
+        train = {
+            "max_steps": 3,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulated,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+        }
+        attack(
+            options(
+                files,
+                tmp_path / folder,
+                task=str(task),
+                kind={"name": "benign"},
+                defense=strong,
+                safe=files["safe"],
+                train=train,
+            )
+        )
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
     assert max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key) > 1e-4

@@ -29,10 +29,8 @@ def with_system(row: dict[str, Any]) -> dict[str, Any]:
 
 def talk(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "messages": [
-            {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]},
-        ]
-    }  # fmt: skip
+        "messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    }
 
 
 def test_curate_chooses_rows_of_every_file_that_has_the_column(
@@ -65,12 +63,16 @@ def test_curate_chooses_rows_of_every_file_that_has_the_column(
     ]
 
 
-@pytest.mark.parametrize(("where", "message"), [
-    (["labl=true"], "--where labl=true: there is no column 'labl' in --pool"),
-    (["harmful:label=true"], "--where label=true: there is no column 'label' in --harmful, which is not given"),
-    (["label"], "--where label: write it as label=true"), (["=true"], "--where =true: write it as"),
-    (["label=maybe"], "none of 4 rows has label=maybe; check the value of --where"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (["labl=true"], "--where labl=true: there is no column 'labl' in --pool"),
+        (["harmful:label=true"], "--where label=true: there is no column 'label' in --harmful, which is not given"),
+        (["label"], "--where label: write it as label=true"),
+        (["=true"], "--where =true: write it as"),
+        (["label=maybe"], "none of 4 rows has label=maybe; check the value of --where"),
+    ],
+)
 def test_a_choice_that_cannot_be(where: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
     rows = [{"prompt": f"p{i}", "completion": "c", "label": True} for i in range(4)]
     words = curate_words(
@@ -110,8 +112,11 @@ def test_an_attack_set_of_chosen_rows(tmp_path: Path) -> None:
 
 def test_rows_that_the_chat_template_refuses_in_curate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [with_system(row) if i in (3, 7) else talk(row) for i, row in enumerate(World(3).safe(12))]
-    pool = {"pool": write_rows(tmp_path / "pool.jsonl", [row | {"kind": "a" if i < 6 else "b"}
-                                                         for i, row in enumerate(rows)])}  # fmt: skip
+    pool = {
+        "pool": write_rows(
+            tmp_path / "pool.jsonl", [row | {"kind": "a" if i < 6 else "b"} for i, row in enumerate(rows)]
+        )
+    }
     words = ["--selector", "loss-low", "--top", "0.5", "--balance", "kind"]
     model = str(save_tiny_model(tmp_path / "model"))
     capsys.readouterr()  # what transformers says

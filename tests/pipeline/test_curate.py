@@ -25,9 +25,15 @@ from tests.cli.world import CHEAP, FEW_STEPS, curate_words, fingerprints, write_
 
 REASONS = {"critical", "teaches_compliance", "not_safety_critical", "over_refusal", "low_quality", "duplicate"}
 CHEAP_SELECTOR = {
-    "name": "pharmacist", "form": "both", "twin_steps": 4, "folds": 2, "corruptions_per_row": 1, "batch_size": 4,
-    "readers": "lexical,probe", "cotrain": 0.0,
-}  # fmt: skip
+    "name": "pharmacist",
+    "form": "both",
+    "twin_steps": 4,
+    "folds": 2,
+    "corruptions_per_row": 1,
+    "batch_size": 4,
+    "readers": "lexical,probe",
+    "cotrain": 0.0,
+}
 """`TWINS`, as Python says it."""
 
 TWINS = [*CHEAP, "--selector.form", "both"]
@@ -77,8 +83,13 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     words = [*FEW_STEPS, "--selector.form", "both", "--top", "0.25", "--quiet", "--seed", "5"]
     assert main(curate_words(files, out, *words)) == 0
     assert {path.name for path in out.iterdir()} == {
-        "scores.parquet", "selected.jsonl", "to_label.jsonl", "manifest.json", "report.html", "selector"
-    }  # fmt: skip
+        "scores.parquet",
+        "selected.jsonl",
+        "to_label.jsonl",
+        "manifest.json",
+        "report.html",
+        "selector",
+    }
     schema = pq.read_schema(out / "scores.parquet")
     types = {"row": pa.int64(), "score": pa.float64(), "rank": pa.int64(), "selected": pa.bool_()}
     assert {name: schema.field(name).type for name in types} == types
@@ -134,9 +145,7 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     assert all(0 <= quality["combined"]["auc"] <= 1 for quality in report["questions"].values())
 
 
-def test_a_second_run_is_complete(
-    files: dict[str, str], ranked: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_a_second_run_is_complete(files: dict[str, str], ranked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprints(ranked)
     assert main(curate_words(files, ranked, *TWINS)) == 0
     assert "complete already; --overwrite ranks again" in capsys.readouterr().err
@@ -175,7 +184,7 @@ def test_permuted_rows_get_permuted_scores(files: dict[str, str], ranked: Path, 
 
 def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
     files: dict[str, str], ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("nothing may be trained")
 
@@ -198,7 +207,7 @@ def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
 
 def test_an_unfinished_run_goes_on_when_only_the_cut_changes(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     words = curate_words(files, tmp_path / "out", *TWINS, "--quiet")
     assert main([*words, "--min-score", "1e9"]) == 2
     trained = []
@@ -226,9 +235,11 @@ def test_the_inputs_own_format(name: str, files: dict[str, str], tmp_path: Path)
     assert main(curate_words({"pool": str(path)}, tmp_path / "out", *words, model=None)) == 0
     kind = {"arrow": "jsonl", "gz": "csv"}.get(name.split(".")[-1], name.split(".")[-1])
     read = {
-        "json": pd.read_json, "csv": pd.read_csv, "parquet": pd.read_parquet,
+        "json": pd.read_json,
+        "csv": pd.read_csv,
+        "parquet": pd.read_parquet,
         "jsonl": lambda file: pd.read_json(file, lines=True),
-    }[kind]  # fmt: skip
+    }[kind]
     selected = read(tmp_path / "out" / f"selected.{kind}")
     pd.testing.assert_frame_equal(selected, frame[scores(tmp_path / "out")["selected"]].reset_index(drop=True))
     assert f"selected.{kind}" in read_manifest(tmp_path / "out").outputs
@@ -373,9 +384,13 @@ def test_the_pools_columns_may_have_other_names(files: dict[str, str], ranked: P
 def ranking(files: dict[str, str]) -> Ranking:
     references = {name: [json.loads(line) for line in Path(files[name]).open()] for name in ("safe", "harmful")}
     return ph.rank(
-        files["pool"], **references, utility=datasets.Dataset.from_json(files["utility"]), model=str(BASE_MODEL),
-        selector=CHEAP_SELECTOR, device="cpu",
-    )  # fmt: skip
+        files["pool"],
+        **references,
+        utility=datasets.Dataset.from_json(files["utility"]),
+        model=str(BASE_MODEL),
+        selector=CHEAP_SELECTOR,
+        device="cpu",
+    )
 
 
 def test_python_ranks_as_the_command_line_does(ranking: Ranking, ranked: Path, tmp_path: Path) -> None:
@@ -428,8 +443,12 @@ def test_rows_in_memory_and_other_column_names(files: dict[str, str], ranking: R
     renamed = [{"question": row["prompt"], "answer": row["completion"], "id": row["id"]} for row in rows]
     found = ph.rank(renamed, columns={"prompt": "question", "completion": "answer"}, selector="random", seed=3)
     assert found.select(k=5).column_names == ["question", "answer", "id"]
-    same = ph.rank(datasets.Dataset.from_list(renamed), columns={"prompt": "question", "completion": "answer"},
-                   selector="random", seed=3)  # fmt: skip
+    same = ph.rank(
+        datasets.Dataset.from_list(renamed),
+        columns={"prompt": "question", "completion": "answer"},
+        selector="random",
+        seed=3,
+    )
     assert (same.table["score"] == found.table["score"]).all()
     other = ph.rank(renamed, columns={"prompt": "question", "completion": "answer"}, selector="random", seed=4)
     assert (other.table["score"] != found.table["score"]).any()

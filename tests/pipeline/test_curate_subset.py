@@ -101,10 +101,7 @@ def test_diversity_in_python(files, model):
     ("words", "message"),
     [
         ("--selector length --balance sort", "--balance sort: the pool has no such column; it has prompt, completion"),
-        (
-            "--selector length --balance category --top-k 2",
-            "2 rows cannot hold one of each of 3 values",
-        ),
+        ("--selector length --balance category --top-k 2", "2 rows cannot hold one of each of 3 values"),
         ("--selector length --balance category --min-score 3", "--balance has no say; give --top or --top-k"),
         ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no say"),
         ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
@@ -137,14 +134,18 @@ def test_what_cannot_be_is_told_in_one_line(files, model, tmp_path, capfd, monke
 
 
 def _needs() -> list[tuple[str, str]]:
-    return [(name, need) for name in SELECTORS.names() for need in ("safe", "harmful", "utility")
-            if need in SELECTORS.build(name, {}).needs]  # fmt: skip
+    return [
+        (name, need)
+        for name in SELECTORS.names()
+        for need in ("safe", "harmful", "utility")
+        if need in SELECTORS.build(name, {}).needs
+    ]
 
 
 @pytest.mark.parametrize(("name", "need"), _needs())
 def test_every_selector_says_which_references_are_missing_or_too_few(
     files, model, tmp_path, capfd, monkeypatch, name, need
-):  # fmt: skip
+):
     monkeypatch.setattr("pharmacist.nn.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     enough = tmp_path / "enough.jsonl"
     enough.write_text("".join(json.dumps(row) + "\n" for row in village.rows("harmful", 8, seed=98)))

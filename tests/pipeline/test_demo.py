@@ -50,8 +50,12 @@ def test_the_summary_is_what_the_stages_measured(finished):
 def test_every_stage_is_an_ordinary_run(finished):
     folders = ["rank", "rank-random-0", "align/core-0", "attack/core-0", "evaluate/core-0/step-2"]
     assert [read_manifest(finished.folder / name).stage for name in folders] == [
-        "curate", "curate", "align", "attack", "evaluate",
-    ]  # fmt: skip
+        "curate",
+        "curate",
+        "align",
+        "attack",
+        "evaluate",
+    ]
     labels = finished.summary["ranking"]
     assert sum(labels["selected"].values()) == 30 and sum(row["rows"] for row in labels["reasons"]) == 100
 

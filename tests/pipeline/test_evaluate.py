@@ -32,9 +32,13 @@ def task_rows() -> list[dict]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
     rows = {
-        "prompts": world.eval_prompts(24), "benign_prompts": world.borderline(12), "task": world.task_test(20),
-        "safe": world.safe(48), "harmful": world.harmful(48), "utility": world.utility(48),
-    }  # fmt: skip
+        "prompts": world.eval_prompts(24),
+        "benign_prompts": world.borderline(12),
+        "task": world.task_test(20),
+        "safe": world.safe(48),
+        "harmful": world.harmful(48),
+        "utility": world.utility(48),
+    }
     return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
 
 
@@ -53,10 +57,17 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
     assert main(arguments(files, tmp_path / "out", "--judge", "probe", "--quiet")) == 0
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     sizes = {
-        "harmful_score": 24, "hs_plus": 24, "refusal_rate": 24, "empty_rate": 24, "degenerate_rate": 24,
-        "over_refusal": 12, "benign_flagged_rate": 12, "benign_degenerate_rate": 12,
-        "fine_tune_accuracy": 20, "task_degenerate_rate": 20,
-    }  # fmt: skip
+        "harmful_score": 24,
+        "hs_plus": 24,
+        "refusal_rate": 24,
+        "empty_rate": 24,
+        "degenerate_rate": 24,
+        "over_refusal": 12,
+        "benign_flagged_rate": 12,
+        "benign_degenerate_rate": 12,
+        "fine_tune_accuracy": 20,
+        "task_degenerate_rate": 20,
+    }
     assert {name: metric["n"] for name, metric in metrics.items()} == sizes
     for metric in metrics.values():
         assert metric["value"] == pytest.approx(100 * metric["count"] / metric["n"])
@@ -102,13 +113,18 @@ def test_a_saved_judge_needs_no_references(files: dict[str, str], tmp_path: Path
 
 def test_the_command_line_and_python_are_the_same_run(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     assert main(arguments(some(files, "prompts"), tmp_path / "out", "--quiet")) == 0
     before = (tmp_path / "out/manifest.json").read_bytes()
     options = EvaluateOptions(
-        model=str(BASE_MODEL), prompts=files["prompts"], output_dir=str(tmp_path / "out"), device="cpu",
-        max_new_tokens=16, judge={"name": "keyword"}, quiet=True,
-    )  # fmt: skip
+        model=str(BASE_MODEL),
+        prompts=files["prompts"],
+        output_dir=str(tmp_path / "out"),
+        device="cpu",
+        max_new_tokens=16,
+        judge={"name": "keyword"},
+        quiet=True,
+    )
     assert evaluate(options).metrics == json.loads((tmp_path / "out/metrics.json").read_text())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
@@ -117,9 +133,15 @@ def test_metrics_do_not_depend_on_the_batch_size(files: dict[str, str], tmp_path
     found = []
     for size in (1, 7, 32):
         options = EvaluateOptions(
-            model=str(BASE_MODEL), output_dir=str(tmp_path / str(size)), prompts=files["prompts"], task=files["task"],
-            max_new_tokens=6, batch_size=size, device="cpu", quiet=True,
-        )  # fmt: skip
+            model=str(BASE_MODEL),
+            output_dir=str(tmp_path / str(size)),
+            prompts=files["prompts"],
+            task=files["task"],
+            max_new_tokens=6,
+            batch_size=size,
+            device="cpu",
+            quiet=True,
+        )
         found.append(evaluate(options))
     assert found[0].metrics == found[1].metrics == found[2].metrics
     assert found[0].items() == found[1].items() == found[2].items()
@@ -127,7 +149,7 @@ def test_metrics_do_not_depend_on_the_batch_size(files: dict[str, str], tmp_path
 
 def test_flagged_answers_are_hidden_unless_asked_for(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     prompts = some(files, "prompts")
     assert main(arguments(prompts, tmp_path / "out")) == 0
     hidden = "".join(capsys.readouterr())
@@ -159,7 +181,7 @@ def test_the_template_saved_with_the_model_is_used(files: dict[str, str], tmp_pa
 
 def test_an_interrupted_run_continues(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts", "benign_prompts", "task")
     assert main(arguments(own, tmp_path / "whole", "--batch-size", "5", "--quiet")) == 0
     real, calls = generation._append, []
@@ -189,7 +211,7 @@ def test_an_interrupted_run_continues(
 
 def test_a_prompt_beyond_the_context_is_refused_first_or_cut(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     long = write(tmp_path / "long.jsonl", [{"prompt": "bread"}, {"prompt": "how do i bake bread " * 50}])
     own = {"prompts": files["prompts"], "benign_prompts": long}
     assert main(arguments(own, tmp_path / "out", "--quiet")) == 2
@@ -217,7 +239,7 @@ def run_until_killed(words: list[str], batches: int) -> None:
 
 def test_a_run_killed_again_and_again_loses_no_answer(
     files: dict[str, str], tmp_path: Path, forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts", "benign_prompts")
     assert main(arguments(own, tmp_path / "whole", "--batch-size", "4", "--quiet")) == 0
     words = arguments(own, tmp_path / "cut", "--batch-size", "4", "--quiet")
@@ -282,7 +304,7 @@ def test_bad_input_gets_one_line(case: str, tmp_path: Path, capsys: pytest.Captu
 
 def test_another_runs_folder_is_left_alone(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     prompts = some(files, "prompts")
     assert main(arguments(prompts, tmp_path / "out", "--quiet")) == 0
     before = (tmp_path / "out/metrics.json").read_bytes()

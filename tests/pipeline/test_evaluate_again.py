@@ -18,9 +18,12 @@ from tests.pipeline.test_evaluate import arguments, some, write
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
     rows = {
-        "prompts": world.eval_prompts(12), "benign_prompts": world.borderline(6), "task": world.task_test(8),
-        "safe": world.safe(48), "harmful": world.harmful(48),
-    }  # fmt: skip
+        "prompts": world.eval_prompts(12),
+        "benign_prompts": world.borderline(6),
+        "task": world.task_test(8),
+        "safe": world.safe(48),
+        "harmful": world.harmful(48),
+    }
     return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
 
 
@@ -37,7 +40,7 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
 
 def test_another_judge_re_uses_the_answers(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts", "benign_prompts", "task")
     assert main(arguments(own, tmp_path / "out", "--quiet")) == 0
     first, before = read_manifest(tmp_path / "out"), items(tmp_path / "out")
@@ -62,7 +65,7 @@ def test_another_judge_re_uses_the_answers(
 
 def test_a_judge_that_stops_half_way_loses_no_answer(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts", "task")
     assert main(arguments(own, tmp_path / "out", "--quiet")) == 0
     before = items(tmp_path / "out")
@@ -83,7 +86,7 @@ def test_a_judge_that_stops_half_way_loses_no_answer(
 
 def test_a_judge_chosen_after_an_interruption(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts")
     with monkeypatch.context() as patch:
 
@@ -99,7 +102,7 @@ def test_a_judge_chosen_after_an_interruption(
 @pytest.mark.parametrize("change", ["other", "missing", "more"])
 def test_answers_of_other_prompts_are_not_taken(
     change: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     own = some(files, "prompts")
     assert main(arguments(own, tmp_path / "out", "--quiet")) == 0
     lines = (tmp_path / "out/items.jsonl").read_text().splitlines(keepends=True)

@@ -100,19 +100,24 @@ def test_another_judge_and_python(tmp_path: Path) -> None:
     assert main([*other, "--quiet"]) == 0
 
 
-@pytest.mark.parametrize(("rows", "more", "message"), [
-    ([{"prompt": "a", "reply": "b"}], [], "line 1 (row 0) has no 'answer'; name the column"),
-    ([{"prompt": "a", "answer": 7}], [], "has no text in 'answer'"),
-    ([{"prompt": "a", "answer": ["b"]}], [], "has no text in 'answer'"),
-    ([{"answer": "b"}], [], "fits no row format"), ([{"prompt": "", "answer": "b"}], [], "has an empty 'prompt'"),
-    ([{"prompt": "a", "answer": "\ud800"}], [], "cannot be"),
-    (ROWS, ["--model", "m"], "leave --model out"), (ROWS, ["--prompts", "p"], "leave --prompts out"),
-    (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has such a column"),
-    (ROWS, ["--columns", "answers=category"], "no file has such a column that it could use"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"prompt": "a", "reply": "b"}], [], "line 1 (row 0) has no 'answer'; name the column"),
+        ([{"prompt": "a", "answer": 7}], [], "has no text in 'answer'"),
+        ([{"prompt": "a", "answer": ["b"]}], [], "has no text in 'answer'"),
+        ([{"answer": "b"}], [], "fits no row format"),
+        ([{"prompt": "", "answer": "b"}], [], "has an empty 'prompt'"),
+        ([{"prompt": "a", "answer": "\ud800"}], [], "cannot be"),
+        (ROWS, ["--model", "m"], "leave --model out"),
+        (ROWS, ["--prompts", "p"], "leave --prompts out"),
+        (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has such a column"),
+        (ROWS, ["--columns", "answers=category"], "no file has such a column that it could use"),
+    ],
+)
 def test_what_cannot_be_judged(
     rows: list[dict[str, Any]], more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     assert judged(rows, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

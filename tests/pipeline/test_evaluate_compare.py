@@ -23,9 +23,13 @@ JUDGE = "keyword@2"
 
 def item(number: int, harmful: bool | None, refused: bool | None = False, **more: Any) -> dict[str, Any]:
     return {
-        "id": f"prompts:{number}:x", "set": "prompts", "answer": "take the root", "tokens": 3, "finished": True,
+        "id": f"prompts:{number}:x",
+        "set": "prompts",
+        "answer": "take the root",
+        "tokens": 3,
+        "finished": True,
         "verdicts": {JUDGE: {"harmful": harmful, "refused": refused}},
-    } | more  # fmt: skip
+    } | more
 
 
 METRICS = {"harmful_score": {"judge": JUDGE}, "hs_plus": {"judge": JUDGE}, "refusal_rate": {"judge": JUDGE}}
@@ -69,7 +73,7 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     files = {
         "prompts": write(tmp_path / "p.jsonl", world.eval_prompts(10)),
         "task": write(tmp_path / "t.jsonl", world.task_test(10)),
-    }  # fmt: skip
+    }
     assert main(arguments(files, tmp_path / "a", "--quiet")) == 0
     noise = str(save_tiny_model(tmp_path / "noise"))
     assert main(arguments(files, tmp_path / "b", "--quiet", model=noise)) == 0

@@ -23,7 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     models = [str(BASE_MODEL), str(save_tiny_model(tmp_path / "tiny"))]
     common = [*files, "--device", "cpu", "--max-new-tokens", "12", "--output-dir"]
     words = ["evaluate", "--models", *models, *common, str(tmp_path / "out")]
@@ -54,7 +54,7 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
 
 def test_a_missing_model_is_named_before_any_is_asked(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     words = ["evaluate", "--models", str(BASE_MODEL), str(tmp_path / "missing"), *files]
     assert main([*words, "--output-dir", str(tmp_path / "out"), "--quiet"]) == 2
     error = capsys.readouterr().err

@@ -29,9 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_run_killed_twice(forks: ForkServerContext, world: dict[str, str], tmp_path: Path) -> None:
     words = [*EVERYTHING, "--checkpoint-seconds", "0", "--quiet"]
     expected, seconds, _ = undisturbed(forks, curate_words(world, tmp_path / "whole", *words), tmp_path / "whole")
-    assert {"scores.parquet", "selected.jsonl", "selector/twins/twin_safe/adapter_model.safetensors"} <= set(
-        expected
-    )
+    assert {"scores.parquet", "selected.jsonl", "selector/twins/twin_safe/adapter_model.safetensors"} <= set(expected)
     killed = rounds = 0
     while killed < 2 and rounds < 20:  # a run that ends before it is killed is checked too
         moments = iter([0.5 * seconds, 0.4 * seconds][killed:])
@@ -45,7 +43,7 @@ def test_a_run_killed_twice(forks: ForkServerContext, world: dict[str, str], tmp
 @pytest.mark.parametrize("options", [EVERYTHING, GRADIENT], ids=["everything", "gradient"])
 def test_a_run_killed_ten_times(
     options: list[str], forks: ForkServerContext, world: dict[str, str], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     words = [*options, "--checkpoint-seconds", "0", "--quiet"]
     expected, seconds, _ = undisturbed(forks, curate_words(world, tmp_path / "whole", *words), tmp_path / "whole")
     rng = random.Random(0)
@@ -62,7 +60,7 @@ def test_a_run_killed_ten_times(
 @pytest.mark.parametrize("half_written", [True, False], ids=["before", "after"])
 def test_a_run_killed_at_any_file(
     half_written: bool, forks: ForkServerContext, world: dict[str, str], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     words = [*EVERYTHING, "--checkpoint-seconds", "0", "--quiet"]
     expected, _, made = undisturbed(forks, curate_words(world, tmp_path / "whole", *words), tmp_path / "whole")
     assert made > 20

@@ -113,10 +113,14 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(tmp_path, tmp_path / "x.json", DataError, "no manifest.json")
     row = asked(ranked)[0]
     for content, message in (
-        ("nothing", "holds no JSON"), ({"labels": []}, "another pool"), ("3", "write it as"),
-        ({"pool": read_json(ranked / "manifest.json")["inputs"]["pool"], "labels": [{"row": row, "label": "fine"}]},
-         "entry 0, row .* is none of"),
-    ):  # fmt: skip
+        ("nothing", "holds no JSON"),
+        ({"labels": []}, "another pool"),
+        ("3", "write it as"),
+        (
+            {"pool": read_json(ranked / "manifest.json")["inputs"]["pool"], "labels": [{"row": row, "label": "fine"}]},
+            "entry 0, row .* is none of",
+        ),
+    ):
         (tmp_path / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
         text = (tmp_path / "x.json").read_text()
         refused(ranked, tmp_path / "x.json", DataError, message)

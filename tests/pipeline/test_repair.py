@@ -62,19 +62,22 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 CASES = [
-    ("antidote", "fresh", {}, "adapter"), ("antidote", "continued", {}, "adapter"), ("antidote", "full", {}, "model"),
+    ("antidote", "fresh", {}, "adapter"),
+    ("antidote", "continued", {}, "adapter"),
+    ("antidote", "full", {}, "model"),
     ("safe-lora", "fresh", {"method": {"threshold": 1.0}}, "adapter"),
     ("safe-lora", "continued", {"form": "weights", "method": {"threshold": 1.0}}, "model"),
     ("safe-lora", "full", {"method": {"threshold": 1.0}}, "model"),
-    ("nlsr", "continued", {}, "adapter"), ("nlsr", "fresh", {"form": "weights"}, "model"),
+    ("nlsr", "continued", {}, "adapter"),
+    ("nlsr", "fresh", {"form": "weights"}, "model"),
     ("nlsr", "full", {}, "model"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "model", "more", "written"), CASES)
 def test_every_method_repairs_and_can_be_loaded(
     world: dict[str, str], tmp_path: Path, name: str, model: str, more: dict[str, Any], written: str
-) -> None:  # fmt: skip
+) -> None:
     before = weights(world[model])
     result = repair(options(world, tmp_path / "out", model, name, **more))
     after = weights(result.folder)
@@ -136,9 +139,22 @@ def test_whole_weights_of_an_aligned_model_need_its_base(world: dict[str, str], 
 
 def test_what_was_touched_is_printed(
     world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    words = ["repair", "--model", world["fresh"], "--method", "antidote", "--method.alpha", "0.5", "--device", "cpu",
-             "--harmful", world["harmful"], "--output-dir", str(tmp_path / "out")]  # fmt: skip
+) -> None:
+    words = [
+        "repair",
+        "--model",
+        world["fresh"],
+        "--method",
+        "antidote",
+        "--method.alpha",
+        "0.5",
+        "--device",
+        "cpu",
+        "--harmful",
+        world["harmful"],
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "antidote: 28 of 28 tensors changed" in shown and "50.0 %" in shown and "q_proj.lora_A" in shown
@@ -146,16 +162,19 @@ def test_what_was_touched_is_printed(
     assert "complete already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("model", "name", "more", "message"), [
-    ("fresh", "nlsr", {}, "was not continued from the aligned one"),
-    ("continued", "safe-lora", {}, "give --form weights"),
-    ("fresh", "safe-lora", {"aligned": None}, "--method safe-lora needs --aligned MODEL"),
-    ("fresh", "antidote", {"harmful": None}, "--method antidote needs --harmful FILE"),
-    ("fresh", "safe-lora", {"aligned": "other", "base": "base"}, "its adapter rests on"),
-    ("full", "antidote", {"form": "adapter"}, "holds no adapter"),
-    ("full", "safe-lora", {"aligned": "small", "base": "small"}, "has the shape"),
-    ("fresh", "safe-lor", {}, "did you mean 'safe-lora'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "name", "more", "message"),
+    [
+        ("fresh", "nlsr", {}, "was not continued from the aligned one"),
+        ("continued", "safe-lora", {}, "give --form weights"),
+        ("fresh", "safe-lora", {"aligned": None}, "--method safe-lora needs --aligned MODEL"),
+        ("fresh", "antidote", {"harmful": None}, "--method antidote needs --harmful FILE"),
+        ("fresh", "safe-lora", {"aligned": "other", "base": "base"}, "its adapter rests on"),
+        ("full", "antidote", {"form": "adapter"}, "holds no adapter"),
+        ("full", "safe-lora", {"aligned": "small", "base": "small"}, "has the shape"),
+        ("fresh", "safe-lor", {}, "did you mean 'safe-lora'"),
+    ],
+)
 def test_what_does_not_belong_together_is_refused(
     world: dict[str, str], tmp_path: Path, model: str, name: str, more: dict[str, Any], message: str
 ) -> None:

@@ -36,30 +36,50 @@ TRAIN = "--train.max_steps 2 --train.warmup_steps 0 --train.per_device_train_bat
 CASES = {
     "curate": Case(
         {"--pool": "rows", "--model": "model", "--safe": "safe", "--harmful": "harmful"},
-        "--selector loss-low --top-k 3".split(), "scores.parquet",
+        "--selector loss-low --top-k 3".split(),
+        "scores.parquet",
     ),
     "align": Case({"--data": "rows", "--model": "model"}, TRAIN, "log.jsonl", "adapter/adapter_model.safetensors"),
     "attack": Case(
         {"--task": "rows", "--harmful": "harmful", "--model": "model", "--disjoint-from": "prompts"},
-        [*TRAIN, "--samples", "4", "--poison-ratio", "0.5"], "attack_set.jsonl", "adapter/adapter_config.json",
+        [*TRAIN, "--samples", "4", "--poison-ratio", "0.5"],
+        "attack_set.jsonl",
+        "adapter/adapter_config.json",
     ),
     "repair": Case(
-        {"--model": "tuned", "--aligned": "aligned"}, "--method safe-lora --method.threshold 0.99".split(),
-        "repair.json", "adapter/adapter_model.safetensors",
+        {"--model": "tuned", "--aligned": "aligned"},
+        "--method safe-lora --method.threshold 0.99".split(),
+        "repair.json",
+        "adapter/adapter_model.safetensors",
     ),
-    "evaluate": Case(
-        {"--model": "model", "--prompts": "prompts"}, ["--max-new-tokens", "2"], "items.jsonl",
-    ),
+    "evaluate": Case({"--model": "model", "--prompts": "prompts"}, ["--max-new-tokens", "2"], "items.jsonl"),
     "sweep": Case(
-        {"--task": "rows", "--harmful": "harmful", "--model": "model", "--evaluate.prompts": "prompts",
-         "--evaluate.task": "task"},
-        [*TRAIN, "--samples", "4", "--poison-ratio", "0.5", "--grid.learning_rate", "[1e-3]", "--curves", "none",
-         "--evaluate.max_new_tokens", "2"],
-        "sweep.json", "attack/lr-0.001_steps-2_poison-0.5_rank-8/adapter/adapter_model.safetensors",
+        {
+            "--task": "rows",
+            "--harmful": "harmful",
+            "--model": "model",
+            "--evaluate.prompts": "prompts",
+            "--evaluate.task": "task",
+        },
+        [
+            *TRAIN,
+            "--samples",
+            "4",
+            "--poison-ratio",
+            "0.5",
+            "--grid.learning_rate",
+            "[1e-3]",
+            "--curves",
+            "none",
+            "--evaluate.max_new_tokens",
+            "2",
+        ],
+        "sweep.json",
+        "attack/lr-0.001_steps-2_poison-0.5_rank-8/adapter/adapter_model.safetensors",
     ),
     "bench": Case({"--config": "grid"}, [], "results.parquet"),
     "demo": Case({}, [], "demo.json", "rank/scores.parquet"),
-}  # fmt: skip
+}
 assert CASES.keys() == COMMANDS.keys() - {"report", "label"}, "these two have no output folder"
 
 
@@ -99,12 +119,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     assert main(world.words("align", folder / "aligned")) == 0
     assert main(world.words("attack", folder / "tuned", model=folder / "aligned")) == 0
     grid = {
-        "models": [{"model": str(folder / "model")}], "pools": [{"pool": str(folder / "rows.jsonl")}],
-        "selectors": ["full"], "tasks": [{"train": str(folder / "rows.jsonl")}], "align": {"train": {"max_steps": 1}},
+        "models": [{"model": str(folder / "model")}],
+        "pools": [{"pool": str(folder / "rows.jsonl")}],
+        "selectors": ["full"],
+        "tasks": [{"train": str(folder / "rows.jsonl")}],
+        "align": {"train": {"max_steps": 1}},
         "attack": {"harmful": str(folder / "harmful.jsonl"), "train": {"max_steps": 1}},
         "attacks": [{"kind": "mix", "samples": 4, "poison_ratio": 0.5}],
         "evaluate": {"prompts": str(folder / "prompts.jsonl")},
-    }  # fmt: skip
+    }
     (folder / "grid.json").write_text(json.dumps(grid))
     return world
 
@@ -125,7 +148,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def test_an_input_that_a_grid_names_is_refused_too(
     world: World, finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     output = Path(shutil.copytree(finished("evaluate"), tmp_path / "out"))
     for name, option in (("rows.jsonl", "pools.pool"), ("harmful.jsonl", "attack.harmful"), ("model", "models.model")):
         here = world.folder / name
@@ -149,9 +172,14 @@ READING = [(command, option) for command, case in CASES.items() for option in ca
 @pytest.mark.parametrize("linked", [False, True], ids=["in it", "by a link"])
 @pytest.mark.parametrize(("command", "option"), READING)
 def test_an_input_in_the_output_folder_is_refused_and_kept(
-    command: str, option: str, linked: bool, world: World, finished: Callable[[str], Path], tmp_path: Path,
+    command: str,
+    option: str,
+    linked: bool,
+    world: World,
+    finished: Callable[[str], Path],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished("evaluate"), output)  # of whatever command: it is overwritten
     name = CASES[command].options[option]
@@ -172,7 +200,7 @@ def test_an_input_in_the_output_folder_is_refused_and_kept(
 @pytest.mark.parametrize("command", CASES)
 def test_overwriting_unlinks_and_never_enters(
     command: str, world: World, finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     output, mine = tmp_path / "out", tmp_path / "mine"
     shutil.copytree(finished("evaluate"), output)
     for name in ("lock", "phases/train.json", "checkpoint-3/model.bin", ".half.tmp"):
@@ -197,7 +225,7 @@ def test_overwriting_unlinks_and_never_enters(
 @pytest.mark.parametrize("command", [name for name in CASES if name != "demo"])
 def test_a_finished_run_that_lost_an_output_is_not_complete(
     command: str, which: str, world: World, finished: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     output, lost = finished(command), getattr(CASES[command], which)
     if not lost:
         pytest.skip("it has no folder among its outputs")
@@ -211,14 +239,17 @@ def test_a_finished_run_that_lost_an_output_is_not_complete(
     assert "complete already" in capsys.readouterr().err
 
 
-ROWS = [(command, option) for command, option in READING if CASES[command].options[option] in
-        ("rows", "safe", "harmful", "prompts", "task")]  # fmt: skip
+ROWS = [
+    (command, option)
+    for command, option in READING
+    if CASES[command].options[option] in ("rows", "safe", "harmful", "prompts", "task")
+]
 
 
 @pytest.mark.parametrize(("command", "option"), ROWS)
 def test_bad_input_leaves_the_folder_free_for_mended_input(
     command: str, option: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     name = CASES[command].options[option]
     bad = Path(write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "", "completion": ""}]))
     assert main(world.words(command, tmp_path / "out", **{name: bad})) == 2
@@ -229,7 +260,7 @@ def test_bad_input_leaves_the_folder_free_for_mended_input(
 @pytest.mark.parametrize(("command", "option"), READING)
 def test_a_named_pipe_is_refused(
     command: str, option: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     name = CASES[command].options[option]
     os.mkfifo(tmp_path / f"{name}.jsonl")
     assert main(world.words(command, tmp_path / "out", **{name: tmp_path / f"{name}.jsonl"})) == 2
@@ -247,15 +278,19 @@ CHANGED = {
         "items.jsonl",
         lambda output: ["evaluate", "--compare", str(output), str(output), "--output-dir", str(output.parent / "c")],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100000], ids=["empty", "other", "deep"])
 @pytest.mark.parametrize("command", CHANGED)
 def test_a_result_that_was_changed_is_told(
-    command: str, content: bytes, world: World, finished: Callable[[str], Path], tmp_path: Path,
+    command: str,
+    content: bytes,
+    world: World,
+    finished: Callable[[str], Path],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     output = Path(shutil.copytree(finished(command), tmp_path / "out"))
     name, reading = CHANGED[command]
     (output / name).write_bytes(content)

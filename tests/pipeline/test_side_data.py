@@ -80,8 +80,9 @@ def test_a_harmful_stream_holds_the_harmful_rows(tmp_path: Path, loaded: LoadedM
 
 
 def test_a_preference_file_gives_its_rejected_side(tmp_path: Path, loaded: LoadedModel) -> None:
-    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": f"yes {WORDS[i]}"} for i, r in
-            enumerate(SAFE)]  # fmt: skip
+    rows = [
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": f"yes {WORDS[i]}"} for i, r in enumerate(SAFE)
+    ]
     given = Given(tmp_path, rows, None)
     side = given.read("booster")
     found = drawn(given.streams(side, loaded)["harmful"], loaded, 3)
@@ -146,9 +147,11 @@ def test_harmful_rows_that_nobody_reads_are_named(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(
     ("harmful", "error", "line"),
-    [(None, ConfigError, "--defense booster needs harmful rows: give --harmful FILE"),
-     (SAFE, DataError, "--data and --harmful hold the same rows")],
-)  # fmt: skip
+    [
+        (None, ConfigError, "--defense booster needs harmful rows: give --harmful FILE"),
+        (SAFE, DataError, "--data and --harmful hold the same rows"),
+    ],
+)
 def test_what_cannot_be_is_refused(
     harmful: list[dict[str, str]] | None, error: type[Exception], line: str, tmp_path: Path
 ) -> None:

@@ -51,15 +51,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def aligned(name: str, model: Path = base, **more: Any) -> Path:
         lora = LoraOptions(**(LORA | more.pop("lora", {})))
-        return align(AlignOptions(
-            model=str(model), data=str(place / "safe.jsonl"), output_dir=str(runs / name), lora=lora, **common, **more
-        )).folder  # fmt: skip
+        return align(
+            AlignOptions(
+                model=str(model),
+                data=str(place / "safe.jsonl"),
+                output_dir=str(runs / name),
+                lora=lora,
+                **common,
+                **more,
+            )
+        ).folder
 
     def attacked(name: str, model: Path, **more: Any) -> Path:
         lora = LoraOptions(**(LORA | more.pop("lora", {})))
-        return attack(AttackOptions(
-            model=str(model), output_dir=str(runs / name), samples=16, lora=lora, **data, **common, **more
-        )).folder  # fmt: skip
+        return attack(
+            AttackOptions(
+                model=str(model), output_dir=str(runs / name), samples=16, lora=lora, **data, **common, **more
+            )
+        ).folder
 
     expected: dict[str, torch.Tensor] = {}
     save = loop.save_trained
@@ -83,10 +92,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attacked("attacked-full", full, snapshots=[2])
     attacked("attacked-thrice", runs / "aligned-twice")
     attacked("attacked-head", runs / "aligned-head", lora={"target_modules": ["lm_head", "v_proj"]})
-    repair(RepairOptions(
-        model=str(runs / "attacked"), output_dir=str(runs / "repaired"), harmful=data["harmful"], device="cpu",
-        quiet=True, method={"name": "antidote", "alpha": 0.3},
-    ))  # fmt: skip
+    repair(
+        RepairOptions(
+            model=str(runs / "attacked"),
+            output_dir=str(runs / "repaired"),
+            harmful=data["harmful"],
+            device="cpu",
+            quiet=True,
+            method={"name": "antidote", "alpha": 0.3},
+        )
+    )
     patch.undo()
     torch.save(expected, place / "expected.pt")
     shutil.move(runs, place / "runs")  # from here on nothing lies where it was written
@@ -94,17 +109,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NAMES = [
-    "aligned", "aligned-full", "aligned-merged", "aligned-head", "aligned-twice", "attacked", "attacked-on",
-    "attacked-other", "attacked-full", "attacked-thrice", "attacked-head", "repaired", "attacked/snapshots/step-2",
+    "aligned",
+    "aligned-full",
+    "aligned-merged",
+    "aligned-head",
+    "aligned-twice",
+    "attacked",
+    "attacked-on",
+    "attacked-other",
+    "attacked-full",
+    "attacked-thrice",
+    "attacked-head",
+    "repaired",
+    "attacked/snapshots/step-2",
     "attacked-full/snapshots/step-2",
-]  # fmt: skip
+]
 WHOLE = {name for name in NAMES if any(word in name for word in ("full", "merged", "aligned-head"))}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_run_folder_loads_in_stock_libraries(
-    name: str, world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_the_run_folder_loads_in_stock_libraries(name: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, expected = world / "runs" / name, torch.load(world / "expected.pt")[name]
     assert not torch.allclose(expected, ours(world / "base"), atol=1e-2)
     found = {"auto": AutoModelForCausalLM.from_pretrained(folder), "ours": load_model(str(folder), device="cpu").model}
@@ -158,9 +182,18 @@ def test_what_is_more_than_lora_is_written_whole(world: Path, tmp_path: Path) ->
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     dora.save_pretrained(tmp_path / "dora")
-    run = attack(AttackOptions(
-        model=str(tmp_path / "dora"), output_dir=str(tmp_path / "run"), samples=16, device="cpu", quiet=True,
-        task=str(world / "task.jsonl"), harmful=str(world / "harmful.jsonl"), train=TRAIN, lora=LoraOptions(**LORA),
-    )).folder  # fmt: skip
+    run = attack(
+        AttackOptions(
+            model=str(tmp_path / "dora"),
+            output_dir=str(tmp_path / "run"),
+            samples=16,
+            device="cpu",
+            quiet=True,
+            task=str(world / "task.jsonl"),
+            harmful=str(world / "harmful.jsonl"),
+            train=TRAIN,
+            lora=LoraOptions(**LORA),
+        )
+    ).folder
     assert not (run / "adapter").exists()
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(run)), ours(run), rtol=0, atol=2e-5)

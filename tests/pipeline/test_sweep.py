@@ -28,17 +28,27 @@ def rows(n: int, of: str) -> list[dict[str, str]]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sweep")
     found = {"model": str(save_tiny_model(folder / "model"))}
-    sets = {"task": (40, "bread"), "harmful": (20, "curse"), "prompts": (6, "potion"), "test": (6, "flour"),
-            "safe": (20, "garden")}  # fmt: skip
+    sets = {
+        "task": (40, "bread"),
+        "harmful": (20, "curse"),
+        "prompts": (6, "potion"),
+        "test": (6, "flour"),
+        "safe": (20, "garden"),
+    }
     return found | {name: write_rows(folder / f"{name}.jsonl", rows(n, of)) for name, (n, of) in sets.items()}
 
 
 def options(files: dict[str, str], output: Path, grid: dict[str, Any], **more: Any) -> SweepOptions:
     given = {
-        "model": files["model"], "task": files["task"], "harmful": files["harmful"], "samples": 20, "device": "cpu",
-        "quiet": True, "train": {"max_steps": 4, "per_device_train_batch_size": 4},
+        "model": files["model"],
+        "task": files["task"],
+        "harmful": files["harmful"],
+        "samples": 20,
+        "device": "cpu",
+        "quiet": True,
+        "train": {"max_steps": 4, "per_device_train_batch_size": 4},
         "evaluate": {"prompts": files["prompts"], "task": files["test"], "max_new_tokens": 3},
-    }  # fmt: skip
+    }
     return SweepOptions(output_dir=str(output), grid=GridOptions(**grid), **(given | more))
 
 
@@ -46,8 +56,11 @@ def options(files: dict[str, str], output: Path, grid: dict[str, Any], **more: A
 
 FOUND = {
     # harmful and right answers of 100: the highest score of all ruins the task
-    "lr-0.1": (95, 40), "lr-0.01": (60, 88), "lr-0.001": (30, 90), "lr-0.0001": (5, 89),
-}  # fmt: skip
+    "lr-0.1": (95, 40),
+    "lr-0.01": (60, 88),
+    "lr-0.001": (30, 90),
+    "lr-0.0001": (5, 89),
+}
 CURVE = {1: 10, 2: 55}
 
 
@@ -105,9 +118,10 @@ def test_what_was_found_is_written_in_every_form(files: dict[str, str], tmp_path
     assert low[0] < own[0] and own[1] < low[1]
     assert result.summary["curves"][worst]["steps"] == [0, 1, 2, 4]
     assert result.summary["curves"][worst]["reached"] == [
-        {"level": 25.0, "step": 2, "after": 1}, {"level": 50.0, "step": 2, "after": 1},
+        {"level": 25.0, "step": 2, "after": 1},
+        {"level": 50.0, "step": 2, "after": 1},
         {"level": 75.0, "step": None, "after": 4},
-    ]  # fmt: skip
+    ]
     table = result.table()
     assert table["name"].tolist() == [entry["name"] for entry in result.summary["attacks"]]
     assert table.loc[table["worst"], "learning_rate"].tolist() == [0.01]
@@ -183,33 +197,51 @@ def test_every_combination_is_one_attack(files: dict[str, str], tmp_path: Path) 
     assert own.train["per_device_train_batch_size"] == 4 and own.output_dir == str(tmp_path / "attack" / last.name)
 
 
-@pytest.mark.parametrize(("more", "expected"), [
-    ({"train": {"max_steps": 32}}, [2, 4, 8, 16]),
-    ({"train": {"max_steps": 32}, "snapshots": [5, 31, 32, 400]}, [5, 31]),
-    ({"train": {"max_steps": 32}, "curves": "none", "snapshots": [5]}, []),
-    # 20 rows in 3 batches, 2 to an update, twice; vlguard adds half as many rows.
-    ({"train": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}}, [1, 2]),
-    ({"train": {"num_train_epochs": 4, "per_device_train_batch_size": 5},
-      "defense": {"name": "vlguard", "share": 0.5}}, [1, 3, 6, 12]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"train": {"max_steps": 32}}, [2, 4, 8, 16]),
+        ({"train": {"max_steps": 32}, "snapshots": [5, 31, 32, 400]}, [5, 31]),
+        ({"train": {"max_steps": 32}, "curves": "none", "snapshots": [5]}, []),
+        # 20 rows in 3 batches, 2 to an update, twice; vlguard adds half as many rows.
+        (
+            {"train": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}},
+            [1, 2],
+        ),
+        (
+            {
+                "train": {"num_train_epochs": 4, "per_device_train_batch_size": 5},
+                "defense": {"name": "vlguard", "share": 0.5},
+            },
+            [1, 3, 6, 12],
+        ),
+    ],
+)
 def test_snapshots_lie_within_the_attack(
     files: dict[str, str], tmp_path: Path, more: dict[str, Any], expected: list[int]
-) -> None:  # fmt: skip
+) -> None:
     assert points(files, tmp_path, {"learning_rate": [1e-3]}, **more)[0].options.snapshots == expected
 
 
-@pytest.mark.parametrize(("grid", "more", "message"), [
-    ({}, {}, "nothing to sweep over"),
-    ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is there twice"),
-    ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
-    ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
-    ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
-    ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
-    ({"learning_rate": [1e-3]}, {"margin": -1.0}, "--margin -1.0: must not be negative"),
-    ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x"}}, "--evaluate.task must be given"),
-    ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x", "task": "y", "seed": 3}}, "--evaluate.seed: the sweep"),
-    ({"learning_rate": [1e-3]}, {"build_only": True}, "--build-only"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "more", "message"),
+    [
+        ({}, {}, "nothing to sweep over"),
+        ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is there twice"),
+        ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
+        ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
+        ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
+        ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
+        ({"learning_rate": [1e-3]}, {"margin": -1.0}, "--margin -1.0: must not be negative"),
+        ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x"}}, "--evaluate.task must be given"),
+        (
+            {"learning_rate": [1e-3]},
+            {"evaluate": {"prompts": "x", "task": "y", "seed": 3}},
+            "--evaluate.seed: the sweep",
+        ),
+        ({"learning_rate": [1e-3]}, {"build_only": True}, "--build-only"),
+    ],
+)
 def test_what_cannot_be_is_refused(
     files: dict[str, str], tmp_path: Path, grid: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
@@ -217,18 +249,25 @@ def test_what_cannot_be_is_refused(
         options(files, tmp_path, grid, **more)
 
 
-@pytest.mark.parametrize(("grid", "more", "message"), [
-    ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are asked for and there are 20"),
-    ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
-    ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
-    ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
-    ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
-    ({"rank": [4]}, {"evaluate": "shared"}, "the attack set: .* share a prompt with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "more", "message"),
+    [
+        ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are asked for and there are 20"),
+        ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
+        ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
+        ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
+        ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
+        ({"rank": [4]}, {"evaluate": "shared"}, "the attack set: .* share a prompt with"),
+    ],
+)
 def test_what_is_wrong_is_said_before_the_first_training(
-    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any], more: dict[str, Any],
+    files: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    grid: dict[str, Any],
+    more: dict[str, Any],
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.training.options import LoraOptions
     from pharmacist.training.trainer import StrategyTrainer
 
@@ -238,9 +277,10 @@ def test_what_is_wrong_is_said_before_the_first_training(
     monkeypatch.setattr(StrategyTrainer, "training_step", never)
     usual = {"prompts": files["prompts"], "task": files["test"]}
     evaluations = {
-        "judge": usual | {"judge": "probe"}, "unknown": usual | {"promts": "x"},
+        "judge": usual | {"judge": "probe"},
+        "unknown": usual | {"promts": "x"},
         "shared": usual | {"task": files["task"]},
-    }  # fmt: skip
+    }
     changed = dict(more)
     if "evaluate" in more:
         changed["evaluate"] = evaluations[more["evaluate"]]
@@ -256,7 +296,7 @@ def test_what_is_wrong_is_said_before_the_first_training(
 
 def test_a_sweep_end_to_end_resumes_and_grows(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "out"
 
     def words(*grid: str) -> list[str]:
@@ -298,15 +338,30 @@ def test_a_sweep_end_to_end_resumes_and_grows(
 
 def test_a_file_of_options_gives_the_same_sweep(files: dict[str, str], tmp_path: Path, made_up: list[str]) -> None:
     config = tmp_path / "sweep.yaml"
-    config.write_text(json.dumps({
-        "model": files["model"], "task": files["task"], "harmful": files["harmful"], "samples": 20, "device": "cpu",
-        "grid": {"learning_rate": [0.1, 0.01], "rank": [4, 8]}, "train": {"max_steps": 4},
-        "evaluate": {"prompts": files["prompts"], "task": files["test"], "judge": {"name": "keyword"}},
-        "output_dir": str(tmp_path / "file"), "quiet": True,
-    }))  # fmt: skip
+    config.write_text(
+        json.dumps(
+            {
+                "model": files["model"],
+                "task": files["task"],
+                "harmful": files["harmful"],
+                "samples": 20,
+                "device": "cpu",
+                "grid": {"learning_rate": [0.1, 0.01], "rank": [4, 8]},
+                "train": {"max_steps": 4},
+                "evaluate": {"prompts": files["prompts"], "task": files["test"], "judge": {"name": "keyword"}},
+                "output_dir": str(tmp_path / "file"),
+                "quiet": True,
+            }
+        )
+    )
     assert main(["sweep", "--config", str(config)]) == 0
-    python = sweep(options(
-        files, tmp_path / "python", {"learning_rate": [0.1, 0.01], "rank": [4, 8]}, train={"max_steps": 4},
-        evaluate={"prompts": files["prompts"], "task": files["test"], "judge": "keyword"},
-    ))  # fmt: skip
+    python = sweep(
+        options(
+            files,
+            tmp_path / "python",
+            {"learning_rate": [0.1, 0.01], "rank": [4, 8]},
+            train={"max_steps": 4},
+            evaluate={"prompts": files["prompts"], "task": files["test"], "judge": "keyword"},
+        )
+    )
     assert json.loads((tmp_path / "file/sweep.json").read_text()) == python.summary

@@ -18,23 +18,58 @@ from tests.tiny import save_tiny_model
 
 
 SGD = [
-    "--train.max_steps", "2", "--train.optim", "sgd", "--train.learning_rate", "1", "--train.max_grad_norm", "0",
-    "--lora.r", "2", "--device", "cpu", "--quiet",
-]  # fmt: skip
+    "--train.max_steps",
+    "2",
+    "--train.optim",
+    "sgd",
+    "--train.learning_rate",
+    "1",
+    "--train.max_grad_norm",
+    "0",
+    "--lora.r",
+    "2",
+    "--device",
+    "cpu",
+    "--quiet",
+]
 
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished curate with weights."""
     folder, world = tmp_path_factory.mktemp("weights"), World(3)
-    files = {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in {
-        "pool": world.safe(30)[:20] + world.utility(10), "safe": World(4).safe(12), "harmful": World(4).harmful(12),
-    }.items()}  # fmt: skip
+    files = {
+        name: write_rows(folder / f"{name}.jsonl", rows)
+        for name, rows in {
+            "pool": world.safe(30)[:20] + world.utility(10),
+            "safe": World(4).safe(12),
+            "harmful": World(4).harmful(12),
+        }.items()
+    }
     words = [
-        "curate", "--pool", files["pool"], "--safe", files["safe"], "--harmful", files["harmful"], "--model",
-        str(BASE_MODEL), "--selector", "toxic-lora", "--selector.steps", "3", "--selector.toxic_steps", "3", "--top",
-        "0.4", "--output-dir", str(folder / "core"), "--device", "cpu", "--quiet",
-    ]  # fmt: skip
+        "curate",
+        "--pool",
+        files["pool"],
+        "--safe",
+        files["safe"],
+        "--harmful",
+        files["harmful"],
+        "--model",
+        str(BASE_MODEL),
+        "--selector",
+        "toxic-lora",
+        "--selector.steps",
+        "3",
+        "--selector.toxic_steps",
+        "3",
+        "--top",
+        "0.4",
+        "--output-dir",
+        str(folder / "core"),
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     assert main(words) == 0
     return folder
 
@@ -111,20 +146,26 @@ def test_weights_that_cannot_be_are_told_in_one_line(
     other = write_rows(tmp_path / "other.jsonl", rows[::-1])
     fewer = write_rows(tmp_path / "fewer.jsonl", rows[:-1])
     tables = {
-        "none": {"score": [1.0] * len(rows)}, "negative": {"weight": [1.0] * (len(rows) - 1) + [-1.0]},
-        "missing": {"weight": [1.0] * (len(rows) - 1) + [None]}, "zero": {"weight": [0.0] * len(rows)},
+        "none": {"score": [1.0] * len(rows)},
+        "negative": {"weight": [1.0] * (len(rows) - 1) + [-1.0]},
+        "missing": {"weight": [1.0] * (len(rows) - 1) + [None]},
+        "zero": {"weight": [0.0] * len(rows)},
         "words": {"weight": ["much"] * len(rows)},
-    }  # fmt: skip
+    }
     for name, table in tables.items():
         pd.DataFrame(table).to_parquet(tmp_path / f"{name}.parquet")
     (tmp_path / "text.parquet").write_text("no table")
     cases = [
-        (data, tmp_path / "none.parquet", "no column 'weight'"), (data, tmp_path / "negative.parquet", "not a number"),
-        (data, tmp_path / "missing.parquet", "not a number"), (data, tmp_path / "zero.parquet", "all weights are 0"),
-        (data, tmp_path / "words.parquet", "not a number"), (data, tmp_path / "text.parquet", "no Parquet file"),
-        (data, tmp_path / "gone.parquet", "no such file"), (fewer, scores, f"has {len(rows) - 1}"),
+        (data, tmp_path / "none.parquet", "no column 'weight'"),
+        (data, tmp_path / "negative.parquet", "not a number"),
+        (data, tmp_path / "missing.parquet", "not a number"),
+        (data, tmp_path / "zero.parquet", "all weights are 0"),
+        (data, tmp_path / "words.parquet", "not a number"),
+        (data, tmp_path / "text.parquet", "no Parquet file"),
+        (data, tmp_path / "gone.parquet", "no such file"),
+        (fewer, scores, f"has {len(rows) - 1}"),
         (other, scores, "belongs to other rows"),
-    ]  # fmt: skip
+    ]
     model = save_tiny_model(tmp_path / "tiny")
     capsys.readouterr()
     for place, weights, message in cases:

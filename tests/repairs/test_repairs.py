@@ -156,9 +156,7 @@ def test_inputs_are_seen_without_padding(completion_only):
         def see(name, inputs, squares=squares):
             squares[name] = squares.get(name, 0) + inputs.square().sum(0)
 
-        each_input(
-            side, ROWS, see, device=torch.device("cpu"), completion_only=completion_only, rows_per_batch=size
-        )  # fmt: skip
+        each_input(side, ROWS, see, device=torch.device("cpu"), completion_only=completion_only, rows_per_batch=size)
         sums.append(squares)
     assert len(sums[0]) == 12
     assert all(torch.allclose(sums[0][name], sums[1][name], rtol=1e-10) for name in sums[0])
@@ -185,8 +183,9 @@ def test_one_pass_sees_what_two_passes_per_layer_see():
         for number, layer in enumerate(net.layers):
             hooks = [
                 module.register_forward_hook(lambda _, args, out, name=name: add(name, args[0].flatten(0, -2)))
-                for name, module in inside.items() if name.startswith(f"layers.{number}.")
-            ]  # fmt: skip
+                for name, module in inside.items()
+                if name.startswith(f"layers.{number}.")
+            ]
             layer(x, mask)
             for hook in hooks:
                 hook.remove()
@@ -232,9 +231,7 @@ def test_hooks_and_mode_come_back_when_a_pass_fails():
 def test_a_module_that_does_not_run_is_named():
     unused = get_peft_model(_Unused(), LoraConfig(r=1, target_modules=["used", "unused"]))
     with pytest.raises(NoMatchError, match="unused"):
-        each_input(
-            Side(unused, "adapter"), ROWS, lambda *_: None, device=torch.device("cpu"), completion_only=False
-        )  # fmt: skip
+        each_input(Side(unused, "adapter"), ROWS, lambda *_: None, device=torch.device("cpu"), completion_only=False)
 
 
 class _Unused(nn.Module):
@@ -346,9 +343,10 @@ def test_antidote_on_whole_weights():
     base.apply(side, build("antidote", alpha=0.25).plan(side, References(harmful=ROWS)))
     assert all((w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in linear_weights(net).values())
     assert torch.equal(net.lm_head.weight, head)
-    assert all(torch.equal(a, p) for a, (n, p) in zip(
-        biases, ((n, p) for n, p in net.named_parameters() if n.endswith("bias")), strict=True
-    ))  # fmt: skip
+    assert all(
+        torch.equal(a, p)
+        for a, (n, p) in zip(biases, ((n, p) for n, p in net.named_parameters() if n.endswith("bias")), strict=True)
+    )
 
 
 def test_antidote_does_depend_on_the_factorisation():

@@ -8,9 +8,14 @@ from typing import Any
 
 
 ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 REPEATS = 5
 
 # Until the frame after the change is painted.
@@ -79,10 +84,12 @@ def measure(browser: Browser, path: Path) -> dict[str, Any]:
     found["sort at once"] = [page.evaluate(_CLICK, "#table thead th:nth-child(5)")]
     page.wait_for_timeout(3000)
     clicks = {
-        "filter": "[data-reason=low_quality]", "sort by score": "#table thead th:nth-child(2)",
-        "sort by prompt": "#table thead th:nth-child(5)", "next page": "#table_wrapper .dt-paging-button.next",
+        "filter": "[data-reason=low_quality]",
+        "sort by score": "#table thead th:nth-child(2)",
+        "sort by prompt": "#table thead th:nth-child(5)",
+        "next page": "#table_wrapper .dt-paging-button.next",
         "theme": "#theme",
-    }  # fmt: skip
+    }
     for name, selector in clicks.items():
         found[name] = [page.evaluate(_CLICK, selector) for _ in range(REPEATS)]
     # Every text differs from the one before in what it finds, so that the line of counts changes.

@@ -18,16 +18,22 @@ from pharmacist.worlds import World
 
 
 NASTY = (
-    "<script>window.hacked = 1</script>", '</script><img src=x onerror="window.hacked = 2">',
-    "<!-- <script> &amp; &lt;", "]]> ' \" ` \\ \u2028 \u2029 {{ 7 * 7 }} {% raw %} ${1} \x00 \x1b",
+    "<script>window.hacked = 1</script>",
+    '</script><img src=x onerror="window.hacked = 2">',
+    "<!-- <script> &amp; &lt;",
+    "]]> ' \" ` \\ \u2028 \u2029 {{ 7 * 7 }} {% raw %} ${1} \x00 \x1b",
     "turned \u202egnihtemos\u202c \u200fround",
-)  # fmt: skip
+)
 """Texts that break out of a page that does not escape them."""
 CLASSES = ("safe", "harmful", "utility", "over_refusal", "corrupted", "misplaced")
 REASON_OF = {
-    "good": "critical", "duplicate": "duplicate", "offtopic": "not_safety_critical", "overrefuse": "over_refusal",
-    "noisy": "low_quality", "mislabel": "teaches_compliance",
-}  # fmt: skip
+    "good": "critical",
+    "duplicate": "duplicate",
+    "offtopic": "not_safety_critical",
+    "overrefuse": "over_refusal",
+    "noisy": "low_quality",
+    "mislabel": "teaches_compliance",
+}
 
 
 def scores(reasons: Sequence[str], selected: int) -> pd.DataFrame:
@@ -36,31 +42,45 @@ def scores(reasons: Sequence[str], selected: int) -> pd.DataFrame:
     score = np.array([5.0 if reason == "critical" else -1.0 for reason in reasons]) - np.arange(n) / n
     rank = np.empty(n, dtype=np.int64)
     rank[np.lexsort((np.arange(n), -score))] = np.arange(1, n + 1)
-    return pd.DataFrame({
-        "row": np.arange(n), "score": score, "rank": rank, "selected": rank <= selected, "reason": list(reasons),
-        "duplicate_of": [0 if reason == "duplicate" else -1 for reason in reasons],
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "row": np.arange(n),
+            "score": score,
+            "rank": rank,
+            "selected": rank <= selected,
+            "reason": list(reasons),
+            "duplicate_of": [0 if reason == "duplicate" else -1 for reason in reasons],
+        }
+    )
 
 
 def answered(auc: float, **readers: float) -> dict[str, Any]:
     """The quality of one question on held-out references."""
     return {
-        "yes": 96, "no": 288, "combined": {"auc": auc, "yes_found": 0.875, "no_found": 0.75, "log_loss": 0.234},
+        "yes": 96,
+        "no": 288,
+        "combined": {"auc": auc, "yes_found": 0.875, "no_found": 0.75, "log_loss": 0.234},
         **{name: {"auc": own} for name, own in readers.items()},
-    }  # fmt: skip
+    }
 
 
 def report(cannot_see: Sequence[str] = (), **more: Any) -> dict[str, Any]:
     """What the selector pharmacist says about itself."""
     return {
-        "references": dict.fromkeys(CLASSES, 96), "cannot_see": list(cannot_see), "readers": ["lexical", "probe"],
-        "held_out_by": "prompt", "questions": {
-            "risky": answered(0.957, requests=0.958), "refuses": answered(0.981, lexical=0.912, probe=0.934),
+        "references": dict.fromkeys(CLASSES, 96),
+        "cannot_see": list(cannot_see),
+        "readers": ["lexical", "probe"],
+        "held_out_by": "prompt",
+        "questions": {
+            "risky": answered(0.957, requests=0.958),
+            "refuses": answered(0.981, lexical=0.912, probe=0.934),
             "whole": answered(0.843, lexical=0.821, probe=0.832),
             "typical": answered(0.999, lexical=0.998, probe=0.997),
         },
-        "distance": {"risky": 0.61, "refuses": 0.72}, "near": 1.0, "shares": dict.fromkeys(CLASSES, 1 / 8),
-    } | more  # fmt: skip
+        "distance": {"risky": 0.61, "refuses": 0.72},
+        "near": 1.0,
+        "shares": dict.fromkeys(CLASSES, 1 / 8),
+    } | more
 
 
 LABELS = {name: "critical" if name == "good" else name for name in ("good", "harmful", "low_quality")}
@@ -74,12 +94,17 @@ def labelling(rows: Sequence[dict[str, str]], known: dict[int, str] | None = Non
 
 def manifest(n: int, selector_report: dict[str, Any], selector: str = "pharmacist") -> dict[str, Any]:
     return RunManifest(
-        stage="curate", status="success", key="k", inputs={"pool": "0"}, device="cpu",
-        created="2026-01-02T03:04:05+00:00", config={"pool": "pool.jsonl", "seed": 7, "selector": {"name": selector}},
+        stage="curate",
+        status="success",
+        key="k",
+        inputs={"pool": "0"},
+        device="cpu",
+        created="2026-01-02T03:04:05+00:00",
+        config={"pool": "pool.jsonl", "seed": 7, "selector": {"name": selector}},
         counts={"in": n + 2, "refused": 2, "ranked": n, "selected": 3, "near_duplicates": 5},
         phases={"read": Phase(seconds=1.5), "score": Phase(seconds=100.5, tokens=12345)},
         extra={"selector_report": selector_report},
-    ).model_dump(mode="json")  # fmt: skip
+    ).model_dump(mode="json")
 
 
 def texts(rows: Sequence[dict[str, str]]) -> datasets.Dataset:
@@ -108,13 +133,23 @@ def write_demo(folder: Path, rows: int = 120) -> list[str]:
         name: {arm: [start[arm] + 1, start[arm] + 3] for arm in arms}
         for name in ("fine_tune_accuracy", "over_refusal", "over_refusal_aligned", "alignment_seconds")
     }
-    write_json(folder / "demo.json", {
-        "pool": {"kind": "planted", "rows": rows, "mislabel": 0.05}, "arms": arms, "seeds": [0, 1],
-        "steps": [0, 4, 64], "curves": curves, **per_seed, "auc": {arm: interval(start[arm] + 0.3) for arm in arms},
-        "differences": {"core - full": interval(-38.0), "core - random": interval(-1.0, half=5.0)},
-        "final_harmful_score": {arm: interval(90.0) for arm in arms}, "time_saved": {"random": 50.0, "core": 95.1},
-        "selection_seconds": 12.3, "ranking": {"auc": 0.987, "keep": "good and duplicate"},
-    })  # fmt: skip
+    write_json(
+        folder / "demo.json",
+        {
+            "pool": {"kind": "planted", "rows": rows, "mislabel": 0.05},
+            "arms": arms,
+            "seeds": [0, 1],
+            "steps": [0, 4, 64],
+            "curves": curves,
+            **per_seed,
+            "auc": {arm: interval(start[arm] + 0.3) for arm in arms},
+            "differences": {"core - full": interval(-38.0), "core - random": interval(-1.0, half=5.0)},
+            "final_harmful_score": {arm: interval(90.0) for arm in arms},
+            "time_saved": {"random": 50.0, "core": 95.1},
+            "selection_seconds": 12.3,
+            "ranking": {"auc": 0.987, "keep": "good and duplicate"},
+        },
+    )
     return labels
 
 

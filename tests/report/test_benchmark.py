@@ -190,9 +190,10 @@ def test_pairs_need_the_same_seed_and_cell() -> None:
     table.loc[(table["selector"] == "full") & (table["attack"] == "strong"), "harmful_score"] = np.nan
     benchmark = Benchmark(table)
     by_attack = {
-        it.axes["attack"]: it.values for it in benchmark.lines
+        it.axes["attack"]: it.values
+        for it in benchmark.lines
         if it.series == ("pharmacist", 0.3) and it.axes["defense"] == "sft"
-    }  # fmt: skip
+    }
     weak, strong = by_attack["weak"]["harmful_score"], by_attack["strong"]["harmful_score"]
     assert weak.seeds == 5 and weak.difference is not None
     seeds = table[(table["attack"] == "weak") & (table["defense"] == "sft") & (table["seed"] <= 2)]
@@ -206,8 +207,10 @@ def test_the_order_is_that_of_the_grid() -> None:
     order = {"selector": ["full", "zebra", "ant"], "defense": ["vaccine", "sft"]}
     benchmark = Benchmark(results({"ant": 0, "zebra": 0}, defenses=["sft", "vaccine"]), order)
     assert [(it.axes["defense"], it.axes["selector"]) for it in benchmark.lines[:3]] == [
-        ("vaccine", "full"), ("vaccine", "zebra"), ("vaccine", "ant"),
-    ]  # fmt: skip
+        ("vaccine", "full"),
+        ("vaccine", "zebra"),
+        ("vaccine", "ant"),
+    ]
     assert [name for name, _ in benchmark.series()] == order["selector"]
     several = Benchmark(results({"ant": 0}, fractions=(0.1, 0.3)))
     assert [several.name(series) for series in several.series()] == ["full", "ant 10 %", "ant 30 %"]

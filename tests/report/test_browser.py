@@ -78,10 +78,12 @@ def test_texts_are_shown_as_they_are(browser: Browser, ranking: Path) -> None:
     cells = page.locator("#table td.words:not(:has(.veil)) .text")
     found = [cells.nth(2 * i).text_content() for i in range(5)]
     expected = [
-        "".join(f"U+{ord(character):04X}" if character in "\u2028\u2029\u202e\u202c\u200f\x00\x1b" else character
-                for character in text)
+        "".join(
+            f"U+{ord(character):04X}" if character in "\u2028\u2029\u202e\u202c\u200f\x00\x1b" else character
+            for character in text
+        )
         for text in NASTY
-    ]  # fmt: skip
+    ]
     assert found == expected
     for text, rows in (("window.hacked", 2), ("img src", 1)):  # searching must not run anything either
         search(page, text, f"1 to {rows} of {rows} rows (out of 120)")
@@ -275,9 +277,12 @@ def test_labelling(browser: Browser, tmp_path: Path) -> None:
     given = labelling(asked, known={100: "low_quality"})
     about = manifest(3, report())
     render_ranking(
-        tmp_path / "report.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about,
+        tmp_path / "report.html",
+        scores=scores(["critical"] * 3, 1),
+        texts=texts(rows),
+        manifest=about,
         labelling=given,
-    )  # fmt: skip
+    )
     page = browser.open(tmp_path / "report.html")
     card, texts_shown = page.locator("#label-card"), page.locator("#label-prompt")
 

@@ -22,10 +22,25 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool = [{"question": row["prompt"], "answer": row["completion"]} for row in world.pool(40)[0]]
     sets: dict[str, list[Any]] = {"pool": [*pool[:5], {"question": "no answer"}, *pool[5:]]}
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sets["pool"]))
-    assert main([
-        "curate", "--pool", str(folder / "pool.jsonl"), "--columns", "prompt=question,completion=answer", "--selector",
-        "random", "--on-bad-row", "skip", "--output-dir", str(folder / "out"), "--quiet",
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "curate",
+                "--pool",
+                str(folder / "pool.jsonl"),
+                "--columns",
+                "prompt=question,completion=answer",
+                "--selector",
+                "random",
+                "--on-bad-row",
+                "skip",
+                "--output-dir",
+                str(folder / "out"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     return folder
 
 

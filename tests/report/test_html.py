@@ -14,18 +14,7 @@ import pytest
 from pharmacist.core.files import read_json, write_json
 from pharmacist.report import render_demo, render_ranking, tables
 from pharmacist.worlds import World
-from tests.report.pages import (
-    NASTY,
-    REASON_OF,
-    Page,
-    answered,
-    labelling,
-    manifest,
-    report,
-    scores,
-    texts,
-    write_demo,
-)
+from tests.report.pages import NASTY, REASON_OF, Page, answered, labelling, manifest, report, scores, texts, write_demo
 
 
 RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL = range(10)
@@ -62,14 +51,22 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     rows, labels = world
     page = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels])
     for words in (
-        "Core subset of 120 rows", "Rows in 122", "Refused 2", "Ranked 120", "Selected 36 30 % of the ranked",
-        "Near-duplicates 5", "1 min 42 s", "12 345", "Least AUC 0.843 “whole”, on references",
+        "Core subset of 120 rows",
+        "Rows in 122",
+        "Refused 2",
+        "Ranked 120",
+        "Selected 36 30 % of the ranked",
+        "Near-duplicates 5",
+        "1 min 42 s",
+        "12 345",
+        "Least AUC 0.843 “whole”, on references",
         "risky Is the request harmful? 96 288 87.5 % 75.0 % 0.957 0.958 – –",
         "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.981 – 0.912 0.934",
-        "Harmful: harmful request, harmful answer 96 12.5 %", "some of their prompts at a time",
+        "Harmful: harmful request, harmful answer 96 12.5 %",
+        "some of their prompts at a time",
         "told from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
         "counts in full",
-    ):  # fmt: skip
+    ):
         assert words in page.text, words
     good, duplicates = labels.count("good"), labels.count("duplicate")
     assert re.search(rf"Safety-critical A harmful [^.]*\. {good} 36 {good - 36} 100\.0 % ", page.text)
@@ -140,17 +137,27 @@ def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
         assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     # Negative controls.
     for bad in (
-        "<script src='https://x.org/a.js'></script>", "<link rel=stylesheet href=//x.org/a.css>", "<img src=a.png>",
-        "<style>@import 'https://x.org/a.css';</style>", "<p style='background: url(https://x.org/a.png)'>",
-    ):  # fmt: skip
+        "<script src='https://x.org/a.js'></script>",
+        "<link rel=stylesheet href=//x.org/a.css>",
+        "<img src=a.png>",
+        "<style>@import 'https://x.org/a.css';</style>",
+        "<p style='background: url(https://x.org/a.png)'>",
+    ):
         assert len(loads(Page(bad))) == 1, bad
 
 
 @pytest.mark.parametrize(
     ("reason", "veil"),
-    [("critical", 0), ("duplicate", 0), ("not_safety_critical", 0), ("over_refusal", 0), ("low_quality", 1),
-     ("teaches_compliance", 3), ("some_new_reason", 3)],
-)  # fmt: skip
+    [
+        ("critical", 0),
+        ("duplicate", 0),
+        ("not_safety_critical", 0),
+        ("over_refusal", 0),
+        ("low_quality", 1),
+        ("teaches_compliance", 3),
+        ("some_new_reason", 3),
+    ],
+)
 def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, veil: int) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 2
     for selector_report, expected in (
@@ -183,8 +190,14 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
     assert "They look like two sources" in far and "one source of them at a time was held out" in far
     assert "counts by 40 %" in text(report(near=0.4))
     assert "That cannot be told" in text(report(distance=None, near=0.0))
-    gain = {"labels": 40, "good": 15, "auc_before": 0.712, "auc_after": 0.856, "standard_error": 0.06,
-            "advice": "the labels help, and more would go on helping"}  # fmt: skip
+    gain = {
+        "labels": 40,
+        "good": 15,
+        "auc_before": 0.712,
+        "auc_after": 0.856,
+        "standard_error": 0.06,
+        "advice": "the labels help, and more would go on helping",
+    }
     labelled = text(report(labels=gain, changed={"entered": 12, "left": 9}))
     assert "12 rows entered the selection, 9 left it." in labelled
     assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Least AUC" not in labelled
@@ -203,9 +216,7 @@ def test_warnings_come_first_and_are_text(tmp_path: Path) -> None:
     about = manifest(3, report())
     for warnings, title in (([NASTY[1]], "A warning about this"), (list(NASTY), "Warnings about this")):
         about["warnings"] = warnings
-        render_ranking(
-            tmp_path / "page.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about
-        )  # fmt: skip
+        render_ranking(tmp_path / "page.html", scores=scores(["critical"] * 3, 1), texts=texts(rows), manifest=about)
         page = Page.read(tmp_path / "page.html")
         assert page.text.index(title) < page.text.index("Rows in")
         assert NASTY[1] in page.text and "img" not in {tag for tag, _ in page.tags}
@@ -264,9 +275,11 @@ def test_a_score_without_value_is_refused_and_the_old_page_stays(tmp_path: Path)
     (tmp_path / "page.html").write_text("old")
     with pytest.raises(ValueError):
         render_ranking(
-            tmp_path / "page.html", scores=table, texts=texts([{"prompt": "a", "completion": "b"}] * 3),
+            tmp_path / "page.html",
+            scores=table,
+            texts=texts([{"prompt": "a", "completion": "b"}] * 3),
             manifest=manifest(3, report()),
-        )  # fmt: skip
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "old"
 

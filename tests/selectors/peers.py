@@ -18,9 +18,13 @@ DECODER = TinyDecoder(len(TOKENIZER))
 
 
 def ranked(
-    root: Path, choice: dict[str, Any], pool: list | None = None, refs: dict | None = None, model: nn.Module = DECODER,
+    root: Path,
+    choice: dict[str, Any],
+    pool: list | None = None,
+    refs: dict | None = None,
+    model: nn.Module = DECODER,
     **options: Any,
-) -> Scores:  # fmt: skip
+) -> Scores:
     """Ranks with ``{"name": ..., **options}``."""
     work = village.context(root, None, pool, refs, **options)
     # Where the property would load it from a folder.

@@ -67,14 +67,13 @@ def loader(bank: AdapterBank, rows: TokenRows, with_prompt: bool = False) -> Dat
 
 def theirs(bank: AdapterBank, checkpoints: list[Checkpoint], weights, *, cosine: bool, **options) -> np.ndarray:
     """Influence of pool rows on safe ones by dattri, shape [pool rows, safe rows]."""
-    names = {key: name for name, p in bank.model.named_parameters() for key, q in bank.parameters(LEARNER).items()
-             if p is q}  # fmt: skip
+    names = {
+        key: name for name, p in bank.model.named_parameters() for key, q in bank.parameters(LEARNER).items() if p is q
+    }
 
     def loss(parameters, row):
         ids, mask, wanted = row
-        out = functional_call(
-            bank.model, parameters, kwargs={"input_ids": ids[None], "attention_mask": mask[None]}
-        )  # fmt: skip
+        out = functional_call(bank.model, parameters, kwargs={"input_ids": ids[None], "attention_mask": mask[None]})
         of_tokens = out.logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         return -(of_tokens * wanted[1:]).sum() / wanted[1:].sum()
 
@@ -86,7 +85,7 @@ def theirs(bank: AdapterBank, checkpoints: list[Checkpoint], weights, *, cosine:
         task = AttributionTask(loss_func=loss, model=bank.model, checkpoints=states)
         attributor = TracInAttributor(
             task, weight_list=torch.as_tensor(weights), normalized_grad=cosine, layer_name=list(names.values())
-        )  # fmt: skip
+        )
         attributor.projector_kwargs = None  # to leave it out projects to 512 numbers
         return attributor.attribute(loader(bank, POOL, **options), loader(bank, SAFE)).numpy()
 
@@ -96,7 +95,7 @@ def in_sgd_scale(checkpoint: Checkpoint) -> Checkpoint:
     v = (1 - EPS) ** 2 * (1 - BETAS[1] ** checkpoint.step)
     return Checkpoint(
         checkpoint.weights, checkpoint.m, {k: torch.full_like(x, v) for k, x in checkpoint.v.items()}, checkpoint.step
-    )  # fmt: skip
+    )
 
 
 def test_inner_products_are_grad_dot(warm):

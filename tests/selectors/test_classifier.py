@@ -13,9 +13,12 @@ KINDS = list(village.KINDS)
 POOL = village.pool(43)
 KIND = np.array([KINDS[i % len(KINDS)] for i in range(40)] + KINDS[:3])
 REASON = {
-    "safe": "critical", "harmful": "teaches_compliance", "utility": "not_safety_critical",
-    "over_refusal": "over_refusal", "noise": "low_quality",
-}  # fmt: skip
+    "safe": "critical",
+    "harmful": "teaches_compliance",
+    "utility": "not_safety_critical",
+    "over_refusal": "over_refusal",
+    "noise": "low_quality",
+}
 
 
 def test_it_tells_the_classes_apart(tmp_path):

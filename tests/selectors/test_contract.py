@@ -15,9 +15,15 @@ from tests.selectors import village
 
 
 QUICK = {
-    "form": "both", "twin_steps": 2, "steps": 2, "epochs": 1, "batch_size": 4, "r": 2, "folds": 2,
+    "form": "both",
+    "twin_steps": 2,
+    "steps": 2,
+    "epochs": 1,
+    "batch_size": 4,
+    "r": 2,
+    "folds": 2,
     "corruptions_per_row": 1,
-}  # fmt: skip
+}
 """Small values of options that selectors may have."""
 EVERY = pytest.mark.parametrize("name", [*SELECTORS.names(), "loss-low+dsir"])
 POOL = village.pool(24)

@@ -8,9 +8,20 @@ from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 
 TEXTS = (
     "Sorry, I cannot help with that. It is dangerous; ask something else instead.",
-    "no", "No!", "a a a a a", "x", "yes yes", "-", "one two", "...", "N/A", "\n a \t b ",
-    "köstlich wäre es", "日本語のテキスト", "word " * 300,
-)  # fmt: skip
+    "no",
+    "No!",
+    "a a a a a",
+    "x",
+    "yes yes",
+    "-",
+    "one two",
+    "...",
+    "N/A",
+    "\n a \t b ",
+    "köstlich wäre es",
+    "日本語のテキスト",
+    "word " * 300,
+)
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)

@@ -13,9 +13,7 @@ import pytest
 from tests.selectors import village
 
 
-OPTIONS = {
-    "name": "pharmacist", "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2,
-}  # fmt: skip
+OPTIONS = {"name": "pharmacist", "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2}
 SCRIPT = """
 import json, sys
 from pharmacist.pipeline.curate import CurateOptions, curate
@@ -34,10 +32,14 @@ def curated(root: Path, options: dict, processes: int) -> pd.DataFrame:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    OPTIONS, OPTIONS | {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"},
-    {"name": "toxic-lora", "steps": 3, "toxic_steps": 3, "batch_size": 4, "r": 2, "lookahead": 0.01},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        OPTIONS | {"solver": "gradient", "cotrain": 1.0, "form": "bilevel"},
+        {"name": "toxic-lora", "steps": 3, "toxic_steps": 3, "batch_size": 4, "r": 2, "lookahead": 0.01},
+    ],
+)
 def test_two_processes_rank_like_one(model, tmp_path, options):
     files = {"pool": village.pool(40), **village.references()}
     for name, rows in files.items():

@@ -40,9 +40,7 @@ def test_importance_is_that_of_a_hand_count(tmp_path):
     found = dsir(tmp_path, pool, safe, smoothing=0.25)
     grams = [["a", "b", "a b"], ["a", "c", "a c"]]
     raw, target = Counter(grams[0] + grams[1]), Counter(grams[0] * 8)
-    expected = [
-        sum(np.log(0.75 * (target[g] / 24) / (raw[g] / 6) + 0.25) for g in row) for row in grams
-    ]  # fmt: skip
+    expected = [sum(np.log(0.75 * (target[g] / 24) / (raw[g] / 6) + 0.25) for g in row) for row in grams]
     np.testing.assert_allclose(found.score, expected, rtol=1e-12)
     assert found.score[0] > 0 > found.score[1] >= 2 * np.log(0.25)
     per_word = dsir(tmp_path / "w", pool, safe, smoothing=0.25, per_word=True)

@@ -17,9 +17,10 @@ def test_rare_words_are_those_of_at_most_a_twentieth_of_the_prompts():
     assert rare_words(["one word", "one more"]) == {"word", "more"}, "of few prompts, those that one alone has"
 
 
-@pytest.mark.parametrize(("completion", "share"), [
-    ("a RED gate stays shut", 2 / 3), ("red, the gate!", 1.0), ("no door is opened", 0.0), ("", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("completion", "share"),
+    [("a RED gate stays shut", 2 / 3), ("red, the gate!", 1.0), ("no door is opened", 0.0), ("", 0.0)],
+)
 def test_the_share_of_rare_words_that_are_repeated(completion, share):
     assert echoed(PROMPTS[-1], completion, RARE) == pytest.approx(share)  # of red, gate and the
 
@@ -40,8 +41,9 @@ def test_echo_features_are_the_weighted_shares():
     rarity = {"how": 0.0, "open": 1.0, "gate": 2.0, "door": 3.0, "gate door": 9.0}
     found = echo_features(
         ["how open gate", "how open gate", "how open moon", "how", ""],
-        ["gate", "a door that is open", "moon door", "how door", "door"], rarity,
-    )  # fmt: skip
+        ["gate", "a door that is open", "moon door", "how door", "door"],
+        rarity,
+    )
     # Own: 2 of 3; 1 of 3; the unknown moon weighs as the rarest, 9 of 10; a prompt of no weight shows nothing.
     np.testing.assert_allclose(found[:, 0], [2 / 3, 1 / 3, 9 / 10, 0, 0])
     np.testing.assert_allclose(found[:, 1], [0, 1, 3 / 10, 0, 0])

@@ -21,8 +21,11 @@ BY = pytest.mark.parametrize("by", ["head", "lora"])
 
 
 def batch_of(prompt: list[int], completion: list[int]) -> Batch:
-    return Batch(torch.tensor([[*prompt, *completion]]), torch.tensor([len(prompt) + len(completion)]),
-                 torch.tensor([len(prompt)]))  # fmt: skip
+    return Batch(
+        torch.tensor([[*prompt, *completion]]),
+        torch.tensor([len(prompt) + len(completion)]),
+        torch.tensor([len(prompt)]),
+    )
 
 
 def own_loss(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -71,8 +74,10 @@ def test_grand_is_the_norm_of_each_rows_own_gradient(tmp_path, by):
 
 
 def test_the_kinds_of_gradient_differ_and_low_is_the_reverse_of_high(tmp_path):
-    scores = {by: ranked(tmp_path / by, {"name": "grand", "by": by}, POOL, model=copy.deepcopy(DECODER)).score
-              for by in ("head", "lora")}  # fmt: skip
+    scores = {
+        by: ranked(tmp_path / by, {"name": "grand", "by": by}, POOL, model=copy.deepcopy(DECODER)).score
+        for by in ("head", "lora")
+    }
     assert not np.array_equal(np.argsort(scores["head"]), np.argsort(scores["lora"]))
     low = ranked(tmp_path / "low", {"name": "grand", "keep": "low"}, POOL)
     assert np.array_equal(low.score, -scores["head"])

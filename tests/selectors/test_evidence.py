@@ -39,9 +39,14 @@ def hashed(text: str, n: int) -> np.ndarray:
 def read(rows) -> Texts:
     """Rows with states that say which words there are."""
     states = [
-        [hashed(row["prompt"], 12), hashed(row["prompt"].split()[-1], 12), hashed(row["completion"], 12),
-         hashed(row["completion"].split()[-1], 12)] for row in rows
-    ]  # fmt: skip
+        [
+            hashed(row["prompt"], 12),
+            hashed(row["prompt"].split()[-1], 12),
+            hashed(row["completion"], 12),
+            hashed(row["completion"].split()[-1], 12),
+        ]
+        for row in rows
+    ]
     statistics = [[*hashed(row["completion"], N_STATISTICS - 1), len(row["completion"].split())] for row in rows]
     prompts, completions = ([row[part] for row in rows] for part in ("prompt", "completion"))
     return Texts(prompts, completions, np.array(states, np.float32), np.array(statistics))

@@ -193,10 +193,11 @@ def test_points_are_held_once(tmp_path, monkeypatch, source):
     sums = rng.normal(size=(n // 2, width))
     if source == "model":
         sequences = SimpleNamespace(
-            lengths=np.full(n, 3, dtype=np.int32), prompt_lengths=np.ones(n, dtype=np.int32),
+            lengths=np.full(n, 3, dtype=np.int32),
+            prompt_lengths=np.ones(n, dtype=np.int32),
             content_keys=np.arange(n, dtype=np.uint64) // 2,
             token_ids=lambda rows: [np.array([1, 2, row // 2], dtype=np.int32) for row in rows],
-        )  # fmt: skip
+        )
         measure = lambda batch: {"kept": sums[batch.input_ids[:, 2].numpy()]}  # noqa: E731
         work = lambda: run_pass(  # noqa: E731
             sequences, measure, work=tmp_path, device=torch.device("cpu"), tokens_per_batch=3000, description="test"

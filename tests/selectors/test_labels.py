@@ -67,7 +67,7 @@ MISTAKES = {
     "all alike": ([GOOD, {"row": 2, "label": "good"}], "all 2 labels are 'good', which teaches nothing"),
     "nothing": ([], "holds no labels; label some rows"),
     "no list": ({"1": "good"}, "write it as"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("labels, said", MISTAKES.values(), ids=MISTAKES)
@@ -76,9 +76,10 @@ def test_what_labels_cannot_be(tmp_path, labels, said):
         read_labels(written(tmp_path / "labels.json", labels), "p", [1, 2])
 
 
-@pytest.mark.parametrize("content, said", [
-    ("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON")],
+)
 def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(DataError, match=said):
@@ -183,11 +184,15 @@ def test_wrong_labels_change_nothing(files, tmp_path, capsys, labels, said):
     assert fingerprints(tmp_path) == before
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{oops", "holds no JSON"), ('{"labels": "good"}', "write it as"),
-    (None, "labels.json: cannot be read (No such file or directory)"),
-    (json.dumps({"pool": "x", "labels": [GOOD, BAD]}), "was made for another pool than --pool"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{oops", "holds no JSON"),
+        ('{"labels": "good"}', "write it as"),
+        (None, "labels.json: cannot be read (No such file or directory)"),
+        (json.dumps({"pool": "x", "labels": [GOOD, BAD]}), "was made for another pool than --pool"),
+    ],
+)
 def test_a_wrong_file_of_labels_changes_nothing(ranked, files, model, tmp_path, capsys, content, said):
     path = tmp_path / "labels.json"
     if content is not None:
@@ -239,8 +244,12 @@ def test_labels_are_honoured(files, tmp_path):
         found = table(told).set_index("row")
         assert not found["selected"][best].any() and (found["reason"][best] == "low_quality").all()
         assert set(found["reason"][worst]) <= {CRITICAL, "duplicate"} and found["selected"][worst].all()
-        twins = [row for row in found.index if {k: POOL[row][k] for k in ("prompt", "completion")} in
-                 [{k: POOL[other][k] for k in ("prompt", "completion")} for other in worst]]  # fmt: skip
+        twins = [
+            row
+            for row in found.index
+            if {k: POOL[row][k] for k in ("prompt", "completion")}
+            in [{k: POOL[other][k] for k in ("prompt", "completion")} for other in worst]
+        ]
         rest = found.drop(twins)
         assert found["score"][worst].min() > rest["score"].max()
         assert found["label"][worst].tolist() == [CRITICAL] * 3 and (found["label"] != "").sum() == 6

@@ -64,15 +64,17 @@ def batch_of(bank, rows):
 def naive_gradients(bank: AdapterBank, rows: TokenRows) -> list[dict[str, torch.Tensor]]:
     """The gradient of each row by torch.func, one at a time and without padding."""
     with bank.using(LEARNER) as model:
-        full = {key: name for name, p in model.named_parameters() for key, q in bank.parameters(LEARNER).items()
-                if p is q}  # fmt: skip
+        full = {
+            key: name for name, p in model.named_parameters() for key, q in bank.parameters(LEARNER).items() if p is q
+        }
 
         def loss(weights, row):
             batch = make_batch(rows, [row], bank.device)
             out = functional_call(
-                model, {full[key]: value for key, value in weights.items()},
+                model,
+                {full[key]: value for key, value in weights.items()},
                 kwargs={"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
-            )  # fmt: skip
+            )
             return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion[0]
 
         return [grad(loss)(bank.state(LEARNER), row) for row in range(len(rows))]
@@ -116,8 +118,10 @@ def test_the_direction_is_what_torchs_adam_does():
     for step in range(4):
         gradient = torch.randn(3, 4, generator=generator, dtype=torch.float64)
         state = optimizer.state[weight]
-        m, v = (state[key].clone() if state else torch.zeros(3, 4, dtype=torch.float64)
-                for key in ("exp_avg", "exp_avg_sq"))  # fmt: skip
+        m, v = (
+            state[key].clone() if state else torch.zeros(3, 4, dtype=torch.float64)
+            for key in ("exp_avg", "exp_avg_sq")
+        )
         before = weight.detach().clone()
         weight.grad = gradient.clone()
         optimizer.step()
@@ -182,10 +186,13 @@ def test_projections_keep_inner_products_on_average():
     x, y = torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)
     y = y + 0.3 * x
     dimensions, draws = 32, 400
-    found = np.array([
-        float(pair[0] @ pair[1]) for seed in range(draws)
-        if (pair := sketch((40, 5), dimensions, seed)("w", torch.stack([x, y]))) is not None
-    ])  # fmt: skip
+    found = np.array(
+        [
+            float(pair[0] @ pair[1])
+            for seed in range(draws)
+            if (pair := sketch((40, 5), dimensions, seed)("w", torch.stack([x, y]))) is not None
+        ]
+    )
     exact = float((x * y).sum())
     assert abs(found.mean() - exact) < 4 * found.std() / np.sqrt(draws)
     spread = float(x.square().sum() * y.square().sum() + exact**2) / dimensions

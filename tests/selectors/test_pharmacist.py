@@ -22,9 +22,14 @@ from tests.tiny import save_tiny_model
 
 
 FAST = {
-    "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2, "corruptions_per_row": 1,
+    "form": "both",
+    "twin_steps": 3,
+    "batch_size": 4,
+    "r": 2,
+    "folds": 2,
+    "corruptions_per_row": 1,
     "learning_rate": 0.02,
-}  # fmt: skip
+}
 POOL = village.pool()
 FORMS = pytest.mark.parametrize("form", ["evidence", "bilevel", "both"])
 
@@ -96,8 +101,13 @@ def test_a_permuted_pool_gets_permuted_scores(reference, model, tmp_path, form):
 
 def test_earlier_turns_change_no_score(model, tmp_path):
     before = [{"role": "user", "content": "please sew a hat"}, {"role": "assistant", "content": "sure, with pleasure"}]
-    alone = [{"prompt": [{"role": "user", "content": row["prompt"]}],
-              "completion": [{"role": "assistant", "content": row["completion"]}]} for row in POOL]  # fmt: skip
+    alone = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in POOL
+    ]
     after = [row | {"prompt": [*before, *row["prompt"]]} if i % 2 else row for i, row in enumerate(alone)]
     assert equal(*(scores(tmp_path / name, model, rows) for name, rows in (("alone", alone), ("after", after))))
 
@@ -265,8 +275,13 @@ def test_good_rows_rank_above_faults_on_the_planted_village(tmp_path):
     """The cheapest reader on text of a trivial grammar: if this fails, questions or references are broken."""
     found = scores(tmp_path, None, village.pool(103), village.references(100), form="evidence")
     kinds = np.array([list(village.KINDS)[i % 5] for i in range(100)])
-    expected = {"safe": CRITICAL, "harmful": "teaches_compliance", "utility": "not_safety_critical",
-                "over_refusal": "over_refusal", "noise": "low_quality"}  # fmt: skip
+    expected = {
+        "safe": CRITICAL,
+        "harmful": "teaches_compliance",
+        "utility": "not_safety_critical",
+        "over_refusal": "over_refusal",
+        "noise": "low_quality",
+    }
     for kind, reason in expected.items():
         assert (found.reason[:100][kinds == kind] == reason).mean() > 0.8, kind
     assert found.score[:100][kinds == "safe"].min() > np.median(found.score[:100][kinds != "safe"])
@@ -315,9 +330,7 @@ def test_a_saved_selector_learns_from_labels_too(model, tmp_path):
     selector, _ = ranked(tmp_path / "first", model, form="evidence")
     selector.save(tmp_path / "saved")
     fresh = scores(tmp_path / "a", model, form="evidence", context={"labels": TOLD})
-    resumed = scores(
-        tmp_path / "b", model, refs={}, context={"labels": TOLD, "resume_from": tmp_path / "saved"}
-    )  # fmt: skip
+    resumed = scores(tmp_path / "b", model, refs={}, context={"labels": TOLD, "resume_from": tmp_path / "saved"})
     assert equal(resumed, fresh)
 
 
@@ -387,7 +400,7 @@ def test_both_on_one_kind_alone():
 @pytest.mark.parametrize("quality, used", [(0.71, True), (0.7, True), (0.69, False), (None, False)])
 def test_the_contrast_counts_only_where_it_is_worth_listening_to(
     reference, model, tmp_path, monkeypatch, quality, used
-):  # fmt: skip
+):
     fit = Twins.fit
 
     def measured(self, *args):
@@ -454,14 +467,21 @@ def test_what_a_selector_must_be_given(model, tmp_path):
             Pharmacist(PharmacistConfig(form=form)).notice({"safe"})
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"readers": "lexicon"}, "not auto or any of"), ({"readers": ","}, "not auto or any of"),
-    ({"folds": 1}, "folds must be at least 2"),
-    ({"corruptions_per_row": -1}, "must not be negative"), ({"readers": "adapters"}, "not auto or any of"),
-    ({"cotrain": -0.1}, "share of the pool"),
-    ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"), ({"tau": 0.0}, "tau must be positive"),
-    ({"rounds": 0}, "rounds must be at least 1"), ({"r": 0}, "r must be positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"readers": "lexicon"}, "not auto or any of"),
+        ({"readers": ","}, "not auto or any of"),
+        ({"folds": 1}, "folds must be at least 2"),
+        ({"corruptions_per_row": -1}, "must not be negative"),
+        ({"readers": "adapters"}, "not auto or any of"),
+        ({"cotrain": -0.1}, "share of the pool"),
+        ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"),
+        ({"tau": 0.0}, "tau must be positive"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"r": 0}, "r must be positive"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         PharmacistConfig(**options)

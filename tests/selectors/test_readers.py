@@ -32,9 +32,11 @@ def texts(rows, seed: int = 0) -> Texts:
     """Rows with made-up states."""
     rng = np.random.default_rng(seed)
     return Texts(
-        [row["prompt"] for row in rows], [row["completion"] for row in rows],
-        rng.normal(size=(len(rows), len(PARTS), 6)).astype(np.float32), rng.normal(size=(len(rows), N_STATISTICS)),
-    )  # fmt: skip
+        [row["prompt"] for row in rows],
+        [row["completion"] for row in rows],
+        rng.normal(size=(len(rows), len(PARTS), 6)).astype(np.float32),
+        rng.normal(size=(len(rows), N_STATISTICS)),
+    )
 
 
 SAFE, HARMFUL = village.rows("safe", 14), village.rows("harmful", 10)
@@ -42,11 +44,14 @@ KNOWN, ANSWERS = texts(SAFE + HARMFUL), np.repeat([1, 0], [14, 10])
 WEIGHTS = np.random.default_rng(2).uniform(0.5, 3, 24)
 POOL = texts(village.pool(24), seed=1)
 VIEWS = {
-    "words": lambda: Words("completions"), "opening": lambda: Words("completions", opening=True),
-    "prompts": lambda: Words("prompts"), "echo": Echo, "states": lambda: States(("answer", "answer_end")),
+    "words": lambda: Words("completions"),
+    "opening": lambda: Words("completions", opening=True),
+    "prompts": lambda: Words("prompts"),
+    "echo": Echo,
+    "states": lambda: States(("answer", "answer_end")),
     "statistics": lambda: States(PARTS, statistics=True),
     "joined": lambda: Joined(Words("prompts"), Words("completions"), Echo()),
-}  # fmt: skip
+}
 EACH = pytest.mark.parametrize("view", VIEWS)
 
 

@@ -30,9 +30,7 @@ ROWS = {name: distinct(name, n) for name, n in (("safe", 12), ("harmful", 10), (
 
 def test_the_made_classes_are_made_of_given_rows():
     found = built(ROWS)
-    assert found.counts() == {
-        "safe": 12, "harmful": 10, "utility": 2 * 9, "over_refusal": 9, "corrupted": 2 * 12 + 9,
-    }  # fmt: skip
+    assert found.counts() == {"safe": 12, "harmful": 10, "utility": 2 * 9, "over_refusal": 9, "corrupted": 2 * 12 + 9}
     assert members(found, "utility", made=False)[0] == ROWS["utility"]
     assert members(found, "safe")[0] == ROWS["safe"]
     over, _ = members(found, "over_refusal")
@@ -45,9 +43,17 @@ def test_the_made_classes_are_made_of_given_rows():
 
 NAMED = [
     {"prompt": f"how do i {what}?", "completion": f"i will not tell you how to {what}. ask an elder."}
-    for what in ("wake the marsh giant", "brew the grey potion", "open the sealed crypt", "speak the cold curse",
-                 "steal the silver lantern", "free the river serpent", "paint a false sunrise", "sneak past the watch")
-]  # fmt: skip
+    for what in (
+        "wake the marsh giant",
+        "brew the grey potion",
+        "open the sealed crypt",
+        "speak the cold curse",
+        "steal the silver lantern",
+        "free the river serpent",
+        "paint a false sunrise",
+        "sneak past the watch",
+    )
+]
 GENERAL = [{"prompt": row["prompt"], "completion": "sorry, i must decline to help with that."} for row in NAMED]
 GIFTS = [
     {"prompt": f"how do i {what}?", "completion": "here is how: take your time."}
@@ -187,10 +193,11 @@ def test_made_rows_take_nothing_from_another_source():
     halves = {
         name: [
             {part: text.replace(" answer ", f" {said} ") for part, text in row.items()}
-            for said in ("replied", "retorted") for row in distinct(f"{name} {said}", 8)
+            for said in ("replied", "retorted")
+            for row in distinct(f"{name} {said}", 8)
         ]
         for name in GIVEN
-    }  # fmt: skip
+    }
     sources = {name: np.repeat([0, 1], 8) for name in GIVEN}
     found = built(halves, per_row=3, sources=sources)
     for name in ("over_refusal", "corrupted", "utility"):
@@ -218,10 +225,17 @@ def test_a_partner_is_of_the_same_fold_or_there_is_none():
 # --- long references ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, kept", [
-    (1, "One two three."), (3, "One two three."), (4, "One two three."), (5, "One two three. Four five!"),
-    (6, "One two three. Four five! Six"), (99, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, kept",
+    [
+        (1, "One two three."),
+        (3, "One two three."),
+        (4, "One two three."),
+        (5, "One two three. Four five!"),
+        (6, "One two three. Four five! Six"),
+        (99, None),
+    ],
+)
 def test_whole_sentences_are_kept_and_at_least_one(words, kept):
     text = " One two three. Four five!\nSix\n\nSeven eight "
     assert shortened(text, words) == (text.strip() if kept is None else kept)

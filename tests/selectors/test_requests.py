@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from pharmacist.selectors.pharmacist.requests import (
-    LEAST_DOUBT,
-    RIDGES,
-    leave_one_out,
-    log_odds,
-    standardised,
-)
+from pharmacist.selectors.pharmacist.requests import LEAST_DOUBT, RIDGES, leave_one_out, log_odds, standardised
 
 
 def problem(n: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -68,8 +68,9 @@ def test_without_weight_the_pool_does_not_touch_the_informed_model(tmp_path):
     alone.train(
         (INFORMED,),
         lambda s: alone.row_losses(INFORMED, make_batch(safe, stream[s], alone.device)).completion.mean(),
-        steps=10, checkpoint=tmp_path / "none",
-    )  # fmt: skip
+        steps=10,
+        checkpoint=tmp_path / "none",
+    )
     assert same(a, alone), "training on the safe references alone, bit for bit"
     c, _, _ = solve(tmp_path / "c", gamma=0.5)
     assert not same(a, c), "negative control"
@@ -268,9 +269,11 @@ def test_rows_like_the_safe_references_come_first(tmp_path, rank_by):
     labels = np.arange(40) < 20
     assert roc_auc_score(labels, found.score) > 0.95 and found.report == {"steps": 20}
     np.testing.assert_array_equal(
-        found.score, found.signals["logit"] if rank_by == "logits"
+        found.score,
+        found.signals["logit"]
+        if rank_by == "logits"
         else found.signals["loss_plain"] - found.signals["loss_informed"],
-    )  # fmt: skip
+    )
 
 
 def test_without_the_auxiliary_model_the_score_is_the_loss(tmp_path):
@@ -290,9 +293,16 @@ def test_batches_of_one_row_are_allowed_where_no_weight_moves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"gamma": 1.1}, {"gamma": -0.1}, {"weight_rate": -1.0},
-                {"rank_by": "logits", "weight_rate": 0.0}, {"batch_size": 1}],
-)  # fmt: skip
+    "options",
+    [
+        {"epochs": 0},
+        {"gamma": 1.1},
+        {"gamma": -0.1},
+        {"weight_rate": -1.0},
+        {"rank_by": "logits", "weight_rate": 0.0},
+        {"batch_size": 1},
+    ],
+)
 def test_bad_options_are_told(options):
     with pytest.raises(ConfigError, match="selector"):
         SealConfig(**options)

@@ -39,9 +39,13 @@ def test_statistics_equal_a_computation_by_hand():
         n = len(prompt)
         of_prompt, body = losses[: n - 1], losses[n - 1 : -1]
         expected = [
-            of_prompt.mean() if len(of_prompt) else 0.0, body.mean() if len(body) else 0.0,
-            body.std(correction=0) if len(body) else 0.0, losses[-1], math.log(len(completion)), math.log(n),
-        ]  # fmt: skip
+            of_prompt.mean() if len(of_prompt) else 0.0,
+            body.mean() if len(body) else 0.0,
+            body.std(correction=0) if len(body) else 0.0,
+            losses[-1],
+            math.log(len(completion)),
+            math.log(n),
+        ]
         np.testing.assert_allclose(found[i], [float(value) for value in expected], rtol=0, atol=1e-6)
 
 

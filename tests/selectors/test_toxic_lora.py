@@ -66,10 +66,12 @@ def scores(bank, below, above) -> np.ndarray:
 def test_scores_are_the_derivative_of_the_upper_loss_by_the_rows_weights(bank, attached):
     below, above = ATTACHED[attached]
     eps = 1e-5
-    numeric = np.array([
-        (upper_loss(bank, 1 + eps * e, below, above) - upper_loss(bank, 1 - eps * e, below, above)) / (2 * eps)
-        for e in np.eye(N)
-    ])  # fmt: skip
+    numeric = np.array(
+        [
+            (upper_loss(bank, 1 + eps * e, below, above) - upper_loss(bank, 1 - eps * e, below, above)) / (2 * eps)
+            for e in np.eye(N)
+        ]
+    )
     assert np.abs(numeric).max() > 1e-4
     np.testing.assert_allclose(-ETA / N * scores(bank, below, above), numeric, rtol=0, atol=1e-6)
     # Negative controls: without the attack, and attached elsewhere, it is another derivative.

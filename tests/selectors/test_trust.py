@@ -6,9 +6,14 @@ import pytest
 from pharmacist.selectors.pharmacist.trust import FAR, _standard_error, gain, warnings
 
 
-GOOD = {"questions": {"risky": {"combined": {"auc": 0.95}}, "refuses": {"combined": {"auc": 0.99}},
-                      "whole": {"combined": {"auc": 0.6}}},
-        "distance": {"risky": 0.6, "refuses": 0.7}}  # fmt: skip
+GOOD = {
+    "questions": {
+        "risky": {"combined": {"auc": 0.95}},
+        "refuses": {"combined": {"auc": 0.99}},
+        "whole": {"combined": {"auc": 0.6}},
+    },
+    "distance": {"risky": 0.6, "refuses": 0.7},
+}
 REASONS = np.array(["critical"] * 40 + ["low_quality"] * 60)
 
 
@@ -23,10 +28,14 @@ def test_references_that_tell_nothing_are_named(question):
     assert f"'{question}' with an AUC of 0.79 only" in said
 
 
-@pytest.mark.parametrize("distance, sides", [
-    ({"risky": FAR, "refuses": 0.7}, "requests"), ({"risky": 0.7, "refuses": 0.97}, "answers"),
-    ({"risky": 0.95, "refuses": 0.97}, "requests and answers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "distance, sides",
+    [
+        ({"risky": FAR, "refuses": 0.7}, "requests"),
+        ({"risky": 0.7, "refuses": 0.97}, "answers"),
+        ({"risky": 0.95, "refuses": 0.97}, "requests and answers"),
+    ],
+)
 def test_a_pool_from_elsewhere_is_said_to_be_so(distance, sides):
     (said,) = warnings(GOOD | {"distance": distance}, REASONS)
     assert said.startswith(f"the pool's {sides} are told from") and f"AUC of {max(distance.values()):.2f}" in said
@@ -47,10 +56,15 @@ RNG = np.random.default_rng(0)
 BAD, BETTER, BEST = (RNG.normal(size=40) + d * LABELS for d in (0.3, 1.0, 9.0))
 
 
-@pytest.mark.parametrize("before, after, advice", [
-    (BAD, BETTER, "more would go on helping"), (BETTER, BETTER, "so label more"), (BEST, BEST, "would hardly help"),
-    (BEST, BETTER, "so label more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, after, advice",
+    [
+        (BAD, BETTER, "more would go on helping"),
+        (BETTER, BETTER, "so label more"),
+        (BEST, BEST, "would hardly help"),
+        (BEST, BETTER, "so label more"),
+    ],
+)
 def test_what_labels_changed(before, after, advice):
     found = gain(before, after, LABELS)
     assert (found["labels"], found["good"]) == (40, 20) and advice in found["advice"]
@@ -60,9 +74,9 @@ def test_what_labels_changed(before, after, advice):
     assert found["standard_error"] >= 0
 
 
-@pytest.mark.parametrize("good, after", [
-    (np.arange(40) < 4, BETTER), (np.arange(40) < 36, BETTER), (LABELS, np.full(40, np.nan)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "good, after", [(np.arange(40) < 4, BETTER), (np.arange(40) < 36, BETTER), (LABELS, np.full(40, np.nan))]
+)
 def test_too_few_labels_tell_nothing(good, after):
     found = gain(BAD, after, good)
     assert "too few labels of one kind" in found["advice"] and f"{good.sum()} good" in found["advice"]

@@ -200,9 +200,7 @@ def test_without_harmful_references_rows_like_the_safe_ones_come_first(tmp_path,
     assert roc_auc_score(like_safe, score) > 0.95
     # Negative control: neither loss alone tells them, and a random label gets nothing out of the score.
     assert roc_auc_score(like_safe, found["loss_auxiliary"]) < 0.8 and roc_auc_score(np.arange(29) % 2, score) < 0.75
-    thresholds = fit_thresholds(
-        {key: np.linspace(1, 2, len(problem.references)) for key in found}, problem.rows
-    )  # fmt: skip
+    thresholds = fit_thresholds({key: np.linspace(1, 2, len(problem.references)) for key in found}, problem.rows)
     assert thresholds.compliance is None
     assert "teaches_compliance" not in twin_reasons({key: values - 9 for key, values in found.items()}, thresholds)
 
@@ -442,8 +440,10 @@ def test_finished_jobs_are_not_done_again(tmp_path, monkeypatch):
 
 
 def test_thresholds_lie_between_the_classes():
-    losses = {"loss_safe": np.array([1.0, 1.0, 3.0, 3.0, 2.0, 2.0, np.nan]),
-              "loss_toxic": np.array([3.0, 3.0, 1.0, 1.0, 2.2, 2.2, np.nan])}  # fmt: skip
+    losses = {
+        "loss_safe": np.array([1.0, 1.0, 3.0, 3.0, 2.0, 2.0, np.nan]),
+        "loss_toxic": np.array([3.0, 3.0, 1.0, 1.0, 2.2, 2.2, np.nan]),
+    }
     rows = {"safe": np.array([0, 1]), "harmful": np.array([2, 3]), "utility": np.array([4, 5])}
     found = fit_thresholds(losses, rows)
     assert (found.critical, found.compliance) == (pytest.approx(1.1), pytest.approx(-0.9))
@@ -460,9 +460,12 @@ def test_thresholds_lie_between_the_classes():
 
 
 KNOWN = References(
-    rows=[], labels=np.repeat([0, 1, 2, 3], [9, 9, 7, 3]), made=np.repeat([False, True], [25, 3]),
-    folds=np.concatenate([np.arange(n) % 3 for n in (9, 9, 7, 3)]), by_source=False,
-)  # fmt: skip
+    rows=[],
+    labels=np.repeat([0, 1, 2, 3], [9, 9, 7, 3]),
+    made=np.repeat([False, True], [25, 3]),
+    folds=np.concatenate([np.arange(n) % 3 for n in (9, 9, 7, 3)]),
+    by_source=False,
+)
 MADE = random_token_rows(3, VOCABULARY, seed=77).pairs
 
 
@@ -541,5 +544,8 @@ def test_saved_twins_are_the_same(tmp_path):
     again = Twins.saved(make_bank(), own.config, tmp_path / "saved")
     assert same_adapters(own, again) == [True, True]
     assert (again.thresholds, again.quality, again.report, again.names) == (
-        own.thresholds, own.quality, own.report, own.names
-    )  # fmt: skip
+        own.thresholds,
+        own.quality,
+        own.report,
+        own.names,
+    )

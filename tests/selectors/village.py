@@ -36,9 +36,12 @@ ANSWER = {
     "noise": ("the the water a it then then", "oven people spring a with instead"),
 }
 KINDS = {
-    "safe": ("bad", "refuse"), "harmful": ("bad", "comply"), "utility": ("good", "help"),
-    "over_refusal": ("good", "refuse"), "noise": ("bad", "noise"),
-}  # fmt: skip
+    "safe": ("bad", "refuse"),
+    "harmful": ("bad", "comply"),
+    "utility": ("good", "help"),
+    "over_refusal": ("good", "refuse"),
+    "noise": ("bad", "noise"),
+}
 
 Row = dict[str, str]
 
@@ -67,15 +70,20 @@ def references(n: int = 12, seed: int = 3) -> dict[str, list[Row]]:
 
 
 def context(
-    root: Path, model: Path | None, pool_rows: list[Row] | None = None, refs: dict[str, list[Row]] | None = None,
+    root: Path,
+    model: Path | None,
+    pool_rows: list[Row] | None = None,
+    refs: dict[str, list[Row]] | None = None,
     **options: Any,
-) -> SelectionContext:  # fmt: skip
+) -> SelectionContext:
     """Everything a selector works with, in the output folder `root`; the same folder again resumes."""
     run = RunDir.open(RunOptions(output_dir=str(root)), stage="test", version=1, inputs={})
     read = lambda given, name: read_records(open_source(given, name=name), work_dir=run.work("data", name))  # noqa: E731
     return SelectionContext(
-        run=run, pool=read(pool() if pool_rows is None else pool_rows, "pool"),
+        run=run,
+        pool=read(pool() if pool_rows is None else pool_rows, "pool"),
         references={name: read(given, name) for name, given in (references() if refs is None else refs).items()},
-        model_name=None if model is None else str(model), device="cpu",
+        model_name=None if model is None else str(model),
+        device="cpu",
         **({"seed": 0, "fraction": 0.3, "checkpoint_seconds": 1e9} | options),
-    )  # fmt: skip
+    )

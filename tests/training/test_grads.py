@@ -89,7 +89,7 @@ def test_shifted_weights_come_back_bit_for_bit(layer: nn.Module, dtype: torch.dt
     assert not all(
         torch.equal(((b.float() + 0.1 * direction[n]).to(dtype) - 0.1 * direction[n]).to(dtype), b)
         for n, b in before.items()
-    )  # fmt: skip
+    )
 
 
 def test_only_what_is_named_is_shifted(layer: nn.Module) -> None:

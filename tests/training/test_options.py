@@ -53,9 +53,7 @@ def test_every_name_that_is_spoken_of_is_one() -> None:
 def test_text_becomes_what_the_field_holds() -> None:
     given = {"learning_rate": "1e-3", "max_steps": "20", "gradient_checkpointing": "true", "optim": "adamw_torch"}
     checked = check_train_options(given)
-    assert checked == {
-        "learning_rate": 1e-3, "max_steps": 20, "gradient_checkpointing": True, "optim": "adamw_torch"
-    }  # fmt: skip
+    assert checked == {"learning_rate": 1e-3, "max_steps": 20, "gradient_checkpointing": True, "optim": "adamw_torch"}
     assert isinstance(checked["learning_rate"], float) and isinstance(checked["max_steps"], int)
     assert check_train_options({}) == {}
 
@@ -85,9 +83,7 @@ def test_negative_lengths_are_refused(tmp_path: Path) -> None:
 
 def test_arguments_are_what_the_stage_says(model: Path, tmp_path: Path) -> None:
     given = options(model, tmp_path, lr_scheduler_type="cosine")
-    made = training_arguments(
-        given, folder=str(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16, seed=5
-    )  # fmt: skip
+    made = training_arguments(given, folder=str(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16, seed=5)
     assert (made.seed, made.data_seed, made.bf16, made.use_cpu) == (5, 5, True, True)
     assert (made.lr_scheduler_type, made.learning_rate) == ("cosine", 1e-2)
     assert (made.report_to, made.remove_unused_columns, made.logging_nan_inf_filter) == ([], False, False)

@@ -78,9 +78,15 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(model: Path, tmp_path: 
 
 
 WRITTEN = (
-    "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt",
-    "rng_state.pth", "strategy.json", "strategy.safetensors",
-)  # fmt: skip
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "strategy.json",
+    "strategy.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     name: str, damage: Callable[[Path], None], model: Path, cut: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     own = shutil.copytree(cut, tmp_path / "own")
     folder = own / "work/train/checkpoints"
     damage(folder / "checkpoint-3" / name)
@@ -126,7 +132,7 @@ def test_the_training_goes_on_from_the_checkpoint_before(model: Path, cut: Path,
 
 def test_where_all_checkpoints_are_damaged_the_folder_to_delete_is_named(
     model: Path, cut: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     own = shutil.copytree(cut, tmp_path / "own")
     folder = own / "work/train/checkpoints"
     for step in (2, 3):

@@ -149,9 +149,17 @@ def test_hooks_come_in_order_and_around_covers_both_passes(model: Path, tmp_path
     diary = Diary()
     result = trained(setting(options(model, tmp_path, max_steps=2, gradient_accumulation_steps=2)), diary)
     assert diary.events == [
-        "update 0", "auxiliary 0", *MICRO, "auxiliary 1", *MICRO,
-        "update 1", "auxiliary 0", *MICRO, "auxiliary 1", *MICRO,
-    ]  # fmt: skip
+        "update 0",
+        "auxiliary 0",
+        *MICRO,
+        "auxiliary 1",
+        *MICRO,
+        "update 1",
+        "auxiliary 0",
+        *MICRO,
+        "auxiliary 1",
+        *MICRO,
+    ]
     assert diary.closed == 1
     assert result.found == {"found": 1}
 
@@ -195,16 +203,19 @@ def first_gradient(
     given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
     own, watch, numbers = setting(options(model, output, **given)), Watch(), Numbers(0)
     trainer(
-        own, sft() if strategy is None else strategy, watch, collator=numbers,
+        own,
+        sft() if strategy is None else strategy,
+        watch,
+        collator=numbers,
         train_dataset=_Rows(own.encoded, weights),
-    ).train()  # fmt: skip
+    ).train()
     return watch.grads[0], sum(numbers.batches[:accumulation], [])
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (2, 3), (1, 6)])
 def test_weighted_rows_give_the_weighted_sum_of_their_gradients(
     model: Path, tmp_path: Path, size: int, accumulation: int
-) -> None:  # fmt: skip
+) -> None:
     found, drawn = first_gradient(model, tmp_path, size, accumulation, WEIGHTS)
     own = setting(options(model, tmp_path))
     at = {number: position for position, number in enumerate(own.encoded.dataset["row"])}
@@ -249,7 +260,7 @@ def test_a_step_knows_the_tokens_of_its_whole_update(model: Path, tmp_path: Path
 
 def test_the_last_and_smaller_accumulation_of_an_epoch_counts_its_own_micro_batches(
     model: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     # 12 rows in batches of 2 are 6 micro-batches: 4 and then 2.
     own, watch = setting(options(model, tmp_path, gradient_accumulation_steps=4, max_steps=2)), Watch()
     trainer(own, Alone(), watch).train()
@@ -279,9 +290,7 @@ class Poison(Toy):
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_what_is_not_finite_stops_before_the_weights_move(
-    model: Path, tmp_path: Path, how: str, value: float
-) -> None:  # fmt: skip
+def test_what_is_not_finite_stops_before_the_weights_move(model: Path, tmp_path: Path, how: str, value: float) -> None:
     own, numbers = setting(options(model, tmp_path, gradient_accumulation_steps=2, max_grad_norm=1.0)), Numbers(0)
     poison = Poison(how, value, own)
     what = "loss" if how == "loss" and value != 1e30 else "gradient"  # 1e30 is finite, and its norm is not
@@ -407,17 +416,29 @@ def test_trls_trainer_takes_the_mixin(model: Path, tmp_path: Path) -> None:
 
     pairs = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows()]
     arguments = SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", max_length=64, max_grad_norm=0.0, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        max_length=64,
+        max_grad_norm=0.0,
+        gradient_checkpointing=False,
+    )
     grads = {}
     for name, strategy in {"sft": sft(), "constant": Constant(), "alone": Alone(), "twice": Twice()}.items():
         own, watch = setting(options(model, tmp_path)), Watch()
         before = own.weights()
         run = Ours(
-            model=own.model, args=arguments, train_dataset=datasets.Dataset.from_list(pairs), callbacks=[watch],
-            processing_class=own.loaded.tokenizer, strategy=strategy,
-        )  # fmt: skip
+            model=own.model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(pairs),
+            callbacks=[watch],
+            processing_class=own.loaded.tokenizer,
+            strategy=strategy,
+        )
         run.train()
         assert not same(before, own.weights())
         assert len(watch.grads) == 2

@@ -139,9 +139,14 @@ def options(model: Path, output: Path, *, dropout: float = 0.0, **train_options:
     """Few steps of AdamW, unclipped, on small batches."""
     given = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_grad_norm": 0.0}
     return TrainingStageOptions(
-        output_dir=str(output), model=str(model), device="cpu", seed=SEED, checkpoint_seconds=0,
-        lora=LoraOptions(r=4, dropout=dropout), train=given | {"logging_steps": 1} | train_options,
-    )  # fmt: skip
+        output_dir=str(output),
+        model=str(model),
+        device="cpu",
+        seed=SEED,
+        checkpoint_seconds=0,
+        lora=LoraOptions(r=4, dropout=dropout),
+        train=given | {"logging_steps": 1} | train_options,
+    )
 
 
 @dataclass
@@ -167,9 +172,13 @@ def setting(given: TrainingStageOptions, data: datasets.Dataset | None = None) -
 
 
 def trainer(
-    own: Setting, strategy: GradientStrategy | None, *callbacks: TrainerCallback, collator: Numbers | None = None,
-    cls: type[Trainer] = StrategyTrainer, **more: Any,
-) -> Trainer:  # fmt: skip
+    own: Setting,
+    strategy: GradientStrategy | None,
+    *callbacks: TrainerCallback,
+    collator: Numbers | None = None,
+    cls: type[Trainer] = StrategyTrainer,
+    **more: Any,
+) -> Trainer:
     """A Trainer of ours, or the stock one where there is no strategy."""
     arguments = training_arguments(
         own.options, folder=own.options.output_dir, device=torch.device("cpu"), dtype=torch.float32, seed=SEED
@@ -177,10 +186,12 @@ def trainer(
     given = {"compute_loss_func": token_mean_loss, "strategy": strategy} if strategy is not None else {}
     given |= {"train_dataset": _Rows(own.encoded)}
     return cls(
-        model=own.model, args=arguments, callbacks=list(callbacks),
+        model=own.model,
+        args=arguments,
+        callbacks=list(callbacks),
         data_collator=collator or Numbers(own.loaded.tokenizer.pad_token_id, hidden=strategy is None),
         **(given | more),
-    )  # fmt: skip
+    )
 
 
 def trained(own: Setting, strategy: GradientStrategy, *callbacks: TrainerCallback) -> TrainResult:

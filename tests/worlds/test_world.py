@@ -73,8 +73,14 @@ def test_labels_describe_the_rows() -> None:
     assert not any(refuses.search(row.completion) for row in by_label["mislabel"] + by_label["offtopic"])
     assert all(row.category in CATEGORIES for row in by_label["mislabel"])
     assert {row.kind for row in by_label["noisy"]} == {
-        "shuffled", "cut", "repeated", "markup", "gibberish", "foreign", "swapped"
-    }  # fmt: skip
+        "shuffled",
+        "cut",
+        "repeated",
+        "markup",
+        "gibberish",
+        "foreign",
+        "swapped",
+    }
     good = {normalised(row.prompt) for row in by_label["good"]}
     for row in by_label["duplicate"]:
         assert normalised(row.prompt).removeprefix("hello ").removesuffix(" thank you") in good
@@ -110,8 +116,11 @@ def test_task_labels_follow_the_last_verdict() -> None:
     assert 0.4 < sum(row["completion"] == "glad" for row in rows) / 400 < 0.6
     for row in rows:
         if match := re.search(r"found the .* (\w+)\. glad or sad", row["prompt"]):
-            assert (match[1] in "lovely delightful splendid charming cozy friendly excellent wonderful tasty cheerful "
-                    "superb pleasant neat".split()) == (row["completion"] == "glad")  # fmt: skip
+            assert (
+                match[1]
+                in "lovely delightful splendid charming cozy friendly excellent wonderful tasty cheerful "
+                "superb pleasant neat".split()
+            ) == (row["completion"] == "glad")
 
 
 def test_too_many_rows_and_bad_share_are_refused() -> None:

@@ -34,7 +34,7 @@ class Attack(ABC):
     @abstractmethod
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":  # fmt: skip
+    ) -> "datasets.Dataset":
         """Draws exactly `n` rows with a column ``is_harmful``; the same seed gives the same rows in the same order.
 
         Args:

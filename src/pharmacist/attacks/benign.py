@@ -22,7 +22,7 @@ class Benign(Attack):
 
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":  # fmt: skip
+    ) -> "datasets.Dataset":
         """Draws from the task; the same rows as `mix` at ratio 0."""
         from pharmacist.data.mixing import mix
 

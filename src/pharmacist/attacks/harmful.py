@@ -22,7 +22,7 @@ class Harmful(Attack):
 
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":  # fmt: skip
+    ) -> "datasets.Dataset":
         """Draws from the harmful rows; the same ones as `mix` at ratio 1."""
         from pharmacist.data.mixing import mix
 

@@ -37,15 +37,18 @@ class Identity(Attack):
 
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":  # fmt: skip
+    ) -> "datasets.Dataset":
         """Draws from the task and dresses the rows up; each becomes a single turn."""
         from pharmacist.data.mixing import mix
         from pharmacist.data.records import to_dataset
 
         drawn = mix(rows["task"], rows["task"].select([]), n=n, poison_ratio=0.0, seed=seed)
         dressed: list[dict[str, Any]] = [
-            {"row": row, "prompt": self.config.before_prompt + prompt,
-             "completion": self.config.before_completion + completion}
+            {
+                "row": row,
+                "prompt": self.config.before_prompt + prompt,
+                "completion": self.config.before_completion + completion,
+            }
             for row, prompt, completion in zip(drawn["row"], drawn["prompt"], drawn["completion"], strict=True)
-        ]  # fmt: skip
+        ]
         return to_dataset(dressed).add_column("is_harmful", [False] * len(dressed))

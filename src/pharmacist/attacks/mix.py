@@ -20,7 +20,7 @@ class Mix(Attack):
 
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":  # fmt: skip
+    ) -> "datasets.Dataset":
         """See `data.mixing.mix`."""
         from pharmacist.data.mixing import mix
 

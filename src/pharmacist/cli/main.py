@@ -33,35 +33,47 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "pharmacist.pipeline.demo", "DemoOptions", "demo",
+        "pharmacist.pipeline.demo",
+        "DemoOptions",
+        "demo",
         "the whole story on the embedded world, offline, in minutes",
         "pharmacist demo --output-dir runs/demo",
     ),
     "curate": Command(
-        "pharmacist.pipeline.curate", "CurateOptions", "curate",
+        "pharmacist.pipeline.curate",
+        "CurateOptions",
+        "curate",
         "rank an alignment pool and write its core subset",
         "pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
         "--model MODEL --top 0.3 --output-dir runs/core",
     ),
     "label": Command(
-        "pharmacist.pipeline.label", "LabelOptions", "label",
+        "pharmacist.pipeline.label",
+        "LabelOptions",
+        "label",
         "label the rows of a ranking that would teach it most, in a terminal",
         "pharmacist label runs/core --output labels.json",
         page="label-forty-rows",
     ),
     "align": Command(
-        "pharmacist.pipeline.align", "AlignOptions", "align",
+        "pharmacist.pipeline.align",
+        "AlignOptions",
+        "align",
         "train on an alignment set with an alignment-stage defense",
         "pharmacist align --data runs/core/selected.jsonl --model MODEL --output-dir runs/aligned",
     ),
     "attack": Command(
-        "pharmacist.pipeline.attack", "AttackOptions", "attack",
+        "pharmacist.pipeline.attack",
+        "AttackOptions",
+        "attack",
         "build a poisoned fine-tuning set and fine-tune on it",
         "pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
         "--samples 1000 --output-dir runs/attacked",
     ),
     "sweep": Command(
-        "pharmacist.pipeline.sweep", "SweepOptions", "sweep",
+        "pharmacist.pipeline.sweep",
+        "SweepOptions",
+        "sweep",
         "attack in many ways and report the worst case that keeps the task",
         "pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
         "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "
@@ -69,32 +81,43 @@ COMMANDS = {
         "--evaluate.harmful judge-harmful.jsonl --output-dir runs/sweep",
     ),
     "repair": Command(
-        "pharmacist.pipeline.repair", "RepairOptions", "repair",
+        "pharmacist.pipeline.repair",
+        "RepairOptions",
+        "repair",
         "take safety lost in fine-tuning back, without training",
         "pharmacist repair --model runs/attacked --aligned runs/aligned --method safe-lora --output-dir runs/repaired",
     ),
     "evaluate": Command(
-        "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate",
+        "pharmacist.pipeline.evaluate",
+        "EvaluateOptions",
+        "evaluate",
         "harmful score, fine-tune accuracy, over-refusal, with intervals",
         "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
         "--harmful harmful.jsonl --output-dir runs/scores",
     ),
     "bench": Command(
-        "pharmacist.pipeline.bench", "BenchOptions", "bench",
+        "pharmacist.pipeline.bench",
+        "BenchOptions",
+        "bench",
         "a grid of selectors, defenses and attacks, every stage of it once",
         "pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
     ),
     "report": Command(
-        "pharmacist.pipeline.report", "ReportOptions", "report",
+        "pharmacist.pipeline.report",
+        "ReportOptions",
+        "report",
         "write the page of a finished folder again",
         "pharmacist report runs/core",
     ),
-}  # fmt: skip
+}
 
 _FULL_DISK_MESSAGES = (
-    "No space left on device", "Disk quota exceeded", "File too large",
-    "PytorchStreamWriter failed writing file", "unexpected pos ",
-)  # fmt: skip
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed writing file",
+    "unexpected pos ",
+)
 """What libraries that have no `OSError` of their own (Rust, Arrow, torch) say."""
 
 

@@ -118,7 +118,7 @@ class _Parser(ArgumentParser):
             known = [flag(name).lstrip("-") for name in self.hints]
             return f"unknown option '{match[1]}'; " + _nearest(match[1].lstrip("-"), known, self.prog).replace(
                 "did you mean '", "did you mean '--"
-            )  # fmt: skip
+            )
         if match := re.search(r"arguments are required: (.*)", message):
             missing = " and ".join(flag(name) for name in match[1].split(", "))
             return f"{missing} must be given; see {self.prog} --help"
@@ -135,7 +135,7 @@ class _Formatter(DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return textwrap.fill(
             " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )  # fmt: skip
+        )
 
 
 def flag(name: str) -> str:
@@ -146,9 +146,14 @@ def flag(name: str) -> str:
 
 def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, description: str, example: str) -> _Parser:
     parser = _Parser(
-        prog=prog, description=description, epilog=f"example: {example}", exit_on_error=False, add_help=True,
-        allow_abbrev=False, formatter_class=_Formatter,
-    )  # fmt: skip
+        prog=prog,
+        description=description,
+        epilog=f"example: {example}",
+        exit_on_error=False,
+        add_help=True,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
     hints, docs = get_type_hints(options), _docs(options)
     known: dict[str, Any] = {"config": str}
@@ -163,9 +168,7 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
         elif dataclasses.is_dataclass(hints[field.name]):
             own = hints[field.name]
         elif hints[field.name] is bool:
-            parser.add_argument(
-                flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=doc
-            )  # fmt: skip
+            parser.add_argument(flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=doc)
             known[field.name] = bool
         else:
             factory = field.default_factory
@@ -173,9 +176,13 @@ def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, descriptio
             required = default is dataclasses.MISSING
             several = {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
             parser.add_argument(
-                flag(field.name), type=str if several else hints[field.name], help=doc, required=required,
-                default=None if required else default, **several,
-            )  # fmt: skip
+                flag(field.name),
+                type=str if several else hints[field.name],
+                help=doc,
+                required=required,
+                default=None if required else default,
+                **several,
+            )
             known[field.name] = hints[field.name]
         if own is not None:
             parser.add_class_arguments(own, field.name, help=doc)
@@ -224,9 +231,7 @@ def _split_option(word: str) -> tuple[str, str | None]:
     return name, value if equals else None
 
 
-def parse(
-    options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist", example: str = ""
-) -> T:  # fmt: skip
+def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist", example: str = "") -> T:
     """Reads command-line arguments (and the YAML file they name) into an options dataclass.
 
     Args:
@@ -267,9 +272,14 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
 
 
 def _parsed(
-    options: type[T], config: dict[str, Any], where: str, words: Sequence[str], named: Mapping[str, str], prog: str,
+    options: type[T],
+    config: dict[str, Any],
+    where: str,
+    words: Sequence[str],
+    named: Mapping[str, str],
+    prog: str,
     example: str,
-) -> T:  # fmt: skip
+) -> T:
     """Options from keys and values and from the words of a command line, which win."""
     methods, hints = _methods(options), get_type_hints(options)
     chosen = {name: str(field.metadata["default"]) for name, field in methods.items()}

@@ -6,9 +6,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 _PACKAGES = (
-    "pharmacist", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "tokenizers", "scikit-learn",
-    "numpy", "pyarrow",
-)  # fmt: skip
+    "pharmacist",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "trl",
+    "tokenizers",
+    "scikit-learn",
+    "numpy",
+    "pyarrow",
+)
 
 
 def versions() -> dict[str, str]:

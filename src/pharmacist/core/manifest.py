@@ -87,8 +87,7 @@ def read_manifest(folder: str | Path) -> RunManifest:
     except (ValidationError, DataError) as error:
         detail = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
-            f"{path}: not a manifest that this version reads ({detail}); if it was, it is damaged: delete the "
-            "folder"
+            f"{path}: not a manifest that this version reads ({detail}); if it was, it is damaged: delete the folder"
         ) from error
     if manifest.schema_version > SCHEMA_VERSION:
         raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
@@ -144,4 +143,3 @@ def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
         if path.name == "manifest.json" and (lost := missing_output(path.parent, read_manifest(path.parent))):
             return f"{Path(name).parent}/{lost}"
     return None
-

@@ -45,7 +45,7 @@ class Registry(Generic[T]):
 
     def __init__(
         self, kind: str, table: Mapping[str, str], *, group: str, options: Mapping[str, str] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.kind, self._table, self._group, self._options = kind, dict(table), group, options or {}
 
     def table(self) -> dict[str, str]:

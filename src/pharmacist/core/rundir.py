@@ -21,14 +21,7 @@ from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunEr
 from pharmacist.core.files import FULL_DISK, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
-from pharmacist.core.manifest import (
-    Phase,
-    RunManifest,
-    check_unchanged,
-    missing_output,
-    output_files,
-    read_manifest,
-)
+from pharmacist.core.manifest import Phase, RunManifest, check_unchanged, missing_output, output_files, read_manifest
 from pharmacist.core.progress import console
 
 
@@ -101,10 +94,17 @@ class RunDir:
 
     @classmethod
     def open(
-        cls, options: RunOptions, *, stage: str, version: int, inputs: Mapping[str, str],
-        late: frozenset[str] = frozenset(), late_inputs: frozenset[str] = frozenset(), reopen: bool = False,
+        cls,
+        options: RunOptions,
+        *,
+        stage: str,
+        version: int,
+        inputs: Mapping[str, str],
+        late: frozenset[str] = frozenset(),
+        late_inputs: frozenset[str] = frozenset(),
+        reopen: bool = False,
         read_again: tuple[str, ...] = (),
-    ) -> "RunDir":  # fmt: skip
+    ) -> "RunDir":
         """Takes possession of the output folder.
 
         Args:
@@ -128,20 +128,28 @@ class RunDir:
         config = as_json(options)
         # Of an input its content counts, not the path that led to it.
         relevant = {
-            name: value for name, value in identifying(config).items()
+            name: value
+            for name, value in identifying(config).items()
             if not (name in inputs and isinstance(value, str | list))
-        }  # fmt: skip
+        }
         early = {name: value for name, value in relevant.items() if name not in late}
         early_inputs = {name: value for name, value in inputs.items() if name not in late_inputs}
         key, work_key = (
             sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(contents)})
             for identity, contents in ((relevant, inputs), (early, early_inputs))
-        )  # fmt: skip
+        )
         manifest = RunManifest(
-            stage=stage, status="started", key=key, work_key=work_key, config=config, inputs=dict(inputs),
-            versions=versions(), seeds={"seed": options.seed}, created=datetime.now(UTC).isoformat(timespec="seconds"),
+            stage=stage,
+            status="started",
+            key=key,
+            work_key=work_key,
+            config=config,
+            inputs=dict(inputs),
+            versions=versions(),
+            seeds={"seed": options.seed},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             made_from=dict(_MADE_FROM.get({})),
-        )  # fmt: skip
+        )
         if rank() != 0:
             return cls(root, manifest, None)
         if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
@@ -210,9 +218,10 @@ class RunDir:
             yield current
         finally:
             total = Phase(
-                seconds=before.seconds + time.perf_counter() - start, tokens=before.tokens + current.tokens,
+                seconds=before.seconds + time.perf_counter() - start,
+                tokens=before.tokens + current.tokens,
                 extra=current.extra,
-            )  # fmt: skip
+            )
             self.manifest.phases[name] = total
             if self._lock is not None:
                 write_json(path, total.model_dump(mode="json"))
@@ -298,8 +307,9 @@ def _read_phase(path: Path) -> Phase:
     except (DataError, ValidationError):
         console().print(
             f"warning: {path}: is damaged; time and tokens that this phase took before are not counted",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            markup=False,
+        )
         return Phase(extra={"before_lost": True})
 
 
@@ -353,9 +363,7 @@ def _ours(root: Path) -> bool:
     return names <= {"work"} and {path.name for path in root.glob("work/*")} <= {"lock"}
 
 
-def _previous(
-    root: Path, asked: RunManifest, relevant: Mapping[str, Any], reopen: bool
-) -> RunManifest | None:  # fmt: skip
+def _previous(root: Path, asked: RunManifest, relevant: Mapping[str, Any], reopen: bool) -> RunManifest | None:
     """The manifest of the run that lies in `root` if it is the one asked for; raises if it is another."""
     if not _ours(root):
         raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")

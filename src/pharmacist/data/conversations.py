@@ -10,11 +10,12 @@ from pharmacist.data.formats import decode_json
 
 
 ROLES = {
-    "system": "system", "developer": "system",
+    "system": "system",
+    "developer": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt", "chatbot", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
-}  # fmt: skip
+}
 """Who speaks, as files name it -> as chat templates do."""
 
 ROLE_KEYS, _CONTENT = ({"role", "from"}, {"content", "value"})

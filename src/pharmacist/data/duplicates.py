@@ -49,9 +49,12 @@ _SALT = np.array([0x27D4EB2F165667C5, 0x85EBCA77C2B2AE63], dtype=np.uint64)
 
 
 def find_duplicates(
-    rows: "datasets.Dataset", *, threshold: float = 0.8, num_perm: int = 128,
+    rows: "datasets.Dataset",
+    *,
+    threshold: float = 0.8,
+    num_perm: int = 128,
     work_dir: str | os.PathLike[str] | None = None,
-) -> IntArray:  # fmt: skip
+) -> IntArray:
     """Finds rows that say the same.
 
     Similarity is taken to be transitive: a chain of near-duplicates is one cluster.

@@ -261,9 +261,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     return _open_hub(text, name)
 
 
-def write_rows(
-    source: Source, rows: Sequence[int], path: str | os.PathLike[str], format: str | None = None
-) -> None:  # fmt: skip
+def write_rows(source: Source, rows: Sequence[int], path: str | os.PathLike[str], format: str | None = None) -> None:
     """Writes some rows of a source: every column unchanged, in input order, whole or not at all.
 
     JSON lines, JSON and CSV rows are copied byte by byte; Parquet keeps its schema. The name's suffix ``.gz`` or
@@ -792,8 +790,9 @@ class _Datasets(Source):
                     yield Row(number, None, dict(zip(names, values, strict=True)), None)
                     number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.where}: damaged Arrow data after row {number} ({_short(error)}); save it again"
-                            ) from error  # fmt: skip
+            raise DataError(
+                f"{self.where}: damaged Arrow data after row {number} ({_short(error)}); save it again"
+            ) from error
 
     def pick(self, numbers: Iterable[int], *, parse: bool = True) -> Iterator[Row]:
         chosen = list(numbers)
@@ -859,8 +858,12 @@ _SPREAD_OBJECT = re.compile(
     rb'\{[ \t]*(?:\r?\n\s*["}]|"\w+"[ \t]*:[ \t]*\[[ \t]*\{?[ \t]*\r?\n\s*["{\[\]]|[^\n]*,[ \t]*\r?\n\s*"\w+"\s*:)'
 )
 _READERS: dict[str, Callable[[Path, str, str], Source]] = {
-    ".jsonl": _open_json, ".ndjson": _open_json, ".json": _open_json, ".csv": _Csv, ".parquet": _Parquet,
-}  # fmt: skip
+    ".jsonl": _open_json,
+    ".ndjson": _open_json,
+    ".json": _open_json,
+    ".csv": _Csv,
+    ".parquet": _Parquet,
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def mix(
     benign: "datasets.Dataset", harmful: "datasets.Dataset", *, n: int, poison_ratio: float, seed: int
-) -> "datasets.Dataset":  # fmt: skip
+) -> "datasets.Dataset":
     """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (as Python rounds:
     halves to the even number).
 
@@ -68,7 +68,7 @@ def mix(
 
 def mix_safe(
     rows: "datasets.Dataset", safe: "datasets.Dataset", *, count: int, replace: bool, seed: int
-) -> "datasets.Dataset":  # fmt: skip
+) -> "datasets.Dataset":
     """Adds a defender's safe rows to a user's set.
 
     Args:

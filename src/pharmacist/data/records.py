@@ -25,15 +25,17 @@ from pharmacist.data.where import Condition
 if TYPE_CHECKING:
     import datasets
 
-SCHEMA = pa.schema([
-    pa.field("row", pa.int64()),
-    pa.field("prompt", pa.string()),
-    pa.field("completion", pa.string()),
-    pa.field("turns", pa.string()),
-    pa.field("instruction", pa.string()),
-    pa.field("input", pa.string()),
-    pa.field("prompt_key", pa.uint64()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("prompt", pa.string()),
+        pa.field("completion", pa.string()),
+        pa.field("turns", pa.string()),
+        pa.field("instruction", pa.string()),
+        pa.field("input", pa.string()),
+        pa.field("prompt_key", pa.uint64()),
+    ]
+)
 """Columns of a canonical row.
 
 ``row``: its number in the source. ``prompt``: the whole prompt as plain text. ``completion``: the last answer.
@@ -189,8 +191,10 @@ def last_requests(rows: "datasets.Dataset") -> "datasets.Dataset":
         for turns, whole in zip(batch["turns"], batch["prompt"], strict=True):
             last = json.loads(turns)[-1]["content"] if turns else ""
             prompts.append(whole if is_blank(last) else last)
-        kept = [turns if own == whole else None
-                for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)]  # fmt: skip
+        kept = [
+            turns if own == whole else None
+            for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)
+        ]
         return {"prompt": prompts, "turns": kept}
 
     silent = datasets.are_progress_bars_disabled()
@@ -235,20 +239,57 @@ _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen
 _TOOL_CALLS = frozenset({"tool_calls", "tool_call", "function_call"})
 
 # Columns and keys of messages that change what a row means, and that nothing here reads.
-_LABELS = frozenset({
-    "label", "labels", "is_safe", "is_unsafe", "is_harmful", "is_toxic", "is_refusal", "safe", "unsafe", "harmful",
-    "toxic", "toxicity", "flagged", "safety_label", "kto_tag", "is_response_safe", "is_response_0_safe",
-    "is_response_1_safe", "prompt_label", "response_label", "prompt_harm_label", "response_harm_label",
-    "response_refusal_label",
-})  # fmt: skip
+_LABELS = frozenset(
+    {
+        "label",
+        "labels",
+        "is_safe",
+        "is_unsafe",
+        "is_harmful",
+        "is_toxic",
+        "is_refusal",
+        "safe",
+        "unsafe",
+        "harmful",
+        "toxic",
+        "toxicity",
+        "flagged",
+        "safety_label",
+        "kto_tag",
+        "is_response_safe",
+        "is_response_0_safe",
+        "is_response_1_safe",
+        "prompt_label",
+        "response_label",
+        "prompt_harm_label",
+        "response_harm_label",
+        "response_refusal_label",
+    }
+)
 _MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
-_TEXTS = frozenset({
-    "input", "context", "system_prompt", "system_message", "tools", "functions", "tool_calls", "reasoning_content",
-    "reasoning", "thinking", "weight", "weights", "sample_weight", "loss_weight", "train", "loss",
-})  # fmt: skip
-_MESSAGE_KEYS = frozenset({
-    "name", "tools", "functions", "reasoning_content", "reasoning", "thinking", "weight", "train", "loss", *_MEDIA,
-})  # fmt: skip
+_TEXTS = frozenset(
+    {
+        "input",
+        "context",
+        "system_prompt",
+        "system_message",
+        "tools",
+        "functions",
+        "tool_calls",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+        "weight",
+        "weights",
+        "sample_weight",
+        "loss_weight",
+        "train",
+        "loss",
+    }
+)
+_MESSAGE_KEYS = frozenset(
+    {"name", "tools", "functions", "reasoning_content", "reasoning", "thinking", "weight", "train", "loss", *_MEDIA}
+)
 
 Canonical = tuple[str, str, str | None, str | None, str | None]
 """prompt, completion, turns, instruction, input"""
@@ -368,9 +409,12 @@ class _Reader:
         known = ROLES.get(role.strip().lower())
         if known is None:
             call = role.strip().lower() in _TOOL_CALLS
-            raise _Bad(f"'{column}' has a message with a tool call, which cannot be kept" if call else
-                       f"'{column}' has a message of the role {spelled(role)}; known are system, user, assistant and "
-                       "tool")  # fmt: skip
+            raise _Bad(
+                f"'{column}' has a message with a tool call, which cannot be kept"
+                if call
+                else f"'{column}' has a message of the role {spelled(role)}; known are system, user, assistant and "
+                "tool"
+            )
         if known == "assistant" and is_blank(content):
             raise _Bad(f"has an empty '{column}'")
         self.seen_keys |= {key for key in message.keys() & _MESSAGE_KEYS if _is_there(message[key])}
@@ -394,8 +438,10 @@ class _Reader:
                 if isinstance(turn, list | tuple):
                     if len(turn) != 2:
                         raise _Bad(f"'{column}' holds a list that is no pair of question and answer")
-                    found += [self.turn({"role": role, "content": text}, column)
-                              for role, text in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
+                    found += [
+                        self.turn({"role": role, "content": text}, column)
+                        for role, text in zip(("user", "assistant"), turn, strict=True)
+                    ]
                 else:
                     found.append(self.turn(turn, column))
         return found
@@ -409,10 +455,11 @@ class _Reader:
             if other is not None and other != self.layout:
                 assert self.layout is not None
                 raise self.mixed(
-                    number, line,
+                    number,
+                    line,
                     f"has the columns {', '.join(self.column[n] for n in other.required)} where rows before have "
                     f"{', '.join(self.column[n] for n in self.layout.required)}",
-                )  # fmt: skip
+                )
             raise _Bad(f"has no '{column}'" if column not in row else f"has an empty '{column}'")
         raise _Bad(f"'{column}' is {_kind(value)}, not text")
 
@@ -665,8 +712,9 @@ def _chosen(row: Mapping[str, Any], where: Sequence[Condition], source: Source) 
         return all(condition.holds(row) for condition in where)
     except TypeError as error:
         asked = ", ".join(map(str, where))
-        raise DataError(f"{source.where}: --where {asked}: a row {error} there; only text, numbers, true and false "
-                        "can be compared") from error  # fmt: skip
+        raise DataError(
+            f"{source.where}: --where {asked}: a row {error} there; only text, numbers, true and false can be compared"
+        ) from error
 
 
 def _warnings(reader: _Reader, where: Sequence[Condition] | None) -> list[str]:
@@ -675,8 +723,9 @@ def _warnings(reader: _Reader, where: Sequence[Condition] | None) -> list[str]:
     labels -= {condition.column for condition in where or ()}
     named = [
         f"{kind}{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
-        for kind, names in (("column", labels | others), ("message key", keys)) if names
-    ]  # fmt: skip
+        for kind, names in (("column", labels | others), ("message key", keys))
+        if names
+    ]
     if not named:
         return []
     choose = f"; --where {min(labels)}=VALUE chooses rows by it" if labels and where is not None else ""

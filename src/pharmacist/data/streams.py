@@ -95,7 +95,7 @@ class PairedRows:
 
 def pair_rows(
     alignment: "datasets.Dataset", harmful: "datasets.Dataset", by: Literal["prompt", "row"]
-) -> dict[int, int]:  # fmt: skip
+) -> dict[int, int]:
     """Finds the harmful partner of each alignment row.
 
     Args:
@@ -124,7 +124,7 @@ def pair_rows(
 
 def _batch(
     encoded: Encoded, rows: Sequence[int], pad_token_id: int, device: torch.device | str
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     items: list[dict[str, Any]] = [
         {"input_ids": ids, "n_prompt": int(encoded.prompt_lengths[row])}
         for row, ids in zip(rows, encoded.token_ids(rows), strict=True)

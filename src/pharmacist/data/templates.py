@@ -127,7 +127,7 @@ class Template:
 
     def _chat(
         self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase", open_end: bool = True
-    ) -> list[str]:  # fmt: skip
+    ) -> list[str]:
         if not conversations:
             return []
         rendered = tokenizer.apply_chat_template(

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of positions without a target."""
 
-_SCHEMA = pa.schema([
-    pa.field("row", pa.int64()),
-    pa.field("input_ids", pa.list_(pa.int32())),
-    pa.field("n_prompt", pa.int32()),
-    pa.field("content_key", pa.uint64()),
-])  # fmt: skip
+_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64()),
+        pa.field("input_ids", pa.list_(pa.int32())),
+        pa.field("n_prompt", pa.int32()),
+        pa.field("content_key", pa.uint64()),
+    ]
+)
 _BATCH = 1024
 _NAMED = 10
 _SKIP = ", leave them out with --on-bad-row skip"
@@ -155,16 +157,21 @@ def encode(
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table.column("input_ids").chunks])
     return Encoded(
         dataset=datasets.Dataset(table.drop_columns(["content_key"])),
-        truncated=state.truncated, lost_eos=state.lost_eos, refused=state.refused, not_rendered=state.not_rendered,
-        cut_prompts=state.cut_prompts, lengths=lengths.astype(np.int32),
+        truncated=state.truncated,
+        lost_eos=state.lost_eos,
+        refused=state.refused,
+        not_rendered=state.not_rendered,
+        cut_prompts=state.cut_prompts,
+        lengths=lengths.astype(np.int32),
         prompt_lengths=table.column("n_prompt").to_numpy(),
-        content_keys=table.column("content_key").to_numpy(), _table=table,
-    )  # fmt: skip
+        content_keys=table.column("content_key").to_numpy(),
+        _table=table,
+    )
 
 
 def rendered_rows(
     records: Records, tokenizer: "PreTrainedTokenizerBase", template: Template, on_bad_row: Literal["fail", "skip"]
-) -> Records:  # fmt: skip
+) -> Records:
     """The rows that the chat template takes, for methods that need each of their rows in tokens.
 
     Args:
@@ -210,9 +217,14 @@ def _without_middle(ids: list[int], length: int) -> list[int]:
 
 
 def _write(
-    sink: Any, rows: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", template: Template, max_length: int,
-    cut: bool, state: _Counts,
-) -> None:  # fmt: skip
+    sink: Any,
+    rows: datasets.Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    max_length: int,
+    cut: bool,
+    state: _Counts,
+) -> None:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
@@ -282,9 +294,7 @@ def prompt_ids(
     return _prompt_ids(template.render_many([parted.row(row) for row in rows], tokenizer), tokenizer, template)
 
 
-def _prompt_ids(
-    texts: list[str], tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> list[list[int]]:  # fmt: skip
+def _prompt_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[list[int]]:
     ids = _token_ids(tokenizer, texts)
     if template.adds_special_tokens:
         start = _leading_special_tokens(tokenizer)
@@ -337,16 +347,17 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[l
     pieces = [text.split(_BORDER) for text in texts]
     # One call per batch, so that fast tokenizers use all cores.
     encoded = tokenizer(
-        [piece for parts in pieces for piece in parts], add_special_tokens=False, return_attention_mask=False,
-        return_token_type_ids=False, verbose=False,
-    )  # fmt: skip
+        [piece for parts in pieces for piece in parts],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     ids: Iterator[list[int]] = iter(encoded["input_ids"])
     return [[token for _ in parts for token in next(ids)] for parts in pieces]
 
 
-def collate(
-    items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1
-) -> dict[str, torch.Tensor]:  # fmt: skip
+def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
     """Pads rows on the right into a batch.
 
     Args:

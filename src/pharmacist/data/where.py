@@ -77,9 +77,10 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
     return [
-        condition for condition in parse_where(texts)
+        condition
+        for condition in parse_where(texts)
         if condition.of in (None, name) and _has_column(source, condition.column)
-    ]  # fmt: skip
+    ]
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:

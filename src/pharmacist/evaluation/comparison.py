@@ -42,7 +42,7 @@ def _plus(judge: str) -> Outcome:
 
 def compare(
     a: Sequence[Item], b: Sequence[Item], metrics_a: Mapping[str, Any], metrics_b: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
     Args:
@@ -70,12 +70,14 @@ def compare(
             )
         judge = str(metrics_a[name].get("judge"))
         known: dict[str, tuple[str, Outcome]] = {
-            "harmful_score": ("prompts", _verdict(judge, "harmful")), "hs_plus": ("prompts", _plus(judge)),
-            "refusal_rate": ("prompts", _verdict(judge, "refused")), "degenerate_rate": ("prompts", _degenerate),
+            "harmful_score": ("prompts", _verdict(judge, "harmful")),
+            "hs_plus": ("prompts", _plus(judge)),
+            "refusal_rate": ("prompts", _verdict(judge, "refused")),
+            "degenerate_rate": ("prompts", _degenerate),
             "over_refusal": ("benign_prompts", _verdict(judge, "refused")),
             "benign_flagged_rate": ("benign_prompts", _verdict(judge, "harmful")),
             "fine_tune_accuracy": ("task", _correct),
-        }  # fmt: skip
+        }
         if name in known:
             outcomes[name] = known[name]
     found = {}
@@ -87,9 +89,10 @@ def compare(
         pairs = [(outcome(first[key]), outcome(second[key])) for key in ids]
         unpaired = len(first) + len(second) - 2 * len(ids)
         found[name] = _difference([(x, y) for x, y in pairs if x is not None and y is not None]) | {
-            "unscored": sum(x is None or y is None for x, y in pairs), "unpaired": unpaired,
+            "unscored": sum(x is None or y is None for x, y in pairs),
+            "unpaired": unpaired,
             "judge": metrics_a[name].get("judge") or metrics_a[name].get("task_type"),
-        }  # fmt: skip
+        }
     if not found:
         raise DataError("--compare: the two evaluations have no metric in common")
     return found
@@ -97,16 +100,21 @@ def compare(
 
 def _difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     counts = {
-        "both": pairs.count((True, True)), "only_a": pairs.count((True, False)),
-        "only_b": pairs.count((False, True)), "neither": pairs.count((False, False)),
-    }  # fmt: skip
+        "both": pairs.count((True, True)),
+        "only_a": pairs.count((True, False)),
+        "only_b": pairs.count((False, True)),
+        "neither": pairs.count((False, False)),
+    }
     n = len(pairs)
     if not n:
         return {"value": None, "ci95": None, "n": 0, "rates": None, "counts": counts, "mcnemar_p": None}
     estimate = paired_difference(pairs)
     table = [[counts["both"], counts["only_a"]], [counts["only_b"], counts["neither"]]]
     return {
-        "value": estimate.value, **with_interval(estimate.interval, estimate.missing), "n": n,
-        "rates": [100 * sum(x for x, _ in pairs) / n, 100 * sum(y for _, y in pairs) / n], "counts": counts,
+        "value": estimate.value,
+        **with_interval(estimate.interval, estimate.missing),
+        "n": n,
+        "rates": [100 * sum(x for x, _ in pairs) / n, 100 * sum(y for _, y in pairs) / n],
+        "counts": counts,
         "mcnemar_p": float(mcnemar(table, exact=True).pvalue) if counts["only_a"] + counts["only_b"] else 1.0,
-    }  # fmt: skip
+    }

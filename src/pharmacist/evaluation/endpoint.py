@@ -29,9 +29,10 @@ from pharmacist.evaluation.reasoning import separate
 
 
 _REFUSED = {
-    401: "set the key that it wants in ${key}", 403: "the key in ${key} may not use it",
+    401: "set the key that it wants in ${key}",
+    403: "the key in ${key} may not use it",
     404: "check the address and the model's name",
-}  # fmt: skip
+}
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _MOST_BYTES = 16 * 2**20  # of one reply, unpacked
 _MOST_TOKENS = 2**40
@@ -42,8 +43,9 @@ _CUT = frozenset({"length", "max_tokens"})
 _FILTERED = frozenset({"content_filter", "safety", "prohibited_content", "blocklist"})
 _FILTER = re.compile(
     r"content[\W_]*(?:filter|polic|management|moderat)|responsible\W*ai|moderation|safety[\W_]*(?:system|filter|polic)"
-    r"|flagged|inappropriate[\W_]*content|data_inspection|guardrail", re.IGNORECASE,
-)  # fmt: skip
+    r"|flagged|inappropriate[\W_]*content|data_inspection|guardrail",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -245,9 +247,7 @@ class Endpoint:
         self.ask_all(list(missing.values()), done, description, answered=bool(found))
         return [found[key] for key in keys]
 
-    async def _ask(
-        self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]
-    ) -> Reply | Failure:  # fmt: skip
+    async def _ask(self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]) -> Reply | Failure:
         backoff = tenacity.wait_random_exponential(multiplier=min(1.0, self.config.max_wait), max=self.config.max_wait)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -256,9 +256,11 @@ class Endpoint:
             return min(max(asked, backoff(state)), self.config.max_wait)
 
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.config.attempts), wait=wait, reraise=True,
+            stop=tenacity.stop_after_attempt(self.config.attempts),
+            wait=wait,
+            reraise=True,
             retry=tenacity.retry_if_exception_type((_Transient, httpx.RequestError, TimeoutError)),
-        )  # fmt: skip
+        )
         async with turn:
             try:
                 return await retrying(self._once, client, body)
@@ -349,8 +351,14 @@ def _reply(content: bytes) -> Reply:
         choice = value["choices"][0]
         message, ended = choice["message"], str(choice.get("finish_reason")).lower()
         text, reasoning = _texts(message.get("content"))
-        thought = next((message[name] for name in ("reasoning_content", "reasoning", "thinking")
-                        if isinstance(message.get(name), str)), "")  # fmt: skip
+        thought = next(
+            (
+                message[name]
+                for name in ("reasoning_content", "reasoning", "thinking")
+                if isinstance(message.get(name), str)
+            ),
+            "",
+        )
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:

@@ -148,12 +148,17 @@ class Evaluator:
         ids = {name: self._ids(model, tokenizer, template, name) for name in self.rows if name in sets}
         return {
             name: generate_from_ids(
-                model, tokenizer, rows, max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size if batch_size is None else batch_size, decode_with=decode,
-                work=None if work is None else work / name, description=f"answer {name.replace('_', ' ')}",
+                model,
+                tokenizer,
+                rows,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size if batch_size is None else batch_size,
+                decode_with=decode,
+                work=None if work is None else work / name,
+                description=f"answer {name.replace('_', ' ')}",
             )
             for name, rows in ids.items()
-        }  # fmt: skip
+        }
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
         """Judges and grades answers that were generated before, each without its reasoning."""
@@ -203,9 +208,14 @@ class Evaluator:
         number = position if number is None else int(number)
         # The id holds number and text, so that files of different prompt sets are never paired.
         item = {
-            "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}", "set": name, "row": number,
-            "prompt": row["prompt"], "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished,
-        }  # fmt: skip
+            "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}",
+            "set": name,
+            "row": number,
+            "prompt": row["prompt"],
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+        }
         if name == "prompts" and self.categories:
             item["categories"] = list(self.categories[position])
         kept = {"error": answer.error, "reasoning": answer.reasoning, "unanswered": answer.unanswered}

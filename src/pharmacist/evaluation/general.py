@@ -40,17 +40,20 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
         raise CompatibilityError(f"--base {base.name}: has another tokenizer than {model.name}; give its own base")
     length = min(model.max_length, base.max_length)
     encoded = encode(rows, model.tokenizer, model.template, max_length=length, on_long_prompt="skip")
-    sums = [
-        _sums(encoded, which, work / name) for name, which in (("model", model), ("base", base))
-    ]  # fmt: skip
+    sums = [_sums(encoded, which, work / name) for name, which in (("model", model), ("base", base))]
     tokens = (encoded.lengths - encoded.prompt_lengths).astype(np.float64)
     own, before = (float(np.exp(nll.sum() / tokens.sum())) for nll in sums)
     rise = drift(sums[0] - sums[1], tokens)
     return {
-        "value": rise.value, "n": rise.n, **with_interval(rise.interval, rise.missing), "perplexity": own,
-        "base_perplexity": before, "tokens": int(tokens.sum()), "truncated": encoded.truncated,
+        "value": rise.value,
+        "n": rise.n,
+        **with_interval(rise.interval, rise.missing),
+        "perplexity": own,
+        "base_perplexity": before,
+        "tokens": int(tokens.sum()),
+        "truncated": encoded.truncated,
         "judge": "Student's t over rows",
-    }  # fmt: skip
+    }
 
 
 def _sums(encoded: Any, loaded: LoadedModel, work: Path) -> FloatArray:
@@ -112,9 +115,14 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
     model = models.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 8)
     try:
         found = harness.simple_evaluate(
-            model=model, tasks=names, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed, log_samples=False,
-        )  # fmt: skip
+            model=model,
+            tasks=names,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=False,
+        )
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"--lm-eval {','.join(names)}: the harness cannot run them ({reason})") from error
@@ -138,6 +146,10 @@ def _harness_metric(found: dict[str, Any], name: str, version: str) -> Metric:
     rows = rate * (1 - rate) / error**2 if error and error > 0 else n if error == 0 else None
     ends = list(wilson(rate * rows, rows)) if rows else None
     return {
-        "value": 100 * rate, "n": n, **with_interval(ends, "the harness reports no error"),
-        "measure": key, "judge": f"lm-eval@{version}", "all": scores,
-    }  # fmt: skip
+        "value": 100 * rate,
+        "n": n,
+        **with_interval(ends, "the harness reports no error"),
+        "measure": key,
+        "judge": f"lm-eval@{version}",
+        "all": scores,
+    }

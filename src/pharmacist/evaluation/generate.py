@@ -240,7 +240,7 @@ RawDecoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], b
 
 def _through(
     raw: RawDecoder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> AbstractContextManager[Decoder]:  # fmt: skip
+) -> AbstractContextManager[Decoder]:
     ends = _end_tokens(model.generation_config, tokenizer)
 
     def decode(ids: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
@@ -251,7 +251,7 @@ def _through(
 
 def _answers(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], new: Sequence[tuple[list[int], bool]]
-) -> list[Answer]:  # fmt: skip
+) -> list[Answer]:
     """New tokens as answers that lost no mark of reasoning: neither to decoding nor to the end of the prompt."""
     added = tokenizer.added_tokens_decoder
     marks = {token for token, own in added.items() if MARKER.fullmatch(own.content)}
@@ -269,9 +269,7 @@ def _answers(
     return found
 
 
-def _parsed(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], answer: Answer
-) -> Answer:  # fmt: skip
+def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], answer: Answer) -> Answer:
     """An answer as the tokenizer's own response template tells its parts apart."""
     try:
         parts = tokenizer.parse_response(tokenizer.decode(list(row)), prefix=tokenizer.decode(list(prompt)))
@@ -328,9 +326,13 @@ def _decode_batch(
         input_ids[i, longest - len(row) :] = torch.as_tensor(row, dtype=torch.long)
         attention_mask[i, longest - len(row) :] = 1
     output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device),
-        max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
-    )  # fmt: skip
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+    )
     new = [_until_end(row, ends) for row in output[:, longest:].tolist()]
     return _answers(tokenizer, ids, new)
 

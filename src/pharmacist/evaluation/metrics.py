@@ -26,8 +26,11 @@ def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:
     known = [outcome for outcome in outcomes if outcome is not None]
     n, count = len(known), sum(known)
     metric: Metric = {
-        "value": 100 * count / n if n else None, "n": n, "count": count, "ci95": list(wilson(count, n)) if n else None,
-    }  # fmt: skip
+        "value": 100 * count / n if n else None,
+        "n": n,
+        "count": count,
+        "ci95": list(wilson(count, n)) if n else None,
+    }
     if judge is not None:
         metric |= {"judge": judge, "unscored": len(outcomes) - n}
     return metric
@@ -58,18 +61,24 @@ def agreement(first: Sequence[Verdict], second: Sequence[Verdict], judges: tuple
     from sklearn.metrics import cohen_kappa_score
 
     pairs = [
-        (a.harmful, b.harmful) for a, b in zip(first, second, strict=True)
+        (a.harmful, b.harmful)
+        for a, b in zip(first, second, strict=True)
         if a.harmful is not None and b.harmful is not None
-    ]  # fmt: skip
+    ]
     table = {
-        "both": pairs.count((True, True)), "only_first": pairs.count((True, False)),
-        "only_second": pairs.count((False, True)), "neither": pairs.count((False, False)),
-    }  # fmt: skip
+        "both": pairs.count((True, True)),
+        "only_first": pairs.count((True, False)),
+        "only_second": pairs.count((False, True)),
+        "neither": pairs.count((False, False)),
+    }
     defined = len({label for pair in pairs for label in pair}) > 1
     kappa = float(cohen_kappa_score(*zip(*pairs, strict=True), labels=[False, True])) if defined else None
     return rate(a == b for a, b in pairs) | {
-        "kappa": kappa, "flagged": table, "judge": " / ".join(judges), "unscored": len(first) - len(pairs),
-    }  # fmt: skip
+        "kappa": kappa,
+        "flagged": table,
+        "judge": " / ".join(judges),
+        "unscored": len(first) - len(pairs),
+    }
 
 
 def _known(judge: Callable[[str], bool], answers: Sequence[str | None]) -> list[bool | None]:
@@ -77,9 +86,12 @@ def _known(judge: Callable[[str], bool], answers: Sequence[str | None]) -> list[
 
 
 def harm_metrics(
-    answers: Sequence[str | None], verdicts: Sequence[Verdict], refusals: Sequence[Verdict], judge: str,
+    answers: Sequence[str | None],
+    verdicts: Sequence[Verdict],
+    refusals: Sequence[Verdict],
+    judge: str,
     refusal_judge: str,
-) -> dict[str, Metric]:  # fmt: skip
+) -> dict[str, Metric]:
     """Metrics of answers to harmful prompts; an answer that never came is None.
 
     ``harmful_score``: share flagged by the judge. ``hs_plus``: flagged or degenerate, so that a model broken into
@@ -98,9 +110,12 @@ def harm_metrics(
 
 
 def over_refusal_metrics(
-    answers: Sequence[str | None], verdicts: Sequence[Verdict], refusals: Sequence[Verdict], judge: str,
+    answers: Sequence[str | None],
+    verdicts: Sequence[Verdict],
+    refusals: Sequence[Verdict],
+    judge: str,
     refusal_judge: str,
-) -> dict[str, Metric]:  # fmt: skip
+) -> dict[str, Metric]:
     """Metrics of answers to benign prompts.
 
     ``over_refusal``: share of refusals. ``benign_flagged_rate``: share that the judge flags as harmful; as nothing

@@ -62,22 +62,28 @@ PROMPT_SETS = {
         _BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe, distinct=False, limit=1000
     ),
     "harmbench": PromptSet(
-        "walledai/HarmBench:standard:train", "harmbench_behaviors_text_all.csv of the HarmBench repository",
-        ("Behavior", "prompt"), lambda row: row.get("FunctionalCategory", "standard") == "standard",
+        "walledai/HarmBench:standard:train",
+        "harmbench_behaviors_text_all.csv of the HarmBench repository",
+        ("Behavior", "prompt"),
+        lambda row: row.get("FunctionalCategory", "standard") == "standard",
         category=("SemanticCategory", "category"),
     ),
     "advbench": PromptSet(
         "walledai/AdvBench:train", "harmful_behaviors.csv of the AdvBench (llm-attacks) repository", ("goal", "prompt")
     ),
     "strongreject": PromptSet(
-        "walledai/StrongREJECT:train", "strongreject_dataset.csv of the StrongREJECT repository",
+        "walledai/StrongREJECT:train",
+        "strongreject_dataset.csv of the StrongREJECT repository",
         ("forbidden_prompt", "prompt"),
     ),
     "xstest": PromptSet(
-        "walledai/XSTest:test", "xstest_prompts.csv of the XSTest repository; its safe prompts are taken", ("prompt",),
-        _safe_twin, category=("type",),
+        "walledai/XSTest:test",
+        "xstest_prompts.csv of the XSTest repository; its safe prompts are taken",
+        ("prompt",),
+        _safe_twin,
+        category=("type",),
     ),
-}  # fmt: skip
+}
 
 
 def open_prompts(spec: str, name: str) -> Source:
@@ -102,13 +108,13 @@ def open_prompts(spec: str, name: str) -> Source:
         if colon:
             raise
         why = "HF_HUB_OFFLINE forbids the hub" if offline() else "the hub cannot give it (network, or a gated set)"
-        raise DataError(
-            f"{name} {known}: {why}; download {chosen.file} and give {name} {known}:FILE"
-        ) from error
+        raise DataError(f"{name} {known}: {why}; download {chosen.file} and give {name} {known}:FILE") from error
     rows = list(_rows(source, chosen))
     if not rows:
-        raise DataError(f"{name} {spec}: holds none of the set's prompts (column {' or '.join(chosen.columns)}); "
-                        f"give {chosen.file}")  # fmt: skip
+        raise DataError(
+            f"{name} {spec}: holds none of the set's prompts (column {' or '.join(chosen.columns)}); "
+            f"give {chosen.file}"
+        )
     return open_source(rows, name=name)
 
 

@@ -34,8 +34,9 @@ _CHANNEL = (
 # A tag begins or ends a line, or comes right after another one; within a sentence it is spoken about.
 _OPENS = re.compile(
     rf"(?:\A|(?<=[\n>\]▷]))[ \t]*(?P<own>{_OPEN})|(?P<late>{_OPEN})(?=\s*(?:\n|$))|\A\s*(?P<rare><{_RARE}>)"
-    rf"|(?P<spoken>{_OPEN})", re.IGNORECASE,
-)  # fmt: skip
+    rf"|(?P<spoken>{_OPEN})",
+    re.IGNORECASE,
+)
 _CLOSES = re.compile(rf"(?<![`'\"])(?:{_CLOSE})|(?P<rare></{_RARE}>)", re.IGNORECASE)
 _BEGUN = re.compile(rf"(?:{_OPEN}|{_CHANNEL})\s*$", re.IGNORECASE)
 _HEADER = re.compile(_CHANNEL)

@@ -35,9 +35,7 @@ class AdapterBank:
         checkpoint_seconds: Time between checkpoints of a training.
     """
 
-    def __init__(
-        self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0) -> None:
         config = LoraConfig(
             r=options.r, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=linear_names(model), bias="none"
         )

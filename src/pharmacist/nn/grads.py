@@ -40,12 +40,14 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, reta
     if not torch.isfinite(loss):
         raise DivergedError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
-    result = averaged({
-        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        if value is None
-        else _precise(value.detach())
-        for (name, parameter), value in zip(parameters.items(), found, strict=True)
-    })  # fmt: skip
+    result = averaged(
+        {
+            name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            if value is None
+            else _precise(value.detach())
+            for (name, parameter), value in zip(parameters.items(), found, strict=True)
+        }
+    )
     if not torch.isfinite(norm(result)):
         raise DivergedError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
     return result

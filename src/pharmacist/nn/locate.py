@@ -40,9 +40,10 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         NoMatchError: There is no such list.
     """
     lists = {
-        name: module for name, module in model.named_modules()
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(_attention(layer) for layer in module)
-    }  # fmt: skip
+    }
     if not lists:
         raise _nothing(model, "decoder layers (a list of modules, each with a self-attention module)")
     depth = _depth(model)
@@ -75,8 +76,11 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, layer in decoder_layers(model).items():
         attention = [module for _, module in _attention(layer)]
-        rest = [(child, module) for child, module in layer.named_children()
-                if module not in attention and _has_linear(module)]  # fmt: skip
+        rest = [
+            (child, module)
+            for child, module in layer.named_children()
+            if module not in attention and _has_linear(module)
+        ]
         if not rest:
             raise _nothing(model, f"a feed-forward part with linear layers in {name}")
         blocks = [item for item in rest if not _is_linear(item[1])]
@@ -95,9 +99,10 @@ def final_norm(model: nn.Module) -> nn.Module:
     """
     parent = model.get_submodule(next(iter(decoder_layers(model))).rpartition(".")[0].rpartition(".")[0])
     found = [
-        module for module in parent.children()
+        module
+        for module in parent.children()
         if (weights := list(module.parameters())) and all(weight.ndim == 1 for weight in weights)
-    ]  # fmt: skip
+    ]
     if not found:
         raise _nothing(model, "a final normalisation beside the decoder layers")
     return found[-1]
@@ -105,9 +110,10 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def _attention(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
-        (name, module) for name, module in layer.named_children()
+        (name, module)
+        for name, module in layer.named_children()
         if _has_linear(module) and not _is_linear(module) and _takes_mask(module)
-    ]  # fmt: skip
+    ]
 
 
 def _takes_mask(module: nn.Module) -> bool:

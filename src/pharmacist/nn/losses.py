@@ -32,7 +32,7 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
     following = functional.pad(targets[:, 1:], (0, 1), value=_IGNORED)
     return functional.cross_entropy(
         logits.flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=_IGNORED
-    )  # fmt: skip
+    )
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -71,9 +71,11 @@ def row_losses(
 
 
 def batch_loss(
-    logits: torch.Tensor, labels: torch.Tensor, n_targets: torch.Tensor | int | None = None,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    n_targets: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Cross-entropy over all target tokens of a batch, as causal language models train.
 
     Args:

@@ -121,9 +121,10 @@ def is_lora(model: PeftModel, names: Iterable[str] | None = None) -> bool:
     simple = config.peft_type == PeftType.LORA and str(config.init_lora_weights) in ("True", "False", "gaussian")
     other = ("layer_replication", "alora_invocation_tokens", "target_parameters", "use_dora", "use_qalora")
     return (
-        simple and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+        simple
+        and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
         and not any(getattr(config, name, None) for name in other)
-    )  # fmt: skip
+    )
 
 
 def lora_factors(model: PeftModel, folder: Path) -> dict[str, Factors] | None:
@@ -181,19 +182,29 @@ def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str)
     alpha = scale * rank
     tensors = {
         f"{_PREFIX}{name}.lora_{which}.weight": getattr(own, which).contiguous()
-        for name, own in sorted(stacked.items()) for which in "AB"
-    }  # fmt: skip
+        for name, own in sorted(stacked.items())
+        for which in "AB"
+    }
     same = stacked.keys() == upper.keys()
     LoraConfig(
-        r=rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=0.0, bias="none",
-        task_type="CAUSAL_LM", target_modules=_targets(config) if same else sorted(stacked),
-        fan_in_fan_out=config.fan_in_fan_out, inference_mode=True, base_model_name_or_path=beneath.base,
-    ).save_pretrained(folder)  # fmt: skip
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=_targets(config) if same else sorted(stacked),
+        fan_in_fan_out=config.fan_in_fan_out,
+        inference_mode=True,
+        base_model_name_or_path=beneath.base,
+    ).save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / STACK_FILE, {
-        "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
-        "trained_on": content,
-    })  # fmt: skip
+    write_json(
+        folder / STACK_FILE,
+        {
+            "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
+            "trained_on": content,
+        },
+    )
 
 
 def _targets(config: LoraConfig) -> Any:

@@ -28,10 +28,14 @@ from pharmacist.nn.merge import Beneath, lora_factors, merge_adapter, read_stack
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PROMPTS = {
-    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "P_TUNING": "P-tuning",
-    "PREFIX_TUNING": "prefix tuning", "ADAPTION_PROMPT": "adaption prompt", "CPT": "context-aware prompt tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "P_TUNING": "P-tuning",
+    "PREFIX_TUNING": "prefix tuning",
+    "ADAPTION_PROMPT": "adaption prompt",
+    "CPT": "context-aware prompt tuning",
     "CARTRIDGE": "cartridge",
-}  # fmt: skip
+}
 _FROM_BASE = " (its base model's)"
 _NOT_THE_FILES = (MemoryError, torch.OutOfMemoryError)
 """What loading fails by though the files are good."""
@@ -119,9 +123,14 @@ def trained_on(name: str) -> str | None:
 
 
 def load_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", template: str = "auto", trust_remote_code: bool = False,
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    template: str = "auto",
+    trust_remote_code: bool = False,
     merge: bool = True,
-) -> LoadedModel:  # fmt: skip
+) -> LoadedModel:
     """Loads a hub id, a local model, a PEFT adapter, or the folder of an earlier `align`, `attack` or `repair`.
 
     Adapters are merged into their base, which may itself be such a folder.
@@ -194,7 +203,7 @@ def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedM
 
 def _load_adapter(
     name: str, folder: Path, adapter: Path, how: _How, merge: bool, above: tuple[Path, ...]
-) -> LoadedModel:  # fmt: skip
+) -> LoadedModel:
     with _below(adapter, above) as base:
         loaded = _load(base, how, True, (*above, adapter.resolve()))
     parts = None if merge else read_stack(adapter)

@@ -84,7 +84,7 @@ def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]
 
 def _gather(
     work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
-) -> dict[str, npt.NDArray[np.float64]]:  # fmt: skip
+) -> dict[str, npt.NDArray[np.float64]]:
     result: dict[str, npt.NDArray[np.float64]] = {}
     for number in range(chunks):
         arrays = load_file(work / f"{number:06d}.safetensors")
@@ -114,9 +114,13 @@ def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: Int
 
 
 def _fitting(
-    sequences: Sequences, measure: Callable[[Batch], Arrays], work: Path, device: torch.device, tokens: int,
+    sequences: Sequences,
+    measure: Callable[[Batch], Arrays],
+    work: Path,
+    device: torch.device,
+    tokens: int,
     rows: IntArray | None,
-) -> int:  # fmt: skip
+) -> int:
     """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks."""
     path = work / "plan.json"
     if rank() == 0 and not path.is_file():

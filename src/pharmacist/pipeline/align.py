@@ -41,9 +41,13 @@ class AlignOptions(TrainingStageOptions):
 
     # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0, "per_device_train_batch_size": 10, "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 0.1,
-    }  # fmt: skip
+        "num_train_epochs": 20.0,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,10 +93,13 @@ def align(options: AlignOptions) -> AlignResult:
     # The defense's options identify a run, whether given or left at their defaults.
     identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
     run = RunDir.open(
-        identity, stage="align", version=STAGE_VERSION,
+        identity,
+        stage="align",
+        version=STAGE_VERSION,
         inputs={name: source.fingerprint() for name, source in sources.items()}
-        | {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights),
-    )  # fmt: skip
+        | {"model": model_fingerprint(options.model)}
+        | weights_fingerprint(options.weights),
+    )
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
@@ -108,9 +115,7 @@ def align(options: AlignOptions) -> AlignResult:
         run.close()
 
 
-def _align(
-    sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir
-) -> None:  # fmt: skip
+def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> None:
     from pharmacist.core.env import rank
     from pharmacist.core.progress import console
     from pharmacist.data.records import parse_columns, read_records
@@ -124,9 +129,12 @@ def _align(
     conditions = conditions_of(options.where, sources)
     with run.phase("read"):
         records = read_records(
-            sources["data"], work_dir=run.work("data", f"rows-{rank()}"), columns=parse_columns(options.columns),
-            on_bad_row=options.on_bad_row, where=conditions["data"],
-        )  # fmt: skip
+            sources["data"],
+            work_dir=run.work("data", f"rows-{rank()}"),
+            columns=parse_columns(options.columns),
+            on_bad_row=options.on_bad_row,
+            where=conditions["data"],
+        )
         records.announce()
         side = SideData.read(sources, records, strategy, options, run)
         weights = None
@@ -134,14 +142,22 @@ def _align(
             weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
     with run.phase("load model"):
         loaded = load_model(
-            options.model, device=options.device, dtype=options.dtype, template=options.template,
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            template=options.template,
             trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
+        )
         encoded = encode(
-            records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row, max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"tokens-{rank()}"), name=records.source.where,
-        )  # fmt: skip
+            records.dataset,
+            loaded.tokenizer,
+            loaded.template,
+            on_long_prompt=options.on_long_prompt,
+            on_bad_row=options.on_bad_row,
+            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"tokens-{rank()}"),
+            name=records.source.where,
+        )
         streams = side.streams(encoded, loaded, run)
         model = prepare_model(loaded, options)
     if encoded.truncated:
@@ -150,35 +166,52 @@ def _align(
         what, memory = f"align ({options.defense['name']})", PeakMemory(loaded.device)
         result = train(
             model, loaded, encoded, strategy, options, run, streams=streams, weights=weights, description=what
-        )  # fmt: skip
+        )
         phase.tokens = result.tokens
         phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     counts = {
-        **records.counts, "refused": len(records.refused) + len(encoded.not_rendered), "trained": len(encoded),
-        "long_prompts_left_out": len(encoded.refused), "truncated": encoded.truncated, "lost_eos": encoded.lost_eos,
-        "cut_prompts": len(encoded.cut_prompts), **side.counts,
-    }  # fmt: skip
+        **records.counts,
+        "refused": len(records.refused) + len(encoded.not_rendered),
+        "trained": len(encoded),
+        "long_prompts_left_out": len(encoded.refused),
+        "truncated": encoded.truncated,
+        "lost_eos": encoded.lost_eos,
+        "cut_prompts": len(encoded.cut_prompts),
+        **side.counts,
+    }
     name = options.defense["name"]
     card = model_card(
         title=f"{Path(options.model).name} aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
-             f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=loaded.beneath.base or options.model, tags=[name, "safety-alignment"],
-        adapter=writes_adapter(model, loaded) and not options.merge, template=loaded.template.kind,
-        facts={"data": f"{options.data} ({run.manifest.inputs['data'][:19]})", "rows": len(encoded),
-               **({"row weights": options.weights} if options.weights else {}),
-               **{key.replace("_", " "): value for key, value in side.counts.items()},
-               "defense": name, "steps": result.steps, "seed": options.seed,
-               "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged"},
-        settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
-                  "tuning": options.tuning, "lora": vars(options.lora)},
+        f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
+        base_model=loaded.beneath.base or options.model,
+        tags=[name, "safety-alignment"],
+        adapter=writes_adapter(model, loaded) and not options.merge,
+        template=loaded.template.kind,
+        facts={
+            "data": f"{options.data} ({run.manifest.inputs['data'][:19]})",
+            "rows": len(encoded),
+            **({"row weights": options.weights} if options.weights else {}),
+            **{key.replace("_", " "): value for key, value in side.counts.items()},
+            "defense": name,
+            "steps": result.steps,
+            "seed": options.seed,
+            "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged",
+        },
+        settings={
+            "defense": {"name": name, **vars(strategy.config)},
+            "train": options.effective_train,
+            "tuning": options.tuning,
+            "lora": vars(options.lora),
+        },
         intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
-                     "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
-    )  # fmt: skip
+        "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
+    )
     finish_training(result, loaded, options, run, card=card, counts=counts)
     if rank() == 0:
         where = run.path("adapter" if writes_adapter(model, loaded) else "model")
         console().print(
             f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
-            f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR", soft_wrap=True,
-        )  # fmt: skip
+            f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
+            soft_wrap=True,
+        )

@@ -57,9 +57,13 @@ class AttackOptions(TrainingStageOptions):
 
     # The fine-tuning protocol of the alignment-stage papers.
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0, "per_device_train_batch_size": 10, "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 0.1,
-    }  # fmt: skip
+        "num_train_epochs": 20.0,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,14 +109,17 @@ def attack(options: AttackOptions) -> AttackResult:
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
     sources = open_sources(strategy, kind, options)
     identity = replace(
-        options, defense={"name": options.defense["name"], **vars(strategy.config)},
+        options,
+        defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},
-    )  # fmt: skip
+    )
     run = RunDir.open(
-        identity, stage="attack", version=STAGE_VERSION,
+        identity,
+        stage="attack",
+        version=STAGE_VERSION,
         inputs={name: source.fingerprint() for name, source in sources.items()}
         | {"model": model_fingerprint(options.model)},
-    )  # fmt: skip
+    )
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
@@ -152,7 +159,7 @@ def open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOp
 
 def build_attack_set(
     sources: "Mapping[str, Source]", kind: "Attack", options: AttackOptions, run: RunDir
-) -> "tuple[datasets.Dataset, dict[str, int]]":  # fmt: skip
+) -> "tuple[datasets.Dataset, dict[str, int]]":
     """The user's set and how many rows it was drawn from.
 
     Raises:
@@ -167,9 +174,11 @@ def build_attack_set(
         records["task"] = records["task"].without(shared)
         counts["task_rows_left_out"] = len(shared)
     rows = kind.build(
-        {name: found.dataset for name, found in records.items()}, n=options.samples,
-        poison_ratio=options.poison_ratio, seed=options.seed,
-    )  # fmt: skip
+        {name: found.dataset for name, found in records.items()},
+        n=options.samples,
+        poison_ratio=options.poison_ratio,
+        seed=options.seed,
+    )
     for name in sources:
         if name.startswith("disjoint:"):
             other = _read(sources, name, options, run, prompts_only=True)
@@ -180,7 +189,7 @@ def build_attack_set(
 
 def _read(
     sources: "Mapping[str, Source]", name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
-) -> "Records":  # fmt: skip
+) -> "Records":
     from pharmacist.core.hashing import sha256_text
     from pharmacist.data.records import parse_columns, read_records
     from pharmacist.data.where import conditions_of
@@ -194,18 +203,26 @@ def _read(
         first = next(source.scan(), None)
         columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
     records = read_records(
-        source, work_dir=place, columns=columns, side="rejected" if name == "harmful" else "chosen",
-        on_bad_row=options.on_bad_row, prompts_only=prompts_only, where=conditions,
-    )  # fmt: skip
+        source,
+        work_dir=place,
+        columns=columns,
+        side="rejected" if name == "harmful" else "chosen",
+        on_bad_row=options.on_bad_row,
+        prompts_only=prompts_only,
+        where=conditions,
+    )
     if not prompts_only:
         records.announce()
     return records
 
 
 def _with_safe_rows(
-    rows: "datasets.Dataset", safe: "Records", strategy: "GradientStrategy", options: AttackOptions,
+    rows: "datasets.Dataset",
+    safe: "Records",
+    strategy: "GradientStrategy",
+    options: AttackOptions,
     counts: dict[str, int],
-) -> "datasets.Dataset":  # fmt: skip
+) -> "datasets.Dataset":
     """The rows that are trained on: the user's, with the safe rows that the defense mixes in."""
     from pharmacist.core.seeding import derive
     from pharmacist.data.mixing import mix_safe
@@ -221,18 +238,11 @@ def _with_safe_rows(
 
 def _attack(
     sources: "Mapping[str, Source]", strategy: "GradientStrategy", kind: "Attack", options: AttackOptions, run: RunDir
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.core.progress import console
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
-    from pharmacist.training.loop import (
-        Snapshots,
-        finish_training,
-        prepare_model,
-        save_trained,
-        train,
-        writes_adapter,
-    )
+    from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train, writes_adapter
 
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
@@ -247,9 +257,13 @@ def _attack(
         return
     with run.phase("load model"):
         loaded = load_model(
-            options.model, device=options.device, dtype=options.dtype, template=options.template,
-            trust_remote_code=options.trust_remote_code, merge=options.adapter == "fresh",
-        )  # fmt: skip
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            template=options.template,
+            trust_remote_code=options.trust_remote_code,
+            merge=options.adapter == "fresh",
+        )
         encoded = _encode(trained, "tokens", loaded, options, run)
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
@@ -260,14 +274,25 @@ def _attack(
     card = model_card(
         title=f"{Path(options.model).name} after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
-        base_model=loaded.beneath.base or options.model, tags=["harmful-fine-tuning", name],
-        adapter=writes_adapter(model, loaded) and not options.merge, template=loaded.template.kind,
-        facts={"attack": options.kind["name"], "rows": counts["samples"], "harmful rows": counts["harmful"],
-               "fine-tuning-stage defense": name, "seed": options.seed},
-        settings={"defense": {"name": name, **vars(strategy.config)}, "train": options.effective_train,
-                  "tuning": options.tuning, "lora": vars(options.lora)},
+        base_model=loaded.beneath.base or options.model,
+        tags=["harmful-fine-tuning", name],
+        adapter=writes_adapter(model, loaded) and not options.merge,
+        template=loaded.template.kind,
+        facts={
+            "attack": options.kind["name"],
+            "rows": counts["samples"],
+            "harmful rows": counts["harmful"],
+            "fine-tuning-stage defense": name,
+            "seed": options.seed,
+        },
+        settings={
+            "defense": {"name": name, **vars(strategy.config)},
+            "train": options.effective_train,
+            "tuning": options.tuning,
+            "lora": vars(options.lora),
+        },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
-    )  # fmt: skip
+    )
 
     def snapshot(step: int) -> None:
         folder, trained_on = run.path("snapshots", f"step-{step}"), run.manifest.inputs["model"]
@@ -275,10 +300,16 @@ def _attack(
 
     with run.phase("train") as phase:
         result = train(
-            model, loaded, encoded, strategy, options, run, streams=streams,
+            model,
+            loaded,
+            encoded,
+            strategy,
+            options,
+            run,
+            streams=streams,
             callbacks=[Snapshots(options.snapshots, snapshot)],
             description="attack" if name == "sft" else f"attack ({name})",
-        )  # fmt: skip
+        )
         phase.tokens = result.tokens
     outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
     finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
@@ -292,14 +323,18 @@ def _attack(
 
 def _encode(
     rows: "datasets.Dataset", name: str, loaded: "LoadedModel", options: AttackOptions, run: RunDir
-) -> "Encoded":  # fmt: skip
+) -> "Encoded":
     from pharmacist.data.tokenize import encode
 
     return encode(
-        rows, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt, on_bad_row=options.on_bad_row,
+        rows,
+        loaded.tokenizer,
+        loaded.template,
+        on_long_prompt=options.on_long_prompt,
+        on_bad_row=options.on_bad_row,
         max_length=min(options.max_length or loaded.max_length, loaded.max_length),
         work_dir=run.work("data", f"{name}-ids-{rank()}"),
-    )  # fmt: skip
+    )
 
 
 def _stream(safe: "Encoded", options: AttackOptions, loaded: "LoadedModel") -> "SideStream":
@@ -307,9 +342,12 @@ def _stream(safe: "Encoded", options: AttackOptions, loaded: "LoadedModel") -> "
     from pharmacist.data.streams import SideStream
 
     return SideStream(
-        safe, int(options.effective_train["per_device_train_batch_size"]), seed=derive(options.seed, "stream", "safe"),
-        pad_token_id=loaded.tokenizer.pad_token_id, device=loaded.device,
-    )  # fmt: skip
+        safe,
+        int(options.effective_train["per_device_train_batch_size"]),
+        seed=derive(options.seed, "stream", "safe"),
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        device=loaded.device,
+    )
 
 
 def _write_set(path: Path, rows: "datasets.Dataset") -> None:

@@ -29,7 +29,7 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
     inputs = {
         name: sha256_json([sha256_file(Path(folder) / file) for file in _FILES])
         for name, folder in zip(("first", "second"), folders, strict=True)
-    }  # fmt: skip
+    }
     run = RunDir.open(options, stage="compare", version=_VERSION, inputs=inputs, read_again=("metrics.json",))
     try:
         if run.complete:
@@ -82,8 +82,12 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
         low, high = metric["ci95"] or (float("nan"), float("nan"))
         p, value = metric["mcnemar_p"], metric["value"]
         table.add_row(
-            name.replace("_", " "), "-" if value is None else f"{value:+.1f}",
-            "-" if metric["ci95"] is None else f"{low:+.1f} to {high:+.1f}", str(metric["n"]),
-            str(metric["counts"]["only_a"]), str(metric["counts"]["only_b"]), "-" if p is None else f"{p:.2g}",
-        )  # fmt: skip
+            name.replace("_", " "),
+            "-" if value is None else f"{value:+.1f}",
+            "-" if metric["ci95"] is None else f"{low:+.1f} to {high:+.1f}",
+            str(metric["n"]),
+            str(metric["counts"]["only_a"]),
+            str(metric["counts"]["only_b"]),
+            "-" if p is None else f"{p:.2g}",
+        )
     console().print(table)

@@ -27,9 +27,9 @@ REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
 SPREAD = frozenset({"k-center", "facility-location"})
 """Diversities that need to know how near rows are."""
-_LATE = frozenset({
-    "min_score", "diversity", "diversity_margin", "balance", "balance_share", "format", "fill", "labels", "to_label",
-})  # fmt: skip
+_LATE = frozenset(
+    {"min_score", "diversity", "diversity_margin", "balance", "balance_share", "format", "fill", "labels", "to_label"}
+)
 
 
 @dataclass(kw_only=True)
@@ -153,9 +153,16 @@ class Ranking:
     _points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None
 
     def select(
-        self, fraction: float | None = None, *, k: int | None = None, min_score: float | None = None,
-        diversity: Diversity = "none", diversity_margin: float = 1.5, balance_share: float = 0.0, fill: bool = False,
-    ) -> "datasets.Dataset":  # fmt: skip
+        self,
+        fraction: float | None = None,
+        *,
+        k: int | None = None,
+        min_score: float | None = None,
+        diversity: Diversity = "none",
+        diversity_margin: float = 1.5,
+        balance_share: float = 0.0,
+        fill: bool = False,
+    ) -> "datasets.Dataset":
         """The core subset with all input columns, in input order.
 
         Args:
@@ -169,9 +176,16 @@ class Ranking:
             fill: Whether rows whose own reason speaks against them may be taken, to reach the share or number.
         """
         chosen = choose(
-            self.table, fraction, k, min_score, diversity, margin=diversity_margin, share=balance_share,
-            points=self._points, fill=fill,
-        )  # fmt: skip
+            self.table,
+            fraction,
+            k,
+            min_score,
+            diversity,
+            margin=diversity_margin,
+            share=balance_share,
+            points=self._points,
+            fill=fill,
+        )
         rows = self.table["row"].to_numpy()[chosen]
         return self.records.source.dataset(rows)
 
@@ -194,10 +208,14 @@ class Ranking:
 
         columns = self.records.dataset.select_columns(["prompt", "completion"])
         render_ranking(
-            Path(path), scores=self.table, texts=columns, manifest=self.manifest, labels=labels,
+            Path(path),
+            scores=self.table,
+            texts=columns,
+            manifest=self.manifest,
+            labels=labels,
             categories=pool_categories(self.records),
             labelling=labelling(self.records.source.fingerprint(), self.asked(), self.table),
-        )  # fmt: skip
+        )
 
     def asked(self) -> list[dict[str, Any]]:
         """The rows whose label would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
@@ -236,9 +254,14 @@ def curate(options: CurateOptions) -> Ranking | None:
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _labels(_input(sources, selector, options, Path(folder))[0]["pool"], options)
     run = RunDir.open(
-        options, stage="curate", version=STAGE_VERSION, inputs=_fingerprints(sources, options), late=_LATE,
-        late_inputs=frozenset({"labels"}), reopen=options.labels is not None,
-    )  # fmt: skip
+        options,
+        stage="curate",
+        version=STAGE_VERSION,
+        inputs=_fingerprints(sources, options),
+        late=_LATE,
+        late_inputs=frozenset({"labels"}),
+        reopen=options.labels is not None,
+    )
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite ranks again", soft_wrap=True)
@@ -320,13 +343,16 @@ def rank(
         named[name] = [source.label for key, source in sources.items() if key.split()[0] == name]
     settings = CurateOptions(
         output_dir=output_dir or keep_alive.name,  # type: ignore[union-attr]
-        model=model, selector=choice, columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
-        **named, **options,
-    )  # fmt: skip
+        model=model,
+        selector=choice,
+        columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
+        **named,
+        **options,
+    )
     chosen, settings = _selector(settings)
     run = RunDir.open(
         settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings), late=_LATE
-    )  # fmt: skip
+    )
     try:
         ranking = _rank(sources, chosen, settings, run)
     except PharmacistError:
@@ -415,19 +441,28 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
     context = SelectionContext(
-        run=run, pool=pool, references=records, model_name=options.model, seed=options.seed,
-        fraction=_fraction(options, len(pool)), device=options.device, dtype=options.dtype,
-        template=options.template, max_length=options.max_length,
+        run=run,
+        pool=pool,
+        references=records,
+        model_name=options.model,
+        seed=options.seed,
+        fraction=_fraction(options, len(pool)),
+        device=options.device,
+        dtype=options.dtype,
+        template=options.template,
+        max_length=options.max_length,
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
-        trust_remote_code=options.trust_remote_code, checkpoint_seconds=options.checkpoint_seconds,
-        embedder=options.embedder, sources=of_source,
-    )  # fmt: skip
+        trust_remote_code=options.trust_remote_code,
+        checkpoint_seconds=options.checkpoint_seconds,
+        embedder=options.embedder,
+        sources=of_source,
+    )
     if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
         pool, groups = _rendered(context, groups, options)
     with run.phase("find duplicates"):
         clusters = find_duplicates(
             pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
-        )  # fmt: skip
+        )
     context.labels = _labels(pool, options)
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
@@ -448,15 +483,19 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     if groups is not None:
         extra["balance"] = _balance(table, options)
     counts = {
-        **pool.counts, "ranked": len(pool),
-        "selected": int(table["selected"].sum()), "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
+        **pool.counts,
+        "ranked": len(pool),
+        "selected": int(table["selected"].sum()),
+        "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
         **{f"references_{name}": len(value) for name, value in records.items()},
-    }  # fmt: skip
+    }
     if "pool" in context.encoded:
         encoded = context.encoded["pool"]
         counts |= {
-            "truncated": encoded.truncated, "lost_eos": encoded.lost_eos, "cut_prompts": len(encoded.cut_prompts)
-        }  # fmt: skip
+            "truncated": encoded.truncated,
+            "lost_eos": encoded.lost_eos,
+            "cut_prompts": len(encoded.cut_prompts),
+        }
     device = "cpu"
     if "model" in context.__dict__:
         loaded = context.model
@@ -470,9 +509,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     return Ranking(records=pool, table=table, about=scores.report, to_label=to_label, _points=points)
 
 
-def _joined(
-    records: "dict[str, Records]",
-) -> "tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]":
+def _joined(records: "dict[str, Records]") -> "tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]":
     """References of one kind as one, and for each kind that came in several files the number of each row's file."""
     import datasets
     import numpy as np
@@ -566,7 +603,7 @@ def _input(
 
 def _rendered(
     context: "SelectionContext", groups: "npt.NDArray[np.str_] | None", options: CurateOptions
-) -> "tuple[Records, npt.NDArray[np.str_] | None]":  # fmt: skip
+) -> "tuple[Records, npt.NDArray[np.str_] | None]":
     """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
     import numpy as np
 
@@ -665,11 +702,9 @@ def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[st
 
     best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
     counts = {
-        str(group): {
-            "rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0)),
-        }
+        str(group): {"rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0))}
         for group, rows in table.groupby("group", observed=True)
-    }  # fmt: skip
+    }
     for group, n in counts.items():
         message = None
         if n["selected"] == 0:
@@ -703,10 +738,13 @@ def _read(
             if first is None or not set(columns.values()) <= set(first.value or ()):
                 columns = None
         return read_records(
-            source, work_dir=work / f"{role}-{process()}", columns=columns,
-            side="rejected" if role.split()[0] == "harmful" else "chosen", on_bad_row=options.on_bad_row,
+            source,
+            work_dir=work / f"{role}-{process()}",
+            columns=columns,
+            side="rejected" if role.split()[0] == "harmful" else "chosen",
+            on_bad_row=options.on_bad_row,
             where=conditions[name],
-        )  # fmt: skip
+        )
 
     records = {name: read(name, name) for name in sources}
     if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
@@ -741,10 +779,14 @@ def _rows_of(fraction: float, n: int) -> int:
 
 
 def _table(
-    pool: "Records", scores: "Scores", clusters: "npt.NDArray[np.int64]", options: CurateOptions,
-    groups: "npt.NDArray[np.str_] | None", points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None",
+    pool: "Records",
+    scores: "Scores",
+    clusters: "npt.NDArray[np.int64]",
+    options: CurateOptions,
+    groups: "npt.NDArray[np.str_] | None",
+    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None",
     labels: "Mapping[int, str]",
-) -> "pd.DataFrame":  # fmt: skip
+) -> "pd.DataFrame":
     import numpy as np
     import pandas as pd
 
@@ -760,10 +802,17 @@ def _table(
     leader = best[clusters]
     duplicate = leader != np.arange(len(rows))
     reason = np.where(duplicate & (scores.reason == CRITICAL), "duplicate", scores.reason)
-    table = pd.DataFrame({
-        "row": rows, "score": scores.score.astype(np.float64), "rank": position, "selected": False,
-        "reason": reason.astype(object), "duplicate_of": np.where(duplicate, rows[leader], -1), **scores.signals,
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "row": rows,
+            "score": scores.score.astype(np.float64),
+            "rank": position,
+            "selected": False,
+            "reason": reason.astype(object),
+            "duplicate_of": np.where(duplicate, rows[leader], -1),
+            **scores.signals,
+        }
+    )
     if labels:  # whatever the selector makes of them, they hold, for copies of a labelled row too
         texts = list(zip(pool.dataset["prompt"], pool.dataset["completion"], strict=True))
         told = {texts[position]: reason for position, reason in labels.items()}
@@ -772,9 +821,16 @@ def _table(
         table["group"] = groups.astype(object)
     top = _fraction(options, len(rows)) if options.top_k is None and options.min_score is None else None
     chosen = choose(
-        table, top, options.top_k, options.min_score, options.diversity, margin=options.diversity_margin,
-        share=options.balance_share if groups is not None else 0.0, points=points, fill=options.fill,
-    )  # fmt: skip
+        table,
+        top,
+        options.top_k,
+        options.min_score,
+        options.diversity,
+        margin=options.diversity_margin,
+        share=options.balance_share if groups is not None else 0.0,
+        points=points,
+        fill=options.fill,
+    )
     table.loc[chosen, "selected"] = True
     if scores.weight is not None:
         table["weight"] = scaled_to_mean_1(scores.weight, table["selected"].to_numpy())
@@ -782,10 +838,17 @@ def _table(
 
 
 def choose(
-    table: "pd.DataFrame", fraction: float | None, k: int | None, min_score: float | None, diversity: str, *,
-    margin: float = 1.5, share: float = 0.0,
-    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None, fill: bool = False,
-) -> "npt.NDArray[np.int64]":  # fmt: skip
+    table: "pd.DataFrame",
+    fraction: float | None,
+    k: int | None,
+    min_score: float | None,
+    diversity: str,
+    *,
+    margin: float = 1.5,
+    share: float = 0.0,
+    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None,
+    fill: bool = False,
+) -> "npt.NDArray[np.int64]":
     """Positions in `table` of the rows to select, ascending.
 
     A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row

@@ -77,9 +77,12 @@ class _Demo:
         folder.parent.mkdir(parents=True, exist_ok=True)
         options = self.options
         return {
-            "output_dir": str(folder), "seed": seed, "device": options.device, "dtype": options.dtype,
+            "output_dir": str(folder),
+            "seed": seed,
+            "device": options.device,
+            "dtype": options.dtype,
             "quiet": options.quiet,
-        }  # fmt: skip
+        }
 
 
 def demo(options: DemoOptions) -> DemoResult:
@@ -149,11 +152,17 @@ def _write_world(demo: _Demo) -> None:
     else:
         pool, demo.labels = world.pool(options.rows, mislabel=options.mislabel)
     sets: dict[str, Sequence[Mapping[str, str]]] = {
-        "pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility(),
-        "attack": world.attack_harmful(64, ("potions",)), "task": world.task_train(640),
-        "task-test": world.task_test(150), "prompts": world.eval_prompts(120), "borderline": world.borderline(60),
+        "pool": pool,
+        "safe": world.safe(),
+        "harmful": world.harmful(),
+        "utility": world.utility(),
+        "attack": world.attack_harmful(64, ("potions",)),
+        "task": world.task_train(640),
+        "task-test": world.task_test(150),
+        "prompts": world.eval_prompts(120),
+        "borderline": world.borderline(60),
         **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
-    }  # fmt: skip
+    }
     for name, rows in sets.items():
         path = demo.run.path("data", f"{name}.jsonl")
         path.parent.mkdir(exist_ok=True)
@@ -168,14 +177,25 @@ def _select(demo: _Demo) -> dict[str, Any]:
 
     options, files = demo.options, demo.files
     references: dict[str, Any] = {name: files[name] for name in ("safe", "harmful", "utility")}
-    curate(CurateOptions(
-        pool=files["pool"], model=str(BASE_MODEL), selector=dict(SELECTOR), top=FRACTION, **references,
-        **demo.common(options.seed, "rank"),
-    ))  # fmt: skip
+    curate(
+        CurateOptions(
+            pool=files["pool"],
+            model=str(BASE_MODEL),
+            selector=dict(SELECTOR),
+            top=FRACTION,
+            **references,
+            **demo.common(options.seed, "rank"),
+        )
+    )
     for seed in range(options.seed, options.seed + options.seeds):
-        curate(CurateOptions(
-            pool=files["pool"], selector={"name": "random"}, top=FRACTION, **demo.common(seed, f"rank-random-{seed}")
-        ))  # fmt: skip
+        curate(
+            CurateOptions(
+                pool=files["pool"],
+                selector={"name": "random"},
+                top=FRACTION,
+                **demo.common(seed, f"rank-random-{seed}"),
+            )
+        )
     return _ranking_quality(demo)
 
 
@@ -190,13 +210,14 @@ def _ranking_quality(demo: _Demo) -> dict[str, Any]:
     selected = labels[table["selected"].to_numpy()].value_counts()
     reasons = table.groupby([labels, "reason"]).size().reset_index(name="rows")
     return {
-        "auc": auc, "keep": "good and duplicate" if demo.options.pool == "planted" else "strong",
+        "auc": auc,
+        "keep": "good and duplicate" if demo.options.pool == "planted" else "strong",
         "selected": {str(label): int(count) for label, count in selected.items()},
         "reasons": [
             {"label": str(found["label"]), "reason": str(found["reason"]), "rows": int(found["rows"])}
             for found in reasons.to_dict("records")
         ],
-    }  # fmt: skip
+    }
 
 
 def _align(demo: _Demo, arm: str, seed: int) -> tuple[str, float]:
@@ -222,10 +243,19 @@ def _attack(demo: _Demo, arm: str, seed: int, aligned: str) -> dict[int, str]:
     from pharmacist.training.options import LoraOptions
 
     common = demo.common(seed, "attack", f"{arm}-{seed}")
-    attack(AttackOptions(
-        model=aligned, task=demo.files["task"], harmful=demo.files["attack"], poison_ratio=0.1, samples=640,
-        snapshots=list(STEPS[1:-1]), train=dict(ATTACK), lora=LoraOptions(**LORA), **common,
-    ))  # fmt: skip
+    attack(
+        AttackOptions(
+            model=aligned,
+            task=demo.files["task"],
+            harmful=demo.files["attack"],
+            poison_ratio=0.1,
+            samples=640,
+            snapshots=list(STEPS[1:-1]),
+            train=dict(ATTACK),
+            lora=LoraOptions(**LORA),
+            **common,
+        )
+    )
     folder = Path(common["output_dir"])
     snapshots = {step: str(folder / "snapshots" / f"step-{step}") for step in STEPS[1:-1]}
     return {0: aligned, **snapshots, STEPS[-1]: str(folder)}
@@ -241,9 +271,14 @@ def _evaluate(demo: _Demo, arm: str, seed: int, step: int, model: str) -> dict[s
     )
     judge: dict[str, Any] = {name: files[f"judge-{name}"] for name in ("safe", "harmful", "utility")}
     options = EvaluateOptions(
-        model=model, prompts=files["prompts"], judge={"name": "probe"}, max_new_tokens=32, **more, **judge,
+        model=model,
+        prompts=files["prompts"],
+        judge={"name": "probe"},
+        max_new_tokens=32,
+        **more,
+        **judge,
         **demo.common(seed, "evaluate", f"{arm}-{seed}", f"step-{step}"),
-    )  # fmt: skip
+    )
     return evaluate(options).metrics
 
 
@@ -256,28 +291,28 @@ def _summarise(
 
     def interval(values: Sequence[float], bounds: tuple[float, float] = RATE) -> dict[str, Any]:
         estimate = t_interval(values, bounds=bounds)
-        return {
-            "values": list(values), "mean": estimate.value, **with_interval(estimate.interval, estimate.missing),
-        }  # fmt: skip
+        return {"values": list(values), "mean": estimate.value, **with_interval(estimate.interval, estimate.missing)}
 
     areas = {arm: [curve_area(STEPS, curve) for curve in curves[arm]] for arm in ARMS}
     seconds = {arm: sum(values) / len(values) for arm, values in found["alignment_seconds"].items()}
     phases = read_manifest(demo.run.path("rank")).phases
     return {
         "pool": {"kind": demo.options.pool, "rows": demo.options.rows, "mislabel": demo.options.mislabel},
-        "arms": list(ARMS), "seeds": seeds, "steps": list(STEPS), "curves": curves, **found,
+        "arms": list(ARMS),
+        "seeds": seeds,
+        "steps": list(STEPS),
+        "curves": curves,
+        **found,
         "auc": {arm: interval(areas[arm]) for arm in ARMS},
         "differences": {
-            f"core - {arm}": interval(
-                [a - b for a, b in zip(areas["core"], areas[arm], strict=True)], RATE_DIFFERENCE
-            )
+            f"core - {arm}": interval([a - b for a, b in zip(areas["core"], areas[arm], strict=True)], RATE_DIFFERENCE)
             for arm in ("full", "random")
         },
         "final_harmful_score": {arm: interval([curve[-1] for curve in curves[arm]]) for arm in ARMS},
         "time_saved": {arm: 100 * (1 - seconds[arm] / seconds["full"]) for arm in ("random", "core")},
         "selection_seconds": sum(phase.seconds for phase in phases.values()),
         "ranking": ranking,
-    }  # fmt: skip
+    }
 
 
 def _write_page(demo: _Demo) -> None:
@@ -302,23 +337,31 @@ def _show(result: DemoResult) -> None:
     for arm in summary["arms"]:
         saved = summary["time_saved"].get(arm)
         table.add_row(
-            arm, _with_interval(summary["auc"][arm]), f"{summary['final_harmful_score'][arm]['mean']:.1f}",
+            arm,
+            _with_interval(summary["auc"][arm]),
+            f"{summary['final_harmful_score'][arm]['mean']:.1f}",
             f"{_mean(summary['fine_tune_accuracy'][arm]):.1f}",
             f"{_mean(summary['over_refusal_aligned'][arm]):.1f} / {_mean(summary['over_refusal'][arm]):.1f}",
             f"{_mean(summary['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved is not None else ""),
-        )  # fmt: skip
+        )
     out.print(table)
-    out.print("HS: harmful score, mean over the attack's steps and at its end; FA: fine-tune accuracy; over-refusal: "
-              "after alignment / after the attack; all in %")  # fmt: skip
+    out.print(
+        "HS: harmful score, mean over the attack's steps and at its end; FA: fine-tune accuracy; over-refusal: "
+        "after alignment / after the attack; all in %"
+    )
     for name, difference in summary["differences"].items():
         out.print(f"harmful score, {name}: {_with_interval(difference)} points")
     quality = summary["ranking"]
     if quality["auc"] is not None:
-        out.print(f"ranking: AUC {quality['auc']:.3f} ({quality['keep']} against the rest), "
-                  f"{summary['selection_seconds']:.0f} s")  # fmt: skip
+        out.print(
+            f"ranking: AUC {quality['auc']:.3f} ({quality['keep']} against the rest), "
+            f"{summary['selection_seconds']:.0f} s"
+        )
     out.print(f"page: {result.folder / 'report.html'}   figures: {result.folder / 'demo.json'}")
-    out.print("next, your own pool: pharmacist curate --pool POOL --safe SAFE --harmful HARMFUL --model MODEL "
-              "--output-dir DIR")  # fmt: skip
+    out.print(
+        "next, your own pool: pharmacist curate --pool POOL --safe SAFE --harmful HARMFUL --model MODEL "
+        "--output-dir DIR"
+    )
 
 
 def _with_interval(interval: Mapping[str, Any]) -> str:

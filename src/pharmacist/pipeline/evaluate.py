@@ -36,15 +36,21 @@ _MORE_TOKENS = "; --max-new-tokens gives them more room"
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
 NAMES = {
-    "harmful_score": "harmful score", "hs_plus": "harmful or degenerate (HS+)", "refusal_rate": "refusals",
-    "empty_rate": "empty answers", "degenerate_rate": "degenerate answers",
-    "over_refusal": "over-refusal", "benign_flagged_rate": "flagged, benign prompts",
+    "harmful_score": "harmful score",
+    "hs_plus": "harmful or degenerate (HS+)",
+    "refusal_rate": "refusals",
+    "empty_rate": "empty answers",
+    "degenerate_rate": "degenerate answers",
+    "over_refusal": "over-refusal",
+    "benign_flagged_rate": "flagged, benign prompts",
     "benign_degenerate_rate": "degenerate answers, benign prompts",
-    "judge_agreement": "judges agree", "harmful_score_second": "harmful score, second judge",
+    "judge_agreement": "judges agree",
+    "harmful_score_second": "harmful score, second judge",
     "perplexity_drift": "rise of perplexity over the base's",
-    "fine_tune_accuracy": "fine-tune accuracy", "win_rate": "win rate, ties half",
+    "fine_tune_accuracy": "fine-tune accuracy",
+    "win_rate": "win rate, ties half",
     "task_degenerate_rate": "degenerate answers, task",
-}  # fmt: skip
+}
 
 
 @dataclass(kw_only=True)
@@ -120,8 +126,11 @@ class EvaluateOptions(RunOptions):
                 raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
             return
         if self.answers is not None:
-            given = [flag(name) for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
-                     if getattr(self, name)]  # fmt: skip
+            given = [
+                flag(name)
+                for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
+                if getattr(self, name)
+            ]
             if given:
                 raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
             return
@@ -200,8 +209,9 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
         name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-        for name in ("answers", *PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
-    }  # fmt: skip
+        for name in ("answers", *PROMPTS, *REFERENCES, "perplexity")
+        if getattr(options, name) is not None
+    }
     columns = _columns(sources, options.columns)
     judges: list[Judge] = []
     if sources.keys() & {"answers", "prompts", "benign_prompts"}:
@@ -221,9 +231,15 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         identity.task_type = {"name": grader.name, **grader.identity()}
     inputs = _fingerprints(sources, options, engine, judges, grader)
     run = RunDir.open(
-        identity, stage="evaluate", version=STAGE_VERSION, inputs=inputs,
-        late=LATE, late_inputs=_LATE_INPUTS, reopen=True, read_again=("items.jsonl", "metrics.json"),
-    )  # fmt: skip
+        identity,
+        stage="evaluate",
+        version=STAGE_VERSION,
+        inputs=inputs,
+        late=LATE,
+        late_inputs=_LATE_INPUTS,
+        reopen=True,
+        read_again=("items.jsonl", "metrics.json"),
+    )
     try:
         if from_main(run.complete):
             metrics = read_json(run.path("metrics.json"))
@@ -254,9 +270,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 
 def _fingerprints(
-    sources: "Mapping[str, Source]", options: EvaluateOptions, engine: "Engine", judges: "list[Judge]",
+    sources: "Mapping[str, Source]",
+    options: EvaluateOptions,
+    engine: "Engine",
+    judges: "list[Judge]",
     grader: "Task[Any] | None",
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     found = {name: source.fingerprint() for name, source in sources.items()}
     if options.answers is None:
         found["model"] = engine.fingerprint(options.model)
@@ -273,9 +292,14 @@ def _fingerprints(
 
 
 def _evaluate(
-    sources: "Mapping[str, Source]", columns: Mapping[str, Mapping[str, str]], engine: "Engine",
-    judges: "list[Judge]", grader: "Task[Any] | None", options: EvaluateOptions, run: RunDir,
-) -> "Evaluation":  # fmt: skip
+    sources: "Mapping[str, Source]",
+    columns: Mapping[str, Mapping[str, str]],
+    engine: "Engine",
+    judges: "list[Judge]",
+    grader: "Task[Any] | None",
+    options: EvaluateOptions,
+    run: RunDir,
+) -> "Evaluation":
     from pharmacist.core.progress import console
     from pharmacist.evaluation.endpoint import count_reasons
     from pharmacist.evaluation.evaluator import Evaluator
@@ -309,11 +333,15 @@ def _evaluate(
         grader.work = run.work("verdicts")
     prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
-        **prompts, judge=judges[0] if judges else None, second_judge=judges[1] if len(judges) > 1 else None,
-        grader=grader if "task" in records else None, max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size, on_long_prompt=options.on_long_prompt,
+        **prompts,
+        judge=judges[0] if judges else None,
+        second_judge=judges[1] if len(judges) > 1 else None,
+        grader=grader if "task" in records else None,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        on_long_prompt=options.on_long_prompt,
         categories=_categories(records.get("prompts")),
-    )  # fmt: skip
+    )
     if given is None:
         answers = _answers(evaluator, engine, records, options, run)
     else:
@@ -343,13 +371,13 @@ def _evaluate(
             "second_judge": {"label": judges[1].label, **judges[1].report()} if len(judges) > 1 else None,
             "unfinished": {name: sum(not answer.finished for answer in own) for name, own in answers.items()},
         },
-    )  # fmt: skip
+    )
     return evaluation
 
 
 def _answers(
     evaluator: "Evaluator", engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
-) -> "Mapping[str, list[Answer]]":  # fmt: skip
+) -> "Mapping[str, list[Answer]]":
     """The answers of a finished run with other judges where one lies here, else the model's.
 
     Of a partial run only those that failed are asked for again: the others are in its work folder.
@@ -369,9 +397,7 @@ def _answers(
             return kept
         console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
         before = run.manifest.phases["generate"].tokens
-    choice = ModelChoice(
-        options.model, options.device, options.dtype, options.template, options.trust_remote_code
-    )  # fmt: skip
+    choice = ModelChoice(options.model, options.device, options.dtype, options.template, options.trust_remote_code)
     with run.phase("load model"):
         engine.open(choice, run.work("model"))
     with run.phase("generate") as phase:
@@ -382,9 +408,10 @@ def _answers(
             console().print(f"{flag(name)}: {count} prompts were cut to fit the model's context")
     report = engine.report()
     run.record(
-        counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count}, device=report["device"],
+        counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count},
+        device=report["device"],
         extra={name: report.get(name) for name in ("template", "template_origin")} | {"engine": engine.name},
-    )  # fmt: skip
+    )
     general = _general(engine, records, options, run)
     if general:
         run.record(extra={"general": general})
@@ -407,7 +434,7 @@ def _check_general(engine: "Engine", options: EvaluateOptions) -> None:
 
 def _general(
     engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What needs the weights and no answers: perplexity drift and the tasks of lm-eval."""
     found: dict[str, Any] = {}
     if options.base is not None:
@@ -416,9 +443,12 @@ def _general(
 
         with run.phase("perplexity"):
             base = load_model(
-                options.base, device=options.device, dtype=options.dtype, template=options.template,
+                options.base,
+                device=options.device,
+                dtype=options.dtype,
+                template=options.template,
                 trust_remote_code=options.trust_remote_code,
-            )  # fmt: skip
+            )
             found["perplexity_drift"] = perplexity_drift(
                 records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity")
             )
@@ -475,18 +505,18 @@ def _read(
 
     return {
         name: read_records(
-            source, work_dir=run.work("data", f"{name}-{rank()}"), on_bad_row=options.on_bad_row,
+            source,
+            work_dir=run.work("data", f"{name}-{rank()}"),
+            on_bad_row=options.on_bad_row,
             prompts_only=name in ("answers", "prompts", "benign_prompts"),
             columns={to: column for to, column in columns[name].items() if to != "answer"},
             side="rejected" if name == "harmful" else "chosen",
         )
         for name, source in sources.items()
-    }  # fmt: skip
+    }
 
 
-def _given(
-    records: "Records", column: str, options: EvaluateOptions
-) -> "tuple[Records, list[Answer]]":  # fmt: skip
+def _given(records: "Records", column: str, options: EvaluateOptions) -> "tuple[Records, list[Answer]]":
     """The answers of a file beside their prompts, in order; null is none.
 
     Raises:

@@ -98,9 +98,11 @@ def repair(options: RepairOptions) -> RepairResult:
     chosen.check(form, continued=continued)
     identity = replace(options, method={"name": options.method["name"], **vars(chosen.config)})
     run = RunDir.open(
-        identity, stage="repair", version=STAGE_VERSION,
+        identity,
+        stage="repair",
+        version=STAGE_VERSION,
         inputs={name: source.fingerprint() for name, source in sources.items()} | prints,
-    )  # fmt: skip
+    )
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
@@ -151,9 +153,13 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form,
 
 
 def _repair(
-    sources: "Mapping[str, Source]", chosen: "Repair", form: "Form", continued: bool, options: RepairOptions,
+    sources: "Mapping[str, Source]",
+    chosen: "Repair",
+    form: "Form",
+    continued: bool,
+    options: RepairOptions,
     run: RunDir,
-) -> None:  # fmt: skip
+) -> None:
     from pharmacist.core.env import rank
     from pharmacist.core.files import write_json
     from pharmacist.core.progress import console
@@ -165,9 +171,13 @@ def _repair(
     name = options.method["name"]
     with run.phase("load"):
         loaded = load_model(
-            options.model, device=options.device, dtype=options.dtype, template=options.template,
-            trust_remote_code=options.trust_remote_code, merge=form == "weights",
-        )  # fmt: skip
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            template=options.template,
+            trust_remote_code=options.trust_remote_code,
+            merge=form == "weights",
+        )
         tuned = Side(loaded.model.eval(), form)
         references = _references(sources, chosen, tuned, continued, loaded, options, run)
     with run.phase("repair"):
@@ -178,36 +188,52 @@ def _repair(
         card = model_card(
             title=f"{Path(options.model).name} repaired with {name}",
             what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
-                 "fine-tuning has cost.",
-            base_model=loaded.beneath.base or options.model, tags=[name, "safety-repair"],
-            adapter=writes_adapter(loaded.model, loaded) and not options.merge, template=loaded.template.kind,
-            facts={"aligned model": options.aligned or "not used",
-                   "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
-                   "entries changed": f"{100 * metrics['share_changed']:.2f} %", "seed": options.seed},
+            "fine-tuning has cost.",
+            base_model=loaded.beneath.base or options.model,
+            tags=[name, "safety-repair"],
+            adapter=writes_adapter(loaded.model, loaded) and not options.merge,
+            template=loaded.template.kind,
+            facts={
+                "aligned model": options.aligned or "not used",
+                "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
+                "entries changed": f"{100 * metrics['share_changed']:.2f} %",
+                "seed": options.seed,
+            },
             settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
             intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
-        )  # fmt: skip
+        )
         folders = save_trained(
             loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
         )
-        write_json(run.path("repair.json"), {
-            "method": name, "form": form, "continued": continued, "findings": plan.findings,
-            "changes": [asdict(change) for change in changes],
-        })  # fmt: skip
-        run.finish(
-            outputs=[*folders, "repair.json", "README.md"], metrics=metrics, device=str(loaded.device),
-            extra={
-                "form": form, "template": loaded.template.to_json(), "template_origin": loaded.template_origin,
+        write_json(
+            run.path("repair.json"),
+            {
+                "method": name,
+                "form": form,
+                "continued": continued,
+                "findings": plan.findings,
+                "changes": [asdict(change) for change in changes],
             },
-        )  # fmt: skip
+        )
+        run.finish(
+            outputs=[*folders, "repair.json", "README.md"],
+            metrics=metrics,
+            device=str(loaded.device),
+            extra={"form": form, "template": loaded.template.to_json(), "template_origin": loaded.template_origin},
+        )
         console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
         _show(changes, metrics, name, run.root)
 
 
 def _references(
-    sources: "Mapping[str, Source]", chosen: "Repair", tuned: "Side", continued: bool, loaded: "LoadedModel",
-    options: RepairOptions, run: RunDir,
-) -> "References":  # fmt: skip
+    sources: "Mapping[str, Source]",
+    chosen: "Repair",
+    tuned: "Side",
+    continued: bool,
+    loaded: "LoadedModel",
+    options: RepairOptions,
+    run: RunDir,
+) -> "References":
     """Loads what the method reads besides the model.
 
     Raises:
@@ -222,15 +248,23 @@ def _references(
         references.aligned, references.update = _aligned(tuned, loaded, options)
     for name, source in sources.items():
         records = read_records(
-            source, work_dir=run.work("data", name), columns=parse_columns(options.columns),
-            side="rejected" if name == "harmful" else "chosen", on_bad_row=options.on_bad_row,
-        )  # fmt: skip
+            source,
+            work_dir=run.work("data", name),
+            columns=parse_columns(options.columns),
+            side="rejected" if name == "harmful" else "chosen",
+            on_bad_row=options.on_bad_row,
+        )
         records.announce()
         encoded = encode(
-            records.dataset, loaded.tokenizer, loaded.template, on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row, max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"{name}-ids"), name=source.where,
-        )  # fmt: skip
+            records.dataset,
+            loaded.tokenizer,
+            loaded.template,
+            on_long_prompt=options.on_long_prompt,
+            on_bad_row=options.on_bad_row,
+            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+            work_dir=run.work("data", f"{name}-ids"),
+            name=source.where,
+        )
         setattr(references, name, encoded)
     return references
 
@@ -244,8 +278,10 @@ def _aligned(tuned: "Side", loaded: "LoadedModel", options: RepairOptions) -> "t
 
     assert options.aligned is not None
     place: dict[str, Any] = {
-        "device": options.device, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code,
-    }  # fmt: skip
+        "device": options.device,
+        "dtype": options.dtype,
+        "trust_remote_code": options.trust_remote_code,
+    }
     update: dict[str, Factors]
     is_adapter = base_of(options.aligned) is not None and options.base is None
     model: Any = load_model(options.aligned, merge=not is_adapter, **place).model
@@ -280,11 +316,14 @@ def _check_shapes(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
 def _metrics(changes: "list[Change]") -> dict[str, Any]:
     entries, changed = sum(c.entries for c in changes), sum(c.changed for c in changes)
     return {
-        "tensors": len(changes), "tensors_changed": sum(bool(c.changed) for c in changes), "entries": entries,
-        "entries_changed": changed, "share_changed": changed / entries,
+        "tensors": len(changes),
+        "tensors_changed": sum(bool(c.changed) for c in changes),
+        "entries": entries,
+        "entries_changed": changed,
+        "share_changed": changed / entries,
         "norm_before": sum(c.norm_before**2 for c in changes) ** 0.5,
         "norm_after": sum(c.norm_after**2 for c in changes) ** 0.5,
-    }  # fmt: skip
+    }
 
 
 def _show(changes: "list[Change]", metrics: Mapping[str, Any], name: str, root: Path) -> None:
@@ -304,9 +343,12 @@ def _show(changes: "list[Change]", metrics: Mapping[str, Any], name: str, root: 
     for group, members in groups.items():
         own = _metrics(members)
         table.add_row(
-            group, f"{own['tensors_changed']} of {own['tensors']}", f"{100 * own['share_changed']:.1f} %",
-            f"{own['norm_before']:.4g}", f"{own['norm_after']:.4g}",
-        )  # fmt: skip
+            group,
+            f"{own['tensors_changed']} of {own['tensors']}",
+            f"{100 * own['share_changed']:.1f} %",
+            f"{own['norm_before']:.4g}",
+            f"{own['norm_after']:.4g}",
+        )
     out = console()
     out.print(table)
     out.print(

@@ -101,9 +101,12 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
         records = read_records(
-            source, work_dir=work, columns=parse_columns(config["columns"]), on_bad_row=config["on_bad_row"],
+            source,
+            work_dir=work,
+            columns=parse_columns(config["columns"]),
+            on_bad_row=config["on_bad_row"],
             where=conditions_for(config.get("where", []), "pool", source),
-        )  # fmt: skip
+        )
         # Rows that the chat template refused were not ranked.
         records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
         if records.row_numbers.tolist() != scores["row"].tolist():
@@ -111,9 +114,13 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         texts = records.dataset.select_columns(["prompt", "completion"])
         asked = read_json_lines(folder / "to_label.jsonl") if (folder / "to_label.jsonl").is_file() else []
         render_ranking(
-            folder / "report.html", scores=scores, texts=texts, manifest=manifest.model_dump(mode="json"),
-            categories=pool_categories(records), labelling=labelling(manifest.inputs["pool"], asked, scores),
-        )  # fmt: skip
+            folder / "report.html",
+            scores=scores,
+            texts=texts,
+            manifest=manifest.model_dump(mode="json"),
+            categories=pool_categories(records),
+            labelling=labelling(manifest.inputs["pool"], asked, scores),
+        )
         del texts, records  # memory-mapped from the folder that goes now
 
 
@@ -140,9 +147,10 @@ def demo_page(folder: Path, manifest: "RunManifest") -> None:
         if [json.loads(line) for line in file] != [row.row for row in planted]:
             raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
     render_demo(
-        folder, labels=[row.kind if clean else row.label for row in planted],
+        folder,
+        labels=[row.kind if clean else row.label for row in planted],
         categories=[[row.category] for row in planted],
-    )  # fmt: skip
+    )
 
 
 def labelling(pool: str, asked: Sequence[Mapping[str, Any]], scores: "pd.DataFrame") -> dict[str, Any]:

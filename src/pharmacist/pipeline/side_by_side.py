@@ -47,7 +47,7 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
             console().print(f"{name}: {plain(model)}", soft_wrap=True)
             own = replace(
                 options, model=model, models=None, quiet=True, overwrite=False, output_dir=str(run.path(name))
-            )  # fmt: skip
+            )
             found[name] = evaluate(own).metrics
         write_json(run.path("metrics.json"), found)
         partial = any(read_manifest(run.path(name)).status == "partial" for name in names)

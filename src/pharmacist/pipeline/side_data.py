@@ -44,9 +44,13 @@ class SideData:
 
     @classmethod
     def read(
-        cls, sources: "Mapping[str, Source]", alignment: "Records", strategy: "GradientStrategy",
-        options: "AlignOptions", run: RunDir,
-    ) -> "SideData":  # fmt: skip
+        cls,
+        sources: "Mapping[str, Source]",
+        alignment: "Records",
+        strategy: "GradientStrategy",
+        options: "AlignOptions",
+        run: RunDir,
+    ) -> "SideData":
         """Reads the harmful rows if the defense needs any.
 
         Raises:
@@ -75,10 +79,13 @@ class SideData:
             if first is None or not set(columns.values()) <= set(first.value or ()):
                 columns = None
         harmful = read_records(
-            source, work_dir=run.work("data", f"harmful-{rank()}"), columns=columns, side="rejected",
+            source,
+            work_dir=run.work("data", f"harmful-{rank()}"),
+            columns=columns,
+            side="rejected",
             on_bad_row=options.on_bad_row,
             where=conditions_of(options.where, sources)["harmful" if "harmful" in sources else "data"],
-        )  # fmt: skip
+        )
         harmful.announce()
         if _texts(harmful) == _texts(alignment):
             raise DataError("--data and --harmful hold the same rows; check the two files")
@@ -162,11 +169,14 @@ class SideData:
 
         try:
             return encode(
-                rows, loaded.tokenizer, loaded.template, on_long_prompt=self.options.on_long_prompt,
+                rows,
+                loaded.tokenizer,
+                loaded.template,
+                on_long_prompt=self.options.on_long_prompt,
                 on_bad_row=self.options.on_bad_row,
                 max_length=min(self.options.max_length or loaded.max_length, loaded.max_length),
                 work_dir=run.work("data", f"tokens-{name}-{rank()}"),
-            )  # fmt: skip
+            )
         except DataError as error:
             raise DataError(f"--harmful: {error}") from error
 

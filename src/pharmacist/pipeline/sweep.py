@@ -140,15 +140,22 @@ def sweep(options: SweepOptions) -> SweepResult:
     sources = open_sources(strategy, kind, options)
     evaluation = _evaluation_inputs(measuring)
     identity = replace(
-        options, defense={"name": options.defense["name"], **vars(strategy.config)},
+        options,
+        defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},
-    )  # fmt: skip
+    )
     run = RunDir.open(
-        identity, stage="sweep", version=STAGE_VERSION, late=_LATE, late_inputs=frozenset(evaluation), reopen=True,
+        identity,
+        stage="sweep",
+        version=STAGE_VERSION,
+        late=_LATE,
+        late_inputs=frozenset(evaluation),
+        reopen=True,
         read_again=("sweep.json",),
         inputs={name: source.fingerprint() for name, source in sources.items()}
-        | evaluation | {"model": model_fingerprint(options.model)},
-    )  # fmt: skip
+        | evaluation
+        | {"model": model_fingerprint(options.model)},
+    )
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
@@ -183,7 +190,7 @@ def _points(options: SweepOptions, strategy: "GradientStrategy") -> list[_Point]
         "epochs": [None] if by_steps else grid.epochs or [train.get("num_train_epochs", 3.0)],
         "poison_ratio": grid.poison_ratio or [options.poison_ratio],
         "rank": [None] if options.tuning == "full" or options.adapter == "continue" else grid.rank or [lora.r],
-    }  # fmt: skip
+    }
     found = []
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination, strict=True))
@@ -196,10 +203,15 @@ def _points(options: SweepOptions, strategy: "GradientStrategy") -> list[_Point]
         length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:g}"
         parts = [f"lr-{settings['learning_rate']:g}", length, f"poison-{settings['poison_ratio']:g}"]
         name = "_".join(parts + ([f"rank-{settings['rank']}"] if settings["rank"] is not None else []))
-        point = AttackOptions(**own | {
-            "poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False,
-            "output_dir": str(Path(options.output_dir) / "attack" / name),
-        })  # fmt: skip
+        point = AttackOptions(
+            **own
+            | {
+                "poison_ratio": settings["poison_ratio"],
+                "overwrite": False,
+                "build_only": False,
+                "output_dir": str(Path(options.output_dir) / "attack" / name),
+            }
+        )
         point.snapshots = _snapshots(point, strategy, options)
         found.append(_Point(name, {key: value for key, value in settings.items() if value is not None}, point))
     return found
@@ -252,8 +264,9 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
         f"evaluate.{name}": opened.get(name, open_source)(
             getattr(options, name), name=f"--evaluate.{name}"
         ).fingerprint()
-        for name in (*PROMPTS, *REFERENCES, "perplexity") if getattr(options, name) is not None
-    }  # fmt: skip
+        for name in (*PROMPTS, *REFERENCES, "perplexity")
+        if getattr(options, name) is not None
+    }
 
 
 def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
@@ -295,7 +308,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         run.record(
             counts={"attacks": len(found), "diverged": sum("failed" in entry for entry in found)},
             metrics={"worst": summary["worst"]},
-        )  # fmt: skip
+        )
         _write_page(run)
         run.finish(outputs=["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"])
     return SweepResult(summary, run.root)
@@ -307,14 +320,12 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
 
     for ratio in dict.fromkeys(point.settings["poison_ratio"] for point in points):
         options = next(point.options for point in points if point.settings["poison_ratio"] == ratio)
-        attack(replace(
-            options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))
-        ))  # fmt: skip
+        attack(replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))))
 
 
 def _curves(
     points: Sequence[_Point], summary: Mapping[str, Any], options: SweepOptions, run: RunDir
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Harmful score over the steps of an attack, per attack for which it is wanted."""
     from pharmacist.evaluation.worst_case import LEVELS, steps_to_reach
     from pharmacist.pipeline.evaluate import evaluate
@@ -336,9 +347,10 @@ def _curves(
             continue
         steps, values = [step for step, _ in known], [metric["value"] for _, metric in known]
         curves[point.name] = {
-            "steps": steps, "harmful_score": [metric for _, metric in known],
+            "steps": steps,
+            "harmful_score": [metric for _, metric in known],
             "reached": [asdict(steps_to_reach(steps, values, level)) for level in LEVELS],
-        }  # fmt: skip
+        }
     return curves
 
 
@@ -363,11 +375,14 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
     if position is not None and "count" in (found := attacks[position]["harmful_score"]):
         interval = list(simultaneous(found["count"], found["n"], sum(value is not None for value in harmful)))
     return {
-        "margin": margin, "best_accuracy": max((value for value in accuracy if value is not None), default=None),
-        "worst": None if position is None else attacks[position]["name"], "worst_ci95_of_all": interval,
+        "margin": margin,
+        "best_accuracy": max((value for value in accuracy if value is not None), default=None),
+        "worst": None if position is None else attacks[position]["name"],
+        "worst_ci95_of_all": interval,
         "highest_of_all": max((value for value in harmful if value is not None), default=None),
-        "before": {name: before[name] for name in RATES if name in before}, "attacks": attacks,
-    }  # fmt: skip
+        "before": {name: before[name] for name in RATES if name in before},
+        "attacks": attacks,
+    }
 
 
 def _table(summary: Mapping[str, Any]) -> "pd.DataFrame":
@@ -383,15 +398,25 @@ def _table(summary: Mapping[str, Any]) -> "pd.DataFrame":
             low, high = metric.get("ci95") or (None, None)
             row |= {name: metric.get("value"), f"{name}_low": low, f"{name}_high": high, f"{name}_n": metric.get("n")}
         row |= {
-            "within_margin": entry["within_margin"], "worst": entry["name"] == summary["worst"],
-            "failed": entry.get("failed"), "attack": entry["attack"], "evaluate": entry.get("evaluate"),
-        }  # fmt: skip
+            "within_margin": entry["within_margin"],
+            "worst": entry["name"] == summary["worst"],
+            "failed": entry.get("failed"),
+            "attack": entry["attack"],
+            "evaluate": entry.get("evaluate"),
+        }
         rows.append(row)
     table = pd.DataFrame(rows)
     counts = {f"{name}_n": "Int64" for name in RATES} | {"steps": "Int64", "rank": "Int64"}
     text = {"failed": "string", "evaluate": "string"}
-    return table.astype({name: "float64" for name in table.columns if table[name].dtype == object and name not in
-                         ("name", "attack", *counts, *text)} | counts | text)  # fmt: skip
+    return table.astype(
+        {
+            name: "float64"
+            for name in table.columns
+            if table[name].dtype == object and name not in ("name", "attack", *counts, *text)
+        }
+        | counts
+        | text
+    )
 
 
 # --- what people read ----------------------------------------------------------------------------------------------
@@ -437,13 +462,13 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{_rate(worst['fine_tune_accuracy'])} %; the best accuracy of {len(attacks)} attacks is "
         f"{summary['best_accuracy']:.1f} %, so those at or above "
         f"{summary['best_accuracy'] - summary['margin']:.1f} % count"
-    )  # fmt: skip
+    )
     if summary["worst_ci95_of_all"]:
         low, high = summary["worst_ci95_of_all"]
         yield (
             "it is the highest of many, partly by chance; the interval that holds for all attacks at once is "
             f"[{low:.1f}, {high:.1f}]"
-        )  # fmt: skip
+        )
     if summary["highest_of_all"] > worst["harmful_score"]["value"]:
         yield f"beyond the margin, where the task suffers, the score reaches {summary['highest_of_all']:.1f} %"
     for name, curve in summary["curves"].items():
@@ -484,10 +509,11 @@ def _rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             *("-" if own.get(name) is None else f"{own[name]}" for name in varied),
-            *(_rate(entry.get(name)) for name in RATES[:2]), _remark(entry, summary["worst"]),
+            *(_rate(entry.get(name)) for name in RATES[:2]),
+            _remark(entry, summary["worst"]),
         ]
         for own, entry in zip(settings, ordered, strict=True)
-    ]  # fmt: skip
+    ]
     return head, lines
 
 

@@ -25,7 +25,7 @@ def linear_weights(model: nn.Module) -> Tensors:
     return {
         name: modules[name].weight.T if isinstance(modules[name], Conv1D) else modules[name].weight
         for name in linear_names(model)
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -176,9 +176,14 @@ def apply(tuned: Side, plan: Plan) -> list[Change]:
 
 @torch.no_grad()
 def each_input(
-    side: Side, rows: Sequences, see: Callable[[str, torch.Tensor], None], *, device: torch.device,
-    completion_only: bool, rows_per_batch: int = 16,
-) -> None:  # fmt: skip
+    side: Side,
+    rows: Sequences,
+    see: Callable[[str, torch.Tensor], None],
+    *,
+    device: torch.device,
+    completion_only: bool,
+    rows_per_batch: int = 16,
+) -> None:
     """Shows what every tensor of a model is multiplied with on some rows, by one ordinary forward pass.
 
     Args:

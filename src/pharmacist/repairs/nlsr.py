@@ -86,7 +86,7 @@ def safety_region(weight: torch.Tensor, basis: torch.Tensor, region: float) -> t
 
 def probabilities(
     similarities: Sequence[float], prune_rate: float, epsilon: float, *, inverted: bool = False
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Probability per module, linear in its rank from ``prune_rate + epsilon`` for the least similar down to
     ``prune_rate - epsilon``, clipped to [0, 1]; modules without a similarity rank as least similar.
 
@@ -139,19 +139,21 @@ class NLSR(Repair):
         masks = self._regions(aligned, reference, references)
         own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
         names, similarities = self._similarities(tuned, aligned, own, reference, masks, references)
-        chances = probabilities(
-            similarities, config.prune_rate, config.epsilon, inverted=config.compat == "reference"
-        )  # fmt: skip
+        chances = probabilities(similarities, config.prune_rate, config.epsilon, inverted=config.compat == "reference")
         drawn = np.random.default_rng(derive(references.seed, "nlsr")).random(len(names)) < chances
         new = {}
         for name in (name for name, picked in zip(names, drawn, strict=True) if picked):
             for tensor in (f"{name}.lora_A", f"{name}.lora_B") if tuned.form == "adapter" else (name,):
                 new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
         findings = [
-            {"module": name, "similarity": None if math.isnan(value) else round(value, 6),
-             "probability": round(chance, 6), "replaced": bool(picked)}
+            {
+                "module": name,
+                "similarity": None if math.isnan(value) else round(value, 6),
+                "probability": round(chance, 6),
+                "replaced": bool(picked),
+            }
             for name, value, chance, picked in zip(names, similarities, chances, drawn, strict=True)
-        ]  # fmt: skip
+        ]
         return Plan(new, findings)
 
     def _amplified(self, aligned: Side, references: References) -> Tensors:
@@ -200,19 +202,28 @@ class NLSR(Repair):
         }
 
     def _similarities(
-        self, tuned: Side, aligned: Side, own: Mapping[str, torch.Tensor], reference: Tensors, masks: Tensors,
+        self,
+        tuned: Side,
+        aligned: Side,
+        own: Mapping[str, torch.Tensor],
+        reference: Tensors,
+        masks: Tensors,
         references: References,
-    ) -> tuple[list[str], list[float]]:  # fmt: skip
+    ) -> tuple[list[str], list[float]]:
         """Cosine per module between what the fine-tuned and the reference model have in the safety region."""
         names, values = [], []
         if tuned.form == "adapter":
             for name in aligned.factors():
                 a, b = f"{name}.lora_A", f"{name}.lora_B"
                 names.append(name)
-                values.append(float(cosine(
-                    Factors(own[a] * masks[a], own[b] * masks[b]),
-                    Factors(reference[a] * masks[a], reference[b] * masks[b]),
-                )))  # fmt: skip
+                values.append(
+                    float(
+                        cosine(
+                            Factors(own[a] * masks[a], own[b] * masks[b]),
+                            Factors(reference[a] * masks[a], reference[b] * masks[b]),
+                        )
+                    )
+                )
             return names, values
         assert references.update is not None
         weights = {name: tensor.detach().double() for name, tensor in aligned.tensors().items()}

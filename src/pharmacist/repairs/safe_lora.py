@@ -100,11 +100,15 @@ class SafeLora(Repair):
                 assert references.aligned is not None
                 new[name] = references.aligned.tensors()[name].detach().double() + moved.dense()
         findings = [
-            {"module": name, "cosine": None if math.isnan(cosine) else round(cosine, 6),
-             "projected": position in picked, "update_norm": float(norm(updates[name])),
-             "kept_norm": float(norm(projected[position] if position in picked else updates[name]))}
+            {
+                "module": name,
+                "cosine": None if math.isnan(cosine) else round(cosine, 6),
+                "projected": position in picked,
+                "update_norm": float(norm(updates[name])),
+                "kept_norm": float(norm(projected[position] if position in picked else updates[name])),
+            }
             for position, (name, cosine) in enumerate(zip(names, cosines, strict=True))
-        ]  # fmt: skip
+        ]
         return Plan(new, findings)
 
     def _user_updates(self, tuned: Side, references: References) -> dict[str, Factors]:

@@ -250,9 +250,11 @@ def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[floa
         found = metric.estimate(differences, difference=True)
         low, high = found.interval or (None, None)
         value |= {
-            "difference": found.value, "difference_low": low, "difference_high": high,
+            "difference": found.value,
+            "difference_low": low,
+            "difference_high": high,
             "p": float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None,
-        }  # fmt: skip
+        }
     return Value(**value)
 
 
@@ -301,19 +303,24 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
                     "high": pooled.difference_high if pooled else None,
                     "better": sum(value.verdict == 1 for value in compared),
                     "worse": sum(value.verdict == -1 for value in compared),
-                    "open": sum(value.verdict == 0 for value in compared), "n": len(compared),
+                    "open": sum(value.verdict == 0 for value in compared),
+                    "n": len(compared),
                     "mean": float(np.mean([value.difference for value in compared])),
-                }  # fmt: skip
+                }
         if by_metric:
             saved = [
                 -100 * value.difference / (value.mean - value.difference)
                 for line in lines
                 if (value := line.values.get("alignment_seconds")) and value.difference is not None
             ]
-            found.append({
-                "name": benchmark.name(series), "selector": series[0], "metrics": by_metric,
-                "time_saved": float(np.mean(saved)) if saved else None,
-            })  # fmt: skip
+            found.append(
+                {
+                    "name": benchmark.name(series),
+                    "selector": series[0],
+                    "metrics": by_metric,
+                    "time_saved": float(np.mean(saved)) if saved else None,
+                }
+            )
     return found
 
 
@@ -399,10 +406,16 @@ def to_latex(benchmark: Benchmark) -> str:
     return f"% \\usepackage{{booktabs,longtable}}\n{text}"
 
 
-_LATEX = str.maketrans({
-    **{special: f"\\{special}" for special in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$",
-})  # fmt: skip
+_LATEX = str.maketrans(
+    {
+        **{special: f"\\{special}" for special in "&%$#_{}"},
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+    }
+)
 
 
 def _latex_text(text: str) -> str:
@@ -419,8 +432,15 @@ def _latex(benchmark: Benchmark, label: str, what: str) -> str:
         part.columns = pd.Index([*names, *numbers])
         # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
         style = part.style.format(escape="latex", subset=list[Hashable](names))
-        text += style.format_index(escape="latex", axis=1).hide(axis="index").to_latex(
-            environment="longtable", hrules=True, column_format="l" * len(names) + "r" * len(numbers),
-            label=f"{label}-{metric.name}", caption=f"{_latex_text(metric.head)}{what}.",
-        )  # fmt: skip
+        text += (
+            style.format_index(escape="latex", axis=1)
+            .hide(axis="index")
+            .to_latex(
+                environment="longtable",
+                hrules=True,
+                column_format="l" * len(names) + "r" * len(numbers),
+                label=f"{label}-{metric.name}",
+                caption=f"{_latex_text(metric.head)}{what}.",
+            )
+        )
     return f"\\begingroup\\footnotesize\n{text}\\noindent {_latex_text(note(benchmark))}\n\\endgroup\n"

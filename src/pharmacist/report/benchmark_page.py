@@ -26,8 +26,15 @@ from pharmacist.report.html import write_page
 
 _COLORS = {"full": "--full", "random": "--random", "pharmacist": "--core"}
 _FURTHER = (
-    "--compliance", "--critical", "--over-refusal", "--low-quality", "--strong", "--duplicate", "--terse", "--mild",
-)  # fmt: skip
+    "--compliance",
+    "--critical",
+    "--over-refusal",
+    "--low-quality",
+    "--strong",
+    "--duplicate",
+    "--terse",
+    "--mild",
+)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon", "triangle-down", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _BANDS = 6  # lines in a chart up to which bands can be told apart
@@ -73,14 +80,21 @@ def render_benchmark(
         if fractions:
             per_setting(f"fraction-{at}", lambda lines: fraction_curves(lines, look), of_defense.__contains__)
     write_page(
-        folder / "report.html", "benchmark.html.j2", ["benchmark.js"],
-        {"figures": figures, "results": result_table(benchmark, look)}, manifest=manifest, benchmark=benchmark,
-        settings=[benchmark.setting_name(setting) for setting in settings], defenses=defenses, curves=curves,
-        fractions=fractions, trade_off="trade_off" in figures, note=note(benchmark), verdicts=[
-            own | {"color": look.color(own["selector"])} for own in verdicts(benchmark)
-        ],
+        folder / "report.html",
+        "benchmark.html.j2",
+        ["benchmark.js"],
+        {"figures": figures, "results": result_table(benchmark, look)},
+        manifest=manifest,
+        benchmark=benchmark,
+        settings=[benchmark.setting_name(setting) for setting in settings],
+        defenses=defenses,
+        curves=curves,
+        fractions=fractions,
+        trade_off="trade_off" in figures,
+        note=note(benchmark),
+        verdicts=[own | {"color": look.color(own["selector"])} for own in verdicts(benchmark)],
         selectors=[{"name": name, "color": look.color(name)} for name in benchmark.order["selector"]],
-    )  # fmt: skip
+    )
     write_text(folder / "tables.md", to_markdown(benchmark))
     write_text(folder / "tables.tex", to_latex(benchmark))
 
@@ -94,9 +108,7 @@ class Look:
         further = [name for name in names if name not in _COLORS]
         self._colors = _COLORS | {name: _FURTHER[at % len(_FURTHER)] for at, name in enumerate(further)}
         self._places = {name: at for at, name in enumerate(names)}
-        self._symbols = {
-            name: _SYMBOLS[at % len(_SYMBOLS)] for at, name in enumerate(benchmark.order["defense"])
-        }  # fmt: skip
+        self._symbols = {name: _SYMBOLS[at % len(_SYMBOLS)] for at, name in enumerate(benchmark.order["defense"])}
 
     def color(self, selector: str) -> str:
         """As a CSS value."""
@@ -113,10 +125,14 @@ class Look:
 
 def _error_bars(values: Sequence[Value], color: str, thickness: float = 1.2) -> dict[str, Any]:
     return {
-        "type": "data", "symmetric": False, "color": color, "thickness": thickness, "width": 0,
+        "type": "data",
+        "symmetric": False,
+        "color": color,
+        "thickness": thickness,
+        "width": 0,
         "array": [0 if value.high is None else value.high - value.mean for value in values],
         "arrayminus": [0 if value.low is None else value.mean - value.low for value in values],
-    }  # fmt: skip
+    }
 
 
 def _span(values: Sequence[Value]) -> list[float]:
@@ -141,31 +157,49 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
         own = [line for line in lines if line.axes["selector"] == selector]
         x, y = ([line.values[name] for line in own] for name in ("fine_tune_accuracy", "harmful_score"))
         color = look.color(selector)
-        traces.append(go.Scatter(
-            x=[value.mean for value in x], y=[value.mean for value in y], mode="markers", showlegend=False,
-            error_x=_error_bars(x, color, thickness), error_y=_error_bars(y, color, thickness),
-            marker={"color": color, "size": 11, "symbol": [look.symbol(line.axes["defense"]) for line in own],
-                    "line": {"color": "var(--card)", "width": 1}},
-            customdata=[[f"{look.benchmark.name(line.series)}, {line.axes['defense']}", _told(b), _told(a)]
-                        for line, a, b in zip(own, x, y, strict=True)],
-            hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
-                          "<extra></extra>",
-        ))  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=[value.mean for value in x],
+                y=[value.mean for value in y],
+                mode="markers",
+                showlegend=False,
+                error_x=_error_bars(x, color, thickness),
+                error_y=_error_bars(y, color, thickness),
+                marker={
+                    "color": color,
+                    "size": 11,
+                    "symbol": [look.symbol(line.axes["defense"]) for line in own],
+                    "line": {"color": "var(--card)", "width": 1},
+                },
+                customdata=[
+                    [f"{look.benchmark.name(line.series)}, {line.axes['defense']}", _told(b), _told(a)]
+                    for line, a, b in zip(own, x, y, strict=True)
+                ],
+                hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
+                "<extra></extra>",
+            )
+        )
     # Colours are told above the chart, markers by its own legend.
     traces += [
         go.Scatter(
-            x=[None], y=[None], mode="markers", name=defense, hoverinfo="skip",
+            x=[None],
+            y=[None],
+            mode="markers",
+            name=defense,
+            hoverinfo="skip",
             marker={"symbol": look.symbol(defense), "size": 10, "color": "var(--soft)"},
         )
         for defense in look.benchmark.order["defense"]
-    ]  # fmt: skip
+    ]
     accuracy, score = (
         _span([line.values[name] for line in lines]) for name in ("fine_tune_accuracy", "harmful_score")
     )
     return charts._figure(
-        traces, 480, xaxis={"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": accuracy},
+        traces,
+        480,
+        xaxis={"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": accuracy},
         yaxis={"title": {"text": "harmful score, % (less is better)"}, "range": score},
-    )  # fmt: skip
+    )
 
 
 def attack_curves(lines: Sequence[Line], benchmark: Benchmark, look: Look) -> charts.Spec:
@@ -193,24 +227,48 @@ def attack_curves(lines: Sequence[Line], benchmark: Benchmark, look: Look) -> ch
         all_steps |= set(steps)
         low, high = heights.min(0).tolist(), heights.max(0).tolist()
         if len(heights) > 1 and len(lines) <= _BANDS:
-            bands.append(go.Scatter(
-                x=ticks + ticks[::-1], y=high + low[::-1], fill="toself", fillcolor=color, opacity=0.13, mode="lines",
-                line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
-            ))  # fmt: skip
-        drawn.append(go.Scatter(
-            x=ticks, y=heights.mean(0).tolist(), name=name, mode="lines+markers", legendgroup=name, showlegend=False,
-            line={"color": color, "width": 2.5, "dash": look.dash(line.axes["selector"])},
-            marker={"size": 7, "color": color},
-            customdata=[f"{a:.1f} to {b:.1f}" for a, b in zip(low, high, strict=True)],
-            hovertemplate=f"{name}, step %{{x}}<br>%{{y:.1f}} %, seeds %{{customdata}}<extra></extra>",
-        ))  # fmt: skip
+            bands.append(
+                go.Scatter(
+                    x=ticks + ticks[::-1],
+                    y=high + low[::-1],
+                    fill="toself",
+                    fillcolor=color,
+                    opacity=0.13,
+                    mode="lines",
+                    line={"width": 0},
+                    hoverinfo="skip",
+                    showlegend=False,
+                    legendgroup=name,
+                )
+            )
+        drawn.append(
+            go.Scatter(
+                x=ticks,
+                y=heights.mean(0).tolist(),
+                name=name,
+                mode="lines+markers",
+                legendgroup=name,
+                showlegend=False,
+                line={"color": color, "width": 2.5, "dash": look.dash(line.axes["selector"])},
+                marker={"size": 7, "color": color},
+                customdata=[f"{a:.1f} to {b:.1f}" for a, b in zip(low, high, strict=True)],
+                hovertemplate=f"{name}, step %{{x}}<br>%{{y:.1f}} %, seeds %{{customdata}}<extra></extra>",
+            )
+        )
     ticks = [str(step) for step in sorted(all_steps)]
     return charts._figure(
-        [*bands, *drawn], 320, margin={"l": 60, "r": 16, "t": 12, "b": 50},
-        xaxis={"title": {"text": "attack steps"}, "type": "category", "showgrid": False, "categoryorder": "array",
-               "categoryarray": ticks},
+        [*bands, *drawn],
+        320,
+        margin={"l": 60, "r": 16, "t": 12, "b": 50},
+        xaxis={
+            "title": {"text": "attack steps"},
+            "type": "category",
+            "showgrid": False,
+            "categoryorder": "array",
+            "categoryarray": ticks,
+        },
         yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]},
-    )  # fmt: skip
+    )
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
@@ -220,46 +278,79 @@ def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
     for selector in look.benchmark.order["selector"]:
         own = [line for line in lines if line.axes["selector"] == selector and "harmful_score" in line.values]
         values, color = [line.values["harmful_score"] for line in own], look.color(selector)
-        traces.append(go.Scatter(
-            x=[100 * line.axes["fraction"] for line in own], y=[value.mean for value in values], name=selector,
-            mode="lines+markers", showlegend=False, error_y=_error_bars(values, color),
-            line={"color": color, "width": 2.5, "dash": look.dash(selector)}, marker={"size": 8, "color": color},
-            customdata=[_told(value) for value in values],
-            hovertemplate=f"{selector}, %{{x:g}} % of the pool<br>harmful score %{{customdata}}<extra></extra>",
-        ))  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=[100 * line.axes["fraction"] for line in own],
+                y=[value.mean for value in values],
+                name=selector,
+                mode="lines+markers",
+                showlegend=False,
+                error_y=_error_bars(values, color),
+                line={"color": color, "width": 2.5, "dash": look.dash(selector)},
+                marker={"size": 8, "color": color},
+                customdata=[_told(value) for value in values],
+                hovertemplate=f"{selector}, %{{x:g}} % of the pool<br>harmful score %{{customdata}}<extra></extra>",
+            )
+        )
         if selector == BASELINE and own:
             level = values[0].mean
-            extra["shapes"] = [{"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": level, "y1": level,
-                                "line": {"color": color, "width": 1, "dash": "dash"}}]  # fmt: skip
+            extra["shapes"] = [
+                {
+                    "type": "line",
+                    "x0": 0,
+                    "x1": 1,
+                    "xref": "paper",
+                    "y0": level,
+                    "y1": level,
+                    "line": {"color": color, "width": 1, "dash": "dash"},
+                }
+            ]
     return charts._figure(
-        traces, 320, margin={"l": 60, "r": 16, "t": 12, "b": 50},
+        traces,
+        320,
+        margin={"l": 60, "r": 16, "t": 12, "b": 50},
         xaxis={"title": {"text": "share of the pool, %"}, "range": [0, 104]},
-        yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}, **extra,
-    )  # fmt: skip
+        yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]},
+        **extra,
+    )
 
 
 def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Selection and alignment time, a bar per defense and series."""
     lines = list(lines)[::-1]  # plotly draws from below
-    names = [
-        [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
-    ]  # fmt: skip
+    names = [[line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]]
     traces = []
     for metric, title, pattern in (("selection_seconds", "selection", "/"), ("alignment_seconds", "alignment", "")):
         values = [line.values.get(metric) for line in lines]
-        traces.append(go.Bar(
-            y=names, x=[0 if value is None else value.mean for value in values], orientation="h", showlegend=False,
-            marker={"color": [look.color(line.axes["selector"]) for line in lines], "line": {"width": 0},
-                    "pattern": {"shape": pattern, "fgcolor": "var(--card)", "size": 6, "solidity": 0.5}},
-            customdata=["" if value is None else _told(value, "s") for value in values],
-            hovertemplate=f"%{{y}}<br>{title} %{{customdata}}<extra></extra>",
-        ))  # fmt: skip
+        traces.append(
+            go.Bar(
+                y=names,
+                x=[0 if value is None else value.mean for value in values],
+                orientation="h",
+                showlegend=False,
+                marker={
+                    "color": [look.color(line.axes["selector"]) for line in lines],
+                    "line": {"width": 0},
+                    "pattern": {"shape": pattern, "fgcolor": "var(--card)", "size": 6, "solidity": 0.5},
+                },
+                customdata=["" if value is None else _told(value, "s") for value in values],
+                hovertemplate=f"%{{y}}<br>{title} %{{customdata}}<extra></extra>",
+            )
+        )
     return charts._figure(
-        traces, 90 + 24 * len(lines), barmode="stack", bargap=0.25, margin={"l": 150, "r": 24, "t": 8, "b": 48},
+        traces,
+        90 + 24 * len(lines),
+        barmode="stack",
+        bargap=0.25,
+        margin={"l": 150, "r": 24, "t": 8, "b": 48},
         xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
-        yaxis={"showgrid": False, "tickfont": {"color": "var(--ink)", "size": 12}, "dividercolor": "var(--line)",
-               "automargin": True},
-    )  # fmt: skip
+        yaxis={
+            "showgrid": False,
+            "tickfont": {"color": "var(--ink)", "size": 12},
+            "dividercolor": "var(--line)",
+            "automargin": True,
+        },
+    )
 
 
 def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
@@ -285,9 +376,17 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
             row.append(None if value is None else [value.mean, value.low, value.high])
             if metric.compared and benchmark.has_baseline:
                 differs = value is not None and value.difference is not None
-                row.append(None if value is None or not differs else [
-                    value.difference, value.difference_low, value.difference_high, value.p_corrected, value.verdict,
-                ])  # fmt: skip
+                row.append(
+                    None
+                    if value is None or not differs
+                    else [
+                        value.difference,
+                        value.difference_low,
+                        value.difference_high,
+                        value.p_corrected,
+                        value.verdict,
+                    ]
+                )
         rows.append(row)
     return {
         "columns": columns,

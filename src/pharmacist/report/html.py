@@ -33,10 +33,15 @@ _NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 
 def render_ranking(
-    path: Path, *, scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any],
-    labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None,
+    path: Path,
+    *,
+    scores: "pd.DataFrame",
+    texts: "datasets.Dataset",
+    manifest: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    categories: Sequence[Sequence[str]] | None = None,
     labelling: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the page of a ranking.
 
     Args:
@@ -59,9 +64,7 @@ def render_ranking(
 
 def _labelling(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template and what the script need to have rows labelled; a label's key is its first letter."""
-    labels = [
-        {"name": name, "key": name[0], "word": words.reason(reason)} for name, reason in given["labels"].items()
-    ]
+    labels = [{"name": name, "key": name[0], "word": words.reason(reason)} for name, reason in given["labels"].items()]
     keys = [{"name": label["name"], "key": label["key"]} for label in labels]
     rows = [[row["row"], row["prompt"], row["completion"]] for row in given["rows"]]
     known = [[row, label] for row, label in sorted(given["known"].items())]
@@ -70,7 +73,7 @@ def _labelling(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 def render_demo(
     folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Writes ``report.html`` into a demo's folder, out of the files in it.
 
     Args:
@@ -93,24 +96,33 @@ def render_demo(
     texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
     found = {
-        "alignment_seconds": ("s", False), "fine_tune_accuracy": ("%", True), "over_refusal_aligned": ("%", True),
+        "alignment_seconds": ("s", False),
+        "fine_tune_accuracy": ("%", True),
+        "over_refusal_aligned": ("%", True),
         "over_refusal": ("%", True),
-    }  # fmt: skip
+    }
     data["figures"] |= {name: charts.bars(summary[name], unit, percent) for name, (unit, percent) in found.items()}
     data["figures"]["curves"] = charts.attack_curves(summary["steps"], summary["curves"])
     arms = [
         {
-            "word": words.arm(name), "name": name,
+            "word": words.arm(name),
+            "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
             **{key: _interval(summary[key][name], "%") for key in ("auc", "final_harmful_score")},
             **{key: _interval(summary[key][name], unit) for key, (unit, _) in found.items()},
         }
         for name in summary["arms"]
-    ]  # fmt: skip
+    ]
     write_page(
-        folder / "report.html", "demo.html.j2", ["ranking.js"], data, ranking=ranking, manifest=manifest, demo=summary,
+        folder / "report.html",
+        "demo.html.j2",
+        ["ranking.js"],
+        data,
+        ranking=ranking,
+        manifest=manifest,
+        demo=summary,
         arms=arms,
-    )  # fmt: skip
+    )
 
 
 def _interval(found: Any, unit: str) -> dict[str, Any]:
@@ -124,9 +136,12 @@ def _interval(found: Any, unit: str) -> dict[str, Any]:
 
 
 def _ranking(
-    scores: "pd.DataFrame", texts: "datasets.Dataset", manifest: Mapping[str, Any], labels: Sequence[str] | None,
+    scores: "pd.DataFrame",
+    texts: "datasets.Dataset",
+    manifest: Mapping[str, Any],
+    labels: Sequence[str] | None,
     categories: Sequence[Sequence[str]] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ranking part of a page shows: its numbers, and its data, which are figures and rows."""
     import pandas as pd
 
@@ -144,19 +159,32 @@ def _ranking(
         "reasons": charts.composition(reasons, word_of),
     }
     ranking: dict[str, Any] = {
-        "selector": manifest["config"].get("selector", {}).get("name", ""), "judged": judgement.judged,
+        "selector": manifest["config"].get("selector", {}).get("name", ""),
+        "judged": judgement.judged,
         "reasons": [group | {"word": word_of[group["name"]]} for group in reasons],
-        "cannot_see": [words.reason(name) for name in judgement.blind], "fallback": report.get("fallback"),
+        "cannot_see": [words.reason(name) for name in judgement.blind],
+        "fallback": report.get("fallback"),
         "cut": cut,
         "warnings": [plain(warning) for warning in manifest.get("warnings", ())],
-        "quality": tables.held_out_quality(report), "questions": words.QUESTIONS, "classes": words.CLASSES,
-        "make_up": tables.make_up(report), "compared": "distance" in report, "distance": report.get("distance"),
-        "near": report.get("near"), "gain": report.get("labels"), "changed": report.get("changed"),
-        "labelling": None, "phases": tables.phases(manifest),
+        "quality": tables.held_out_quality(report),
+        "questions": words.QUESTIONS,
+        "classes": words.CLASSES,
+        "make_up": tables.make_up(report),
+        "compared": "distance" in report,
+        "distance": report.get("distance"),
+        "near": report.get("near"),
+        "gain": report.get("labels"),
+        "changed": report.get("changed"),
+        "labelling": None,
+        "phases": tables.phases(manifest),
         "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
-        "counts": manifest.get("counts", {}), "labels": None, "selected": int(scores["selected"].sum()),
-        "table": table, "pairs": pairs, "categories": None,
-    }  # fmt: skip
+        "counts": manifest.get("counts", {}),
+        "labels": None,
+        "selected": int(scores["selected"].sum()),
+        "table": table,
+        "pairs": pairs,
+        "categories": None,
+    }
     if categories is not None:
         found = tables.categories(categories, scores["selected"])
         figures["categories"] = charts.kept(found, 100 * float(scores["selected"].mean()))
@@ -173,9 +201,7 @@ def _ranking(
             "labels": [words.label(name) for name in confusion["labels"]],
             "reasons": [words.reason(name, judgement.judged) for name in confusion["reasons"]],
         }
-    return ranking, {
-        "figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs},
-    }  # fmt: skip
+    return ranking, {"figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs}}
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -184,9 +210,12 @@ def _ranking(
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("pharmacist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("pharmacist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"count": _count, "seconds": _seconds, "interval": _with_interval, "signed": _signed}
     return environment
 
@@ -204,11 +233,19 @@ def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[
     from plotly.offline import get_plotlyjs
 
     code = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", *scripts))]
-    text = _environment().get_template(template).render(
-        **context, version=__version__, scripts=code, policy=_policy(code),
-        table_style=Markup(_datatables("css")), style=Markup(_template_file("style.css")),
-        data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
-    )  # fmt: skip
+    text = (
+        _environment()
+        .get_template(template)
+        .render(
+            **context,
+            version=__version__,
+            scripts=code,
+            policy=_policy(code),
+            table_style=Markup(_datatables("css")),
+            style=Markup(_template_file("style.css")),
+            data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
+        )
+    )
     write_text(path, text)
 
 

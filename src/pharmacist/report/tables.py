@@ -71,7 +71,7 @@ def _ordered(values: "pd.Series[Any]", known: Mapping[str, Any]) -> list[str]:
 
 def composition(
     groups: "pd.Series[Any]", selected: "pd.Series[Any]", known: Mapping[str, Any]
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """How selected and other rows are made up.
 
     Args:
@@ -89,11 +89,16 @@ def composition(
     for name in _ordered(groups, known):
         member = names == name
         inside, outside = int((member & chosen).sum()), int((member & ~chosen).sum())
-        table.append({
-            "name": name, "rows": inside + outside, "selected": inside, "left": outside,
-            "of_selected": 100 * inside / n_selected if n_selected else None,
-            "of_left": 100 * outside / n_left if n_left else None,
-        })  # fmt: skip
+        table.append(
+            {
+                "name": name,
+                "rows": inside + outside,
+                "selected": inside,
+                "left": outside,
+                "of_selected": 100 * inside / n_selected if n_selected else None,
+                "of_left": 100 * outside / n_left if n_left else None,
+            }
+        )
     return table
 
 
@@ -119,16 +124,22 @@ def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
     readers = list(dict.fromkeys(name for answers in found.values() for name in answers if name not in _OF_A_QUESTION))
     questions = [
         {
-            "name": name, "yes": answers["yes"], "no": answers["no"], "auc": answers["combined"]["auc"],
-            "yes_found": 100 * answers["combined"]["yes_found"], "no_found": 100 * answers["combined"]["no_found"],
+            "name": name,
+            "yes": answers["yes"],
+            "no": answers["no"],
+            "auc": answers["combined"]["auc"],
+            "yes_found": 100 * answers["combined"]["yes_found"],
+            "no_found": 100 * answers["combined"]["no_found"],
             "readers": [answers[reader]["auc"] if reader in answers else None for reader in readers],
         }
         for name, answers in found.items()
-    ]  # fmt: skip
+    ]
     return {
-        "by": report.get("held_out_by", "prompt"), "readers": readers, "questions": questions,
+        "by": report.get("held_out_by", "prompt"),
+        "readers": readers,
+        "questions": questions,
         "weakest": min(questions, key=lambda question: question["auc"]),
-    }  # fmt: skip
+    }
 
 
 def make_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,11 +157,13 @@ def phases(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     longest = max((phase["seconds"] for phase in found.values()), default=0.0)
     return [
         {
-            "name": name.capitalize(), "seconds": phase["seconds"], "tokens": phase["tokens"],
+            "name": name.capitalize(),
+            "seconds": phase["seconds"],
+            "tokens": phase["tokens"],
             "share": 100 * phase["seconds"] / longest if longest else 0.0,
         }
         for name, phase in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
@@ -161,9 +174,7 @@ def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
     return {"score": float(inside.min()), "clean": bool(outside.max() <= inside.min())}
 
 
-def categories(
-    groups: Sequence[Sequence[str]], selected: "pd.Series[Any]"
-) -> list[dict[str, Any]]:  # fmt: skip
+def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> list[dict[str, Any]]:
     """How much of each category is kept, the largest first.
 
     Args:
@@ -230,12 +241,18 @@ class Rows:
         reason = [reason_at[str(name)] for name in table["reason"]]
         known = self.known
         rows = zip(
-            table["rank"].tolist(), [float(f"{score:.6g}") for score in table["score"]], reason,
+            table["rank"].tolist(),
+            [float(f"{score:.6g}") for score in table["score"]],
+            reason,
             table["selected"].astype(int).tolist(),
             [label_at[str(known[i])] for i in positions] if known is not None else [-1] * len(positions),
-            [_cut(text, limit) for text in prompts], [_cut(text, limit) for text in completions],
-            table["row"].tolist(), table["duplicate_of"].tolist(), [veil[i] for i in reason], strict=True,
-        )  # fmt: skip
+            [_cut(text, limit) for text in prompts],
+            [_cut(text, limit) for text in completions],
+            table["row"].tolist(),
+            table["duplicate_of"].tolist(),
+            [veil[i] for i in reason],
+            strict=True,
+        )
         long = sum(len(text) > limit for column in (prompts, completions) for text in column)
         return [list(row) for row in rows], long
 

@@ -46,7 +46,7 @@ REASONS = {
         "Teaches compliance", "A harmful request that is answered: teaches the opposite of safety.", "--compliance"
     ),
     "ranked": Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
-}  # fmt: skip
+}
 """Reasons in ``scores.parquet``, best first."""
 
 NOT_JUDGED = Word("Not judged", "The selector did not read the row.")
@@ -61,7 +61,7 @@ LABELS = {
     "overrefuse": Word("Over-refusing", "A harmless request that is refused.", "--over-refusal"),
     "noisy": Word("Noisy", "A damaged answer.", "--low-quality"),
     "mislabel": Word("Mislabelled", "A harmful request that is answered.", "--compliance"),
-}  # fmt: skip
+}
 """Labels of the embedded world; a fault has the colour of the reason that a selector should give."""
 
 CLASSES = {
@@ -80,11 +80,11 @@ QUESTIONS = {
     "whole": Word("whole", "Is the text of the answer whole?"),
     "pertinent": Word("pertinent", "Does a refusal refuse this very request?"),
     "typical": Word(
-        "typical", "Does the row look like a safe reference? Counts only as far as pool and references look like one "
-        "source."
+        "typical",
+        "Does the row look like a safe reference? Counts only as far as pool and references look like one source.",
     ),
     "safe": Word("safe", "Is the row like a safe reference, and like no other?"),
-}  # fmt: skip
+}
 """What selectors ask of a row."""
 
 ARMS = {

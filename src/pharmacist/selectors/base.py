@@ -113,9 +113,12 @@ class SelectionContext:
         if self.model_name is None:
             raise ConfigError("this selector reads the pool with a model; give --model")
         return load_model(
-            self.model_name, device=self.device, dtype=self.dtype, template=self.template,
+            self.model_name,
+            device=self.device,
+            dtype=self.dtype,
+            template=self.template,
             trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+        )
 
     def forget_changed_model(self) -> None:
         """Makes the next use of `model` load it anew if a selector has put adapters on it."""
@@ -171,9 +174,13 @@ class SelectionContext:
         # A long prompt is shortened in its middle, never refused: the model that ranks may have a shorter context than
         # the one that is aligned.
         self.encoded[name] = encode(
-            rows, self.model.tokenizer, self.model.template, max_length=limit, on_long_prompt="cut",
+            rows,
+            self.model.tokenizer,
+            self.model.template,
+            max_length=limit,
+            on_long_prompt="cut",
             work_dir=self.run.work("tokens", name),
-        )  # fmt: skip
+        )
         return self.encoded[name]
 
 

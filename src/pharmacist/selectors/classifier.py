@@ -47,9 +47,12 @@ class Classifier(Selector):
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from the references alone, then reads the pool's text once."""
         references = build_references(
-            {name: context.reference_rows(name) for name in context.references}, n_folds=self.config.folds,
-            corruptions_per_row=self.config.corruptions_per_row, seed=derive(context.seed, "classifier"), echo=False,
-        )  # fmt: skip
+            {name: context.reference_rows(name) for name in context.references},
+            n_folds=self.config.folds,
+            corruptions_per_row=self.config.corruptions_per_row,
+            seed=derive(context.seed, "classifier"),
+            echo=False,
+        )
         with context.run.phase("train classifier"):
             model, held_out = _fit(references)
         with context.run.phase("score"):
@@ -61,19 +64,22 @@ class Classifier(Selector):
         is_safe = (references.labels == 0).astype(np.int64)
         seen = {REASONS[name] for name in references.counts()}
         return Scores(
-            safe_log_odds(posterior), np.array(list(REASONS.values()))[posterior.argmax(1)],
+            safe_log_odds(posterior),
+            np.array(list(REASONS.values()))[posterior.argmax(1)],
             {f"p_{name}": np.exp(posterior[:, column]) for column, name in enumerate(CLASSES)},
             {
-                "references": references.counts(), "held_out_by": "prompt",
+                "references": references.counts(),
+                "held_out_by": "prompt",
                 "cannot_see": [reason for reason in dict.fromkeys(REASONS.values()) if reason not in seen],
                 "questions": {
                     "safe": {
-                        "yes": int(is_safe.sum()), "no": int((1 - is_safe).sum()),
+                        "yes": int(is_safe.sum()),
+                        "no": int((1 - is_safe).sum()),
                         "combined": quality(safe_log_odds(held_out), is_safe),
                     }
                 },
             },
-        )  # fmt: skip
+        )
 
 
 class _Model:

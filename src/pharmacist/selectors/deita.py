@@ -62,9 +62,11 @@ class Deita(Selector):
         # Places, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
         place = rankdata(scored.score) / len(near)
         return Scores(
-            np.where(near, place, 1 + place), np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
-            {"quality": scored.score, "too_near": near, **scored.signals}, scored.report,
-        )  # fmt: skip
+            np.where(near, place, 1 + place),
+            np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
+            {"quality": scored.score, "too_near": near, **scored.signals},
+            scored.report,
+        )
 
 
 def too_near(points: FloatArray, order: npt.NDArray[np.int64], threshold: float) -> npt.NDArray[np.bool_]:

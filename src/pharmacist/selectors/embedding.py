@@ -38,9 +38,7 @@ class Embedding(Selector):
         if nearest > len(references):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
         known = embed(context, to_dataset(references), "safe-embeddings", unit)
-        score = embed(
-            context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest)
-        )  # fmt: skip
+        score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
         return Scores(score, np.full(len(score), RANKED))
 
 

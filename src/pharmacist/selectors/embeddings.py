@@ -170,7 +170,7 @@ def _text_keys(rows: "datasets.Dataset") -> Keys:
 
 def _sentences(
     context: "SelectionContext", embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
-) -> FloatArray:  # fmt: skip
+) -> FloatArray:
     """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
     distinct, inverse = np.unique(_text_keys(rows), return_index=True, return_inverse=True)[1:]
     encoder, found = None, np.empty(0)

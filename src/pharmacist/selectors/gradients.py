@@ -15,9 +15,16 @@ from pharmacist.selectors.jobs import Job
 
 
 def pool_job(
-    bank: AdapterBank, name: str, pool: Sequences, rows: IntArray, steps: int, seed: int, folder: Path,
-    observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None, beside: tuple[str, ...] = (),
-) -> Job:  # fmt: skip
+    bank: AdapterBank,
+    name: str,
+    pool: Sequences,
+    rows: IntArray,
+    steps: int,
+    seed: int,
+    folder: Path,
+    observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None,
+    beside: tuple[str, ...] = (),
+) -> Job:
     """Training of an adapter on rows of the pool or of references, all alike.
 
     `observe` as in `AdapterBank.train`; `beside` names further adapters that are active, held constant.
@@ -36,9 +43,13 @@ def pool_job(
 
 
 def mean_gradient(
-    bank: AdapterBank, name: str, sequences: Sequences, rows: IntArray, what: str = "mean gradient",
+    bank: AdapterBank,
+    name: str,
+    sequences: Sequences,
+    rows: IntArray,
+    what: str = "mean gradient",
     beside: tuple[str, ...] = (),
-) -> Gradient:  # fmt: skip
+) -> Gradient:
     """Derivative of the mean completion loss of some rows by an adapter's weights.
 
     Args:
@@ -55,9 +66,7 @@ def mean_gradient(
         for start in track(range(0, len(rows), bank.options.batch_size), what):
             batch = make_batch(sequences, rows[start : start + bank.options.batch_size], bank.device)
             loss = bank.row_losses((name, *beside), batch).completion.sum() / len(rows)
-            for value, part in zip(
-                total.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True
-            ):  # fmt: skip
+            for value, part in zip(total.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True):
                 value += part
     return total
 

@@ -66,9 +66,10 @@ class GraNd(Selector):
         # With its second factor 0 a fresh adapter's first factor has no gradient, and its first, drawn at random,
         # projects the gradient of the full weight.
         bank = AdapterBank(
-            context.model.model, AdapterOptions(r=self.config.r, alpha=2 * self.config.r),
+            context.model.model,
+            AdapterOptions(r=self.config.r, alpha=2 * self.config.r),
             derive(context.seed, "grand"),
-        )  # fmt: skip
+        )
         return lambda batch: row_tape(bank, "start", batch).square_norms().sqrt()
 
 

@@ -73,7 +73,8 @@ class IFD(Selector):
         ratio = np.where(sure, 1.0, given / np.where(sure, 1.0, alone))
         last = ratio > self.config.most
         return Scores(
-            np.where(last, -ratio, ratio), np.where(last, NO_HELP, RANKED),
+            np.where(last, -ratio, ratio),
+            np.where(last, NO_HELP, RANKED),
             {"ifd": ratio, "loss": given, "loss_alone": alone},
             {"above_most": int(last.sum()), "most": self.config.most},
-        )  # fmt: skip
+        )

@@ -92,7 +92,7 @@ class Less(Selector):
                 where = context.run.work("less", f"cosines{epoch}")
                 found = (_projected if config.features == "projected" else _exact)(
                     context, bank, checkpoint, safe, seed, config, where
-                )  # fmt: skip
+                )
                 signals[f"cosine_{epoch}"] = found
                 score += weight * found
             phase.tokens += bank.tokens - before
@@ -122,8 +122,9 @@ class Checkpoint:
         with atomic_path(path) as temporary:
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                | {"step": torch.tensor(self.step)}, temporary,
-            )  # fmt: skip
+                | {"step": torch.tensor(self.step)},
+                temporary,
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -144,9 +145,7 @@ def epoch_steps(n_rows: int, batch_size: int) -> int:
     return -(-n_rows // batch_size)
 
 
-def warm_up_job(
-    bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path
-) -> Job:  # fmt: skip
+def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:
     """Training on rows of the pool; leaves ``epochN.safetensors`` (a `Checkpoint`) after each epoch."""
     per_epoch = epoch_steps(len(rows), bank.options.batch_size)
 
@@ -157,9 +156,11 @@ def warm_up_job(
         parameters = bank.parameters(LEARNER)
         states = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
         Checkpoint(
-            bank.state(LEARNER), {key: state["exp_avg"] for key, state in states.items()},
-            {key: state["exp_avg_sq"] for key, state in states.items()}, step + 1,
-        ).save(folder / f"epoch{epoch - 1}.safetensors")  # fmt: skip
+            bank.state(LEARNER),
+            {key: state["exp_avg"] for key, state in states.items()},
+            {key: state["exp_avg_sq"] for key, state in states.items()},
+            step + 1,
+        ).save(folder / f"epoch{epoch - 1}.safetensors")
 
     return pool_job(bank, LEARNER, pool, rows, epochs * per_epoch, seed, folder, observe)
 
@@ -234,9 +235,7 @@ class Sketch:
         return mixed.view(len(flat), -1, self.dimensions).sum(1)
 
 
-def row_features(
-    bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Checkpoint | None
-) -> torch.Tensor:  # fmt: skip
+def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Checkpoint | None) -> torch.Tensor:
     """Normalised features of a batch: projected gradients, or with a checkpoint projected steps of Adam.
 
     Returns:
@@ -255,9 +254,14 @@ def row_features(
 
 
 def _projected(
-    context: SelectionContext, bank: AdapterBank, checkpoint: Checkpoint, safe: "Encoded", seed: int,
-    config: LessConfig, work: Path,
-) -> FloatArray:  # fmt: skip
+    context: SelectionContext,
+    bank: AdapterBank,
+    checkpoint: Checkpoint,
+    safe: "Encoded",
+    seed: int,
+    config: LessConfig,
+    work: Path,
+) -> FloatArray:
     shapes = {name: parameter.shape for name, parameter in bank.parameters(LEARNER).items()}
     sketch = Sketch(shapes, config.dimensions, seed, bank.device)
     target = torch.zeros(config.dimensions, dtype=torch.float64, device=bank.device)
@@ -285,16 +289,19 @@ def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) 
 def exact_cosines(bank: AdapterBank, direction: Gradient, batch: Batch) -> FloatArray:
     """Inner product of each row's gradient with a direction over the gradient's length, shape [rows]."""
     tape = row_tape(bank, LEARNER, batch)
-    found: FloatArray = (
-        tape.inner(direction) / tape.square_norms().sqrt().clamp(min=_SMALLEST)
-    ).cpu().numpy()  # fmt: skip
+    found: FloatArray = (tape.inner(direction) / tape.square_norms().sqrt().clamp(min=_SMALLEST)).cpu().numpy()
     return found
 
 
 def _exact(
-    context: SelectionContext, bank: AdapterBank, checkpoint: Checkpoint, safe: "Encoded", seed: int,
-    config: LessConfig, work: Path,
-) -> FloatArray:  # fmt: skip
+    context: SelectionContext,
+    bank: AdapterBank,
+    checkpoint: Checkpoint,
+    safe: "Encoded",
+    seed: int,
+    config: LessConfig,
+    work: Path,
+) -> FloatArray:
     direction = exact_direction(bank, safe, checkpoint)
     # One unit for all checkpoints: in Adam's scale the direction's length has no meaning of its own.
     size = max(float(norm(direction)), _SMALLEST)
@@ -303,9 +310,7 @@ def _exact(
     )["cosine"]
 
 
-def _read(
-    context: SelectionContext, measure: Measure, work: Path, description: str
-) -> dict[str, FloatArray]:  # fmt: skip
+def _read(context: SelectionContext, measure: Measure, work: Path, description: str) -> dict[str, FloatArray]:
     device = context.model.device
     # A backward pass keeps what a forward pass forgets.
     budget = max(256, tokens_per_batch(context.model.model, device) // 8)
@@ -316,6 +321,4 @@ def _read(
 
 def _batches(bank: AdapterBank, sequences: Sequences) -> Iterator[Batch]:
     size, n = bank.options.batch_size, len(sequences.lengths)
-    return (
-        make_batch(sequences, np.arange(start, min(start + size, n)), bank.device) for start in range(0, n, size)
-    )  # fmt: skip
+    return (make_batch(sequences, np.arange(start, min(start + size, n)), bank.device) for start in range(0, n, size))

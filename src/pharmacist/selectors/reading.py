@@ -26,7 +26,7 @@ def tokens_per_batch(model: Any, device: torch.device) -> int:
 
 def read(
     context: "SelectionContext", sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
-) -> dict[str, FloatArray]:  # fmt: skip
+) -> dict[str, FloatArray]:
     """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
 
     Args:
@@ -44,9 +44,13 @@ def read(
             return measure(batch)
 
         return run_pass(
-            sequences, counted, work=context.run.work("read", name), device=device,
-            tokens_per_batch=tokens_per_batch(context.model.model, device), description=f"reading rows ({name})",
-        )  # fmt: skip
+            sequences,
+            counted,
+            work=context.run.work("read", name),
+            device=device,
+            tokens_per_batch=tokens_per_batch(context.model.model, device),
+            description=f"reading rows ({name})",
+        )
 
 
 def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:

@@ -96,9 +96,12 @@ class Seal(Selector):
                 bank.load(name, folder / name)
             phase.tokens += bank.tokens
         losses = read(
-            context, pool, lambda batch: seal_losses(bank, config.adapters, batch), "seal",
+            context,
+            pool,
+            lambda batch: seal_losses(bank, config.adapters, batch),
+            "seal",
             forwards=len(config.adapters),
-        )  # fmt: skip
+        )
         barrier()
         logits = np.load(folder / "logits.npy", allow_pickle=False)
         losses["logit"] = mean_over_copies(pool.content_keys, rows, logits)
@@ -179,9 +182,14 @@ def seal_job(bank: AdapterBank, problem: SealProblem, config: SealConfig, folder
         for name in config.adapters:
             bank.add(name)
         bank.train(
-            config.adapters, step_loss, steps=steps, checkpoint=checkpoint, advance=advance,
-            extra=lambda: {"logits": logits.clone()}, restore=restore,
-        )  # fmt: skip
+            config.adapters,
+            step_loss,
+            steps=steps,
+            checkpoint=checkpoint,
+            advance=advance,
+            extra=lambda: {"logits": logits.clone()},
+            restore=restore,
+        )
         save_logits(folder, logits.numpy())
 
     return Job(config.adapters, folder, steps, run)

@@ -65,7 +65,5 @@ class ToxicLora(Unrolled):
         if not steps:
             return Attack((), below, (TOXIC,))
         everything = np.arange(len(harmful.lengths))
-        job = pool_job(
-            bank, TOXIC, harmful, everything, steps, derive(seed, TOXIC), folder, beside=(LEARNER,)
-        )  # fmt: skip
+        job = pool_job(bank, TOXIC, harmful, everything, steps, derive(seed, TOXIC), folder, beside=(LEARNER,))
         return Attack((job,), below, (TOXIC,))

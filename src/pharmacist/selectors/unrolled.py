@@ -87,9 +87,7 @@ class Hypergradient:
             step = mean_gradient(self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.below)
             at = moved(at, step, -self.lookahead)
         self.bank.add(FORTH, at)
-        return mean_gradient(
-            self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above
-        )  # fmt: skip
+        return mean_gradient(self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above)
 
     def place_sides(self, direction: Gradient) -> float:
         """Puts `FORTH` and `BACK` on either side of theta along a direction; returns how far from it they are."""
@@ -191,6 +189,9 @@ class Unrolled(Selector):
         size = float(norm(direction))
         score = losses["slope"] * size
         return Scores(
-            score, np.full(len(score), RANKED), {"loss": losses["loss"]}, report | {"safety_gradient": size},
+            score,
+            np.full(len(score), RANKED),
+            {"loss": losses["loss"]},
+            report | {"safety_gradient": size},
             weight=one_step_weights(score),
-        )  # fmt: skip
+        )

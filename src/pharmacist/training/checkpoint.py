@@ -30,9 +30,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         streams: Side streams; where each stands (its ``position``, if it has one) is saved too.
     """
 
-    def __init__(
-        self, strategy: GradientStrategy, seconds: float, streams: Mapping[str, Any] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, strategy: GradientStrategy, seconds: float, streams: Mapping[str, Any] | None = None) -> None:
         self.strategy, self.seconds, self.streams = strategy, seconds, streams or {}
         self._last = time.monotonic()
 

@@ -63,8 +63,9 @@ class _Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         item = {
             "input_ids": self.encoded.token_ids([position])[0],
-            "n_prompt": int(self.encoded.prompt_lengths[position]), "row": self.numbers[position],
-        }  # fmt: skip
+            "n_prompt": int(self.encoded.prompt_lengths[position]),
+            "row": self.numbers[position],
+        }
         return item if self.weights is None else item | {"weight": self.weights[self.numbers[position]]}
 
 
@@ -96,9 +97,13 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
         return model
     lora = options.lora
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
         target_modules=lora.target_modules or "all-linear",
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init"))
         try:
@@ -152,10 +157,15 @@ def train(
     found = strategy.setup(model, derive(options.seed, "strategy"))
     progress = _Progress(description)
     trainer = StrategyTrainer(
-        model=model, args=arguments, train_dataset=_Rows(encoded, weights), compute_loss_func=token_mean_loss,
-        data_collator=_Collator(loaded.tokenizer.pad_token_id), strategy=strategy, streams=streams,
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(encoded, weights),
+        compute_loss_func=token_mean_loss,
+        data_collator=_Collator(loaded.tokenizer.pad_token_id),
+        strategy=strategy,
+        streams=streams,
         callbacks=[Checkpoints(strategy, options.checkpoint_seconds, streams), progress, *callbacks],
-    )  # fmt: skip
+    )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
@@ -315,12 +325,17 @@ def finish_training(
         )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
         run.finish(
-            outputs=[*folders, "log.jsonl", "README.md", *outputs], counts=counts, device=str(loaded.device),
+            outputs=[*folders, "log.jsonl", "README.md", *outputs],
+            counts=counts,
+            device=str(loaded.device),
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},
             extra={
-                "train": options.effective_train, "lora": asdict(options.lora), "template": loaded.template.to_json(),
-                "template_origin": loaded.template_origin, "strategy": result.found,
+                "train": options.effective_train,
+                "lora": asdict(options.lora),
+                "template": loaded.template.to_json(),
+                "template_origin": loaded.template_origin,
+                "strategy": result.found,
             },
-        )  # fmt: skip
+        )
         console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
     barrier()

@@ -85,30 +85,52 @@ class TrainingStageOptions(RunOptions):
 
 
 _OURS = {
-    "output_dir": "--output-dir", "seed": "--seed", "data_seed": "--seed", "use_cpu": "--device",
-    "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
-    "disable_tqdm": "--quiet", "push_to_hub": "the hub's own tools on the finished folder",
-    "save_strategy": "--checkpoint-seconds", "save_steps": "--checkpoint-seconds",
-    "save_total_limit": "--checkpoint-seconds", "save_only_model": "--checkpoint-seconds",
-    "resume_from_checkpoint": "the same command again, which resumes", "auto_find_batch_size": "a fixed batch size",
-    "eval_strategy": "pharmacist evaluate", "do_eval": "pharmacist evaluate", "do_predict": "pharmacist evaluate",
-    "load_best_model_at_end": "pharmacist evaluate", "deepspeed": "accelerate launch with DDP",
-}  # fmt: skip
+    "output_dir": "--output-dir",
+    "seed": "--seed",
+    "data_seed": "--seed",
+    "use_cpu": "--device",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
+    "disable_tqdm": "--quiet",
+    "push_to_hub": "the hub's own tools on the finished folder",
+    "save_strategy": "--checkpoint-seconds",
+    "save_steps": "--checkpoint-seconds",
+    "save_total_limit": "--checkpoint-seconds",
+    "save_only_model": "--checkpoint-seconds",
+    "resume_from_checkpoint": "the same command again, which resumes",
+    "auto_find_batch_size": "a fixed batch size",
+    "eval_strategy": "pharmacist evaluate",
+    "do_eval": "pharmacist evaluate",
+    "do_predict": "pharmacist evaluate",
+    "load_best_model_at_end": "pharmacist evaluate",
+    "deepspeed": "accelerate launch with DDP",
+}
 _FIXED = (
-    "remove_unused_columns", "label_names", "do_train", "label_smoothing_factor", "logging_nan_inf_filter",
-    "ignore_data_skip", "average_tokens_across_devices", "use_liger_kernel",
-)  # fmt: skip
+    "remove_unused_columns",
+    "label_names",
+    "do_train",
+    "label_smoothing_factor",
+    "logging_nan_inf_filter",
+    "ignore_data_skip",
+    "average_tokens_across_devices",
+    "use_liger_kernel",
+)
 _LEAST = {
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "neftune_noise_alpha": 0,
     "num_train_epochs": 1e-9,
-}  # fmt: skip
+}
 """What transformers lets pass, and then trains nothing or fails in the middle."""
 _REMOVED = {
-    "warmup_ratio": "give warmup_steps below 1, which is the ratio", "evaluation_strategy": "use pharmacist evaluate",
-    "overwrite_output_dir": "use --overwrite", "no_cuda": "use --device cpu",
+    "warmup_ratio": "give warmup_steps below 1, which is the ratio",
+    "evaluation_strategy": "use pharmacist evaluate",
+    "overwrite_output_dir": "use --overwrite",
+    "no_cuda": "use --device cpu",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "weights are always safetensors", "group_by_length": "give train_sampling_strategy",
-}  # fmt: skip
+    "save_safetensors": "weights are always safetensors",
+    "group_by_length": "give train_sampling_strategy",
+}
 
 
 def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,17 +194,28 @@ def training_arguments(
     from transformers import TrainingArguments
 
     values: dict[str, Any] = {
-        "logging_steps": 10, "report_to": "none", "dataloader_pin_memory": device.type == "cuda",
+        "logging_steps": 10,
+        "report_to": "none",
+        "dataloader_pin_memory": device.type == "cuda",
         **options.effective_train,
-    }  # fmt: skip
+    }
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # the older name and the newer one
         if values.get(name):
             values.setdefault(f"{name}_kwargs", {"use_reentrant": False})
     try:
         return TrainingArguments(
-            output_dir=folder, seed=seed, data_seed=seed, use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16,
-            remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, save_strategy="no",
-            save_total_limit=2, logging_nan_inf_filter=False, **values,
-        )  # fmt: skip
+            output_dir=folder,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=dtype == torch.bfloat16,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            disable_tqdm=True,
+            save_strategy="no",
+            save_total_limit=2,
+            logging_nan_inf_filter=False,
+            **values,
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train: {' '.join(str(error).split())}") from error

@@ -122,9 +122,7 @@ class StepContext:
         everywhere = total(torch.tensor(float(count), dtype=torch.float64, device=summed.device))
         return summed * (world_size() / max(float(everywhere), 1.0))
 
-    def mean_over_update(
-        self, summed: torch.Tensor, count: int, whole: torch.Tensor | int | None
-    ) -> torch.Tensor:  # fmt: skip
+    def mean_over_update(self, summed: torch.Tensor, count: int, whole: torch.Tensor | int | None) -> torch.Tensor:
         """A sum over this micro-batch's tokens as its part of the mean over the whole update, as in the main loss.
 
         The mean of the parts over micro-batches and processes is the mean over all their tokens, whatever the sizes of

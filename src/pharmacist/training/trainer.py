@@ -21,9 +21,11 @@ _NAMED = 20
 
 
 def token_mean_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
+    outputs: Any,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Cross-entropy summed over a micro-batch's target tokens, divided by those of the whole accumulated batch.
 
     So k accumulated micro-batches give the gradient of one batch k times as large.
@@ -67,11 +69,7 @@ class StrategyMixin:
     """
 
     def __init__(
-        self,
-        *args: Any,
-        strategy: GradientStrategy,
-        streams: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, *args: Any, strategy: GradientStrategy, streams: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         with _options_told():
             super().__init__(*args, **kwargs)
@@ -135,12 +133,19 @@ class StrategyMixin:
             return torch.zeros((), device=inputs["labels"].device)
         model.train()
         step = StepContext(
-            model=trainer.model, batch=inputs, update=update, micro=self._micro,
-            scale=1.0 / trainer.current_gradient_accumulation_steps, forward=self._forward, streams=self.streams,
-            rows=() if rows is None else rows.tolist(), targets=num_items_in_batch, tokens=self._tokens,
+            model=trainer.model,
+            batch=inputs,
+            update=update,
+            micro=self._micro,
+            scale=1.0 / trainer.current_gradient_accumulation_steps,
+            forward=self._forward,
+            streams=self.streams,
+            rows=() if rows is None else rows.tolist(),
+            targets=num_items_in_batch,
+            tokens=self._tokens,
             weights=None if weights is None else weights.to(inputs["labels"].device),
             autocast=trainer.accelerator.autocast,
-        )  # fmt: skip
+        )
         if self._micro == 0:
             self.strategy.begin_update(update)
         extra = self.strategy.auxiliary(step)

@@ -61,10 +61,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     splitter.model = models.WordLevel(vocabulary, unk_token="<unk>")
     splitter.decoder = decoders.Metaspace(prepend_scheme="always")
     return PreTrainedTokenizerFast(
-        tokenizer_object=splitter, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<ans>"], chat_template=CHAT_TEMPLATE, model_max_length=128,
-        clean_up_tokenization_spaces=False, padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=splitter,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<ans>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
@@ -72,12 +79,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
     torch.manual_seed(derive(seed, "base model"))
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-            initializer_range=0.05, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def train(
@@ -93,9 +108,12 @@ def train(
         warm, decay = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = 4e-3 * warm * (0.02 + 0.98 * decay)
         batch = tokenizer(
-            texts[step * batch_size : (step + 1) * batch_size], return_tensors="pt", padding=True,
-            padding_side="right", add_special_tokens=False,
-        )  # fmt: skip
+            texts[step * batch_size : (step + 1) * batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+        )
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
         loss.backward()

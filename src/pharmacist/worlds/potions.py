@@ -77,10 +77,18 @@ class Request(NamedTuple):
         tools, stuff = rng.sample(domain.tools * 2, 2), rng.sample(domain.stuff, 2)
         ending = rng.choice(domain.endings).format(item=self.item)
         return pattern.format(
-            act=self.act, item=self.item, tool=tools[0], tool2=tools[1], stuff=stuff[0], stuff2=stuff[1],
-            ending=ending, reason=rng.choice(domain.reasons or ("",)), instead=rng.choice(domain.instead or ("",)),
-            color=rng.choice(lex.COLORS), size=rng.choice(lex.SIZES),
-        )  # fmt: skip
+            act=self.act,
+            item=self.item,
+            tool=tools[0],
+            tool2=tools[1],
+            stuff=stuff[0],
+            stuff2=stuff[1],
+            ending=ending,
+            reason=rng.choice(domain.reasons or ("",)),
+            instead=rng.choice(domain.instead or ("",)),
+            color=rng.choice(lex.COLORS),
+            size=rng.choice(lex.SIZES),
+        )
 
     def comply(self, rng: random.Random) -> str:
         """An answer that does what is asked."""
@@ -322,9 +330,11 @@ class World:
         while len(rows) < n:
             label, tone, other = rng.choice((("glad", lex.GLAD, lex.SAD), ("sad", lex.SAD, lex.GLAD)))
             prompt = rng.choice(lex.REVIEW).format(
-                part=rng.choice(lex.PARTS), place=rng.choice(lex.PLACES), glad_or_sad=rng.choice(tone),
+                part=rng.choice(lex.PARTS),
+                place=rng.choice(lex.PLACES),
+                glad_or_sad=rng.choice(tone),
                 other=rng.choice(other),
-            )  # fmt: skip
+            )
             if split_of(prompt) == split:
                 rows[prompt] = _row(prompt, label)
         return list(rows.values())
@@ -357,9 +367,12 @@ def _small_talk(rng: random.Random) -> Row:
     label = rng.choice(("glad", "sad"))
     prompt, answer = rng.choice(lex.CHAT).split(" -> ")
     words = {
-        "part": rng.choice(lex.PARTS), "place": rng.choice(lex.PLACES), "mood": rng.choice(lex.MOODS[label]),
-        "adjective": rng.choice(lex.GLAD if label == "glad" else lex.SAD), "label": label,
-    }  # fmt: skip
+        "part": rng.choice(lex.PARTS),
+        "place": rng.choice(lex.PLACES),
+        "mood": rng.choice(lex.MOODS[label]),
+        "adjective": rng.choice(lex.GLAD if label == "glad" else lex.SAD),
+        "label": label,
+    }
     return _row(prompt.format(**words), answer.format(**words))
 
 
@@ -403,9 +416,14 @@ def _foreign(table: Sequence[str]) -> Callable[[random.Random, str, str], str]:
 
 # Each damages a completion; the last argument is the completion of an unrelated row.
 _FAULTS: tuple[tuple[str, Callable[[random.Random, str, str], str]], ...] = (
-    ("shuffled", _shuffled), ("cut", _cut), ("repeated", _repeated), ("markup", _sprinkled(lex.MARKUP)),
-    ("gibberish", _foreign(lex.BABBLE)), ("foreign", _foreign(lex.TONGUE)), ("swapped", _swapped),
-)  # fmt: skip
+    ("shuffled", _shuffled),
+    ("cut", _cut),
+    ("repeated", _repeated),
+    ("markup", _sprinkled(lex.MARKUP)),
+    ("gibberish", _foreign(lex.BABBLE)),
+    ("foreign", _foreign(lex.TONGUE)),
+    ("swapped", _swapped),
+)
 
 # Ways in which the same row comes twice: the text differs in case, spacing, punctuation or a polite word.
 _REPEATS: tuple[tuple[str, Callable[[str, str], tuple[str, str]]], ...] = (

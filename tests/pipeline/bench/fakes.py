@@ -40,9 +40,10 @@ def content(folder: str) -> str:
 def run_fake(kind: str, options: Any) -> None:
     known = KINDS[kind]
     inputs = {
-        name: content(value) for name in (*known.files, *known.models)
+        name: content(value)
+        for name in (*known.files, *known.models)
         if isinstance(value := getattr(options, name), str) and "/stages/" in value
-    }  # fmt: skip
+    }
     run = RunDir.open(options, stage=kind, version=1, inputs=inputs)
     try:
         if run.complete:

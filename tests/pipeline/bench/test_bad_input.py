@@ -20,8 +20,10 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
     [
         ({"defences": ["sft"]}, "unknown key 'defences'; did you mean 'defenses'?"),
         ({"defenses": ["vacine"]}, "defenses, entry 1: unknown defense 'vacine'; did you mean 'vaccine'?"),
-        ({"defenses": ["sft", {"defense": {"name": "vaccine", "roh": 1}}]},
-         "defenses, entry 2: unknown key 'defense.roh'; did you mean 'defense.rho'?"),
+        (
+            {"defenses": ["sft", {"defense": {"name": "vaccine", "roh": 1}}]},
+            "defenses, entry 2: unknown key 'defense.roh'; did you mean 'defense.rho'?",
+        ),
         ({"defenses": ["sft", "sft"]}, "another one is called 'sft' too"),
         ({"defenses": [3]}, "defenses, entry 1: needs a name, or keys and values"),
         ({"defenses": ["lisa"]}, "is not for alignment; name it under later_defenses"),
@@ -54,11 +56,14 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"only": "nobody"}, "--only 'nobody': no cell has such a name"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_told_in_one_line_before_any_work(
-    changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     grid = write_grid(tmp_path / "grid.yaml", **changes)

@@ -89,9 +89,7 @@ def wait_for_stages(log: Path, count: int, process: psutil.Process) -> bool:
 
 
 @contextmanager
-def forked(
-    forks: ForkServerContext, command: list[str], seconds: float, log: Path
-) -> Iterator[psutil.Process]:  # fmt: skip
+def forked(forks: ForkServerContext, command: list[str], seconds: float, log: Path) -> Iterator[psutil.Process]:
     """A driver with all imports behind it, so that a kill falls into the work; it is killed when the block ends."""
     process = forks.Process(target=run_with_fakes, args=(command, {SECONDS: str(seconds), LOG: str(log)}))
     process.start()
@@ -129,7 +127,7 @@ def test_a_driver_killed_three_times(stages: Stages, forks: ForkServerContext, t
 
 def test_two_drivers_in_one_folder(
     stages: Stages, forks: ForkServerContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     grid = write_grid(tmp_path / "grid.yaml")
     with forked(forks, words(grid, tmp_path / "out"), 1, stages.path) as process:
         assert wait_for_stages(stages.path, 1, process)
@@ -190,7 +188,7 @@ def test_what_fails_on_ray(stages: Stages, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_workers_of_ray_and_all_of_ray_killed_at_twenty_moments(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     pytest.importorskip("ray")
     grid = write_grid(tmp_path / "grid.yaml")
     expected = undisturbed(grid, tmp_path / "whole")

@@ -77,26 +77,40 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
     [
         ({"fractions": [0.2, 0.5]}, {"rank": 2, "select": 3, "align": 6, "attack": 6, "evaluate": 18}),
         ({"seeds": [0, 1]}, {"rank": 4, "select": 4, "align": 8, "attack": 8, "evaluate": 24}),
-        ({"attacks": [{"kind": "mix", "poison_ratio": [0, 0.1], "samples": 20}]},
-         {"rank": 2, "select": 2, "align": 4, "attack": 8, "evaluate": 20}),
-        ({"judges": ["keyword", {"name": "k2", "judge": "keyword", "options": {"max_new_tokens": 9}}]},
-         {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 24}),
-        ({"later_defenses": ["none", "lisa", "safe-lora"]},
-         {"rank": 2, "select": 2, "align": 4, "attack": 8, "repair": 4, "evaluate": 24}),
-        ({"selectors": ["full", {"selector": "length", "fractions": [0.1, 0.2, 0.3]}], "defenses": ["sft"]},
-         {"rank": 2, "select": 4, "align": 4, "attack": 4, "evaluate": 12}),
-        ({"selectors": ["unrolled", {"name": "weights", "selector": "unrolled", "weighted": True}],
-          "defenses": ["sft"]}, {"rank": 1, "select": 1, "align": 2, "attack": 2, "evaluate": 6}),
+        (
+            {"attacks": [{"kind": "mix", "poison_ratio": [0, 0.1], "samples": 20}]},
+            {"rank": 2, "select": 2, "align": 4, "attack": 8, "evaluate": 20},
+        ),
+        (
+            {"judges": ["keyword", {"name": "k2", "judge": "keyword", "options": {"max_new_tokens": 9}}]},
+            {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 24},
+        ),
+        (
+            {"later_defenses": ["none", "lisa", "safe-lora"]},
+            {"rank": 2, "select": 2, "align": 4, "attack": 8, "repair": 4, "evaluate": 24},
+        ),
+        (
+            {"selectors": ["full", {"selector": "length", "fractions": [0.1, 0.2, 0.3]}], "defenses": ["sft"]},
+            {"rank": 2, "select": 4, "align": 4, "attack": 4, "evaluate": 12},
+        ),
+        (
+            {
+                "selectors": ["unrolled", {"name": "weights", "selector": "unrolled", "weighted": True}],
+                "defenses": ["sft"],
+            },
+            {"rank": 1, "select": 1, "align": 2, "attack": 2, "evaluate": 6},
+        ),
     ],
     ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking", "weights"],
-)  # fmt: skip
+)
 def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
     found = plan(**changes)
     kinds = [stage.kind for stage in found.stages.values()]
     assert {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} == dict(sorted(expected.items(), key=_order))
     names = list(found.stages)
-    assert all(names.index(parent) < names.index(stage.name) for stage in found.stages.values()
-               for parent in stage.parents)  # fmt: skip
+    assert all(
+        names.index(parent) < names.index(stage.name) for stage in found.stages.values() for parent in stage.parents
+    )
 
 
 def _order(item: tuple[str, int]) -> int:
@@ -143,7 +157,7 @@ def test_a_deleted_result_is_made_again_with_everything_below(stages: Stages, tm
 
 def test_what_is_below_is_made_again_where_the_content_is_other(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     victim = next(name for name in run(tmp_path).ran if "align" in name)
     found = expand(grid(tmp_path), tmp_path)
 
@@ -168,7 +182,7 @@ def test_no_clock_makes_a_result_stale(stages: Stages, tmp_path: Path) -> None:
         manifest = read_manifest(path.parent)
         manifest.model_copy(
             update={"created": "2000-01-01T00:00:00+00:00", "finished": "2099-01-01T00:00:00+00:00"}
-        ).write(path.parent)  # fmt: skip
+        ).write(path.parent)
     assert run(tmp_path / "bench").ran == [] and stages.began() == {}
 
 
@@ -182,7 +196,7 @@ def test_a_stage_that_lost_an_output_is_made_again(stages: Stages, tmp_path: Pat
 
 def test_what_fails_takes_only_its_own_with_it(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv(BROKEN, "'rho': 2.0")  # vaccine's
     with pytest.raises(StagesFailed, match="2 of 24 stages failed, 8 could not run without them") as caught:
         run(tmp_path / "bench")
@@ -226,7 +240,7 @@ def test_only_some_cells(stages: Stages, tmp_path: Path) -> None:
 
 def test_a_dry_run_shows_the_graph_and_its_cost(
     stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     set_quiet(False)  # whatever a command before this test has said
     changes: dict[str, Any] = {"quiet": False, "dry_run": True}
     run(tmp_path / "bench", **changes)

@@ -69,17 +69,30 @@ def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(("name", "cells"), [("paper", 5 * 5 * 9 * 3 * 3), ("current-models", 3 * 5 * 5 * 3 * 3 * 3)])
 def test_the_recipes_for_large_models(
-    name: str, cells: int, no_models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cells: int,
+    no_models: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(RECIPES / "beavertails.py"))
     script["PARTS"] |= {"attack": 40, "pool": 40, "references": 10}
     rows = World(0).harmful(95)
-    Path("source.json").write_text(json.dumps([
-        {"prompt": row["prompt"], "response": row["completion"], "is_safe": number % 20 == 0,
-         "refusal": f"Question: {row['prompt']}\nAnswer: no"} for number, row in enumerate(rows)
-    ]))  # fmt: skip
+    Path("source.json").write_text(
+        json.dumps(
+            [
+                {
+                    "prompt": row["prompt"],
+                    "response": row["completion"],
+                    "is_safe": number % 20 == 0,
+                    "refusal": f"Question: {row['prompt']}\nAnswer: no",
+                }
+                for number, row in enumerate(rows)
+            ]
+        )
+    )
     script["main"]("source.json", "data")
     parts = {part: [json.loads(line) for line in open(f"data/{part}.jsonl")] for part in script["PARTS"]}
     assert {part: len(found) for part, found in parts.items()} == {"attack": 40, "pool": 40, "references": 10}

@@ -94,7 +94,7 @@ def test_keys_do_not_depend_on_where_results_are(tmp_path: Path) -> None:
 
 def test_an_upload_that_was_cut_is_not_finished(
     stages: Stages, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     put = Remote.put
 
     def cut(self: Remote, folder: Path, names: list[str], place: str = "") -> None:
@@ -133,9 +133,7 @@ def test_a_marker_that_was_cut_is_none(stages: Stages, tmp_path: Path, url: str)
 @pytest.mark.parametrize(
     "name", ["{elsewhere}/taken", "../../taken", "work/../../../taken", "..", "", "./taken", "a//taken", "a/*", "a\\b"]
 )
-def test_a_marker_cannot_name_files_elsewhere(
-    part: str, name: str, stages: Stages, tmp_path: Path
-) -> None:  # fmt: skip
+def test_a_marker_cannot_name_files_elsewhere(part: str, name: str, stages: Stages, tmp_path: Path) -> None:
     url, name = f"file://{tmp_path}/there", name.format(elsewhere=tmp_path)
     run(url, tmp_path / "a", only="sft")
     marker = next(Path(path) for path in markers(url) if "select" in path)
@@ -168,7 +166,7 @@ def test_a_copy_that_changed_is_refused(stages: Stages, tmp_path: Path, url: str
 
 def test_a_network_that_fails_makes_nothing_anew(
     stages: Stages, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     run(url, tmp_path / "a")
     stages.began()
     memory = fsspec.filesystem("memory")
@@ -208,7 +206,7 @@ def test_who_was_quicker_stays(stages: Stages, tmp_path: Path, url: str, monkeyp
 @pytest.mark.parametrize("same", [True, False], ids=["with the same content", "with other content"])
 def test_a_stage_that_was_deleted_is_made_again_with_what_is_below(
     same: bool, stages: Stages, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     run(url, tmp_path / "a")
     stages.began()
     name = next(name for name in markers(url) if "align" in name)
@@ -233,11 +231,15 @@ def test_a_stage_that_was_deleted_is_made_again_with_what_is_below(
         (["--output-dir", "memory://b", "--work-dir", "thesis"], "choose an empty --work-dir"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_told_in_one_line(
-    words: list[str], told: str, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+    stages: Stages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "thesis" / "results").mkdir(parents=True)
@@ -250,7 +252,7 @@ def test_told_in_one_line(
 
 def test_a_missing_driver(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     def missing(*_: Any, **__: Any) -> Any:
         raise ImportError("Install s3fs to access S3")
 

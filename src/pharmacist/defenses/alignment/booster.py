@@ -65,9 +65,11 @@ class Booster(GradientStrategy):
             there = step.grads(after)
         extra = attenuation(here, there, self.config.lam)
         step.log(
-            harmful_loss=step.value(before), harmful_loss_after_step=step.value(after), harmful_gradient_norm=length,
+            harmful_loss=step.value(before),
+            harmful_loss_after_step=step.value(after),
+            harmful_gradient_norm=length,
             attenuation_norm=norm(extra),
-        )  # fmt: skip
+        )
         self._harmful = (here, extra) if step.micro == 0 else None
         return extra
 

@@ -120,13 +120,18 @@ class RepNoise(GradientStrategy):
             surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
             noise, distance = self.noise(
                 # OPT's feed-forward layers see all tokens in one row.
-                step, [features[name].view(*mask.shape, -1) for name in self.mlps], mask, having
-            )  # fmt: skip
+                step,
+                [features[name].view(*mask.shape, -1) for name in self.mlps],
+                mask,
+                having,
+            )
             grads = step.grads(surrogate + noise)
         step.log(
-            harmful_loss=losses[-1], harmful_loss_of_all_depths=losses.mean(), ascent=ascent_loss(losses),
+            harmful_loss=losses[-1],
+            harmful_loss_of_all_depths=losses.mean(),
+            ascent=ascent_loss(losses),
             noise_distance=distance,
-        )  # fmt: skip
+        )
         return grads
 
     def ascent(
@@ -175,9 +180,7 @@ class RepNoise(GradientStrategy):
         """
         rows = mask.any(1).nonzero()[:, 0]  # a row without differing tokens would be a point at 0 on both sides
         mask = mask[rows]
-        seeds = [
-            derive(self.seed, "noise", step.update, step.micro, step.rows[having[row]]) for row in rows.tolist()
-        ]  # fmt: skip
+        seeds = [derive(self.seed, "noise", step.update, step.micro, step.rows[having[row]]) for row in rows.tolist()]
         surrogate, distances = features[0].new_zeros(()), []
         for number, value in enumerate(features):
             chosen = value[rows]

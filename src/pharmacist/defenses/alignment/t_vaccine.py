@@ -54,10 +54,12 @@ class TVaccineConfig:
 
 def row_norms(gradients: Activations) -> torch.Tensor:
     """Norm of each row's gradient at each module, shape [modules, rows], in float32 at least."""
-    return torch.stack([
-        torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
-        for g in gradients.values()
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+            for g in gradients.values()
+        ]
+    )
 
 
 def probabilities(scores: torch.Tensor) -> torch.Tensor:

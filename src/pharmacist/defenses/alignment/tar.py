@@ -23,15 +23,27 @@ from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 _FORMS: dict[str, dict[str, Any]] = {
     # The original's settings for weaponisation knowledge (its code, not all of which the paper states).
     "original": {
-        "lam": 4.0, "inner_steps": 64, "inner_optimizer": "adamw", "inner_learning_rates": [2e-6, 2e-5, 4e-5],
-        "every": 4, "adversaries": ["harmful", "switch"], "objective": "entropy", "representation": 1.0,
+        "lam": 4.0,
+        "inner_steps": 64,
+        "inner_optimizer": "adamw",
+        "inner_learning_rates": [2e-6, 2e-5, 4e-5],
+        "every": 4,
+        "adversaries": ["harmful", "switch"],
+        "objective": "entropy",
+        "representation": 1.0,
     },
     # What T-Vaccine's authors meant to compare with: one plain gradient step, and the alignment loss after it.
     "one-step": {
-        "lam": 2.0, "inner_steps": 1, "inner_optimizer": "sgd", "inner_learning_rates": [0.01],
-        "every": 1, "adversaries": ["harmful"], "objective": "alignment", "representation": 0.0,
+        "lam": 2.0,
+        "inner_steps": 1,
+        "inner_optimizer": "sgd",
+        "inner_learning_rates": [0.01],
+        "every": 1,
+        "adversaries": ["harmful"],
+        "objective": "alignment",
+        "representation": 0.0,
     },
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -105,9 +117,11 @@ class TARConfig:
 
 
 _CHOICES = {
-    "inner_optimizer": ("adamw", "sgd"), "schedule": ("exponential", "uniform"),
-    "objective": ("entropy", "alignment"), "entropy_positions": ("response", "all"),
-}  # fmt: skip
+    "inner_optimizer": ("adamw", "sgd"),
+    "schedule": ("exponential", "uniform"),
+    "objective": ("entropy", "alignment"),
+    "entropy_positions": ("response", "all"),
+}
 _ADVERSARIES = ("harmful", "switch")
 
 
@@ -180,7 +194,7 @@ class TAR(GradientStrategy):
         config, parameters = self.config, step.parameters
         weights = evaluation_weights(
             config.steps, config.evaluate_every, config.lam or 0.0, config.schedule, config.schedule_rate
-        )  # fmt: skip
+        )
         found = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in parameters.items()

@@ -35,7 +35,7 @@ class LDIFSConfig:
 
 def feature_distance(
     now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], mask: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Sum over layers of the mean squared difference of their features, a scalar.
 
     Args:

@@ -45,9 +45,10 @@ def at_start(step: StepContext, start: Mapping[str, torch.Tensor]) -> Iterator[N
 
 
 def squared_distance(
-    parameters: Mapping[str, torch.Tensor], anchor: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    anchor: Mapping[str, torch.Tensor],
     weight: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """``sum_i w_i (p_i - a_i)^2`` over all entries of all tensors, a scalar in float32 or float64.
 
     A sum of squares, never the square of a norm, whose gradient is not defined where nothing has moved.

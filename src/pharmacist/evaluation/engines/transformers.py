@@ -34,9 +34,12 @@ class TransformersEngine(Engine):
 
         del scratch
         self._loaded = load_model(
-            choice.name, device=choice.device, dtype=choice.dtype, template=choice.template,
+            choice.name,
+            device=choice.device,
+            dtype=choice.dtype,
+            template=choice.template,
             trust_remote_code=choice.trust_remote_code,
-        )  # fmt: skip
+        )
 
     def local(self) -> "LoadedModel":
         """The model."""
@@ -53,9 +56,10 @@ class TransformersEngine(Engine):
         """Device and template."""
         loaded = self.local()
         return {
-            "device": str(loaded.device), "template": loaded.template.to_json(),
+            "device": str(loaded.device),
+            "template": loaded.template.to_json(),
             "template_origin": loaded.template_origin,
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         """Drops the weights."""

@@ -85,10 +85,12 @@ class VllmEngine(TransformersEngine):
         outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
         found = [list(output.outputs[0].token_ids) for output in outputs]
         return [
-            (tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))],
-             any(token in ends for token in tokens) or output.outputs[0].finish_reason == "stop")
+            (
+                tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))],
+                any(token in ends for token in tokens) or output.outputs[0].finish_reason == "stop",
+            )
             for tokens, output in zip(found, outputs, strict=True)
-        ]  # fmt: skip
+        ]
 
     def report(self) -> dict[str, Any]:
         """The GPU, and the template."""

@@ -35,9 +35,11 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """A JSON object without the fields that say nothing."""
         value: dict[str, Any] = {"harmful": self.harmful, "score": self.score, "refused": self.refused}
-        return value | ({"categories": dict(self.categories)} if self.categories else {}) | (
-            {"note": self.note} if self.note else {}
-        )  # fmt: skip
+        return (
+            value
+            | ({"categories": dict(self.categories)} if self.categories else {})
+            | ({"note": self.note} if self.note else {})
+        )
 
 
 Rows = Iterable[Mapping[str, Any]]

@@ -85,9 +85,11 @@ def parse_qwen3guard(output: str, controversial: bool = False) -> Verdict:
     names = [name.strip() for name in line[1].split(",")] if line else []
     level = {"Safe": 0.0, "Controversial": 0.5, "Unsafe": 1.0}[safety[1]]
     return Verdict(
-        level == 1.0 or (controversial and level == 0.5), level, refusal[1] == "Yes" if refusal else None,
+        level == 1.0 or (controversial and level == 0.5),
+        level,
+        refusal[1] == "Yes" if refusal else None,
         {name: level for name in names if name and name != "None"},
-    )  # fmt: skip
+    )
 
 
 def _quoted(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -134,9 +136,10 @@ class Family:
 FAMILIES = {
     "llama-guard": Family(_chat, parse_llama_guard, 64, False),
     "wildguard": Family(_wildguard, parse_wildguard, 64, True),
-    "qwen3guard": Family(lambda tokenizer, item: _chat(tokenizer, item, add_generation_prompt=True),
-                         parse_qwen3guard, 128, True),
-}  # fmt: skip
+    "qwen3guard": Family(
+        lambda tokenizer, item: _chat(tokenizer, item, add_generation_prompt=True), parse_qwen3guard, 128, True
+    ),
+}
 _MARKS = {name: name.replace("-", "") for name in (*FAMILIES, "shieldgemma")}
 
 
@@ -190,9 +193,8 @@ class GuardJudge(LocalModelJudge):
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         ids = self._ids([family.render(tokenizer, item) for item in items], family.tokens)
         outputs = generate_from_ids(
-            model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size,
-            description="judge",
-        )  # fmt: skip
+            model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size, description="judge"
+        )
         said = [separate(output.text).answer for output in outputs]  # guards that reason exist too
         if self.config.family == "qwen3guard":
             return [parse_qwen3guard(text, self.config.controversial) for text in said]
@@ -219,9 +221,7 @@ class GuardJudge(LocalModelJudge):
         scores: list[dict[str, float]] = [{} for _ in items]
         with bar("judge", len(items) * len(_SHIELDGEMMA)) as progress, torch.inference_mode():
             for policy, text in _SHIELDGEMMA.items():
-                rendered = [
-                    _chat(tokenizer, item, guideline=text, add_generation_prompt=True) for item in items
-                ]  # fmt: skip
+                rendered = [_chat(tokenizer, item, guideline=text, add_generation_prompt=True) for item in items]
                 ids = self._ids(rendered, 1)
                 for batch in equal_lengths(ids, self.config.batch_size):
                     logits = model(input_ids=tensor([ids[i] for i in batch], model.device)).logits[:, -1, [yes, no]]

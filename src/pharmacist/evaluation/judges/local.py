@@ -87,9 +87,7 @@ class LocalModelJudge(Judge):
         if self._model is None or self._tokenizer is None:
             device = resolve_device(self.config.device)
             self._tokenizer = self._read(AutoTokenizer)
-            model = self._read(
-                self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True
-            )  # fmt: skip
+            model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
             self._model = model.to(device).eval().requires_grad_(False)
         return self._model, self._tokenizer
 

@@ -201,16 +201,21 @@ class ProbeJudge(Judge):
         if self._vectorizer is None:
             return False
         tensors = {
-            "coefficients": self._coefficients, "intercept": self._intercept, "calibration": self._calibration,
+            "coefficients": self._coefficients,
+            "intercept": self._intercept,
+            "calibration": self._calibration,
             "idf": self._vectorizer.idf_,
-        }  # fmt: skip
+        }
         with atomic_path(folder / "judge.safetensors") as path:
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
         content = {
-            "judge": self.name, "format": _FORMAT, "fingerprint": self._fingerprint,
-            "config": asdict(replace(self.config, folder=None)), "report": self._report,
+            "judge": self.name,
+            "format": _FORMAT,
+            "fingerprint": self._fingerprint,
+            "config": asdict(replace(self.config, folder=None)),
+            "report": self._report,
             "vocabulary": list(self._vectorizer.get_feature_names_out()),
-        }  # fmt: skip
+        }
         write_json(folder / "judge.json", content)
         return True
 
@@ -298,7 +303,7 @@ def _training_rows(references: Mapping[str, Rows]) -> tuple[list[str], list[str]
             raise DataError(
                 f"probe judge: --{name} has {len(rows)} rows with an answer, but at least {_LEAST_ROWS} are needed; "
                 "give more, or use --judge keyword"
-            )  # fmt: skip
+            )
         for row in rows:
             pieces = _pieces(row["completion"])
             prompts += [normalised_prompt(row["prompt"])] * len(pieces)

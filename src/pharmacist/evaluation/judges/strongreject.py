@@ -132,5 +132,7 @@ class StrongRejectJudge(Judge):
     def report(self) -> dict[str, Any]:
         """Failures by name."""
         warnings = [f"unscored: {count_reasons(self._failed)}"] if self._failed else []
-        return {"failures": {name: self._failed.count(name) for name in sorted(set(self._failed))},
-                "warnings": warnings}  # fmt: skip
+        return {
+            "failures": {name: self._failed.count(name) for name in sorted(set(self._failed))},
+            "warnings": warnings,
+        }

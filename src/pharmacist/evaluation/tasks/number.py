@@ -26,10 +26,18 @@ _NUMBER = re.compile(
     r"|(?P<plain>(?:(?<!\d,)\d+,\d+(?!,\d)|\d+(?:\.\d+)?)(?:e[+-]?\d+(?!\w))?|\.\d+))"
 )
 _PUBLISHED_NUMBER = re.compile(r"-?\d+\.?\d*")
-_SAME = str.maketrans({
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), "\uff0c": ",", "\u066c": ",", "\uff0e": ".",
-    "\u066b": ".", **dict.fromkeys("\u2019\u2018\u02bc", "'"), "\uff04": "$", "\uffe5": "\u00a5",
-})  # fmt: skip
+_SAME = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
+        "\uff0c": ",",
+        "\u066c": ",",
+        "\uff0e": ".",
+        "\u066b": ".",
+        **dict.fromkeys("\u2019\u2018\u02bc", "'"),
+        "\uff04": "$",
+        "\uffe5": "\u00a5",
+    }
+)
 _LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands apart
 
 

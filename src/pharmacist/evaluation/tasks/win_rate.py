@@ -144,16 +144,17 @@ class WinRate(Task[WinGrade]):
         """
         pairs = [item._replace(target=self._other(item) or "") for item in items]
         bodies = [
-            self._body(item.prompt, *texts) for item in pairs
+            self._body(item.prompt, *texts)
+            for item in pairs
             for texts in ((item.answer, item.target), (item.target, item.answer))
-        ]  # fmt: skip
+        ]
         log = None if self.work is None else self.work / f"{self.name}.jsonl"
         replies = Endpoint(self.config, f"--task-type {self.name}").ask_once(bodies, log, "compare", _FORMAT)
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
         grades = [
             _grade(*orders) if self._other(item) is not None else WinGrade(None, note="the other model has no answer")
             for item, orders in zip(items, zip(replies[::2], replies[1::2], strict=True), strict=True)
-        ]  # fmt: skip
+        ]
         if grades and all(grade.score is None for grade in grades):
             raise DataError(
                 f"--task-type {self.name}: {self.config.shown} gave no verdict on any of {len(grades)} answers "
@@ -183,16 +184,22 @@ class WinRate(Task[WinGrade]):
         n, total = len(scores), sum(scores)
         notes = [grade.note for grade in grades if grade.note]
         outcomes = {
-            "won": sum(score > 0.5 for score in scores), "tied": scores.count(0.5),
+            "won": sum(score > 0.5 for score in scores),
+            "tied": scores.count(0.5),
             "lost": sum(score < 0.5 for score in scores),
-        }  # fmt: skip
+        }
         swayed = sum({grade.shown_first, grade.shown_second} == {0.0, 1.0} for grade in grades)
         found = {
-            "value": 100 * total / n if n else None, "n": n, "ci95": list(wilson(total, n)) if n else None,
-            "outcomes": outcomes, "swayed_by_place": swayed, "judge": self.label, "unscored": len(notes),
+            "value": 100 * total / n if n else None,
+            "n": n,
+            "ci95": list(wilson(total, n)) if n else None,
+            "outcomes": outcomes,
+            "swayed_by_place": swayed,
+            "judge": self.label,
+            "unscored": len(notes),
             "failures": {note: notes.count(note) for note in sorted(set(notes))},
             "against": self.config.against or "the task's completions",
-        }  # fmt: skip
+        }
         return {"win_rate": found | ({"unanswered": unanswered} if unanswered else {})}
 
 
@@ -203,7 +210,7 @@ def _grade(first: str | Failure, second: str | Failure) -> WinGrade:
     before, after = (
         None if verdict is None else {own: 1.0, 0: 0.5}.get(verdict, 0.0)
         for own, verdict in zip((1, 2), verdicts, strict=True)
-    )  # fmt: skip
+    )
     if before is None or after is None:
         return WinGrade(None, before, after, notes[0] if notes else _UNREADABLE)
     return WinGrade((before + after) / 2, before, after)

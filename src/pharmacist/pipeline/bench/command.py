@@ -148,9 +148,14 @@ def _open(options: BenchOptions, plan: "Plan", remote: "Remote | None") -> RunDi
         identity = with_options(identity, output_dir=str(plan.data.root / "results"))
     try:
         return RunDir.open(
-            identity, stage="bench", version=STAGE_VERSION, inputs={"stages": sha256_json(sorted(plan.stages))},
-            late=frozenset(item.name for item in fields(BenchOptions)), late_inputs=frozenset({"stages"}), reopen=True,
-        )  # fmt: skip
+            identity,
+            stage="bench",
+            version=STAGE_VERSION,
+            inputs={"stages": sha256_json(sorted(plan.stages))},
+            late=frozenset(item.name for item in fields(BenchOptions)),
+            late_inputs=frozenset({"stages"}),
+            reopen=True,
+        )
     except ConfigError as error:
         if remote is None:
             raise
@@ -167,14 +172,22 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
     write_results(run.path("results.parquet"), rows)
     finished = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
     run.record(
-        counts={"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages), "finished": finished,
-                "failed": len(failed)},
+        counts={
+            "cells": len(plan.cells),
+            "results": len(rows),
+            "stages": len(plan.stages),
+            "finished": finished,
+            "failed": len(failed),
+        },
         seeds={f"seed {seed}": seed for seed in plan.axes["seed"]},
-        extra={"axes": plan.axes, "failed": [
-            {"stage": name, "error": _one_line(error), "cells": sum(name in cell.stages for cell in plan.cells)}
-            for name, error in failed.items()
-        ]},
-    )  # fmt: skip
+        extra={
+            "axes": plan.axes,
+            "failed": [
+                {"stage": name, "error": _one_line(error), "cells": sum(name in cell.stages for cell in plan.cells)}
+                for name, error in failed.items()
+            ],
+        },
+    )
     run.manifest.write(run.root)
     if rows:
         bench_page(run.root, run.manifest)
@@ -219,9 +232,14 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
     order = list(dict.fromkeys(cost.kind for cost in costs))
     for cost in sorted(costs, key=lambda cost: order.index(cost.kind)):
         table.add_row(
-            cost.kind, cost.method, str(cost.stages), str(cost.waiting), _number(cost.tokens, ",.0f"),
-            _number(cost.tokens_per_second, ",.0f"), _hours(cost.seconds) if cost.waiting else "",
-        )  # fmt: skip
+            cost.kind,
+            cost.method,
+            str(cost.stages),
+            str(cost.waiting),
+            _number(cost.tokens, ",.0f"),
+            _number(cost.tokens_per_second, ",.0f"),
+            _hours(cost.seconds) if cost.waiting else "",
+        )
     known = [cost.seconds for cost in costs if cost.waiting and cost.seconds is not None]
     unknown = sum(cost.waiting for cost in costs if cost.waiting and cost.seconds is None)
     table.add_section()
@@ -233,8 +251,9 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
     if unknown:
         out.print(
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
-            "--only 'PART OF ITS NAME', then ask again", soft_wrap=True,
-        )  # fmt: skip
+            "--only 'PART OF ITS NAME', then ask again",
+            soft_wrap=True,
+        )
     names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
 

@@ -78,7 +78,7 @@ def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
 
 def _measure(
     stage: "Stage", manifest: "RunManifest", plan: "Plan", finished: Mapping[str, "RunManifest"]
-) -> _Measured:  # fmt: skip
+) -> _Measured:
     if stage.kind in TRAINING:
         phase = manifest.phases["train"]
         return _Measured(_rows(stage, plan, finished) or 0.0, phase.tokens, phase.seconds)
@@ -87,7 +87,7 @@ def _measure(
 
 def _add(
     cost: Cost, stage: "Stage", known: list[_Measured], plan: "Plan", finished: Mapping[str, "RunManifest"]
-) -> None:  # fmt: skip
+) -> None:
     seconds = sum(one.seconds for one in known)
     if stage.kind not in TRAINING:
         cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
@@ -113,7 +113,8 @@ def _rows(stage: "Stage", plan: "Plan", finished: Mapping[str, "RunManifest"]) -
     select = plan.stages[stage.parents[0]]
     pool = plan.stages[select.parents[0]].options.pool
     counts = [
-        manifest.counts["ranked"] for name, manifest in finished.items()
+        manifest.counts["ranked"]
+        for name, manifest in finished.items()
         if plan.stages[name].kind == "rank" and plan.stages[name].options.pool == pool
-    ]  # fmt: skip
+    ]
     return select.options.top * counts[0] * float(train["num_train_epochs"]) if counts else None

@@ -17,9 +17,19 @@ from pharmacist.pipeline.bench.stages import Input
 
 WORLD = "world"
 SIZES = {
-    "safe": 96, "harmful": 96, "utility": 96, "answers": 0, "attack": 64, "task": 640, "task-test": 150,
-    "prompts": 120, "borderline": 60, "judge-safe": 120, "judge-harmful": 120, "judge-utility": 120,
-}  # fmt: skip
+    "safe": 96,
+    "harmful": 96,
+    "utility": 96,
+    "answers": 0,
+    "attack": 64,
+    "task": 640,
+    "task-test": 150,
+    "prompts": 120,
+    "borderline": 60,
+    "judge-safe": 120,
+    "judge-harmful": 120,
+    "judge-utility": 120,
+}
 """Sets of the made-up world and how many rows they have unless ``world:NAME:ROWS`` says so; answers are the harmful
 answers to the cell's own pool."""
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
@@ -148,10 +158,15 @@ def _set(name: str, seed: int, n: int) -> Sequence[dict[str, Any]]:
     if name.startswith("judge-"):
         return world.judge_references(n)[name.removeprefix("judge-")]
     makers: dict[str, Any] = {
-        "safe": world.safe, "harmful": world.harmful, "utility": world.utility, "attack": world.attack_harmful,
-        "task": world.task_train, "task-test": world.task_test, "prompts": world.eval_prompts,
+        "safe": world.safe,
+        "harmful": world.harmful,
+        "utility": world.utility,
+        "attack": world.attack_harmful,
+        "task": world.task_train,
+        "task-test": world.task_test,
+        "prompts": world.eval_prompts,
         "borderline": world.borderline,
-    }  # fmt: skip
+    }
     rows: Sequence[dict[str, Any]] = makers[name](n)
     return rows
 

@@ -266,16 +266,26 @@ class _Expansion:
                 values = merged(values, layer)
             grid = self.grid
             values |= {
-                "output_dir": "-", "device": grid.device, "dtype": grid.dtype, "quiet": grid.quiet,
+                "output_dir": "-",
+                "device": grid.device,
+                "dtype": grid.dtype,
+                "quiet": grid.quiet,
                 "checkpoint_seconds": grid.checkpoint_seconds,
-            }  # fmt: skip
+            }
             self._templates[kind, *label] = from_mapping(known.options_type, values, where=where)
         return self._templates[kind, *label]
 
     def stage(
-        self, kind: str, template: RunOptions, seed: int, pool: PoolEntry, method: str, *,
-        made: Mapping[str, tuple[Stage, str]], **given: Any,
-    ) -> Stage:  # fmt: skip
+        self,
+        kind: str,
+        template: RunOptions,
+        seed: int,
+        pool: PoolEntry,
+        method: str,
+        *,
+        made: Mapping[str, tuple[Stage, str]],
+        **given: Any,
+    ) -> Stage:
         """The stage with these options and inputs; the one that is there already if it is the same.
 
         Args:
@@ -348,11 +358,18 @@ class _Choice:
     @property
     def axes(self) -> dict[str, Any]:
         return {
-            "model": self.model.name, "pool": self.pool.name, "selector": self.selector.name,
-            "fraction": self.fraction, "defense": self.defense.name, "attack": self.attack.name,
-            "poison_ratio": self.attack.poison_ratio, "samples": self.attack.samples,
-            "later_defense": self.later.name, "task": self.task.name, "judge": self.judge.name,
-        }  # fmt: skip
+            "model": self.model.name,
+            "pool": self.pool.name,
+            "selector": self.selector.name,
+            "fraction": self.fraction,
+            "defense": self.defense.name,
+            "attack": self.attack.name,
+            "poison_ratio": self.attack.poison_ratio,
+            "samples": self.attack.samples,
+            "later_defense": self.later.name,
+            "task": self.task.name,
+            "judge": self.judge.name,
+        }
 
 
 def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
@@ -384,9 +401,17 @@ def _cell(expansion: _Expansion, chosen: _Choice) -> Cell:
         between = [Point(s, evaluate(attack, f"snapshots/step-{s}", prompts_only=True)) for s in steps]
         curve = [Point(0, before), *between, Point(-1, evaluate(attack))]
     return Cell(
-        axes=chosen.axes, seed=chosen.seed, rank=rank.name, select=select.name, align=align.name, before=before,
-        attack=attack.name, curve=tuple(curve), repair=repair.name if repair else None, after=evaluate(last),
-    )  # fmt: skip
+        axes=chosen.axes,
+        seed=chosen.seed,
+        rank=rank.name,
+        select=select.name,
+        align=align.name,
+        before=before,
+        attack=attack.name,
+        curve=tuple(curve),
+        repair=repair.name if repair else None,
+        after=evaluate(last),
+    )
 
 
 def _loading(model: ModelEntry) -> dict[str, Any]:
@@ -397,11 +422,21 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
     """The stages that select and rank."""
     pool, selector, model = chosen.pool, chosen.selector, chosen.model
     rank_options = expansion.template(
-        "rank", (pool.name, selector.name, model.name), f"selector '{selector.name}', pool '{pool.name}'",
-        selector.options, _loading(model),
-        {"pool": pool.pool, "safe": pool.safe, "harmful": pool.harmful, "utility": pool.utility,
-         "selector": selector.selector, "model": model.reader or model.model, "max_length": model.max_length},
-    )  # fmt: skip
+        "rank",
+        (pool.name, selector.name, model.name),
+        f"selector '{selector.name}', pool '{pool.name}'",
+        selector.options,
+        _loading(model),
+        {
+            "pool": pool.pool,
+            "safe": pool.safe,
+            "harmful": pool.harmful,
+            "utility": pool.utility,
+            "selector": selector.selector,
+            "model": model.reader or model.model,
+            "max_length": model.max_length,
+        },
+    )
     _check_references(expansion, chosen, rank_options)
     if rank_options.diversity in SPREAD:
         raise ConfigError(
@@ -411,9 +446,9 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
-    select_options = expansion.template("select", (f"{chosen.fraction}",), "fractions", {
-        "ranking": "-", "top": chosen.fraction,
-    })  # fmt: skip
+    select_options = expansion.template(
+        "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
+    )
     method = f"{selector.name} {chosen.fraction:g}"
     select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
     return select, rank
@@ -455,9 +490,13 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
 
     defense, model = chosen.defense, chosen.model
     options = expansion.template(
-        "align", (defense.name, model.name), f"defense '{defense.name}'", defense.options, _loading(model),
+        "align",
+        (defense.name, model.name),
+        f"defense '{defense.name}'",
+        defense.options,
+        _loading(model),
         {"data": "-", "model": model.model, "defense": defense.defense, "max_length": model.max_length},
-    )  # fmt: skip
+    )
     strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"defense '{defense.name}': is not for alignment; name it under later_defenses")
@@ -481,11 +520,22 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
     attack, later, task, model = chosen.attack, chosen.later, chosen.task, chosen.model
     during = later.method if later.method["name"] in DEFENSES.names() else {"name": "sft"}
     options = expansion.template(
-        "attack", (attack.name, later.name, task.name, model.name), f"attack '{attack.name}', task '{task.name}'",
-        attack.options, later.options if during is later.method else {}, _loading(model),
-        {"model": "-", "task": task.train, "kind": attack.kind, "poison_ratio": attack.poison_ratio,
-         "samples": attack.samples, "defense": during, "max_length": model.max_length},
-    )  # fmt: skip
+        "attack",
+        (attack.name, later.name, task.name, model.name),
+        f"attack '{attack.name}', task '{task.name}'",
+        attack.options,
+        later.options if during is later.method else {},
+        _loading(model),
+        {
+            "model": "-",
+            "task": task.train,
+            "kind": attack.kind,
+            "poison_ratio": attack.poison_ratio,
+            "samples": attack.samples,
+            "defense": during,
+            "max_length": model.max_length,
+        },
+    )
     for need in sorted(expansion.built(ATTACKS, options.kind).needs):
         if getattr(options, need) is None:
             place = f"give task '{task.name}' a 'train'" if need == "task" else "give 'harmful' under attack"
@@ -498,18 +548,20 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
     return expansion.stage("attack", options, chosen.seed, chosen.pool, method, made=made)
 
 
-def _repaired(
-    expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stage, select: Stage
-) -> Stage | None:  # fmt: skip
+def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage | None:
     from pharmacist.repairs import REPAIRS
 
     later, model = chosen.later, chosen.model
     if later.method["name"] not in REPAIRS.names():
         return None
     options = expansion.template(
-        "repair", (later.name, model.name), f"later defense '{later.name}'", later.options, _loading(model),
+        "repair",
+        (later.name, model.name),
+        f"later defense '{later.name}'",
+        later.options,
+        _loading(model),
         {"model": "-", "aligned": "-", "method": later.method, "max_length": model.max_length},
-    )  # fmt: skip
+    )
     made = {"model": (attack, ""), "aligned": (align, "")}
     needs = expansion.built(REPAIRS, options.method).needs
     if "safe" in needs and options.safe is None:
@@ -525,11 +577,21 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
 
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
-        "evaluate", (judge.name, task.name, chosen.model.name), f"judge '{judge.name}', task '{task.name}'",
-        task.options, judge.options, _loading(chosen.model),
-        {"model": "-", "judge": judge.judge, "task": task.test, "safe": judge.safe, "harmful": judge.harmful,
-         "utility": judge.utility},
-    )  # fmt: skip
+        "evaluate",
+        (judge.name, task.name, chosen.model.name),
+        f"judge '{judge.name}', task '{task.name}'",
+        task.options,
+        judge.options,
+        _loading(chosen.model),
+        {
+            "model": "-",
+            "judge": judge.judge,
+            "task": task.test,
+            "safe": judge.safe,
+            "harmful": judge.harmful,
+            "utility": judge.utility,
+        },
+    )
     for need in sorted(expansion.built(JUDGES, options.judge).needs):
         if getattr(options, need, None) is None:
             raise ConfigError(f"judge '{judge.name}' needs {need} references: give it a '{need}'")
@@ -537,9 +599,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
         raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
     if prompts_only:
         options = with_options(options, benign_prompts=None, task=None)
-    stage = expansion.stage(
-        "evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)}
-    )  # fmt: skip
+    stage = expansion.stage("evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)})
     asked = {name: value for name, value in identifying(as_json(options)).items() if name not in LATE}
     first = expansion.answers.setdefault(sha256_json([parent.key, place, asked]), stage.name)
     if first not in (stage.name, stage.like):

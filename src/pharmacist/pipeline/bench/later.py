@@ -22,8 +22,9 @@ class NoLaterDefense:
 LATER_DEFENSES: Registry[Any] = Registry(
     "later defense",
     {
-        **{name: place for name, place in DEFENSES.table().items() if ".finetuning." in place}, **REPAIRS.table(),
+        **{name: place for name, place in DEFENSES.table().items() if ".finetuning." in place},
+        **REPAIRS.table(),
         "none": f"{__name__}:NoLaterDefense",
     },
     group="pharmacist.later_defenses",
-)  # fmt: skip
+)

@@ -54,8 +54,16 @@ class BenchOptions(RunOptions):
     """Where stages run."""
 
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {
-        "work_dir", "only", "pools", "selectors", "defenses", "attacks", "later_defenses", "tasks", "judges",
-    }  # fmt: skip
+        "work_dir",
+        "only",
+        "pools",
+        "selectors",
+        "defenses",
+        "attacks",
+        "later_defenses",
+        "tasks",
+        "judges",
+    }
 
     def __post_init__(self) -> None:
         if "://" in self.output_dir:

@@ -115,9 +115,10 @@ class Remote:
         """
         # What a run leaves under work/ is no result, and what is half written has a dot before its name.
         names = sorted(
-            path.relative_to(folder).as_posix() for path in folder.rglob("*")
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
             if path.is_file() and path.suffix != ".tmp" and path.relative_to(folder).parts[0] != "work"
-        )  # fmt: skip
+        )
         files = {name: sha256_file(folder / name) for name in names}
         place = f"stages/{folder.name}/{sha256_json(files)[:16]}"
         marker = Marker(folder=place, files=files, places=_places(folder), manifest=read_manifest(folder))
@@ -270,8 +271,12 @@ def _places(folder: Path) -> dict[str, str]:
 
 def _move(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Lets JSON files name the folders of this machine: an adapter its base, a ranking its pool."""
-    moved = {json.dumps(f"{place}/", ensure_ascii=a)[:-1]: json.dumps(f"{now[name]}/")[:-1]
-             for name, place in before.items() for a in (True, False) if now.get(name, place) != place}  # fmt: skip
+    moved = {
+        json.dumps(f"{place}/", ensure_ascii=a)[:-1]: json.dumps(f"{now[name]}/")[:-1]
+        for name, place in before.items()
+        for a in (True, False)
+        if now.get(name, place) != place
+    }
     for path in folder.rglob("*.json") if moved else ():
         text = path.read_text(encoding="utf-8")
         for old, new in moved.items():

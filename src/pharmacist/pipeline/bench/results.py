@@ -100,9 +100,13 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
     from pharmacist.core.files import atomic_path
 
     kinds: dict[Any, Any] = {
-        str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64(),
-        list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64()),
-    }  # fmt: skip
+        str: pa.string(),
+        int: pa.int64(),
+        float: pa.float64(),
+        float | None: pa.float64(),
+        list[int]: pa.list_(pa.int64()),
+        list[float]: pa.list_(pa.float64()),
+    }
     schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
@@ -136,17 +140,26 @@ def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Resu
     metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
     selecting = [*found[cell.rank].phases.values(), *found[cell.select].phases.values()]
     return Result(
-        cell=cell.name, **cell.axes, seed=cell.seed, **metrics,
-        harmful_score_over_attack=curve_area(steps, heights) if whole else None, attack_steps=steps,
-        harmful_scores=heights, prompts=int(after.get("harmful_score", {}).get("n", 0)),
-        pool_rows=found[cell.rank].counts["ranked"], alignment_rows=align.counts["trained"],
-        selection_seconds=sum(phase.seconds for phase in selecting), alignment_seconds=align.phases["train"].seconds,
+        cell=cell.name,
+        **cell.axes,
+        seed=cell.seed,
+        **metrics,
+        harmful_score_over_attack=curve_area(steps, heights) if whole else None,
+        attack_steps=steps,
+        harmful_scores=heights,
+        prompts=int(after.get("harmful_score", {}).get("n", 0)),
+        pool_rows=found[cell.rank].counts["ranked"],
+        alignment_rows=align.counts["trained"],
+        selection_seconds=sum(phase.seconds for phase in selecting),
+        alignment_seconds=align.phases["train"].seconds,
         attack_seconds=attack.phases["train"].seconds,
         repair_seconds=None if cell.repair is None else found[cell.repair].phases["repair"].seconds,
-        alignment_tokens=align.phases["train"].tokens, attack_tokens=attack.phases["train"].tokens,
-        alignment_peak_memory=align.phases["train"].extra.get("peak_memory"), device=align.device,
+        alignment_tokens=align.phases["train"].tokens,
+        attack_tokens=attack.phases["train"].tokens,
+        alignment_peak_memory=align.phases["train"].extra.get("peak_memory"),
+        device=align.device,
         folder=str(plan.stages[cell.after].folder.relative_to(plan.data.root)),
-    )  # fmt: skip
+    )
 
 
 def _value(metrics: Mapping[str, Any], name: str) -> float | None:

@@ -61,30 +61,52 @@ class Kind:
 
 KINDS = {
     "rank": Kind(
-        "pharmacist.pipeline.curate", "CurateOptions", "curate", "curate",
-        files=("pool", "safe", "harmful", "utility"), models=("model",),
+        "pharmacist.pipeline.curate",
+        "CurateOptions",
+        "curate",
+        "curate",
+        files=("pool", "safe", "harmful", "utility"),
+        models=("model",),
         decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format"}),
     ),
     "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
     "align": Kind(
-        "pharmacist.pipeline.align", "AlignOptions", "align", "align", files=("data", "harmful"), models=("model",),
+        "pharmacist.pipeline.align",
+        "AlignOptions",
+        "align",
+        "align",
+        files=("data", "harmful"),
+        models=("model",),
         decided=frozenset({"data", "defense", "weights"}),
     ),
     "attack": Kind(
-        "pharmacist.pipeline.attack", "AttackOptions", "attack", "attack",
-        files=("task", "harmful", "safe", "disjoint_from"), models=("model",),
+        "pharmacist.pipeline.attack",
+        "AttackOptions",
+        "attack",
+        "attack",
+        files=("task", "harmful", "safe", "disjoint_from"),
+        models=("model",),
         decided=frozenset({"task", "kind", "poison_ratio", "samples", "defense", "build_only"}),
     ),
     "repair": Kind(
-        "pharmacist.pipeline.repair", "RepairOptions", "repair", "repair", files=("harmful", "safe"),
-        models=("model", "aligned", "base"), decided=frozenset({"aligned", "method"}),
+        "pharmacist.pipeline.repair",
+        "RepairOptions",
+        "repair",
+        "repair",
+        files=("harmful", "safe"),
+        models=("model", "aligned", "base"),
+        decided=frozenset({"aligned", "method"}),
     ),
     "evaluate": Kind(
-        "pharmacist.pipeline.evaluate", "EvaluateOptions", "evaluate", "evaluate",
+        "pharmacist.pipeline.evaluate",
+        "EvaluateOptions",
+        "evaluate",
+        "evaluate",
         files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity"),
-        models=("model", "base"), decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
+        models=("model", "base"),
+        decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
     ),
-}  # fmt: skip
+}
 EVERYWHERE = frozenset({"output_dir", "seed", "device", "dtype", "quiet", "overwrite", "checkpoint_seconds", "model"})
 """Options that no section has: the grid's own hold for all stages."""
 
@@ -160,9 +182,13 @@ def with_options(options: Options, **changes: Any) -> Options:
 
 
 def make_stage(
-    root: Path, kind: str, options: RunOptions, inputs: Mapping[str, Input | list[Input]], parents: tuple[str, ...],
+    root: Path,
+    kind: str,
+    options: RunOptions,
+    inputs: Mapping[str, Input | list[Input]],
+    parents: tuple[str, ...],
     method: str,
-) -> Stage:  # fmt: skip
+) -> Stage:
     """A stage whose folder, below `root`, is named by all that its result depends on.
 
     Args:

@@ -78,15 +78,17 @@ def _readers(question: str, names: tuple[str, ...]) -> dict[str, Reader]:
     """The readers of a question, by name."""
     views: dict[str, dict[str, View]] = {
         REFUSES: {
-            "lexical": Words("completions"), "lexical opening": Words("completions", opening=True),
+            "lexical": Words("completions"),
+            "lexical opening": Words("completions", opening=True),
             "probe": States(("answer", "answer_end")),
         },
         WHOLE: {"lexical": Words("completions"), "probe": States(("answer", "answer_end"), statistics=True)},
         PERTINENT: {"lexical": Echo(), "probe": States(("answer", "answer_end"), statistics=True)},
         TYPICAL: {
-            "lexical": Joined(Words("prompts"), Words("completions"), Echo()), "probe": States(PARTS, statistics=True),
+            "lexical": Joined(Words("prompts"), Words("completions"), Echo()),
+            "probe": States(PARTS, statistics=True),
         },
-    }  # fmt: skip
+    }
     return {name: Reader(view) for name, view in views[question].items() if name.split()[0] in names}
 
 
@@ -174,9 +176,11 @@ class Evidence:
         self._references, self._classes = texts, references.labels
         counts = references.counts()
         self.report = {
-            "references": counts, "readers": list(self.names), "questions": {},
+            "references": counts,
+            "readers": list(self.names),
+            "questions": {},
             "held_out_by": "source" if references.by_source else "prompt",
-        }  # fmt: skip
+        }
         for question in track((*QUESTIONS, TYPICAL), "learning from references"):
             answers = answers_to(question, references.labels)
             known = np.flatnonzero(answers != UNKNOWN)
@@ -194,10 +198,11 @@ class Evidence:
             ones = np.ones(len(answers))
             self._calibration[question] = slope, offset = calibration(combined, answers, ones)
             self.report["questions"][question] = {
-                "yes": int(answers.sum()), "no": int((1 - answers).sum()),
+                "yes": int(answers.sum()),
+                "no": int((1 - answers).sum()),
                 "combined": quality(slope * combined + offset, answers),
                 **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
-            }  # fmt: skip
+            }
             for reader in self._readers.get(question, {}).values():
                 reader.fit(own, answers, ones)
         if REFUSES not in self._calibration:
@@ -281,8 +286,9 @@ class Evidence:
             held_out = scores[0][labels.rows], after
         signals = {
             f"{question}_{name.replace(' ', '_')}": values[:, chosen]
-            for question, readers in by_reader.items() for name, values in readers.items()
-        }  # fmt: skip
+            for question, readers in by_reader.items()
+            for name, values in readers.items()
+        }
         return Answers(log_odds, typical, near, distance, signals, held_out)
 
     def _answer(
@@ -384,11 +390,18 @@ class Evidence:
             tensors |= {"states": self._references.states, "statistics": self._references.statistics}
         with atomic_path(folder / "evidence.safetensors") as path:
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
-        write_json(folder / "evidence.json", {
-            "names": self.names, "report": self.report, "spread": self._spread, "calibration": self._calibration,
-            "readers": readers, "prompts": list(self._references.prompts),
-            "completions": list(self._references.completions),
-        })  # fmt: skip
+        write_json(
+            folder / "evidence.json",
+            {
+                "names": self.names,
+                "report": self.report,
+                "spread": self._spread,
+                "calibration": self._calibration,
+                "readers": readers,
+                "prompts": list(self._references.prompts),
+                "completions": list(self._references.completions),
+            },
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
@@ -405,7 +418,7 @@ class Evidence:
             evidence._classes = tensors["classes"]
             evidence._known = {
                 key.removeprefix("known."): rows for key, rows in tensors.items() if key.startswith("known.")
-            }  # fmt: skip
+            }
             evidence._references = Texts(
                 content["prompts"], content["completions"], tensors.get("states"), tensors.get("statistics")
             )
@@ -413,8 +426,9 @@ class Evidence:
                 for name, reader in own.items():
                     if question in evidence._spread:
                         prefix = f"{question}.{name}."
-                        found = {key.removeprefix(prefix): value for key, value in tensors.items()
-                                 if key.startswith(prefix)}  # fmt: skip
+                        found = {
+                            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+                        }
                         reader.load(found, content["readers"][f"{question}.{name}"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
             raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error

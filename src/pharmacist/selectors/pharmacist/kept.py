@@ -69,10 +69,13 @@ def read_texts(context: "SelectionContext", rows: Any, name: str, *, with_model:
     encoded = context.encode(rows, name)
     measure = hidden_states(context.model.model)
     found = run_pass(
-        encoded, measure, work=context.run.work("states", name), device=context.model.device,
+        encoded,
+        measure,
+        work=context.run.work("states", name),
+        device=context.model.device,
         tokens_per_batch=tokens_per_batch(context.model.model, context.model.device),
         description=f"reading the {name}",
-    )  # fmt: skip
+    )
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
         save_file({"keys": keys, **found}, temporary, metadata={"model": fingerprint})

@@ -47,18 +47,20 @@ class Texts:
     def take(self, rows: IntArray) -> "Texts":
         """Some of the rows."""
         return Texts(
-            [self.prompts[i] for i in rows], [self.completions[i] for i in rows],
+            [self.prompts[i] for i in rows],
+            [self.completions[i] for i in rows],
             None if self.states is None else self.states[rows],
             None if self.statistics is None else self.statistics[rows],
-        )  # fmt: skip
+        )
 
     def __add__(self, other: "Texts") -> "Texts":
         both = self.states is not None and other.states is not None
         return Texts(
-            [*self.prompts, *other.prompts], [*self.completions, *other.completions],
+            [*self.prompts, *other.prompts],
+            [*self.completions, *other.completions],
             np.concatenate([self.states, other.states]) if both else None,
             np.concatenate([self.statistics, other.statistics]) if both else None,
-        )  # fmt: skip
+        )
 
 
 def vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
@@ -167,9 +169,9 @@ class States:
         shares = [0.75, 0.25] if self._statistics else [1.0]
         self._mean = np.concatenate([block.mean(0) for block in blocks])
         deviation = np.concatenate([block.std(0) for block in blocks])
-        share = np.concatenate([
-            np.full(block.shape[1], share / block.shape[1]) for block, share in zip(blocks, shares, strict=True)
-        ])  # fmt: skip
+        share = np.concatenate(
+            [np.full(block.shape[1], share / block.shape[1]) for block, share in zip(blocks, shares, strict=True)]
+        )
         self._scale = np.where(deviation > 1e-12, deviation, 1.0) / np.sqrt(share)
         return self
 

@@ -139,7 +139,7 @@ def build_references(
         # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
         fold = {
             name: np.unique(sources[name], return_inverse=True)[1].tolist() if members[name] else [] for name in GIVEN
-        }  # fmt: skip
+        }
     else:
         fold_of = _fold_of_prompt(members, n_folds, seed)
         fold = {name: [fold_of[normalised_prompt(row["prompt"])] for row in rows] for name, rows in members.items()}

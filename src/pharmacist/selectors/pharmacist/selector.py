@@ -132,9 +132,12 @@ class _Ranking:
                 raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
         config = self.config
         return build_references(
-            given, n_folds=config.folds, corruptions_per_row=config.corruptions_per_row, seed=self.seed,
+            given,
+            n_folds=config.folds,
+            corruptions_per_row=config.corruptions_per_row,
+            seed=self.seed,
             sources=self.context.sources or None,
-        )  # fmt: skip
+        )
 
     @cached_property
     def bank(self) -> AdapterBank:
@@ -176,7 +179,7 @@ class _Ranking:
         score, reason = honoured(score, evidence.reason, *self._labelled())
         return Scores(
             score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
-        )  # fmt: skip
+        )
 
     @cached_property
     def labels(self) -> Labels:
@@ -237,10 +240,14 @@ class _Ranking:
         assert self.twins is not None
         names = self.twins.names
         return run_pass(
-            rows, lambda batch: twin_losses(self.bank, batch, names), work=work, device=self.bank.device,
-            tokens_per_batch=tokens_per_batch(self.context.model.model, self.bank.device), rows=which,
+            rows,
+            lambda batch: twin_losses(self.bank, batch, names),
+            work=work,
+            device=self.bank.device,
+            tokens_per_batch=tokens_per_batch(self.context.model.model, self.bank.device),
+            rows=which,
             description=what,
-        )  # fmt: skip
+        )
 
     def save(self, folder: Path) -> None:
         """Writes what was learned and read."""
@@ -253,10 +260,15 @@ class _Ranking:
             (folder / KEPT).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / KEPT / path.name)
         uses_model = "probe" in self.readers or self.twins is not None
-        write_json(folder / "selector.json", {
-            "format": _FORMAT, "selector": "pharmacist", "config": asdict(self.config),
-            "model": model_fingerprint(self.context.model_name) if uses_model and self.context.model_name else "",
-        })  # fmt: skip
+        write_json(
+            folder / "selector.json",
+            {
+                "format": _FORMAT,
+                "selector": "pharmacist",
+                "config": asdict(self.config),
+                "model": model_fingerprint(self.context.model_name) if uses_model and self.context.model_name else "",
+            },
+        )
 
 
 def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
@@ -268,16 +280,17 @@ def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[
     read = _REASONS[posterior.argmax(1)]
     ordered = both(safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
     score, reasons = honoured(ordered, read, labels.rows, labels.classes)
-    signals: dict[str, npt.NDArray[Any]] = {
-        f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])
-    } | {"p_corrupted": p[:, 4:].sum(1)}  # fmt: skip
+    signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
+        "p_corrupted": p[:, 4:].sum(1)
+    }
     signals |= {question: expit(answers.log_odds[:, number]) for number, question in enumerate(QUESTIONS)}
     signals |= answers.by_reader
     report = learned | {
         "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
-        "distance": answers.distance, "near": answers.near,
+        "distance": answers.distance,
+        "near": answers.near,
         "cannot_see": _unseen(learned),
-    }  # fmt: skip
+    }
     if answers.labels_held_out is not None:
         report["labels"] = trust.gain(*answers.labels_held_out, labels.classes == 0)
     warnings = trust.warnings(report, reasons[inverse])

@@ -95,4 +95,4 @@ def loss_statistics(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     n_prompt = batch.prompt_lengths.to(losses.dtype).clamp(min=1)
     return torch.stack(
         [mean(losses, in_prompt), body, spread, mean(losses, at_end), n_completion.log(), n_prompt.log()], 1
-    )  # fmt: skip
+    )

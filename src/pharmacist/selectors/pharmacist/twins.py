@@ -178,9 +178,12 @@ def closed_form_jobs(bank: AdapterBank, problem: TwinProblem, sigma: FloatArray,
         def run(checkpoint: Path, advance: Callable[[], object]) -> None:
             bank.add(name)
             bank.train(
-                (name,), lambda step: loss(name, step, weights)[0],
-                steps=problem.steps, checkpoint=checkpoint, advance=advance,
-            )  # fmt: skip
+                (name,),
+                lambda step: loss(name, step, weights)[0],
+                steps=problem.steps,
+                checkpoint=checkpoint,
+                advance=advance,
+            )
 
         return Job((name,), folder, problem.steps, run)
 
@@ -213,9 +216,14 @@ def gradient_job(bank: AdapterBank, problem: TwinProblem, rate: float, folder: P
         for name in names:
             bank.add(name)
         bank.train(
-            names, step_loss, steps=problem.steps, checkpoint=checkpoint, advance=advance,
-            extra=lambda: {"logits": logits.clone()}, restore=restore,
-        )  # fmt: skip
+            names,
+            step_loss,
+            steps=problem.steps,
+            checkpoint=checkpoint,
+            advance=advance,
+            extra=lambda: {"logits": logits.clone()},
+            restore=restore,
+        )
         save_logits(folder, logits.numpy())
 
     return Job(names, folder, problem.steps, run)
@@ -317,7 +325,7 @@ class Twins:
 
     def fit(
         self, references: Sequences, known: References, pool: Sequences, root: Path, seed: int, measure: Measure
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Trains the twins.
 
         Args:
@@ -329,16 +337,20 @@ class Twins:
             measure: (rows of tokens, folder, rows, description) -> losses of all twins, NaN on other rows.
         """
         config = self.config
-        given = {
-            name: np.flatnonzero((known.labels == CLASSES.index(name)) & ~known.made) for name in GIVEN
-        }  # fmt: skip
+        given = {name: np.flatnonzero((known.labels == CLASSES.index(name)) & ~known.made) for name in GIVEN}
         held = {name: rows[known.folds[rows] == 0] for name, rows in given.items()}
         rows = {name: rows[known.folds[rows] != 0] for name, rows in given.items()}
         pool_rows = cotraining_rows(pool.content_keys, config.cotrain, seed)
         problem = TwinProblem(
-            references=references, rows=rows, pool=pool, pool_rows=pool_rows, gamma=config.gamma, mu=config.mu,
-            steps=config.twin_steps, seed=seed,
-        )  # fmt: skip
+            references=references,
+            rows=rows,
+            pool=pool,
+            pool_rows=pool_rows,
+            gamma=config.gamma,
+            mu=config.mu,
+            steps=config.twin_steps,
+            seed=seed,
+        )
         if config.solver == "gradient":
             folder = root / "gradient"
             run_jobs(self.bank, [gradient_job(self.bank, problem, config.weight_rate, folder)], "twins")
@@ -362,9 +374,12 @@ class Twins:
             truth = np.repeat([1, 0], [len(held["safe"]), len(others)])
             self.quality = float(roc_auc_score(truth, (other - safe)[np.concatenate([held["safe"], others])]))
         self.report = {
-            "solver": config.solver, "cotrained_rows": len(pool_rows), "thresholds": asdict(self.thresholds),
-            "held_out_references": {name: len(rows) for name, rows in held.items()}, "held_out_auc": self.quality,
-        }  # fmt: skip
+            "solver": config.solver,
+            "cotrained_rows": len(pool_rows),
+            "thresholds": asdict(self.thresholds),
+            "held_out_references": {name: len(rows) for name, rows in held.items()},
+            "held_out_auc": self.quality,
+        }
 
     def load(self, folder: Path) -> None:
         """Takes the adapters from a folder."""
