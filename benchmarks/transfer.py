@@ -36,7 +36,7 @@ SELECTORS = {
     "less, exact": VARIANTS["less, exact"],
     "seal": {"name": "seal"},
     "unrolled": {"name": "unrolled"},
-    "loss-low": {"name": "loss-low"},
+    "loss-low": {"name": "perplexity", "keep": "low"},
 }
 ALIGNED = ("pharmacist", "less, exact")
 """Selectors whose subsets are carried on to an attack."""

@@ -37,8 +37,9 @@ class Registry(Generic[T]):
 
     Args:
         kind: What the names stand for, for messages ("selector").
-        table: name -> ``"module:Class"``. The class has a dataclass `Config` and is built as ``Class(Config(...))``.
-        group: Entry-point group through which other packages add methods.
+        table: name -> ``"module:Class"`` of a `Method`, or of any class that has a dataclass `Config` and is built as
+            ``Class(Config(...))``.
+        group: Entry-point group through which other packages add methods; empty for none.
         options: name -> ``"module:Config"`` where the options of a method lie apart from its class, so that ``--help``
             need not import what the method works with.
     """
@@ -50,7 +51,7 @@ class Registry(Generic[T]):
 
     def table(self) -> dict[str, str]:
         """Name -> ``"module:Class"``; plug-ins included."""
-        return _plugins(self._group) | self._table
+        return (_plugins(self._group) if self._group else {}) | self._table
 
     def names(self) -> list[str]:
         """Known names, sorted; plug-ins included."""
@@ -61,12 +62,25 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: No such name; the message offers the nearest one.
+            ConfigError: Another package's method that cannot be imported.
         """
         table = self.table()
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
-        found: type[T] = _imported(table[name])
+        try:
+            found: type[T] = _imported(table[name])
+        except (ImportError, AttributeError) as error:
+            if name in self._table:
+                raise
+            raise ConfigError(
+                f"{self.kind} '{name}': its entry point {table[name]} cannot be imported ({error}); mend or uninstall "
+                "the package that brings it"
+            ) from error
         return found
+
+    def classes(self) -> dict[str, str]:
+        """Name of a class -> ``"module:Class"``, plug-ins left out."""
+        return {place.rpartition(":")[2]: place for place in self._table.values()}
 
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""

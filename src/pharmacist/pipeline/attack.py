@@ -148,7 +148,7 @@ def open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOp
     if options.adapter == "continue" and base_of(options.model) is None:
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
-    needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.streams else {}
+    needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.needs else {}
     for name, by in needed.items():
         if getattr(options, name) is None:
             raise ConfigError(f"{by} needs --{name} FILE")
@@ -308,7 +308,7 @@ def _attack(
             run,
             streams=streams,
             callbacks=[Snapshots(options.snapshots, snapshot)],
-            description="attack" if name == "sft" else f"attack ({name})",
+            description=f"attack ({name})",
         )
         phase.tokens = result.tokens
     outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.align import AlignOptions
     from pharmacist.training.strategy import GradientStrategy
 
-HARMFUL_STREAMS = frozenset({"harmful", "held_out", "paired"})
-"""Streams made of harmful rows; ``retain`` draws from the alignment set."""
-
 
 @dataclass
 class SideData:
@@ -62,9 +59,8 @@ class SideData:
         from pharmacist.data.records import parse_columns, read_records
         from pharmacist.data.where import conditions_of
 
-        wanted, name = frozenset(strategy.streams), options.defense["name"]
-        share = float(getattr(strategy.config, "held_out", 0.0))
-        if not wanted & HARMFUL_STREAMS:
+        wanted, name, share = frozenset(strategy.streams), options.defense["name"], strategy.held_out
+        if "harmful" not in strategy.needs:
             if "harmful" in sources:
                 console().print(f"--harmful: the defense '{name}' does not use it", soft_wrap=True)
             return cls(options, wanted, alignment, None, share)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from pharmacist.core.method import Method
 from pharmacist.core.rundir import RunDir
 
 
@@ -184,23 +185,24 @@ class SelectionContext:
         return self.encoded[name]
 
 
-class Selector(ABC):
+class Selector(Method, ABC):
     """Ranks a pool.
 
     Attributes:
-        Config: Dataclass of its options.
-        config: The options that it was built with.
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
+        uses: What it reads besides, where it is given; a grid gives it nothing else.
         weighs: Whether its scores come with weights.
-        paper: Source, for the docs.
+        keeps_all: It ranks nothing, and all rows are kept.
+        chance: Its order is drawn at random.
+        covers: Its order covers the pool already, so that no ``diversity`` can do so again.
     """
 
-    Config: ClassVar[type[Any]]
-    config: Any
-    needs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
     weighs: bool = False
-    paper: ClassVar[str] = ""
+    keeps_all: ClassVar[bool] = False
+    chance: ClassVar[bool] = False
+    covers: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, context: SelectionContext) -> Scores:

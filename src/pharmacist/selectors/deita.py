@@ -34,18 +34,19 @@ class DeitaConfig:
             raise ConfigError(f"selector.threshold must lie in [-1, 1], not {self.threshold}")
 
 
-class Deita(Selector):
+class DeitaSelector(Selector):
     """Prefers rows of high quality that no better row resembles; quality is any other selector's score."""
 
     Config = DeitaConfig
+    name = "deita"
     paper = "Liu et al. 2024, arXiv 2312.15685"
 
-    def __init__(self, config: DeitaConfig) -> None:
+    def __post_init__(self) -> None:
         from pharmacist.selectors import SELECTORS
 
-        if "deita" in config.scorer.split("+"):
+        if self.name in self.config.scorer.split("+"):
             raise ConfigError("selector.scorer: deita cannot score for itself; name another selector")
-        self.config, self._scorer = config, SELECTORS.build(config.scorer, {})
+        self._scorer = SELECTORS.build(self.config.scorer, {})
         self.needs = self._scorer.needs | {"embedder"}
 
     def check_room(self, rows: int, folder: Path) -> None:

@@ -22,15 +22,13 @@ class EmbeddingConfig:
             raise ConfigError(f"selector.nearest must not be negative, not {self.nearest}")
 
 
-class Embedding(Selector):
+class EmbeddingSelector(Selector):
     """Prefers rows whose embedding points where those of the safe references point."""
 
     Config = EmbeddingConfig
+    name = "embedding"
     needs = frozenset({"safe", "embedder"})
     paper = "representation-based data selection, as a baseline in Xia et al. 2024, arXiv 2402.04333"
-
-    def __init__(self, config: EmbeddingConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the references, then the pool once."""

@@ -83,6 +83,7 @@ class RepNoise(GradientStrategy):
     """
 
     Config = RepNoiseConfig
+    name = "repnoise"
     streams = ("paired",)
     paper = "arXiv 2405.14577"
     config: RepNoiseConfig

@@ -99,6 +99,7 @@ class TVaccine(GradientStrategy):
     """
 
     Config = TVaccineConfig
+    name = "t-vaccine"
     streams = ("harmful",)
     paper = "arXiv 2410.09760"
     config: TVaccineConfig

@@ -81,6 +81,7 @@ class Vaccine(GradientStrategy):
     """
 
     Config = VaccineConfig
+    name = "vaccine"
     paper = "arXiv 2402.01109"
     config: VaccineConfig
 

@@ -65,6 +65,7 @@ class EWC(GradientStrategy):
     """
 
     Config = EWCConfig
+    name = "ewc"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 1612.00796"

@@ -76,6 +76,7 @@ class LDIFS(GradientStrategy):
     """
 
     Config = LDIFSConfig
+    name = "ldifs"
     stages = frozenset({"finetune"})
     paper = "arXiv 2308.13320"
     config: LDIFSConfig

@@ -84,9 +84,9 @@ class ProbeJudge(Judge):
 
     Config: ClassVar[type] = ProbeConfig
     name = "probe"
+    needs = frozenset({"safe", "harmful"})
 
-    def __init__(self, config: ProbeConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._vectorizer: TfidfVectorizer | None = None
         self._known: frozenset[str] = frozenset()
         self._coefficients = np.zeros((0, 0))
@@ -94,13 +94,9 @@ class ProbeJudge(Judge):
         self._calibration = np.zeros((2, 2))  # slope and offset for REFUSAL and COMPLIANCE
         self._fingerprint = ""
         self._report: dict[str, Any] = {}
-        if config.folder is not None:
-            self._load(Path(config.folder))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Safe and harmful references, unless it was loaded."""
-        return frozenset() if self.config.folder is not None else frozenset({"safe", "harmful"})
+        if self.config.folder is not None:
+            self.needs = frozenset()
+            self._load(Path(self.config.folder))
 
     def fingerprint(self) -> str | None:
         """Hash of the saved probe."""

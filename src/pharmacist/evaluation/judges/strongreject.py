@@ -76,8 +76,7 @@ class StrongRejectJudge(Judge):
     Config: ClassVar[type] = StrongRejectConfig
     name = "strongreject"
 
-    def __init__(self, config: StrongRejectConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._failed: list[str] = []
 
     def identity(self) -> dict[str, Any]:

@@ -92,8 +92,7 @@ class WinRate(Task[WinGrade]):
     Config: ClassVar[type] = WinRateConfig
     name = "win-rate"
 
-    def __init__(self, config: WinRateConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pharmacist.pipeline.bench.options import (
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.curate import SPREAD
 from pharmacist.pipeline.select import WEIGHTS
+from pharmacist.selectors import SELECTORS
 
 
 Entry = TypeVar("Entry")
@@ -373,7 +374,7 @@ class _Choice:
 
 
 def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
-    name, full = selector.name, selector.selector["name"] == "full"
+    name, full = selector.name, SELECTORS.get(selector.selector["name"]).keeps_all
     fractions = selector.fractions or ([1.0] if full else grid.fractions)
     if full and fractions != [1.0]:
         raise ConfigError(f"selector '{name}': keeps the full pool; leave its fractions out")
@@ -443,24 +444,19 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
             f"selector '{selector.name}': diversity {rank_options.diversity} is for curate alone; in a grid, "
             f"take the selector {rank_options.diversity}"
         )
-    if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
+    method = expansion.built(SELECTORS, rank_options.selector)
+    if not method.needs | method.uses:  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
     select_options = expansion.template(
         "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
     )
-    method = f"{selector.name} {chosen.fraction:g}"
-    select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
+    label = f"{selector.name} {chosen.fraction:g}"
+    select = expansion.stage("select", select_options, chosen.seed, pool, label, made={"ranking": (rank, "")})
     return select, rank
 
 
-def _reads(options: Any) -> bool:
-    return options.selector["name"] not in ("full", "random")
-
-
 def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> None:
-    from pharmacist.selectors import SELECTORS
-
     selector = expansion.built(SELECTORS, options.selector)
     if chosen.selector.weighted and not selector.weighs:
         raise ConfigError(f"selector '{chosen.selector.name}': has no weights; leave 'weighted' out")
@@ -486,7 +482,6 @@ def _is_preference(spec: str | None) -> bool:
 
 def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
     from pharmacist.defenses import DEFENSES
-    from pharmacist.pipeline.side_data import HARMFUL_STREAMS
 
     defense, model = chosen.defense, chosen.model
     options = expansion.template(
@@ -500,7 +495,7 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
     strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"defense '{defense.name}': is not for alignment; name it under later_defenses")
-    if not set(strategy.streams) & HARMFUL_STREAMS:
+    if "harmful" not in strategy.needs:
         options = with_options(options, harmful=None)  # not read: it identifies nothing
     elif options.harmful is None and not _is_preference(chosen.pool.pool):
         raise ConfigError(
@@ -542,7 +537,9 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
             raise ConfigError(f"attack '{attack.name}' needs {need} rows: {place}")
     made = {"model": (align, "")}
     strategy = expansion.built(DEFENSES, options.defense)
-    if "safe" in strategy.streams and options.safe is None:
+    if "finetune" not in strategy.stages:
+        raise CompatibilityError(f"later defense '{later.name}': is not for fine-tuning; name it under defenses")
+    if "safe" in strategy.needs and options.safe is None:
         made["safe"] = (select, "selected.jsonl")  # the defender's own rows
     method = attack.name if during is not later.method else f"{attack.name}, {later.name}"
     return expansion.stage("attack", options, chosen.seed, chosen.pool, method, made=made)
