@@ -28,6 +28,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Name
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
+from pharmacist.core.inputs import flag as flag
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry
 
@@ -136,12 +137,6 @@ class _Formatter(DefaultHelpFormatter):
         return textwrap.fill(
             " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
-
-
-def flag(name: str) -> str:
-    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
-    head, dot, rest = name.partition(".")
-    return f"--{head.replace('_', '-')}{dot}{rest}"
 
 
 def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, description: str, example: str) -> _Parser:

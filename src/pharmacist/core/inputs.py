@@ -41,10 +41,16 @@ def check_outside(root: Path, options: Options, *, within: str = "") -> None:
     for name, text, itself in _texts(options, inner):
         for place in _places(text):
             if _is_in(place, folder, itself=itself):
-                refuse(f"{_flag(within + name)} {text}", root)
+                refuse(f"{flag(within + name)} {text}", root)
             for base in _bases(place):
                 if _is_in(base, folder, itself=True):
-                    refuse(f"{_flag(within + name)} {text}: its base model {base}", root)
+                    refuse(f"{flag(within + name)} {text}: its base model {base}", root)
+
+
+def flag(name: str) -> str:
+    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
+    head, dot, rest = name.partition(".")
+    return f"--{head.replace('_', '-')}{dot}{rest}"
 
 
 def refuse(what: str, root: Path) -> None:
@@ -120,9 +126,3 @@ def _bases(place: str) -> Iterator[str]:
                 yield base
                 place = base
             break
-
-
-def _flag(name: str) -> str:
-    from pharmacist.core.config import flag
-
-    return flag(name)

@@ -32,6 +32,24 @@ def _imported(place: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
+    """An options dataclass from its fields.
+
+    Args:
+        whose: For the message, such as ``selector 'random'``.
+        config: The dataclass.
+        params: Some of its fields.
+
+    Raises:
+        ConfigError: An option that it does not have.
+    """
+    known = {field.name for field in dataclasses.fields(config)}
+    for key in params:
+        if key not in known:
+            raise ConfigError(f"{whose} has no option '{key}'{closest(key, known)}")
+    return config(**params)
+
+
 class Registry(Generic[T]):
     """Maps a method's name to its class without importing it.
 
@@ -94,12 +112,8 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: A parameter that the method does not have.
         """
-        config = self.config_type(name)
-        known = {field.name for field in dataclasses.fields(config)}
-        for key in params:
-            if key not in known:
-                raise ConfigError(f"{self.kind} '{name}' has no option '{key}'{closest(key, known)}")
-        return self.get(name)(config(**params))  # type: ignore[call-arg]
+        options = checked_options(f"{self.kind} '{name}'", self.config_type(name), params)
+        return self.get(name)(options)  # type: ignore[call-arg]
 
     def build_from(self, choice: Mapping[str, Any]) -> T:
         """Builds from ``{"name": ..., **params}``, the form that options files hold."""

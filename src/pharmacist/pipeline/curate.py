@@ -466,9 +466,9 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     context.labels = _labels(pool, options)
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
-        from pharmacist.selectors.embeddings import pool_keys
+        from pharmacist.selectors.embeddings import pool_keys, pool_points
 
-        points = context.points, pool_keys(context)
+        points = pool_points(context), pool_keys(context)
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])

@@ -85,6 +85,7 @@ class SelectionContext:
         sources: Kind of references -> the number of each row's source, where several files were given.
         labels: Position in the pool -> reason that a person gave it (`selectors.labels`).
         encoded: Filled by `encode`: what was tokenised, by name; the pool's is ``pool``.
+        points: Filled by `embeddings.pool_points`.
     """
 
     run: RunDir
@@ -104,6 +105,7 @@ class SelectionContext:
     sources: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     labels: Mapping[int, str] = field(default_factory=dict)
     encoded: dict[str, "Encoded"] = field(default_factory=dict)
+    points: FloatArray | None = None
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -132,13 +134,6 @@ class SelectionContext:
     def encoded_pool(self) -> "Encoded":
         """The pool in tokens, made on first use and kept on disk."""
         return self.encode(self.pool.dataset, "pool")
-
-    @cached_property
-    def points(self) -> FloatArray:
-        """The pool's rows as points of length 1 (`embeddings.pool_points`), made on first use."""
-        from pharmacist.selectors.embeddings import pool_points
-
-        return pool_points(self)
 
     def reference_rows(self, name: str) -> list[dict[str, Any]]:
         """The references of one kind.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.embeddings import check_room, pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -137,7 +137,7 @@ class Coverage(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool once; a row's score is what its cover gives it when its turn comes."""
-        points, keys = context.points, pool_keys(context)
+        points, keys = pool_points(context), pool_keys(context)
         with context.run.phase("order"):
             score = cover_scores(points, keys, COVERS[self.name], self.config.block)
         return Scores(score, np.full(len(score), RANKED))

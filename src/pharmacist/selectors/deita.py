@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.embeddings import check_room, pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
 TOO_NEAR = "near_a_better_row"
@@ -56,7 +56,7 @@ class DeitaSelector(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool for its points, lets the scorer rank it, then goes down the ranking."""
-        points, keys = context.points, pool_keys(context)
+        points, keys = pool_points(context), pool_keys(context)
         scored = self._scorer.rank(context)
         with context.run.phase("order"):
             near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)

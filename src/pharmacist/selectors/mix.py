@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.registry import checked_options
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 
 
@@ -22,19 +23,16 @@ class MixSelector(Selector):
     Config = MixConfig
     name = "mix"
     paper = "rank averaging (Borda count)"
-    names: tuple[str, ...] = ()
+    kinds: Mapping[str, type[Selector]] = {}
 
     def __post_init__(self) -> None:
-        from pharmacist.selectors import SELECTORS
-
         self.parts = dict[str, Selector]()
-        for name, option in zip(self.names, fields(self.config), strict=True):
+        for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
             given = getattr(self.config, option.name)
             if isinstance(given, Mapping):
-                self.parts[name] = SELECTORS.build(name, given)
-                setattr(self.config, option.name, self.parts[name].config)
-            else:
-                self.parts[name] = SELECTORS.get(name)(given)
+                given = checked_options(f"selector '{name}'", kind.Config, given)
+                setattr(self.config, option.name, given)
+            self.parts[name] = kind(given)
         self.needs = frozenset[str]().union(*(part.needs for part in self.parts.values()))
         self.uses = frozenset[str]().union(*(part.uses for part in self.parts.values()))
 
@@ -91,7 +89,7 @@ def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]
             raise ConfigError(f"selector '{name}': '{part}' {does}; leave it out")
     options = [(_identifier(part), kind.Config, field(default_factory=kind.Config)) for part, kind in parts.items()]
     config = make_dataclass("MixedConfig", options, bases=(MixConfig,))
-    return type("MixSelector", (MixSelector,), {"Config": config, "name": name, "names": tuple(names)})
+    return type("MixSelector", (MixSelector,), {"Config": config, "name": name, "kinds": dict(parts)})
 
 
 def _identifier(name: str) -> str:

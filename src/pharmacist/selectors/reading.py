@@ -1,21 +1,14 @@
 """What selectors read of a row with the base model alone: forward passes over pool or references."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.losses import row_losses
 from pharmacist.nn.passes import Measure, run_pass
-
-
-if TYPE_CHECKING:
-    from pharmacist.selectors.base import SelectionContext
-
-FloatArray = npt.NDArray[np.float64]
+from pharmacist.selectors.base import FloatArray, SelectionContext
 
 
 def tokens_per_batch(model: Any, device: torch.device) -> int:
@@ -25,7 +18,7 @@ def tokens_per_batch(model: Any, device: torch.device) -> int:
 
 
 def read(
-    context: "SelectionContext", sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
+    context: SelectionContext, sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
 ) -> dict[str, FloatArray]:
     """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
 
@@ -61,7 +54,7 @@ def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:
     return found
 
 
-def completion_losses(context: "SelectionContext", sequences: Sequences, name: str) -> FloatArray:
+def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
     """`completion_loss` of all rows under the base model, shape [rows]."""
     model = context.model.model
     return read(context, sequences, lambda batch: {"loss": completion_loss(model, batch)}, name)["loss"]
