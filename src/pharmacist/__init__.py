@@ -10,30 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from pharmacist.api import tokenize
     from pharmacist.pipeline.align import AlignOptions, align
     from pharmacist.pipeline.attack import AttackOptions, attack
     from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
     from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
     from pharmacist.pipeline.repair import RepairOptions, repair
     from pharmacist.pipeline.sweep import SweepOptions, sweep
+    from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
 __version__ = version("pharmacist")
 
 _EXPORTS = {
-    "AlignOptions": "align",
-    "align": "align",
-    "AttackOptions": "attack",
-    "attack": "attack",
-    "CurateOptions": "curate",
-    "Ranking": "curate",
-    "curate": "curate",
-    "rank": "curate",
-    "EvaluateOptions": "evaluate",
-    "evaluate": "evaluate",
-    "RepairOptions": "repair",
-    "repair": "repair",
-    "SweepOptions": "sweep",
-    "sweep": "sweep",
+    "AlignOptions": "pipeline.align",
+    "align": "pipeline.align",
+    "AttackOptions": "pipeline.attack",
+    "attack": "pipeline.attack",
+    "CurateOptions": "pipeline.curate",
+    "Ranking": "pipeline.curate",
+    "curate": "pipeline.curate",
+    "rank": "pipeline.curate",
+    "EvaluateOptions": "pipeline.evaluate",
+    "evaluate": "pipeline.evaluate",
+    "RepairOptions": "pipeline.repair",
+    "repair": "pipeline.repair",
+    "SweepOptions": "pipeline.sweep",
+    "sweep": "pipeline.sweep",
+    "StrategyMixin": "training.trainer",
+    "StrategyTrainer": "training.trainer",
+    "tokenize": "api",
 }
 
 __all__ = [
@@ -43,6 +48,8 @@ __all__ = [
     "EvaluateOptions",
     "Ranking",
     "RepairOptions",
+    "StrategyMixin",
+    "StrategyTrainer",
     "SweepOptions",
     "__version__",
     "align",
@@ -52,6 +59,7 @@ __all__ = [
     "rank",
     "repair",
     "sweep",
+    "tokenize",
 ]
 
 
@@ -76,7 +84,7 @@ def _methods() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(import_module(f"pharmacist.pipeline.{_EXPORTS[name]}"), name)
+        return getattr(import_module(f"pharmacist.{_EXPORTS[name]}"), name)
     if name[:1].isupper() and (place := _methods().get(name)):
         return getattr(import_module(place.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

@@ -27,7 +27,7 @@ from pharmacist.data.tokenize import Encoded, collate
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, silent_library
-from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
+from pharmacist.training.checkpoint import Checkpoints, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -154,7 +154,6 @@ def train(
     folder = run.work("train", "checkpoints")
     dtype = torch.bfloat16 if loaded.model.dtype == torch.bfloat16 or _wants_bf16(options, loaded) else torch.float32
     arguments = training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed)
-    found = strategy.setup(model, derive(options.seed, "strategy"))
     progress = _Progress(description)
     trainer = StrategyTrainer(
         model=model,
@@ -164,14 +163,13 @@ def train(
         data_collator=_Collator(loaded.tokenizer.pad_token_id),
         strategy=strategy,
         streams=streams,
+        strategy_seed=derive(options.seed, "strategy"),
         callbacks=[Checkpoints(strategy, options.checkpoint_seconds, streams), progress, *callbacks],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
     try:
-        if checkpoint is not None:
-            load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UnpicklingError, EOFError, SafetensorError) as error:
@@ -181,11 +179,11 @@ def train(
         raise DataError(
             f"{checkpoint}: cannot be resumed from ({' '.join(str(error).split())[:200]}); delete this folder"
         ) from error
-    finally:
-        strategy.close()
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
-    return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
+    return TrainResult(
+        model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), trainer.found
+    )
 
 
 def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:
