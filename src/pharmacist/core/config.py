@@ -221,11 +221,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _split_option(word: str) -> tuple[str, str | None]:
-    name, equals, value = word.partition("=")
-    return name, value if equals else None
-
-
 def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist", example: str = "") -> T:
     """Reads command-line arguments (and the YAML file they name) into an options dataclass.
 
