@@ -92,11 +92,12 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
     """
     model: nn.Module = loaded.model
     if options.tuning == "full":
+        model = deepcopy(model) if loaded.shared else model
         return model.float().requires_grad_(True)
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return model
     lora = options.lora
-    config = LoraConfig(
+    config = lora.given or LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

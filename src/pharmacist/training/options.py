@@ -1,5 +1,6 @@
 """Options of every training stage, and how they become transformers and PEFT objects."""
 
+import copy
 import dataclasses
 import math
 import typing
@@ -14,6 +15,7 @@ from pharmacist.core.rundir import RunOptions
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
 
@@ -36,6 +38,41 @@ class LoraOptions:
                 raise ConfigError(f"lora.{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+
+    @property
+    def given(self) -> Any:
+        """PEFT's configuration where one was given, from Python, instead of these options."""
+        return None
+
+
+@dataclass
+class GivenLora(LoraOptions):
+    """An adapter as a PEFT configuration shapes it; `other` is what of that the options do not say."""
+
+    other: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: "LoraConfig") -> "GivenLora":
+        """The options of a configuration, which is used as it is."""
+        target = config.target_modules
+        known = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode"}
+        other = {name: str(value) for name, value in config.to_dict().items() if name not in known and value}
+        found = cls(
+            r=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=sorted(target) if isinstance(target, set | list) else target and [target],
+            other=other,
+        )
+        found._config = config
+        return found
+
+    _config: ClassVar[Any] = None
+
+    @property
+    def given(self) -> Any:
+        """A copy, since PEFT notes in it where it was used."""
+        return copy.copy(self._config)
 
 
 @dataclass(kw_only=True)
