@@ -1,6 +1,6 @@
 """A grid becomes a graph: cells, and the stages that they need, each of them once.
 
-    rank -> select -> align -> attack -> repair -> evaluate
+    rank [-> label -> rank] -> select -> align -> attack -> repair -> evaluate
 
 Every model is evaluated where cells ask for it: aligned, at the attack's snapshots, attacked, and repaired.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.registry import Registry
+from pharmacist.core.registry import Registry, closest
 from pharmacist.core.rundir import RunOptions, as_json, identifying
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
@@ -54,6 +54,7 @@ class Cell:
     Attributes:
         axes: Axis -> name of the choice, in the order of `results.AXES`, and the attack's strength.
         seed: Of all its stages.
+        asked: Where the ranking has labels that its selector asked for: the stages that rank without them and label.
         rank: Stage that ranks the pool; likewise the following ones.
         before: Evaluation of the aligned model.
         curve: Evaluations along the attack, where there are snapshots.
@@ -63,6 +64,7 @@ class Cell:
 
     axes: Mapping[str, Any]
     seed: int
+    asked: tuple[str, ...]
     rank: str
     select: str
     align: str
@@ -80,7 +82,7 @@ class Cell:
     @property
     def stages(self) -> tuple[str, ...]:
         """All stages whose results it is made of."""
-        own = (self.rank, self.select, self.align, self.before, self.attack, self.repair, self.after)
+        own = (*self.asked, self.rank, self.select, self.align, self.before, self.attack, self.repair, self.after)
         return tuple(dict.fromkeys([*(name for name in own if name), *(point.stage for point in self.curve)]))
 
     def matches(self, pattern: str) -> bool:
@@ -330,8 +332,15 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     _check_any("seeds", grid.seeds)
     _check_sections(grid)
     axes, expansion = Axes.read(grid), _Expansion(grid, Data(root))
+    pools = [pool.name for pool in axes.pools]
+    for selector in axes.selectors:
+        for name in selector.pools:
+            if name not in pools:
+                raise ConfigError(f"selector '{selector.name}': there is no pool '{name}'{closest(name, pools)}")
     cells = []
     for seed, model, pool, selector in itertools.product(grid.seeds, axes.models, axes.pools, axes.selectors):
+        if selector.pools and pool.name not in selector.pools:
+            continue
         for fraction in _fractions(selector, grid):
             rest = itertools.product(axes.defenses, axes.attacks, axes.later_defenses, axes.tasks, axes.judges)
             for defense, attack, later, task, judge in rest:
@@ -386,7 +395,7 @@ def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
 
 
 def _cell(expansion: _Expansion, chosen: _Choice) -> Cell:
-    select, rank = _selected(expansion, chosen)
+    select, rank, asked = _selected(expansion, chosen)
     align = _aligned(expansion, chosen, select)
     attack = _attacked(expansion, chosen, align, select)
     repair = _repaired(expansion, chosen, attack, align, select)
@@ -403,6 +412,7 @@ def _cell(expansion: _Expansion, chosen: _Choice) -> Cell:
     return Cell(
         axes=chosen.axes,
         seed=chosen.seed,
+        asked=asked,
         rank=rank.name,
         select=select.name,
         align=align.name,
@@ -418,8 +428,8 @@ def _loading(model: ModelEntry) -> dict[str, Any]:
     return {"template": model.template, "trust_remote_code": model.trust_remote_code}
 
 
-def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
-    """The stages that select and rank."""
+def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tuple[str, ...]]:
+    """The stages that select and rank, and the names of those that ask for labels."""
     pool, selector, model = chosen.pool, chosen.selector, chosen.model
     rank_options = expansion.template(
         "rank",
@@ -435,6 +445,7 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
             "selector": selector.selector,
             "model": model.reader or model.model,
             "max_length": model.max_length,
+            **_labels(chosen),
         },
     )
     _check_references(expansion, chosen, rank_options)
@@ -445,13 +456,41 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
         )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
-    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
+    rank, asked = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={}), ()
+    if selector.labels not in (0, "all"):
+        label_options = expansion.template(
+            "label", (pool.name, f"{selector.labels}"), "labels", {"ranking": "-", "labels": pool.labels}
+        )
+        made = {"ranking": (rank, "")}
+        label = expansion.stage("label", label_options, chosen.seed, pool, selector.name, made=made)
+        asked = (rank.name, label.name)
+        made = {"labels": (label, "labels.json")}
+        rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made=made)
     select_options = expansion.template(
         "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
     )
     method = f"{selector.name} {chosen.fraction:g}"
     select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
-    return select, rank
+    return select, rank, asked
+
+
+def _labels(chosen: _Choice) -> dict[str, Any]:
+    """Options of the ranking that follow from the labels that its selector is given."""
+    selector, pool = chosen.selector, chosen.pool
+    if selector.labels == 0:
+        return {}
+    if pool.labels is None:
+        raise ConfigError(
+            f"selector '{selector.name}' is given labels: give pool '{pool.name}' a 'labels', or name the selector's "
+            "'pools'"
+        )
+    if selector.labels == "all":
+        return {"labels": pool.labels}
+    if selector.labels < 2 or selector.selector["name"] != "pharmacist":
+        raise ConfigError(
+            f"selector '{selector.name}', labels {selector.labels}: only the selector pharmacist asks, for 2 or more"
+        )
+    return {"to_label": selector.labels}
 
 
 def _reads(options: Any) -> bool:

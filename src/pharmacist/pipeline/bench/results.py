@@ -138,7 +138,7 @@ def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Resu
     heights = [points[step] for step in steps]
     metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
     metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
-    selecting = [*found[cell.rank].phases.values(), *found[cell.select].phases.values()]
+    selecting = [phase for name in (*cell.asked, cell.rank, cell.select) for phase in found[name].phases.values()]
     return Result(
         cell=cell.name,
         **cell.axes,

@@ -65,9 +65,12 @@ KINDS = {
         "CurateOptions",
         "curate",
         "curate",
-        files=("pool", "safe", "harmful", "utility"),
+        files=("pool", "safe", "harmful", "utility", "labels"),
         models=("model",),
-        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format"}),
+        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
+    ),
+    "label": Kind(
+        "pharmacist.pipeline.bench.known_labels", "KnownLabelsOptions", "known_labels", "", files=("ranking", "labels")
     ),
     "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
     "align": Kind(
