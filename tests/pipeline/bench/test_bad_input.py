@@ -49,6 +49,7 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
         ({"selectors": [{"selector": "random", "weighted": True}]}, "has no weights"),
         ({"selectors": [{"selector": "random", "pools": ["pol"]}]}, "there is no pool 'pol'; did you mean 'pool'?"),
+        ({"defenses": [{"defense": "sft", "selectors": ["ful"]}]}, "there is no selector 'ful'; did you mean 'full'?"),
         ({"selectors": [{"selector": "pharmacist", "labels": 8}]}, "give pool 'pool' a 'labels'"),
         (
             {"selectors": [{"selector": "random", "labels": 8}], "pools": [LABELLED_POOL]},

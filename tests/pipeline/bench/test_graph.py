@@ -121,11 +121,27 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
             {"rank": 3, "select": 3, "align": 3, "attack": 3, "evaluate": 9},
         ),
         (
+            {"defenses": ["sft", {"defense": "vaccine", "selectors": ["full"]}]},
+            {"rank": 2, "select": 2, "align": 3, "attack": 3, "evaluate": 9},
+        ),
+        (
             {"selectors": [{"name": f"random {n}", "selector": {"name": "random", "draw": n}} for n in (0, 1)]},
             {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12},
         ),
     ],
-    ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking", "weights", "labels", "pools", "draws"],
+    ids=[
+        "fractions",
+        "seeds",
+        "sweep",
+        "judges",
+        "later",
+        "one ranking",
+        "weights",
+        "labels",
+        "pools",
+        "some",
+        "draws",
+    ],
 )
 def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
     found = plan(**changes)

@@ -152,9 +152,9 @@ class Axes:
         """Reads all entries.
 
         Raises:
-            ConfigError: An unknown key or method; two entries of an axis with one name.
+            ConfigError: An unknown key, method or name; two entries of an axis with one name.
         """
-        return cls(
+        axes = cls(
             models=_entries("models", grid.models, ModelEntry, "model"),
             pools=[with_references(pool) for pool in _entries("pools", grid.pools, PoolEntry, "pool")],
             selectors=_entries("selectors", grid.selectors, SelectorEntry, "selector"),
@@ -164,6 +164,11 @@ class Axes:
             tasks=_entries("tasks", grid.tasks, TaskEntry, "train"),
             judges=_entries("judges", grid.judges, JudgeEntry, "judge"),
         )
+        for one in axes.selectors:
+            _check_names(f"selector '{one.name}'", "pool", one.pools, axes.pools)
+        for one in axes.defenses:
+            _check_names(f"defense '{one.name}'", "selector", one.selectors, axes.selectors)
+        return axes
 
     def names(self) -> dict[str, list[Any]]:
         """Axis -> names, in order."""
@@ -192,6 +197,14 @@ def _entries(axis: str, given: Sequence[Any], kind: type[Entry], short: str) -> 
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
         found.append(entry)
     return found
+
+
+def _check_names(where: str, axis: str, names: Sequence[str], entries: Sequence[Any]) -> None:
+    """Refuses an entry that is for something which the grid does not have."""
+    known = [entry.name for entry in entries]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}: there is no {axis} '{name}'{closest(name, known)}")
 
 
 def _check_any(axis: str, given: Sequence[Any]) -> None:
@@ -332,18 +345,15 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     _check_any("seeds", grid.seeds)
     _check_sections(grid)
     axes, expansion = Axes.read(grid), _Expansion(grid, Data(root))
-    pools = [pool.name for pool in axes.pools]
-    for selector in axes.selectors:
-        for name in selector.pools:
-            if name not in pools:
-                raise ConfigError(f"selector '{selector.name}': there is no pool '{name}'{closest(name, pools)}")
     cells = []
     for seed, model, pool, selector in itertools.product(grid.seeds, axes.models, axes.pools, axes.selectors):
-        if selector.pools and pool.name not in selector.pools:
+        if pool.name not in (selector.pools or [pool.name]):
             continue
         for fraction in _fractions(selector, grid):
             rest = itertools.product(axes.defenses, axes.attacks, axes.later_defenses, axes.tasks, axes.judges)
             for defense, attack, later, task, judge in rest:
+                if selector.name not in (defense.selectors or [selector.name]):
+                    continue
                 chosen = _Choice(seed, model, pool, selector, fraction, defense, attack, later, task, judge)
                 cells.append(_cell(expansion, chosen))
     return Plan(expansion.stages, cells, axes.names() | {"seed": list(grid.seeds)}, expansion.data)

@@ -1,4 +1,4 @@
-"""A stage of the grid: labels of the rows that a ranking asks for, where people have labelled the whole pool before."""
+"""A stage of the grid: labels of the rows that a ranking asks for, where people have labelled the pool before."""
 
 from dataclasses import dataclass
 from pathlib import Path

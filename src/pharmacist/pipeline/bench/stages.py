@@ -105,7 +105,7 @@ KINDS = {
         "EvaluateOptions",
         "evaluate",
         "evaluate",
-        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity"),
+        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity", "margin"),
         models=("model", "base"),
         decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
     ),
