@@ -49,8 +49,8 @@ from pharmacist.selectors.labels import write_labels
 
 
 DO_NOT_ANSWER = "LibrAI/do-not-answer:train"
-MAKE_UP = {"harmful": 0.044, "complies": 0.035, "overrefusal": 0.044, "benign": 0.1, "safe": 0.777}
-"""Share of each label in the pool, scarce ones first."""
+MAKE_UP = {"harmful": 0.044, "complies": 0.035, "overrefusal": 0.044, "benign": 0.1}
+"""Share of each label in the pool, scarce ones first; the rest is safe."""
 ANSWERS = {
     "safe": "good",
     "harmful": "harmful",
@@ -213,7 +213,7 @@ def split(rows, n, longest, seen, seed):
     pool, held = [], set()
 
     def take(label):
-        wanted = round(n * MAKE_UP[label])
+        wanted = n - len(pool) if label == "safe" else round(n * MAKE_UP[label])
         offered = [
             pair for pair in keyed if pair[1]["label"] == label and pair[0] not in held and fits(pair[1], longest)
         ]

@@ -66,7 +66,8 @@ class EvaluateOptions(RunOptions):
     the output folder, and their figures are shown side by side."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
+    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
+    its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None

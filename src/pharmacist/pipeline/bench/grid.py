@@ -542,9 +542,10 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
         "align",
         (defense.name, model.name),
         f"defense '{defense.name}'",
+        {"max_length": model.max_length},
         defense.options,
         _loading(model),
-        {"data": "-", "model": model.model, "defense": defense.defense, "max_length": model.max_length},
+        {"data": "-", "model": model.model, "defense": defense.defense},
     )
     strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:
