@@ -68,7 +68,7 @@ DEFAULTS = {
 }
 """Name -> set of references.py, and what of it."""
 SIZES = {"safe": 128, "harmful": 60, "utility": 100, "attack": 40, "clean": 0}
-PROMPTS, PAIRS, TRAIN, TEST, LONGEST = 60, 36, 400, 100, 1200
+PROMPTS, BENIGN, PAIRS, TRAIN, TEST, LONGEST = 60, 40, 36, 400, 80, 1200
 ABOUT = ("label", "source", "action", "kind")
 TASKS = ("sst2", "agnews")
 NAMES = (
@@ -235,7 +235,7 @@ def split(rows, n, longest, seen, seed):
     held |= {key for key, *_ in pairs}
     free = [key for key in by_prompt if key not in used | held]
     risky = sample([key for key in free if key not in safe_looking], PROMPTS - len(pairs), stream("prompts"))
-    benign = sample([key for key in free if key in safe_looking], PROMPTS, stream("benign prompts"))
+    benign = sample([key for key in free if key in safe_looking], BENIGN, stream("benign prompts"))
     risky = [key for key, *_ in pairs] + risky
     held |= {*risky, *benign}
     for label in ("benign", "safe"):

@@ -220,7 +220,7 @@ def natural(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[ModuleType
     """The script, and a local copy of every set."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     script = load_script("recipes/natural.py", monkeypatch)
-    for name, value in {"PROMPTS": 12, "PAIRS": 6, "TRAIN": 160, "TEST": 8}.items():
+    for name, value in {"PROMPTS": 12, "BENIGN": 12, "PAIRS": 6, "TRAIN": 160, "TEST": 8}.items():
         monkeypatch.setattr(script, name, value)
     sets = {
         "do-not-answer": do_not_answer(60),
