@@ -164,10 +164,10 @@ class Axes:
             tasks=_entries("tasks", grid.tasks, TaskEntry, "train"),
             judges=_entries("judges", grid.judges, JudgeEntry, "judge"),
         )
-        for one in axes.selectors:
-            _check_names(f"selector '{one.name}'", "pool", one.pools, axes.pools)
-        for one in axes.defenses:
-            _check_names(f"defense '{one.name}'", "selector", one.selectors, axes.selectors)
+        for selector in axes.selectors:
+            _check_names(f"selector '{selector.name}'", "pool", selector.pools, axes.pools)
+        for defense in axes.defenses:
+            _check_names(f"defense '{defense.name}'", "selector", defense.selectors, axes.selectors)
         return axes
 
     def names(self) -> dict[str, list[Any]]:
@@ -466,16 +466,17 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tup
         )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
-    rank, asked = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={}), ()
+    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
+    asked: tuple[str, ...] = ()
     if selector.labels not in (0, "all"):
         label_options = expansion.template(
             "label", (pool.name, f"{selector.labels}"), "labels", {"ranking": "-", "labels": pool.labels}
         )
-        made = {"ranking": (rank, "")}
-        label = expansion.stage("label", label_options, chosen.seed, pool, selector.name, made=made)
+        label = expansion.stage("label", label_options, chosen.seed, pool, selector.name, made={"ranking": (rank, "")})
         asked = (rank.name, label.name)
-        made = {"labels": (label, "labels.json")}
-        rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made=made)
+        rank = expansion.stage(
+            "rank", rank_options, chosen.seed, pool, selector.name, made={"labels": (label, "labels.json")}
+        )
     select_options = expansion.template(
         "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
     )

@@ -140,7 +140,7 @@ def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Resu
     steps = sorted(curve)
     heights, margins = (_heights([curve[step] for step in steps], name) for name in ("harmful_score", "loss_margin"))
     if not heights:
-        steps = margins = []
+        steps, margins = [], []
     metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
     metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
     selecting = [phase for name in (*cell.asked, cell.rank, cell.select) for phase in found[name].phases.values()]
