@@ -188,6 +188,7 @@ class Selector(Method, ABC):
             embedder); those of an instance may depend on its options.
         uses: What it reads besides, where it is given; a grid gives it nothing else.
         weighs: Whether its scores come with weights.
+        asks: Whether `Scores.telling` says which rows a person should label.
         keeps_all: It ranks nothing, and all rows are kept.
         chance: Its order is drawn at random.
         covers: Its order covers the pool already, so that no ``diversity`` can do so again.
@@ -195,6 +196,7 @@ class Selector(Method, ABC):
 
     uses: frozenset[str] = frozenset()
     weighs: bool = False
+    asks: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False
     chance: ClassVar[bool] = False
     covers: ClassVar[bool] = False
