@@ -67,7 +67,7 @@ class GivenLora(LoraOptions):
         found._config = config
         return found
 
-    _config: ClassVar[Any] = None
+    _config = typing.cast(Any, None)  # of an instance; no option
 
     @property
     def given(self) -> Any:
