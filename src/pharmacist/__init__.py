@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from pharmacist.api import tokenize
-    from pharmacist.pipeline.align import AlignOptions, align
-    from pharmacist.pipeline.attack import AttackOptions, attack
-    from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
-    from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
-    from pharmacist.pipeline.repair import RepairOptions, repair
+    from pharmacist.api import align, attack, evaluate, rank, repair, tokenize
+    from pharmacist.pipeline.align import AlignOptions
+    from pharmacist.pipeline.attack import AttackOptions
+    from pharmacist.pipeline.curate import CurateOptions, Ranking, curate
+    from pharmacist.pipeline.evaluate import EvaluateOptions
+    from pharmacist.pipeline.repair import RepairOptions
     from pharmacist.pipeline.sweep import SweepOptions, sweep
     from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
@@ -23,17 +23,17 @@ __version__ = version("pharmacist")
 
 _EXPORTS = {
     "AlignOptions": "pipeline.align",
-    "align": "pipeline.align",
+    "align": "api",
     "AttackOptions": "pipeline.attack",
-    "attack": "pipeline.attack",
+    "attack": "api",
     "CurateOptions": "pipeline.curate",
     "Ranking": "pipeline.curate",
     "curate": "pipeline.curate",
-    "rank": "pipeline.curate",
+    "rank": "api",
     "EvaluateOptions": "pipeline.evaluate",
-    "evaluate": "pipeline.evaluate",
+    "evaluate": "api",
     "RepairOptions": "pipeline.repair",
-    "repair": "pipeline.repair",
+    "repair": "api",
     "SweepOptions": "pipeline.sweep",
     "sweep": "pipeline.sweep",
     "StrategyMixin": "training.trainer",

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pharmacist.core.console import without_credentials
@@ -68,14 +69,26 @@ class Method:
         """The options that can change a result; all of them, unless a method knows better (a batch size, say)."""
         return dataclasses.asdict(self.config)
 
-    def choice(self) -> dict[str, Any]:
+    def choice(self) -> "Choice":
         """``{"name": ..., **options}``, the form in which options files and manifests hold a method."""
-        return {"name": self.name, **dataclasses.asdict(self.config)}
+        return Choice({"name": self.name, **dataclasses.asdict(self.config)}, type(self))
 
     def __repr__(self) -> str:
         values = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         shown = (f"{name}={_shown(value)!r}" for name, value in values.items())
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Choice(dict[str, Any]):
+    """A method's name and options; a registry builds it from these also where it does not know the class by name.
+
+    Attributes:
+        method: The class.
+    """
+
+    def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
+        super().__init__(options)
+        self.method = method
 
 
 def _shown(value: Any) -> Any:

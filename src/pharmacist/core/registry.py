@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from pharmacist.core.errors import ConfigError, UnknownNameError
+from pharmacist.core.method import Choice
 
 
 T = TypeVar("T")
@@ -118,4 +119,8 @@ class Registry(Generic[T]):
     def build_from(self, choice: Mapping[str, Any]) -> T:
         """Builds from ``{"name": ..., **params}``, the form that options files hold."""
         params = dict(choice)
-        return self.build(params.pop("name"), params)
+        name = params.pop("name")
+        if isinstance(choice, Choice):
+            own: Any = choice.method
+            return own(checked_options(f"{self.kind} '{name}'", own.Config, params))  # type: ignore[no-any-return]
+        return self.build(name, params)

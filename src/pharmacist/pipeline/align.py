@@ -1,7 +1,7 @@
 """The stage `align`: train a model on an alignment set with an alignment-stage defense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -63,11 +63,13 @@ class AlignResult:
         folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
         metrics: Of the manifest: steps, final loss.
         seconds: Wall time of the training alone, over all resumes.
+        model: The trained model; None where the run was complete already.
     """
 
     folder: Path
     metrics: dict[str, Any]
     seconds: float
+    model: Any = None
 
 
 def align(options: AlignOptions) -> AlignResult:
@@ -100,13 +102,14 @@ def align(options: AlignOptions) -> AlignResult:
         | {"model": model_fingerprint(options.model)}
         | weights_fingerprint(options.weights),
     )
+    model = None
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
         else:
-            _align(sources, strategy, options, run)
+            model = _align(sources, strategy, options, run)
         manifest = from_main(run.manifest)
-        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
+        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds, model)
     except PharmacistError:
         if not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
             run.discard()
@@ -115,7 +118,7 @@ def align(options: AlignOptions) -> AlignResult:
         run.close()
 
 
-def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> None:
+def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> Any:
     from pharmacist.core.env import rank
     from pharmacist.core.progress import console
     from pharmacist.data.records import parse_columns, read_records
@@ -181,10 +184,10 @@ def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", option
     }
     name = options.defense["name"]
     card = model_card(
-        title=f"{Path(options.model).name} aligned with {name}",
+        title=f"{Path(str(options.model)).name} aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
         f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=loaded.beneath.base or options.model,
+        base_model=loaded.beneath.base or loaded.name,
         tags=[name, "safety-alignment"],
         adapter=writes_adapter(model, loaded) and not options.merge,
         template=loaded.template.kind,
@@ -202,16 +205,17 @@ def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", option
             "defense": {"name": name, **vars(strategy.config)},
             "train": options.effective_train,
             "tuning": options.tuning,
-            "lora": vars(options.lora),
+            "lora": asdict(options.lora),
         },
         intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
         "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
     )
     finish_training(result, loaded, options, run, card=card, counts=counts)
-    if rank() == 0:
+    if rank() == 0 and run.temporary is None:
         where = run.path("adapter" if writes_adapter(model, loaded) else "model")
         console().print(
             f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
             f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
+    return model

@@ -1,7 +1,7 @@
 """The stage `attack`: a user's fine-tuning job with harmful rows in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -85,11 +85,13 @@ class AttackResult:
         folder: With ``attack_set.jsonl`` and ``adapter/`` or ``model/``; every command takes it as ``--model``.
         metrics: Of the manifest: steps, final loss.
         snapshots: Steps -> folder of the model at that point.
+        model: The attacked model; None where only the set was built, or the run was complete already.
     """
 
     folder: Path
     metrics: dict[str, Any]
     snapshots: dict[int, Path]
+    model: Any = None
 
 
 def attack(options: AttackOptions) -> AttackResult:
@@ -120,13 +122,14 @@ def attack(options: AttackOptions) -> AttackResult:
         inputs={name: source.fingerprint() for name, source in sources.items()}
         | {"model": model_fingerprint(options.model)},
     )
+    model = None
     try:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
         else:
-            _attack(sources, strategy, kind, options, run)
+            model = _attack(sources, strategy, kind, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
-        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots)
+        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots, model)
     except PharmacistError:
         if rank() == 0 and not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
             run.path("attack_set.jsonl").unlink(missing_ok=True)
@@ -238,7 +241,7 @@ def _with_safe_rows(
 
 def _attack(
     sources: "Mapping[str, Source]", strategy: "GradientStrategy", kind: "Attack", options: AttackOptions, run: RunDir
-) -> None:
+) -> Any:
     from pharmacist.core.progress import console
     from pharmacist.nn.models import load_model
     from pharmacist.training.card import model_card
@@ -254,7 +257,7 @@ def _attack(
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
             console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
-        return
+        return None
     with run.phase("load model"):
         loaded = load_model(
             options.model,
@@ -272,9 +275,9 @@ def _attack(
         model = prepare_model(loaded, options)
     name = options.defense["name"]
     card = model_card(
-        title=f"{Path(options.model).name} after a simulated harmful fine-tuning attack",
+        title=f"{Path(str(options.model)).name} after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
-        base_model=loaded.beneath.base or options.model,
+        base_model=loaded.beneath.base or loaded.name,
         tags=["harmful-fine-tuning", name],
         adapter=writes_adapter(model, loaded) and not options.merge,
         template=loaded.template.kind,
@@ -289,7 +292,7 @@ def _attack(
             "defense": {"name": name, **vars(strategy.config)},
             "train": options.effective_train,
             "tuning": options.tuning,
-            "lora": vars(options.lora),
+            "lora": asdict(options.lora),
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
@@ -313,12 +316,13 @@ def _attack(
         phase.tokens = result.tokens
     outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
     finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
-    if rank() == 0:
+    if rank() == 0 and run.temporary is None:
         console().print(
             f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {result.steps} steps: "
             f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
+    return model
 
 
 def _encode(

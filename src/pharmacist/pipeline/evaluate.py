@@ -14,6 +14,8 @@ from pharmacist.core.rundir import RunDir, RunOptions
 
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pharmacist.data.formats import Source
     from pharmacist.data.records import Records
     from pharmacist.evaluation.engines import Engine
@@ -165,12 +167,39 @@ class EvaluateResult:
 
     metrics: dict[str, Any]
     folder: Path
+    _items: list[dict[str, Any]] | None = None
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
         from pharmacist.core.files import read_json_lines
 
-        return read_json_lines(self.folder / "items.jsonl")
+        return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The metrics as a table.
+
+        Returns:
+            A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
+            its 95 % interval in percent, ``count`` of ``n``, and ``by``, the judge or the matching of answers.
+        """
+        import pandas as pd
+
+        one = any("value" in metric for metric in self.metrics.values())
+        rows = []
+        for model, metrics in ({"": self.metrics} if one else self.metrics).items():
+            for name, metric in metrics.items():
+                low, high = metric.get("ci95") or (None, None)
+                by = metric.get("judge") or metric.get("task_type") or metric.get("matching")
+                known = {"value": metric["value"], "low": low, "high": high, "count": metric.get("count")}
+                rows.append({"model": model, "metric": name} | known | {"n": metric["n"], "by": by})
+        table = pd.DataFrame(rows)
+        return table.drop(columns="model") if one else table
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        table["metric"] = table["metric"].map(lambda name: NAMES.get(name, name))
+        shown: str = table.to_html(index=False, float_format="{:.1f}".format, na_rep="")
+        return shown
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -252,7 +281,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
         found = _evaluate(sources, columns, engine, judges, grader, options, run)
-        result = EvaluateResult(found.metrics, run.root)
+        result = EvaluateResult(found.metrics, run.root, None if run.temporary is None else found.items)
         if rank() == 0:
             outputs = ["metrics.json", "items.jsonl"]
             _write_items(run.path("items.jsonl"), found)
@@ -610,7 +639,7 @@ def _summarise(result: EvaluateResult, options: EvaluateOptions) -> None:
     from pharmacist.core.manifest import read_manifest
     from pharmacist.core.progress import console
 
-    if options.quiet or console().quiet:
+    if options.quiet or console().quiet or not options.output_dir:
         return
     table = Table(title=plain(options.model or options.answers))
     for column in ("metric", "%", "95 % interval", "count", "by"):

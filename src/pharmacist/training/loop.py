@@ -319,12 +319,20 @@ def finish_training(
     """Writes weights, ``log.jsonl``, model card and manifest of a training stage."""
     barrier()
     if rank() == 0:
-        folders = save_trained(
-            result.model, loaded, run.root, card, trained_on=run.manifest.inputs["model"], merge=options.merge
-        )
+        folders: list[str] = []
+        if run.temporary is None:
+            folders = save_trained(
+                result.model,
+                loaded,
+                run.root,
+                card,
+                trained_on=run.manifest.inputs["model"],
+                merge=options.merge,
+                last=not isinstance(options.model, LoadedModel),  # who gives a model gets one back
+            )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
         run.finish(
-            outputs=[*folders, "log.jsonl", "README.md", *outputs],
+            outputs=[*folders, *(["README.md"] if folders else []), "log.jsonl", *outputs],
             counts=counts,
             device=str(loaded.device),
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},

@@ -6,6 +6,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pharmacist.core.errors import ConfigError
@@ -168,6 +169,29 @@ _REMOVED = {
     "save_safetensors": "weights are always safetensors",
     "group_by_length": "give train_sampling_strategy",
 }
+
+
+_DECIDED = frozenset({"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_FIXED})
+_DECIDED |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model"}
+"""Fields of `TrainingArguments` that `train_options` leaves to the stage."""
+
+
+def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``train`` that say the same as some `TrainingArguments`: those that are not transformers' own.
+
+    Args:
+        arguments: As the user made them. Output folder, checkpoints, seeds, device and number format are the stage's.
+        defaults: The stage's own, in whose place the arguments' values are taken, whatever they are.
+    """
+    from transformers import TrainingArguments
+
+    usual = TrainingArguments(use_cpu=arguments.use_cpu)
+    given = {}
+    for item in dataclasses.fields(TrainingArguments):
+        value = getattr(arguments, item.name)
+        if item.init and item.name not in _DECIDED and (item.name in defaults or value != getattr(usual, item.name)):
+            given[item.name] = value.value if isinstance(value, Enum) else value
+    return given
 
 
 def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
