@@ -174,11 +174,13 @@ class GradientStrategy(Method):
     Attributes:
         stages: Where it can be used: ``align``, ``finetune``.
         streams: Side streams that it draws from, keys of `STREAMS`.
+        reads_outputs: Whether `objective` looks at the model's outputs, for which TRL needs a further forward pass.
         held_out: Share of the harmful rows' prompts that go to the stream ``held_out`` and not to ``harmful``.
     """
 
     stages: ClassVar[frozenset[str]] = frozenset({"align"})
     streams: tuple[str, ...] = ()
+    reads_outputs: ClassVar[bool] = True
     held_out: float = 0.0
 
     @property
@@ -221,7 +223,7 @@ class GradientStrategy(Method):
         return nullcontext()
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss as it is differentiated."""
+        """The main loss as it is differentiated; `outputs` are None unless `reads_outputs`."""
         return loss
 
     def after_backward(self, step: StepContext) -> None:

@@ -229,7 +229,7 @@ class StrategyMixin:
         if step is not None and step.weights is not None:
             trainer.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
-        own = type(self.strategy).objective is not GradientStrategy.objective
+        own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
         found = super().compute_loss(  # type: ignore[misc]
             model, dict(inputs), return_outputs=own or return_outputs, num_items_in_batch=num_items_in_batch
         )

@@ -102,6 +102,7 @@ class TVaccine(GradientStrategy):
     name = "t-vaccine"
     streams = ("harmful",)
     paper = "arXiv 2410.09760"
+    reads_outputs = False
     config: TVaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

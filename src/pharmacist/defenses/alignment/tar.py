@@ -170,6 +170,7 @@ class TAR(GradientStrategy):
     name = "tar"
     streams: tuple[str, ...] = ("harmful", "held_out", "retain")
     paper = "arXiv 2408.00761"
+    reads_outputs = False
     config: TARConfig
 
     def __post_init__(self) -> None:

@@ -69,6 +69,7 @@ class EWC(GradientStrategy):
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 1612.00796"
+    reads_outputs = False
     config: EWCConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

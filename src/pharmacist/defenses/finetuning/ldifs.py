@@ -79,6 +79,7 @@ class LDIFS(GradientStrategy):
     name = "ldifs"
     stages = frozenset({"finetune"})
     paper = "arXiv 2308.13320"
+    reads_outputs = False
     config: LDIFSConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
