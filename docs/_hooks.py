@@ -8,7 +8,6 @@ of commands.
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
@@ -73,9 +72,7 @@ HEAD = ("option", "values", "default", "meaning")
 
 def options_of(name: str) -> type[Any]:
     """The options dataclass of a command."""
-    command = COMMANDS[name]
-    found: type[Any] = getattr(import_module(command.module), command.options)
-    return found
+    return COMMANDS[name].options
 
 
 def commands() -> str:

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ DOCS = ROOT / "docs"
 
 
 def options_of(name: str) -> type[Any]:
-    command = COMMANDS[name]
-    found: type[Any] = getattr(import_module(command.module), command.options)
-    return found
+    return COMMANDS[name].options
 
 
 def commands_in(text: str) -> list[list[str]]:

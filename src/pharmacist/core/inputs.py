@@ -14,7 +14,7 @@ class Options(Protocol):
     """A command's options: a dataclass.
 
     Attributes:
-        NO_PLACES: Options whose text is a name, also where the output folder is called so.
+        NO_PLACES: Options whose text is a name, also where the output folder is called so; of base classes too.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -67,10 +67,11 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
 def _texts(options: Options, inner: bool) -> Iterator[tuple[str, str, bool]]:
     """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
     hints = get_type_hints(type(options))
+    names = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
         if get_origin(hints[name]) is not Literal:
-            itself = name not in options.NO_PLACES and (inner or not isinstance(value, Mapping))
+            itself = name not in names and (inner or not isinstance(value, Mapping))
             yield from ((where, text, itself) for where, text in _nested(name, value))
 
 

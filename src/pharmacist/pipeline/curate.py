@@ -1,135 +1,53 @@
 """The stage `curate`: rank an alignment pool, write scores, core subset and page."""
 
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any
 
-from pharmacist.core.config import method
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from rich.table import Table
+
 from pharmacist.core.console import plain
-from pharmacist.core.errors import ConfigError, DataError, PharmacistError
-from pharmacist.core.rundir import RunDir, RunOptions
-
-
-if TYPE_CHECKING:
-    import datasets
-    import numpy as np
-    import numpy.typing as npt
-    import pandas as pd
-
-    from pharmacist.data.formats import Source
-    from pharmacist.data.records import Records
-    from pharmacist.selectors.base import Scores, SelectionContext, Selector
-
-STAGE_VERSION = 4
-REFERENCES = ("safe", "harmful", "utility")
-Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
-SPREAD = frozenset({"k-center", "facility-location"})
-"""Diversities that need to know how near rows are."""
-_LATE = frozenset(
-    {"min_score", "diversity", "diversity_margin", "balance", "balance_share", "format", "fill", "labels", "to_label"}
+from pharmacist.core.env import rank as process
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import atomic_path, is_whole_tensors, read_json, remove, write_text
+from pharmacist.core.hashing import sha256_content, sha256_file
+from pharmacist.core.manifest import check_unchanged
+from pharmacist.core.progress import console, warn
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.duplicates import find_duplicates
+from pharmacist.data.formats import Source, open_source, write_rows
+from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.splits import shared_prompts
+from pharmacist.data.tokenize import rendered_rows
+from pharmacist.data.where import conditions_for, conditions_of
+from pharmacist.evaluation.prompts import category_names
+from pharmacist.nn.distributed import barrier
+from pharmacist.nn.models import model_fingerprint, resolve_device
+from pharmacist.pipeline.report import labelling, pool_categories
+from pharmacist.pipeline.stages.curate import CURATE, RANK, REFERENCES, SPREAD, CurateOptions, Diversity
+from pharmacist.report.html import render_ranking
+from pharmacist.selectors import SELECTORS
+from pharmacist.selectors.base import (
+    CRITICAL,
+    FEWEST_REFERENCES,
+    GOOD_REASONS,
+    RANKED,
+    Scores,
+    SelectionContext,
+    Selector,
+    scaled_to_mean_1,
 )
-
-
-@dataclass(kw_only=True)
-class CurateOptions(RunOptions):
-    """Rank an alignment pool and write its core subset."""
-
-    pool: str
-    """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a hub id."""
-    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Safe references: harmful prompt, refusal. A preference file gives its chosen side. Several files count as
-    several sources, of which one at a time is held out where every kind of references has several."""
-    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Harmful references: harmful prompt, harmful answer. A preference file gives its rejected side."""
-    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
-    labels: str | None = None
-    """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
-    learns from them, and no row labelled bad is selected. A finished ranking is made again in seconds."""
-    to_label: int = 40
-    """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
-    model: str | None = None
-    """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
-    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
-    """How rows are ranked; several, a+b, rank by the mean of their ranks."""
-    resume_selector: str | None = None
-    """Folder of an earlier curate whose trained selector scores this pool, without training."""
-    top: float | None = None
-    """Share of the ranked rows to select, in (0, 1]; 0.3 where neither this nor --top-k nor --min-score is given."""
-    top_k: int | None = None
-    """Number of rows to select."""
-    min_score: float | None = None
-    """Select the rows with at least this score."""
-    fill: bool = False
-    """Fill --top or --top-k with rows whose own reason speaks against them, where too few others are left."""
-    diversity: Diversity = "none"
-    """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
-    that cover the best-ranked ones, instead of the very best."""
-    diversity_margin: float = 1.5
-    """k-center and facility-location take their rows from that many times as many best-ranked ones."""
-    balance: str | None = None
-    """Column of the pool, such as category or source, of which no value may vanish from the core subset."""
-    balance_share: float = 0.5
-    """Each value of the column keeps at least this share, in (0, 1], of the rows that it would have in a proportional
-    draw, and one; 1 is a stratified selection."""
-    duplicate_threshold: float = 0.8
-    """Jaccard similarity of word shingles from which two rows are near-duplicates."""
-    columns: str | None = None
-    """The pool's own column names, as prompt=question,completion=answer; references that have them too are read so."""
-    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
-    harmful:is_safe=false."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """skip: write unreadable rows to refused.jsonl and go on."""
-    format: Literal["jsonl", "input"] = "jsonl"
-    """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the model's own where it has one, else Alpaca."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    embedder: str | None = None
-    """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
-    --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
-
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns", "balance"}
-
-    def __post_init__(self) -> None:
-        for name in REFERENCES:  # one file may be given as a text, as in a grid or from Python
-            if not isinstance(value := getattr(self, name), list):
-                setattr(self, name, [] if value is None else [value])
-        if self.to_label < 0:
-            raise ConfigError(f"--to-label {self.to_label}: must not be negative")
-        given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
-        if self.top is not None and not 0 < self.top <= 1:
-            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"--top-k {self.top_k}: must be at least 1")
-        if not 0 < self.duplicate_threshold <= 1:
-            raise ConfigError(f"--duplicate-threshold {self.duplicate_threshold}: must lie in (0, 1]")
-        if self.diversity_margin < 1:
-            raise ConfigError(f"--diversity-margin {self.diversity_margin}: must be at least 1")
-        if not 0 < self.balance_share <= 1:
-            raise ConfigError(f"--balance-share {self.balance_share}: must lie in (0, 1]")
-        if self.min_score is not None and (self.balance is not None or self.diversity in SPREAD):
-            option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
-            raise ConfigError(
-                f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k"
-            )
-        if self.max_length < 0:
-            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
-
-    @property
-    def column_map(self) -> dict[str, str] | None:
-        """`columns` as a mapping."""
-        from pharmacist.data.records import parse_columns
-
-        return parse_columns(self.columns)
+from pharmacist.selectors.embeddings import check_room, check_sentence_encoder, pool_keys
+from pharmacist.selectors.labels import read_labels, rows_to_label
+from pharmacist.selectors.subset import Spread, core_rows
 
 
 @dataclass
@@ -144,13 +62,13 @@ class Ranking:
         manifest: Manifest of the run, as JSON.
     """
 
-    records: "Records"
-    table: "pd.DataFrame"
+    records: Records
+    table: pd.DataFrame
     about: dict[str, Any]
-    to_label: "npt.NDArray[np.int64]"
+    to_label: npt.NDArray[np.int64]
     manifest: dict[str, Any] = field(default_factory=dict)
     _keep_alive: Any = None
-    _points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None
+    _points: tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None = None
 
     def select(
         self,
@@ -162,7 +80,7 @@ class Ranking:
         diversity_margin: float = 1.5,
         balance_share: float = 0.0,
         fill: bool = False,
-    ) -> "datasets.Dataset":
+    ) -> datasets.Dataset:
         """The core subset with all input columns, in input order.
 
         Args:
@@ -191,8 +109,6 @@ class Ranking:
 
     def to_parquet(self, path: str | Path) -> None:
         """Writes ``scores.parquet``."""
-        from pharmacist.core.files import atomic_path
-
         with atomic_path(path) as temporary:
             self.table.to_parquet(temporary, index=False)
 
@@ -203,9 +119,6 @@ class Ranking:
             path: The HTML file.
             labels: Known label per ranked row, where there is one (planted pools).
         """
-        from pharmacist.pipeline.report import labelling, pool_categories
-        from pharmacist.report.html import render_ranking
-
         columns = self.records.dataset.select_columns(["prompt", "completion"])
         render_ranking(
             Path(path),
@@ -233,18 +146,11 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    import json
-
-    from pharmacist.core.files import remove, write_text
-    from pharmacist.core.progress import console
-    from pharmacist.data.formats import open_source, write_rows
-    from pharmacist.nn.distributed import barrier, from_main
-
     sources = {"pool": open_source(options.pool, name="--pool")}
     for name in REFERENCES:
         for number, file in enumerate(getattr(options, name), start=1):
             sources[_source_name(name, number)] = open_source(file, name=f"--{name}")
-    selector, options = _selector(options)
+    selector = SELECTORS.build_from(options.selector)
     if not _keeps_format(sources["pool"], options):
         sources["pool"].check_json_lines()  # not when all is ranked
     if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
@@ -253,18 +159,11 @@ def curate(options: CurateOptions) -> Ranking | None:
     if options.labels is not None:  # before any work, and before the folder is touched
         with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
             _labels(_input(sources, selector, options, Path(folder))[0]["pool"], options)
-    run = RunDir.open(
-        options,
-        stage="curate",
-        version=STAGE_VERSION,
-        inputs=_fingerprints(sources, options),
-        late=_LATE,
-        late_inputs=frozenset({"labels"}),
-        reopen=options.labels is not None,
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite ranks again", soft_wrap=True)
+    inputs = _fingerprints(sources, options)
+    with CURATE.open(
+        options, inputs=inputs, methods={"selector": selector}, reopens=options.labels is not None
+    ) as run:
+        if run.complete:
             return None
         ranking = _rank(sources, selector, options, run)
         barrier()  # the first process removes the partial state that the others still read
@@ -292,12 +191,6 @@ def curate(options: CurateOptions) -> Ranking | None:
         ranking.manifest = run.manifest.model_dump(mode="json")
         _summarise(ranking, run, name)
         return ranking
-    except PharmacistError:
-        if not any(run.root.glob("work/**/*.safetensors")):  # nothing was trained or measured yet
-            run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def rank(
@@ -328,8 +221,6 @@ def rank(
     Returns:
         The ranking; `Ranking.select` gives the core subset.
     """
-    from pharmacist.data.formats import open_source
-
     sources = {"pool": open_source(pool, name="pool")}
     for name, given in {"safe": safe, "harmful": harmful, "utility": utility}.items():
         # A list of rows is one source, a list of files or datasets as many.
@@ -349,18 +240,10 @@ def rank(
         **named,
         **options,
     )
-    chosen, settings = _selector(settings)
-    run = RunDir.open(
-        settings, stage="rank", version=STAGE_VERSION, inputs=_fingerprints(sources, settings), late=_LATE
-    )
-    try:
+    chosen = SELECTORS.build_from(choice)
+    inputs = _fingerprints(sources, settings)
+    with RANK.open(settings, inputs=inputs, methods={"selector": chosen}) as run:
         ranking = _rank(sources, chosen, settings, run)
-    except PharmacistError:
-        if not any(run.root.glob("work/**/*.safetensors")):
-            run.discard()
-        raise
-    finally:
-        run.close()
     ranking.manifest = run.manifest.model_dump(mode="json")
     ranking._keep_alive = keep_alive  # the rows are memory-mapped from there
     return ranking
@@ -371,37 +254,24 @@ def _source_name(kind: str, number: int) -> str:
     return kind if number == 1 else f"{kind} {number}"
 
 
-def _labels(pool: "Records", options: CurateOptions) -> dict[int, str]:
+def _labels(pool: Records, options: CurateOptions) -> dict[int, str]:
     """Position in the pool -> reason that a person gave the row."""
-    from pharmacist.selectors.labels import read_labels
-
     if options.labels is None:
         return {}
     return read_labels(options.labels, pool.source.fingerprint(), pool.row_numbers)
 
 
-def _selector(options: CurateOptions) -> "tuple[Selector, CurateOptions]":
-    """The selector, and the options with all of its own, those left at their defaults too: they identify the run."""
-    from pharmacist.selectors import SELECTORS
-
-    selector = SELECTORS.build_from(options.selector)
-    return selector, replace(options, selector={"name": options.selector["name"], **asdict(selector.config)})
-
-
-def _keeps_format(pool: "Source", options: CurateOptions) -> bool:
+def _keeps_format(pool: Source, options: CurateOptions) -> bool:
     """Whether the selected rows are written in the pool's own format, and not as JSON lines."""
     return options.format == "input" and pool.format in {"json", "csv", "parquet"}
 
 
 def _is_main() -> bool:
-    from pharmacist.core.env import rank as process
 
     return process() == 0
 
 
-def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> dict[str, str]:
-    from pharmacist.core.hashing import sha256_content, sha256_file
-    from pharmacist.nn.models import model_fingerprint
+def _fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[str, str]:
 
     found = {name: source.fingerprint() for name, source in sources.items()}
     if options.model is not None:
@@ -416,14 +286,7 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
     return found
 
 
-def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, run: RunDir) -> Ranking:
-    import numpy as np
-
-    from pharmacist.core.progress import console, warn
-    from pharmacist.data.duplicates import find_duplicates
-    from pharmacist.nn.distributed import barrier
-    from pharmacist.selectors.base import SelectionContext
-    from pharmacist.selectors.labels import rows_to_label
+def _rank(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, run: RunDir) -> Ranking:
 
     barrier()
     with run.phase("read"):
@@ -466,8 +329,6 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     context.labels = _labels(pool, options)
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
-        from pharmacist.selectors.embeddings import pool_keys
-
         points = context.points, pool_keys(context)
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
@@ -509,11 +370,8 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
     return Ranking(records=pool, table=table, about=scores.report, to_label=to_label, _points=points)
 
 
-def _joined(records: "dict[str, Records]") -> "tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]":
+def _joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
     """References of one kind as one, and for each kind that came in several files the number of each row's file."""
-    import datasets
-    import numpy as np
-
     found: dict[str, Records] = {}
     of_source: dict[str, npt.NDArray[np.int64]] = {}
     for kind in ("pool", *REFERENCES):
@@ -530,10 +388,8 @@ def _joined(records: "dict[str, Records]") -> "tuple[dict[str, Records], dict[st
     return found, of_source
 
 
-def _changed(table: "pd.DataFrame", options: CurateOptions) -> dict[str, int]:
+def _changed(table: pd.DataFrame, options: CurateOptions) -> dict[str, int]:
     """How many rows the labels brought into the selection and out of it, against the ranking before them."""
-    import pandas as pd
-
     for folder in (options.output_dir, options.resume_selector):
         path = None if folder is None else Path(folder) / "scores.parquet"
         if path is not None and path.is_file():
@@ -543,10 +399,8 @@ def _changed(table: "pd.DataFrame", options: CurateOptions) -> dict[str, int]:
     return {}
 
 
-def _shortfall(table: "pd.DataFrame", options: CurateOptions) -> list[str]:
+def _shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     """What is to be said where the cut could not be filled, or was filled with rows that should not be in it."""
-    from pharmacist.selectors.base import GOOD_REASONS
-
     if options.min_score is not None:
         return []
     k, selected = options.top_k or _rows_of(_fraction(options, len(table)), len(table)), int(table["selected"].sum())
@@ -562,15 +416,12 @@ def _shortfall(table: "pd.DataFrame", options: CurateOptions) -> list[str]:
 
 
 def _input(
-    sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, work: Path
-) -> "tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]":
+    sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path
+) -> tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]:
     """Pool and references, how many references were left out, and each row's group.
 
     All that can be wrong with them and with the options is told here, before the work starts.
     """
-    from pharmacist.nn.models import resolve_device
-    from pharmacist.selectors.base import FEWEST_REFERENCES
-
     resolve_device(options.device)
     _check_models(selector, options)
     records, left_out = _read(sources, options, work)
@@ -587,8 +438,6 @@ def _input(
         raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
     selector.check_room(n, Path(options.output_dir))
     if options.diversity in SPREAD:
-        from pharmacist.selectors.embeddings import check_room
-
         check_room(n, Path(options.output_dir))
     groups = None if options.balance is None else _groups(records["pool"], options.balance)
     if groups is not None:
@@ -602,13 +451,9 @@ def _input(
 
 
 def _rendered(
-    context: "SelectionContext", groups: "npt.NDArray[np.str_] | None", options: CurateOptions
-) -> "tuple[Records, npt.NDArray[np.str_] | None]":
+    context: SelectionContext, groups: npt.NDArray[np.str_] | None, options: CurateOptions
+) -> tuple[Records, npt.NDArray[np.str_] | None]:
     """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
-    import numpy as np
-
-    from pharmacist.data.tokenize import rendered_rows
-
     if options.model is None:
         return context.pool, groups
     before, loaded = context.pool.row_numbers, context.model
@@ -621,10 +466,8 @@ def _rendered(
     return context.pool, None if groups is None else groups[kept]
 
 
-def _check_models(selector: "Selector", options: CurateOptions) -> None:
+def _check_models(selector: Selector, options: CurateOptions) -> None:
     """Says which model is missing before anything is read."""
-    from pharmacist.core.manifest import check_unchanged
-
     if "model" in selector.needs and options.model is None:
         raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
@@ -646,15 +489,11 @@ def _check_models(selector: "Selector", options: CurateOptions) -> None:
         _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
         selector.check_saved(saved, options.model)
     if options.embedder is not None:
-        from pharmacist.selectors.embeddings import check_sentence_encoder
-
         check_sentence_encoder()
 
 
 def _check_saved_files(folder: Path) -> None:
     """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
-    from pharmacist.core.files import is_whole_tensors, read_json
-
     for path in sorted(folder.rglob("*.json")):
         read_json(path)
     for path in sorted(folder.rglob("*.safetensors")):
@@ -662,21 +501,13 @@ def _check_saved_files(folder: Path) -> None:
             raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
 
 
-def _learns(selector: "Selector") -> bool:
+def _learns(selector: Selector) -> bool:
     """Whether a selector saves what it learns, so that a later run can go on from it."""
-    from pharmacist.selectors.base import Selector
-
     return type(selector).save is not Selector.save
 
 
-def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
+def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
     """Each row's value of a column; of several the one that is rarest in the pool, so that it keeps its rows."""
-    from collections import Counter
-
-    import numpy as np
-
-    from pharmacist.evaluation.prompts import category_names
-
     wanted = set(pool.row_numbers.tolist())
     columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
     try:
@@ -696,10 +527,8 @@ def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
     return np.array([min(names, key=lambda name: (counts[name], name)) if names else "(none)" for names in found])
 
 
-def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[str, int]]:
+def _balance(table: pd.DataFrame, options: CurateOptions) -> dict[str, dict[str, int]]:
     """Per group how many rows there are, are selected, and would be by rank alone; says where that matters."""
-    from pharmacist.core.progress import console
-
     best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
     counts = {
         str(group): {"rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0))}
@@ -717,22 +546,17 @@ def _balance(table: "pd.DataFrame", options: CurateOptions) -> dict[str, dict[st
 
 
 def _read(
-    sources: "Mapping[str, Source]", options: CurateOptions, work: Path
-) -> "tuple[dict[str, Records], dict[str, int]]":
+    sources: Mapping[str, Source], options: CurateOptions, work: Path
+) -> tuple[dict[str, Records], dict[str, int]]:
     """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
-    from pharmacist.core.env import rank as process
-    from pharmacist.data.records import read_records
-    from pharmacist.data.splits import shared_prompts
-    from pharmacist.data.where import conditions_for, conditions_of
-
     first = {name: source for name, source in sources.items() if " " not in name}
     conditions = conditions_of(options.where, first)
     conditions |= {
         name: conditions_for(options.where, name.split()[0], source) for name, source in sources.items() if " " in name
     }
 
-    def read(name: str, role: str) -> "Records":
-        source, columns = sources[name], options.column_map
+    def read(name: str, role: str) -> Records:
+        source, columns = sources[name], parse_columns(options.columns)
         if name != "pool" and columns is not None:
             first = next(source.scan(), None)
             if first is None or not set(columns.values()) <= set(first.value or ()):
@@ -764,7 +588,7 @@ def _read(
     return records, left_out
 
 
-def _rows(records: "Records") -> set[tuple[str, str]]:
+def _rows(records: Records) -> set[tuple[str, str]]:
     return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
 
 
@@ -779,18 +603,14 @@ def _rows_of(fraction: float, n: int) -> int:
 
 
 def _table(
-    pool: "Records",
-    scores: "Scores",
-    clusters: "npt.NDArray[np.int64]",
+    pool: Records,
+    scores: Scores,
+    clusters: npt.NDArray[np.int64],
     options: CurateOptions,
-    groups: "npt.NDArray[np.str_] | None",
-    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None",
-    labels: "Mapping[int, str]",
-) -> "pd.DataFrame":
-    import numpy as np
-    import pandas as pd
-
-    from pharmacist.selectors.base import CRITICAL, scaled_to_mean_1
+    groups: npt.NDArray[np.str_] | None,
+    points: tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None,
+    labels: Mapping[int, str],
+) -> pd.DataFrame:
 
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))
@@ -838,7 +658,7 @@ def _table(
 
 
 def choose(
-    table: "pd.DataFrame",
+    table: pd.DataFrame,
     fraction: float | None,
     k: int | None,
     min_score: float | None,
@@ -846,20 +666,14 @@ def choose(
     *,
     margin: float = 1.5,
     share: float = 0.0,
-    points: "tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None" = None,
+    points: tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]] | None = None,
     fill: bool = False,
-) -> "npt.NDArray[np.int64]":
+) -> npt.NDArray[np.int64]:
     """Positions in `table` of the rows to select, ascending.
 
     A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
     that a person labelled bad is never selected.
     """
-    import numpy as np
-    import pandas as pd
-
-    from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED
-    from pharmacist.selectors.subset import Spread, core_rows
-
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:
@@ -895,18 +709,12 @@ def choose(
     return np.sort(chosen.to_numpy())
 
 
-def _write_refused(path: Path, records: "Records") -> None:
-    import json
-
-    from pharmacist.core.files import write_text
+def _write_refused(path: Path, records: Records) -> None:
 
     write_text(path, "".join(json.dumps(asdict(refused), ensure_ascii=True) + "\n" for refused in records.refused))
 
 
 def _summarise(ranking: Ranking, run: RunDir, selected: str) -> None:
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
 
     counts = ranking.table.groupby(["reason", "selected"], observed=True).size().unstack(fill_value=0)
     table = Table(title=f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected")

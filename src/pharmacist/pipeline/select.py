@@ -1,29 +1,24 @@
 """The stage `select`: another share of a pool that was ranked before, without ranking it again."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.rundir import RunDir, RunOptions
+import numpy as np
+import pandas as pd
+
+from pharmacist.core.env import rank
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import atomic_path
+from pharmacist.core.hashing import sha256_file
+from pharmacist.core.manifest import check_unchanged, read_manifest
+from pharmacist.data.formats import open_source, write_rows
+from pharmacist.nn.distributed import barrier
+from pharmacist.pipeline.curate import choose
+from pharmacist.pipeline.stages.select import SELECT, SelectOptions
+from pharmacist.selectors.base import scaled_to_mean_1
 
 
-STAGE_VERSION = 3
 WEIGHTS = "weights.parquet"
 """Of the selected rows, where the ranking has weights."""
-
-
-@dataclass(kw_only=True)
-class SelectOptions(RunOptions):
-    """Write the top of a ranking."""
-
-    ranking: str
-    """Folder of a finished curate."""
-    top: float = 0.3
-    """Share of the ranked rows to select, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top <= 1:
-            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
 
 
 def select(options: SelectOptions) -> Path:
@@ -39,18 +34,6 @@ def select(options: SelectOptions) -> Path:
         DataError: The folder holds no finished ranking, or its pool has changed.
         ConfigError: The ranking's diversity needs to know how near rows are, which a folder does not hold.
     """
-    import numpy as np
-    import pandas as pd
-
-    from pharmacist.core.env import rank
-    from pharmacist.core.files import atomic_path
-    from pharmacist.core.hashing import sha256_file
-    from pharmacist.core.manifest import check_unchanged, read_manifest
-    from pharmacist.data.formats import open_source, write_rows
-    from pharmacist.nn.distributed import barrier
-    from pharmacist.pipeline.curate import choose
-    from pharmacist.selectors.base import scaled_to_mean_1
-
     ranking = read_manifest(options.ranking)
     scores = Path(options.ranking) / "scores.parquet"
     check_unchanged(options.ranking, scores.name)
@@ -60,8 +43,7 @@ def select(options: SelectOptions) -> Path:
     if pool.fingerprint() != ranking.inputs["pool"]:
         raise DataError(f"{options.ranking}: the pool {pool.label} has changed since it was ranked; rank it again")
     inputs = {"ranking": sha256_file(scores), "pool": ranking.inputs["pool"]}
-    run = RunDir.open(options, stage="select", version=STAGE_VERSION, inputs=inputs)
-    try:
+    with SELECT.open(options, inputs=inputs) as run:
         path = run.path("selected.jsonl")
         if rank() == 0 and not run.complete:
             with run.phase("select"):
@@ -84,5 +66,3 @@ def select(options: SelectOptions) -> Path:
             run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
         barrier()
         return path
-    finally:
-        run.close()

@@ -30,8 +30,8 @@ from pharmacist.pipeline.bench.options import (
     TaskEntry,
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
-from pharmacist.pipeline.curate import SPREAD
 from pharmacist.pipeline.select import WEIGHTS
+from pharmacist.pipeline.stages.curate import SPREAD
 
 
 Entry = TypeVar("Entry")
@@ -573,7 +573,7 @@ def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stag
 
 def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str, prompts_only: bool) -> Stage:
     from pharmacist.evaluation.judges import JUDGES
-    from pharmacist.pipeline.evaluate import LATE
+    from pharmacist.pipeline.stages.evaluate import EVALUATE
 
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
@@ -600,7 +600,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
     if prompts_only:
         options = with_options(options, benign_prompts=None, task=None)
     stage = expansion.stage("evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)})
-    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in LATE}
+    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
     first = expansion.answers.setdefault(sha256_json([parent.key, place, asked]), stage.name)
     if first not in (stage.name, stage.like):
         stage = replace(stage, parents=(*stage.parents, first), like=first)
