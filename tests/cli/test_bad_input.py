@@ -386,7 +386,7 @@ def test_a_saved_selector_reads_with_its_own_model_only(
 ) -> None:
     """And so with its own tokenizer; told before the pool is read."""
     assert main(curate_words(files, tmp_path / "a", *CHEAP, "--quiet")) == 0
-    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
+    monkeypatch.setattr("pharmacist.pipeline.rows.read_records", lambda *_, **__: pytest.fail("the pool was read"))
     before = fingerprints(tmp_path / "a")
     words = ["--resume-selector", str(tmp_path / "a"), "--quiet"]
     pool = {"pool": files["pool"]}

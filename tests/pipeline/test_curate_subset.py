@@ -168,7 +168,7 @@ def test_most_selectors_that_learn_from_references_need_them():
 
 def test_a_missing_extra_is_told_before_the_pool_is_read(files, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
+    monkeypatch.setattr("pharmacist.pipeline.rows.read_records", lambda *_, **__: pytest.fail("the pool was read"))
     assert curate(files, tmp_path / "out", "--selector", "k-center", "--embedder", "encoder") == 2
     assert "pip install 'pharmacist[embeddings]'" in capfd.readouterr().err
 

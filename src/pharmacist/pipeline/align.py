@@ -10,13 +10,12 @@ from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.records import parse_columns, read_records
-from pharmacist.data.tokenize import encode
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.distributed import from_main
 from pharmacist.nn.memory import PeakMemory
-from pharmacist.nn.models import load_model, model_fingerprint
+from pharmacist.nn.models import model_fingerprint
+from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.side_data import SideData
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
@@ -67,36 +66,15 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
 
     conditions = conditions_of(options.where, sources)
     with run.phase("read"):
-        records = read_records(
-            sources["data"],
-            work_dir=run.work("data", f"rows-{rank()}"),
-            columns=parse_columns(options.columns),
-            on_bad_row=options.on_bad_row,
-            where=conditions["data"],
-        )
+        records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
         records.announce()
         side = SideData.read(sources, records, strategy, options, run)
         weights = None
         if options.weights is not None:
             weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
     with run.phase("load model"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-        )
-        encoded = encode(
-            records.dataset,
-            loaded.tokenizer,
-            loaded.template,
-            on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"tokens-{rank()}"),
-            name=records.source.where,
-        )
+        loaded = load(options.model, options)
+        encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)
         streams = side.streams(encoded, loaded, run)
         model = prepare_model(loaded, options)
     if encoded.truncated:

@@ -18,15 +18,16 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.mixing import mix_safe
-from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.records import Records
 from pharmacist.data.splits import assert_disjoint, shared_prompts
 from pharmacist.data.streams import SideStream
 from pharmacist.data.tasks import open_task
-from pharmacist.data.tokenize import Encoded, encode
+from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.distributed import from_main
-from pharmacist.nn.models import LoadedModel, base_of, load_model, model_fingerprint
+from pharmacist.nn.models import LoadedModel, base_of, model_fingerprint
+from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.training.card import model_card
 from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train, writes_adapter
@@ -119,22 +120,16 @@ def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
 
-    source, place = sources[name], run.work("data", f"{sha256_text(name)[:16] if prompts_only else name}-{rank()}")
     # What the set must not share a prompt with is read whole.
-    choosing = {other: where for other, where in sources.items() if not other.startswith("disjoint:")}
-    conditions = [] if prompts_only else conditions_of(options.where, choosing)[name]
-    columns = parse_columns(options.columns)
-    if columns is not None and name not in ("task", "harmful"):  # such a file may have the usual names
-        first = next(source.scan(), None)
-        columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
-    records = read_records(
-        source,
-        work_dir=place,
-        columns=columns,
-        side="rejected" if name == "harmful" else "chosen",
-        on_bad_row=options.on_bad_row,
+    choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
+    records = read(
+        sources[name],
+        options,
+        run.work("data", sha256_text(name)[:16] if prompts_only else name),
+        harmful=name == "harmful",
+        usual_names=name not in ("task", "harmful"),
+        where=[] if prompts_only else conditions_of(options.where, choosing)[name],
         prompts_only=prompts_only,
-        where=conditions,
     )
     if not prompts_only:
         records.announce()
@@ -169,19 +164,12 @@ def _attack(
             console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
         return
     with run.phase("load model"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-            merge=options.adapter == "fresh",
-        )
-        encoded = _encode(trained, "tokens", loaded, options, run)
+        loaded = load(options.model, options, merge=options.adapter == "fresh")
+        encoded = tokenise(trained, "tokens-ids", loaded, options, run)
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
-            streams["safe"] = _stream(_encode(safe.dataset, "safe", loaded, options, run), options, loaded)
+            streams["safe"] = _stream(tokenise(safe.dataset, "safe-ids", loaded, options, run), options, loaded)
         model = prepare_model(loaded, options)
     name = options.defense["name"]
     card = model_card(
@@ -232,19 +220,6 @@ def _attack(
             f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
-
-
-def _encode(rows: datasets.Dataset, name: str, loaded: LoadedModel, options: AttackOptions, run: RunDir) -> Encoded:
-
-    return encode(
-        rows,
-        loaded.tokenizer,
-        loaded.template,
-        on_long_prompt=options.on_long_prompt,
-        on_bad_row=options.on_bad_row,
-        max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-        work_dir=run.work("data", f"{name}-ids-{rank()}"),
-    )
 
 
 def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:

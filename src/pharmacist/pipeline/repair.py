@@ -13,11 +13,10 @@ from pharmacist.core.files import write_json
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.records import parse_columns, read_records
-from pharmacist.data.tokenize import encode
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
 from pharmacist.nn.merge import merge_adapter
 from pharmacist.nn.models import LoadedModel, base_of, load_model, model_fingerprint, trained_on
+from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
 from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply, linear_weights
@@ -101,14 +100,7 @@ def _repair(
 
     name = options.method["name"]
     with run.phase("load"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-            merge=form == "weights",
-        )
+        loaded = load(options.model, options, merge=form == "weights")
         tuned = Side(loaded.model.eval(), form)
         references = _references(sources, chosen, tuned, continued, loaded, options, run)
     with run.phase("repair"):
@@ -174,24 +166,9 @@ def _references(
     if "aligned" in chosen.needs:
         references.aligned, references.update = _aligned(tuned, loaded, options)
     for name, source in sources.items():
-        records = read_records(
-            source,
-            work_dir=run.work("data", name),
-            columns=parse_columns(options.columns),
-            side="rejected" if name == "harmful" else "chosen",
-            on_bad_row=options.on_bad_row,
-        )
+        records = read(source, options, run.work("data", name), harmful=name == "harmful")
         records.announce()
-        encoded = encode(
-            records.dataset,
-            loaded.tokenizer,
-            loaded.template,
-            on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"{name}-ids"),
-            name=source.where,
-        )
+        encoded = tokenise(records.dataset, f"{name}-ids", loaded, options, run, where=source.where)
         setattr(references, name, encoded)
     return references
 

@@ -1,35 +1,21 @@
 """The command `report`: writes the page of a finished folder again, out of what lies in it and the pool it names."""
 
-import itertools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary, read_json_lines
 from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
 from pharmacist.core.progress import console
 from pharmacist.core.registry import closest
-from pharmacist.data.formats import open_source
-from pharmacist.data.records import Records, parse_columns, read_records
-from pharmacist.data.where import conditions_for
-from pharmacist.evaluation.prompts import category_names
 from pharmacist.pipeline.bench.remote import Remote
 from pharmacist.pipeline.bench.results import AXES
+from pharmacist.pipeline.curate.ranking import Ranking, read_table
 from pharmacist.pipeline.stages.report import ReportOptions
-from pharmacist.report import render_benchmark, render_demo, render_ranking
+from pharmacist.report import render_benchmark, render_demo
 from pharmacist.report.sweep import render_sweep
-from pharmacist.selectors.labels import LABELS, labels_of
 from pharmacist.worlds import World
-
-
-_FIRST = 1000
-"""Rows among which a pool with categories shows one."""
 
 
 def report(options: ReportOptions) -> str:
@@ -76,39 +62,8 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
 
 
 def _curate_page(folder: Path, manifest: RunManifest) -> None:
-
-    config = _config(folder, manifest, "pool", "columns", "on_bad_row")
-    scores = _scores(folder / "scores.parquet", "row", "score", "rank", "selected", "reason")
-    again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
-    try:
-        source = open_source(config["pool"], name="pool")
-    except DataError as error:
-        raise DataError(f"{folder}: the pool {config['pool']} is no longer there; {again}") from error
-    if source.fingerprint() != manifest.inputs.get("pool"):
-        raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
-    with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
-        records = read_records(
-            source,
-            work_dir=work,
-            columns=parse_columns(config["columns"]),
-            on_bad_row=config["on_bad_row"],
-            where=conditions_for(config.get("where", []), "pool", source),
-        )
-        # Rows that the chat template refused were not ranked.
-        records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
-        if records.row_numbers.tolist() != scores["row"].tolist():
-            raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
-        texts = records.dataset.select_columns(["prompt", "completion"])
-        asked = read_json_lines(folder / "to_label.jsonl") if (folder / "to_label.jsonl").is_file() else []
-        render_ranking(
-            folder / "report.html",
-            scores=scores,
-            texts=texts,
-            manifest=manifest.model_dump(mode="json"),
-            categories=pool_categories(records),
-            labelling=labelling(manifest.inputs["pool"], asked, scores),
-        )
-        del texts, records  # memory-mapped from the folder that goes now
+    del manifest
+    Ranking.load(folder).report(folder / "report.html")
 
 
 def demo_page(folder: Path, manifest: RunManifest) -> None:
@@ -121,7 +76,7 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
             raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
-    _scores(folder / "rank" / "scores.parquet")
+    read_table(folder / "rank" / "scores.parquet")
     # Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
     world, rows, clean = World(config["seed"]), config["rows"], config["pool"] == "clean"
     planted = world.clean_planted(rows) if clean else world.planted(rows, mislabel=config["mislabel"])
@@ -133,32 +88,6 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
         labels=[row.kind if clean else row.label for row in planted],
         categories=[[row.category] for row in planted],
     )
-
-
-def labelling(pool: str, asked: Sequence[Mapping[str, Any]], scores: pd.DataFrame) -> dict[str, Any]:
-    """What `render_ranking` needs to have rows labelled on the page.
-
-    Args:
-        pool: Fingerprint of the pool.
-        asked: Rows to label, as in ``to_label.jsonl``.
-        scores: ``scores.parquet``, which holds the labels that the ranking was made with.
-    """
-    return {"pool": pool, "rows": asked, "labels": LABELS, "known": labels_of(scores)}
-
-
-def pool_categories(records: Records) -> list[list[str]] | None:
-    """Categories of every row, out of the pool's column ``category``; None where the pool has no such column.
-
-    Args:
-        records: The pool; a row may have no category, one, or several.
-    """
-    # A pool is long, and one without categories is not read to its end.
-    columns = {"category", "categories"}
-    first = itertools.islice(records.source.scan(columns), _FIRST)
-    if not any(category_names(row.value) for row in first):
-        return None
-    wanted = set(records.row_numbers.tolist())
-    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
 
 
 def _sweep_page(folder: Path, manifest: RunManifest) -> None:
@@ -175,18 +104,6 @@ def _config(folder: Path, manifest: RunManifest, *names: str) -> dict[str, Any]:
     return manifest.config
 
 
-def _scores(path: Path, *columns: str) -> Any:
-    """A table in which these columns must be."""
-    check_ordinary(path)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
-    return table
-
-
 def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
     """Writes page and tables of a benchmark, of a partial one too.
 
@@ -194,7 +111,7 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
         DataError: ``results.parquet`` cannot be used.
         ConfigError: It has no selector of the baseline's name.
     """
-    results = _scores(folder / "results.parquet", "cell", "seed", *AXES)
+    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
     names = sorted(results["selector"].unique())
     if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")

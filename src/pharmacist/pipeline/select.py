@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 
 from pharmacist.core.env import rank
-from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.manifest import check_unchanged, read_manifest
-from pharmacist.data.formats import open_source, write_rows
+from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.curate import choose
+from pharmacist.pipeline.curate.choosing import choose
+from pharmacist.pipeline.curate.ranking import Ranking
 from pharmacist.pipeline.stages.select import SELECT, SelectOptions
 from pharmacist.selectors.base import scaled_to_mean_1
 
@@ -34,34 +33,25 @@ def select(options: SelectOptions) -> Path:
         DataError: The folder holds no finished ranking, or its pool has changed.
         ConfigError: The ranking's diversity needs to know how near rows are, which a folder does not hold.
     """
-    ranking = read_manifest(options.ranking)
-    scores = Path(options.ranking) / "scores.parquet"
-    check_unchanged(options.ranking, scores.name)
-    if ranking.stage != "curate" or ranking.status != "success":
-        raise DataError(f"{options.ranking}: no finished curate; run it first")
-    pool = open_source(ranking.config["pool"], name="pool")
-    if pool.fingerprint() != ranking.inputs["pool"]:
-        raise DataError(f"{options.ranking}: the pool {pool.label} has changed since it was ranked; rank it again")
-    inputs = {"ranking": sha256_file(scores), "pool": ranking.inputs["pool"]}
+    ranking = Ranking.load(options.ranking)
+    table, config = ranking.table, ranking.manifest["config"]
+    scores = sha256_file(Path(options.ranking) / "scores.parquet")
+    inputs = {"ranking": scores, "pool": ranking.manifest["inputs"]["pool"]}
     with SELECT.open(options, inputs=inputs) as run:
         path = run.path("selected.jsonl")
         if rank() == 0 and not run.complete:
             with run.phase("select"):
-                table = pd.read_parquet(scores)
-                config = ranking.config
                 share = config["balance_share"] if config["balance"] is not None else 0.0
-                chosen = choose(
-                    table, options.top, None, None, config["diversity"], share=share, fill=True
-                )  # the arms of a grid agree in size
+                # The arms of a grid agree in size.
+                chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=True)
                 rows = table["row"].to_numpy()[chosen]
-                write_rows(pool, rows.tolist(), path, format="jsonl")
+                write_rows(ranking.source, rows.tolist(), path, format="jsonl")
                 outputs = [path.name]
                 if "weight" in table:
                     own = table["weight"].to_numpy()[chosen]
                     scaled = scaled_to_mean_1(own, np.ones(len(own), dtype=bool))
-                    weights = pd.DataFrame({"row": rows, "weight": scaled})
                     with atomic_path(run.path(WEIGHTS)) as temporary:
-                        weights.to_parquet(temporary, index=False)
+                        pd.DataFrame({"row": rows, "weight": scaled}).to_parquet(temporary, index=False)
                     outputs.append(WEIGHTS)
             run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
         barrier()

@@ -7,18 +7,18 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source
-from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.records import Records
 from pharmacist.data.splits import prompt_keys
 from pharmacist.data.streams import PairedRows, SideStream, pair_rows
-from pharmacist.data.tokenize import Encoded, encode
+from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
 from pharmacist.nn.models import LoadedModel
+from pharmacist.pipeline.rows import read, tokenise
 from pharmacist.pipeline.stages.align import AlignOptions
 from pharmacist.training.strategy import GradientStrategy
 
@@ -73,17 +73,12 @@ class SideData:
                 f"--defense {name} needs harmful rows: give --harmful FILE, or a --data file with prompt, chosen and "
                 "rejected"
             )
-        source, columns = sources.get("harmful", sources["data"]), parse_columns(options.columns)
-        if columns is not None:
-            first = next(source.scan(), None)
-            if first is None or not set(columns.values()) <= set(first.value or ()):
-                columns = None
-        harmful = read_records(
-            source,
-            work_dir=run.work("data", f"harmful-{rank()}"),
-            columns=columns,
-            side="rejected",
-            on_bad_row=options.on_bad_row,
+        harmful = read(
+            sources.get("harmful", sources["data"]),
+            options,
+            run.work("data", "harmful"),
+            harmful=True,
+            usual_names=True,
             where=conditions_of(options.where, sources)["harmful" if "harmful" in sources else "data"],
         )
         harmful.announce()
@@ -158,15 +153,7 @@ class SideData:
     def _encode(self, rows: datasets.Dataset, name: str, loaded: LoadedModel, run: RunDir) -> Encoded:
 
         try:
-            return encode(
-                rows,
-                loaded.tokenizer,
-                loaded.template,
-                on_long_prompt=self.options.on_long_prompt,
-                on_bad_row=self.options.on_bad_row,
-                max_length=min(self.options.max_length or loaded.max_length, loaded.max_length),
-                work_dir=run.work("data", f"tokens-{name}-{rank()}"),
-            )
+            return tokenise(rows, f"tokens-{name}", loaded, self.options, run)
         except DataError as error:
             raise DataError(f"--harmful: {error}") from error
 

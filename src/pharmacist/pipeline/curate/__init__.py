@@ -1,0 +1,12 @@
+"""The stage `curate`: rank an alignment pool and select its core subset.
+
+`reading` opens and checks the inputs, `command` ranks them and writes the results, `choosing` says which rows make the
+core subset, and `ranking` holds what was found.
+"""
+
+from pharmacist.pipeline.curate.command import curate, rank
+from pharmacist.pipeline.curate.ranking import Ranking
+from pharmacist.pipeline.stages.curate import CurateOptions
+
+
+__all__ = ["CurateOptions", "Ranking", "curate", "rank"]
