@@ -13,7 +13,7 @@ import pytest
 
 import pharmacist
 from pharmacist.cli.main import COMMANDS, main
-from pharmacist.core.config import _docs, parse
+from pharmacist.core.config import docs_of, parse
 
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
-    explained = _docs(options_of(name))
+    explained = docs_of(options_of(name))
     assert [field.name for field in fields(options_of(name)) if not explained.get(field.name)] == []
 
 

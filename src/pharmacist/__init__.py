@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pharmacist.pipeline.align import align
     from pharmacist.pipeline.attack import attack
-    from pharmacist.pipeline.curate import Ranking, curate, rank
+    from pharmacist.pipeline.curate import curate, rank
     from pharmacist.pipeline.evaluate import evaluate
+    from pharmacist.pipeline.ranking import Ranking
     from pharmacist.pipeline.repair import repair
     from pharmacist.pipeline.stages.align import AlignOptions
     from pharmacist.pipeline.stages.attack import AttackOptions
@@ -43,8 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Ranking", "rank"):
-        return getattr(import_module("pharmacist.pipeline.curate"), name)
+    if name in (others := {"Ranking": "ranking", "rank": "curate"}):
+        return getattr(import_module(f"pharmacist.pipeline.{others[name]}"), name)
     if name in __all__:
         commands = import_module("pharmacist.pipeline.commands").COMMANDS
         stage = commands[name.removesuffix("Options").lower()]

@@ -249,8 +249,8 @@ CASES: dict[str, tuple[Case, str]] = {
     "another run": (other_runs_output, "out: holds a run with other top; choose another --output-dir, or --overwrite"),
     "another pool": (changed_pool, "out: holds a run with other content of pool; choose another --output-dir"),
     # --- options
-    "top 0": (options("--top", "0"), "--top 0.0: must be a share of the pool in (0, 1]"),
-    "top 1.5": (options("--top", "1.5"), "--top 1.5: must be a share of the pool in (0, 1]"),
+    "top 0": (options("--top", "0"), "--top 0: must lie in (0, 1]"),
+    "top 1.5": (options("--top", "1.5"), "--top 1.5: must lie in (0, 1]"),
     "top text": (options("--top", "third"), "--top third: must be a number"),
     "top and top-k": (options("--top", "0.3", "--top-k", "5"), "--top and --top-k exclude each other"),
     "top-k 0": (options("--top-k", "0"), "--top-k 0: must be at least 1"),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_origin, get_type_hints
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json
+from pharmacist.core.typed import flag
 
 
 class Options(Protocol):
@@ -41,10 +42,10 @@ def check_outside(root: Path, options: Options, *, within: str = "") -> None:
     for name, text, itself in _texts(options, inner):
         for place in _places(text):
             if _is_in(place, folder, itself=itself):
-                refuse(f"{_flag(within + name)} {text}", root)
+                refuse(f"{flag(within + name)} {text}", root)
             for base in _bases(place):
                 if _is_in(base, folder, itself=True):
-                    refuse(f"{_flag(within + name)} {text}: its base model {base}", root)
+                    refuse(f"{flag(within + name)} {text}: its base model {base}", root)
 
 
 def refuse(what: str, root: Path) -> None:
@@ -121,9 +122,3 @@ def _bases(place: str) -> Iterator[str]:
                 yield base
                 place = base
             break
-
-
-def _flag(name: str) -> str:
-    from pharmacist.core.config import flag
-
-    return flag(name)

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.console import without_credentials
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0, Checked, NotNegative, flag
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(Checked):
     """Options that every command has."""
 
     output_dir: str
@@ -21,7 +21,7 @@ class RunOptions:
     """Where the model runs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights and the forward passes; auto is bfloat16 on a GPU, float32 elsewhere."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: NotNegative = 30.0
     """Time between checkpoints of a training: what an interruption can cost at most; 0 saves after every step."""
     quiet: bool = False
     """No progress bars and no summary."""
@@ -30,6 +30,11 @@ class RunOptions:
 
     NO_PLACES: ClassVar[frozenset[str]] = frozenset({"output_dir"})
     """Options whose text is a name, also where the output folder is called so; those of base classes count too."""
+
+    @classmethod
+    def option_name(cls, field: str) -> str:
+        """A field as messages name it: the command line's option."""
+        return flag(field)
 
 
 @dataclass(kw_only=True)
@@ -68,12 +73,8 @@ class ModelOptions:
 class LengthOptions(ModelOptions):
     """How a model is asked that reads whole rows."""
 
-    max_length: int = 0
+    max_length: AtLeast0 = 0
     """Longest row in tokens; 0 means the model's own limit."""
-
-    def __post_init__(self) -> None:
-        if self.max_length < 0:
-            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from pharmacist.core.progress import console
 from pharmacist.core.registry import closest
 from pharmacist.pipeline.bench.remote import Remote
 from pharmacist.pipeline.bench.results import AXES
-from pharmacist.pipeline.curate.ranking import Ranking, read_table
+from pharmacist.pipeline.ranking import Ranking, read_table
 from pharmacist.pipeline.stages.report import ReportOptions
 from pharmacist.report import render_benchmark, render_demo
 from pharmacist.report.sweep import render_sweep

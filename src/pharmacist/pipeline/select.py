@@ -10,8 +10,8 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.hashing import sha256_file
 from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.curate.choosing import choose
-from pharmacist.pipeline.curate.ranking import Ranking
+from pharmacist.pipeline.choosing import choose
+from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.select import SELECT, SelectOptions
 from pharmacist.selectors.base import scaled_to_mean_1
 

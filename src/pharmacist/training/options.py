@@ -5,11 +5,14 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Lt
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import ChosenRowOptions, RunOptions, TokenOptions
 from pharmacist.core.registry import closest
+from pharmacist.core.typed import AtLeast1, Checked
 
 
 if TYPE_CHECKING:
@@ -18,24 +21,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LoraOptions:
+class LoraOptions(Checked):
     """Shape of the LoRA adapter that is trained."""
 
-    r: int = 8
+    r: AtLeast1 = 8
     """Rank."""
-    alpha: int = 16
+    alpha: AtLeast1 = 16
     """Scale: the update is multiplied by alpha / r."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: list[str] | None = None
     """Modules by the end of their names (q_proj v_proj); all linear layers but the output head by default."""
 
-    def __post_init__(self) -> None:
-        for name in ("r", "alpha"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"lora.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+    @classmethod
+    def option_name(cls, field: str) -> str:
+        """A field as messages name it."""
+        return f"lora.{field}"
 
 
 @dataclass(kw_only=True)

@@ -1,11 +1,10 @@
 """The stage `curate`: rank an alignment pool and select its core subset.
 
-`reading` opens and checks the inputs, `command` ranks them and writes the results, `choosing` says which rows make the
-core subset, and `ranking` holds what was found.
+`reading` opens and checks the inputs, `command` ranks them and writes the results, `printing` says what was found.
 """
 
 from pharmacist.pipeline.curate.command import curate, rank
-from pharmacist.pipeline.curate.ranking import Ranking
+from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CurateOptions
 
 

@@ -17,9 +17,8 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import Source, write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.curate.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
+from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
 from pharmacist.pipeline.curate.printing import show
-from pharmacist.pipeline.curate.ranking import Ranking
 from pharmacist.pipeline.curate.reading import (
     fingerprints,
     joined,
@@ -28,6 +27,7 @@ from pharmacist.pipeline.curate.reading import (
     read_inputs,
     rendered,
 )
+from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import SelectionContext, Selector

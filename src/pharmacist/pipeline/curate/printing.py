@@ -4,7 +4,7 @@ from rich.table import Table
 
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
-from pharmacist.pipeline.curate.ranking import Ranking
+from pharmacist.pipeline.ranking import Ranking
 
 
 def show(ranking: Ranking, run: RunDir, selected: str) -> None:

@@ -21,7 +21,7 @@ from pharmacist.data.tokenize import rendered_rows
 from pharmacist.data.where import conditions_for, conditions_of
 from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.models import model_fingerprint, resolve_device
-from pharmacist.pipeline.curate.choosing import number_of
+from pharmacist.pipeline.choosing import number_of
 from pharmacist.pipeline.rows import read
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector

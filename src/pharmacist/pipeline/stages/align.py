@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0
 from pharmacist.pipeline.stage import Stage
 from pharmacist.training.options import TrainingStageOptions
 
@@ -21,7 +21,7 @@ class AlignOptions(TrainingStageOptions):
     harmful: str | None = None
     """Harmful rows for the defenses that use them: harmful prompt, harmful answer. A preference file gives its
     rejected side; where --data is one, so does it."""
-    harmful_batch_size: int = 0
+    harmful_batch_size: AtLeast0 = 0
     """Harmful rows per pass; 0 means as many as alignment rows."""
     weights: str | None = None
     """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
@@ -38,11 +38,6 @@ class AlignOptions(TrainingStageOptions):
         "warmup_steps": 0.1,
         "weight_decay": 0.1,
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.harmful_batch_size < 0:
-            raise ConfigError(f"--harmful-batch-size {self.harmful_batch_size}: must not be negative")
 
 
 ALIGN = Stage(

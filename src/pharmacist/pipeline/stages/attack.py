@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast1, Fraction
 from pharmacist.pipeline.stage import Stage
 from pharmacist.training.options import TrainingStageOptions
 
@@ -21,9 +22,9 @@ class AttackOptions(TrainingStageOptions):
     """Rows with which the set is poisoned. A preference file gives its rejected side."""
     kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
     """What the set is made of."""
-    poison_ratio: float = 0.1
+    poison_ratio: Fraction = 0.1
     """Share of harmful rows in the set, in [0, 1], for the kind mix."""
-    samples: int = 1000
+    samples: AtLeast1 = 1000
     """Rows in the set."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """Fine-tuning-stage defense; sft is none."""
@@ -33,7 +34,7 @@ class AttackOptions(TrainingStageOptions):
     """Train a fresh adapter on the merged model, or go on with the adapter that the model has."""
     disjoint_from: list[str] = field(default_factory=list)
     """Files (of the defender, of the evaluation) with which the set must share no prompt; checked before training."""
-    snapshots: list[int] = field(default_factory=list)
+    snapshots: list[AtLeast1] = field(default_factory=list)
     """Also save the model after these numbers of steps, in snapshots/step-N."""
     build_only: bool = False
     """Write attack_set.jsonl and stop there."""
@@ -50,12 +51,6 @@ class AttackOptions(TrainingStageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.poison_ratio <= 1:
-            raise ConfigError(f"--poison-ratio {self.poison_ratio}: must lie in [0, 1]")
-        if self.samples < 1:
-            raise ConfigError(f"--samples {self.samples}: must be at least 1")
-        if any(step < 1 for step in self.snapshots):
-            raise ConfigError(f"--snapshots {self.snapshots}: numbers of steps start at 1")
         if self.adapter == "continue" and self.tuning == "full":
             raise ConfigError("--adapter continue: there is no adapter to continue under --tuning full; leave one out")
 

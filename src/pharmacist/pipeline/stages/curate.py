@@ -1,11 +1,14 @@
 """The stage `curate`: its options and its declaration, and that of a ranking from Python, which writes no results."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import ChosenRowOptions, LengthOptions, RunOptions
+from pharmacist.core.typed import AtLeast0, AtLeast1, Share
 from pharmacist.pipeline.stage import Stage
 
 
@@ -31,7 +34,7 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     labels: str | None = None
     """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
     learns from them, and no row labelled bad is selected. A finished ranking is made again in seconds."""
-    to_label: int = 40
+    to_label: AtLeast0 = 40
     """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
     model: str | None = None
     """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
@@ -39,9 +42,9 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     """How rows are ranked; several, a+b, rank by the mean of their ranks."""
     resume_selector: str | None = None
     """Folder of an earlier curate whose trained selector scores this pool, without training."""
-    top: float | None = None
+    top: Share | None = None
     """Share of the ranked rows to select, in (0, 1]; 0.3 where neither this nor --top-k nor --min-score is given."""
-    top_k: int | None = None
+    top_k: AtLeast1 | None = None
     """Number of rows to select."""
     min_score: float | None = None
     """Select the rows with at least this score."""
@@ -50,14 +53,14 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     diversity: Diversity = "none"
     """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
     that cover the best-ranked ones, instead of the very best."""
-    diversity_margin: float = 1.5
+    diversity_margin: Annotated[float, Ge(1)] = 1.5
     """k-center and facility-location take their rows from that many times as many best-ranked ones."""
     balance: str | None = None
     """Column of the pool, such as category or source, of which no value may vanish from the core subset."""
-    balance_share: float = 0.5
+    balance_share: Share = 0.5
     """Each value of the column keeps at least this share, in (0, 1], of the rows that it would have in a proportional
     draw, and one; 1 is a stratified selection."""
-    duplicate_threshold: float = 0.8
+    duplicate_threshold: Share = 0.8
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     format: Literal["jsonl", "input"] = "jsonl"
     """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
@@ -69,24 +72,9 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in REFERENCES:  # one file may be given as a text, as in a grid or from Python
-            if not isinstance(value := getattr(self, name), list):
-                setattr(self, name, [] if value is None else [value])
-        if self.to_label < 0:
-            raise ConfigError(f"--to-label {self.to_label}: must not be negative")
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
-        if self.top is not None and not 0 < self.top <= 1:
-            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"--top-k {self.top_k}: must be at least 1")
-        if not 0 < self.duplicate_threshold <= 1:
-            raise ConfigError(f"--duplicate-threshold {self.duplicate_threshold}: must lie in (0, 1]")
-        if self.diversity_margin < 1:
-            raise ConfigError(f"--diversity-margin {self.diversity_margin}: must be at least 1")
-        if not 0 < self.balance_share <= 1:
-            raise ConfigError(f"--balance-share {self.balance_share}: must lie in (0, 1]")
         if self.min_score is not None and (self.balance is not None or self.diversity in SPREAD):
             option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
             raise ConfigError(

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from pharmacist.core.config import flag, method
+from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import ModelOptions, RowOptions, RunOptions
+from pharmacist.core.typed import AtLeast0, AtLeast1, flag
 from pharmacist.pipeline.stage import Stage
 
 
@@ -57,9 +58,9 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
     """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
-    max_new_tokens: int = 512
+    max_new_tokens: AtLeast1 = 512
     """Longest answer in tokens."""
-    batch_size: int = 0
+    batch_size: AtLeast0 = 0
     """Prompts answered at a time; 0 means as many as fit."""
     on_long_prompt: Literal["fail", "cut"] = "fail"
     """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
@@ -71,6 +72,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     NO_PLACES: ClassVar[frozenset[str]] = frozenset({"lm_eval"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
@@ -94,10 +96,6 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
         if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.batch_size < 0:
-            raise ConfigError(f"--batch-size {self.batch_size}: must not be negative")
 
 
 EVALUATE = Stage(

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import RunOptions
+from pharmacist.core.typed import Share
 from pharmacist.pipeline.stage import Stage
 
 
@@ -13,12 +13,8 @@ class SelectOptions(RunOptions):
 
     ranking: str
     """Folder of a finished curate."""
-    top: float = 0.3
+    top: Share = 0.3
     """Share of the ranked rows to select, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top <= 1:
-            raise ConfigError(f"--top {self.top}: must be a share of the pool in (0, 1]")
 
 
 SELECT = Stage(

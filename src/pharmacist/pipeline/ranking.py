@@ -19,7 +19,7 @@ from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.where import conditions_for
 from pharmacist.evaluation.prompts import category_names
-from pharmacist.pipeline.curate.choosing import Points, choose
+from pharmacist.pipeline.choosing import Points, choose
 from pharmacist.pipeline.stages.curate import Diversity
 from pharmacist.report.html import render_ranking
 from pharmacist.selectors.labels import LABELS, labels_of
@@ -72,10 +72,10 @@ class Ranking:
         if manifest.status != "success":
             raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
         check_unchanged(folder, "scores.parquet", "to_label.jsonl")
-        table = read_table(folder / "scores.parquet", *_COLUMNS)
         config = manifest.config
         if missing := [name for name in ("pool", "columns", "on_bad_row") if name not in config]:
             raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
+        table = read_table(folder / "scores.parquet", *_COLUMNS)
         again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
         try:
             source = open_source(config["pool"], name="pool")

@@ -13,7 +13,6 @@ from pharmacist.core.progress import console
 from pharmacist.data.records import Records
 from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions
 from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
-from pharmacist.selectors.subset import Spread, core_rows
 
 
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]
@@ -118,6 +117,8 @@ def choose(
     A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
     that a person labelled bad is never selected.
     """
+    from pharmacist.selectors.subset import Spread, core_rows  # with torch, for which pages must not wait
+
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:
