@@ -83,6 +83,10 @@ def rank(options: Any) -> None:
     run_fake("rank", options)
 
 
+def label(options: Any) -> None:
+    run_fake("label", options)
+
+
 def select(options: Any) -> None:
     run_fake("select", options)
 

@@ -25,6 +25,7 @@ from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
 from pharmacist.pipeline.stages.curate import CURATE
 from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS
 from pharmacist.pipeline.stages.repair import REPAIR
 from pharmacist.pipeline.stages.select import SELECT
 
@@ -34,6 +35,7 @@ Options = TypeVar("Options", bound=RunOptions)
 
 KINDS: dict[str, Declaration] = {
     "rank": CURATE,
+    "label": KNOWN_LABELS,
     "select": SELECT,
     "align": ALIGN,
     "attack": ATTACK,

@@ -90,7 +90,7 @@ CURATE = Stage(
     example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
     "--model MODEL --top 0.3 --output-dir runs/core",
     version=4,
-    files=("pool", *REFERENCES),
+    files=("pool", *REFERENCES, "labels"),
     models=("model",),
     final=frozenset(
         {
@@ -108,6 +108,6 @@ CURATE = Stage(
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),
     again="ranks again",
-    by_axes=frozenset({"selector", "resume_selector", "top_k", "min_score", "format"}),
+    by_axes=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
 )
 RANK = replace(CURATE, name="rank", run="pharmacist.pipeline.curate:rank", final_inputs=frozenset())

@@ -26,7 +26,8 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     the output folder, and their figures are shown side by side."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
+    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
+    its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None
@@ -54,6 +55,9 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    margin: str | None = None
+    """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
+    the refusal, which no judge has to tell."""
     base: str | None = None
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
@@ -82,7 +86,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
         if self.answers is not None:
             given = [
                 flag(name)
-                for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
+                for name in ("model", "models", *PROMPTS, "perplexity", "margin", "base", "lm_eval")
                 if getattr(self, name)
             ]
             if given:
@@ -94,7 +98,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
-        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
+        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "margin", "lm_eval")):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
 
 
@@ -106,14 +110,14 @@ EVALUATE = Stage(
     example="pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
     "--harmful harmful.jsonl --output-dir runs/scores",
     version=3,
-    files=("prompts", "benign_prompts", "task", *REFERENCES, "perplexity"),
+    files=("prompts", "benign_prompts", "task", *REFERENCES, "perplexity", "margin"),
     models=("model", "base"),
     unidentifying=frozenset({"show_harmful"}),
     final=frozenset({"judge", "second_judge", "task_type", *REFERENCES}),
     final_inputs=frozenset({"judge file", "second judge file", "opponent", *REFERENCES}),
     reopens=True,
     read_again=("items.jsonl", "metrics.json"),
-    costly=tuple(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity")),
+    costly=tuple(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity", "margin")),
     again="evaluates again",
     by_axes=frozenset({"judge", "task", *REFERENCES, "compare"}),
 )
