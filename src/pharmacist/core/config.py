@@ -11,9 +11,8 @@ import copy
 import difflib
 import inspect
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -68,15 +67,8 @@ def docs_of(options: Any) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Option:
-    """One option of a command.
-
-    Attributes:
-        name: Dotted, with underscores.
-        hint: Its type.
-        item: Its field.
-        owner: The dataclass that declares it.
-    """
+class _Option:
+    """One option: its name (dotted, with underscores), its type, its field and the dataclass that declares it."""
 
     name: str
     hint: Any
@@ -85,27 +77,20 @@ class Option:
 
     @property
     def default(self) -> Any:
-        """What holds where nothing is given; `MISSING` where something must be."""
+        """`MISSING` where something must be given."""
         return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
 
     @property
-    def doc(self) -> str:
-        """What it means."""
-        return docs_of(self.owner).get(self.item.name, "")
-
-    @property
     def several(self) -> bool:
-        """Whether it takes several words."""
         return "nargs" in self.item.metadata
 
     @property
     def is_method(self) -> bool:
-        """Whether it names a method."""
         return "registry" in self.item.metadata
 
     @property
     def is_switch(self) -> bool:
-        """Whether it takes no value: ``--quiet`` or ``--no-quiet``."""
+        """Whether it needs no value: ``--quiet`` or ``--no-quiet``."""
         return self.hint is bool and "." not in self.name
 
     @property
@@ -113,47 +98,40 @@ class Option:
         """Whether keys of any name may follow, as ``--train.max_steps``."""
         return get_origin(self.hint) is dict and not self.is_method
 
-    @property
-    def choices(self) -> list[str]:
-        """Values that it can have, if they can be told."""
+    def help(self) -> str:
+        """What it means, its type and its default."""
+        doc, about = docs_of(self.owner).get(self.item.name, ""), []
         if self.is_method:
-            return registry_of(self.item).names()
-        return [str(value) for part in parts_of(self.hint) if get_origin(part) is Literal for value in get_args(part)]
-
-    @property
-    def kind(self) -> str:
-        """Name of its type, without what says that it may be left out."""
-        names = (part.__name__ if isinstance(part, type) and not get_args(part) else str(part) for part in self._kinds)
-        return " | ".join(dict.fromkeys(name.removeprefix("typing.") for name in names))
-
-    @property
-    def _kinds(self) -> list[Any]:
-        return [part for part in parts_of(self.hint) if part is not NoneType]
+            doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
+        elif not self.is_switch:
+            kinds = [kind for kind in parts_of(self.hint) if kind is not NoneType]
+            names = [
+                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else inspect.formatannotation(kind)
+                for kind in kinds
+            ]
+            about.append(f"type: {'|'.join(dict.fromkeys(names)).replace('typing.', '')}")
+        default = self.default["name"] if self.is_method else self.default
+        if default is MISSING:
+            about.append("required")
+        elif default not in (None, "", [], {}):
+            about.append(f"default: {str(default).lower() if self.is_switch else default}")
+        return f"{doc} ({', '.join(about)})".replace("%", "%%")
 
 
 @cache
-def option_table(options: Any, chosen: tuple[tuple[str, str], ...] = ()) -> dict[str, Option]:
-    """All options by name, those of dataclasses within and of the chosen methods too; a command's own ones first.
-
-    Args:
-        options: The dataclass.
-        chosen: Field and name of every method whose options are wanted.
-    """
-    return _table(options, dict(chosen), "", options)
-
-
-def _table(options: Any, chosen: Mapping[str, str], prefix: str, owner: Any) -> dict[str, Option]:
-    found: dict[str, Option] = {}
+def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str = "") -> dict[str, _Option]:
+    """Options by name, those of dataclasses within and of the chosen methods too; a command's own ones come first."""
+    found: dict[str, _Option] = {}
     inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
         name, hint = prefix + item.name, hints_of(options)[item.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            found |= _table(hint, {}, f"{name}.", hint)
+            found |= _table(hint, (), f"{name}.")
             continue
-        found[name] = Option(name, hint, item, owner)
-        if item.name in chosen and not prefix:
-            config = registry_of(item).config_type(chosen[item.name])
-            found |= _table(config, {}, f"{name}.", config)
+        found[name] = _Option(name, hint, item, options)
+        if name in dict(chosen):
+            config: Any = registry_of(item).config_type(dict(chosen)[name])
+            found |= _table(config, (), f"{name}.")
     return found
 
 
@@ -178,7 +156,7 @@ def _from_text(hint: Any, text: str) -> Any:
         return text
 
 
-def _from_file(option: Option, value: Any) -> Any:
+def _from_file(option: _Option, value: Any) -> Any:
     """What a value of a YAML file says where a value of a type is wanted."""
     if isinstance(value, str):
         return [value] if option.several else _from_text(option.hint, value)
@@ -297,9 +275,9 @@ def _parsed(
             own = config.get(name) or {}
             config[name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
     chosen = _chosen_methods(methods, config, where, line)
-    table = option_table(options, tuple(chosen.items()))
+    table = _table(options, tuple(chosen.items()))
     if "help" in line:
-        _help_parser(options, table, chosen, prog, example).print_help()
+        _print_help(options, table, prog, example)
         raise SystemExit(0)
     try:
         values = _file_values(table, config, where, prog) | {name: {"name": own} for name, own in chosen.items()}
@@ -324,14 +302,14 @@ def _chosen_methods(
         if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
             raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
         in_file = choice.get("name", item.metadata["default"])
-        chosen[name] = (line.get(name) or [[in_file]])[-1][0]
+        chosen[name] = next(iter(line[name][-1]), in_file) if name in line else in_file
         if chosen[name] == in_file:  # else another method is on the line: the file's options are not its own
             config[name] = {key: value for key, value in choice.items() if key != "name"}
     return chosen
 
 
 def _file_values(
-    table: Mapping[str, Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
+    table: Mapping[str, _Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in config.items():
@@ -349,41 +327,37 @@ def _file_values(
 
 
 def _add_line_values(
-    values: dict[str, Any], table: Mapping[str, Option], line: Mapping[str, list[list[str]]], prog: str
+    values: dict[str, Any], table: Mapping[str, _Option], line: Mapping[str, list[list[str]]], prog: str
 ) -> None:
     """Reads a command line into `values`."""
+    switches = {f"no_{name}": name for name, option in table.items() if option.is_switch}
     for name, given in line.items():
-        option = table.get(name)
-        off = table.get(name.removeprefix("no_")) if option is None else None
-        mapping = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), None)
-        words = [word for own in given for word in own]
-        if off is not None and off.is_switch:
-            name, option, words = off.name, off, ["false"]
-        elif option is None and mapping is None:
-            raise ConfigError(_unknown(name, table, prog))
-        elif option is not None and option.is_switch:
-            words = words or ["true"]
-        if not all(given) and not (option is not None and option.is_switch):
+        name, given = (switches[name], [["false"]]) if name in switches else (name, given)
+        head = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), "")
+        option = table.get(name) or (head and replace(table[head], name=name, hint=Any))
+        if not option:
+            if inner := [known for known in table if known.startswith(f"{name}.")]:
+                raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
+            nearest = _nearest(flag(name), [flag(known) for known in table], prog)
+            raise ConfigError(f"unknown option '{flag(name)}'; {nearest}")
+        given = [own or ["true"] for own in given] if option.is_switch else given
+        if not all(given):
             raise ConfigError(f"{flag(name)} needs a value")
-        if option is not None and option.several:
-            values[name] = checked(flag(name), option.hint, words)
-            continue
-        if stray := [own[1] for own in given if len(own) > 1]:
+        stray = [] if option.several else [own[1] for own in given if len(own) > 1]
+        if stray:
             raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
-        if option is None and mapping is not None:
-            values[mapping] = place = copy.deepcopy(values.get(mapping) or table[mapping].default)
-            *path, last = name.removeprefix(f"{mapping}.").split(".")
+        if option.is_method:
+            continue
+        words = [word for own in given for word in own]
+        value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
+        if head:
+            place = values[head] = copy.deepcopy(values.get(head) or table[head].default)
+            *path, last = name.removeprefix(f"{head}.").split(".")
             for key in path:
                 place = place.setdefault(key, {})
-            place[last] = checked(flag(name), Any, _from_text(Any, words[-1]))
-        elif option is not None and not option.is_method:
-            values[name] = checked(flag(name), option.hint, _from_text(option.hint, words[-1]))
-
-
-def _unknown(name: str, table: Mapping[str, Option], prog: str) -> str:
-    if inner := [known for known in table if known.startswith(f"{name}.")]:
-        return f"{flag(name)} has options of its own, such as {flag(inner[0])}"
-    return f"unknown option '{flag(name)}'; {_nearest(flag(name), [flag(known) for known in table], prog)}"
+            place[last] = value
+        else:
+            values[name] = value
 
 
 def _nearest(name: str, known: Iterable[str], prog: str) -> str:
@@ -409,40 +383,19 @@ def _gathered(
     return found
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Breaks no file name in two: examples are there to be copied."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return textwrap.fill(
-            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
-
-
-def _help_parser(
-    options: type[Any], table: Mapping[str, Option], chosen: Mapping[str, str], prog: str, example: str
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} [options]",
-        description=inspect.getdoc(options),
-        epilog=f"example: {example}",
-        formatter_class=_Formatter,
-    )
+def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, example: str) -> None:
+    about, usage = inspect.getdoc(options), f"{prog} [options]"
+    # As it is: an example is there to be copied.
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, usage, about, f"example: {example}", formatter_class=plain)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
     for option in table.values():
-        about = [] if option.is_switch or option.is_method else [f"type: {'|'.join(option.choices) or option.kind}"]
-        about += ["required"] if option.default is MISSING else []
-        if option.is_method:
-            about.append(f"default: {option.default['name']}")
-        elif option.default not in (MISSING, None, "", [], {}):
-            about.append(f"default: {str(option.default).lower() if option.is_switch else option.default}")
-        doc = f"{option.doc} One of: {', '.join(option.choices)}." if option.is_method else option.doc
-        words: dict[str, Any] = {"help": f"{doc} ({', '.join(about)})".replace("%", "%%")}
+        how: dict[str, Any] = {"metavar": option.name.rpartition(".")[2].upper()}
         if option.is_switch:
-            words |= {"action": argparse.BooleanOptionalAction}
-        else:
-            last = option.name.rpartition(".")[2].upper()
-            words |= {"metavar": "NAME" if option.is_method else "VALUE" if option.is_mapping else last}
-            words |= {"nargs": "+"} if option.several else {}
-        parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), **words)
-    return parser
+            how = {"action": argparse.BooleanOptionalAction}
+        elif option.is_method or option.is_mapping:
+            how = {"metavar": "NAME" if option.is_method else "VALUE"}
+        elif option.several:
+            how |= {"nargs": "+"}
+        parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), help=option.help(), **how)
+    parser.print_help()
