@@ -151,6 +151,29 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def head_inputs(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the hidden states that the output head is given, and lets it see the last of the first row alone.
+
+    Args:
+        head: The output head.
+
+    Yields:
+        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, 1, vocabulary].
+    """
+    seen: list[torch.Tensor] = []
+
+    def select(module: nn.Module, args: Any) -> Any:
+        seen.append(args[0])
+        return (args[0][:1, -1:], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def replayed_rng(device: torch.device) -> Iterator[None]:
     """Leaves the random state as it was, so that the next pass draws the same dropout masks."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

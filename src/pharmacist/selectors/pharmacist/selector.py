@@ -20,6 +20,7 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import CRITICAL, FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import trust
@@ -44,7 +45,6 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_losses,
     twin_reasons,
 )
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:
