@@ -20,7 +20,7 @@ BATCH = make_batch(ROWS, range(9), CPU)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes every vocabulary for a large one, and few logits at a time."""
     monkeypatch.setattr(reading, "_LARGE", 1)
-    monkeypatch.setattr(reading, "_LOGITS", {"cpu": 3 * VOCABULARY})
+    monkeypatch.setattr(reading, "_LOGITS", {"cpu": (3 * VOCABULARY, 2 * VOCABULARY)})
 
 
 class Counted:

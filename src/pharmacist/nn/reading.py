@@ -1,6 +1,7 @@
 """Losses of a forward pass without the logits of all its tokens, which are the largest tensor of a model by far.
 
-The output head runs on few positions at a time, those whose loss is read, so that its logits stay in the cache.
+The output head runs on the positions whose loss is read, some at a time, and their losses are taken fewer at a time
+still, so that logits in single precision stay in the cache.
 """
 
 from typing import Any
@@ -17,8 +18,9 @@ from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_lo
 
 _LARGE = 2**14
 """Vocabulary from which on logits are made in parts; below they are a small part of a pass."""
-_LOGITS = {"cpu": 2**22, "cuda": 2**28}
-"""Logits at a time. 16 MB in float32 fit the cache of a CPU: head and losses then take half the time."""
+_LOGITS = {"cpu": (2**24, 2**18), "cuda": (2**28, 2**28)}
+"""Logits at a time that the head makes, and of which losses are taken. On a CPU (SmolLM2, bfloat16) head and losses
+together then take half the time that they take on a whole batch."""
 _ENDS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Output head -> whether the model gives its result as it is, without a cap or a scale of logits."""
 
@@ -70,10 +72,13 @@ def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool)
     read = position < batch.lengths[:, None]
     if not prompt:
         read = read & (position >= batch.prompt_lengths[:, None])
-    states, following = states[:, :-1][read], ids[read]
-    size = max(1, _LOGITS[ids.device.type] // int(head.out_features))
-    parts = zip(states.split(size), following.split(size), strict=True)
-    found = torch.cat([target_losses(head(some), tokens) for some, tokens in parts])
+    sizes = [max(1, logits // int(head.out_features)) for logits in _LOGITS[ids.device.type]]
+    parts = [
+        target_losses(logits, tokens)
+        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)
+        for logits, tokens in zip(head(some).split(sizes[1]), following.split(sizes[1]), strict=True)
+    ]
+    found = torch.cat(parts)
     return found.new_zeros(ids.shape).masked_scatter_(read, found)
 
 
