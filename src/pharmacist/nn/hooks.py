@@ -151,20 +151,21 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def head_inputs(head: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the hidden states that the output head is given, and lets it see the last of the first row alone.
+def head_inputs(head: nn.Module, few: int) -> Iterator[list[torch.Tensor]]:
+    """Collects the hidden states that the output head is given, and lets it see some of the first row alone.
 
     Args:
         head: The output head.
+        few: How many it sees, 0 for none.
 
     Yields:
-        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, 1, vocabulary].
+        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, few, vocabulary].
     """
     seen: list[torch.Tensor] = []
 
     def select(module: nn.Module, args: Any) -> Any:
         seen.append(args[0])
-        return (args[0][:1, -1:], *args[1:])
+        return (args[0][:1, :few], *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

@@ -45,7 +45,7 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
 
     Returns:
         Shape [rows, length - 1], entry t belongs to token t + 1; padding may be 0. And the model's output, of which
-        ``logits`` may be those of a few positions.
+        ``logits`` may be left out.
     """
 
     def forward() -> Any:
@@ -56,11 +56,12 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     if head is None or small or torch.is_grad_enabled() or not _ENDS.get(head, True):
         output = forward()
         return token_losses(output.logits, batch.input_ids), output
-    with head_inputs(head) as seen:
+    known = head in _ENDS
+    with head_inputs(head, 0 if known else 1) as seen:
         output = forward()
     (states,) = seen
-    if head not in _ENDS:
-        _ENDS[head] = torch.equal(head(states[:1, -1:]), output.logits)
+    if not known:
+        _ENDS[head] = torch.equal(head(states[:1, :1]), output.logits)
         if not _ENDS[head]:
             return read_losses(model, batch, prompt=prompt, **options)
     return _in_parts(head, states, batch, prompt), output
