@@ -239,15 +239,17 @@ def test_only_some_cells(stages: Stages, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_shows_the_graph_and_its_cost(
-    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     set_quiet(False)  # whatever a command before this test has said
     changes: dict[str, Any] = {"quiet": False, "dry_run": True}
     run(tmp_path / "bench", **changes)
     text = capsys.readouterr().err
     assert "4 cells, 24 stages, 24 to run" in text
-    assert "nothing like them was measured" in text
+    assert "rank, select, align, attack, evaluate as a short test" in text and "a cell by itself: 0.0" in text
     assert not (tmp_path / "bench").exists()
+    assert list((tmp_path / "cache").rglob("*.json"))
     run(tmp_path / "bench", only="full*sft")
     stages.began()
     capsys.readouterr()

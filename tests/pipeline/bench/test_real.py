@@ -55,15 +55,19 @@ def test_weights_reach_the_training(tmp_path: Path) -> None:
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("a dry run loads no model")
+        raise AssertionError("a dry run loads no model that is not in a local folder")
 
     monkeypatch.setattr("pharmacist.nn.models.load_model", load)
 
 
-def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["bench", "--config", str(RECIPES / "embedded.yaml"), "--output-dir", str(tmp_path / "out"), "--dry-run"]
     assert main(words) == 0
-    assert "35 cells" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "35 cells" in text and "as a short test of the model on this machine has it" in text
     assert not (tmp_path / "out").exists()
 
 

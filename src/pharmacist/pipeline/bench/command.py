@@ -223,7 +223,7 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
     from pharmacist.core.progress import console
     from pharmacist.pipeline.bench.costs import estimate
 
-    costs, out = estimate(plan, waiting), console()
+    (costs, seconds), out = estimate(plan, waiting), console()
     table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
     for column in ("stage", "method"):
         table.add_column(column)
@@ -247,10 +247,19 @@ def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
     out.print(table)
     if known:
         measured = sum(stage.manifest is not None for stage in plan.stages.values())
-        out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
+        rest = [cost.kind for cost in costs if cost.seconds is not None and not cost.measured]
+        parts = [f"as measured on {measured} stages in {plan.data.root}"] if measured else []
+        parts += [f"{', '.join(dict.fromkeys(rest))} as a short test of the model on this machine has it"] * bool(rest)
+        out.print(f"hours of one device, {'; '.join(parts)}", soft_wrap=True)
+        whole = [cell for cell in plan.cells if all(name in seconds for name in cell.stages)]
+        if whole:
+            alone = sorted(sum(seconds[name] for name in cell.stages) for cell in whole)
+            span = " to ".join(dict.fromkeys(map(_hours, (alone[0], alone[-1]))))
+            out.print(f"a cell by itself: {span} hours", soft_wrap=True)
     if unknown:
         out.print(
-            f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
+            f"{unknown} stages are not in the hours: nothing like them was measured here yet, and no short test of a "
+            "model (in a local folder, of 4 GB at most) can tell; run one cell with "
             "--only 'PART OF ITS NAME', then ask again",
             soft_wrap=True,
         )

@@ -1,9 +1,11 @@
-"""What a grid will cost, from what its finished stages took."""
+"""What a grid will cost: from what its finished stages took, else as expected of this machine."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pharmacist.pipeline.bench.expectation import Expectation
 
 
 if TYPE_CHECKING:
@@ -23,10 +25,10 @@ class Cost:
         method: Theirs.
         stages: How many there are.
         waiting: How many of them are still to be run.
-        seconds: What these will take; None where nothing like them was measured.
+        seconds: What these will take; None where that cannot be told.
         tokens: What these will train on; None where that is unknown, or nothing is trained.
         tokens_per_second: As measured.
-        measured: On how many finished stages the estimate rests.
+        measured: On how many finished stages the estimate rests; 0 where it is what this machine is expected to do.
     """
 
     kind: str
@@ -46,12 +48,12 @@ class _Measured:
     seconds: float
 
 
-def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
-    """Cost by kind and method, in the order of the graph.
+def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> tuple[list[Cost], dict[str, float]]:
+    """Cost by kind and method, in the order of the graph; and seconds by the names of stages, finished ones too.
 
     Training: rows that pass through the model (rows times epochs, or steps times batch), times the tokens per row and
     over the tokens per second of finished stages of that kind and method, or of that kind with other methods where it
-    has none. All else: the mean time of such stages.
+    has none. All else: the mean time of such stages. Where there are none, see `expectation`.
     """
     manifests = {name: stage.manifest for name, stage in plan.stages.items()}
     finished = {name: found for name, found in manifests.items() if found is not None and found.status == "success"}
@@ -63,6 +65,8 @@ def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
         measured[stage.kind,].append(one)
     names = {stage.name for stage in waiting}
     costs: dict[tuple[str, str], Cost] = {}
+    seconds = {name: sum(phase.seconds for phase in found.phases.values()) for name, found in finished.items()}
+    expectation = Expectation(plan)
     for stage in plan.stages.values():
         cost = costs.setdefault((stage.kind, stage.method), Cost(stage.kind, stage.method))
         cost.stages += 1
@@ -71,9 +75,17 @@ def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
         cost.waiting += 1
         known = measured[stage.kind, stage.method] or measured[stage.kind,]
         cost.measured = len(known)
+        before = cost.seconds or 0.0
         if known:
             _add(cost, stage, known, plan, finished)
-    return list(costs.values())
+        elif (expected := expectation.of(stage)) is not None:
+            cost.seconds = before + expected[0]
+            if expected[1] is not None:
+                cost.tokens = (cost.tokens or 0) + expected[1]
+                cost.tokens_per_second = cost.tokens / cost.seconds
+        if cost.seconds is not None and cost.seconds > before:
+            seconds[stage.name] = cost.seconds - before
+    return list(costs.values()), seconds
 
 
 def _measure(

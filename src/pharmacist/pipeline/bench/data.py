@@ -93,6 +93,10 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(place, self._contents[place])
 
+    def text(self, place: str) -> str | None:
+        """Rows of the made-up world that a stage will read there; None of what is no such file."""
+        return self._texts.get(Path(place))
+
     @property
     def written(self) -> list[Path]:
         """Files that `write` writes."""
