@@ -11,35 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pharmacist.api import align, attack, evaluate, rank, repair, tokenize
-    from pharmacist.pipeline.align import AlignOptions
-    from pharmacist.pipeline.attack import AttackOptions
-    from pharmacist.pipeline.curate import CurateOptions, Ranking, curate
-    from pharmacist.pipeline.evaluate import EvaluateOptions
-    from pharmacist.pipeline.repair import RepairOptions
+    from pharmacist.pipeline.curate import curate
+    from pharmacist.pipeline.ranking import Ranking
+    from pharmacist.pipeline.stages.align import AlignOptions
+    from pharmacist.pipeline.stages.attack import AttackOptions
+    from pharmacist.pipeline.stages.curate import CurateOptions
+    from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+    from pharmacist.pipeline.stages.repair import RepairOptions
     from pharmacist.pipeline.sweep import SweepOptions, sweep
     from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
 __version__ = version("pharmacist")
-
-_EXPORTS = {
-    "AlignOptions": "pipeline.align",
-    "align": "api",
-    "AttackOptions": "pipeline.attack",
-    "attack": "api",
-    "CurateOptions": "pipeline.curate",
-    "Ranking": "pipeline.curate",
-    "curate": "pipeline.curate",
-    "rank": "api",
-    "EvaluateOptions": "pipeline.evaluate",
-    "evaluate": "api",
-    "RepairOptions": "pipeline.repair",
-    "repair": "api",
-    "SweepOptions": "pipeline.sweep",
-    "sweep": "pipeline.sweep",
-    "StrategyMixin": "training.trainer",
-    "StrategyTrainer": "training.trainer",
-    "tokenize": "api",
-}
 
 __all__ = [
     "AlignOptions",
@@ -62,7 +44,13 @@ __all__ = [
     "tokenize",
 ]
 
-
+_PLACES = {
+    "Ranking": "pipeline.ranking",
+    "StrategyMixin": "training.trainer",
+    "StrategyTrainer": "training.trainer",
+    **dict.fromkeys(("align", "attack", "evaluate", "rank", "repair", "tokenize"), "api"),
+}
+"""Where names are that no command declares."""
 _REGISTRIES = {
     "selectors": "SELECTORS",
     "defenses": "DEFENSES",
@@ -83,8 +71,12 @@ def _methods() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"pharmacist.{_EXPORTS[name]}"), name)
+    if name in _PLACES:
+        return getattr(import_module(f"pharmacist.{_PLACES[name]}"), name)
+    if name in __all__:
+        commands = import_module("pharmacist.pipeline.commands").COMMANDS
+        stage = commands[name.removesuffix("Options").lower()]
+        return stage.options if name.endswith("Options") else stage.function
     if name[:1].isupper() and (place := _methods().get(name)):
         return getattr(import_module(place.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

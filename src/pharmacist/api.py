@@ -6,7 +6,7 @@ Given the stage's options instead (``align(AlignOptions(...))``), it runs the st
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import datasets
 from peft import LoraConfig, PeftModel
@@ -21,20 +21,19 @@ from pharmacist.data.tokenize import IGNORED, encode
 from pharmacist.evaluation.judges import Judge
 from pharmacist.evaluation.tasks import Task
 from pharmacist.nn.models import LoadedModel, in_memory, load_model
-from pharmacist.pipeline import align as _align
-from pharmacist.pipeline import attack as _attack
-from pharmacist.pipeline import curate as _curate
-from pharmacist.pipeline import evaluate as _evaluate
-from pharmacist.pipeline import repair as _repair
+from pharmacist.pipeline import curate
+from pharmacist.pipeline.evaluate import EvaluateResult
+from pharmacist.pipeline.ranking import Ranking
+from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
+from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
+from pharmacist.pipeline.stages.curate import CurateOptions
+from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
+from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs.base import Repair
 from pharmacist.selectors import Selector
 from pharmacist.training.options import GivenLora, LoraOptions, TrainingStageOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 
-
-if TYPE_CHECKING:
-    from pharmacist.pipeline.curate import Ranking
-    from pharmacist.pipeline.evaluate import EvaluateResult
 
 Rows: TypeAlias = str | datasets.Dataset | Sequence[Mapping[str, Any]]
 """A path, a hub id, a dataset or a list of dicts, in any layout that the commands read."""
@@ -79,7 +78,7 @@ def rank(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     checkpoint_seconds: float = 30.0,
     output_dir: str | None = None,
-) -> "Ranking":
+) -> Ranking:
     """Ranks an alignment pool.
 
     Args:
@@ -122,42 +121,44 @@ def rank(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
-    return _curate.rank(
-        pool,
-        safe=safe,
-        harmful=harmful,
-        utility=utility,
-        labels=labels,
-        model=_model(model, tokenizer, template),
-        selector=_choice(selector),
-        top=top,
-        top_k=top_k,
-        min_score=min_score,
-        fill=fill,
-        diversity=diversity,
-        diversity_margin=diversity_margin,
-        balance=balance,
-        balance_share=balance_share,
-        duplicate_threshold=duplicate_threshold,
-        to_label=to_label,
-        embedder=embedder,
-        resume_selector=resume_selector,
-        columns=columns,
-        where=list(where),
-        on_bad_row=on_bad_row,
-        template=template,
-        max_length=max_length,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        checkpoint_seconds=checkpoint_seconds,
-        output_dir=output_dir,
+    return curate.rank(
+        CurateOptions(
+            pool=_rows(pool, "pool"),
+            safe=_several(safe, "safe"),
+            harmful=_several(harmful, "harmful"),
+            utility=_several(utility, "utility"),
+            labels=labels,
+            model=_model(model, tokenizer, template),
+            selector=_choice(selector),
+            top=top,
+            top_k=top_k,
+            min_score=min_score,
+            fill=fill,
+            diversity=diversity,
+            diversity_margin=diversity_margin,
+            balance=balance,
+            balance_share=balance_share,
+            duplicate_threshold=duplicate_threshold,
+            to_label=to_label,
+            embedder=embedder,
+            resume_selector=resume_selector,
+            columns=None if columns is None else ",".join(f"{name}={column}" for name, column in columns.items()),
+            where=list(where),
+            on_bad_row=on_bad_row,
+            template=template,
+            max_length=max_length,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            checkpoint_seconds=checkpoint_seconds,
+            output_dir=output_dir or "",
+        )
     )
 
 
 def align(
-    model: "Model | _align.AlignOptions",
+    model: Model | AlignOptions,
     data: Rows | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -208,9 +209,9 @@ def align(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
-    if isinstance(model, _align.AlignOptions):
-        return _align.align(model)
-    options = _align.AlignOptions(
+    if isinstance(model, AlignOptions):
+        return ALIGN(model)
+    options = AlignOptions(
         data=_rows(data, "data"),
         harmful=_rows(harmful, "harmful"),
         harmful_batch_size=harmful_batch_size,
@@ -222,13 +223,13 @@ def align(
         on_bad_row=on_bad_row,
         on_long_prompt=on_long_prompt,
         max_length=max_length,
-        **_training(_align.AlignOptions, model, tokenizer, args, peft_config, tuning, template, seed, output_dir),
+        **_training(AlignOptions, model, tokenizer, args, peft_config, tuning, template, seed, output_dir),
     )
-    return _trained(_align.align(options), options)
+    return _trained(ALIGN(options), options)
 
 
 def attack(
-    model: "Model | _attack.AttackOptions",
+    model: Model | AttackOptions,
     *,
     task: Rows | None = None,
     harmful: Rows | None = None,
@@ -284,9 +285,9 @@ def attack(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
-    if isinstance(model, _attack.AttackOptions):
-        return _attack.attack(model)
-    options = _attack.AttackOptions(
+    if isinstance(model, AttackOptions):
+        return ATTACK(model)
+    options = AttackOptions(
         task=_rows(task, "task"),
         harmful=_rows(harmful, "harmful"),
         safe=_rows(safe, "safe"),
@@ -301,13 +302,13 @@ def attack(
         on_bad_row=on_bad_row,
         on_long_prompt=on_long_prompt,
         max_length=max_length,
-        **_training(_attack.AttackOptions, model, tokenizer, args, peft_config, tuning, template, seed, output_dir),
+        **_training(AttackOptions, model, tokenizer, args, peft_config, tuning, template, seed, output_dir),
     )
-    return _trained(_attack.attack(options), options)
+    return _trained(ATTACK(options), options)
 
 
 def repair(
-    model: "Model | _repair.RepairOptions",
+    model: Model | RepairOptions,
     *,
     aligned: Model | None = None,
     base: Model | None = None,
@@ -348,9 +349,9 @@ def repair(
     Raises:
         PharmacistError: Models that do not belong together, or nothing to repair.
     """
-    if isinstance(model, _repair.RepairOptions):
-        return _repair.repair(model)
-    options = _repair.RepairOptions(
+    if isinstance(model, RepairOptions):
+        return REPAIR(model)
+    options = RepairOptions(
         model=_model(model, tokenizer, template),
         aligned=_model(aligned, tokenizer, template),
         base=_model(base, tokenizer, template),
@@ -366,11 +367,11 @@ def repair(
         seed=seed,
         output_dir=output_dir or "",
     )
-    return _trained(_repair.repair(options), options)
+    return _trained(REPAIR(options), options)
 
 
 def evaluate(
-    model: "Model | _evaluate.EvaluateOptions",
+    model: Model | EvaluateOptions,
     *,
     prompts: Rows | None = None,
     benign_prompts: Rows | None = None,
@@ -392,7 +393,7 @@ def evaluate(
     template: Template = "auto",
     seed: int = 0,
     output_dir: str | None = None,
-) -> "EvaluateResult":
+) -> EvaluateResult:
     """Measures harmful score, over-refusal and fine-tune accuracy of a model, with intervals.
 
     Args:
@@ -424,12 +425,12 @@ def evaluate(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
-    if isinstance(model, _evaluate.EvaluateOptions):
-        return _evaluate.evaluate(model)
     given = {"prompts": prompts, "benign_prompts": benign_prompts, "task": task, "perplexity": perplexity}
     given |= {"safe": safe, "harmful": harmful, "utility": utility}
-    return _evaluate.evaluate(
-        _evaluate.EvaluateOptions(
+    found: EvaluateResult = EVALUATE(
+        model
+        if isinstance(model, EvaluateOptions)
+        else EvaluateOptions(
             model=_model(model, tokenizer, template),
             base=_model(base, tokenizer, template),
             **{name: _rows(value, name) for name, value in given.items()},
@@ -446,6 +447,7 @@ def evaluate(
             output_dir=output_dir or "",
         )
     )
+    return found
 
 
 def tokenize(
@@ -491,6 +493,13 @@ def _model(model: Any, tokenizer: PreTrainedTokenizerBase | None, template: str)
 def _rows(rows: Any, name: str) -> Any:
     """What stands for rows in a stage's options: a name, or the opened rows."""
     return rows if rows is None or isinstance(rows, str) else open_source(rows, name=name)
+
+
+def _several(rows: Any, name: str) -> list[Any]:
+    """Likewise for references: a list of rows is one source, one of files or datasets are as many."""
+    if isinstance(rows, list | tuple) and not all(isinstance(row, Mapping) for row in rows):
+        return [_rows(one, name) for one in rows]
+    return [] if rows is None else [_rows(rows, name)]
 
 
 def _choice(method: Choice | Method) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pharmacist.core.console import without_credentials
+from pharmacist.core.typed import Given
 
 
 @dataclasses.dataclass
@@ -79,7 +80,7 @@ class Method:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-class Choice(dict[str, Any]):
+class Choice(Given, dict[str, Any]):
     """A method's name and options; a registry builds it from these also where it does not know the class by name.
 
     Attributes:

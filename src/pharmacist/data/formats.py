@@ -34,6 +34,7 @@ from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_file
+from pharmacist.core.typed import Given
 from pharmacist.data.compression import SUFFIXES, check_magic, compressed, open_bytes, split_suffix
 
 
@@ -73,7 +74,7 @@ def place(number: int, line: int | None) -> str:
     return f"row {number}" if line is None else f"line {line} (row {number})"
 
 
-class Source(ABC):
+class Source(Given, ABC):
     """Rows from somewhere.
 
     Attributes:
