@@ -1,12 +1,12 @@
 """Byte streams over plain, gzip and zstd files."""
 
 import gzip
+import hashlib
 import io
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -44,29 +44,50 @@ def check_magic(path: Path, where: str) -> None:
         raise DataError(f"{where}: is no {compression} file although its name says so; rename it or compress it again")
 
 
+class HashedFile(io.FileIO):
+    """A file that is hashed while it is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._digest = hashlib.sha256()
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads and hashes."""
+        count = super().readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def sha256(self) -> str:
+        """Hex sha256 of the file; reads what is left of it."""
+        rest = bytearray(1 << 20)
+        while self.readinto(rest):
+            pass
+        return self._digest.hexdigest()
+
+
 @contextmanager
-def open_bytes(path: Path, where: str) -> Iterator[BinaryIO]:
+def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterator[BinaryIO]:
     """Opens a file for reading, decompressed.
+
+    Args:
+        path: The file; its name says how it is compressed.
+        where: How messages begin.
+        file: The same file, opened in another way, which is closed in the end.
 
     Raises:
         DataError: The compressed data end early or are damaged.
     """
     compression = split_suffix(path)[1]
-    if compression is None:
-        with path.open("rb", buffering=1 << 20) as plain:
+    with io.BufferedReader(file or io.FileIO(path), 1 << 20) as plain:
+        if compression is None:
             yield plain
-        return
-    try:
-        if compression == "gzip":
-            with gzip.open(path, "rb") as zipped:
-                yield cast(BinaryIO, zipped)
-        else:
-            with pa.input_stream(str(path), compression="zstd") as stream:
+            return
+        try:
+            with pa.CompressedInputStream(plain, compression) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{where}: damaged {compression} data ({' '.join(str(error).split())}); copy or compress the file again"
-        ) from error
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{where}: damaged {compression} data ({reason}); copy or compress it again") from error
 
 
 @contextmanager

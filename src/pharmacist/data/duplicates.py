@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.data.records import normalised_prompt, visible
+from pharmacist.data.normalise import normalised_prompt, visible
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.records import prompt_key
+from pharmacist.data.normalise import prompt_key
 
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ import xxhash
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
-from pharmacist.data.records import Records, Refused
+from pharmacist.data.records import Records
+from pharmacist.data.refusals import Refused
 from pharmacist.data.templates import Template, conversation, refusal
 
 

@@ -247,12 +247,13 @@ def curate(options: CurateOptions) -> Ranking | None:
     selector, options = _selector(options)
     if not _keeps_format(sources["pool"], options):
         sources["pool"].check_json_lines()  # not when all is ranked
-    if options.overwrite:  # what an earlier run left is deleted only when the new input is known to be usable
-        with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
-            _input(sources, selector, options, Path(folder))
-    if options.labels is not None:  # before any work, and before the folder is touched
-        with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
-            _labels(_input(sources, selector, options, Path(folder))[0]["pool"], options)
+    early = scratch = None
+    if (
+        options.overwrite or options.labels is not None
+    ):  # the folder is touched only when the input is known to be good
+        scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
+        early = _input(sources, selector, options, Path(scratch.name))
+        _labels(early[0]["pool"], options)
     run = RunDir.open(
         options,
         stage="curate",
@@ -266,7 +267,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         if from_main(run.complete):
             console().print(f"{run.root}: complete already; --overwrite ranks again", soft_wrap=True)
             return None
-        ranking = _rank(sources, selector, options, run)
+        ranking = _rank(sources, selector, options, run, early)
+        ranking._keep_alive = scratch
         barrier()  # the first process removes the partial state that the others still read
         if not _is_main():
             return None
@@ -416,7 +418,14 @@ def _fingerprints(sources: "Mapping[str, Source]", options: CurateOptions) -> di
     return found
 
 
-def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: CurateOptions, run: RunDir) -> Ranking:
+def _rank(
+    sources: "Mapping[str, Source]",
+    selector: "Selector",
+    options: CurateOptions,
+    run: RunDir,
+    early: "tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None] | None" = None,
+) -> Ranking:
+    """Ranks the pool; `early` is the input where it was read before the run began."""
     import numpy as np
 
     from pharmacist.core.progress import console, warn
@@ -427,7 +436,7 @@ def _rank(sources: "Mapping[str, Source]", selector: "Selector", options: Curate
 
     barrier()
     with run.phase("read"):
-        records, left_out, groups = _input(sources, selector, options, run.work("data"))
+        records, left_out, groups = early or _input(sources, selector, options, run.work("data"))
         records, of_source = _joined(records)
     for read in records.values():
         read.announce()
@@ -677,15 +686,13 @@ def _groups(pool: "Records", column: str) -> "npt.NDArray[np.str_]":
 
     from pharmacist.evaluation.prompts import category_names
 
-    wanted = set(pool.row_numbers.tolist())
     columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
     try:
-        for row in pool.source.scan({column}) if column in columns or not columns else ():
-            if row.number in wanted and row.value is not None:
-                columns |= dict.fromkeys(row.value)
-                value = row.value.get(column)
-                plain = isinstance(value, bool | int | float)
-                found.append([str(value)] if plain else category_names(row.value, (column,)))
+        for row in pool.originals({column}) if column in columns or not columns else ():
+            columns |= dict.fromkeys(row)
+            value = row.get(column)
+            plain = isinstance(value, bool | int | float)
+            found.append([str(value)] if plain else category_names(row, (column,)))
     except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
         raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
     if column not in columns:
@@ -744,6 +751,7 @@ def _read(
             side="rejected" if role.split()[0] == "harmful" else "chosen",
             on_bad_row=options.on_bad_row,
             where=conditions[name],
+            keep=name == "pool",
         )
 
     records = {name: read(name, name) for name in sources}

@@ -511,6 +511,7 @@ def _read(
             prompts_only=name in ("answers", "prompts", "benign_prompts"),
             columns={to: column for to, column in columns[name].items() if to != "answer"},
             side="rejected" if name == "harmful" else "chosen",
+            keep=name in ("answers", "prompts"),
         )
         for name, source in sources.items()
     }
@@ -523,7 +524,7 @@ def _given(records: "Records", column: str, options: EvaluateOptions) -> "tuple[
         DataError: Rows without the column, or with something else than text or null in it.
     """
     from pharmacist.data.formats import place
-    from pharmacist.data.records import Refused
+    from pharmacist.data.refusals import Refused
     from pharmacist.evaluation.generate import Answer
 
     answers: list[Answer] = []

@@ -106,6 +106,7 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
             columns=parse_columns(config["columns"]),
             on_bad_row=config["on_bad_row"],
             where=conditions_for(config.get("where", []), "pool", source),
+            keep=True,
         )
         # Rows that the chat template refused were not ranked.
         records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
@@ -175,12 +176,9 @@ def pool_categories(records: "Records") -> list[list[str]] | None:
     from pharmacist.evaluation.prompts import category_names
 
     # A pool is long, and one without categories is not read to its end.
-    columns = {"category", "categories"}
-    first = itertools.islice(records.source.scan(columns), _FIRST)
-    if not any(category_names(row.value) for row in first):
-        return None
-    wanted = set(records.row_numbers.tolist())
-    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
+    names = map(category_names, records.originals({"category", "categories"}))
+    first = list(itertools.islice(names, _FIRST))
+    return [*first, *names] if any(first) else None
 
 
 def _sweep_page(folder: Path, manifest: "RunManifest") -> None:

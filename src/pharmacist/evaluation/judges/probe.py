@@ -40,7 +40,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.hashing import sha256_folder, sha256_json
 from pharmacist.core.progress import console
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Rows, Verdict
 from pharmacist.evaluation.text import DENSE, LOOSE, TOKEN, is_degenerate, is_empty, word_count
 

@@ -18,7 +18,7 @@ from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predi
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import track
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.selectors.pharmacist import requests
 from pharmacist.selectors.pharmacist.questions import (
     PERTINENT,
