@@ -9,7 +9,8 @@ import torch
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.seeding import derive
-from pharmacist.data.tokenize import Encoded, collate
+from pharmacist.data.batches import collate
+from pharmacist.data.tokenize import Encoded
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""From canonical rows to token ids, and from token ids to batches.
+"""From canonical rows to token ids.
 
 A row is the ids of its rendered prompt, then the ids of its completion, tokenised by themselves, then EOS. Because the
 two are joined as ids, the border is exact whatever a tokenizer would merge across it; masks come from lengths, so that
@@ -17,7 +17,6 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 import xxhash
 
 from pharmacist.core.errors import CompatibilityError, DataError
@@ -30,9 +29,6 @@ from pharmacist.data.templates import Template, conversation, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Label of positions without a target."""
 
 _SCHEMA = pa.schema(
     [
@@ -356,28 +352,3 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[l
     )
     ids: Iterator[list[int]] = iter(encoded["input_ids"])
     return [[token for _ in parts for token in next(ids)] for parts in pieces]
-
-
-def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
-    """Pads rows on the right into a batch.
-
-    Args:
-        items: Rows with ``input_ids`` and ``n_prompt``.
-        pad_token_id: Fills `input_ids`; masks and labels never depend on it.
-        multiple_of: The padded length is a multiple of this.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape [rows, length]; a label is its token on the
-        completion and its EOS, and `IGNORED` on prompt and padding.
-    """
-    longest = max(len(item["input_ids"]) for item in items)
-    shape = (len(items), -(-longest // multiple_of) * multiple_of)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for i, item in enumerate(items):
-        ids = torch.from_numpy(np.array(item["input_ids"], dtype=np.int64))  # a copy: the original is a read-only map
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
-        labels[i, item["n_prompt"] : len(ids)] = ids[item["n_prompt"] :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
