@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -28,9 +29,6 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.data.normalise import normalised_prompt, visible
 
-
-if TYPE_CHECKING:
-    import datasets
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.uint64]
@@ -49,7 +47,7 @@ _SALT = np.array([0x27D4EB2F165667C5, 0x85EBCA77C2B2AE63], dtype=np.uint64)
 
 
 def find_duplicates(
-    rows: "datasets.Dataset",
+    rows: datasets.Dataset,
     *,
     threshold: float = 0.8,
     num_perm: int = 128,
@@ -79,7 +77,7 @@ def find_duplicates(
 
 
 class _Finder:
-    def __init__(self, rows: "datasets.Dataset", threshold: float, num_perm: int, folder: Path) -> None:
+    def __init__(self, rows: datasets.Dataset, threshold: float, num_perm: int, folder: Path) -> None:
         self.rows = rows.select_columns(["prompt", "completion"]).with_format("arrow")
         self.threshold, self.num_perm, self.folder = threshold, num_perm, folder
         self.bands, self.band_rows = choose_bands(threshold, num_perm)

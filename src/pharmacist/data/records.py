@@ -17,7 +17,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
 from pharmacist.data.formats import Row, Source
-from pharmacist.data.formats.kept import KeptRows, keeping
+from pharmacist.data.formats.kept import KeptRows
 from pharmacist.data.formats.text import TextFile
 from pharmacist.data.layouts import BadRow, Canonical, RowReader
 from pharmacist.data.normalise import is_blank, prompt_key
@@ -197,9 +197,9 @@ def read_records(
     total = filtered = 0
     path = Path(work_dir) / "rows.arrow"
     with ExitStack() as stack:
-        kept = None
-        if keep and isinstance(source, TextFile):
-            kept = stack.enter_context(keeping(source, path.with_name("kept.arrow")))
+        kept = KeptRows() if keep and isinstance(source, TextFile) else None
+        if kept is not None:
+            stack.enter_context(kept.written_to(path.with_name("kept.arrow")))
         file = stack.enter_context(pa.OSFile(str(stack.enter_context(atomic_path(path))), "wb"))
         rows = _Buffer(stack.enter_context(pa.ipc.new_stream(file, SCHEMA)), kept)
         progress = stack.enter_context(bar(f"read {source.name}"))
@@ -226,7 +226,7 @@ def read_records(
     assert reader.layout is not None
     return Records(
         dataset=datasets.Dataset.from_file(str(path)),
-        source=kept or source,
+        source=source.with_kept(kept) if isinstance(source, TextFile) and kept else source,
         layout=reader.layout,
         refused=refusals.rows,
         filtered=filtered,

@@ -1,8 +1,9 @@
 """Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,9 +13,6 @@ from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
 from pharmacist.data.tokenize import Encoded
 
-
-if TYPE_CHECKING:
-    import datasets
 
 IntArray = npt.NDArray[np.int64]
 
@@ -94,9 +92,7 @@ class PairedRows:
         return having, _batch(self.encoded, partners, self.pad_token_id, self.device)
 
 
-def pair_rows(
-    alignment: "datasets.Dataset", harmful: "datasets.Dataset", by: Literal["prompt", "row"]
-) -> dict[int, int]:
+def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row"]) -> dict[int, int]:
     """Finds the harmful partner of each alignment row.
 
     Args:

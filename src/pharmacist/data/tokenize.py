@@ -22,6 +22,7 @@ import xxhash
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
+from pharmacist.data.formats.base import named
 from pharmacist.data.records import Records
 from pharmacist.data.refusals import Refused
 from pharmacist.data.templates import Template, conversation, refusal
@@ -39,7 +40,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _BATCH = 1024
-_NAMED = 10
 _SKIP = ", leave them out with --on-bad-row skip"
 
 
@@ -141,13 +141,13 @@ def encode(
         raise DataError(about + refusal(state.not_rendered, "" if on_bad_row is None else _SKIP))
     if state.with_control:
         warn(
-            f"{about}{len(state.with_control)} of {len(rows)} rows ({_named(state.with_control)}) have control tokens "
+            f"{about}{len(state.with_control)} of {len(rows)} rows ({named(state.with_control)}) have control tokens "
             "of the model in their text, which are read as plain text"
         )
     if state.refused and on_long_prompt == "fail":
         raise DataError(
             f"{about}the prompt alone fills all {max_length} tokens in {len(state.refused)} rows "
-            f"({_named(state.refused)}); shorten or delete them, or raise max_length where the model allows it"
+            f"({named(state.refused)}); shorten or delete them, or raise max_length where the model allows it"
         )
     if not len(table):
         raise DataError(f"{about}no row is left to work on")
@@ -202,10 +202,6 @@ class _Counts:
     not_rendered: dict[int, str] = field(default_factory=dict)
     with_control: list[int] = field(default_factory=list)
     cut_prompts: list[int] = field(default_factory=list)
-
-
-def _named(rows: Sequence[int]) -> str:
-    return f"row {', '.join(map(str, rows[:_NAMED]))}" + (", ..." if len(rows) > _NAMED else "")
 
 
 def _without_middle(ids: list[int], length: int) -> list[int]:

@@ -44,6 +44,11 @@ def place(number: int, line: int | None) -> str:
     return f"row {number}" if line is None else f"line {line} (row {number})"
 
 
+def named(numbers: Sequence[int], most: int = 10) -> str:
+    """How a message names several rows, of which a few are enough."""
+    return f"row {', '.join(map(str, numbers[:most]))}" + (", ..." if len(numbers) > most else "")
+
+
 def ascending(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
     """Row numbers as an array.
 
@@ -111,33 +116,30 @@ class Source(ABC):
         """
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Reads all rows.
+        """Numbers and values of all rows.
 
         Raises:
             DataError: Some row cannot be read.
         """
-        for row in self.scan():
-            if row.value is None:
-                raise self._unusable(row)
-            yield row.number, row.value
+        return ((row.number, row.value or {}) for row in self.pick())
 
-    def pick(self, numbers: Iterable[int], columns: Collection[str] | None = None) -> Iterator[Row]:
-        """The rows with these numbers, which must ascend.
+    def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """The rows with these numbers, or all, none of which may be unreadable.
 
         Args:
-            numbers: From 0.
+            numbers: From 0, ascending.
             columns: As in `scan`.
 
         Raises:
             DataError: A row cannot be read, or is not there (the file has changed).
         """
-        for row in self._among(self.scan(columns), numbers):
-            if row.value is None:
-                raise self._unusable(row)
-            yield row
+        return map(self._usable, self._among(self.scan(columns), numbers))
 
-    def _among(self, rows: Iterator[Row], numbers: Iterable[int]) -> Iterator[Row]:
-        """Those of all rows that have these numbers."""
+    def _among(self, rows: Iterator[Row], numbers: Iterable[int] | None) -> Iterator[Row]:
+        """Those of the rows that have these numbers, or all."""
+        if numbers is None:
+            yield from rows
+            return
         wanted = iter(ascending(numbers).tolist())
         target = next(wanted, None)
         for row in rows if target is not None else ():
@@ -148,8 +150,10 @@ class Source(ABC):
         if target is not None:
             raise self._no_row(target)
 
-    def _unusable(self, row: Row) -> DataError:
-        return DataError(f"{self.where}: {place(row.number, row.line)} {row.reason}; mend or delete it")
+    def _usable(self, row: Row) -> Row:
+        if row.reason is not None:
+            raise DataError(f"{self.where}: {place(row.number, row.line)} {row.reason}; mend or delete it")
+        return row
 
     def _no_row(self, number: int) -> DataError:
         return DataError(f"{self.where}: has no row {number}; has it changed since it was read?")

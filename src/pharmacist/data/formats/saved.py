@@ -49,7 +49,9 @@ class SavedDataset(Source):
                 f"{self.where}: damaged Arrow data after row {number} ({short(error)}); save it again"
             ) from error
 
-    def pick(self, numbers: Iterable[int], columns: Collection[str] | None = None) -> Iterator[Row]:
+    def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        if numbers is None:
+            return self.scan(columns)
         chosen = [int(number) for number in numbers]
         if chosen and chosen[-1] >= len(self._data):
             raise self._no_row(chosen[-1])

@@ -1,5 +1,6 @@
 """Files whose rows have bytes of their own, which are copied as they are; JSON lines and CSV."""
 
+import copy
 import csv
 import re
 from abc import abstractmethod
@@ -11,8 +12,9 @@ from typing import Any, BinaryIO
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_file
 from pharmacist.data.compression import HashedFile, open_bytes
-from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
 from pharmacist.data.formats.json_text import json_row, spelled, why_no_json
+from pharmacist.data.formats.kept import KeptRows
 
 
 BOM = b"\xef\xbb\xbf"
@@ -37,6 +39,8 @@ class FileSource(Source):
 class TextFile(FileSource):
     """A text file, split into the bytes of its rows and parsed row by row."""
 
+    _kept: KeptRows | None = None
+
     @abstractmethod
     def split(self, file: BinaryIO) -> Iterator[Row]:
         """Rows with their bytes, and with their values where the format tells rows apart only by parsing them."""
@@ -60,24 +64,29 @@ class TextFile(FileSource):
 
     def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
         """All rows or those with these numbers (ascending), as `split` gives them."""
+        if self._kept is not None:
+            wanted = None if numbers is None else ascending(numbers)
+            yield from self._among(self._kept.rows(wanted), wanted)
+            return
         with self.open() as file:
-            rows = self.split(file)
-            yield from rows if numbers is None else self._among(rows, numbers)
+            yield from self._among(self.split(file), numbers)
+
+    def with_kept(self, rows: KeptRows) -> "TextFile":
+        """The source when it was read and its usable rows were kept: gives them without reading the file again."""
+        source = copy.copy(self)
+        source._kept = rows
+        return source
 
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         return map(self._parsed, self.unparsed())
 
-    def _parsed(self, row: Row) -> Row:
-        if row.value is not None or row.reason is not None or row.raw is None:
-            return row
-        value, reason = self.parse(row.raw)
-        return Row(row.number, row.line, value, reason, row.raw)
+    def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        return (self._usable(self._parsed(row)) for row in self.unparsed(numbers))
 
-    def pick(self, numbers: Iterable[int], columns: Collection[str] | None = None) -> Iterator[Row]:
-        for row in map(self._parsed, self.unparsed(numbers)):
-            if row.value is None:
-                raise self._unusable(row)
-            yield row
+    def _parsed(self, row: Row) -> Row:
+        if row.value is not None or row.raw is None or row.reason is not None:
+            return row
+        return Row(row.number, row.line, *self.parse(row.raw), row.raw)
 
     def _doubtful_columns(self) -> list[str] | None:
         return []  # text is copied as it is
@@ -85,12 +94,7 @@ class TextFile(FileSource):
     def _encoded(self, numbers: Sequence[int], format: str) -> Iterator[bytes]:
         if format != self.format:
             return super()._encoded(numbers, format)
-        return self.join(self._bytes(row) for row in self.unparsed(numbers))
-
-    def _bytes(self, row: Row) -> bytes:
-        if row.raw is None or row.reason is not None:
-            raise self._unusable(row)
-        return row.raw
+        return self.join(self._usable(row).raw or b"" for row in self.unparsed(numbers))
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
