@@ -30,6 +30,12 @@ def cut(
         start += size
 
 
+def without_middle(ids: Sequence[int], length: int) -> list[int]:
+    """The first and the last ids of a row, so many in all: what frames a prompt stays whole."""
+    head = length // 2
+    return [*ids[:head], *ids[len(ids) - (length - head) :]]
+
+
 def pad(
     ids: Sequence[Sequence[int] | npt.NDArray[np.int32]], fill: int = 0, *, left: bool = False, multiple_of: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,9 @@
 """Byte streams over plain, gzip and zstd files."""
 
-import gzip
 import hashlib
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -97,12 +96,8 @@ def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
     The same content gives the same bytes: no time and no name is stored.
     """
     compression = split_suffix(target)[1]
-    with path.open("wb") as file:
-        if compression == "gzip":
-            with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as zipped:
-                yield cast(IO[bytes], zipped)
-        elif compression == "zstd":
-            with pa.CompressedOutputStream(file, "zstd") as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield file
+    with (
+        path.open("wb") as file,
+        nullcontext(file) if compression is None else pa.CompressedOutputStream(file, compression) as stream,
+    ):
+        yield cast(IO[bytes], stream)

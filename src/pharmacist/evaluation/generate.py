@@ -20,7 +20,7 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
-from pharmacist.data.batches import cut, pad
+from pharmacist.data.batches import cut, pad, without_middle
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.reasoning import ENDED, FRAME, MARKER, begun, separate
@@ -108,12 +108,8 @@ def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int)
         The prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
-    cut = [len(row) >= context for row in ids]
-    short = [
-        [*row[: room // 2], *row[len(row) - (room - room // 2) :]] if too_long else list(row)
-        for row, too_long in zip(ids, cut, strict=True)
-    ]
-    return short, sum(cut)
+    too_long = [len(row) >= context for row in ids]
+    return [without_middle(row, room) if len(row) >= context else list(row) for row in ids], sum(too_long)
 
 
 def generate(
