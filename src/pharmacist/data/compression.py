@@ -15,7 +15,7 @@ from pharmacist.core.errors import DataError
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 """File suffix -> compression."""
 
-_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 def split_suffix(path: Path) -> tuple[str, str | None]:
@@ -34,13 +34,12 @@ def check_magic(path: Path, where: str) -> None:
     """Refuses a file whose first bytes belong to another compression than its name says."""
     with path.open("rb") as file:
         start = file.read(4)
-    compression = split_suffix(path)[1]
-    for kind, magic in _MAGIC.items():
-        if start.startswith(magic) and compression != kind:
-            suffix = next(s for s, k in SUFFIXES.items() if k == kind)
-            raise DataError(f"{where}: holds {kind} data under another name; rename it to end in {suffix}")
-    if compression is not None and start and not start.startswith(_MAGIC[compression]):
-        raise DataError(f"{where}: is no {compression} file although its name says so; rename it or compress it again")
+    told = split_suffix(path)[1]
+    suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
+    if suffix and SUFFIXES[suffix] != told:
+        raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
+    if start and told and not suffix:
+        raise DataError(f"{where}: is no {told} file although its name says so; rename it or compress it again")
 
 
 class HashedFile(io.FileIO):

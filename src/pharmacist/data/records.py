@@ -137,16 +137,13 @@ def last_requests(rows: datasets.Dataset) -> datasets.Dataset:
     if all(batch["turns"].null_count == len(batch["turns"]) for batch in turns.iter(_FLUSH_ROWS)):
         return rows
 
+    def last(turns: str | None, whole: str) -> tuple[str, str | None]:
+        request = json.loads(turns)[-1]["content"] if turns else ""
+        return (whole, turns) if is_blank(request) or request == whole else (request, None)
+
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        prompts = []
-        for turns, whole in zip(batch["turns"], batch["prompt"], strict=True):
-            last = json.loads(turns)[-1]["content"] if turns else ""
-            prompts.append(whole if is_blank(last) else last)
-        kept = [
-            turns if own == whole else None
-            for own, whole, turns in zip(prompts, batch["prompt"], batch["turns"], strict=True)
-        ]
-        return {"prompt": prompts, "turns": kept}
+        found = [last(*row) for row in zip(batch["turns"], batch["prompt"], strict=True)]
+        return {"prompt": [prompt for prompt, _ in found], "turns": [turns for _, turns in found]}
 
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

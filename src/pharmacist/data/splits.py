@@ -6,23 +6,12 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats.base import named
-from pharmacist.data.normalise import prompt_key
 
 
 def prompt_keys(rows: datasets.Dataset) -> npt.NDArray[np.uint64]:
-    """`records.prompt_key` of every row, shape [rows]."""
-    if "prompt_key" in rows.column_names:
-        parts = [table.column(0).to_numpy() for table in _tables(rows, "prompt_key")]
-    else:
-        parts = [
-            np.array([prompt_key(prompt) for prompt in table.column(0).to_pylist()], dtype=np.uint64)
-            for table in _tables(rows, "prompt")
-        ]
-    return np.concatenate([np.empty(0, dtype=np.uint64), *parts])
-
-
-def _tables(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    return rows.select_columns([column]).with_format("arrow").iter(4096)
+    """`normalise.prompt_key` of every row, shape [rows]."""
+    tables = rows.select_columns(["prompt_key"]).with_format("arrow").iter(4096)
+    return np.concatenate([np.empty(0, dtype=np.uint64), *(table.column(0).to_numpy() for table in tables)])
 
 
 def shared_prompts(a: datasets.Dataset, b: datasets.Dataset) -> npt.NDArray[np.int64]:

@@ -86,10 +86,8 @@ class PairedRows:
             Which of `rows` have one (positions in it), and the batch of these; None where none has.
         """
         having = [position for position, row in enumerate(rows) if row in self.partners]
-        if not having:
-            return having, None
         partners = [self.partners[rows[position]] for position in having]
-        return having, _batch(self.encoded, partners, self.pad_token_id, self.device)
+        return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
 
 
 def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row"]) -> dict[int, int]:

@@ -229,19 +229,9 @@ def _write(sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, 
                 key = xxhash.xxh3_64_intdigest(ids.tobytes(), seed=n_prompt)
                 kept.append((row["row"], ids, n_prompt, key))
             if kept:
-                out.write_batch(_record_batch(kept))
+                out.write_batch(pa.record_batch(list(map(list, zip(*kept, strict=True))), schema=_SCHEMA))
             progress.advance(len(batch))
     return counts
-
-
-def _record_batch(kept: list[tuple[int, npt.NDArray[np.int32], int, int]]) -> pa.RecordBatch:
-    numbers, ids, prompts, keys = zip(*kept, strict=True)
-    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)))
-    return pa.record_batch(
-        [pa.array(numbers, pa.int64()), tokens, pa.array(prompts, pa.int32()), pa.array(keys, pa.uint64())],
-        schema=_SCHEMA,
-    )
 
 
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
