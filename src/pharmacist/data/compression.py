@@ -1,4 +1,4 @@
-"""Byte streams over plain, gzip and zstd files."""
+"""Byte streams over plain, gzip and zstd files, by Arrow: fsspec needs a further package for zstd."""
 
 import hashlib
 import io

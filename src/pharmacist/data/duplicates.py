@@ -7,6 +7,7 @@ a stock refusal under another prompt, or another answer to the same long prompt,
 Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets,
 chapter 3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with
 the pool is a few numbers per row; signatures and band keys lie on disk, and one band is in memory at a time.
+Signatures are datasketch's; bands are ours, for its MinHashLSH takes 7 kB of memory a row (136 MB for 20 000 rows).
 """
 
 import os
