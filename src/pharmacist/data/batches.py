@@ -10,6 +10,8 @@ import torch
 
 IGNORED = -100
 """Label of positions without a target."""
+TOKENS_PER_BATCH = 65_536
+"""Most padded tokens of a batch, rows x longest row; of an answer's batch the new tokens count too."""
 
 
 def cut(

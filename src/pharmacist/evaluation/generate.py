@@ -20,15 +20,13 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
-from pharmacist.data.batches import cut, pad, without_middle
+from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.reasoning import ENDED, FRAME, MARKER, begun, separate
 from pharmacist.nn.distributed import barrier
 
 
-TOKENS_PER_BATCH = 65_536
-"""Bound of a batch's rows x (longest prompt + new tokens); halved where it does not fit into a GPU's memory."""
 ROWS_PER_BATCH = 128
 """Bound of a batch's rows where none is asked for."""
 _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
