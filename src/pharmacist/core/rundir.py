@@ -48,7 +48,7 @@ class RunOptions:
     """Options whose text is a name, also where the output folder is called so."""
 
 
-_NOT_IN_KEY = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet", "overwrite"})
+_NOT_IN_KEY = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:

@@ -27,8 +27,7 @@ class ReportOptions:
     """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
 
     run: str = field(metadata={"first": True})
-    """Folder of a finished curate, demo or sweep, or of a bench, or the URL of a bench; as the first word it needs no
-    --run."""
+    """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
     baseline: str | None = None
     """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
     quiet: bool = False
@@ -39,25 +38,16 @@ def report(options: ReportOptions) -> str:
     """Writes ``report.html`` of a finished folder again.
 
     Returns:
-        Path of the page, or its URL.
+        Path of the page.
 
     Raises:
         DataError: The folder is no finished run, or the pool is not what it was when it was ranked.
         ConfigError: The folder is of a command that writes no page, or the grid has no such baseline.
     """
     from pharmacist.core.progress import console
-    from pharmacist.pipeline.bench.remote import Remote
 
-    remote = Remote.of(options.run, option="--run")
-    if remote is None:
-        _write_page(Path(options.run), options)
-    else:
-        with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
-            folder = Path(work)
-            remote.get(["manifest.json", "results.parquet"], folder)
-            _write_page(folder, options)
-            remote.put(folder, ["report.html", "tables.md", "tables.tex"])
-    page = f"{remote.url if remote else Path(options.run)}/report.html"
+    _write_page(Path(options.run), options)
+    page = f"{Path(options.run)}/report.html"
     console().print(f"page {page}", soft_wrap=True)
     return page
 

@@ -1,20 +1,20 @@
 """The command `bench`: runs what a grid still needs and writes the table of results."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.rundir import RunDir
 from pharmacist.pipeline.bench.options import BenchOptions
 
 
 if TYPE_CHECKING:
+    from pharmacist.pipeline.bench.executors import Executor
     from pharmacist.pipeline.bench.grid import Plan
-    from pharmacist.pipeline.bench.remote import Remote
     from pharmacist.pipeline.bench.results import Result
     from pharmacist.pipeline.bench.stages import Outcome, Stage
 
@@ -32,7 +32,7 @@ class BenchResult:
     Attributes:
         rows: Content of ``results.parquet``.
         ran: Names of the stages that this call ran.
-        folder: Where everything lies; of a benchmark at a URL the table and the page.
+        folder: Where everything lies.
     """
 
     rows: "list[Result]"
@@ -48,118 +48,93 @@ def bench(options: BenchOptions) -> BenchResult:
         StagesFailed: Some stages failed.
     """
     from pharmacist.core.env import rank
-    from pharmacist.core.progress import bar, console
-    from pharmacist.nn.distributed import barrier, from_main
+    from pharmacist.core.progress import console
+    from pharmacist.nn.distributed import from_main
     from pharmacist.pipeline.bench.executors import EXECUTORS
     from pharmacist.pipeline.bench.grid import expand
-    from pharmacist.pipeline.bench.remote import Remote
     from pharmacist.pipeline.bench.results import collect
 
-    remote = Remote.of(options.output_dir)
-    root = Path(options.output_dir if remote is None else options.work_dir or remote.work_dir).resolve()
+    root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
-    _look(plan, remote)
+    waiting = plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
     if options.dry_run:
-        waiting = plan.waiting(options.only)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
-    plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
-    run = _open(options, plan, remote)
-    root = run.root
+    run = _open(options, plan)
     try:
-        _upload(run, remote)  # where nothing can be written this is told before any work
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
         complete = from_main(run.complete)
         if run.complete and waiting:  # somebody deleted the folder of a stage
             run.manifest.model_copy(update={"status": "started"}).write(run.root)
-            run = _open(options, plan, remote)
+            run = _open(options, plan)
         if complete and not waiting:
-            _upload(run, remote)
-            console().print(f"{remote.url if remote else root}: complete already, nothing to run", soft_wrap=True)
+            console().print(f"{root}: complete already, nothing to run", soft_wrap=True)
             return BenchResult(list(collect(plan)), [], root)
-        if rank() == 0:
-            plan.data.write()
-            if remote is not None and waiting:
-                remote.put(plan.data.root, [f"data/{path.name}" for path in plan.data.written])
-        barrier()
         failed: dict[str, Exception] = {}
         ran: list[str] = []
         try:
-            with bar("bench", total=len(waiting)) as progress:
-                outcomes = executor.run(waiting, plan.stages)
+            with closing(run_stages(plan, waiting, executor)) as outcomes:
                 for number, outcome in enumerate(outcomes, 1):
-                    progress.advance()
                     ran += [outcome.stage] if outcome.done else []
                     _tell(plan.stages[outcome.stage], outcome, number, len(waiting))
                     if outcome.error is not None:
                         failed[outcome.stage] = outcome.error
                         if options.fail_fast:
-                            outcomes.close()  # type: ignore[attr-defined]
                             break
         finally:
-            _look(plan, remote)
             rows = _write(plan, run, failed) if rank() == 0 else []
-            _upload(run, remote)
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
-            _upload(run, remote)
-        place = remote.url if remote else root
         console().print(
-            f"{len(rows)} of {len(plan.cells)} cells: {place}/results.parquet\npage {place}/report.html",
-            soft_wrap=True,
+            f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet\npage {root}/report.html", soft_wrap=True
         )
         return BenchResult(rows, ran, root)
     finally:
         run.close()
 
 
-def _look(plan: "Plan", remote: "Remote | None") -> None:
-    """Notes in the graph what is finished at the URL."""
-    if remote is not None:
-        markers = remote.finished(list(plan.stages))
-        for name, stage in plan.stages.items():
-            found = markers[name].manifest if name in markers else None
-            plan.stages[name] = replace(stage, remote=remote, found=found)
+def run_stages(
+    plan: "Plan", waiting: "Sequence[Stage]", executor: "Executor", title: str = "bench"
+) -> "Generator[Outcome, None, None]":
+    """Writes the rows of the made-up world that a graph reads, runs stages of it, and yields how they went.
 
-
-def _upload(run: RunDir, remote: "Remote | None") -> None:
-    """Uploads table, page and manifest; those of the last one to finish are the fullest."""
-    from pharmacist.core.env import rank
-
-    if remote is not None and rank() == 0:
-        names = ("results.parquet", "report.html", "tables.md", "tables.tex", "manifest.json")
-        remote.put(run.root, [name for name in names if run.path(name).is_file()])
-
-
-def _open(options: BenchOptions, plan: "Plan", remote: "Remote | None") -> RunDir:
-    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once.
-
-    Of one at a URL a folder beside the stages, for another driver's workers may have put such there before.
+    Args:
+        plan: The graph.
+        waiting: Those to run, each after those that it needs.
+        executor: Where they run.
+        title: Of the progress bar.
     """
+    from pharmacist.core.env import rank
+    from pharmacist.core.progress import bar
+    from pharmacist.nn.distributed import barrier
+
+    if rank() == 0:
+        plan.data.write()
+    barrier()
+    with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, plan.stages)) as outcomes:
+        for outcome in outcomes:
+            progress.advance()
+            yield outcome
+
+
+def _open(options: BenchOptions, plan: "Plan") -> RunDir:
+    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once."""
     from pharmacist.pipeline.bench.stages import with_options
 
-    # How it is run does not make another benchmark of it.
-    identity = with_options(options, only=None, fail_fast=False, executor={"name": "local"})
-    if remote is not None:
-        identity = with_options(identity, output_dir=str(plan.data.root / "results"))
-    try:
-        return RunDir.open(
-            identity,
-            stage="bench",
-            version=STAGE_VERSION,
-            inputs={"stages": sha256_json(sorted(plan.stages))},
-            late=frozenset(item.name for item in fields(BenchOptions)),
-            late_inputs=frozenset({"stages"}),
-            reopen=True,
-        )
-    except ConfigError as error:
-        if remote is None:
-            raise
-        raise type(error)(str(error).replace("--output-dir", "--work-dir")) from error
+    return RunDir.open(
+        # How it is run does not make another benchmark of it.
+        with_options(options, only=None, fail_fast=False, executor={"name": "local"}),
+        stage="bench",
+        version=STAGE_VERSION,
+        inputs={"stages": sha256_json(sorted(plan.stages))},
+        late=frozenset(item.name for item in fields(BenchOptions)),
+        late_inputs=frozenset({"stages"}),
+        reopen=True,
+    )
 
 
 def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Result]":

@@ -3,7 +3,7 @@
 import logging
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ class Executor(ABC):
         self.config = config
 
     @abstractmethod
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """Runs stages, each after those that it needs, and yields how they went; closed early, it stops.
 
         Args:
@@ -45,7 +45,7 @@ class Local(Executor):
 
     Config = LocalConfig
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         ran: dict[str, Outcome] = {}
         for stage in waiting:
@@ -60,7 +60,7 @@ class RayConfig:
 
     address: str | None = None
     """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
-    must see the output folder under the same path, unless it is a URL."""
+    must see the output folder under the same path."""
     cpus: float = 1.0
     """Cores per stage."""
     gpus: float = 0.0
@@ -80,7 +80,7 @@ class Ray(Executor):
     Config = RayConfig
     config: RayConfig
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         if not waiting:
             return

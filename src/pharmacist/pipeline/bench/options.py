@@ -48,13 +48,10 @@ class BenchOptions(RunOptions):
     """Print the graph of stages and what it will cost; nothing runs."""
     fail_fast: bool = False
     """Stop at the first stage that fails, instead of going on with those that do not need it."""
-    work_dir: str | None = None
-    """Where stages run if --output-dir is a URL, such as s3://BUCKET/NAME; a folder in the user's cache by default."""
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
     """Where stages run."""
 
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {
-        "work_dir",
         "only",
         "pools",
         "selectors",
@@ -67,10 +64,7 @@ class BenchOptions(RunOptions):
 
     def __post_init__(self) -> None:
         if "://" in self.output_dir:
-            if self.overwrite:
-                raise ConfigError("--overwrite: deletes nothing at a URL; give a new --output-dir")
-        elif self.work_dir is not None:
-            raise ConfigError("--work-dir: is for an --output-dir that is a URL; leave it out")
+            raise ConfigError(f"--output-dir {self.output_dir}: must be a folder; one that all machines share will do")
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
 

@@ -1,12 +1,10 @@
 """A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
 
 import copy
-import json
-import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +17,6 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.progress import hushed
 from pharmacist.core.rundir import RunOptions, as_json, identifying, made_from
-from pharmacist.pipeline.bench.remote import Remote
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -137,8 +134,6 @@ class Stage:
         parents: Names of the stages whose results it reads.
         method: What is special about it, for tables: the selector, the defense, the attack.
         like: The one among its parents, if any, that asks the same model the same for another judge.
-        remote: Where its result counts as finished, if not in its folder.
-        found: What was finished there when somebody looked last.
     """
 
     kind: str
@@ -148,8 +143,6 @@ class Stage:
     parents: tuple[str, ...]
     method: str
     like: str | None = None
-    remote: Remote | None = None
-    found: RunManifest | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -168,9 +161,7 @@ class Stage:
 
     @property
     def manifest(self) -> RunManifest | None:
-        """What lies in its folder; what is finished elsewhere comes first."""
-        if self.found is not None:
-            return self.found
+        """What lies in its folder."""
         return read_manifest(self.folder) if (self.folder / "manifest.json").is_file() else None
 
 
@@ -256,24 +247,9 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
-    """Runs a stage in this process, from the beginning where its inputs were made anew since it began.
-
-    Where results go elsewhere, those that it needs come from there before, and its own one instead of being made.
-    """
+    """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
     from pharmacist.nn.distributed import barrier
 
-    if (remote := stage.remote) is not None:
-        here = {name: replace(one, remote=None, found=None) for name, one in stages.items()}
-        own = replace(stage, remote=None, found=None)
-        if rank() == 0:
-            _bring(remote, own, here)
-        barrier()
-        if not is_finished(own, here):
-            run_stage(own, here)
-        if rank() == 0:
-            _publish(remote, own, here)
-        barrier()
-        return
     module, _, name = stage.function.partition(":")
     function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
@@ -293,26 +269,6 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             if options.overwrite:
                 raise
             options = with_options(options, overwrite=True)
-
-
-def _bring(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
-    """Downloads what a stage reads, and its own result where that was finished elsewhere."""
-    remote.bring(one.folder for one in before.values())
-    root = stage.folder.parents[1]
-    options = json.dumps([as_json(one.options) for one in (stage, *before.values())], ensure_ascii=False)
-    remote.bring_rows(root / "data", sorted(set(re.findall(re.escape(f'"{root}/data/') + r'([^"/]+)"', options))))
-    own = stage.manifest
-    # What was begun here is not touched: whoever is at it would be left without a folder.
-    if own is None or (own.status == "success" and is_stale(stage, before)):
-        remote.bring([stage.folder])
-
-
-def _publish(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
-    """Uploads a result, unless another machine was quicker."""
-    marker = remote.finished([stage.name]).get(stage.name)
-    there = marker is not None and is_finished(replace(stage, found=marker.manifest), before)
-    if not there and is_finished(stage, before):
-        remote.publish(stage.folder)
 
 
 def _take_answers(other: Stage, stage: Stage) -> None:
@@ -344,10 +300,8 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether a stage's result lies where it counts, and is of its inputs as they are."""
-    if stage.remote is not None and stage.found is None:
-        return False
+    """Whether a stage's result is there, and is of its inputs as they are."""
     manifest = stage.manifest
     if manifest is None or manifest.status != "success" or is_stale(stage, stages):
         return False
-    return stage.remote is not None or missing_output(stage.folder, manifest) is None
+    return missing_output(stage.folder, manifest) is None
