@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary, read_json_lines
-from pharmacist.core.registry import closest
+from pharmacist.core.files import read_json_lines
+from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
+from pharmacist.pipeline.bench.command import bench_page
+from pharmacist.pipeline.demo import demo_page
+from pharmacist.pipeline.sweep import sweep_page
 
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pharmacist.core.manifest import RunManifest
     from pharmacist.data.records import Records
 
 _FIRST = 1000
@@ -53,8 +55,6 @@ def report(options: ReportOptions) -> str:
 
 
 def _write_page(folder: Path, options: ReportOptions) -> None:
-    from pharmacist.core.manifest import check_unchanged, read_manifest
-
     manifest = read_manifest(folder)
     check_unchanged(folder, "scores.parquet", "to_label.jsonl", "demo.json", "data", "sweep.json", "results.parquet")
     if manifest.stage == "demo":
@@ -72,16 +72,17 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
         _PAGES[manifest.stage](folder, manifest)
 
 
-def _curate_page(folder: Path, manifest: "RunManifest") -> None:
+def _curate_page(folder: Path, manifest: RunManifest) -> None:
     import numpy as np
 
     from pharmacist.data.formats import open_source
     from pharmacist.data.records import parse_columns, read_records
     from pharmacist.data.where import conditions_for
     from pharmacist.report import render_ranking
+    from pharmacist.report.tables import read_table
 
-    config = _config(folder, manifest, "pool", "columns", "on_bad_row")
-    scores = _scores(folder / "scores.parquet", "row", "score", "rank", "selected", "reason")
+    config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
+    scores = read_table(folder / "scores.parquet", "row", "score", "rank", "selected", "reason")
     again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
     try:
         source = open_source(config["pool"], name="pool")
@@ -114,35 +115,6 @@ def _curate_page(folder: Path, manifest: "RunManifest") -> None:
         del texts, records  # memory-mapped from the folder that goes now
 
 
-def demo_page(folder: Path, manifest: "RunManifest") -> None:
-    """Writes ``report.html`` of a demo.
-
-    Raises:
-        DataError: Something of it is missing, or its pool has changed.
-    """
-    import json
-
-    from pharmacist.report import render_demo
-    from pharmacist.worlds import World
-
-    config = _config(folder, manifest, "seed", "rows", "pool", "mislabel")
-    for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
-        if not (folder / name).is_file():
-            raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
-    _scores(folder / "rank" / "scores.parquet")
-    # Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
-    world, rows, clean = World(config["seed"]), config["rows"], config["pool"] == "clean"
-    planted = world.clean_planted(rows) if clean else world.planted(rows, mislabel=config["mislabel"])
-    with open(folder / "data" / "pool.jsonl", encoding="utf-8") as file:
-        if [json.loads(line) for line in file] != [row.row for row in planted]:
-            raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
-    render_demo(
-        folder,
-        labels=[row.kind if clean else row.label for row in planted],
-        categories=[[row.category] for row in planted],
-    )
-
-
 def labelling(pool: str, asked: Sequence[Mapping[str, Any]], scores: "pd.DataFrame") -> dict[str, Any]:
     """What `render_ranking` needs to have rows labelled on the page.
 
@@ -173,50 +145,4 @@ def pool_categories(records: "Records") -> list[list[str]] | None:
     return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
 
 
-def _sweep_page(folder: Path, manifest: "RunManifest") -> None:
-    from pharmacist.report.sweep import render_sweep
-
-    if not (folder / "sweep.json").is_file():
-        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
-    render_sweep(folder, manifest=manifest.model_dump(mode="json"))
-
-
-def _config(folder: Path, manifest: "RunManifest", *names: str) -> dict[str, Any]:
-    """A run's options, in which these must be."""
-    if missing := [name for name in names if name not in manifest.config]:
-        raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
-    return manifest.config
-
-
-def _scores(path: Path, *columns: str) -> Any:
-    """A table in which these columns must be."""
-    import pandas as pd
-
-    check_ordinary(path)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
-    return table
-
-
-def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = None) -> None:
-    """Writes page and tables of a benchmark, of a partial one too.
-
-    Raises:
-        DataError: ``results.parquet`` cannot be used.
-        ConfigError: It has no selector of the baseline's name.
-    """
-    from pharmacist.pipeline.bench.results import AXES
-    from pharmacist.report import render_benchmark
-
-    results = _scores(folder / "results.parquet", "cell", "seed", *AXES)
-    names = sorted(results["selector"].unique())
-    if baseline is not None and baseline not in names:
-        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
-    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
-
-
-_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": _sweep_page, "bench": bench_page}
+_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": sweep_page, "bench": bench_page}

@@ -20,6 +20,8 @@ class SelectOptions(RunOptions):
     """Folder of a finished curate."""
     top: float = 0.3
     """Share of the ranked rows to select, in (0, 1]."""
+    fill: bool = True
+    """Fill the share with rows whose own reason speaks against them, where too few others are left."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top <= 1:
@@ -68,9 +70,7 @@ def select(options: SelectOptions) -> Path:
                 table = pd.read_parquet(scores)
                 config = ranking.config
                 share = config["balance_share"] if config["balance"] is not None else 0.0
-                chosen = choose(
-                    table, options.top, None, None, config["diversity"], share=share, fill=True
-                )  # the arms of a grid agree in size
+                chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(pool, rows.tolist(), path, format="jsonl")
                 outputs = [path.name]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import ConfigError, DivergedError, PharmacistError
+from pharmacist.core.errors import ConfigError, DataError, DivergedError, PharmacistError
 from pharmacist.core.inputs import check_outside
+from pharmacist.core.manifest import RunManifest
 from pharmacist.core.rundir import RunDir, RunOptions
 from pharmacist.pipeline.attack import AttackOptions
 from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
@@ -309,7 +310,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
             counts={"attacks": len(found), "diverged": sum("failed" in entry for entry in found)},
             metrics={"worst": summary["worst"]},
         )
-        _write_page(run)
+        sweep_page(run.root, run.manifest)
         run.finish(outputs=["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"])
     return SweepResult(summary, run.root)
 
@@ -545,7 +546,14 @@ def _show(result: SweepResult) -> None:
     out.print(f"page {result.folder / 'report.html'}\nfigures {result.folder / 'sweep.json'}", soft_wrap=True)
 
 
-def _write_page(run: RunDir) -> None:
+def sweep_page(folder: Path, manifest: RunManifest) -> None:
+    """Writes ``report.html`` of a sweep.
+
+    Raises:
+        DataError: ``sweep.json`` is missing.
+    """
     from pharmacist.report.sweep import render_sweep
 
-    render_sweep(run.root, manifest=run.manifest.model_dump(mode="json"))
+    if not (folder / "sweep.json").is_file():
+        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
+    render_sweep(folder, manifest=manifest.model_dump(mode="json"))

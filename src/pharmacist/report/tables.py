@@ -4,12 +4,15 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import check_ordinary
 from pharmacist.report import words
 
 
@@ -67,6 +70,22 @@ class Judgement:
 def _ordered(values: "pd.Series[Any]", known: Mapping[str, Any]) -> list[str]:
     present = values.astype(str).unique().tolist()
     return [name for name in known if name in present] + sorted(name for name in present if name not in known)
+
+
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A table in which these columns must be.
+
+    Raises:
+        DataError: It cannot be read, or lacks one.
+    """
+    check_ordinary(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
+    return table
 
 
 def composition(

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.console import plain
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.manifest import RunManifest
+from pharmacist.core.registry import closest
 from pharmacist.core.rundir import RunDir
 from pharmacist.pipeline.bench.options import BenchOptions
 
@@ -141,7 +144,6 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
     """Writes the table of results, and the manifest with what failed."""
     from pharmacist.pipeline.bench.results import collect, write_results
     from pharmacist.pipeline.bench.stages import is_finished
-    from pharmacist.pipeline.report import bench_page
 
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
@@ -167,6 +169,24 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
     if rows:
         bench_page(run.root, run.manifest)
     return rows
+
+
+def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
+    """Writes page and tables of a benchmark, of a partial one too.
+
+    Raises:
+        DataError: ``results.parquet`` cannot be used.
+        ConfigError: It has no selector of the baseline's name.
+    """
+    from pharmacist.pipeline.bench.results import AXES
+    from pharmacist.report import render_benchmark
+    from pharmacist.report.tables import read_table
+
+    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
+    names = sorted(results["selector"].unique())
+    if baseline is not None and baseline not in names:
+        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
+    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
 
 
 def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFailed:

@@ -284,6 +284,7 @@ class _Expansion:
         method: str,
         *,
         made: Mapping[str, tuple[Stage, str]],
+        own_seed: int | None = None,
         **given: Any,
     ) -> Stage:
         """The stage with these options and inputs; the one that is there already if it is the same.
@@ -295,9 +296,10 @@ class _Expansion:
             pool: Of the cell.
             method: For tables.
             made: Option -> the stage that makes what it names, and the place in that one's folder.
+            own_seed: Of the stage, where it is not the cell's.
             **given: Further options.
         """
-        options, known = with_options(template, seed=seed, **given), KINDS[kind]
+        options, known = with_options(template, seed=seed if own_seed is None else own_seed, **given), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {}
         for name, (parent, place) in made.items():
             inputs[name] = Input(str(parent.folder / place), f"{parent.key}/{place}")
@@ -445,12 +447,16 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
         )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
-    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
+    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={}, own_seed=selector.seed)
     select_options = expansion.template(
-        "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
+        "select",
+        (f"{chosen.fraction}", f"{selector.fill}"),
+        "fractions",
+        {"ranking": "-", "top": chosen.fraction, "fill": selector.fill},
     )
     method = f"{selector.name} {chosen.fraction:g}"
-    select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
+    made = {"ranking": (rank, "")}
+    select = expansion.stage("select", select_options, chosen.seed, pool, method, made=made, own_seed=selector.seed)
     return select, rank
 
 

@@ -17,7 +17,7 @@ class BenchOptions(RunOptions):
     pools: list[Any] = field(default_factory=list)
     """Pools: entries of name, pool (rows, or world with rows, mislabel, kind, seed), safe, harmful, utility."""
     selectors: list[Any] = field(default_factory=lambda: ["full", "random", "pharmacist"])
-    """Selectors: names of methods, or entries of name, selector, fractions, options."""
+    """Selectors: names of methods, or entries of name, selector, fractions, seed, fill, weighted, options."""
     fractions: list[float] = field(default_factory=lambda: [0.3])
     """Shares of the pool to keep, for selectors without fractions of their own; full always keeps all."""
     defenses: list[Any] = field(default_factory=lambda: ["sft"])
@@ -121,6 +121,11 @@ class SelectorEntry:
     """How rows are ranked."""
     fractions: list[float] = field(default_factory=list)
     """Shares to keep."""
+    seed: int | None = None
+    """One ranking for all seeds; by default each ranks with its own."""
+    fill: bool = True
+    """Fill the fraction with rows whose own reason speaks against them, where too few others are left: arms agree in
+    size."""
     weighted: bool = False
     """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
     options: dict[str, Any] = field(default_factory=dict)
