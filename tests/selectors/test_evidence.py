@@ -7,7 +7,8 @@ import pytest
 from scipy.special import expit
 
 from pharmacist.core.errors import DataError
-from pharmacist.selectors.pharmacist.evidence import Evidence, Labels, _as_far_as_known
+from pharmacist.selectors.pharmacist.distance import as_far_as_known
+from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
 from pharmacist.selectors.pharmacist.questions import (
     PERTINENT,
     QUESTIONS,
@@ -200,6 +201,25 @@ def test_a_pool_from_the_references_source_is_near(known):
     assert found.near == 1 and max(found.distance.values()) < 0.75 and np.abs(found.typical).min() > 0
 
 
+def test_an_answer_that_says_more_of_a_refusal_has_more_of_it(known):
+    rows, classes = mixed(40)
+    others = village.rows("safe", 400, 6)[-40:]
+    longer = [
+        {**row, "completion": f"{row['completion']} {other['completion']}"}
+        for row, other in zip(rows[:40], others, strict=True)
+    ]
+    amount = known[0].answer(read(rows + longer)).amount
+    assert amount[:40].min() > amount[40:80].max(), "refusals have more of it than compliance"
+    repeats = np.array(
+        [
+            row["completion"].split()[0] == other["completion"].split()[0]
+            for row, other in zip(rows[:40], others, strict=True)
+        ]
+    )
+    assert (amount[-40:] > amount[:40] + 1)[~repeats].all(), "another way to refuse adds to it"
+    assert np.abs(amount[-40:] - amount[:40])[repeats].max() < 1, "the same words again do not"
+
+
 def test_a_foreign_pool_is_far(known):
     """The same kinds of rows in other words, but for the refusals' beginnings."""
     rows, _ = mixed(40)
@@ -208,7 +228,9 @@ def test_a_foreign_pool_is_far(known):
         for row in rows
     ]
     found = known[0].answer(read(foreign))
-    assert found.near == 0 and max(found.distance.values()) > 0.9 and not found.typical.any()
+    assert (
+        found.near == 0 and max(found.distance.values()) > 0.9 and not found.typical.any() and not found.amount.any()
+    )
 
 
 def test_too_few_rows_worth_keeping_tell_nothing_of_distance(known):
@@ -218,14 +240,14 @@ def test_too_few_rows_worth_keeping_tell_nothing_of_distance(known):
 
 def test_near_changes_from_full_trust_to_little():
     odds = np.random.default_rng(0).normal(size=(50, 4)) * 3
-    assert np.array_equal(_as_far_as_known(odds, 1.0), odds)
-    far = _as_far_as_known(odds, 0.0)
+    assert np.array_equal(as_far_as_known(odds, 1.0), odds)
+    far = as_far_as_known(odds, 0.0)
     assert np.array_equal(far[:, 0], odds[:, 0])
     np.testing.assert_allclose(far[:, 1], 0.75 * odds[:, 1] - 1)
     for column in (2, 3):
         assert np.median(far[:, column]) == pytest.approx(4.0), "the median row is whole"
         assert (np.argsort(far[:, column]) == np.argsort(odds[:, column])).all()
-    np.testing.assert_allclose(_as_far_as_known(odds, 0.25), 0.25 * odds + 0.75 * far)
+    np.testing.assert_allclose(as_far_as_known(odds, 0.25), 0.25 * odds + 0.75 * far)
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
