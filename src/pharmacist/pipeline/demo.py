@@ -92,7 +92,8 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
             plan = expand(_grid(options, grid), run.root.resolve())
             waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting()])]
             with run.phase("stages"):
-                for outcome in run_stages(plan, waiting, Local(None), "demo"):
+                plan.write()
+                for outcome in run_stages(plan.stages, waiting, Local(None), "demo"):
                     if outcome.error is not None:
                         raise outcome.error
             result = DemoResult(_summarise(options, plan, list(collect(plan))), run.root)

@@ -7,17 +7,25 @@ so an interrupted sweep resumes where it stopped, and a larger grid in the same 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pharmacist.core.config import from_mapping, method
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DataError, DivergedError, PharmacistError
+from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
-from pharmacist.core.manifest import RunManifest
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.progress import console, hushed
 from pharmacist.core.rundir import RunDir, RunOptions
 from pharmacist.pipeline.attack import AttackOptions
+from pharmacist.pipeline.bench.command import run_stages
+from pharmacist.pipeline.bench.executors import EXECUTORS
+from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.report.numbers import Figure
 
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 STAGE_VERSION = 1
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
-_LATE = frozenset({"grid", "margin", "curves", "evaluate"})
+_LATE = frozenset({"grid", "margin", "curves", "evaluate", "executor"})
 _EVALUATE_DECIDED = {own.name for own in fields(RunOptions)} | {"model", "compare"}
 _ONLY_HARMFUL = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
 _SHOWN = 20
@@ -61,6 +69,9 @@ class SweepOptions(AttackOptions):
     curves: Literal["worst", "all", "none"] = "worst"
     """For which attacks the harmful score is also measured on the way, at --snapshots; by default after a sixteenth,
     an eighth, a quarter and half of the steps."""
+
+    executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
+    """Where attacks and evaluations run; ray runs those at the same time that do not need each other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,8 +136,6 @@ def sweep(options: SweepOptions) -> SweepResult:
         PharmacistError: Bad options or input, of any point, before the first training.
     """
     from pharmacist.attacks import ATTACKS
-    from pharmacist.core.files import read_json
-    from pharmacist.core.progress import console
     from pharmacist.defenses import DEFENSES
     from pharmacist.nn.distributed import from_main
     from pharmacist.nn.models import model_fingerprint
@@ -144,6 +153,7 @@ def sweep(options: SweepOptions) -> SweepResult:
         options,
         defense={"name": options.defense["name"], **vars(strategy.config)},
         kind={"name": options.kind["name"], **vars(kind.config)},
+        executor={"name": "local"},  # where it runs makes no other sweep of it
     )
     run = RunDir.open(
         identity,
@@ -246,8 +256,6 @@ def _snapshots(point: AttackOptions, strategy: "GradientStrategy", options: Swee
 
 def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve: bool = False) -> EvaluateOptions:
     """Options of one evaluation; on a curve the harmful score alone is measured."""
-    from pharmacist.core.config import from_mapping
-
     given = {name: value for name, value in options.evaluate.items() if not (curve and name in _ONLY_HARMFUL)}
     shared = {name: getattr(options, name) for name in ("seed", "device", "dtype", "quiet", "trust_remote_code")}
     return from_mapping(
@@ -270,41 +278,68 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     }
 
 
-def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
-    from pharmacist.core.files import atomic_path, write_json, write_text
-    from pharmacist.core.progress import bar, hushed
-    from pharmacist.pipeline.attack import attack
-    from pharmacist.pipeline.evaluate import evaluate
+@dataclass
+class _Sweep:
+    """A sweep while it runs: a graph of attacks and evaluations, each in a folder that it names."""
 
-    with bar("sweep", total=2 * len(points) + 1) as progress, hushed():
-        with run.phase("check"):
-            _build_sets(points, run)
-        with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
-            before = evaluate(_evaluate_options(options, options.model, run.path("evaluate", "before"))).metrics
-        progress.advance()
-        found = []
-        for point in points:
-            entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
-            try:
-                with run.phase("attack"):
-                    entry["steps"] = attack(point.options).metrics["steps"]
-                progress.advance()
-                with run.phase("evaluate"):
-                    folder = run.path("evaluate", point.name, "end")
-                    metrics = evaluate(_evaluate_options(options, point.options.output_dir, folder)).metrics
-                entry |= {name: metrics[name] for name in RATES if name in metrics}
-                entry |= {"evaluate": f"evaluate/{point.name}/end"}
-            except DivergedError as error:
-                entry["failed"] = str(error)
-            progress.advance()
-            found.append(entry)
-        summary = summarise(found, before, options.margin)
-        with run.phase("curves"):
-            summary["curves"] = _curves(points, summary, options, run)
+    options: SweepOptions
+    run: RunDir
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
+        """One attack or evaluation."""
+        folder, names = Path(options.output_dir), tuple(parent.name for parent in parents)
+        stage = make_stage(self.run.root, kind, options, {}, names, folder.name, folder=folder)
+        return self.stages.setdefault(stage.name, stage)
+
+    def evaluation(self, model: str, *place: str, after: Sequence[Stage] = (), curve: bool = False) -> Stage:
+        """The evaluation of a model; on a curve the harmful score alone is measured."""
+        folder = self.run.path("evaluate", *place)
+        return self.stage("evaluate", _evaluate_options(self.options, model, folder, curve=curve), *after)
+
+    def execute(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """Runs stages; gives those that diverged, with the reason."""
+        diverged: dict[str, str] = {}
+        executor = EXECUTORS.build_from(self.options.executor)
+        with closing(run_stages(self.stages, stages, executor, "sweep")) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome.error, DivergedError):
+                    diverged[outcome.stage] = str(outcome.error)
+                elif outcome.error is not None:
+                    raise outcome.error
+        return diverged
+
+
+def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
+    sweep = _Sweep(options, run)
+    with run.phase("check"), hushed():
+        _build_sets(points, run)
+    before = sweep.evaluation(options.model, "before")
+    with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
+        sweep.execute([before])
+    attacks = [sweep.stage("attack", point.options) for point in points]
+    ends = [
+        sweep.evaluation(point.options.output_dir, point.name, "end", after=[attack])
+        for point, attack in zip(points, attacks, strict=True)
+    ]
+    with run.phase("attack"):
+        diverged = sweep.execute([stage for pair in zip(attacks, ends, strict=True) for stage in pair])
+    found = []
+    for point, attack, end in zip(points, attacks, ends, strict=True):
+        entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
+        if attack.name in diverged:
+            entry["failed"] = diverged[attack.name]
+        else:
+            metrics = _metrics(end)
+            entry |= {"steps": _metrics(attack)["steps"]} | {name: metrics[name] for name in RATES if name in metrics}
+            entry |= {"evaluate": f"evaluate/{point.name}/end"}
+        found.append(entry)
+    summary = summarise(found, _metrics(before), options.margin)
+    with run.phase("curves"):
+        summary["curves"] = _curves(sweep, points, attacks, summary)
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
-        with atomic_path(run.path("sweep.parquet")) as path:
-            _table(summary).to_parquet(path, index=False)
+        _write_table(run.path("sweep.parquet"), summary)
         write_text(run.path("sweep.md"), markdown(summary))
         run.record(
             counts={"attacks": len(found), "diverged": sum("failed" in entry for entry in found)},
@@ -313,6 +348,10 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         sweep_page(run.root, run.manifest)
         run.finish(outputs=["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"])
     return SweepResult(summary, run.root)
+
+
+def _metrics(stage: Stage) -> dict[str, Any]:
+    return read_manifest(stage.folder).metrics
 
 
 def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
@@ -325,29 +364,33 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
 
 
 def _curves(
-    points: Sequence[_Point], summary: Mapping[str, Any], options: SweepOptions, run: RunDir
+    sweep: _Sweep, points: Sequence[_Point], attacks: Sequence[Stage], summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Harmful score over the steps of an attack, per attack for which it is wanted."""
     from pharmacist.evaluation.worst_case import LEVELS, steps_to_reach
-    from pharmacist.pipeline.evaluate import evaluate
 
     wanted = {"worst": [summary["worst"]], "all": [entry["name"] for entry in summary["attacks"]], "none": []}
+    measured: dict[str, list[tuple[int, Stage]]] = {}
+    for point, attack, entry in zip(points, attacks, summary["attacks"], strict=True):
+        if point.name in wanted[sweep.options.curves] and "failed" not in entry:
+            models = {step: f"{point.options.output_dir}/snapshots/step-{step}" for step in point.options.snapshots}
+            measured[point.name] = [
+                (step, sweep.evaluation(model, point.name, f"step-{step}", after=[attack], curve=True))
+                for step, model in models.items()
+            ]
+    sweep.execute([stage for stages in measured.values() for _, stage in stages])
     curves: dict[str, Any] = {}
-    for point, entry in zip(points, summary["attacks"], strict=True):
-        if point.name not in wanted[options.curves] or "failed" in entry:
+    for entry in summary["attacks"]:
+        if (stages := measured.get(entry["name"])) is None:
             continue
-        measured = [(0, summary["before"]["harmful_score"])]
-        for step in point.options.snapshots:
-            model = str(Path(point.options.output_dir) / "snapshots" / f"step-{step}")
-            folder = run.path("evaluate", point.name, f"step-{step}")
-            metrics = evaluate(_evaluate_options(options, model, folder, curve=True)).metrics
-            measured.append((step, metrics["harmful_score"]))
-        measured.append((entry["steps"], entry["harmful_score"]))
-        known = [(step, metric) for step, metric in measured if metric["value"] is not None]
+        found = [(0, summary["before"]["harmful_score"])]
+        found += [(step, _metrics(stage)["harmful_score"]) for step, stage in stages]
+        found.append((entry["steps"], entry["harmful_score"]))
+        known = [(step, metric) for step, metric in found if metric["value"] is not None]
         if not known:
             continue
         steps, values = [step for step, _ in known], [metric["value"] for _, metric in known]
-        curves[point.name] = {
+        curves[entry["name"]] = {
             "steps": steps,
             "harmful_score": [metric for _, metric in known],
             "reached": [asdict(steps_to_reach(steps, values, level)) for level in LEVELS],
@@ -386,48 +429,35 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
     }
 
 
-def _table(summary: Mapping[str, Any]) -> "pd.DataFrame":
-    import pandas as pd
+def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
+    """Writes ``sweep.parquet``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    text, number, whole, yes = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+    columns = {"name": text, "learning_rate": number, "epochs": number, "poison_ratio": number}
+    columns |= {"rank": whole, "steps": whole}
+    for name in RATES:
+        columns |= {name: number, f"{name}_low": number, f"{name}_high": number, f"{name}_n": whole}
+    columns |= {"within_margin": yes, "worst": yes, "failed": text, "attack": text, "evaluate": text}
     rows = []
     for entry in summary["attacks"]:
-        row = {"name": entry["name"]}
-        row |= {name: entry["settings"].get(name) for name in _names(GridOptions)}
-        row |= {"steps": entry.get("steps")}
+        row = entry | entry["settings"] | {"worst": entry["name"] == summary["worst"]}
         for name in RATES:
             metric = entry.get(name) or {}
             low, high = metric.get("ci95") or (None, None)
             row |= {name: metric.get("value"), f"{name}_low": low, f"{name}_high": high, f"{name}_n": metric.get("n")}
-        row |= {
-            "within_margin": entry["within_margin"],
-            "worst": entry["name"] == summary["worst"],
-            "failed": entry.get("failed"),
-            "attack": entry["attack"],
-            "evaluate": entry.get("evaluate"),
-        }
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    counts = {f"{name}_n": "Int64" for name in RATES} | {"steps": "Int64", "rank": "Int64"}
-    text = {"failed": "string", "evaluate": "string"}
-    return table.astype(
-        {
-            name: "float64"
-            for name in table.columns
-            if table[name].dtype == object and name not in ("name", "attack", *counts, *text)
-        }
-        | counts
-        | text
-    )
+        rows.append({name: row.get(name) for name in columns})
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), temporary)
 
 
 # --- what people read ----------------------------------------------------------------------------------------------
 
 
 def _rate(metric: Mapping[str, Any] | None) -> str:
-    if metric is None or metric["value"] is None:
-        return "-"
-    interval = f" [{metric['ci95'][0]:.1f}, {metric['ci95'][1]:.1f}]" if metric["ci95"] else ""
-    return f"{metric['value']:.1f}{interval}"
+    figure = Figure.of(metric)
+    return "-" if figure is None else figure.text()
 
 
 def _remark(entry: Mapping[str, Any], worst: str | None) -> str:
@@ -528,8 +558,6 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def _show(result: SweepResult) -> None:
     from rich.table import Table
-
-    from pharmacist.core.progress import console
 
     out, summary = console(), result.summary
     head, lines = _rows(summary)

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
+
+if TYPE_CHECKING:
+    from pharmacist.evaluation.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Metric:
         """Title and unit."""
         return f"{self.title}, {self.unit}"
 
-    def estimate(self, values: Sequence[float], *, difference: bool = False) -> Estimate:
+    def estimate(self, values: Sequence[float], *, difference: bool = False) -> "Estimate":
         """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
+        from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval
+
         bounds = (RATE_DIFFERENCE if difference else RATE) if self.unit == "%" else (-inf if difference else 0.0, inf)
         return t_interval(values, bounds=bounds)
 
@@ -68,10 +72,10 @@ class Figure:
     @classmethod
     def of(cls, found: "Estimate | Mapping[str, Any] | None") -> "Figure | None":
         """An estimate, or a figure of a JSON file with ``mean`` or ``value`` and ``ci95``; None without a value."""
-        if isinstance(found, Estimate):
-            return cls(found.value, *(found.interval or ()))
-        value = None if found is None else found.get("mean", found.get("value"))
-        return None if found is None or value is None else cls(value, *(found["ci95"] or ()))
+        if not isinstance(found, Mapping):
+            return None if found is None else cls(found.value, *(found.interval or ()))
+        value = found.get("mean", found.get("value"))
+        return None if value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, sign: str = "", ends: str = "[{}, {}]") -> str:
         """The number with one digit, and its interval where it has one.

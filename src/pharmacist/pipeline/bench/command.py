@@ -1,6 +1,6 @@
 """The command `bench`: runs what a grid still needs and writes the table of results."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -77,7 +77,8 @@ def bench(options: BenchOptions) -> BenchResult:
         failed: dict[str, Exception] = {}
         ran: list[str] = []
         try:
-            with closing(run_stages(plan, waiting, executor)) as outcomes:
+            plan.write()
+            with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for number, outcome in enumerate(outcomes, 1):
                     ran += [outcome.stage] if outcome.done else []
                     _tell(plan.stages[outcome.stage], outcome, number, len(waiting))
@@ -101,24 +102,19 @@ def bench(options: BenchOptions) -> BenchResult:
 
 
 def run_stages(
-    plan: "Plan", waiting: "Sequence[Stage]", executor: "Executor", title: str = "bench"
+    stages: "Mapping[str, Stage]", waiting: "Sequence[Stage]", executor: "Executor", title: str = "bench"
 ) -> "Generator[Outcome, None, None]":
-    """Writes the rows of the made-up world that a graph reads, runs stages of it, and yields how they went.
+    """Runs stages of a graph and yields how they went.
 
     Args:
-        plan: The graph.
+        stages: The graph.
         waiting: Those to run, each after those that it needs.
         executor: Where they run.
         title: Of the progress bar.
     """
-    from pharmacist.core.env import rank
     from pharmacist.core.progress import bar
-    from pharmacist.nn.distributed import barrier
 
-    if rank() == 0:
-        plan.data.write()
-    barrier()
-    with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, plan.stages)) as outcomes:
+    with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
         for outcome in outcomes:
             progress.advance()
             yield outcome

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pharmacist.core.config import from_mapping
+from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.registry import Registry, closest
@@ -110,6 +111,14 @@ class Plan:
     cells: list[Cell]
     axes: dict[str, list[Any]]
     data: Data
+
+    def write(self) -> None:
+        """Writes the rows of the made-up world that stages read, under a launcher from its first process."""
+        from pharmacist.nn.distributed import barrier
+
+        if rank() == 0:
+            self.data.write()
+        barrier()
 
     def waiting(self, pattern: str | None = None) -> list[Stage]:
         """Stages that are still to be run, each after those that it needs.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import BusyError, OtherRunError
+from pharmacist.core.errors import BusyError, DivergedError, OtherRunError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
@@ -182,6 +182,7 @@ def make_stage(
     inputs: Mapping[str, Input | list[Input]],
     parents: tuple[str, ...],
     method: str,
+    folder: Path | None = None,
 ) -> Stage:
     """A stage whose folder, below `root`, is named by all that its result depends on.
 
@@ -192,6 +193,7 @@ def make_stage(
         inputs: Option -> what it names.
         parents: Names of the stages that make the inputs.
         method: For tables.
+        folder: Another one, that the caller names.
     """
     places: dict[str, Any] = {}
     contents: dict[str, Any] = {}
@@ -203,7 +205,7 @@ def make_stage(
     known = KINDS[kind]
     identity = {"stage": kind, "version": known.version, "config": identifying(as_json(options)) | contents}
     key = sha256_json(identity)
-    filled = with_options(options, **places, output_dir=str(root / "stages" / f"{kind}-{key[:16]}"))
+    filled = with_options(options, **places, output_dir=str(folder or root / "stages" / f"{kind}-{key[:16]}"))
     return Stage(kind, f"{known.module}:{known.function}", key, filled, parents, method)
 
 
@@ -230,7 +232,8 @@ class Outcome:
 def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
     """Runs a stage, or goes on with it, unless a stage before it failed; what it raises becomes the outcome.
 
-    Only under a launcher it is raised: other processes may be waiting in the stage, and the launcher must end them.
+    Only under a launcher it is raised, unless all processes find it alike: others may be waiting in the stage, and the
+    launcher must end them.
 
     Args:
         stage: The stage.
@@ -243,7 +246,7 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
         with hushed():
             run_stage(stage, stages)
     except Exception as error:
-        if world_size() > 1:
+        if world_size() > 1 and not isinstance(error, DivergedError):
             raise
         return Outcome(stage.name, error=error)
     return Outcome(stage.name)
@@ -268,8 +271,8 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
         except OtherRunError:
-            # The folder is named by all options and inputs, so that only an input which was made anew can be other.
-            if options.overwrite:
+            # A folder named by all options and inputs can be another run's only where an input was made anew.
+            if options.overwrite or stage.folder.name != stage.name:
                 raise
             options = with_options(options, overwrite=True)
 
