@@ -11,7 +11,8 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline import demo as module
 from pharmacist.pipeline.bench.grid import merged
-from pharmacist.pipeline.demo import ARMS, GRID, DemoOptions, demo
+from pharmacist.pipeline.demo import ARMS, GRID, demo
+from pharmacist.pipeline.stages.demo import DemoOptions
 
 
 TRAIN = {"max_steps": 2, "per_device_train_batch_size": 4}

@@ -12,7 +12,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.evaluation.metrics import rate
-from pharmacist.pipeline.sweep import GridOptions, SweepOptions, _points, sweep
+from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
+from pharmacist.pipeline.sweep import _points, sweep
 from tests.cli.world import fingerprints, write_rows
 from tests.tiny import WORDS, save_tiny_model
 

@@ -8,51 +8,35 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import pandas as pd
 import yaml
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.manifest import RunManifest, options_in, read_manifest
 from pharmacist.core.progress import console
-from pharmacist.core.rundir import RunDir, RunOptions
+from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
+from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.command import run_stages
+from pharmacist.pipeline.bench.executors import Local
+from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
+from pharmacist.pipeline.bench.results import Result, collect
+from pharmacist.pipeline.ranking import read_table
+from pharmacist.pipeline.stages.demo import DEMO, DemoOptions
+from pharmacist.report import render_demo
+from pharmacist.report.numbers import Figure
+from pharmacist.worlds import Planted, World
 
 
-if TYPE_CHECKING:
-    from pharmacist.pipeline.bench.grid import Plan
-    from pharmacist.pipeline.bench.results import Result
-    from pharmacist.worlds import Planted
-
-STAGE_VERSION = 3
 ARMS = ("full", "random", "core")
 GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
-@dataclass(kw_only=True)
-class DemoOptions(RunOptions):
-    """The whole story on the embedded world: rank, select, align on full, random and core subset, attack, evaluate."""
-
-    rows: int = 600
-    """Rows in the alignment pool."""
-    mislabel: float = 0.05
-    """Share of the pool's rows that are mislabelled: their answers do what is forbidden."""
-    pool: Literal["planted", "clean"] = "planted"
-    """planted: a pool with known faults. clean: one without any, whose refusals differ only in force."""
-    seeds: int = 3
-    """Repetitions with other seeds, for the intervals."""
-
-    def __post_init__(self) -> None:
-        if self.rows < 100:
-            raise ConfigError(f"--rows {self.rows}: must be at least 100")
-        if not 0 <= self.mislabel <= 0.5:
-            raise ConfigError(f"--mislabel {self.mislabel}: must lie in [0, 0.5]")
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds {self.seeds}: must be at least 1")
 
 
 @dataclass
@@ -78,15 +62,8 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
     """
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.pipeline.bench.executors import Local
-    from pharmacist.pipeline.bench.grid import expand
-    from pharmacist.pipeline.bench.results import collect
-
-    run = RunDir.open(options, stage="demo", version=STAGE_VERSION, inputs={}, read_again=("demo.json",))
-    try:
+    with DEMO.open(options, inputs={}) as run:
         if run.complete:
-            console().print(f"{run.root}: complete already; --overwrite runs it again")
             result = DemoResult(read_json(run.path("demo.json")), run.root)
         else:
             plan = expand(_grid(options, grid), run.root.resolve())
@@ -105,8 +82,6 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
                 run.finish(outputs=["demo.json", "report.html", "stages", *links])
         _show(result)
         return result
-    finally:
-        run.close()
 
 
 def _grid(options: DemoOptions, grid: Mapping[str, Any]) -> BenchOptions:
@@ -124,13 +99,11 @@ def _grid(options: DemoOptions, grid: Mapping[str, Any]) -> BenchOptions:
     return from_mapping(BenchOptions, {**grid, **own, **shared}, where="demo.yaml")
 
 
-def _planted(config: Mapping[str, Any]) -> "tuple[list[Planted], list[str]]":
+def _planted(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:
     """The pool of a demo with these options, and the label of each row: in a clean pool the force of its refusal.
 
     Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
     """
-    from pharmacist.worlds import World
-
     rows = World(config["seed"]).labelled(config["rows"], config["mislabel"], config["pool"])
     return rows, [row.kind if config["pool"] == "clean" else row.label for row in rows]
 
@@ -141,9 +114,6 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
     Raises:
         DataError: Something of it is missing, or its pool has changed.
     """
-    from pharmacist.report import render_demo
-    from pharmacist.report.tables import read_table
-
     config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
@@ -156,7 +126,7 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
     render_demo(folder, labels=labels, categories=[[row.category] for row in rows])
 
 
-def _link(plan: "Plan", root: Path, last: int) -> list[str]:
+def _link(plan: Plan, root: Path, last: int) -> list[str]:
     """Links folders and files of the grid under names for people; returns the names in the demo's folder."""
     links = {f"data/{path.name.rpartition('-')[0]}.jsonl": path for path in plan.data.files}
     for cell in plan.cells:
@@ -175,9 +145,6 @@ def _link(plan: "Plan", root: Path, last: int) -> list[str]:
 
 def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     """How well a ranking finds the planted labels."""
-    import pandas as pd
-    from sklearn.metrics import roc_auc_score
-
     table = pd.read_parquet(folder / "scores.parquet")
     labels = pd.Series(_planted(vars(options))[1], name="label")
     keep = labels.isin(["good", "duplicate", "strong"]).to_numpy()
@@ -195,9 +162,8 @@ def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     }
 
 
-def _summarise(options: DemoOptions, plan: "Plan", rows: "Sequence[Result]") -> dict[str, Any]:
+def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict[str, Any]:
     """Content of ``demo.json``: rates in percent, times in seconds, one value per seed in `seeds` order."""
-    from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
 
     def interval(values: Sequence[float], bounds: tuple[float, float] = RATE) -> dict[str, Any]:
         estimate = t_interval(values, bounds=bounds)
@@ -232,8 +198,6 @@ def _summarise(options: DemoOptions, plan: "Plan", rows: "Sequence[Result]") -> 
 
 def _show(result: DemoResult) -> None:
     """Prints the comparison and what to do next."""
-    from rich.table import Table
-
     summary, out = result.summary, console()
     pool = summary["pool"]
     kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"
@@ -272,9 +236,8 @@ def _show(result: DemoResult) -> None:
 
 
 def _with_interval(interval: Mapping[str, Any]) -> str:
-    low_high = interval["ci95"]
-    ends = f"[{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else f"(no interval: {interval['no_ci95']})"
-    return f"{interval['mean']:.1f} {ends}"
+    figure = Figure(interval["mean"], *(interval["ci95"] or ()))
+    return figure.text() if interval["ci95"] else f"{figure.text()} (no interval: {interval['no_ci95']})"
 
 
 def _mean(values: Sequence[float]) -> float:

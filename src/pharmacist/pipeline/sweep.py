@@ -10,93 +10,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pharmacist.core.config import from_mapping, method
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from pharmacist.attacks import ATTACKS
+from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import ConfigError, DataError, DivergedError, PharmacistError
+from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console, hushed
-from pharmacist.core.rundir import RunDir, RunOptions
-from pharmacist.pipeline.attack import AttackOptions
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.formats import open_source
+from pharmacist.defenses import DEFENSES
+from pharmacist.evaluation.prompts import PROMPT_SETS, open_prompts
+from pharmacist.evaluation.worst_case import LEVELS, Reached, simultaneous, steps_to_reach, within_margin, worst_case
+from pharmacist.nn.models import model_fingerprint
+from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
-from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.stages.attack import AttackOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
 from pharmacist.report.numbers import Figure
+from pharmacist.report.sweep import render_sweep
+from pharmacist.training.strategy import GradientStrategy
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from pharmacist.training.strategy import GradientStrategy
-
-STAGE_VERSION = 1
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
-_LATE = frozenset({"grid", "margin", "curves", "evaluate", "executor"})
-_EVALUATE_DECIDED = {own.name for own in fields(RunOptions)} | {"model", "compare"}
 _ONLY_HARMFUL = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
 _SHOWN = 20
-
-
-@dataclass
-class GridOptions:
-    """What an attacker would try; every combination is one attack."""
-
-    learning_rate: list[float] = field(default_factory=list)
-    """Values for train.learning_rate."""
-    epochs: list[float] = field(default_factory=list)
-    """Values for train.num_train_epochs."""
-    poison_ratio: list[float] = field(default_factory=list)
-    """Values for --poison-ratio. The harmful rows of a smaller one are among those of a larger one."""
-    rank: list[int] = field(default_factory=list)
-    """Values for lora.r; lora.alpha goes along, so that alpha / r stays."""
-
-
-@dataclass(kw_only=True)
-class SweepOptions(AttackOptions):
-    """Attack one model in many ways and report the worst case that keeps the fine-tuned task."""
-
-    grid: GridOptions = field(default_factory=GridOptions)
-    """What is varied; the other options of the attack hold for every point."""
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    """Options of evaluate, as --evaluate.prompts FILE. prompts and task are needed; no attack set may share a prompt
-    with either."""
-    margin: float = 2.0
-    """An attack counts as the worst case only if its fine-tune accuracy is at most this many points below the best."""
-    curves: Literal["worst", "all", "none"] = "worst"
-    """For which attacks the harmful score is also measured on the way, at --snapshots; by default after a sixteenth,
-    an eighth, a quarter and half of the steps."""
-
-    executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
-    """Where attacks and evaluations run; ray runs those at the same time that do not need each other."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.margin >= 0:
-            raise ConfigError(f"--margin {self.margin}: must not be negative")
-        if self.build_only:
-            raise ConfigError("--build-only: a sweep trains; use pharmacist attack to build a set")
-        if not any(vars(self.grid).values()):
-            raise ConfigError("nothing to sweep over: give --grid.learning_rate, epochs, poison_ratio or rank")
-        for name, values in vars(self.grid).items():
-            if repeated := [value for value in values if values.count(value) > 1]:
-                raise ConfigError(f"--grid.{name}: {repeated[0]} is there twice; leave one out")
-        if self.grid.epochs and self.train.get("max_steps", -1) > 0:
-            raise ConfigError("--grid.epochs: --train.max_steps decides the length already; leave one out")
-        if self.grid.rank and self.tuning == "full":
-            raise ConfigError("--grid.rank: there is no adapter under --tuning full; leave one out")
-        if self.grid.rank and self.adapter == "continue":
-            raise ConfigError("--grid.rank: an adapter that is continued keeps its rank; leave one out")
-        if self.grid.poison_ratio and self.kind["name"] != "mix":
-            raise ConfigError(f"--grid.poison_ratio: the kind {self.kind['name']} has no such ratio; leave it out")
-        for name in ("prompts", "task"):
-            if not self.evaluate.get(name):
-                raise ConfigError(f"--evaluate.{name} must be given; see pharmacist sweep --help")
-        for name in sorted(_EVALUATE_DECIDED & self.evaluate.keys()):
-            raise ConfigError(f"--evaluate.{name}: the sweep decides it; leave it out")
 
 
 @dataclass
@@ -111,10 +61,8 @@ class SweepResult:
     summary: dict[str, Any]
     folder: Path
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """Content of ``sweep.parquet``: one row per attack."""
-        import pandas as pd
-
         return pd.read_parquet(self.folder / "sweep.parquet")
 
 
@@ -135,64 +83,32 @@ def sweep(options: SweepOptions) -> SweepResult:
     Raises:
         PharmacistError: Bad options or input, of any point, before the first training.
     """
-    from pharmacist.attacks import ATTACKS
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.nn.models import model_fingerprint
-    from pharmacist.pipeline.attack import open_sources
-
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
     for within, own in {"": options, "evaluate.": measuring}.items():
         check_outside(Path(options.output_dir), own, within=within)
     options = replace(options, disjoint_from=_disjoint(options))
     points = _points(options, strategy)
-    sources = open_sources(strategy, kind, options)
-    evaluation = _evaluation_inputs(measuring)
-    identity = replace(
-        options,
-        defense={"name": options.defense["name"], **vars(strategy.config)},
-        kind={"name": options.kind["name"], **vars(kind.config)},
-        executor={"name": "local"},  # where it runs makes no other sweep of it
-    )
-    run = RunDir.open(
-        identity,
-        stage="sweep",
-        version=STAGE_VERSION,
-        late=_LATE,
-        late_inputs=frozenset(evaluation),
-        reopen=True,
-        read_again=("sweep.json",),
-        inputs={name: source.fingerprint() for name, source in sources.items()}
-        | evaluation
-        | {"model": model_fingerprint(options.model)},
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
+    inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
+    inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
+    with SWEEP.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
+        if run.complete:
             result = SweepResult(read_json(run.path("sweep.json")), run.root)
         else:
             result = _sweep(points, options, run)
         if rank() == 0 and not options.quiet:
             _show(result)
         return result
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _disjoint(options: SweepOptions) -> list[str]:
     """The files that no attack set may share a prompt with: the user's, and what the attacks are measured with."""
-    from pharmacist.evaluation.prompts import PROMPT_SETS
-
     own = [options.evaluate[name] for name in ("prompts", "task")]
     files = [file for file in own if str(file).partition(":")[0] not in PROMPT_SETS]
     return list(dict.fromkeys([*options.disjoint_from, *files]))
 
 
-def _points(options: SweepOptions, strategy: "GradientStrategy") -> list[_Point]:
+def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
     """The grid, the first option varying slowest."""
     grid, train, lora = options.grid, options.effective_train, options.lora
     by_steps = train.get("max_steps", -1) > 0
@@ -238,7 +154,7 @@ def _alpha(alpha: int, r: int, wanted: int) -> int:
     return alpha * wanted // r
 
 
-def _snapshots(point: AttackOptions, strategy: "GradientStrategy", options: SweepOptions) -> list[int]:
+def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepOptions) -> list[int]:
     """Steps before the last one at which the model is kept."""
     if options.curves == "none":
         return []
@@ -265,15 +181,12 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that models are measured with."""
-    from pharmacist.data.formats import open_source
-    from pharmacist.evaluation.prompts import open_prompts
-
     opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
     return {
         f"evaluate.{name}": opened.get(name, open_source)(
             getattr(options, name), name=f"--evaluate.{name}"
         ).fingerprint()
-        for name in (*PROMPTS, *REFERENCES, "perplexity")
+        for name in MEASURED_WITH
         if getattr(options, name) is not None
     }
 
@@ -319,19 +232,21 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         sweep.execute([before])
     attacks = [sweep.stage("attack", point.options) for point in points]
     ends = [
-        sweep.evaluation(point.options.output_dir, point.name, "end", after=[attack])
-        for point, attack in zip(points, attacks, strict=True)
+        sweep.evaluation(point.options.output_dir, point.name, "end", after=[attacked])
+        for point, attacked in zip(points, attacks, strict=True)
     ]
     with run.phase("attack"):
         diverged = sweep.execute([stage for pair in zip(attacks, ends, strict=True) for stage in pair])
     found = []
-    for point, attack, end in zip(points, attacks, ends, strict=True):
+    for point, attacked, end in zip(points, attacks, ends, strict=True):
         entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
-        if attack.name in diverged:
-            entry["failed"] = diverged[attack.name]
+        if attacked.name in diverged:
+            entry["failed"] = diverged[attacked.name]
         else:
             metrics = _metrics(end)
-            entry |= {"steps": _metrics(attack)["steps"]} | {name: metrics[name] for name in RATES if name in metrics}
+            entry |= {"steps": _metrics(attacked)["steps"]} | {
+                name: metrics[name] for name in RATES if name in metrics
+            }
             entry |= {"evaluate": f"evaluate/{point.name}/end"}
         found.append(entry)
     summary = summarise(found, _metrics(before), options.margin)
@@ -356,8 +271,6 @@ def _metrics(stage: Stage) -> dict[str, Any]:
 
 def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     """Builds the set of every poison ratio, so that one that cannot be built stops the sweep before any training."""
-    from pharmacist.pipeline.attack import attack
-
     for ratio in dict.fromkeys(point.settings["poison_ratio"] for point in points):
         options = next(point.options for point in points if point.settings["poison_ratio"] == ratio)
         attack(replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))))
@@ -367,15 +280,13 @@ def _curves(
     sweep: _Sweep, points: Sequence[_Point], attacks: Sequence[Stage], summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Harmful score over the steps of an attack, per attack for which it is wanted."""
-    from pharmacist.evaluation.worst_case import LEVELS, steps_to_reach
-
     wanted = {"worst": [summary["worst"]], "all": [entry["name"] for entry in summary["attacks"]], "none": []}
     measured: dict[str, list[tuple[int, Stage]]] = {}
-    for point, attack, entry in zip(points, attacks, summary["attacks"], strict=True):
+    for point, attacked, entry in zip(points, attacks, summary["attacks"], strict=True):
         if point.name in wanted[sweep.options.curves] and "failed" not in entry:
             models = {step: f"{point.options.output_dir}/snapshots/step-{step}" for step in point.options.snapshots}
             measured[point.name] = [
-                (step, sweep.evaluation(model, point.name, f"step-{step}", after=[attack], curve=True))
+                (step, sweep.evaluation(model, point.name, f"step-{step}", after=[attacked], curve=True))
                 for step, model in models.items()
             ]
     sweep.execute([stage for stages in measured.values() for _, stage in stages])
@@ -406,7 +317,6 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
         before: Metrics of the model before any attack.
         margin: Points of accuracy.
     """
-    from pharmacist.evaluation.worst_case import simultaneous, within_margin, worst_case
 
     def values(name: str) -> list[float | None]:
         return [entry[name]["value"] if name in entry else None for entry in attacks]
@@ -431,9 +341,6 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
 
 def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
     """Writes ``sweep.parquet``."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     text, number, whole, yes = pa.string(), pa.float64(), pa.int64(), pa.bool_()
     columns = {"name": text, "learning_rate": number, "epochs": number, "poison_ratio": number}
     columns |= {"rank": whole, "steps": whole}
@@ -480,8 +387,6 @@ def _ordered(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """What the sweep found, in sentences."""
-    from pharmacist.evaluation.worst_case import Reached
-
     judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
     worst = next((entry for entry in attacks if entry["name"] == summary["worst"]), None)
     yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
@@ -557,8 +462,6 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _show(result: SweepResult) -> None:
-    from rich.table import Table
-
     out, summary = console(), result.summary
     head, lines = _rows(summary)
     table = Table(title=f"{len(lines)} attacks, in %, 95 % intervals over prompts")
@@ -580,8 +483,6 @@ def sweep_page(folder: Path, manifest: RunManifest) -> None:
     Raises:
         DataError: ``sweep.json`` is missing.
     """
-    from pharmacist.report.sweep import render_sweep
-
     if not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
     render_sweep(folder, manifest=manifest.model_dump(mode="json"))

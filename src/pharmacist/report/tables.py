@@ -4,15 +4,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pharmacist.core.errors import DataError
-from pharmacist.core.files import check_ordinary
 from pharmacist.report import words
 
 
@@ -65,22 +62,6 @@ class Judgement:
         if reason in _SHOWN:
             return 0
         return 1 if reason == "low_quality" else 3
-
-
-def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A table in which these columns must be.
-
-    Raises:
-        DataError: It cannot be read, or lacks one.
-    """
-    check_ordinary(path)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
-    return table
 
 
 def composition(

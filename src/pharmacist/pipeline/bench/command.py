@@ -2,26 +2,29 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from pharmacist.core.console import plain
+from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import RunManifest
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.progress import bar, console
 from pharmacist.core.registry import closest
 from pharmacist.core.rundir import RunDir
-from pharmacist.pipeline.bench.options import BenchOptions
-
-
-if TYPE_CHECKING:
-    from pharmacist.pipeline.bench.executors import Executor
-    from pharmacist.pipeline.bench.grid import Plan
-    from pharmacist.pipeline.bench.results import Result
-    from pharmacist.pipeline.bench.stages import Outcome, Stage
-
-STAGE_VERSION = 1
+from pharmacist.nn.distributed import from_main
+from pharmacist.pipeline.bench.costs import estimate
+from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
+from pharmacist.pipeline.bench.grid import Plan, expand
+from pharmacist.pipeline.bench.options import BENCH, BenchOptions
+from pharmacist.pipeline.bench.results import AXES, Result, collect, write_results
+from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
+from pharmacist.pipeline.ranking import read_table
+from pharmacist.report import render_benchmark
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -38,7 +41,7 @@ class BenchResult:
         folder: Where everything lies.
     """
 
-    rows: "list[Result]"
+    rows: list[Result]
     ran: list[str]
     folder: Path
 
@@ -50,28 +53,18 @@ def bench(options: BenchOptions) -> BenchResult:
         PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
         StagesFailed: Some stages failed.
     """
-    from pharmacist.core.env import rank
-    from pharmacist.core.progress import console
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.pipeline.bench.executors import EXECUTORS
-    from pharmacist.pipeline.bench.grid import expand
-    from pharmacist.pipeline.bench.results import collect
-
     root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
     waiting = plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
     if options.dry_run:
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
-    run = _open(options, plan)
-    try:
+    if waiting and rank() == 0:
+        _reopen(root)
+    with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
-        complete = from_main(run.complete)
-        if run.complete and waiting:  # somebody deleted the folder of a stage
-            run.manifest.model_copy(update={"status": "started"}).write(run.root)
-            run = _open(options, plan)
-        if complete and not waiting:
+        if run.complete and not waiting:
             console().print(f"{root}: complete already, nothing to run", soft_wrap=True)
             return BenchResult(list(collect(plan)), [], root)
         failed: dict[str, Exception] = {}
@@ -97,13 +90,19 @@ def bench(options: BenchOptions) -> BenchResult:
             f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet\npage {root}/report.html", soft_wrap=True
         )
         return BenchResult(rows, ran, root)
-    finally:
-        run.close()
+
+
+def _reopen(root: Path) -> None:
+    """A benchmark that is finished but for a stage whose folder somebody deleted goes on."""
+    if (root / "manifest.json").is_file():
+        manifest = read_manifest(root)
+        if (manifest.stage, manifest.status) == (BENCH.name, "success"):
+            manifest.model_copy(update={"status": "started"}).write(root)
 
 
 def run_stages(
-    stages: "Mapping[str, Stage]", waiting: "Sequence[Stage]", executor: "Executor", title: str = "bench"
-) -> "Generator[Outcome, None, None]":
+    stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
+) -> Generator[Outcome, None, None]:
     """Runs stages of a graph and yields how they went.
 
     Args:
@@ -112,35 +111,14 @@ def run_stages(
         executor: Where they run.
         title: Of the progress bar.
     """
-    from pharmacist.core.progress import bar
-
     with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
         for outcome in outcomes:
             progress.advance()
             yield outcome
 
 
-def _open(options: BenchOptions, plan: "Plan") -> RunDir:
-    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once."""
-    from pharmacist.pipeline.bench.stages import with_options
-
-    return RunDir.open(
-        # How it is run does not make another benchmark of it.
-        with_options(options, only=None, fail_fast=False, executor={"name": "local"}),
-        stage="bench",
-        version=STAGE_VERSION,
-        inputs={"stages": sha256_json(sorted(plan.stages))},
-        late=frozenset(item.name for item in fields(BenchOptions)),
-        late_inputs=frozenset({"stages"}),
-        reopen=True,
-    )
-
-
-def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Result]":
+def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result]:
     """Writes the table of results, and the manifest with what failed."""
-    from pharmacist.pipeline.bench.results import collect, write_results
-    from pharmacist.pipeline.bench.stages import is_finished
-
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
     finished = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
@@ -174,10 +152,6 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
         DataError: ``results.parquet`` cannot be used.
         ConfigError: It has no selector of the baseline's name.
     """
-    from pharmacist.pipeline.bench.results import AXES
-    from pharmacist.report import render_benchmark
-    from pharmacist.report.tables import read_table
-
     results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
     names = sorted(results["selector"].unique())
     if baseline is not None and baseline not in names:
@@ -199,21 +173,14 @@ def _one_line(error: Exception) -> str:
     return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
-def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
-    from pharmacist.core.progress import console
-
+def _tell(stage: Stage, outcome: Outcome, number: int, total: int) -> None:
     result = "done" if outcome.done else "not run, needs what failed"
     result = result if outcome.error is None else _one_line(outcome.error)
     console().print(f"{number}/{total} {plain(stage.name)} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 
-def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
+def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-    from pharmacist.pipeline.bench.costs import estimate
-
     costs, out = estimate(plan, waiting), console()
     table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
     for column in ("stage", "method"):

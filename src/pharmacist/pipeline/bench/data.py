@@ -9,6 +9,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary, write_text
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
+from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
 from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
@@ -64,8 +65,6 @@ class Data:
         Raises:
             DataError: There is no such folder.
         """
-        from pharmacist.nn.models import model_fingerprint
-
         path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
         place = str(path.resolve()) if path.is_dir() else spec
         if place not in self._contents:

@@ -1,6 +1,7 @@
 """Where the stages of a graph run: in this process, or on Ray."""
 
 import logging
+import os
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import Registry
 from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
 
@@ -110,8 +112,6 @@ class Ray(Executor):
             ray.shutdown()
 
     def _started(self) -> Any:
-        import os
-
         if world_size() > 1:
             raise CompatibilityError("--executor ray: starts workers of its own; leave the launcher out")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
@@ -143,8 +143,6 @@ class RemoteError(Exception):
 
 
 def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
-    from pharmacist.core.progress import set_quiet
-
     set_quiet(True)
     outcome = attempt(stage, stages, *parents)
     if outcome.error is None or isinstance(outcome.error, PharmacistError):

@@ -12,12 +12,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.registry import Registry, closest
 from pharmacist.core.rundir import RunOptions, as_json, identifying
+from pharmacist.data.formats import open_source
+from pharmacist.defenses import DEFENSES
+from pharmacist.evaluation.judges import JUDGES
+from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
     AttackEntry,
@@ -31,8 +36,12 @@ from pharmacist.pipeline.bench.options import (
     TaskEntry,
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
-from pharmacist.pipeline.curate import SPREAD
 from pharmacist.pipeline.select import WEIGHTS
+from pharmacist.pipeline.side_data import HARMFUL_STREAMS
+from pharmacist.pipeline.stages.curate import SPREAD
+from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.repairs import REPAIRS
+from pharmacist.selectors import SELECTORS
 
 
 Entry = TypeVar("Entry")
@@ -114,8 +123,6 @@ class Plan:
 
     def write(self) -> None:
         """Writes the rows of the made-up world that stages read, under a launcher from its first process."""
-        from pharmacist.nn.distributed import barrier
-
         if rank() == 0:
             self.data.write()
         barrier()
@@ -285,7 +292,7 @@ class _Expansion:
         """
         if (kind, *label) not in self._templates:
             known = KINDS[kind]
-            values: dict[str, Any] = dict(getattr(self.grid, known.section)) if known.section else {}
+            values: dict[str, Any] = dict(getattr(self.grid, known.name, {}))
             for layer in layers:
                 values = merged(values, layer)
             grid = self.grid
@@ -296,7 +303,7 @@ class _Expansion:
                 "quiet": grid.quiet,
                 "checkpoint_seconds": grid.checkpoint_seconds,
             }
-            self._templates[kind, *label] = from_mapping(known.options_type, values, where=where)
+            self._templates[kind, *label] = from_mapping(known.options, values, where=where)
         return self._templates[kind, *label]
 
     def stage(
@@ -328,7 +335,7 @@ class _Expansion:
         for name, (parent, place) in made.items():
             inputs[name] = Input(str(parent.folder / place), f"{parent.key}/{place}")
         for name in known.files:
-            spec, where = getattr(options, name), f"{known.section}: {name}"
+            spec, where = getattr(options, name), f"{known.name}: {name}"
             if name in made or not spec:
                 continue
             if isinstance(spec, list):
@@ -337,7 +344,7 @@ class _Expansion:
                 inputs[name] = self.data.rows(spec, where, seed, pool)
         for name in known.models:
             if name not in made and getattr(options, name):
-                inputs[name] = self.data.model(getattr(options, name), f"{known.section}: {name}")
+                inputs[name] = self.data.model(getattr(options, name), f"{known.name}: {name}")
         parents = tuple(dict.fromkeys(parent.name for parent, _ in made.values()))
         stage = make_stage(self.data.root, kind, options, inputs, parents, method)
         return self.stages.setdefault(stage.name, stage)
@@ -528,8 +535,6 @@ def _reads(options: Any) -> bool:
 
 
 def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> None:
-    from pharmacist.selectors import SELECTORS
-
     selector = expansion.built(SELECTORS, options.selector)
     if chosen.selector.weighted and not selector.weighs:
         raise ConfigError(f"selector '{chosen.selector.name}': has no weights; leave 'weighted' out")
@@ -543,8 +548,6 @@ def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> N
 
 def _is_preference(spec: str | None) -> bool:
     """Whether rows bring a rejected answer beside the chosen one; of rows that are not here, that is believed."""
-    from pharmacist.data.formats import open_source
-
     if spec is None or spec.startswith(WORLD):
         return False
     if not Path(spec).expanduser().exists():
@@ -554,9 +557,6 @@ def _is_preference(spec: str | None) -> bool:
 
 
 def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.pipeline.side_data import HARMFUL_STREAMS
-
     defense, model = chosen.defense, chosen.model
     options = expansion.template(
         "align",
@@ -584,9 +584,6 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
 
 
 def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stage) -> Stage:
-    from pharmacist.attacks import ATTACKS
-    from pharmacist.defenses import DEFENSES
-
     attack, later, task, model = chosen.attack, chosen.later, chosen.task, chosen.model
     during = later.method if later.method["name"] in DEFENSES.names() else {"name": "sft"}
     options = expansion.template(
@@ -619,8 +616,6 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
 
 
 def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage | None:
-    from pharmacist.repairs import REPAIRS
-
     later, model = chosen.later, chosen.model
     if later.method["name"] not in REPAIRS.names():
         return None
@@ -642,9 +637,6 @@ def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stag
 
 
 def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str, prompts_only: bool) -> Stage:
-    from pharmacist.evaluation.judges import JUDGES
-    from pharmacist.pipeline.evaluate import LATE
-
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
         "evaluate",
@@ -670,7 +662,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
     if prompts_only:
         options = with_options(options, benign_prompts=None, task=None)
     stage = expansion.stage("evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)})
-    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in LATE}
+    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
     first = expansion.answers.setdefault(sha256_json([parent.key, place, asked]), stage.name)
     if first not in (stage.name, stage.like):
         stage = replace(stage, parents=(*stage.parents, first), like=first)
@@ -681,15 +673,13 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
 def _check_sections(grid: BenchOptions) -> None:
     """Refuses keys that no section has, or that axes decide."""
     for kind in KINDS.values():
-        if not kind.section:
+        section = getattr(grid, kind.name, None)
+        if section is None:
             continue
-        section = getattr(grid, kind.section)
         for key in section:
-            if key in kind.decided | EVERYWHERE:
-                raise ConfigError(f"{kind.section}: '{key}' is decided by the grid; leave it out here")
+            if key in kind.by_axes | EVERYWHERE:
+                raise ConfigError(f"{kind.name}: '{key}' is decided by the grid; leave it out here")
         placeholders = {"output_dir": "-", "model": "-"} | {
-            name: "-"
-            for name in ("pool", "data", "prompts")
-            if name in {item.name for item in fields(kind.options_type)}
+            name: "-" for name in ("pool", "data", "prompts") if name in {item.name for item in fields(kind.options)}
         }
-        from_mapping(kind.options_type, placeholders | section, where=kind.section)
+        from_mapping(kind.options, placeholders | section, where=kind.name)

@@ -1,11 +1,12 @@
 """What a grid file holds: one list per axis, and the settings that all cells share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.rundir import RunOptions
+from pharmacist.core.options import RunOptions
+from pharmacist.pipeline.stage import Stage
 
 
 @dataclass(kw_only=True)
@@ -64,10 +65,27 @@ class BenchOptions(RunOptions):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "://" in self.output_dir:
             raise ConfigError(f"--output-dir {self.output_dir}: must be a folder; one that all machines share will do")
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
+
+
+BENCH = Stage(
+    name="bench",
+    options=BenchOptions,
+    run="pharmacist.pipeline.bench.command:bench",
+    summary="a grid of selectors, defenses and attacks, every stage of it once",
+    example="pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
+    version=1,
+    unidentifying=frozenset({"only", "fail_fast", "executor"}),
+    # Grids may follow each other in a folder: whatever stages they share lies there once.
+    final=frozenset(item.name for item in fields(BenchOptions)),
+    final_inputs=frozenset({"stages"}),
+    reopens=True,
+    again="",
+)
 
 
 @dataclass(kw_only=True)
