@@ -81,9 +81,14 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         out_of_range = any(found["type"] in _OUT_OF_RANGE for found in error.errors(include_url=False))
         wanted = _range(hint) if out_of_range else f"must be {described(hint)}"
-        raise ConfigError(f"{name} {cut(str(value))}: {wanted}") from error
+        raise ConfigError(_told(name, value, wanted)) from error
     _check_numbers(name, found)
     return found
+
+
+def _told(name: str, value: Any, wanted: str) -> str:
+    """What is wrong, in the words of the command line or of Python."""
+    return f"{name} {cut(str(value))}: {wanted}" if name.startswith("--") else f"{name} {wanted}, not {cut(str(value))}"
 
 
 def _check_numbers(name: str, value: Any) -> None:
@@ -96,7 +101,7 @@ def _check_numbers(name: str, value: Any) -> None:
     elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{name} {cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} {value}: must be a finite number")
+        raise ConfigError(_told(name, value, "must be a finite number"))
 
 
 def cut(text: str) -> str:
