@@ -1,27 +1,20 @@
 """What selectors read of a row with the base model alone: forward passes over pool or references."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.losses import row_losses
-from pharmacist.nn.passes import Measure, run_pass
+from pharmacist.nn.passes import Measure, run_pass, tokens_per_batch
 
 
 if TYPE_CHECKING:
     from pharmacist.selectors.base import SelectionContext
 
 FloatArray = npt.NDArray[np.float64]
-
-
-def tokens_per_batch(model: Any, device: torch.device) -> int:
-    """Padded tokens per batch that bound the logits, the largest tensor of a pass."""
-    budget = 2**25 if device.type == "cpu" else 2**30
-    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
 def read(

@@ -19,12 +19,12 @@ from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
-from pharmacist.nn.passes import run_pass
+from pharmacist.nn.passes import run_pass, tokens_per_batch
+from pharmacist.readers.kept import ModelReader, read_texts, row_keys
 from pharmacist.selectors.base import CRITICAL, FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import trust
 from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
     REFUSES,
@@ -44,7 +44,6 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_losses,
     twin_reasons,
 )
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
+KEPT = "states"
+"""Subfolder of a saved selector with what the model showed of the rows."""
 _FORMAT = 3
 _WORTH_LISTENING = 0.7
 """Held-out AUC from which the twins' contrast orders the rows that evidence calls critical."""
@@ -204,16 +205,31 @@ class _Ranking:
                 self.readers = self.evidence.names
             else:
                 rows = to_dataset(self.references.rows)
-                texts, tokens = read_texts(self.context, rows, "references", with_model="probe" in self.readers)
+                texts, tokens = read_texts(rows, "references", self._model_reader())
                 phase.tokens += tokens
                 self.evidence = Evidence(self.readers).fit(self.references, texts)
         with self.phase("read pool") as phase:
-            texts, tokens = read_texts(self.context, self.pool, "pool", with_model="probe" in self.readers)
+            texts, tokens = read_texts(self.pool, "pool", self._model_reader())
             phase.tokens += tokens
         with self.phase("answer"):
             first, inverse = self.distinct
             answers = self.evidence.answer(texts.take(first), self.labels)
         return _verdict(answers, self.labels, inverse, self.evidence.report)
+
+    def _model_reader(self) -> ModelReader | None:
+        if "probe" not in self.readers:
+            return None
+        context = self.context
+        folders = [self.run.path("selector", KEPT)]
+        if context.resume_from is not None:
+            folders += [context.resume_from / KEPT, context.resume_from / "selector" / KEPT]
+        return ModelReader(
+            fingerprint=model_fingerprint(str(context.model_name)),
+            folder=self.run.work("states"),
+            earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
+            encode=context.encode,
+            model=lambda: context.model,
+        )
 
     def _learned(self) -> Path | None:
         """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""

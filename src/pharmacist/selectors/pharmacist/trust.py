@@ -6,13 +6,12 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+from pharmacist.readers.question import FAR
 from pharmacist.selectors.base import CRITICAL
 
 
 FloatArray = npt.NDArray[np.float64]
 
-FAR = 0.9
-"""AUC of telling safe references from the pool's best rows, from which they count as two sources."""
 _POOR = 0.8
 _FEW_CRITICAL = 0.1
 _FEWEST_TO_COMPARE = 5

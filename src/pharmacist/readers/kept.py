@@ -1,6 +1,8 @@
-"""What the model showed of every row, kept with the results: a second ranking of the same pool needs no model."""
+"""What a model showed of every row, kept in files: another look at the same rows needs no model."""
 
 import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +13,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.files import atomic_path
-from pharmacist.nn.models import model_fingerprint
-from pharmacist.nn.passes import run_pass
-from pharmacist.selectors.pharmacist.readers import Texts
-from pharmacist.selectors.pharmacist.states import hidden_states
-from pharmacist.selectors.reading import tokens_per_batch
+from pharmacist.nn.passes import run_pass, tokens_per_batch
+from pharmacist.readers.states import hidden_states
+from pharmacist.readers.views import Texts
 
 
 if TYPE_CHECKING:
-    from pharmacist.selectors.base import SelectionContext
+    from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.models import LoadedModel
 
 
-KEPT = "states"
-"""Subfolder of a saved selector."""
+@dataclass(frozen=True)
+class ModelReader:
+    """The model that reads rows, and where what it showed is kept.
+
+    Attributes:
+        fingerprint: Of the model: what another one showed is not used.
+        folder: What is read now is kept there, as ``NAME.safetensors``; finished chunks lie in ``NAME/``.
+        earlier: Files that may hold some rows by name of what is read.
+        encode: Rows and their name -> their tokens.
+        model: Loads the model, on first use.
+    """
+
+    fingerprint: str
+    folder: Path
+    earlier: Callable[[str], Iterable[Path]]
+    encode: Callable[[Any, str], "Encoded"]
+    model: Callable[[], "LoadedModel"]
 
 
 def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint64]:
@@ -37,48 +53,43 @@ def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint6
     )
 
 
-def read_texts(context: "SelectionContext", rows: Any, name: str, *, with_model: bool) -> tuple[Texts, int]:
+def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:
     """Rows as readers see them, from what was kept of them where all of them are there, else by the model.
 
     Args:
-        context: Its run's ``selector/states`` and `SelectionContext.resume_from` are looked into.
         rows: A dataset with ``prompt`` and ``completion``.
         name: Of the file.
-        with_model: Read hidden states too.
+        reader: Reads hidden states too; None reads none.
 
     Returns:
         The rows, and how many tokens the model read for them.
     """
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
-    if not with_model:
+    if reader is None:
         return Texts(prompts, completions), 0
     keys = row_keys(prompts, completions)
-    fingerprint = model_fingerprint(str(context.model_name))
-    folders = [context.run.work("states"), context.run.path("selector", KEPT)]
-    if context.resume_from is not None:
-        folders += [context.resume_from / KEPT, context.resume_from / "selector" / KEPT]
-    path = context.run.work("states") / f"{name}.safetensors"
-    for folder in folders:
-        kept = _kept(folder / path.name, keys, fingerprint)
+    path = reader.folder / f"{name}.safetensors"
+    for file in (path, *reader.earlier(name)):
+        kept = _kept(file, keys, reader.fingerprint)
         if kept is not None:
-            if folder != path.parent:  # what lies in the output folder is written anew in the end
+            if file != path:  # what lies in the output folder is written anew in the end
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary:
-                    shutil.copyfile(folder / path.name, temporary)
+                    shutil.copyfile(file, temporary)
             return Texts(prompts, completions, *kept), 0
-    encoded = context.encode(rows, name)
-    measure = hidden_states(context.model.model)
+    encoded = reader.encode(rows, name)
+    loaded = reader.model()
     found = run_pass(
         encoded,
-        measure,
-        work=context.run.work("states", name),
-        device=context.model.device,
-        tokens_per_batch=tokens_per_batch(context.model.model, context.model.device),
+        hidden_states(loaded.model),
+        work=reader.folder / name,
+        device=loaded.device,
+        tokens_per_batch=tokens_per_batch(loaded.model, loaded.device),
         description=f"reading the {name}",
     )
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
-        save_file({"keys": keys, **found}, temporary, metadata={"model": fingerprint})
+        save_file({"keys": keys, **found}, temporary, metadata={"model": reader.fingerprint})
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
 
 
