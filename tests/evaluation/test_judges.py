@@ -216,7 +216,6 @@ def test_length_tells_the_probe_nothing() -> None:
     ]
     judge = JUDGES.build("probe", {})
     judge.fit(REFERENCES | {"utility": long})
-    assert judge.report()["pieces"]["utility"] > 2 * len(long)
     verdicts = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in World(17).utility()])
     assert sum(bool(verdict.harmful) for verdict in verdicts) <= 0.03 * len(verdicts)
 
@@ -264,8 +263,8 @@ def test_a_folder_without_probe_is_named(tmp_path: Path) -> None:
 def test_probes_of_the_same_references_are_trained_once_and_keep_their_own_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trained = lru_cache(probe._trained.__wrapped__)
-    monkeypatch.setattr(probe, "_trained", trained)
+    trained = lru_cache(probe._train.__wrapped__)
+    monkeypatch.setattr(probe, "_train", trained)
     first, strict, weak = (
         fitted("probe", **options).judge(items()) for options in ({}, {"threshold": 0.99}, {"regularisation": 0.01})
     )

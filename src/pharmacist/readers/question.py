@@ -1,4 +1,4 @@
-"""A question that an answer answers by yes or no: what its readers say together, how sure that is, how far it holds."""
+"""A question with a yes and a no: what its readers say together, how sure that is, and where it holds."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -171,4 +171,5 @@ def told_apart(known: Features, others: Features, regularisation: float) -> floa
 
 def compared(rows: IntArray) -> IntArray:
     """At most `MOST_COMPARED` of some rows, spread evenly."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)]
+    some: IntArray = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)]
+    return some

@@ -100,8 +100,9 @@ def framed(text: str) -> str:
 class View(Protocol):
     """What of a row a regression sees."""
 
-    regularisation: ClassVar[float]
-    """Of the regression (scikit-learn's C)."""
+    @property
+    def regularisation(self) -> float:
+        """Of the regression (scikit-learn's C)."""
 
     def fit(self, texts: Texts) -> "View":
         """Learns vocabulary, location, scale, or whatever `features` needs."""
@@ -122,12 +123,11 @@ class Words:
     Args:
         side: ``prompts`` or ``completions``.
         opening: Read the first words only.
+        regularisation: scikit-learn's C; rows have unit length, and rare words tell.
     """
 
-    regularisation: ClassVar[float] = 100.0  # scikit-learn's C; rows have unit length, and rare words tell
-
-    def __init__(self, side: str, *, opening: bool = False) -> None:
-        self._side, self._opening = side, opening
+    def __init__(self, side: str, *, opening: bool = False, regularisation: float = 100.0) -> None:
+        self._side, self._opening, self.regularisation = side, opening, regularisation
         self._vectorizer = vectorizer()
 
     def _text(self, texts: Texts) -> list[str]:
@@ -142,6 +142,11 @@ class Words:
     def features(self, texts: Texts) -> Features:
         """Shape [rows, features]."""
         return self._vectorizer.transform(self._text(texts))
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The single words that it has seen."""
+        return frozenset(term for term in self._vectorizer.get_feature_names_out() if " " not in term)
 
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """Tensors and JSON that `load` makes the same reader of."""
@@ -288,22 +293,22 @@ class Reader:
     """A view of a row and a logistic regression on it."""
 
     def __init__(self, view: View) -> None:
-        self._view = view
+        self.view = view
         self.coefficients: tuple[FloatArray, float] = (np.zeros(0), 0.0)
         """Per feature, and the intercept."""
 
     @property
     def regularisation(self) -> float:
         """Of the logistic regression (scikit-learn's C)."""
-        return self._view.regularisation
+        return self.view.regularisation
 
     def features(self, texts: Texts) -> Features:
         """What the regression sees, shape [rows, features]."""
-        return self._view.features(texts)
+        return self.view.features(texts)
 
     def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
         """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
-        features = self._view.fit(texts).features(texts)
+        features = self.view.fit(texts).features(texts)
         self.coefficients = fit_logistic(features, answers, weights, self.regularisation)
         return self
 
@@ -315,12 +320,12 @@ class Reader:
 
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """Tensors and JSON that `load` makes the same reader of."""
-        tensors, content = self._view.state()
+        tensors, content = self.view.state()
         coefficients, intercept = self.coefficients
         return tensors | {"coefficients": coefficients, "intercept": np.array([intercept])}, content
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Reader":
         """Takes over what `state` gave."""
-        self._view.load(tensors, content)
+        self.view.load(tensors, content)
         self.coefficients = tensors["coefficients"], float(tensors["intercept"][0])
         return self
