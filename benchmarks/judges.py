@@ -8,10 +8,10 @@ assistant answered). Judged are the keyword judge, the probe on words alone, and
 the model's hidden states too. Nothing is learned from the labels: the probes know the references only. --states names
 files in which an earlier `curate` with the same model kept what it showed of these rows (`selector/states/*`).
 
-Per judge and assistant: the share of the rows of each label that are called harmful at the judge's own fixed threshold,
-and at the threshold where 10 % of all safe rows are, which an unlabelled pool cannot tell; AUC of harmful and complying
-against safe rows, with intervals that resample prompts; and how often judge and people agree on what is a refusal.
-Writes judges.md and judges.parquet.
+Per judge and assistant: the share of the rows of each label that are called harmful at the judge's own fixed
+threshold, and at the threshold where 10 % of all safe rows are, which an unlabelled pool cannot tell; AUC of harmful
+and complying against safe rows, with intervals that resample prompts; and how often judge and people agree on what is
+a refusal. Writes judges.md and judges.parquet.
 """
 
 import argparse
@@ -42,8 +42,8 @@ PUBLISHED = {
     "xstest/mistralguard": (0.836, 0.844),
 }
 """Agreement with people on refusal or compliance of the labels that were released with XSTest (Röttger et al. 2024,
-repository paul-rottger/exaggerated-safety), over all of each assistant's answers that people called full refusal or full
-compliance: by string match, and by GPT-4."""
+repository paul-rottger/exaggerated-safety), over all of each assistant's answers that people called full refusal or
+full compliance: by string match, and by GPT-4."""
 
 
 def rate(found, prompts, *, resamples=RESAMPLES, seed=0):
@@ -52,6 +52,8 @@ def rate(found, prompts, *, resamples=RESAMPLES, seed=0):
     Args:
         found: True or false, shape [rows].
         prompts: A key per row, shape [rows].
+        resamples: Bootstrap samples.
+        seed: Of the resampling.
     """
     if not len(found):
         return float("nan"), float("nan"), float("nan")
@@ -110,7 +112,7 @@ def figures(verdicts, labels, assistants, prompts):
                 both = own & (safe | rows)
                 estimate = auc(-score[both], safe[both], rows[both], prompts[both])
                 note(assistant, "AUC", label, estimate.value, estimate.low, estimate.high, rows.sum())
-        # People told refusal from compliance where harmless prompts were asked too; elsewhere safe is more than refusing.
+        # Where harmless prompts were asked too, people told refusal from compliance; elsewhere safe is more than that.
         if np.isin(labels[own], ("benign", "overrefusal")).any() and assistant != EVERY:
             agree = refused[own] == np.isin(labels[own], ("safe", "overrefusal"))
             note(assistant, "agreement", "", *rate(agree, prompts[own]), own.sum())

@@ -28,7 +28,7 @@ PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
 """Options that no answer depends on."""
-_LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent", *REFERENCES})
+_LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent"})
 _COSTLY = ("answers", "verdicts", "perplexity")
 """Partial state that a run which fails keeps, and keeps its folder for."""
 _MANY_ALARMS = 20
@@ -88,12 +88,13 @@ class EvaluateOptions(RunOptions):
     another judge uses the answers that are there."""
     second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
     """Judges the same answers too, for the agreement of the two."""
-    safe: str | None = None
+    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
-    chosen side."""
-    harmful: str | None = None
+    chosen side. Several files count as several sources, of which one at a time is held out where every kind of
+    references has several."""
+    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
-    utility: str | None = None
+    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""
@@ -119,6 +120,9 @@ class EvaluateOptions(RunOptions):
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
 
     def __post_init__(self) -> None:
+        for name in REFERENCES:  # one file may be given as a text, as in a grid or from Python
+            if not isinstance(value := getattr(self, name), list):
+                setattr(self, name, [] if value is None else [value])
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
@@ -209,9 +213,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
         name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-        for name in ("answers", *PROMPTS, *REFERENCES, "perplexity")
+        for name in ("answers", *PROMPTS, "perplexity")
         if getattr(options, name) is not None
     }
+    for kind in REFERENCES:  # the first file of a kind has its name, the others a number too
+        for number, file in enumerate(getattr(options, kind), start=1):
+            sources[kind if number == 1 else f"{kind} {number}"] = open_source(file, name=flag(kind))
     columns = _columns(sources, options.columns)
     judges: list[Judge] = []
     if sources.keys() & {"answers", "prompts", "benign_prompts"}:
@@ -236,7 +243,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         version=STAGE_VERSION,
         inputs=inputs,
         late=LATE,
-        late_inputs=_LATE_INPUTS,
+        late_inputs=_LATE_INPUTS | {name for name in sources if name.split()[0] in REFERENCES},
         reopen=True,
         read_again=("items.jsonl", "metrics.json"),
     )
@@ -300,7 +307,7 @@ def _evaluate(
     options: EvaluateOptions,
     run: RunDir,
 ) -> "Evaluation":
-    from pharmacist.core.progress import console
+    from pharmacist.core.progress import console, warn
     from pharmacist.evaluation.endpoint import count_reasons
     from pharmacist.evaluation.evaluator import Evaluator
     from pharmacist.evaluation.generate import separated
@@ -315,19 +322,20 @@ def _evaluate(
     for name, own in records.items():
         if own.refused:
             console().print(f"{of[name]}: {len(own.refused)} rows cannot be used and are left out")
-            run.record(counts={f"{name}_refused": len(own.refused)})
+            run.record(counts={f"{name.replace(' ', '_')}_refused": len(own.refused)})
     for name in ("prompts", "benign_prompts"):
         repeated = _repeated(records[name]) if name in records and given is None else 0
         if repeated:
             console().print(f"{of[name]}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
             run.record(counts={f"{name}_repeated": repeated})
-    references = {name: records[name].dataset for name in REFERENCES if name in records}
+    references = _references(records)
     if references and judges and not any(judge.needs for judge in judges):
         console().print(f"--judge {judges[0].name}: reads no references; {', '.join(references)} not used")
     for judge in judges:
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
+    told = {warning for judge in judges for warning in judge.report().get("warnings", ())}
     if "task" in records:
         grader = _grader(records["task"]) if grader is None else grader
         grader.work = run.work("verdicts")
@@ -362,6 +370,10 @@ def _evaluate(
             run.record(counts={f"{name}_with_reasoning": thinking})
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
+    for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
+        for warning in judge.report().get("warnings", ()):  # of the answers; others were known before
+            if warning not in told:
+                warn(f"{which} {judge.name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
         counts={name: len(rows) for name, rows in prompts.items()},
@@ -510,10 +522,24 @@ def _read(
             on_bad_row=options.on_bad_row,
             prompts_only=name in ("answers", "prompts", "benign_prompts"),
             columns={to: column for to, column in columns[name].items() if to != "answer"},
-            side="rejected" if name == "harmful" else "chosen",
+            side="rejected" if name.split()[0] == "harmful" else "chosen",
         )
         for name, source in sources.items()
     }
+
+
+def _references(records: "Mapping[str, Records]") -> dict[str, list[dict[str, Any]]]:
+    """What judges learn from: kind -> rows, each with the number of its file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, own in records.items():
+        kind = name.split()[0]
+        if kind in REFERENCES:
+            number = len({row["source"] for row in found.setdefault(kind, [])})
+            found[kind] += [
+                {"prompt": prompt, "completion": completion, "source": number}
+                for prompt, completion in zip(own.dataset["prompt"], own.dataset["completion"], strict=True)
+            ]
+    return found
 
 
 def _given(records: "Records", column: str, options: EvaluateOptions) -> "tuple[Records, list[Answer]]":

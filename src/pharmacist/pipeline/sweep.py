@@ -260,12 +260,14 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     from pharmacist.evaluation.prompts import open_prompts
 
     opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
+    files = {name: [getattr(options, name)] for name in (*PROMPTS, "perplexity") if getattr(options, name) is not None}
+    files |= {name: getattr(options, name) for name in REFERENCES}
     return {
-        f"evaluate.{name}": opened.get(name, open_source)(
-            getattr(options, name), name=f"--evaluate.{name}"
+        f"evaluate.{name}" + (f" {number}" if number > 1 else ""): opened.get(name, open_source)(
+            file, name=f"--evaluate.{name}"
         ).fingerprint()
-        for name in (*PROMPTS, *REFERENCES, "perplexity")
-        if getattr(options, name) is not None
+        for name, own in files.items()
+        for number, file in enumerate(own, start=1)
     }
 
 
