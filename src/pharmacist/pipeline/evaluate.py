@@ -335,7 +335,7 @@ def _evaluate(
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
-    told = {warning for judge in judges for warning in judge.report().get("warnings", ())}
+    known = {warning for judge in judges for warning in judge.report().get("warnings", ())}
     if "task" in records:
         grader = _grader(records["task"]) if grader is None else grader
         grader.work = run.work("verdicts")
@@ -372,7 +372,7 @@ def _evaluate(
         evaluation = evaluator.assess(answers)
     for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
         for warning in judge.report().get("warnings", ()):  # of the answers; others were known before
-            if warning not in told:
+            if warning not in known:
                 warn(f"{which} {judge.name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
