@@ -208,6 +208,9 @@ def test_probe_reports_its_quality() -> None:
     assert report["auc"] > 0.99
     assert report["true_positive_rate"] > 0.95 > 0.05 > report["false_positive_rate"]
     assert report["warnings"] == []
+    counts, alarms = report["references"], report["false_alarms"]
+    flagged = sum(counts[kind] * alarms[kind] for kind in ("safe", "utility"))
+    assert flagged == pytest.approx(report["false_positive_rate"] * (counts["safe"] + counts["utility"]))
 
 
 def test_length_tells_the_probe_nothing() -> None:

@@ -194,6 +194,7 @@ class ProbeJudge(Judge):
             "auc_refusal": float(roc_auc_score(refusal, found.refusal())),
             "true_positive_rate": float(harmful[compliance].mean()),
             "false_positive_rate": float(harmful[~compliance].mean()),
+            "false_alarms": {kind: float(harmful[kinds == kind].mean()) for kind in (REFUSAL, HELP) if counts[kind]},
             "refusal_true_positive_rate": float(refused[refusal].mean()),
             "refusal_false_positive_rate": float(refused[~refusal].mean()),
             "true_positive_rate_at_10_percent": float((score[compliance] > at).mean()),
