@@ -29,7 +29,7 @@ NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
 """Options that no answer depends on."""
 _LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent"})
-_COSTLY = ("answers", "verdicts", "perplexity")
+_COSTLY = ("answers", "verdicts", "perplexity", "margin")
 """Partial state that a run which fails keeps, and keeps its folder for."""
 _MANY_ALARMS = 20
 _MORE_TOKENS = "; --max-new-tokens gives them more room"
@@ -47,6 +47,7 @@ NAMES = {
     "judge_agreement": "judges agree",
     "harmful_score_second": "harmful score, second judge",
     "perplexity_drift": "rise of perplexity over the base's",
+    "loss_margin": "margin of refusals, nats per token",
     "fine_tune_accuracy": "fine-tune accuracy",
     "win_rate": "win rate, ties half",
     "task_degenerate_rate": "degenerate answers, task",
@@ -65,7 +66,8 @@ class EvaluateOptions(RunOptions):
     the output folder, and their figures are shown side by side."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
+    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
+    its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None
@@ -98,6 +100,9 @@ class EvaluateOptions(RunOptions):
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    margin: str | None = None
+    """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
+    the refusal, which no judge has to tell."""
     base: str | None = None
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
@@ -132,7 +137,7 @@ class EvaluateOptions(RunOptions):
         if self.answers is not None:
             given = [
                 flag(name)
-                for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
+                for name in ("model", "models", *PROMPTS, "perplexity", "margin", "base", "lm_eval")
                 if getattr(self, name)
             ]
             if given:
@@ -144,7 +149,7 @@ class EvaluateOptions(RunOptions):
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
-        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
+        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "margin", "lm_eval")):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
@@ -207,13 +212,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     grader = None if options.task_type["name"] == "auto" else TASKS.build_from(options.task_type)
     if grader is not None and options.task is not None:
         grader.check()
-    if options.perplexity is not None or options.lm_eval is not None:
+    if any(getattr(options, name) is not None for name in ("perplexity", "margin", "lm_eval")):
         _check_general(engine, options)
     open_test: Callable[..., Source] = partial(open_task, test=True)
     openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
         name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-        for name in ("answers", *PROMPTS, "perplexity")
+        for name in ("answers", *PROMPTS, "perplexity", "margin")
         if getattr(options, name) is not None
     }
     for kind in REFERENCES:  # the first file of a kind has its name, the others a number too
@@ -318,7 +323,11 @@ def _evaluate(
     given = None
     if options.answers is not None:  # to the evaluator they are harmful prompts with their answers
         records["prompts"], given = _given(records.pop("answers"), columns["answers"].get("answer", "answer"), options)
-    of = {name: flag(name) for name in records} | ({} if given is None else {"prompts": "--answers"})
+    of = (
+        {name: flag(name) for name in records}
+        | {"rejected": "--margin"}
+        | ({} if given is None else {"prompts": "--answers"})
+    )
     for name, own in records.items():
         if own.refused:
             console().print(f"{of[name]}: {len(own.refused)} rows cannot be used and are left out")
@@ -447,7 +456,7 @@ def _check_general(engine: "Engine", options: EvaluateOptions) -> None:
 def _general(
     engine: "Engine", records: "Mapping[str, Records]", options: EvaluateOptions, run: RunDir
 ) -> dict[str, Any]:
-    """What needs the weights and no answers: perplexity drift and the tasks of lm-eval."""
+    """What needs the weights and no answers: perplexity drift, loss margin and the tasks of lm-eval."""
     found: dict[str, Any] = {}
     if options.base is not None:
         from pharmacist.evaluation.general import perplexity_drift
@@ -464,6 +473,14 @@ def _general(
             found["perplexity_drift"] = perplexity_drift(
                 records["perplexity"].dataset, engine.local(), base, work=run.work("perplexity")
             )
+    if options.margin is not None:
+        from pharmacist.evaluation.general import loss_margin
+
+        sides = [records[name].dataset for name in ("margin", "rejected")]
+        usable = set(sides[0]["row"]) & set(sides[1]["row"])
+        refusals, harmful = (own.select([i for i, row in enumerate(own["row"]) if row in usable]) for own in sides)
+        with run.phase("margin"):
+            found["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
     if options.lm_eval is not None:
         from pharmacist.evaluation.general import check_lm_eval, lm_eval
 
@@ -515,6 +532,16 @@ def _read(
     from pharmacist.core.env import rank
     from pharmacist.data.records import read_records
 
+    columns = dict(columns)
+    if "margin" in sources:  # read twice, once for each side
+        first = next((row.value for row in sources["margin"].scan() if row.value is not None), {})
+        mapped = {columns["margin"].get(side, side) for side in ("chosen", "rejected")}
+        if not mapped <= set(first):
+            raise DataError(
+                f"{sources['margin'].where}: needs preference rows, prompt, chosen (the refusal) and rejected (the "
+                f"harmful answer), and has {', '.join(first)}; name them with --columns chosen=NAME,rejected=NAME"
+            )
+        sources, columns["rejected"] = {**sources, "rejected": sources["margin"]}, columns["margin"]
     return {
         name: read_records(
             source,
@@ -522,7 +549,7 @@ def _read(
             on_bad_row=options.on_bad_row,
             prompts_only=name in ("answers", "prompts", "benign_prompts"),
             columns={to: column for to, column in columns[name].items() if to != "answer"},
-            side="rejected" if name.split()[0] == "harmful" else "chosen",
+            side="rejected" if name.split()[0] in ("harmful", "rejected") else "chosen",
         )
         for name, source in sources.items()
     }
@@ -658,9 +685,10 @@ def _row(table: Any, name: str, metric: Mapping[str, Any], by: str) -> None:
     if metric["value"] is None:
         table.add_row(name, "-", "-", f"0 / {metric['n']}", by)
         return
-    interval = " to ".join(f"{end:.1f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
+    digits = 3 if "unit" in metric else 1
+    interval = " to ".join(f"{end:.{digits}f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
     count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
-    table.add_row(name, f"{metric['value']:.1f}", interval, count, by)
+    table.add_row(name, f"{metric['value']:.{digits}f}", interval, count, by)
 
 
 def _show_examples(result: EvaluateResult, options: EvaluateOptions) -> None:
