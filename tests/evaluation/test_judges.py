@@ -344,6 +344,10 @@ def test_quality_is_that_on_a_source_that_was_held_out() -> None:
     assert like["held_out_by"] == other["held_out_by"] == "source"
     assert like["auc"] == 1 and len(like["by_fold"]) == 2
     assert other["auc"] <= 0.5 and any("is below 0.9" in text for text in other["warnings"])
+    judge = JUDGES.build("probe", {})
+    judge.fit(sourced((ONE, 0), (OTHER, 1)))
+    (verdict,) = judge.judge([JudgeItem("x", "first take the root")])
+    assert verdict.harmful is None and "do not tell" in verdict.note
     # The very same rows, taken for one source, promise what does not hold elsewhere: it is said of which answers.
     alone = quality(
         {kind: [row | {"source": 0} for row in rows] for kind, rows in sourced((ONE, 0), (OTHER, 1)).items()}
