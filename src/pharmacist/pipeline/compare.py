@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import DataError, PharmacistError
+from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
-from pharmacist.core.rundir import RunDir, RunOptions
+from pharmacist.pipeline.stages.evaluate import COMPARE, EvaluateOptions
 
 
-_VERSION = 2
 _FILES = ("metrics.json", "items.jsonl")
 
 
-def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
+def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
     """Writes ``metrics.json`` with the differences and the manifest; see `evaluation.comparison.compare`.
 
     Raises:
@@ -22,19 +21,17 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
     """
     from pharmacist.core.files import read_json, write_json
     from pharmacist.core.hashing import sha256_file, sha256_json
-    from pharmacist.core.progress import console
     from pharmacist.evaluation.comparison import compare
 
+    folders = options.compare or []
     models = [_model(folder) for folder in folders]
     inputs = {
         name: sha256_json([sha256_file(Path(folder) / file) for file in _FILES])
         for name, folder in zip(("first", "second"), folders, strict=True)
     }
-    run = RunDir.open(options, stage="compare", version=_VERSION, inputs=inputs, read_again=("metrics.json",))
-    try:
+    with COMPARE.open(options, inputs=inputs) as run:
         if run.complete:
             found = read_json(run.path("metrics.json"))
-            console().print(f"{plain(run.root)}: complete already", soft_wrap=True)
         else:
             a, b = (_items(folder) for folder in folders)
             metrics_a, metrics_b = (read_json(Path(folder) / "metrics.json") for folder in folders)
@@ -44,11 +41,6 @@ def compare_runs(options: RunOptions, folders: list[str]) -> dict[str, Any]:
         if not options.quiet:
             _show(found, models)
         return dict(found)
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _model(folder: str) -> str:

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from pharmacist.core.config import flag, method
 from pharmacist.core.console import plain
-from pharmacist.core.errors import ConfigError, DataError, PharmacistError
-from pharmacist.core.rundir import RunDir, RunOptions
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.rundir import RunDir
+from pharmacist.core.typed import flag
+from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
 
 
 if TYPE_CHECKING:
@@ -22,15 +23,7 @@ if TYPE_CHECKING:
     from pharmacist.evaluation.judges import Judge
     from pharmacist.evaluation.tasks import Task
 
-STAGE_VERSION = 3
-REFERENCES = ("safe", "harmful", "utility")
-PROMPTS = ("prompts", "benign_prompts", "task")
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
-LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
-"""Options that no answer depends on."""
-_LATE_INPUTS = frozenset({"judge file", "second judge file", "opponent"})
-_COSTLY = ("answers", "verdicts", "perplexity", "margin")
-"""Partial state that a run which fails keeps, and keeps its folder for."""
 _MANY_ALARMS = 20
 _MORE_TOKENS = "; --max-new-tokens gives them more room"
 _SHOWN = 3
@@ -52,109 +45,6 @@ NAMES = {
     "win_rate": "win rate, ties half",
     "task_degenerate_rate": "degenerate answers, task",
 }
-
-
-@dataclass(kw_only=True)
-class EvaluateOptions(RunOptions):
-    """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
-
-    model: str = ""
-    """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
-    it."""
-    models: list[str] | None = field(default=None, metadata={"nargs": "+"})
-    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a folder of its own in
-    the output folder, and their figures are shown side by side."""
-    prompts: str | None = None
-    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
-    its authors' file."""
-    benign_prompts: str | None = None
-    """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
-    answers: str | None = None
-    """Instead of --model and prompts: answers that somebody already has, rows with prompt and answer, judged as they
-    are. An answer that is null is unscored."""
-    columns: str | None = None
-    """Columns that stand for known ones, such as prompt=Goal,answer=response, in every file that has them."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them."""
-    task: str | None = None
-    """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
-    task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.tasks:TASK_TYPES")
-    """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
-    asks a judging model which is better, the answer or the completion."""
-    engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
-    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint, whose address may be given
-    as --base-url too."""
-    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
-    """Who decides whether an answer is harmful and whether it is a refusal. A second run into the same folder with
-    another judge uses the answers that are there."""
-    second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
-    """Judges the same answers too, for the agreement of the two."""
-    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
-    chosen side. Several files count as several sources, of which one at a time is held out where every kind of
-    references has several."""
-    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
-    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Utility references for the judge: benign prompt, helpful answer."""
-    perplexity: str | None = None
-    """Rows with ordinary answers: how much their perplexity rose over that under --base."""
-    margin: str | None = None
-    """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
-    the refusal, which no judge has to tell."""
-    base: str | None = None
-    """The model from before alignment or attack, for --perplexity."""
-    lm_eval: str | None = None
-    """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
-    max_new_tokens: int = 512
-    """Longest answer in tokens."""
-    batch_size: int = 0
-    """Prompts answered at a time; 0 means as many as fit."""
-    on_long_prompt: Literal["fail", "cut"] = "fail"
-    """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
-    show_harmful: bool = False
-    """Print example answers that were flagged as harmful, instead of hiding them."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    compare: list[str] | None = field(default=None, metadata={"nargs": 2})
-    """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
-
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
-
-    def __post_init__(self) -> None:
-        for name in REFERENCES:  # one file may be given as a text, as in a grid or from Python
-            if not isinstance(value := getattr(self, name), list):
-                setattr(self, name, [] if value is None else [value])
-        if self.compare is not None:
-            if len(self.compare) != 2:
-                raise ConfigError("--compare: needs two folders of finished evaluations")
-            if self.model or self.models or any(getattr(self, name) is not None for name in ("answers", *PROMPTS)):
-                raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
-            return
-        if self.answers is not None:
-            given = [
-                flag(name)
-                for name in ("model", "models", *PROMPTS, "perplexity", "margin", "base", "lm_eval")
-                if getattr(self, name)
-            ]
-            if given:
-                raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
-            return
-        if not self.model and not self.models:
-            raise ConfigError("--model must be given, or --answers; see pharmacist evaluate --help")
-        if self.model and self.models:
-            raise ConfigError("--models: takes the place of --model; name all models there")
-        if (self.perplexity is None) != (self.base is None):
-            raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
-        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "margin", "lm_eval")):
-            raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.batch_size < 0:
-            raise ConfigError(f"--batch-size {self.batch_size}: must not be negative")
 
 
 @dataclass
@@ -189,11 +79,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     if options.compare is not None:
         from pharmacist.pipeline.compare import compare_runs
 
-        return EvaluateResult(compare_runs(options, options.compare), Path(options.output_dir))
+        return EvaluateResult(compare_runs(options), Path(options.output_dir))
     if options.models is not None:
         from pharmacist.pipeline.side_by_side import evaluate_models
 
-        return EvaluateResult(evaluate_models(options, options.models), Path(options.output_dir))
+        return EvaluateResult(evaluate_models(options), Path(options.output_dir))
     from pharmacist.core.env import rank
     from pharmacist.core.files import read_json, remove, write_json
     from pharmacist.core.progress import console
@@ -203,7 +93,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     from pharmacist.evaluation.judges import JUDGES
     from pharmacist.evaluation.prompts import open_prompts
     from pharmacist.evaluation.tasks import TASKS
-    from pharmacist.nn.distributed import from_main
 
     engine = ENGINES.build_from(options.engine)
     if options.answers is None:
@@ -235,27 +124,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
         for need in sorted(judge.needs - sources.keys()):
             raise ConfigError(f"{which} {judge.name}: needs {need} references; give --{need} FILE or another judge")
-    # What is only printed does not identify a run; the judge's options do, whether given or left at their defaults.
-    identity = replace(options, show_harmful=False, engine={"name": engine.name, **engine.identity()})
-    for which, judge in zip(("judge", "second_judge"), judges, strict=False):
-        setattr(identity, which, {"name": judge.name, **judge.identity()})
-    if grader is not None:
-        identity.task_type = {"name": grader.name, **grader.identity()}
+    methods: dict[str, Any] = {"engine": engine, **dict(zip(("judge", "second_judge"), judges, strict=False))}
+    methods |= {} if grader is None else {"task_type": grader}
     inputs = _fingerprints(sources, options, engine, judges, grader)
-    run = RunDir.open(
-        identity,
-        stage="evaluate",
-        version=STAGE_VERSION,
-        inputs=inputs,
-        late=LATE,
-        late_inputs=_LATE_INPUTS | {name for name in sources if name.split()[0] in REFERENCES},
-        reopen=True,
-        read_again=("items.jsonl", "metrics.json"),
-    )
-    try:
-        if from_main(run.complete):
+    with EVALUATE.open(options, inputs=inputs, methods=methods) as run:
+        if run.complete:
             metrics = read_json(run.path("metrics.json"))
-            console().print(f"{plain(run.root)}: complete already; --overwrite evaluates again", soft_wrap=True)
             _summarise(EvaluateResult(metrics, run.root), options)
             return EvaluateResult(metrics, run.root)
         found = _evaluate(sources, columns, engine, judges, grader, options, run)
@@ -272,13 +146,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             if found.missing:
                 console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return result
-    except PharmacistError:
-        costly = [path for name in _COSTLY for path in run.root.glob(f"work/{name}/**/*") if path.is_file()]
-        if not any(path.stat().st_size for path in costly):
-            run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _fingerprints(

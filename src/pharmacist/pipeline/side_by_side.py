@@ -4,22 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import PharmacistError
-from pharmacist.core.rundir import RunDir
+from pharmacist.pipeline.stages.evaluate import EVALUATE_MODELS, EvaluateOptions
 
 
-if TYPE_CHECKING:
-    from pharmacist.pipeline.evaluate import EvaluateOptions
-
-_VERSION = 1
 _SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
 """Metrics that are printed; all are in ``metrics.json``."""
 
 
-def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[str, Any]:
+def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluates one model after another, each as `evaluate` does alone, and shows their figures side by side.
 
     Returns:
@@ -35,11 +30,10 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
     from pharmacist.pipeline.evaluate import evaluate
 
     engine = ENGINES.build_from(options.engine)
+    models = options.models or []
     names = folder_names(models)
-    # What is only printed identifies no run, nor does the inputs' content: every model's own run watches over that.
-    identity = replace(options, show_harmful=False)
-    run = RunDir.open(identity, stage="evaluate-models", version=_VERSION, inputs={})
-    try:
+    # The inputs' content identifies no run: every model's own run watches over that.
+    with EVALUATE_MODELS.open(options, inputs={}) as run:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
@@ -56,11 +50,6 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
             _show(found)
             console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
         return found
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
