@@ -22,12 +22,6 @@ Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
 _COPIED = 4096
 
 
-def tokens_per_batch(model: Any, device: torch.device) -> int:
-    """Padded tokens per batch that bound the logits, the largest tensor of a pass."""
-    budget = 2**25 if device.type == "cpu" else 2**30
-    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
-
-
 def run_pass(
     sequences: Sequences,
     measure: Callable[[Batch], Arrays],

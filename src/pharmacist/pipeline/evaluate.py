@@ -298,7 +298,7 @@ def _answers(
     run.record(
         counts={f"{name}_cut": count for name, count in evaluator.cut.items() if count},
         device=report["device"],
-        extra={name: report.get(name) for name in ("template", "template_origin")} | {"engine": engine.name},
+        extra={name: report.get(name) for name in ("template", "template_origin", "dtype")} | {"engine": engine.name},
     )
     general = _general(engine, records, options, run)
     if general:

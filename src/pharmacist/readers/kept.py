@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.files import atomic_path
-from pharmacist.nn.passes import run_pass, tokens_per_batch
+from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.states import hidden_states
 from pharmacist.readers.views import Texts
 

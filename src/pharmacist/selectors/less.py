@@ -16,7 +16,8 @@ from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.nn.passes import Measure, run_pass, tokens_per_batch
+from pharmacist.nn.passes import Measure, run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import pool_job, row_tape
 from pharmacist.selectors.jobs import Job, run_jobs

@@ -7,8 +7,8 @@ import numpy.typing as npt
 from torch import nn
 
 from pharmacist.nn.batching import Batch, Sequences
-from pharmacist.nn.losses import row_losses
-from pharmacist.nn.passes import Measure, run_pass, tokens_per_batch
+from pharmacist.nn.passes import Measure, run_pass
+from pharmacist.nn.reading import read_row_losses, tokens_per_batch
 
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def read(
 
 def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:
     """Mean cross-entropy of each row's completion tokens in nats, shape [rows]."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    losses = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
-    found: FloatArray = losses.completion.double().cpu().numpy()
+    found: FloatArray = read_row_losses(model, batch, prompt=False).completion.double().cpu().numpy()
     return found
 
 

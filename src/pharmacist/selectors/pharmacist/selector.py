@@ -18,7 +18,8 @@ from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
-from pharmacist.nn.passes import run_pass, tokens_per_batch
+from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.kept import row_keys
 from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
