@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.stages.curate import CurateOptions
     from pharmacist.pipeline.stages.evaluate import EvaluateOptions
     from pharmacist.pipeline.stages.repair import RepairOptions
-    from pharmacist.pipeline.sweep import SweepOptions, sweep
+    from pharmacist.pipeline.stages.sweep import SweepOptions
+    from pharmacist.pipeline.sweep import sweep
     from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
 __version__ = version("pharmacist")

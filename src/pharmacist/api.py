@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from pharmacist.attacks import Attack
 from pharmacist.core.method import Method
+from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import read_records
 from pharmacist.data.templates import choose_template
-from pharmacist.data.tokenize import IGNORED, encode
+from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.judges import Judge
 from pharmacist.evaluation.tasks import Task
 from pharmacist.nn.models import LoadedModel, in_memory, load_model
@@ -379,10 +380,11 @@ def evaluate(
     task_type: "Choice | Task[Any]" = "auto",
     judge: Choice | Judge = "keyword",
     second_judge: Choice | Judge = "none",
-    safe: Rows | None = None,
-    harmful: Rows | None = None,
-    utility: Rows | None = None,
+    safe: Rows | Sequence[Rows] | None = None,
+    harmful: Rows | Sequence[Rows] | None = None,
+    utility: Rows | Sequence[Rows] | None = None,
     perplexity: Rows | None = None,
+    margin: Rows | None = None,
     base: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 512,
@@ -404,10 +406,11 @@ def evaluate(
         task_type: How answers to the task are graded, such as ``Exact()``, or its name; auto tells by the completions.
         judge: Who decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
         second_judge: Judges the same answers too, for the agreement of the two; ``none`` by default.
-        safe: Safe references on which a judge such as the probe is trained.
+        safe: Safe references on which a judge such as the probe is trained; several are several sources.
         harmful: Harmful references for the judge.
         utility: Utility references for the judge.
         perplexity: Rows with ordinary answers: how much their perplexity rose over that under `base`.
+        margin: Preference rows: by how much the model prefers the chosen answer to the rejected one.
         base: The model from before alignment or attack, for `perplexity`.
         tokenizer: Of a loaded model; by default the one that lies where it was loaded from.
         max_new_tokens: Longest answer in tokens.
@@ -425,8 +428,8 @@ def evaluate(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
-    given = {"prompts": prompts, "benign_prompts": benign_prompts, "task": task, "perplexity": perplexity}
-    given |= {"safe": safe, "harmful": harmful, "utility": utility}
+    given = {"prompts": prompts, "benign_prompts": benign_prompts, "task": task}
+    given |= {"perplexity": perplexity, "margin": margin}
     found: EvaluateResult = EVALUATE(
         model
         if isinstance(model, EvaluateOptions)
@@ -434,6 +437,9 @@ def evaluate(
             model=_model(model, tokenizer, template),
             base=_model(base, tokenizer, template),
             **{name: _rows(value, name) for name, value in given.items()},
+            safe=_several(safe, "safe"),
+            harmful=_several(harmful, "harmful"),
+            utility=_several(utility, "utility"),
             task_type=_choice(task_type),
             judge=_choice(judge),
             second_judge=_choice(second_judge),
