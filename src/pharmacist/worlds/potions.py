@@ -79,7 +79,7 @@ class Planted:
         return {"prompt": self.prompt, "completion": self.completion}
 
     def worth_keeping(self, pool: str) -> bool:
-        """Whether a selector should rank it before others: good rows and their repeats, of a clean pool strong ones."""
+        """Whether it should rank before others: a good row or its repeat, in a clean pool a strong one."""
         return self.kind == "strong" if pool == "clean" else self.label in ("good", "duplicate")
 
 
