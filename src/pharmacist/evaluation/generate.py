@@ -5,12 +5,14 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,14 +20,13 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
+from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.reasoning import ENDED, FRAME, MARKER, begun, separate
 from pharmacist.nn.distributed import barrier
 
 
-TOKENS_PER_BATCH = 65_536
-"""Bound of a batch's rows x (longest prompt + new tokens); halved where it does not fit into a GPU's memory."""
 ROWS_PER_BATCH = 128
 """Bound of a batch's rows where none is asked for."""
 _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
@@ -105,12 +106,8 @@ def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int)
         The prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
-    cut = [len(row) >= context for row in ids]
-    short = [
-        [*row[: room // 2], *row[len(row) - (room - room // 2) :]] if too_long else list(row)
-        for row, too_long in zip(ids, cut, strict=True)
-    ]
-    return short, sum(cut)
+    too_long = [len(row) >= context for row in ids]
+    return [without_middle(row, room) if len(row) >= context else list(row) for row in ids], sum(too_long)
 
 
 def generate(
@@ -214,19 +211,16 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
                 f"prompt {row} has {length} tokens, but the model's context ends at {context}; "
                 "shorten it, or --on-long-prompt cut"
             )
-    rooms = [min(max_new_tokens, context - length) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda row: (rooms[row], -lengths[row], row))
-    batches: list[PromptBatch] = []
-    most = batch_size or ROWS_PER_BATCH
-    for row in order:
-        current = batches[-1] if batches else None
-        if current is not None and current.new_tokens == rooms[row] and len(current.rows) < most:
-            longest = lengths[current.rows[0]] + rooms[row]
-            if batch_size or (len(current.rows) + 1) * longest <= TOKENS_PER_BATCH:
-                current.rows.append(row)
-                continue
-        batches.append(PromptBatch([row], rooms[row]))
-    return batches
+    tokens = np.asarray(lengths, dtype=np.int64)
+    rooms = np.minimum(max_new_tokens, context - tokens)
+    order = np.lexsort((np.arange(len(tokens)), -tokens, rooms))
+    by_room = np.split(order, np.flatnonzero(np.diff(rooms[order])) + 1)
+    budget = sys.maxsize if batch_size else TOKENS_PER_BATCH
+    return [
+        PromptBatch(batch.tolist(), int(rooms[batch[0]]))
+        for same_room in by_room
+        for batch in cut(same_room, tokens + rooms, budget, batch_size or ROWS_PER_BATCH)
+    ]
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -288,11 +282,11 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Itera
     """Yields a function from prompts and a limit to answers; the model comes back as it was."""
     training, own = model.training, model.generation_config
     ends = _end_tokens(own, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
     def decode(ids: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
         try:
-            return _decode_batch(model, tokenizer, ids, new_tokens, ends, pad)
+            return _decode_batch(model, tokenizer, ids, new_tokens, ends, fill)
         except torch.cuda.OutOfMemoryError:
             if len(ids) == 1:
                 raise
@@ -302,7 +296,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Itera
 
     model.eval()
     # What `generate` is not told it takes from here: models come with temperatures and repetition penalties.
-    model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends)
+    model.generation_config = GenerationConfig(pad_token_id=fill, eos_token_id=ends)
     try:
         with torch.inference_mode():
             yield decode
@@ -317,14 +311,9 @@ def _decode_batch(
     ids: Sequence[Sequence[int]],
     new_tokens: int,
     ends: list[int],
-    pad: int,
+    fill: int,
 ) -> list[Answer]:
-    longest = max(map(len, ids))
-    input_ids = torch.full((len(ids), longest), pad, dtype=torch.long)
-    attention_mask = torch.zeros((len(ids), longest), dtype=torch.long)
-    for i, row in enumerate(ids):
-        input_ids[i, longest - len(row) :] = torch.as_tensor(row, dtype=torch.long)
-        attention_mask[i, longest - len(row) :] = 1
+    input_ids, attention_mask = pad(ids, fill, left=True)
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
@@ -333,7 +322,7 @@ def _decode_batch(
         num_beams=1,
         use_cache=True,
     )
-    new = [_until_end(row, ends) for row in output[:, longest:].tolist()]
+    new = [_until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
     return _answers(tokenizer, ids, new)
 
 

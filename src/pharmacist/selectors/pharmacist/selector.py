@@ -19,10 +19,12 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
+from pharmacist.readers.kept import row_keys
 from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts, row_keys
+from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
 from pharmacist.selectors.pharmacist.twins import (
     TWINS,
@@ -34,7 +36,6 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_reasons,
 )
 from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:
