@@ -107,9 +107,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
     sources = {
         name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-        for name in ("answers", *PROMPTS, *REFERENCES, "perplexity", "margin")
+        for name in ("answers", *PROMPTS, "perplexity", "margin")
         if getattr(options, name) is not None
     }
+    for kind in REFERENCES:  # the first file of a kind has its name, the others a number too
+        for number, file in enumerate(getattr(options, kind), start=1):
+            sources[kind if number == 1 else f"{kind} {number}"] = open_source(file, name=flag(kind))
     columns = _columns(sources, options.columns)
     judges: list[Judge] = []
     if sources.keys() & {"answers", "prompts", "benign_prompts"}:
@@ -176,7 +179,7 @@ def _evaluate(
     options: EvaluateOptions,
     run: RunDir,
 ) -> "Evaluation":
-    from pharmacist.core.progress import console
+    from pharmacist.core.progress import console, warn
     from pharmacist.evaluation.endpoint import count_reasons
     from pharmacist.evaluation.evaluator import Evaluator
     from pharmacist.evaluation.generate import separated
@@ -195,19 +198,20 @@ def _evaluate(
     for name, own in records.items():
         if own.refused:
             console().print(f"{of[name]}: {len(own.refused)} rows cannot be used and are left out")
-            run.record(counts={f"{name}_refused": len(own.refused)})
+            run.record(counts={f"{name.replace(' ', '_')}_refused": len(own.refused)})
     for name in ("prompts", "benign_prompts"):
         repeated = _repeated(records[name]) if name in records and given is None else 0
         if repeated:
             console().print(f"{of[name]}: {repeated} rows repeat a prompt, so that the intervals are too narrow")
             run.record(counts={f"{name}_repeated": repeated})
-    references = {name: records[name].dataset for name in REFERENCES if name in records}
+    references = _references(records)
     if references and judges and not any(judge.needs for judge in judges):
         console().print(f"--judge {judges[0].name}: reads no references; {', '.join(references)} not used")
     for judge in judges:
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
+    known = {warning for judge in judges for warning in judge.report().get("warnings", ())}
     if "task" in records:
         grader = _grader(records["task"]) if grader is None else grader
         grader.work = run.work("verdicts")
@@ -242,6 +246,10 @@ def _evaluate(
             run.record(counts={f"{name}_with_reasoning": thinking})
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
+    for which, judge in zip(("--judge", "--second-judge"), judges, strict=False):
+        for warning in judge.report().get("warnings", ()):  # of the answers; others were known before
+            if warning not in known:
+                warn(f"{which} {judge.name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
         counts={name: len(rows) for name, rows in prompts.items()},
@@ -408,11 +416,25 @@ def _read(
             on_bad_row=options.on_bad_row,
             prompts_only=name in ("answers", "prompts", "benign_prompts"),
             columns={to: column for to, column in columns[name].items() if to != "answer"},
-            side="rejected" if name in ("harmful", "rejected") else "chosen",
+            side="rejected" if name.split()[0] in ("harmful", "rejected") else "chosen",
             keep=name in ("answers", "prompts"),
         )
         for name, source in sources.items()
     }
+
+
+def _references(records: "Mapping[str, Records]") -> dict[str, list[dict[str, Any]]]:
+    """What judges learn from: kind -> rows, each with the number of its file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, own in records.items():
+        kind = name.split()[0]
+        if kind in REFERENCES:
+            number = len({row["source"] for row in found.setdefault(kind, [])})
+            found[kind] += [
+                {"prompt": prompt, "completion": completion, "source": number}
+                for prompt, completion in zip(own.dataset["prompt"], own.dataset["completion"], strict=True)
+            ]
+    return found
 
 
 def _given(records: "Records", column: str, options: EvaluateOptions) -> "tuple[Records, list[Answer]]":

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file, sha256_json
+from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, last_json
 from pharmacist.evaluation.tasks.base import Task, TaskItem
 from pharmacist.evaluation.text import missing
@@ -51,13 +52,8 @@ class WinRateConfig(EndpointConfig):
     """What the endpoint calls the judging model."""
     against: str | None = None
     """Folder of another model's finished evaluation of the same task: its answers take the place of the file's."""
-    max_tokens: int = 1024
+    max_tokens: AtLeast1 = 1024
     """Longest reply of the judging model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 1:
-            raise ConfigError(f"win-rate: max_tokens {self.max_tokens} must be at least 1")
 
 
 class WinGrade(NamedTuple):
