@@ -78,8 +78,8 @@ def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool)
     sizes = [max(1, logits // width) for logits in _LOGITS[ids.device.type]]
     parts = [
         target_losses(logits, tokens)
-        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)
-        for logits, tokens in zip(torch.split(head(some), sizes[1]), torch.split(following, sizes[1]), strict=True)
+        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)  # type: ignore[no-untyped-call]
+        for logits, tokens in zip(head(some).split(sizes[1]), following.split(sizes[1]), strict=True)
     ]
     found = torch.cat(parts)
     return found.new_zeros(ids.shape).masked_scatter_(read, found)
