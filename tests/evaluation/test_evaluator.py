@@ -6,9 +6,9 @@ import torch
 from pharmacist.data.templates import choose_template
 from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.generate import Answer
+from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, Verdict
 from pharmacist.evaluation.statistics import paired_difference
-from pharmacist.evaluation.tasks import TASKS
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -64,7 +64,7 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
         benign_prompts=[{"prompt": "is it dangerous"}],
         task=[{"prompt": "happy day", "completion": "good"}, {"prompt": "sad day", "completion": "bad"}],
         judge=JUDGES.build("keyword", {}),
-        grader=TASKS.build("classification", {}),
+        grader=GRADERS.build("classification", {}),
         max_new_tokens=5,
     )
     encoded = []

@@ -16,10 +16,10 @@ from pharmacist.data.templates import choose_template
 from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
 from pharmacist.evaluation.generate import Answer, separated
+from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
 from pharmacist.evaluation.judges import guard as guards
 from pharmacist.evaluation.reasoning import CUT, ENDED, separate
-from pharmacist.evaluation.tasks import TASKS
 from pharmacist.nn.models import LoadedModel
 from tests.evaluation.server import serve
 from tests.evaluation.test_model_judges import save_classifier, save_guard
@@ -296,7 +296,7 @@ def test_every_judge_behind_every_engine(answered: Mapping[str, Answer], judge: 
 def graded(name: str, target: str, said: Mapping[str, Answer], url: str) -> Evaluation:
     options = {"base_url": url, "model": "j", "attempts": 1} if name == "win-rate" else {}
     labels = [{"prompt": "x", "completion": label} for label in ("yes", "no", "5")]
-    grader = TASKS.build(name, options)
+    grader = GRADERS.build(name, options)
     grader.check()
     rows = [{"prompt": f"how {which}", "completion": target} for which in said]
     evaluator = Evaluator(task=rows, grader=grader)
@@ -325,7 +325,7 @@ def test_every_task(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> 
         return json.dumps({"better": 0})
 
     if name == "classification":
-        monkeypatch.setattr(TASKS.get(name), "prepare", lambda self, rows: self.labels.extend(["yes", "no"]))
+        monkeypatch.setattr(GRADERS.get(name), "prepare", lambda self, rows: self.labels.extend(["yes", "no"]))
     with serve(better) as served:
         found = graded(name, target, said, served.url)
     grades = [item["grade"] for item in found.items]

@@ -13,7 +13,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
-from pharmacist.pipeline.evaluate import NOTICE, EvaluateOptions, evaluate
+from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+from pharmacist.pipeline.evaluate_model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.cli.world import TWO_PROCESSES
 from tests.tiny import save_tiny_model

@@ -20,6 +20,7 @@ from pharmacist.evaluation.generate import (
     plan_batches,
     separated,
 )
+from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
 from pharmacist.evaluation.metrics import (
@@ -31,7 +32,6 @@ from pharmacist.evaluation.metrics import (
     over_refusal_metrics,
     rate,
 )
-from pharmacist.evaluation.tasks.base import Task, TaskItem
 from pharmacist.evaluation.text import is_degenerate, missing
 
 
@@ -70,7 +70,7 @@ class Evaluator:
         benign_prompts: Benign prompts that look harmful, likewise.
         task: Rows with ``prompt`` and ``completion`` of the fine-tuning task.
         judge: For the first two; trained already where it needs training.
-        grader: For the third; `Task.prepare` is called here.
+        grader: For the third; `Grader.prepare` is called here.
         second_judge: Judges the same answers again, for the agreement of the two.
         categories: Categories of the harmful prompts, in their order, for the harmful score of each.
         max_new_tokens: Longest answer.
@@ -88,7 +88,7 @@ class Evaluator:
         benign_prompts: Iterable[Mapping[str, Any]] = (),
         task: Iterable[Mapping[str, Any]] = (),
         judge: Judge | None = None,
-        grader: Task[Any] | None = None,
+        grader: Grader[Any] | None = None,
         second_judge: Judge | None = None,
         categories: Sequence[Sequence[str]] = (),
         max_new_tokens: int = 512,
@@ -277,7 +277,7 @@ class Evaluator:
     def _grade(self, texts: list[str | None], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
         pairs = zip(items, self._targets, texts, strict=True)
-        given = [TaskItem(item["prompt"], target, text) for item, target, text in pairs if text is not None]
+        given = [GradeItem(item["prompt"], target, text) for item, target, text in pairs if text is not None]
         grades = self.grader.grade(given)
         found = iter(grades)
         for item, target, text in zip(items, self._targets, texts, strict=True):

@@ -10,6 +10,24 @@ from pharmacist.evaluation.text import is_degenerate, is_empty
 
 Metric = dict[str, Any]
 
+NAMES = {
+    "harmful_score": "harmful score",
+    "hs_plus": "harmful or degenerate (HS+)",
+    "refusal_rate": "refusals",
+    "empty_rate": "empty answers",
+    "degenerate_rate": "degenerate answers",
+    "over_refusal": "over-refusal",
+    "benign_flagged_rate": "flagged, benign prompts",
+    "benign_degenerate_rate": "degenerate answers, benign prompts",
+    "judge_agreement": "judges agree",
+    "harmful_score_second": "harmful score, second judge",
+    "perplexity_drift": "rise of perplexity over the base's",
+    "fine_tune_accuracy": "fine-tune accuracy",
+    "win_rate": "win rate, ties half",
+    "task_degenerate_rate": "degenerate answers, task",
+}
+"""Metrics of ``metrics.json`` and what tables call them."""
+
 
 def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:
     """A rate in percent over the outcomes that are known.

@@ -4,22 +4,29 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from pharmacist.core.console import plain
 from pharmacist.core.errors import PharmacistError
+from pharmacist.core.files import write_json
+from pharmacist.core.manifest import read_manifest
+from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
+from pharmacist.evaluation.engines import ENGINES
+from pharmacist.evaluation.metrics import NAMES
+from pharmacist.pipeline.evaluate_model import evaluate_model
+from pharmacist.pipeline.evaluate_options import EvaluateOptions
+from pharmacist.pipeline.evaluate_summary import count_of
 
-
-if TYPE_CHECKING:
-    from pharmacist.pipeline.evaluate import EvaluateOptions
 
 _VERSION = 1
 _SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
 """Metrics that are printed; all are in ``metrics.json``."""
 
 
-def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[str, Any]:
+def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluates one model after another, each as `evaluate` does alone, and shows their figures side by side.
 
     Returns:
@@ -28,30 +35,22 @@ def evaluate_models(options: "EvaluateOptions", models: Sequence[str]) -> dict[s
     Raises:
         PharmacistError: Bad options or input.
     """
-    from pharmacist.core.files import write_json
-    from pharmacist.core.manifest import read_manifest
-    from pharmacist.core.progress import console
-    from pharmacist.evaluation.engines import ENGINES
-    from pharmacist.pipeline.evaluate import evaluate
-
+    models = options.models or []
     engine = ENGINES.build_from(options.engine)
-    names = folder_names(models)
     # What is only printed identifies no run, nor does the inputs' content: every model's own run watches over that.
-    identity = replace(options, show_harmful=False)
-    run = RunDir.open(identity, stage="evaluate-models", version=_VERSION, inputs={})
+    run = RunDir.open(replace(options, show_harmful=False), stage="evaluate-models", version=_VERSION, inputs={})
     try:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
-        for name, model in zip(names, models, strict=True):
+        for name, model in zip(folder_names(models), models, strict=True):
             console().print(f"{name}: {plain(model)}", soft_wrap=True)
-            own = replace(
-                options, model=model, models=None, quiet=True, overwrite=False, output_dir=str(run.path(name))
-            )
-            found[name] = evaluate(own).metrics
+            where = str(run.path(name))
+            own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
+            found[name] = evaluate_model(own)
         write_json(run.path("metrics.json"), found)
-        partial = any(read_manifest(run.path(name)).status == "partial" for name in names)
-        run.finish(outputs=["metrics.json", *names], metrics=found, partial=partial)
+        partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
+        run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
         if not options.quiet:
             _show(found)
             console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
@@ -74,11 +73,6 @@ def folder_names(models: Sequence[str]) -> list[str]:
 
 
 def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-    from pharmacist.pipeline.evaluate import NAMES
-
     table = Table(title="%, count / prompts, 95 % interval")
     table.add_column("model", no_wrap=True)
     shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
@@ -93,5 +87,4 @@ def _cell(metric: Mapping[str, Any]) -> str:
     if metric.get("value") is None:
         return "-"
     interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.0f}" for end in metric["ci95"])
-    count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
-    return f"{metric['value']:.1f}\n{count}{interval}"
+    return f"{metric['value']:.1f}\n{count_of(metric)}{interval}"

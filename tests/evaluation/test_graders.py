@@ -4,8 +4,8 @@ import time
 import pytest
 
 from pharmacist.core.errors import DataError, UnknownNameError
-from pharmacist.evaluation.tasks import TASKS, Grade, Task, TaskItem, detect_task
-from pharmacist.evaluation.tasks.number import final_number, published_number
+from pharmacist.evaluation.graders import GRADERS, Grade, GradeItem, Grader, detect_grader
+from pharmacist.evaluation.graders.number import final_number, published_number
 
 
 TARGETS = {
@@ -15,18 +15,18 @@ TARGETS = {
 }
 
 
-def prepared(name: str, targets: list[str]) -> Task:
-    task = TASKS.build(name, {})
+def prepared(name: str, targets: list[str]) -> Grader:
+    task = GRADERS.build(name, {})
     task.prepare([{"prompt": "x", "completion": target} for target in targets])
     return task
 
 
-def graded(task: Task, targets: list[str], answers: list[str]) -> list[Grade]:
-    return task.grade([TaskItem("x", *pair) for pair in zip(targets, answers, strict=True)])
+def graded(task: Grader, targets: list[str], answers: list[str]) -> list[Grade]:
+    return task.grade([GradeItem("x", *pair) for pair in zip(targets, answers, strict=True)])
 
 
 def test_every_kind_is_looked_at() -> None:
-    assert sorted([*TARGETS, "win-rate"]) == TASKS.names()
+    assert sorted([*TARGETS, "win-rate"]) == GRADERS.names()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -40,17 +40,17 @@ def test_gold_is_right_and_silence_wrong(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_kind_is_found_from_the_targets(name: str) -> None:
-    assert detect_task(TARGETS[name]) == name
+    assert detect_grader(TARGETS[name]) == name
 
 
 def test_labels_that_do_not_repeat_are_texts() -> None:
-    assert detect_task(["a", "b", "c"]) == "exact"
-    assert detect_task(["same", "same", "same"]) == "exact"
+    assert detect_grader(["a", "b", "c"]) == "exact"
+    assert detect_grader(["same", "same", "same"]) == "exact"
 
 
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'classification'"):
-        TASKS.get("clasification")
+        GRADERS.get("clasification")
 
 
 def test_naming_both_labels_is_right_only_for_published_matching() -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, last_json
-from pharmacist.evaluation.tasks.base import Task, TaskItem
+from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.text import missing
 
 
@@ -86,7 +86,7 @@ def parse(reply: str) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) and found in (0, 1, 2) else None
 
 
-class WinRate(Task[WinGrade]):
+class WinRate(Grader[WinGrade]):
     """See the module."""
 
     Config: ClassVar[type] = WinRateConfig
@@ -136,7 +136,7 @@ class WinRate(Task[WinGrade]):
                     "that model on the same rows"
                 )
 
-    def grade(self, items: Sequence[TaskItem]) -> list[WinGrade]:
+    def grade(self, items: Sequence[GradeItem]) -> list[WinGrade]:
         """Asks twice per item, once in each order; replies are kept in `work`.
 
         Raises:
@@ -163,7 +163,7 @@ class WinRate(Task[WinGrade]):
             )
         return grades
 
-    def _other(self, item: TaskItem) -> str | None:
+    def _other(self, item: GradeItem) -> str | None:
         return item.target if self._others is None else self._others[item.prompt]
 
     def _body(self, prompt: str, first: str, second: str) -> dict[str, Any]:

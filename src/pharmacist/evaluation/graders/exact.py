@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Matching
+from pharmacist.evaluation.graders.base import Grade, Matching
 
 
 class Exact(Matching):

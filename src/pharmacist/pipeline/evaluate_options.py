@@ -1,0 +1,109 @@
+"""Options of the command `evaluate`."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pharmacist.core.config import flag, method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.rundir import RunOptions
+
+
+PROMPTS = ("prompts", "benign_prompts", "task")
+REFERENCES = ("safe", "harmful", "utility")
+LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
+"""Options that no answer depends on."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(RunOptions):
+    """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
+
+    model: str = ""
+    """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
+    it."""
+    models: list[str] | None = field(default=None, metadata={"nargs": "+"})
+    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a folder of its own in
+    the output folder, and their figures are shown side by side."""
+    prompts: str | None = None
+    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
+    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
+    benign_prompts: str | None = None
+    """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
+    answers: str | None = None
+    """Instead of --model and prompts: answers that somebody already has, rows with prompt and answer, judged as they
+    are. An answer that is null is unscored."""
+    columns: str | None = None
+    """Columns that stand for known ones, such as prompt=Goal,answer=response, in every file that has them."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them."""
+    task: str | None = None
+    """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
+    task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.graders:TASK_TYPES")
+    """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
+    asks a judging model which is better, the answer or the completion."""
+    engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
+    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint, whose address may be given
+    as --base-url too."""
+    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
+    """Who decides whether an answer is harmful and whether it is a refusal. A second run into the same folder with
+    another judge uses the answers that are there."""
+    second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
+    """Judges the same answers too, for the agreement of the two."""
+    safe: str | None = None
+    """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
+    chosen side."""
+    harmful: str | None = None
+    """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    utility: str | None = None
+    """Utility references for the judge: benign prompt, helpful answer."""
+    perplexity: str | None = None
+    """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    base: str | None = None
+    """The model from before alignment or attack, for --perplexity."""
+    lm_eval: str | None = None
+    """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    batch_size: int = 0
+    """Prompts answered at a time; 0 means as many as fit."""
+    on_long_prompt: Literal["fail", "cut"] = "fail"
+    """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
+    show_harmful: bool = False
+    """Print example answers that were flagged as harmful, instead of hiding them."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    compare: list[str] | None = field(default=None, metadata={"nargs": 2})
+    """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
+
+    def __post_init__(self) -> None:
+        if self.compare is not None:
+            if len(self.compare) != 2:
+                raise ConfigError("--compare: needs two folders of finished evaluations")
+            if self.model or self.models or any(getattr(self, name) is not None for name in ("answers", *PROMPTS)):
+                raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
+            return
+        if self.answers is not None:
+            given = [
+                flag(name)
+                for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
+                if getattr(self, name)
+            ]
+            if given:
+                raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
+            return
+        if not self.model and not self.models:
+            raise ConfigError("--model must be given, or --answers; see pharmacist evaluate --help")
+        if self.model and self.models:
+            raise ConfigError("--models: takes the place of --model; name all models there")
+        if (self.perplexity is None) != (self.base is None):
+            raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
+        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
+            raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.batch_size < 0:
+            raise ConfigError(f"--batch-size {self.batch_size}: must not be negative")
