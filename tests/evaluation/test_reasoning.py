@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pharmacist.data.templates import choose_template
+from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
-from pharmacist.evaluation.generate import Answer, separated
 from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
 from pharmacist.evaluation.judges import guard as guards
@@ -262,7 +262,7 @@ def judge(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             },
             "strongreject": lambda: {"base_url": served.url, "model": "j", "attempts": 1},
         }.get(name, dict)()
-        monkeypatch.setattr(guards, "generate_from_ids", guarded)
+        monkeypatch.setattr(guards, "generate", guarded)
         found = JUDGES.build(name, options)
         found.fit(references())
         yield found
@@ -354,7 +354,7 @@ def test_the_tokenizers_own_means() -> None:
 
     rows = [{"prompt": f"tell me about {word}"} for word in ("bread", "water", "seeds")]
     evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
-    answers = evaluator.answers(model, tokenizer, template, decode=decode)
+    answers = evaluator.answers(model, tokenizer, template, decoder=decode)
     items = evaluator.assess(answers).items
     assert [item["answer"].strip() for item in items] == [REFUSAL, "", REFUSAL]
     assert [item.get("reasoning", "").strip() for item in items] == [THOUGHT, THOUGHT, ""]
@@ -372,7 +372,7 @@ def test_marks_are_kept_in_decoding_and_nothing_else_is() -> None:
 
     rows = [{"prompt": "tell me"}, {"prompt": "tell me about"}]
     evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
-    found = evaluator.answers(model, tokenizer, template, decode=decode)["prompts"]
+    found = evaluator.answers(model, tokenizer, template, decoder=decode)["prompts"]
     assert sorted(answer.text for answer in found) == ["[THINK] bad [/THINK] good", "good"]
 
 

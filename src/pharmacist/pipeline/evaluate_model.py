@@ -16,12 +16,12 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source, place
 from pharmacist.data.records import Records, Refused, parse_columns, read_records
 from pharmacist.data.tasks import open_task
+from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons
 from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
 from pharmacist.evaluation.engines.transformers import TransformersEngine
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
 from pharmacist.evaluation.general import check_lm_eval, lm_eval, perplexity_drift
-from pharmacist.evaluation.generate import Answer, separated
 from pharmacist.evaluation.graders import GRADERS, Grader, detect_grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.evaluation.generate import cut_prompts, generate_from_ids
+from pharmacist.evaluation.generate import cut_prompts, generate
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
 from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge, equal_lengths, tensor
 from pharmacist.evaluation.reasoning import separate
@@ -192,7 +192,7 @@ class GuardJudge(LocalModelJudge):
         family = FAMILIES[self.config.family]
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         ids = self._ids([family.render(tokenizer, item) for item in items], family.tokens)
-        outputs = generate_from_ids(
+        outputs = generate(
             model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size, description="judge"
         )
         said = [separate(output.text).answer for output in outputs]  # guards that reason exist too
