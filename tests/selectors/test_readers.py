@@ -131,7 +131,7 @@ def test_the_row_space_gives_the_plain_regression(sparse):
     answers = np.arange(20) % 2
     plain = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-12, max_iter=1000).fit(features, answers)
     inside = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-12, max_iter=1000).fit(rotated, answers)
-    np.testing.assert_allclose(back(inside.coef_)[0], plain.coef_[0], rtol=0, atol=OPTIMUM)
+    np.testing.assert_allclose(back(inside.coef_[0]), plain.coef_[0], rtol=0, atol=OPTIMUM)
     few = rng.normal(size=(20, 4))
     assert into_row_space(few)[0] is few
 

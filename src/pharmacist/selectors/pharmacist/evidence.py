@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
@@ -44,6 +45,7 @@ from pharmacist.selectors.pharmacist.readers import (
     Words,
     fit_logistic,
     framed,
+    into_row_space,
     vectorizer,
 )
 from pharmacist.selectors.pharmacist.references import References
@@ -64,6 +66,8 @@ _TYPICAL_WEIGHT = 4.0
 _NEAR = 0.75
 """AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""
 _OUTLIER = 4.0
+_AMOUNT_REGULARISATION = 0.1
+"""scikit-learn's C: strong, so that many words share the evidence instead of the few that tell best."""
 _TEMPER, _CAUTION = 0.75, 1.0
 """Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
 _FEWEST_COMPARED, _MOST_COMPARED = 20, 256
@@ -125,6 +129,8 @@ class Answers:
         typical: What it adds to the log-odds of a safe row that the row as a whole looks like a safe reference, shape
             [rows]; 0 where the pool is unlike the references.
         near: How far pool and references look like one source, in [0, 1].
+        amount: How much of a refusal each answer holds in all its words (log-odds that add up word by word, so that an
+            answer that says more of it has more), shape [rows]; 0 where the pool is unlike the references.
         distance: See `Evidence._distance`.
         by_reader: Question and reader -> log-odds before they are combined, shape [rows].
         labels_held_out: With labels, for the labelled rows: their `safe_log_odds` without any labels, and with those
@@ -134,6 +140,7 @@ class Answers:
     log_odds: FloatArray
     typical: FloatArray
     near: float
+    amount: FloatArray
     distance: dict[str, float] | None
     by_reader: dict[str, FloatArray]
     labels_held_out: tuple[FloatArray, FloatArray] | None = None
@@ -289,7 +296,8 @@ class Evidence:
             for question, readers in by_reader.items()
             for name, values in readers.items()
         }
-        return Answers(log_odds, typical, near, distance, signals, held_out)
+        amount = self._amount(pool) if near else np.zeros(len(pool))
+        return Answers(log_odds, typical, near, amount, distance, signals, held_out)
 
     def _answer(
         self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
@@ -302,6 +310,16 @@ class Evidence:
         log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
         typical = self._combined(TYPICAL, {name: values[:, variant] for name, values in by_reader[TYPICAL].items()})
         return log_odds, typical
+
+    def _amount(self, pool: Texts) -> FloatArray:
+        """See `Answers.amount`."""
+        known = self._known[REFUSES]
+        answers = answers_to(REFUSES, self._classes[known])
+        words = CountVectorizer(ngram_range=(1, 2), binary=True, dtype=np.float64)
+        rotated, back = into_row_space(words.fit_transform([self._references.completions[row] for row in known]))
+        coefficients, _ = fit_logistic(rotated, answers, np.ones(len(answers)), _AMOUNT_REGULARISATION)
+        result: FloatArray = words.transform(pool.completions) @ back(coefficients)
+        return result
 
     def _distance(self, pool: Texts, critical: IntArray) -> dict[str, float] | None:
         """How well critical-looking rows of the pool are told from safe references: cross-validated AUC per question.
@@ -326,13 +344,14 @@ class Evidence:
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
-        found = {}
+        by_reader = {}
         references = self._known[question]
         for name, reader in self._readers[question].items():
             fits = [reader.coefficients]
             if len(known) > 1:
                 every = known[1]
                 features = reader.features(self._references.take(references) + pool.take(every.rows))
+                rotated, back = into_row_space(features)  # once for all sets of labels
             for labels in known[1:]:
                 told = np.flatnonzero(answers_to(question, labels.classes) != UNKNOWN)
                 places = len(references) + np.searchsorted(every.rows, labels.rows[told])
@@ -340,15 +359,16 @@ class Evidence:
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
                 answers = answers_to(question, classes)
-                fits.append(fit_logistic(features[rows], answers, weights, reader.regularisation))
+                found, intercept = fit_logistic(rotated[rows], answers, weights, reader.regularisation)
+                fits.append((back(found), intercept))
             coefficients = np.stack([fit[0] for fit in fits], axis=1)
             intercepts = np.array([fit[1] for fit in fits])
             parts = []
             for start in track(range(0, len(pool), _CHUNK), f"reading the pool: {question}, {name}"):
                 some = pool.take(np.arange(start, min(start + _CHUNK, len(pool))))
                 parts.append(np.asarray(reader.features(some) @ coefficients) + intercepts)
-            found[name] = np.concatenate(parts)
-        return found
+            by_reader[name] = np.concatenate(parts)
+        return by_reader
 
     def _risky(self, features: FloatArray, refuses: FloatArray, labels: Labels) -> FloatArray:
         """Log-odds that a row's request is harmful, by references and by the answers of all other rows."""

@@ -248,9 +248,8 @@ def fit_logistic(
     with warnings.catch_warnings():
         # The last step may find nothing better but rounding.
         warnings.filterwarnings("ignore", "Line Search failed|The line search|Rounding errors prevent")
-        rotated, back = into_row_space(features)
-        model.fit(rotated, answers, sample_weight=balanced)
-    return back(model.coef_)[0], float(model.intercept_[0])
+        model.fit(features, answers, sample_weight=balanced)
+    return model.coef_[0], float(model.intercept_[0])
 
 
 def into_row_space(features: Features) -> tuple[Features, Callable[[FloatArray], FloatArray]]:
@@ -268,8 +267,7 @@ def into_row_space(features: Features) -> tuple[Features, Callable[[FloatArray],
     root, basis = np.sqrt(values[kept]), vectors[:, kept]
 
     def back(coefficients: FloatArray) -> FloatArray:
-        over_rows = (coefficients / root) @ basis.T
-        result: FloatArray = np.asarray((features.T @ over_rows.T).T)
+        result: FloatArray = np.asarray(features.T @ (basis @ (coefficients / root)))
         return result
 
     return basis * root, back
@@ -294,8 +292,9 @@ class Reader:
 
     def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
         """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
-        features = self._view.fit(texts).features(texts)
-        self.coefficients = fit_logistic(features, answers, weights, self.regularisation)
+        rotated, back = into_row_space(self._view.fit(texts).features(texts))
+        coefficients, intercept = fit_logistic(rotated, answers, weights, self.regularisation)
+        self.coefficients = back(coefficients), intercept
         return self
 
     def log_odds(self, texts: Texts) -> FloatArray:
