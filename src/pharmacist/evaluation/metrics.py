@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pharmacist.evaluation.judges.base import Verdict
-from pharmacist.evaluation.statistics import wilson
+from pharmacist.evaluation.statistics import four_counts, wilson
 from pharmacist.evaluation.text import is_degenerate, is_empty
 
 
@@ -83,17 +83,12 @@ def agreement(first: Sequence[Verdict], second: Sequence[Verdict], judges: tuple
         for a, b in zip(first, second, strict=True)
         if a.harmful is not None and b.harmful is not None
     ]
-    table = {
-        "both": pairs.count((True, True)),
-        "only_first": pairs.count((True, False)),
-        "only_second": pairs.count((False, True)),
-        "neither": pairs.count((False, False)),
-    }
+    names = ("both", "only_first", "only_second", "neither")
     defined = len({label for pair in pairs for label in pair}) > 1
     kappa = float(cohen_kappa_score(*zip(*pairs, strict=True), labels=[False, True])) if defined else None
     return rate(a == b for a, b in pairs) | {
         "kappa": kappa,
-        "flagged": table,
+        "flagged": dict(zip(names, four_counts(pairs), strict=True)),
         "judge": " / ".join(judges),
         "unscored": len(first) - len(pairs),
     }
