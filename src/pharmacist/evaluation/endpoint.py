@@ -26,6 +26,8 @@ from anyio.from_thread import start_blocking_portal
 from pharmacist.core.console import plain, without_credentials
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.progress import bar
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.reasoning import CUT, ENDED
 
 
 _REFUSED = {
@@ -106,23 +108,6 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back.
-
-    Attributes:
-        text: The message, or the refusal that some endpoints give in its place; None where there is neither.
-        tokens: New tokens as the endpoint counts them; 0 where it does not.
-        finished: Whether the model ended by itself.
-        reasoning: What it thought before, where the endpoint tells that apart.
-    """
-
-    text: str | None
-    tokens: int
-    finished: bool
-    reasoning: str = ""
-
-
-@dataclass(frozen=True)
 class Failure:
     """Why a question has no answer.
 
@@ -163,7 +148,7 @@ class Endpoint:
     def ask_all(
         self,
         bodies: Sequence[Mapping[str, Any]],
-        done: Callable[[int, Reply | Failure], None],
+        done: Callable[[int, Answer | Failure], None],
         description: str,
         *,
         answered: bool = False,
@@ -199,7 +184,7 @@ class Endpoint:
                     result = future.result()
                     done(waiting[future], result)
                     progress.advance(1)
-                    answered = answered or isinstance(result, Reply)
+                    answered = answered or isinstance(result, Answer)
                     if isinstance(result, Failure) and result.remedy:
                         refused += 1
                         # One question may be barred; where no other is answered either, it is not the question.
@@ -211,7 +196,9 @@ class Endpoint:
                     future.cancel()
                 raise
 
-    async def _ask(self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]) -> Reply | Failure:
+    async def _ask(
+        self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]
+    ) -> Answer | Failure:
         most = self.config.max_wait
         backoff = tenacity.wait_random_exponential(multiplier=min(1.0, most), max=most)
 
@@ -242,7 +229,7 @@ class Endpoint:
             except _Failed as error:
                 return Failure(str(error), error.remedy)
 
-    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
         content = bytearray()
         with anyio.fail_after(self.config.timeout):  # all of it: a server may send a byte now and then for ever
             async with client.stream("POST", self._address, json=body) as response:
@@ -299,7 +286,8 @@ def _parsed(content: bytearray) -> Any:
         raise _Failed("malformed reply", again=True) from error
 
 
-def _reply(content: bytearray) -> Reply:
+def _reply(content: bytearray) -> Answer:
+    """The message of a reply, or the refusal that some endpoints give in its place."""
     value = _parsed(content)
     try:
         choice = value["choices"][0]
@@ -321,12 +309,16 @@ def _reply(content: bytearray) -> Reply:
         raise _Failed("content filter of the endpoint")
     if not 0 <= tokens <= _MOST_TOKENS or not isinstance(refusal, str | None):
         raise _Failed("malformed reply", again=True)
-    reply = Reply(text or refusal or text, tokens, ended not in _CUT, "\n\n".join(filter(None, (thought, reasoning))))
+    reasoning = "\n\n".join(filter(None, (thought, reasoning)))
+    text = text or refusal or text
+    why = ""
+    if not (text or "").strip():
+        why = ENDED if reasoning.strip() else CUT if ended in _CUT else "no text in the reply" if text is None else ""
     try:
-        (reply.reasoning + (reply.text or "")).encode("utf-8")
+        (reasoning + (text or "")).encode("utf-8")
     except UnicodeEncodeError as error:
         raise _Failed("reply with half a character (a lone surrogate)") from error
-    return reply
+    return Answer(text or "", tokens, ended not in _CUT, reasoning=reasoning, unanswered=why)
 
 
 def _texts(content: Any) -> tuple[str | None, str]:

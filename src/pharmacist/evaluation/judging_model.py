@@ -10,7 +10,8 @@ from typing import Any
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, Reply, count_reasons, json_object
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
 
 
@@ -83,7 +84,7 @@ class JudgingModel:
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         order = list(missing)
 
-        def done(position: int, result: Reply | Failure) -> None:
+        def done(position: int, result: Answer | Failure) -> None:
             key, reply = order[position], result if isinstance(result, Failure) else _whole(result)
             found[key] = reply
             if log is not None and isinstance(reply, str):
@@ -109,11 +110,11 @@ class JudgingModel:
             )
 
 
-def _whole(reply: Reply) -> str | Failure:
+def _whole(reply: Answer) -> str | Failure:
     """A judging model's reply without its reasoning."""
     if not reply.finished:
         return Failure("reply cut at its limit of tokens; raise max_tokens")
-    return separate(reply.text or "").answer
+    return separate(reply.text).answer
 
 
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:

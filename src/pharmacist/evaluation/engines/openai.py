@@ -12,9 +12,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.data.templates import conversation
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, Reply, count_reasons
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
 from pharmacist.evaluation.engines.base import Engine, ModelChoice
-from pharmacist.evaluation.reasoning import CUT, ENDED
 
 
 if TYPE_CHECKING:
@@ -74,13 +73,13 @@ class OpenAIEngine(Engine):
         found = read_answers([log], log)
         missing = [row for row in range(len(bodies)) if row not in found]
 
-        def done(position: int, result: Reply | Failure) -> None:
+        def done(position: int, result: Answer | Failure) -> None:
             row = missing[position]
             if isinstance(result, Failure):  # not written: the next run asks again
                 found[row] = Answer("", 0, False, result.reason)
             else:
-                found[row] = _answer(result)
-                append_answers(log, {row: found[row]})
+                found[row] = result
+                append_answers(log, {row: result})
 
         endpoint = Endpoint(config, f"--engine {self.name}")
         what = f"answer {name.replace('_', ' ')}"
@@ -90,19 +89,6 @@ class OpenAIEngine(Engine):
     def report(self) -> dict[str, Any]:
         """No device of ours, and the server's own template."""
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
-
-
-def _answer(reply: Reply) -> Answer:
-    """A reply as an answer; without any text it is none, nor where the limit came before the first word."""
-    why = ""
-    if not (reply.text or "").strip():
-        if reply.reasoning.strip():
-            why = ENDED
-        elif not reply.finished:
-            why = CUT
-        elif reply.text is None:
-            why = "no text in the reply"
-    return Answer(reply.text or "", reply.tokens, reply.finished, reasoning=reply.reasoning, unanswered=why)
 
 
 def _remedy(reasons: list[str]) -> str:
