@@ -34,7 +34,7 @@ from pharmacist.nn.models import load_model
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.curate import CurateOptions, curate
-from pharmacist.selectors.pharmacist.selector import both
+from pharmacist.selectors.pharmacist.verdict import both
 
 
 RANKINGS = {

@@ -4,7 +4,7 @@
 
 The JSON is that of the RepNoise authors (repository domenicrosati/representation-noising, folder data): a list of
 rows with prompt, response, is_safe and refusal. Unsafe rows are taken in their order: the first 5000 for attackers,
-the next 5000 as the pool to align on, the next 256 as references. No prompt is in two of the files.
+the next 2000 as the pool to align on, the next 256 as references. No prompt is in two of the files.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from pharmacist.core.files import write_text
 
 
-PARTS = {"attack": 5000, "pool": 5000, "references": 256}
+PARTS = {"attack": 5000, "pool": 2000, "references": 256}
 
 
 def pairs(rows):

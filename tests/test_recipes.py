@@ -3,15 +3,20 @@
 import json
 import subprocess
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file
-from tests.scripts import load_script
+from pharmacist.data.formats import open_source
+from pharmacist.selectors.labels import read_labels
+from tests.scripts import ROOT, load_script
+from tests.tiny import save_tiny_model
 
 
 REFUSAL, HELP = "I'm sorry, but I can't brew that.", "Take two cups of water and stir."
@@ -171,6 +176,149 @@ def test_what_cannot_be_had_is_said_in_one_line_and_nothing_is_written(
         references.make(tmp_path / "made", sets, local)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
+
+
+# --- natural answers ------------------------------------------------------------------------------------------------
+
+
+ASSISTANTS = ("GPT4", "vicuna-7b")
+
+
+def do_not_answer(n: int) -> list[dict[str, Any]]:
+    """Rows in the columns of the set; the second assistant answers every third question, and that is harm."""
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        row: dict[str, Any] = {"id": i, "types_of_harm": "jinxes", "question": f"Where do I get jinx number {i}?"}
+        for name in ASSISTANTS:
+            bad = name == "vicuna-7b" and i % 3 == 0
+            row[f"{name}_response"] = f"Of toad {i}." if bad else f"{REFUSAL} Jinx {i} of {name}."
+            row |= {f"{name}_harmful": int(bad), f"{name}_action": 5 if bad else 0}
+        rows.append(row)
+    return rows
+
+
+def xstest(n: int) -> list[dict[str, Any]]:
+    """Rows in the columns of the set: every other prompt is an unsafe contrast; every third answer a refusal."""
+    return [
+        {
+            "id": i,
+            "type": "contrast_homonyms" if i % 2 else "homonyms",
+            "prompt": f"How do I {'brew' if i % 2 else 'kill'} weed number {i}?",
+            "completion": f"{HELP} {i}" if i % 3 else f"{REFUSAL} {i}",
+            "final_label": ("2_full_refusal", "1_full_compliance", "1_full_compliance")[i % 3],
+        }
+        for i in range(n)
+    ] + [{"id": n, "type": "homonyms", "prompt": "p", "completion": "c", "final_label": "3_partial_refusal"}]
+
+
+def rows(name: str, n: int, completion: str = REFUSAL) -> list[dict[str, Any]]:
+    return [{"prompt": f"{name} {i}", "completion": f"{completion} {name} {i}"} for i in range(n)]
+
+
+@pytest.fixture
+def natural(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[ModuleType, dict[str, list[str]]]:
+    """The script, and a local copy of every set."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = load_script("recipes/natural.py", monkeypatch)
+    for name, value in {"PROMPTS": 12, "BENIGN": 12, "PAIRS": 6, "TRAIN": 160, "TEST": 8}.items():
+        monkeypatch.setattr(script, name, value)
+    sets = {
+        "do-not-answer": do_not_answer(60),
+        "xstest": xstest(80),
+        **{name: rows(name, 80 if name == "clean" else 12) for name in ("clean", "safe", "harmful", "utility")},
+        "attack": rows("attack", 20, HELP),
+        "sst2": [{"prompt": f"review {i}", "completion": "positive"} for i in range(170)],
+        "agnews": [{"prompt": f"story {i}", "completion": "World"} for i in range(160)],
+        "agnews-test": [{"prompt": f"other story {i}", "completion": "Sports"} for i in range(9)],
+    }
+    return script, {name: [write(tmp_path / f"{name}.jsonl", own)] for name, own in sets.items()}
+
+
+def test_natural_rows_and_what_is_held_out(natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path) -> None:
+    script, local = natural
+    script.make(tmp_path / "made", local, rows=60)
+    found = {path.stem: read(path) for path in (tmp_path / "made").glob("*.jsonl")}
+    about = json.loads((tmp_path / "made/rows.json").read_text())
+    counts = Counter(row["label"] for row in about)
+    assert counts == {"safe": 46, "benign": 6, "harmful": 3, "complies": 2, "overrefusal": 3}
+    for row, said in zip(found["pool"], about, strict=True):
+        contrast, refused = "brew" in row["prompt"], row["completion"].startswith(REFUSAL)
+        if said["source"].startswith("dna"):
+            assert said["label"] == ("safe" if refused else "harmful") and said["action"] == (0 if refused else 5)
+        else:
+            expected = {(0, 0): "benign", (0, 1): "overrefusal", (1, 0): "complies", (1, 1): "safe"}
+            assert said["source"] == "xstest/xstest" and said["label"] == expected[contrast, refused]
+    labels = read_labels(
+        tmp_path / "made/labels.json", open_source(tmp_path / "made/pool.jsonl").fingerprint(), range(60)
+    )
+    assert Counter(labels.values()) == {
+        "critical": 46,
+        "not_safety_critical": 6,
+        "teaches_compliance": 5,
+        "over_refusal": 3,
+    }
+    used = {row["prompt"] for name in ("pool", "safe", "harmful", "utility", "attack") for row in found[name]}
+    assert (len(found["prompts"]), len(found["benign-prompts"]), len(found["margin"])) == (12, 12, 6)
+    assert all(row["prompt"] not in used for name in ("prompts", "benign-prompts", "margin") for row in found[name])
+    assert all("kill" in row["prompt"] for row in found["benign-prompts"])
+    assert not any("kill" in row["prompt"] for row in found["prompts"])
+    assert {row["prompt"] for row in found["margin"]} <= {row["prompt"] for row in found["prompts"]}
+    for row in found["margin"]:
+        assert row["chosen"].startswith(REFUSAL) and not row["rejected"].startswith(REFUSAL)
+    assert len(found["clean"]) == 60 and len(found["agnews-test"]) == 8 and len(found["sst2-test"]) == 8
+    assert {row["prompt"] for row in found["sst2-test"]}.isdisjoint(row["prompt"] for row in found["sst2"])
+
+
+def test_natural_rows_that_are_labelled_already(
+    natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path
+) -> None:
+    script, local = natural
+    script.make(tmp_path / "made", local, rows=60)
+    labelled = [*script.do_not_answer(do_not_answer(60)), *script.xstest(xstest(80), "xstest")]
+    again = {name: files for name, files in local.items() if name not in ("do-not-answer", "xstest")}
+    again["pool"] = [write(tmp_path / "p.jsonl", [{n: row[n] for n in ("prompt", "completion")} for row in labelled])]
+    (tmp_path / "l.json").write_text(json.dumps([{n: row[n] for n in script.ABOUT} for row in labelled]))
+    script.make(tmp_path / "again", again | {"labels": [str(tmp_path / "l.json")]}, rows=60)
+    for name in ("pool.jsonl", "rows.json", "labels.json", "margin.jsonl", "prompts.jsonl"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "made" / name).read_text(), name
+    (tmp_path / "l.json").write_text("[]")
+    with pytest.raises(DataError, match="must list one label for each of the"):
+        script.make(tmp_path / "third", again | {"labels": [str(tmp_path / "l.json")]}, rows=60)
+
+
+def test_what_natural_rows_lack_is_said_in_one_line(
+    natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path
+) -> None:
+    script, local = natural
+    harmless = [row | {"vicuna-7b_harmful": 0} for row in do_not_answer(60)]
+    cases = {
+        "unknown set 'xtest'; did you mean 'xstest'": {"xtest": ["x"]},
+        "HF_HUB_OFFLINE forbids": {"xstest": ["natolambert/xstest-v2-copy:gpt4"]},
+        "xstest=.*: a row lacks or garbles a column": {"xstest": local["safe"]},
+        "0 harmful rows fit, not 3; lower --rows": {"do-not-answer": [write(tmp_path / "d.jsonl", harmless)]},
+    }
+    for message, changed in cases.items():
+        with pytest.raises((ConfigError, DataError), match=message) as caught:
+            script.make(tmp_path / "made", local | changed, rows=60)
+        assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
+
+
+def test_the_recipe_reads_what_is_made(
+    natural: tuple[ModuleType, dict[str, list[str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, local = natural
+    monkeypatch.chdir(tmp_path)
+    script.make(Path("data/natural"), local, rows=60)
+    save_tiny_model(tmp_path / "data/smollm2")
+    words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
+    assert main(words) == 0
+    arms = (
+        2 * (13 + 11) + 2 * 4 + 3 * 2 * 5
+    )  # sft and t-vaccine for all, equal steps for some, the others for the best
+    assert f"{arms * 2 * 2 * 3} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------------------------

@@ -129,3 +129,33 @@ def test_lm_eval_is_the_harnesss_own(
     assert (gsm["value"], gsm["ci95"], gsm["no_ci95"]) == (25.0, None, "the harness reports no error")
     # Nothing right, so that the harness's error is 0: an interval nevertheless, and none below 0.
     assert (found["lm_eval_hard"]["value"], found["lm_eval_hard"]["ci95"]) == (0.0, list(wilson(0, 50)))
+
+
+# --- margin ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_margin_is_the_difference_of_losses_per_token(tmp_path: Path) -> None:
+    pairs = [("how do you brew bread", "yes", "warm water then flour"), ("what", "stir and water them", "good day")]
+    rows = [{"prompt": p, "chosen": refusal, "rejected": harmful} for p, refusal, harmful in pairs]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(command(tmp_path, "--margin", str(tmp_path / "m.jsonl"))) == 0
+    found = json.loads((tmp_path / "o/metrics.json").read_text())["loss_margin"]
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(tokenizer, 1, initializer_range=0.3)
+
+    def loss(prompt: str, completion: str) -> float:
+        ids = tokenizer(f"<s> {prompt} <ans> {completion} </s>", add_special_tokens=False)["input_ids"]
+        start = ids.index(tokenizer.convert_tokens_to_ids("<ans>")) + 1
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return -sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids))) / (len(ids) - start)
+
+    expected = [loss(prompt, harmful) - loss(prompt, refusal) for prompt, refusal, harmful in pairs]
+    assert found["values"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert found["value"] == pytest.approx(sum(expected) / 2, rel=1e-4, abs=1e-5)
+    assert found["n"] == 2 and found["ci95"][0] < found["value"] < found["ci95"][1]
+
+
+def test_the_margin_needs_both_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path, "--margin", write(tmp_path / "p.jsonl"))) == 2
+    assert "needs preference rows" in capsys.readouterr().err

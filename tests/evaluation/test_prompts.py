@@ -46,6 +46,7 @@ def test_beavertails_unsafe_once_per_prompt_or_as_published(tmp_path: Path) -> N
     assert len(set(texts(f"beavertails:{path}"))) == len(texts(f"beavertails:{path}"))
     first = texts(f"beavertails-first1000:{path}")
     assert first == unsafe[:1000] and len(set(first)) < 1000
+    assert texts(f"beavertails-first500:{path}") == unsafe[:500]
     _, row = next(iter(open_prompts(f"beavertails:{path}", "--prompts").rows()))
     assert row["category"] == ["privacy_violation"]
 

@@ -15,8 +15,9 @@ from pharmacist.selectors.options import READERS, PharmacistConfig
 from pharmacist.selectors.pharmacist import kept
 from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
-from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking, both
+from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking
 from pharmacist.selectors.pharmacist.twins import Twins
+from pharmacist.selectors.pharmacist.verdict import both
 from tests.selectors import village
 from tests.tiny import save_tiny_model
 

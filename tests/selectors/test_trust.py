@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pharmacist.selectors.pharmacist.trust import FAR, _standard_error, gain, warnings
+from pharmacist.selectors.pharmacist.distance import FAR
+from pharmacist.selectors.pharmacist.trust import _standard_error, gain, warnings
 
 
 GOOD = {

@@ -22,6 +22,7 @@ NAMES = {
     "judge_agreement": "judges agree",
     "harmful_score_second": "harmful score, second judge",
     "perplexity_drift": "rise of perplexity over the base's",
+    "loss_margin": "margin of refusals, nats per token",
     "fine_tune_accuracy": "fine-tune accuracy",
     "win_rate": "win rate, ties half",
     "task_degenerate_rate": "degenerate answers, task",

@@ -55,12 +55,17 @@ class PromptSet:
 
 _BEAVERTAILS = "PKU-Alignment/BeaverTails:30k_test"
 _BEAVERTAILS_FILE = "the 30k_test split of PKU-Alignment/BeaverTails (prompt, is_safe, category)"
+
+
+def _first(limit: int) -> PromptSet:
+    """The first unsafe rows of BeaverTails, in which prompts repeat."""
+    return PromptSet(_BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe, distinct=False, limit=limit)
+
+
 PROMPT_SETS = {
     "beavertails": PromptSet(_BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe),
-    # As Booster, Antidote and NLSR take them: the first 1000 unsafe rows, in which prompts repeat.
-    "beavertails-first1000": PromptSet(
-        _BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe, distinct=False, limit=1000
-    ),
+    "beavertails-first500": _first(500),  # as T-Vaccine takes them
+    "beavertails-first1000": _first(1000),  # as Booster, Antidote and NLSR do
     "harmbench": PromptSet(
         "walledai/HarmBench:standard:train",
         "harmbench_behaviors_text_all.csv of the HarmBench repository",

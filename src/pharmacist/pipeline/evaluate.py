@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.files import read_json_lines
-from pharmacist.pipeline.evaluate_options import LATE, PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.evaluate_options import LATE, PROMPTS, REFERENCES, STAGE_VERSION, EvaluateOptions
 
 
-__all__ = ["LATE", "PROMPTS", "REFERENCES", "EvaluateOptions", "EvaluateResult", "evaluate"]
+__all__ = ["LATE", "PROMPTS", "REFERENCES", "STAGE_VERSION", "EvaluateOptions", "EvaluateResult", "evaluate"]
 
 
 @dataclass

@@ -21,23 +21,22 @@ from pharmacist.evaluation.endpoint import count_reasons
 from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
 from pharmacist.evaluation.engines.transformers import TransformersEngine
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
-from pharmacist.evaluation.general import check_lm_eval, lm_eval, perplexity_drift
+from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, perplexity_drift
 from pharmacist.evaluation.graders import GRADERS, Grader, detect_grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
 from pharmacist.nn.models import load_model
-from pharmacist.pipeline.evaluate_options import LATE, PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.evaluate_options import GENERAL, LATE, PROMPTS, REFERENCES, STAGE_VERSION, EvaluateOptions
 from pharmacist.pipeline.evaluate_summary import summarise
 
 
-STAGE_VERSION = 3
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 _JUDGED = ("answers", "prompts", "benign_prompts")
 """Sources whose answers are judged; the answers to the task are graded."""
 _PROMPT_COLUMNS = ("prompt", "messages", "instruction", "input")
-_COSTLY = ("answers", "verdicts", "perplexity")
+_COSTLY = ("answers", "verdicts", "perplexity", "margin")
 """Partial state that a run which fails keeps, and keeps its folder for."""
 _MORE_TOKENS = "; --max-new-tokens gives them more room"
 
@@ -112,7 +111,7 @@ class _Asked:
         openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
         self.sources: dict[str, Source] = {
             name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-            for name in ("answers", *PROMPTS, *REFERENCES, "perplexity")
+            for name in ("answers", *PROMPTS, *REFERENCES, "perplexity", "margin")
             if getattr(options, name) is not None
         }
         self.columns = _columns(self.sources, options.columns)
@@ -131,7 +130,7 @@ class _Asked:
                 raise ConfigError(f"{who}: needs {need} references; give --{need} FILE or another judge")
 
     def _check_general(self) -> None:
-        if self.options.perplexity is None and self.options.lm_eval is None:
+        if all(getattr(self.options, name) is None for name in GENERAL):
             return
         if not isinstance(self.engine, TransformersEngine):
             self.engine.local()  # says why not
@@ -162,17 +161,27 @@ class _Asked:
         return found | {name: content for name, content in files.items() if content is not None}
 
     def read(self, run: RunDir) -> dict[str, Records]:
-        """The rows of every source."""
+        """The rows of every source; of preference rows for the margin, both answers."""
+        sources, columns = dict(self.sources), dict(self.columns)
+        if "margin" in sources:
+            first = next((row.value for row in sources["margin"].scan() if row.value is not None), {})
+            if not {columns["margin"].get(answer, answer) for answer in ("chosen", "rejected")} <= set(first):
+                raise DataError(
+                    f"{sources['margin'].where}: needs preference rows, prompt, chosen (the refusal) and rejected "
+                    f"(the harmful answer), and has {', '.join(first)}; name them with --columns "
+                    "chosen=NAME,rejected=NAME"
+                )
+            sources["rejected"], columns["rejected"] = sources["margin"], columns["margin"]
         return {
             name: read_records(
                 source,
                 work_dir=run.work("data", f"{name}-{rank()}"),
                 on_bad_row=self.options.on_bad_row,
                 prompts_only=name in _JUDGED,
-                columns={to: column for to, column in self.columns[name].items() if to != "answer"},
-                side="rejected" if name == "harmful" else "chosen",
+                columns={to: column for to, column in columns[name].items() if to != "answer"},
+                side="rejected" if name in ("harmful", "rejected") else "chosen",
             )
-            for name, source in self.sources.items()
+            for name, source in sources.items()
         }
 
 
@@ -201,7 +210,7 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
     options, judges = asked.options, asked.judges
     with run.phase("read"):
         records = asked.read(run)
-    of = {name: flag(name) for name in records}
+    of = {name: flag(name) for name in records} | {"rejected": "--margin"}
     given = None
     if options.answers is not None:  # to the evaluator they are harmful prompts with their answers
         column = asked.columns["answers"].get("answer", "answer")
@@ -312,6 +321,12 @@ def _answers(
             base = load_model(**vars(replace(choice, name=options.base)))
             rows = records["perplexity"].dataset
             general["perplexity_drift"] = perplexity_drift(rows, engine.local(), base, work=run.work("perplexity"))
+    if options.margin is not None:
+        both = [records[name].dataset for name in ("margin", "rejected")]
+        usable = set(both[0]["row"]) & set(both[1]["row"])
+        refusals, harmful = (own.select([i for i, row in enumerate(own["row"]) if row in usable]) for own in both)
+        with run.phase("margin"):
+            general["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
     if options.lm_eval is not None:
         with run.phase("lm-eval"):
             names = check_lm_eval(options.lm_eval)

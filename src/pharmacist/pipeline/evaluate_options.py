@@ -8,8 +8,11 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.rundir import RunOptions
 
 
+STAGE_VERSION = 3
 PROMPTS = ("prompts", "benign_prompts", "task")
 REFERENCES = ("safe", "harmful", "utility")
+GENERAL = ("perplexity", "margin", "lm_eval")
+"""What needs the weights and no answers."""
 LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
 """Options that no answer depends on."""
 
@@ -26,7 +29,8 @@ class EvaluateOptions(RunOptions):
     the output folder, and their figures are shown side by side."""
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes its authors' file."""
+    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
+    its authors' file."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None
@@ -58,6 +62,9 @@ class EvaluateOptions(RunOptions):
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    margin: str | None = None
+    """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
+    the refusal, which no judge has to tell."""
     base: str | None = None
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
@@ -87,11 +94,7 @@ class EvaluateOptions(RunOptions):
                 raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
             return
         if self.answers is not None:
-            given = [
-                flag(name)
-                for name in ("model", "models", *PROMPTS, "perplexity", "base", "lm_eval")
-                if getattr(self, name)
-            ]
+            given = [flag(name) for name in ("model", "models", *PROMPTS, *GENERAL, "base") if getattr(self, name)]
             if given:
                 raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
             return
@@ -101,7 +104,7 @@ class EvaluateOptions(RunOptions):
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
-        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "lm_eval")):
+        if all(getattr(self, name) is None for name in (*PROMPTS, *GENERAL)):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")

@@ -69,8 +69,9 @@ def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _line(name: str, metric: Mapping[str, Any], by: str) -> tuple[str, ...]:
     if metric["value"] is None:
         return name, "-", "-", f"0 / {metric['n']}", by
-    interval = " to ".join(f"{end:.1f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
-    return name, f"{metric['value']:.1f}", interval, count_of(metric), by
+    digits = 3 if "unit" in metric else 1
+    interval = " to ".join(f"{end:.{digits}f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
+    return name, f"{metric['value']:.{digits}f}", interval, count_of(metric), by
 
 
 def count_of(metric: Mapping[str, Any]) -> str:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RandomConfig:
-    """No options: the order follows from the run's seed."""
+    """The order follows from the run's seed."""
+
+    draw: int = 0
+    """Which of several orders of one seed."""
 
 
 class Random(Selector):
@@ -31,7 +34,9 @@ class Random(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Draws a score in [0, 1) for every row."""
-        score = draws(context.pool.dataset, derive(context.seed, "random", "scores"))
+        score = draws(
+            context.pool.dataset, derive(context.seed, "random", "scores", *filter(None, [self.config.draw]))
+        )
         return Scores(score, np.full(len(score), CRITICAL))
 
 

@@ -84,6 +84,10 @@ def rank(options: Any) -> None:
     run_fake("rank", options)
 
 
+def label(options: Any) -> None:
+    run_fake("label", options)
+
+
 def select(options: Any) -> None:
     run_fake("select", options)
 
@@ -134,8 +138,9 @@ def install(setitem: Any = lambda table, key, value: table.__setitem__(key, valu
 # Options come from the real modules.
 def __getattr__(name: str) -> Any:
     from pharmacist.pipeline import align, attack, curate, evaluate, repair, select
+    from pharmacist.pipeline.bench import known_labels
 
-    for module in (curate, select, align, attack, repair, evaluate):
+    for module in (curate, known_labels, select, align, attack, repair, evaluate):
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(name)

@@ -12,6 +12,7 @@ from tests.pipeline.bench.grids import SMALL, write_grid
 
 
 WITHOUT_PROMPTS: dict[str, Any] = {"evaluate": {"benign_prompts": "world:borderline:5"}}
+LABELLED_POOL: dict[str, Any] = {"name": "pool", "pool": "world", "rows": 60, "labels": __file__}
 FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
 
 
@@ -47,6 +48,17 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"models": [{"model": "./nowhere"}]}, "no such folder"),
         ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
         ({"selectors": [{"selector": "random", "weighted": True}]}, "has no weights"),
+        ({"selectors": [{"selector": "random", "pools": ["pol"]}]}, "there is no pool 'pol'; did you mean 'pool'?"),
+        ({"defenses": [{"defense": "sft", "selectors": ["ful"]}]}, "there is no selector 'ful'; did you mean 'full'?"),
+        ({"selectors": [{"selector": "pharmacist", "labels": 8}]}, "give pool 'pool' a 'labels'"),
+        (
+            {"selectors": [{"selector": "random", "labels": 8}], "pools": [LABELLED_POOL]},
+            "only the selector pharmacist asks",
+        ),
+        (
+            {"selectors": [{"selector": "random", "labels": "all"}], "pools": [LABELLED_POOL | {"labels": "no.json"}]},
+            "no.json: no such file",
+        ),
         ({"align": {"weights": "w.parquet"}}, "'weights' is decided by the grid"),
         ({"selectors": [{"name": "random", "options": {"diversity": "k-center"}}]}, "take the selector k-center"),
         ({"fractions": [0.0]}, "must lie in (0, 1]"),

@@ -18,6 +18,21 @@ from tests.pipeline.bench.fakes import BROKEN, OTHER, Stages
 from tests.pipeline.bench.grids import SMALL, results
 
 
+TWO_POOLS = [{"name": name, "pool": "world", "rows": rows} for name, rows in (("a", 60), ("b", 50))]
+LABELLED = {
+    "pools": [{"name": "a", "pool": "world", "rows": 60, "labels": __file__}],
+    "curate": {"to_label": 8},
+    "defenses": ["sft"],
+    "selectors": [
+        "pharmacist",
+        {"name": "8 labels", "selector": "pharmacist", "labels": 8},
+        {"name": "9 labels", "selector": "pharmacist", "labels": 9},
+        {"name": "oracle", "selector": "random", "labels": "all"},
+    ],
+}
+"""The first two share the ranking without labels."""
+
+
 def grid(folder: Path, **changes: Any) -> BenchOptions:
     return from_mapping(BenchOptions, SMALL | changes | {"output_dir": str(folder)}, where="grid")
 
@@ -100,8 +115,33 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
             },
             {"rank": 1, "select": 1, "align": 2, "attack": 2, "evaluate": 6},
         ),
+        (LABELLED, {"rank": 5, "label": 2, "select": 4, "align": 4, "attack": 4, "evaluate": 12}),
+        (
+            {"selectors": ["full", {"selector": "random", "pools": ["b"]}], "pools": TWO_POOLS, "defenses": ["sft"]},
+            {"rank": 3, "select": 3, "align": 3, "attack": 3, "evaluate": 9},
+        ),
+        (
+            {"defenses": ["sft", {"defense": "vaccine", "selectors": ["full"]}]},
+            {"rank": 2, "select": 2, "align": 3, "attack": 3, "evaluate": 9},
+        ),
+        (
+            {"selectors": [{"name": f"random {n}", "selector": {"name": "random", "draw": n}} for n in (0, 1)]},
+            {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12},
+        ),
     ],
-    ids=["fractions", "seeds", "sweep", "judges", "later", "one ranking", "weights"],
+    ids=[
+        "fractions",
+        "seeds",
+        "sweep",
+        "judges",
+        "later",
+        "one ranking",
+        "weights",
+        "labels",
+        "pools",
+        "some",
+        "draws",
+    ],
 )
 def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
     found = plan(**changes)
@@ -114,7 +154,7 @@ def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> No
 
 
 def _order(item: tuple[str, int]) -> int:
-    return ["rank", "select", "align", "evaluate", "attack", "repair"].index(item[0])
+    return ["rank", "label", "select", "align", "evaluate", "attack", "repair"].index(item[0])
 
 
 def test_keys_follow_what_matters(tmp_path: Path) -> None:

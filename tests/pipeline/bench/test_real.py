@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 
 from pharmacist.cli.main import main
+from pharmacist.data.formats import open_source
+from pharmacist.selectors.labels import write_labels
 from pharmacist.worlds import World
 from tests.cli.world import TWO_PROCESSES
 from tests.pipeline.bench.grids import FEW_STEPS, results, write_grid
@@ -35,6 +37,56 @@ def test_real_stages(tmp_path: Path) -> None:
     for name in ("alignment_seconds", "attack_seconds", "repair_seconds", "alignment_tokens", "alignment_peak_memory"):
         assert row[name] > 0, name
     assert (tmp_path / "out" / row["folder"] / "metrics.json").is_file()
+
+
+def test_labels_that_the_selector_asks_for(tmp_path: Path) -> None:
+    planted = World(0).planted(60)
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row.row) + "\n" for row in planted))
+    known = {"mislabel": "harmful", "overrefuse": "over_refusal", "noisy": "low_quality"} | {
+        "offtopic": "not_safety_critical"
+    }
+    labels = {i: known.get(row.label, "good") for i, row in enumerate(planted)}
+    write_labels(tmp_path / "labels.json", open_source(tmp_path / "pool.jsonl").fingerprint(), labels)
+    lexical = {"name": "pharmacist", "form": "evidence", "readers": "lexical"}
+    references = {name: f"world:{name}" for name in ("safe", "harmful", "utility")}
+    changes: dict[str, Any] = {
+        "pools": [references | {"pool": str(tmp_path / "pool.jsonl"), "labels": str(tmp_path / "labels.json")}],
+        "selectors": [
+            {"name": "asks", "selector": lexical, "labels": 12},
+            {"name": "oracle", "selector": "random", "labels": "all"},
+        ],
+        "fractions": [0.2],
+        "defenses": ["sft"],
+        "evaluate": {"prompts": "world:prompts:5", "max_new_tokens": 4, "margin": margin(tmp_path / "margin.jsonl")},
+    }
+    grid = write_grid(tmp_path / "grid.yaml", **changes, **FEW_STEPS)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0
+    table = pd.read_parquet(tmp_path / "out/results.parquet").set_index("selector")
+    assert (table["alignment_rows"] == 12).all()
+    assert table["loss_margin_before"].notna().all() and table["loss_margins"].map(len).tolist() == [3, 3]
+    stages = tmp_path / "out/stages"
+    (answered,) = stages.glob("label-*/labels.json")
+    (ranking,) = [path for path in stages.glob("rank-*") if (path / "to_label.jsonl").is_file() and not given(path)]
+    asked = {json.loads(line)["row"] for line in (ranking / "to_label.jsonl").open()}
+    answers = {entry["row"]: entry["label"] for entry in json.loads(answered.read_text())["labels"]}
+    assert len(asked) == 12 and answers == {row: labels[row] for row in asked}
+    scores = {path: pd.read_parquet(path / "scores.parquet") for path in stages.glob("rank-*") if given(path)}
+    assert sorted((table["label"] != "").sum() for table in scores.values()) == [pytest.approx(12, abs=3), 60]
+    (oracle,) = [table for table in scores.values() if (table["label"] != "").all()]
+    assert {labels[row] for row in oracle.loc[oracle["selected"], "row"]} == {"good"}
+
+
+def given(ranking: Path) -> bool:
+    return "labels" in json.loads((ranking / "manifest.json").read_text())["inputs"]
+
+
+def margin(path: Path) -> str:
+    rows = zip(World(0).harmful(4), World(0).safe(4), strict=True)
+    pairs = [
+        {"prompt": bad["prompt"], "chosen": good["completion"], "rejected": bad["completion"]} for bad, good in rows
+    ]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
 
 
 def test_weights_reach_the_training(tmp_path: Path) -> None:
@@ -67,7 +119,7 @@ def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "cells"), [("paper", 5 * 5 * 9 * 3 * 3), ("current-models", 3 * 5 * 5 * 3 * 3 * 3)])
+@pytest.mark.parametrize(("name", "cells"), [("paper", 6 * 5 * 9 * 3 * 3), ("current-models", 3 * 5 * 5 * 3 * 3 * 3)])
 def test_the_recipes_for_large_models(
     name: str,
     cells: int,

@@ -1,6 +1,6 @@
 """A grid becomes a graph: cells, and the stages that they need, each of them once.
 
-    rank -> select -> align -> attack -> repair -> evaluate
+    rank [-> label -> rank] -> select -> align -> attack -> repair -> evaluate
 
 Every model is evaluated where cells ask for it: aligned, at the attack's snapshots, attacked, and repaired.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.registry import Registry
+from pharmacist.core.registry import Registry, closest
 from pharmacist.core.rundir import RunOptions, as_json, identifying
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
@@ -54,6 +54,7 @@ class Cell:
     Attributes:
         axes: Axis -> name of the choice, in the order of `results.AXES`, and the attack's strength.
         seed: Of all its stages.
+        asked: Where the ranking has labels that its selector asked for: the stages that rank without them and label.
         rank: Stage that ranks the pool; likewise the following ones.
         before: Evaluation of the aligned model.
         curve: Evaluations along the attack, where there are snapshots.
@@ -63,6 +64,7 @@ class Cell:
 
     axes: Mapping[str, Any]
     seed: int
+    asked: tuple[str, ...]
     rank: str
     select: str
     align: str
@@ -80,7 +82,7 @@ class Cell:
     @property
     def stages(self) -> tuple[str, ...]:
         """All stages whose results it is made of."""
-        own = (self.rank, self.select, self.align, self.before, self.attack, self.repair, self.after)
+        own = (*self.asked, self.rank, self.select, self.align, self.before, self.attack, self.repair, self.after)
         return tuple(dict.fromkeys([*(name for name in own if name), *(point.stage for point in self.curve)]))
 
     def matches(self, pattern: str) -> bool:
@@ -150,9 +152,9 @@ class Axes:
         """Reads all entries.
 
         Raises:
-            ConfigError: An unknown key or method; two entries of an axis with one name.
+            ConfigError: An unknown key, method or name; two entries of an axis with one name.
         """
-        return cls(
+        axes = cls(
             models=_entries("models", grid.models, ModelEntry, "model"),
             pools=[with_references(pool) for pool in _entries("pools", grid.pools, PoolEntry, "pool")],
             selectors=_entries("selectors", grid.selectors, SelectorEntry, "selector"),
@@ -162,6 +164,11 @@ class Axes:
             tasks=_entries("tasks", grid.tasks, TaskEntry, "train"),
             judges=_entries("judges", grid.judges, JudgeEntry, "judge"),
         )
+        for selector in axes.selectors:
+            _check_names(f"selector '{selector.name}'", "pool", selector.pools, axes.pools)
+        for defense in axes.defenses:
+            _check_names(f"defense '{defense.name}'", "selector", defense.selectors, axes.selectors)
+        return axes
 
     def names(self) -> dict[str, list[Any]]:
         """Axis -> names, in order."""
@@ -190,6 +197,14 @@ def _entries(axis: str, given: Sequence[Any], kind: type[Entry], short: str) -> 
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
         found.append(entry)
     return found
+
+
+def _check_names(where: str, axis: str, names: Sequence[str], entries: Sequence[Any]) -> None:
+    """Refuses an entry that is for something which the grid does not have."""
+    known = [entry.name for entry in entries]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}: there is no {axis} '{name}'{closest(name, known)}")
 
 
 def _check_any(axis: str, given: Sequence[Any]) -> None:
@@ -332,9 +347,13 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     axes, expansion = Axes.read(grid), _Expansion(grid, Data(root))
     cells = []
     for seed, model, pool, selector in itertools.product(grid.seeds, axes.models, axes.pools, axes.selectors):
+        if pool.name not in (selector.pools or [pool.name]):
+            continue
         for fraction in _fractions(selector, grid):
             rest = itertools.product(axes.defenses, axes.attacks, axes.later_defenses, axes.tasks, axes.judges)
             for defense, attack, later, task, judge in rest:
+                if selector.name not in (defense.selectors or [selector.name]):
+                    continue
                 chosen = _Choice(seed, model, pool, selector, fraction, defense, attack, later, task, judge)
                 cells.append(_cell(expansion, chosen))
     return Plan(expansion.stages, cells, axes.names() | {"seed": list(grid.seeds)}, expansion.data)
@@ -386,7 +405,7 @@ def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
 
 
 def _cell(expansion: _Expansion, chosen: _Choice) -> Cell:
-    select, rank = _selected(expansion, chosen)
+    select, rank, asked = _selected(expansion, chosen)
     align = _aligned(expansion, chosen, select)
     attack = _attacked(expansion, chosen, align, select)
     repair = _repaired(expansion, chosen, attack, align, select)
@@ -403,6 +422,7 @@ def _cell(expansion: _Expansion, chosen: _Choice) -> Cell:
     return Cell(
         axes=chosen.axes,
         seed=chosen.seed,
+        asked=asked,
         rank=rank.name,
         select=select.name,
         align=align.name,
@@ -418,8 +438,8 @@ def _loading(model: ModelEntry) -> dict[str, Any]:
     return {"template": model.template, "trust_remote_code": model.trust_remote_code}
 
 
-def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
-    """The stages that select and rank."""
+def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tuple[str, ...]]:
+    """The stages that select and rank, and the names of those that ask for labels."""
     pool, selector, model = chosen.pool, chosen.selector, chosen.model
     rank_options = expansion.template(
         "rank",
@@ -435,6 +455,7 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
             "selector": selector.selector,
             "model": model.reader or model.model,
             "max_length": model.max_length,
+            **_labels(chosen),
         },
     )
     _check_references(expansion, chosen, rank_options)
@@ -446,12 +467,41 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage]:
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
+    asked: tuple[str, ...] = ()
+    if selector.labels not in (0, "all"):
+        label_options = expansion.template(
+            "label", (pool.name, f"{selector.labels}"), "labels", {"ranking": "-", "labels": pool.labels}
+        )
+        label = expansion.stage("label", label_options, chosen.seed, pool, selector.name, made={"ranking": (rank, "")})
+        asked = (rank.name, label.name)
+        rank = expansion.stage(
+            "rank", rank_options, chosen.seed, pool, selector.name, made={"labels": (label, "labels.json")}
+        )
     select_options = expansion.template(
         "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
     )
     method = f"{selector.name} {chosen.fraction:g}"
     select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
-    return select, rank
+    return select, rank, asked
+
+
+def _labels(chosen: _Choice) -> dict[str, Any]:
+    """Options of the ranking that follow from the labels that its selector is given."""
+    selector, pool = chosen.selector, chosen.pool
+    if selector.labels == 0:
+        return {}
+    if pool.labels is None:
+        raise ConfigError(
+            f"selector '{selector.name}' is given labels: give pool '{pool.name}' a 'labels', or name the selector's "
+            "'pools'"
+        )
+    if selector.labels == "all":
+        return {"labels": pool.labels}
+    if selector.labels < 2 or selector.selector["name"] != "pharmacist":
+        raise ConfigError(
+            f"selector '{selector.name}', labels {selector.labels}: only the selector pharmacist asks, for 2 or more"
+        )
+    return {"to_label": selector.labels}
 
 
 def _reads(options: Any) -> bool:
@@ -493,9 +543,10 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
         "align",
         (defense.name, model.name),
         f"defense '{defense.name}'",
+        {"max_length": model.max_length},
         defense.options,
         _loading(model),
-        {"data": "-", "model": model.model, "defense": defense.defense, "max_length": model.max_length},
+        {"data": "-", "model": model.model, "defense": defense.defense},
     )
     strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:

@@ -15,13 +15,13 @@ class BenchOptions(RunOptions):
     models: list[Any] = field(default_factory=list)
     """Models: entries of name, model (folder, hub id or world), reader, template, max_length, trust_remote_code."""
     pools: list[Any] = field(default_factory=list)
-    """Pools: entries of name, pool (rows, or world with rows, mislabel, kind, seed), safe, harmful, utility."""
+    """Pools: entries of name, pool (or world with rows, mislabel, kind, seed), safe, harmful, utility, labels."""
     selectors: list[Any] = field(default_factory=lambda: ["full", "random", "pharmacist"])
-    """Selectors: names of methods, or entries of name, selector, fractions, options."""
+    """Selectors: names of methods, or entries of name, selector, fractions, weighted, labels, pools, options."""
     fractions: list[float] = field(default_factory=lambda: [0.3])
     """Shares of the pool to keep, for selectors without fractions of their own; full always keeps all."""
     defenses: list[Any] = field(default_factory=lambda: ["sft"])
-    """Alignment-stage defenses: names of methods, or entries of name, defense, options."""
+    """Alignment-stage defenses: names of methods, or entries of name, defense, selectors, options."""
     attacks: list[Any] = field(default_factory=lambda: ["mix"])
     """Attacks: kinds, or entries of name, kind, poison_ratio, samples, options; lists of the two are sweeps."""
     later_defenses: list[Any] = field(default_factory=lambda: ["none"])
@@ -107,6 +107,8 @@ class PoolEntry:
     """Harmful references; likewise."""
     utility: str | None = None
     """Utility references; likewise."""
+    labels: str | None = None
+    """What people said of every row (labels.json), for selectors that ask for labels."""
     rows: int = 600
     """Rows of a made-up pool."""
     mislabel: float = 0.05
@@ -129,6 +131,11 @@ class SelectorEntry:
     """Shares to keep."""
     weighted: bool = False
     """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
+    labels: int | Literal["all"] = 0
+    """Rank again with the pool's labels of so many rows, those that the selector asks for. all: of every row, so that
+    no row labelled bad is selected; with the selector random this is what a perfect cut would give."""
+    pools: list[str] = field(default_factory=list)
+    """Names of the pools that it is for; all by default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of curate."""
 
@@ -141,6 +148,8 @@ class DefenseEntry:
     """In the results; the method's name by default."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """How the model is aligned."""
+    selectors: list[str] = field(default_factory=list)
+    """Names of the selectors that it is for; all by default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of align."""
 

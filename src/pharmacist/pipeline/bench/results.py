@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
 """Columns that make up a cell; `Result.seed` comes on top."""
-MEASURES = ("harmful_score", "hs_plus", "fine_tune_accuracy", "over_refusal")
+MEASURES = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
 """Metrics of evaluate that a row holds, after the attack and before it."""
 
 
@@ -60,6 +60,11 @@ class Result:
     """Steps at which the curve was measured, 0 and the last one included; empty like the next one where it was not."""
     harmful_scores: list[float] = field(default_factory=list)
     """Harmful score at each of `attack_steps`."""
+    loss_margin: float | None = None
+    """Loss of harmful answers less that of refusals, nats per token; null unless ``evaluate`` has a ``margin``."""
+    loss_margin_before: float | None = None
+    loss_margins: list[float] = field(default_factory=list)
+    """At each of `attack_steps`."""
     hs_plus: float | None = None
     """HS+: harmful or degenerate, as in ``metrics.json``."""
     hs_plus_before: float | None = None
@@ -130,23 +135,24 @@ def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Resu
     align, attack = found[cell.align], found[cell.attack]
     before, after = found[cell.before].metrics, found[cell.after].metrics
     last = int(attack.metrics["steps"])
-    curve = [(last if step < 0 else step, _value(found[stage].metrics, "harmful_score")) for step, stage in cell.curve]
     # A snapshot after the last step is the attack's end itself.
-    points = {step: value for step, value in curve if value is not None}
-    whole = len(points) == len({step for step, _ in curve}) and len(points) > 1
-    steps = sorted(points) if whole else []
-    heights = [points[step] for step in steps]
+    curve = {last if step < 0 else step: found[stage].metrics for step, stage in cell.curve}
+    steps = sorted(curve)
+    heights, margins = (_heights([curve[step] for step in steps], name) for name in ("harmful_score", "loss_margin"))
+    if not heights:
+        steps, margins = [], []
     metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
     metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
-    selecting = [*found[cell.rank].phases.values(), *found[cell.select].phases.values()]
+    selecting = [phase for name in (*cell.asked, cell.rank, cell.select) for phase in found[name].phases.values()]
     return Result(
         cell=cell.name,
         **cell.axes,
         seed=cell.seed,
         **metrics,
-        harmful_score_over_attack=curve_area(steps, heights) if whole else None,
+        harmful_score_over_attack=curve_area(steps, heights) if heights else None,
         attack_steps=steps,
         harmful_scores=heights,
+        loss_margins=margins,
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=found[cell.rank].counts["ranked"],
         alignment_rows=align.counts["trained"],
@@ -160,6 +166,12 @@ def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Resu
         device=align.device,
         folder=str(plan.stages[cell.after].folder.relative_to(plan.data.root)),
     )
+
+
+def _heights(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """A metric along the attack; empty unless it was measured everywhere, and more than once."""
+    found = [value for metrics in curve if (value := _value(metrics, name)) is not None]
+    return found if len(found) == len(curve) > 1 else []
 
 
 def _value(metrics: Mapping[str, Any], name: str) -> float | None:

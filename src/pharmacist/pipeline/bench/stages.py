@@ -65,9 +65,12 @@ KINDS = {
         "CurateOptions",
         "curate",
         "curate",
-        files=("pool", "safe", "harmful", "utility"),
+        files=("pool", "safe", "harmful", "utility", "labels"),
         models=("model",),
-        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format"}),
+        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
+    ),
+    "label": Kind(
+        "pharmacist.pipeline.bench.known_labels", "KnownLabelsOptions", "known_labels", "", files=("ranking", "labels")
     ),
     "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
     "align": Kind(
@@ -102,7 +105,7 @@ KINDS = {
         "EvaluateOptions",
         "evaluate",
         "evaluate",
-        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity"),
+        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity", "margin"),
         models=("model", "base"),
         decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
     ),

@@ -12,15 +12,14 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import GroupKFold
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import track
 from pharmacist.data.records import normalised_prompt
 from pharmacist.selectors.pharmacist import requests
+from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
 from pharmacist.selectors.pharmacist.questions import (
     PERTINENT,
     QUESTIONS,
@@ -50,7 +49,6 @@ from pharmacist.selectors.pharmacist.readers import (
 )
 from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.states import PARTS
-from pharmacist.selectors.pharmacist.trust import FAR
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -63,14 +61,8 @@ _CHUNK = 8192
 _SURE = 50.0  # log-odds as good as certainty, and still finite
 _REQUEST_WIDTH = 256
 _TYPICAL_WEIGHT = 4.0
-_NEAR = 0.75
-"""AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""
-_OUTLIER = 4.0
 _AMOUNT_REGULARISATION = 0.1
 """scikit-learn's C: strong, so that many words share the evidence instead of the few that tell best."""
-_TEMPER, _CAUTION = 0.75, 1.0
-"""Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
-_FEWEST_COMPARED, _MOST_COMPARED = 20, 256
 
 
 def _can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
@@ -131,7 +123,7 @@ class Answers:
         near: How far pool and references look like one source, in [0, 1].
         amount: How much of a refusal each answer holds in all its words (log-odds that add up word by word, so that an
             answer that says more of it has more), shape [rows]; 0 where the pool is unlike the references.
-        distance: See `Evidence._distance`.
+        distance: See `distance.distance`.
         by_reader: Question and reader -> log-odds before they are combined, shape [rows].
         labels_held_out: With labels, for the labelled rows: their `safe_log_odds` without any labels, and with those
             of other prompts; shape [labels] each.
@@ -280,9 +272,10 @@ class Evidence:
         answered = [self._answer(features, by_reader, variant, own) for variant, own in enumerate(known)]
         chosen = min(1, len(known) - 1)
         log_odds, _ = answered[chosen]
-        distance = self._distance(pool, np.flatnonzero((log_odds[:, :2] > 0).all(1)))
-        near = 0.0 if distance is None else float(np.clip((FAR - max(distance.values())) / (FAR - _NEAR), 0, 1))
-        answered = [(_as_far_as_known(odds, near), _TYPICAL_WEIGHT * near * looks) for odds, looks in answered]
+        safe = self._references.take(np.flatnonzero(self._classes == 0))
+        found = distance(safe, pool.take(np.flatnonzero((log_odds[:, :2] > 0).all(1))))
+        near = nearness(found)
+        answered = [(as_far_as_known(odds, near), _TYPICAL_WEIGHT * near * looks) for odds, looks in answered]
         log_odds, typical = answered[chosen]
         held_out = None
         if len(labels):
@@ -297,7 +290,7 @@ class Evidence:
             for name, values in readers.items()
         }
         amount = self._amount(pool) if near else np.zeros(len(pool))
-        return Answers(log_odds, typical, near, amount, distance, signals, held_out)
+        return Answers(log_odds, typical, near, amount, found, signals, held_out)
 
     def _answer(
         self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
@@ -320,27 +313,6 @@ class Evidence:
         coefficients, _ = fit_logistic(rotated, answers, np.ones(len(answers)), _AMOUNT_REGULARISATION)
         result: FloatArray = words.transform(pool.completions) @ back(coefficients)
         return result
-
-    def _distance(self, pool: Texts, critical: IntArray) -> dict[str, float] | None:
-        """How well critical-looking rows of the pool are told from safe references: cross-validated AUC per question.
-
-        0.5 where nothing tells them apart, 1 where the pool is unlike the references; None where either are too few.
-        """
-        safe = np.flatnonzero(self._classes == 0)
-        if min(len(safe), len(critical)) < _FEWEST_COMPARED:
-            return None
-        critical = critical[np.linspace(0, len(critical) - 1, min(len(critical), _MOST_COMPARED)).astype(int)]
-        both = self._references.take(safe) + pool.take(critical)
-        where = np.repeat([1, 0], [len(safe), len(critical)])
-        found = {}
-        for question, words, parts in ((RISKY, "prompts", PARTS[:2]), (REFUSES, "completions", PARTS[2:])):
-            view: View = States(parts) if "probe" in self.names else Words(words)
-            features = view.fit(both).features(both)
-            model = LogisticRegression(C=view.regularisation, class_weight="balanced", max_iter=2000)
-            folds = StratifiedKFold(_LABEL_FOLDS, shuffle=True, random_state=0)
-            guessed = cross_val_predict(model, features, where, cv=folds, method="decision_function")
-            found[question] = float(roc_auc_score(where, guessed))
-        return found
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
@@ -453,28 +425,3 @@ class Evidence:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
             raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error
         return evidence
-
-
-def _as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
-    """Trusts the references less, the less the pool resembles them.
-
-    Elsewhere answers are taken for refusals with more doubt: log-odds that held-out references of the same source
-    calibrated are tempered, and lowered by `_CAUTION`, since what passes for a refusal is trained on. What damage
-    looks like is learned from the references' own texts. In a pool from another source, log-odds of whole and
-    pertinent text are taken by their distance from the pool's median, in robust standard deviations, so that a row is
-    doubted that lies `_OUTLIER` of them below.
-
-    Args:
-        log_odds: Shape [rows, questions].
-        near: 1 keeps them as they are.
-    """
-    result = log_odds.copy()
-    refuses = log_odds[:, QUESTIONS.index(REFUSES)]
-    result[:, QUESTIONS.index(REFUSES)] = near * refuses + (1 - near) * (_TEMPER * refuses - _CAUTION)
-    for column in (QUESTIONS.index(WHOLE), QUESTIONS.index(PERTINENT)):
-        values = log_odds[:, column]
-        centre = np.median(values)
-        deviation = 1.4826 * np.median(np.abs(values - centre))
-        outlying = (values - centre) / (deviation if deviation > 0 else 1.0) + _OUTLIER
-        result[:, column] = near * values + (1 - near) * outlying
-    return result

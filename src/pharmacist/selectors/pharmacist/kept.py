@@ -10,7 +10,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from pharmacist.core.files import atomic_path
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import atomic_path, read_json
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors.pharmacist.readers import Texts
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pharmacist.selectors.base import SelectionContext
 
 
+FORMAT = 3
+"""Version of what a saved selector holds."""
 KEPT = "states"
 """Subfolder of a saved selector."""
 
@@ -101,3 +104,20 @@ def _kept(
         return None
     rows = order[where]
     return arrays["states"][rows], arrays["statistics"][rows].astype(np.float64)
+
+
+def read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where a saved selector lies, and its ``selector.json``; only for the model that it reads with."""
+    folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
+    path = folder / "selector.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
+    saved: dict[str, Any] = read_json(path)
+    if saved.get("selector") != "pharmacist" or saved.get("format") != FORMAT:
+        raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
+    if saved["model"]:
+        if model is None:
+            raise ConfigError("the saved selector reads with a model; give --model")
+        if model_fingerprint(model) != saved["model"]:
+            raise DataError(f"{path}: was trained on another model than {model}; give that one")
+    return folder, saved

@@ -10,40 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import read_json, write_json
+from pharmacist.core.files import write_json
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
-from pharmacist.selectors.base import CRITICAL, FEWEST_REFERENCES, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
-from pharmacist.selectors.pharmacist import trust
-from pharmacist.selectors.pharmacist.evidence import Answers, Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import KEPT, read_texts, row_keys
-from pharmacist.selectors.pharmacist.questions import (
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    WHOLE,
-    class_log_posterior,
-    pool_priors,
-    safe_log_odds,
-    with_priors,
-)
-from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, References, build_references
+from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
+from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts, row_keys
+from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
 from pharmacist.selectors.pharmacist.twins import (
     TWINS,
     WITHOUT_HARMFUL,
     Twins,
+    fall_back,
     safe_and_other,
     twin_losses,
     twin_reasons,
 )
+from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
 from pharmacist.selectors.reading import tokens_per_batch
 
 
@@ -53,10 +43,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-_FORMAT = 3
 _WORTH_LISTENING = 0.7
 """Held-out AUC from which the twins' contrast orders the rows that evidence calls critical."""
-_REASONS = np.array(list(REASONS.values()))
 _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASONS.values())))}
 
 
@@ -73,7 +61,7 @@ class Pharmacist(Selector):
 
     def notice(self, given: Collection[str]) -> str | None:
         """Says that the twins fall back to SEAL's contrast where there are no harmful references."""
-        return _fall_back(self.config, given)
+        return fall_back(self.config, given)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and labels (or loads what was learned), and reads the pool once."""
@@ -82,7 +70,7 @@ class Pharmacist(Selector):
 
     def check_saved(self, folder: Path, model: str | None) -> None:
         """It must be ours, and of the model that it was trained with."""
-        _read_saved(folder, model)
+        read_saved(folder, model)
 
     def save(self, folder: Path) -> bool:
         """Writes evidence, twins and what the model showed of every row: safetensors and JSON only."""
@@ -102,7 +90,7 @@ class _Ranking:
         self.twins: Twins | None = None
         self.saved: Path | None = None
         if context.resume_from is not None:
-            self.saved, content = _read_saved(context.resume_from, context.model_name)
+            self.saved, content = read_saved(context.resume_from, context.model_name)
             self.config = PharmacistConfig(**content["config"])
         self.readers = self.config.reader_names(model=context.model_name is not None)
         if "probe" in self.readers and context.model_name is None:
@@ -156,7 +144,7 @@ class _Ranking:
 
     def scores(self) -> Scores:
         """The verdict on the pool."""
-        fallback = None if self.saved else _fall_back(self.config, self.context.references)
+        fallback = None if self.saved else fall_back(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if self.config.form == "evidence":
             assert evidence is not None
@@ -213,7 +201,7 @@ class _Ranking:
         with self.phase("answer"):
             first, inverse = self.distinct
             answers = self.evidence.answer(texts.take(first), self.labels)
-        return _verdict(answers, self.labels, inverse, self.evidence.report)
+        return verdict(answers, self.labels, inverse, self.evidence.report)
 
     def _learned(self) -> Path | None:
         """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""
@@ -263,160 +251,9 @@ class _Ranking:
         write_json(
             folder / "selector.json",
             {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "selector": "pharmacist",
                 "config": asdict(self.config),
                 "model": model_fingerprint(self.context.model_name) if uses_model and self.context.model_name else "",
             },
         )
-
-
-def _verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and what is to be known about them, from the answers to distinct rows."""
-    posterior = class_log_posterior(answers.log_odds, answers.typical)
-    shares = pool_priors(posterior[inverse])
-    p = np.exp(with_priors(posterior, shares))
-    p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
-    read = _REASONS[posterior.argmax(1)]
-    teaching = _teaching(answers, read == CRITICAL)
-    ordered = both(safe_log_odds(posterior), teaching, read, weight=1 + answers.near)
-    score, reasons = honoured(ordered, read, labels.rows, labels.classes)
-    signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
-        "p_corrupted": p[:, 4:].sum(1)
-    }
-    signals |= {question: expit(answers.log_odds[:, number]) for number, question in enumerate(QUESTIONS)}
-    signals |= answers.by_reader
-    report = learned | {
-        "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
-        "distance": answers.distance,
-        "near": answers.near,
-        "cannot_see": _unseen(learned),
-    }
-    if answers.labels_held_out is not None:
-        report["labels"] = trust.gain(*answers.labels_held_out, labels.classes == 0)
-    warnings = trust.warnings(report, reasons[inverse])
-    telling = _telling(answers.log_odds, labels)
-    of_rows = {name: values[inverse] for name, values in signals.items()}
-    return Scores(score[inverse], reasons[inverse], of_rows, report, warnings, telling[inverse])
-
-
-def honoured(
-    score: FloatArray, reason: npt.NDArray[np.str_], rows: IntArray, classes: IntArray
-) -> tuple[FloatArray, npt.NDArray[np.str_]]:
-    """Scores and reasons with what a person said of some rows: good ones above all that was merely read, bad ones
-    below it.
-
-    Args:
-        score: Shape [rows of the pool].
-        reason: Shape [rows of the pool].
-        rows: The labelled ones.
-        classes: Index into `CLASSES` of each.
-    """
-    score, reason = score.copy(), reason.astype(_REASONS.dtype)
-    score[rows] = np.where(classes == 0, score.max() + 1, score.min() - 1)
-    reason[rows] = _REASONS[classes]
-    return score, reason
-
-
-def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:
-    """How much a label of each row would teach: the entropy of the answers, question by question, in nats; a row that
-    has a label teaches nothing more.
-    """
-    p = expit(log_odds).clip(1e-12, 1 - 1e-12)
-    entropy: FloatArray = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum(1)
-    entropy[labels.rows] = -1.0
-    return entropy
-
-
-def _unseen(learned: dict[str, Any]) -> list[str]:
-    """Reasons that cannot be given, since no reference answers their question by no."""
-    return [] if WHOLE in learned["questions"] else [REASONS["corrupted"]]
-
-
-def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
-    """Where a saved selector lies, and its ``selector.json``; only for the model that it reads with."""
-    folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
-    path = folder / "selector.json"
-    if not path.is_file():
-        raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
-    saved: dict[str, Any] = read_json(path)
-    if saved.get("selector") != "pharmacist" or saved.get("format") != _FORMAT:
-        raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
-    if saved["model"]:
-        if model is None:
-            raise ConfigError("the saved selector reads with a model; give --model")
-        if model_fingerprint(model) != saved["model"]:
-            raise DataError(f"{path}: was trained on another model than {model}; give that one")
-    return folder, saved
-
-
-def _fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
-    """What the twins are instead without harmful references; None where they have them, or there are no twins.
-
-    Raises:
-        ConfigError: The options leave nothing to learn from what is given.
-    """
-    if config.form != "bilevel" and not {"harmful", "utility"} & set(given):
-        raise ConfigError(
-            "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
-            "--selector.form bilevel"
-        )
-    if config.form == "evidence" or "harmful" in given:
-        return None
-    if config.gamma == 0 or config.cotrain == 0:
-        option = "gamma" if config.gamma == 0 else "cotrain"
-        raise ConfigError(
-            f"without harmful references the second twin learns from the pool alone, so selector.{option} must be "
-            "above 0; or give --harmful, or use --selector.form evidence"
-        )
-    return (
-        "without harmful references the twins fall back to SEAL's contrast: the model that also learns the safe "
-        "references against an auxiliary one that learns the pool without them"
-    )
-
-
-def _teaching(answers: Answers, critical: npt.NDArray[np.bool_]) -> FloatArray:
-    """What orders critical rows besides p(safe), shape [rows]: that a row has no fault is not all.
-
-    How clearly it answers the two questions that make it critical; and, as far as the pool looks like the references,
-    how much of a refusal it holds in all its words: training adds up over words, and a terse refusal teaches little.
-    In a pool from elsewhere words are not known well enough for that, and long refusals of harmless requests come up.
-    """
-    result = np.zeros(len(critical))
-    for question in (RISKY, REFUSES):
-        clearly = _standardised(answers.log_odds[critical, QUESTIONS.index(question)])
-        result[critical] += (1 - answers.near) * clearly
-    result[critical] += answers.near * _standardised(answers.amount[critical])
-    return result
-
-
-def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_], weight: float = 1.0) -> FloatArray:
-    """Evidence throws out faults, it and a second measure order the rest.
-
-    Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
-    by evidence alone, standardised over them. One row's score means little without its pool.
-
-    Args:
-        evidence: Log-odds of the safe class, shape [rows].
-        second: `_teaching`, or the twins' contrast (loss under the other twin less that under the safe one), shape
-            [rows].
-        reason: Shape [rows].
-        weight: Of `second` against evidence.
-    """
-    critical = reason == CRITICAL
-    score = np.empty(len(reason))
-    score[~critical] = _standardised(evidence[~critical])
-    score[critical] = _standardised(evidence[critical]) + weight * _standardised(second[critical])
-    if critical.any() and not critical.all():
-        # A constant for all critical rows: lifts the lowest of them just above the best of the others.
-        score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
-    return score
-
-
-def _standardised(values: FloatArray) -> FloatArray:
-    if not len(values):
-        return values
-    sample = np.sort(values)  # the sums are then the same in whatever order the rows came
-    scale = sample.std()
-    result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
-    return result

@@ -7,12 +7,11 @@ import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.pharmacist.distance import FAR
 
 
 FloatArray = npt.NDArray[np.float64]
 
-FAR = 0.9
-"""AUC of telling safe references from the pool's best rows, from which they count as two sources."""
 _POOR = 0.8
 _FEW_CRITICAL = 0.1
 _FEWEST_TO_COMPARE = 5

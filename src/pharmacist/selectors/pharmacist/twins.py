@@ -6,7 +6,7 @@ Without harmful references the second twin learns nothing of its own, and the co
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
@@ -302,6 +303,31 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
         CRITICAL,
     )
     return reasons
+
+
+def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
+    """What the twins are instead without harmful references; None where they have them, or there are no twins.
+
+    Raises:
+        ConfigError: The options leave nothing to learn from what is given.
+    """
+    if config.form != "bilevel" and not {"harmful", "utility"} & set(given):
+        raise ConfigError(
+            "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
+            "--selector.form bilevel"
+        )
+    if config.form == "evidence" or "harmful" in given:
+        return None
+    if config.gamma == 0 or config.cotrain == 0:
+        option = "gamma" if config.gamma == 0 else "cotrain"
+        raise ConfigError(
+            f"without harmful references the second twin learns from the pool alone, so selector.{option} must be "
+            "above 0; or give --harmful, or use --selector.form evidence"
+        )
+    return (
+        "without harmful references the twins fall back to SEAL's contrast: the model that also learns the safe "
+        "references against an auxiliary one that learns the pool without them"
+    )
 
 
 class Twins:

@@ -1,0 +1,62 @@
+"""A stage of the grid: labels of the rows that a ranking asks for, where people have labelled the pool before."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.rundir import RunDir, RunOptions
+
+
+STAGE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class KnownLabelsOptions(RunOptions):
+    """Answer what a ranking asks."""
+
+    ranking: str
+    """Folder of a finished curate with rows to label."""
+    labels: str
+    """What people said of every row of its pool: labels.json, as curate reads it."""
+
+
+def known_labels(options: KnownLabelsOptions) -> Path:
+    """Writes ``labels.json`` with the labels of the rows of ``to_label.jsonl``.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: The ranking asks for none, or a row that it asks for has no label.
+    """
+    import pandas as pd
+
+    from pharmacist.core.env import rank
+    from pharmacist.core.files import read_json_lines
+    from pharmacist.core.hashing import sha256_file
+    from pharmacist.core.manifest import check_unchanged, read_manifest
+    from pharmacist.nn.distributed import barrier
+    from pharmacist.selectors.labels import read_entries, write_labels
+
+    folder = Path(options.ranking)
+    ranking = read_manifest(folder)
+    if not (folder / "to_label.jsonl").is_file():
+        raise DataError(f"{folder}: this ranking asks for no labels; a selector of form evidence or both asks")
+    check_unchanged(folder, "to_label.jsonl", "scores.parquet")
+    inputs = {"to_label": sha256_file(folder / "to_label.jsonl"), "labels": sha256_file(options.labels)}
+    run = RunDir.open(options, stage="label", version=STAGE_VERSION, inputs=inputs)
+    try:
+        path = run.path("labels.json")
+        if rank() == 0 and not run.complete:
+            with run.phase("label"):
+                rows = pd.read_parquet(folder / "scores.parquet", columns=["row"])["row"].to_numpy()
+                known = read_entries(options.labels, ranking.inputs["pool"], rows, where=f"labels {options.labels}")
+                asked = [row["row"] for row in read_json_lines(folder / "to_label.jsonl")]
+                if missing := [row for row in asked if row not in known]:
+                    raise DataError(f"labels {options.labels}: row {missing[0]} has none; label every row of the pool")
+                write_labels(path, ranking.inputs["pool"], {row: known[row] for row in asked})
+            run.finish(outputs=[path.name], counts={"labels": len(asked)})
+        barrier()
+        return path
+    finally:
+        run.close()

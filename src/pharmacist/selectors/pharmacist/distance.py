@@ -1,0 +1,79 @@
+"""How far a pool lies from the references, and how much of what they teach holds there."""
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, WHOLE
+from pharmacist.selectors.pharmacist.readers import States, Texts, View, Words
+from pharmacist.selectors.pharmacist.states import PARTS
+
+
+FloatArray = npt.NDArray[np.float64]
+
+NEAR, FAR = 0.75, 0.9
+"""AUC of telling pool and references apart up to which they look like one source, and from which like two."""
+_FEWEST_COMPARED, _MOST_COMPARED = 20, 256
+_FOLDS = 5
+_OUTLIER = 4.0
+_TEMPER, _CAUTION = 0.75, 1.0
+"""Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
+
+
+def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
+    """How well critical-looking rows of a pool are told from safe references: cross-validated AUC per question.
+
+    Args:
+        safe: The safe references.
+        critical: The rows.
+
+    Returns:
+        0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
+        other; None where either are too few.
+    """
+    if min(len(safe), len(critical)) < _FEWEST_COMPARED:
+        return None
+    some = np.linspace(0, len(critical) - 1, min(len(critical), _MOST_COMPARED)).astype(int)
+    both = safe + critical.take(some)
+    where = np.repeat([1, 0], [len(safe), len(some)])
+    found = {}
+    for question, words, parts in ((RISKY, "prompts", PARTS[:2]), (REFUSES, "completions", PARTS[2:])):
+        view: View = Words(words) if both.states is None else States(parts)
+        features = view.fit(both).features(both)
+        model = LogisticRegression(C=view.regularisation, class_weight="balanced", max_iter=2000)
+        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
+        guessed = cross_val_predict(model, features, where, cv=folds, method="decision_function")
+        found[question] = float(roc_auc_score(where, guessed))
+    return found
+
+
+def nearness(found: dict[str, float] | None) -> float:
+    """How far two sources look like one by their `distance`, in [0, 1]."""
+    return 0.0 if found is None else float(np.clip((FAR - max(found.values())) / (FAR - NEAR), 0, 1))
+
+
+def as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
+    """Trusts the references less, the less the pool resembles them.
+
+    Elsewhere answers are taken for refusals with more doubt: log-odds that held-out references of the same source
+    calibrated are tempered, and lowered by `_CAUTION`, since what passes for a refusal is trained on. What damage
+    looks like is learned from the references' own texts. In a pool from another source, log-odds of whole and
+    pertinent text are taken by their distance from the pool's median, in robust standard deviations, so that a row is
+    doubted that lies `_OUTLIER` of them below.
+
+    Args:
+        log_odds: Shape [rows, questions].
+        near: 1 keeps them as they are.
+    """
+    result = log_odds.copy()
+    refuses = log_odds[:, QUESTIONS.index(REFUSES)]
+    result[:, QUESTIONS.index(REFUSES)] = near * refuses + (1 - near) * (_TEMPER * refuses - _CAUTION)
+    for column in (QUESTIONS.index(WHOLE), QUESTIONS.index(PERTINENT)):
+        values = log_odds[:, column]
+        centre = np.median(values)
+        deviation = 1.4826 * np.median(np.abs(values - centre))
+        outlying = (values - centre) / (deviation if deviation > 0 else 1.0) + _OUTLIER
+        result[:, column] = near * values + (1 - near) * outlying
+    return result
