@@ -8,11 +8,12 @@ from pharmacist.evaluation.graders.base import Grade, GradeItem, Grader
 
 
 _TABLE = {
+    "number": "pharmacist.evaluation.graders.number:Number",
     "classification": "pharmacist.evaluation.graders.classification:Classification",
     "exact": "pharmacist.evaluation.graders.exact:Exact",
-    "number": "pharmacist.evaluation.graders.number:Number",
     "win-rate": "pharmacist.evaluation.graders.win_rate:WinRate",
 }
+"""In the order in which ``auto`` asks them whether a file is theirs."""
 GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
 TASK_TYPES: Registry[Any] = Registry(
     "task type", _TABLE | {"auto": "pharmacist.evaluation.graders.base:Auto"}, group="pharmacist.graders"
@@ -20,16 +21,8 @@ TASK_TYPES: Registry[Any] = Registry(
 
 
 def detect_grader(targets: Sequence[str]) -> str:
-    """The kind of task that a file holds, by its targets.
-
-    A final number after a marker (GSM8K) is ``number``; a few short targets that repeat are labels of a
-    ``classification``; all else is ``exact``. A judge of ``win-rate`` must be chosen.
-    """
-    from pharmacist.evaluation.graders import classification, number
-
-    if all(number.has_marker(target) for target in targets):
-        return "number"
-    return "classification" if classification.looks_like_labels(targets) else "exact"
+    """The name of the first grader whose targets these are."""
+    return next(name for name in _TABLE if GRADERS.get(name).fits(targets))
 
 
 __all__ = ["GRADERS", "TASK_TYPES", "Grade", "GradeItem", "Grader", "detect_grader"]

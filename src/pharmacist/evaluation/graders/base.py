@@ -69,6 +69,12 @@ class Grader(ABC, Generic[GradeT]):
     def label(self) -> str:
         """``name@version``, as metrics name a grader."""
 
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether targets are of the kind that it grades, for ``auto``; a grader that must be chosen never says so."""
+        del targets
+        return False
+
     def check(self) -> None:  # noqa: B027 - most graders have nothing to check
         """Refuses at once what cannot work, before any answer is generated.
 

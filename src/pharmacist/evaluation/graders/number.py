@@ -41,11 +41,6 @@ _SAME = str.maketrans(
 _LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands apart
 
 
-def has_marker(text: str) -> bool:
-    """Whether a target marks its final number."""
-    return any(marker in text.casefold() for marker in _MARKERS)
-
-
 def readings(text: str) -> tuple[float, ...]:
     r"""The final number of a solution in every way in which it can be read, the likeliest first.
 
@@ -101,6 +96,11 @@ class Number(Matching):
     name = "number"
     version = 2
     matching = ("number", "published")
+
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether each marks its final number, as GSM8K does."""
+        return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses targets without a number."""
