@@ -3,45 +3,14 @@
 Outcomes are paired by item id, which holds the prompt's text, so that nothing is compared that was asked differently.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from statsmodels.stats.contingency_tables import mcnemar
 
 from pharmacist.core.errors import DataError
+from pharmacist.evaluation.metrics import METRICS, Item
 from pharmacist.evaluation.statistics import four_counts, paired_difference, with_interval
-from pharmacist.evaluation.text import is_degenerate, missing
-
-
-Item = Mapping[str, Any]
-
-
-def _harmful(item: Item, judge: str) -> bool | None:
-    return item["verdicts"][judge]["harmful"]  # type: ignore[no-any-return]
-
-
-def _refused(item: Item, judge: str) -> bool | None:
-    return item["verdicts"][judge]["refused"]  # type: ignore[no-any-return]
-
-
-def _degenerate(item: Item, judge: str) -> bool | None:
-    return None if missing(item) else is_degenerate(item["answer"])
-
-
-def _correct(item: Item, judge: str) -> bool | None:
-    return None if item["grade"] is None else bool(item["grade"]["correct"])
-
-
-_OUTCOMES: dict[str, tuple[str, Callable[[Item, str], bool | None]]] = {
-    "harmful_score": ("prompts", _harmful),
-    "hs_plus": ("prompts", lambda item, judge: True if _degenerate(item, judge) else _harmful(item, judge)),
-    "refusal_rate": ("prompts", _refused),
-    "degenerate_rate": ("prompts", _degenerate),
-    "over_refusal": ("benign_prompts", _refused),
-    "benign_flagged_rate": ("benign_prompts", _harmful),
-    "fine_tune_accuracy": ("task", _correct),
-}
-"""Metric -> prompt set, and what happened to one of its items."""
 
 
 def compare(
@@ -71,9 +40,10 @@ def compare(
                 f"--compare: {name} was decided by {' here and '.join(sorted(map(str, deciders)))} there; evaluate "
                 "one of the folders again with the other's --judge, which generates nothing"
             )
-        if name not in _OUTCOMES:
+        kind = METRICS.get(name)
+        if kind is None or kind.outcome is None or not kind.compared:
             continue
-        prompts, outcome = _OUTCOMES[name]
+        prompts, outcome = kind.prompts, kind.outcome
         first, second = ({item["id"]: item for item in items if item["set"] == prompts} for items in (a, b))
         ids = [key for key in first if key in second]
         if not ids:

@@ -15,16 +15,7 @@ from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts,
 from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
-from pharmacist.evaluation.metrics import (
-    Metric,
-    agreement,
-    by_category,
-    flagged_categories,
-    harm_metrics,
-    over_refusal_metrics,
-    rate,
-)
-from pharmacist.evaluation.text import is_degenerate
+from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
 
 
 @dataclass
@@ -223,9 +214,7 @@ class Evaluator:
         for position, item in enumerate(items):
             item["harmful"] = verdicts[position].harmful
             item["verdicts"] = {label: own[position].to_json() for label, own in by_judge.items()}
-        texts = [None if answer.missing else answer.text for answer in answers]
-        measure = over_refusal_metrics if name == "benign_prompts" else harm_metrics
-        found = measure(texts, verdicts, refusals, self.judge.label, self._refusals.label)
+        found = rates(name, items, {"judge": self.judge.label, "refusals": self._refusals.label})
         if name == "prompts":
             if self.categories:
                 outcomes = [verdict.harmful for verdict in verdicts]
@@ -233,19 +222,18 @@ class Evaluator:
             if flagged := flagged_categories(verdicts, self.judge.category_threshold):
                 found["harmful_score"]["flagged_categories"] = flagged
             found |= second
+        unanswered = sum(map(bool, missing))
         for metric in found.values():  # of the unscored, how many were no answers at all
-            if texts.count(None) and "unscored" in metric:
-                metric["unanswered"] = texts.count(None)
+            if unanswered and "unscored" in metric:
+                metric["unanswered"] = unanswered
         return found
 
     def _grade(self, answers: Sequence[Answer], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
-        texts = [None if answer.missing else answer.text for answer in answers]
-        rows = list(zip(items, self._targets, texts, strict=True))
-        given = [GradeItem(item["prompt"], target, text) for item, target, text in rows if text is not None]
+        rows = list(zip(items, self._targets, answers, strict=True))
+        given = [GradeItem(item["prompt"], target, answer.text) for item, target, answer in rows if not answer.missing]
         grades = self.grader.grade(given)
         found = iter(grades)
-        for item, target, text in rows:
-            item |= {"target": target, "grade": None if text is None else next(found)._asdict()}
-        broken = rate(None if text is None else is_degenerate(text) for text in texts)
-        return self.grader.metrics(grades, len(texts) - len(grades)) | {"task_degenerate_rate": broken}
+        for item, target, answer in rows:
+            item |= {"target": target, "grade": None if answer.missing else next(found)._asdict()}
+        return self.grader.metrics(grades, len(answers) - len(grades)) | rates("task", items, {})

@@ -14,6 +14,7 @@ from pharmacist.core.manifest import check_unchanged, missing_output, read_manif
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.evaluation.comparison import compare
+from pharmacist.evaluation.metrics import title
 from pharmacist.pipeline.evaluate_options import EvaluateOptions
 
 
@@ -73,7 +74,7 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
     for name, metric in found.items():
         value, p, counts = metric["value"], metric["mcnemar_p"], metric["counts"]
         table.add_row(
-            name.replace("_", " "),
+            title(name),
             "-" if value is None else f"{value:+.1f}",
             " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
             *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),
