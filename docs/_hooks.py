@@ -8,11 +8,10 @@ of commands.
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
-from pharmacist.core.config import _docs, _methods, _registry
+from pharmacist.core.config import docs_of, method_fields, registry_of
 from pharmacist.core.rundir import RunOptions
 
 
@@ -51,7 +50,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 def _options(options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Rows of a table: a field that is a dataclass itself gives one row per option of its own."""
-    hints, docs, rows = get_type_hints(options), _docs(options), []
+    hints, docs, rows = get_type_hints(options), docs_of(options), []
     for field in dataclasses.fields(options):
         if field.name in leave_out:
             continue
@@ -61,7 +60,7 @@ def _options(options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = 
         name = prefix + field.name
         flag, kind = "--" + (name if prefix else name.replace("_", "-")), _kind(hints[field.name])
         if "registry" in field.metadata:
-            kind = " ".join(map(_code, _registry(field).names()))
+            kind = " ".join(map(_code, registry_of(field).names()))
         elif get_origin(hints[field.name]) is dict:
             flag, kind = f"{flag}.NAME", ""
         rows.append((_code(flag), kind, _default(field), docs.get(field.name, "")))
@@ -73,9 +72,7 @@ HEAD = ("option", "values", "default", "meaning")
 
 def options_of(name: str) -> type[Any]:
     """The options dataclass of a command."""
-    command = COMMANDS[name]
-    found: type[Any] = getattr(import_module(command.module), command.options)
-    return found
+    return COMMANDS[name].options
 
 
 def commands() -> str:
@@ -101,8 +98,8 @@ def common() -> str:
 def methods(name: str) -> str:
     """One section per method that a command can be told to use, with the method's own options."""
     parts = []
-    for option, field in _methods(options_of(name)).items():
-        registry = _registry(field)
+    for option, field in method_fields(options_of(name)).items():
+        registry = registry_of(field)
         for method in registry.names():
             found = registry.get(method)
             about = inspect.getdoc(found) or ""

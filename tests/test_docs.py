@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 import pharmacist
 from pharmacist.cli.main import COMMANDS, main
-from pharmacist.core.config import _docs, parse
+from pharmacist.core.config import docs_of, parse
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,9 +21,7 @@ DOCS = ROOT / "docs"
 
 
 def options_of(name: str) -> type[Any]:
-    command = COMMANDS[name]
-    found: type[Any] = getattr(import_module(command.module), command.options)
-    return found
+    return COMMANDS[name].options
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -98,7 +95,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
-    explained = _docs(options_of(name))
+    explained = docs_of(options_of(name))
     assert [field.name for field in fields(options_of(name)) if not explained.get(field.name)] == []
 
 

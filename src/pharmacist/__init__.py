@@ -9,31 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from pharmacist.pipeline.align import AlignOptions, align
-    from pharmacist.pipeline.attack import AttackOptions, attack
-    from pharmacist.pipeline.curate import CurateOptions, Ranking, curate, rank
-    from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
-    from pharmacist.pipeline.repair import RepairOptions, repair
+    from pharmacist.pipeline.align import align
+    from pharmacist.pipeline.attack import attack
+    from pharmacist.pipeline.curate import curate, rank
+    from pharmacist.pipeline.evaluate import evaluate
+    from pharmacist.pipeline.ranking import Ranking
+    from pharmacist.pipeline.repair import repair
+    from pharmacist.pipeline.stages.align import AlignOptions
+    from pharmacist.pipeline.stages.attack import AttackOptions
+    from pharmacist.pipeline.stages.curate import CurateOptions
+    from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+    from pharmacist.pipeline.stages.repair import RepairOptions
     from pharmacist.pipeline.sweep import SweepOptions, sweep
 
 __version__ = version("pharmacist")
-
-_EXPORTS = {
-    "AlignOptions": "align",
-    "align": "align",
-    "AttackOptions": "attack",
-    "attack": "attack",
-    "CurateOptions": "curate",
-    "Ranking": "curate",
-    "curate": "curate",
-    "rank": "curate",
-    "EvaluateOptions": "evaluate",
-    "evaluate": "evaluate",
-    "RepairOptions": "repair",
-    "repair": "repair",
-    "SweepOptions": "sweep",
-    "sweep": "sweep",
-}
 
 __all__ = [
     "AlignOptions",
@@ -55,6 +44,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"pharmacist.pipeline.{_EXPORTS[name]}"), name)
+    if name in (others := {"Ranking": "ranking", "rank": "curate"}):
+        return getattr(import_module(f"pharmacist.pipeline.{others[name]}"), name)
+    if name in __all__:
+        commands = import_module("pharmacist.pipeline.commands").COMMANDS
+        stage = commands[name.removesuffix("Options").lower()]
+        return stage.options if name.endswith("Options") else stage.function
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

@@ -249,8 +249,8 @@ CASES: dict[str, tuple[Case, str]] = {
     "another run": (other_runs_output, "out: holds a run with other top; choose another --output-dir, or --overwrite"),
     "another pool": (changed_pool, "out: holds a run with other content of pool; choose another --output-dir"),
     # --- options
-    "top 0": (options("--top", "0"), "--top 0.0: must be a share of the pool in (0, 1]"),
-    "top 1.5": (options("--top", "1.5"), "--top 1.5: must be a share of the pool in (0, 1]"),
+    "top 0": (options("--top", "0"), "--top 0: must lie in (0, 1]"),
+    "top 1.5": (options("--top", "1.5"), "--top 1.5: must lie in (0, 1]"),
     "top text": (options("--top", "third"), "--top third: must be a number"),
     "top and top-k": (options("--top", "0.3", "--top-k", "5"), "--top and --top-k exclude each other"),
     "top-k 0": (options("--top-k", "0"), "--top-k 0: must be at least 1"),
@@ -386,7 +386,7 @@ def test_a_saved_selector_reads_with_its_own_model_only(
 ) -> None:
     """And so with its own tokenizer; told before the pool is read."""
     assert main(curate_words(files, tmp_path / "a", *CHEAP, "--quiet")) == 0
-    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
+    monkeypatch.setattr("pharmacist.pipeline.rows.read_records", lambda *_, **__: pytest.fail("the pool was read"))
     before = fingerprints(tmp_path / "a")
     words = ["--resume-selector", str(tmp_path / "a"), "--quiet"]
     pool = {"pool": files["pool"]}

@@ -21,7 +21,7 @@ from pharmacist.core import files as core_files
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.registry import Registry
 from pharmacist.defenses import DEFENSES
-from pharmacist.pipeline import curate as stage
+from pharmacist.pipeline.curate import command as stage
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 from tests.cli.world import CHEAP, curate_words, write_world
@@ -118,13 +118,10 @@ def test_options_that_lie_apart_are_those_of_the_method(registry: Registry[Any])
 
 
 def test_examples_parse() -> None:
-    from importlib import import_module
-
     from pharmacist.core.config import parse
 
     for command in COMMANDS.values():
-        options = getattr(import_module(command.module), command.options)
-        assert parse(options, shlex.split(command.example)[2:]) is not None
+        assert parse(command.options, shlex.split(command.example)[2:]) is not None
 
 
 def test_done_is_0_and_the_result_is_said(
@@ -155,7 +152,7 @@ def test_options_from_a_file(pool: dict[str, str], tmp_path: Path) -> None:
 
 def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate"]) == 2
-    assert one_line(capsys).startswith("pharmacist curate: error: --output-dir and --pool must be given")
+    assert one_line(capsys).startswith("pharmacist curate: error: --pool and --output-dir must be given")
     assert main(chance(pool, tmp_path / "out", "--topk", "3")) == 2
     assert "unknown option '--topk'; did you mean '--top-k'?" in one_line(capsys)
     assert not (tmp_path / "out").exists()
@@ -185,7 +182,7 @@ def test_a_log_is_not_left_in_somebody_elses_folder(
         raise RuntimeError("broke")
 
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr(stage, "_fingerprints", fail)
+    monkeypatch.setattr(stage, "fingerprints", fail)
     monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
     assert main(chance(pool, tmp_path / "mine")) == 1
     assert f"(traceback in {tmp_path}/pharmacist-error-" in one_line(capsys)
@@ -198,7 +195,7 @@ def test_an_interruption_is_130_and_says_how_to_resume(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "_table", stop)
+    monkeypatch.setattr(stage, "ranked_table", stop)
     assert main(chance(pool, tmp_path / "out", "--quiet")) == 130
     assert "interrupted; what was finished is kept, run the same command again to resume" in one_line(capsys)
     assert read_manifest(tmp_path / "out").status == "started"

@@ -236,7 +236,7 @@ BAD = {
     "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not for alignment but for"),
     "unknown option of a defense": (["--defense.rho", "2"], [TINY], "unknown option '--defense.rho'"),
     "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "has no module named spoon"),
-    "no rank": (["--lora.r", "0"], [TINY], "lora.r must be at least 1"),
+    "no rank": (["--lora.r", "0"], [TINY], "--lora.r 0: must be at least 1"),
     "unknown training option": (["--train.learning_rat", "1"], [TINY], "did you mean 'learning_rate'"),
     "not a number": (["--train.learning_rate", "nan"], [TINY], "train.learning_rate: "),
     "negative learning rate": (["--train.learning_rate", "-1"], [TINY], "train: "),

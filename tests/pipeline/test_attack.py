@@ -280,7 +280,7 @@ BAD = {
     "a defense of another stage": ([*MIX, "--defense", "vaccine"], {}, "--defense vaccine: is not for fine-tuning"),
     "a prompt beyond the context": (["--samples", "1"], {"task": [{**TINY, "prompt": "x " * 900}]}, "(row 0); "),
     "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "has no module named spoon"),
-    "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "numbers of steps start at 1"),
+    "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "--snapshots [0]: must be at least 1"),
     "a snapshot beyond the end": (
         [*MIX, *FEW, "--snapshots", "[2, 9]"],
         {},

@@ -14,7 +14,8 @@ import pytest
 
 import pharmacist as ph
 from pharmacist.cli.main import main
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.manifest import read_manifest
 from pharmacist.nn.adapters import AdapterBank
@@ -295,7 +296,9 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
     words: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("pharmacist.selectors.embeddings.available_memory", lambda: 1000)
-    monkeypatch.setattr("pharmacist.data.duplicates.find_duplicates", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(
+        "pharmacist.pipeline.curate.command.find_duplicates", lambda *_, **__: pytest.fail("work was done")
+    )
     assert main(curate_words({"pool": files["pool"]}, tmp_path / "out", *words.split(), "--device", "cpu")) == 2
     assert "comparing 60 rows with each other needs" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "out").iterdir())
@@ -419,6 +422,22 @@ def test_the_core_subset(ranking: Ranking, files: dict[str, str]) -> None:
     diverse = ranking.select(k=30, diversity="near-duplicates", fill=True)
     assert len(diverse) == 30
     assert len(set(zip(diverse["prompt"], diverse["completion"], strict=True))) == 30
+
+
+def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_path: Path) -> None:
+    loaded = Ranking.load(ranked)
+    pd.testing.assert_frame_equal(loaded.to_pandas(), ranking.table)
+    assert loaded.select(k=7).to_list() == ranking.select(k=7).to_list()
+    assert loaded.asked() == ranking.asked() and len(loaded.asked()) == len(loaded.to_label) > 0
+    loaded.report(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == (ranked / "report.html").read_bytes()
+    assert repr(loaded) == f"Ranking of {loaded.source.label}: 60 rows ranked, 18 selected"
+    shown = loaded._repr_html_()
+    assert "60 rows ranked, 18 selected" in shown and "<svg" in shown and "critical" in shown
+    assert loaded.counts().sum().to_dict() == {"selected": 18, "left out": 42}
+    with pytest.raises(DataError, match="a run of 'align', which ranks nothing; give the folder of a curate"):
+        write_json(tmp_path / "manifest.json", read_json(ranked / "manifest.json") | {"stage": "align"})
+        Ranking.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_diversity_in_python(files, model):
         ("--selector length --balance category --min-score 3", "--balance has no say; give --top or --top-k"),
         ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no say"),
         ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
-        ("--selector length --balance-share 0", "--balance-share 0.0: must lie in (0, 1]"),
+        ("--selector length --balance-share 0", "--balance-share 0: must lie in (0, 1]"),
         ("--selector length --diversity-margin 0.5", "--diversity-margin 0.5: must be at least 1"),
         ("--selector loss-low", "'loss-low' reads the pool with a model; give --model"),
         ("--selector k-center", "'k-center' compares rows by a model; give --model, or --embedder"),
@@ -168,7 +168,7 @@ def test_most_selectors_that_learn_from_references_need_them():
 
 def test_a_missing_extra_is_told_before_the_pool_is_read(files, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    monkeypatch.setattr("pharmacist.data.records.read_records", lambda *_, **__: pytest.fail("the pool was read"))
+    monkeypatch.setattr("pharmacist.pipeline.rows.read_records", lambda *_, **__: pytest.fail("the pool was read"))
     assert curate(files, tmp_path / "out", "--selector", "k-center", "--embedder", "encoder") == 2
     assert "pip install 'pharmacist[embeddings]'" in capfd.readouterr().err
 

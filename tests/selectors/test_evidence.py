@@ -201,25 +201,6 @@ def test_a_pool_from_the_references_source_is_near(known):
     assert found.near == 1 and max(found.distance.values()) < 0.75 and np.abs(found.typical).min() > 0
 
 
-def test_an_answer_that_says_more_of_a_refusal_has_more_of_it(known):
-    rows, classes = mixed(40)
-    others = village.rows("safe", 400, 6)[-40:]
-    longer = [
-        {**row, "completion": f"{row['completion']} {other['completion']}"}
-        for row, other in zip(rows[:40], others, strict=True)
-    ]
-    amount = known[0].answer(read(rows + longer)).amount
-    assert amount[:40].min() > amount[40:80].max(), "refusals have more of it than compliance"
-    repeats = np.array(
-        [
-            row["completion"].split()[0] == other["completion"].split()[0]
-            for row, other in zip(rows[:40], others, strict=True)
-        ]
-    )
-    assert (amount[-40:] > amount[:40] + 1)[~repeats].all(), "another way to refuse adds to it"
-    assert np.abs(amount[-40:] - amount[:40])[repeats].max() < 1, "the same words again do not"
-
-
 def test_a_foreign_pool_is_far(known):
     """The same kinds of rows in other words, but for the refusals' beginnings."""
     rows, _ = mixed(40)
@@ -228,9 +209,7 @@ def test_a_foreign_pool_is_far(known):
         for row in rows
     ]
     found = known[0].answer(read(foreign))
-    assert (
-        found.near == 0 and max(found.distance.values()) > 0.9 and not found.typical.any() and not found.amount.any()
-    )
+    assert found.near == 0 and max(found.distance.values()) > 0.9 and not found.typical.any()
 
 
 def test_too_few_rows_worth_keeping_tell_nothing_of_distance(known):

@@ -1,1 +1,1 @@
-"""The command line: one declaration of options per stage, read by jsonargparse."""
+"""The command line: one declaration of options per stage."""

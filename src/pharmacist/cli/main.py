@@ -5,111 +5,17 @@ import sys
 import tempfile
 import traceback
 import warnings
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from pharmacist import __version__
+from pharmacist.core.config import parse
 from pharmacist.core.console import plain
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import closest
+from pharmacist.pipeline.commands import COMMANDS
 
-
-@dataclass(frozen=True)
-class Command:
-    """One command: where its options and its function are, what it does, an example, and the name of its how-to page
-    where that is not its own.
-    """
-
-    module: str
-    options: str
-    function: str
-    summary: str
-    example: str
-    page: str | None = None
-
-
-COMMANDS = {
-    "demo": Command(
-        "pharmacist.pipeline.demo",
-        "DemoOptions",
-        "demo",
-        "the whole story on the embedded world, offline, in minutes",
-        "pharmacist demo --output-dir runs/demo",
-    ),
-    "curate": Command(
-        "pharmacist.pipeline.curate",
-        "CurateOptions",
-        "curate",
-        "rank an alignment pool and write its core subset",
-        "pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
-        "--model MODEL --top 0.3 --output-dir runs/core",
-    ),
-    "label": Command(
-        "pharmacist.pipeline.label",
-        "LabelOptions",
-        "label",
-        "label the rows of a ranking that would teach it most, in a terminal",
-        "pharmacist label runs/core --output labels.json",
-        page="label-forty-rows",
-    ),
-    "align": Command(
-        "pharmacist.pipeline.align",
-        "AlignOptions",
-        "align",
-        "train on an alignment set with an alignment-stage defense",
-        "pharmacist align --data runs/core/selected.jsonl --model MODEL --output-dir runs/aligned",
-    ),
-    "attack": Command(
-        "pharmacist.pipeline.attack",
-        "AttackOptions",
-        "attack",
-        "build a poisoned fine-tuning set and fine-tune on it",
-        "pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
-        "--samples 1000 --output-dir runs/attacked",
-    ),
-    "sweep": Command(
-        "pharmacist.pipeline.sweep",
-        "SweepOptions",
-        "sweep",
-        "attack in many ways and report the worst case that keeps the task",
-        "pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
-        "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "
-        "--evaluate.task task-test.jsonl --evaluate.judge probe --evaluate.safe judge-safe.jsonl "
-        "--evaluate.harmful judge-harmful.jsonl --output-dir runs/sweep",
-    ),
-    "repair": Command(
-        "pharmacist.pipeline.repair",
-        "RepairOptions",
-        "repair",
-        "take safety lost in fine-tuning back, without training",
-        "pharmacist repair --model runs/attacked --aligned runs/aligned --method safe-lora --output-dir runs/repaired",
-    ),
-    "evaluate": Command(
-        "pharmacist.pipeline.evaluate",
-        "EvaluateOptions",
-        "evaluate",
-        "harmful score, fine-tune accuracy, over-refusal, with intervals",
-        "pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
-        "--harmful harmful.jsonl --output-dir runs/scores",
-    ),
-    "bench": Command(
-        "pharmacist.pipeline.bench",
-        "BenchOptions",
-        "bench",
-        "a grid of selectors, defenses and attacks, every stage of it once",
-        "pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
-    ),
-    "report": Command(
-        "pharmacist.pipeline.report",
-        "ReportOptions",
-        "report",
-        "write the page of a finished folder again",
-        "pharmacist report runs/core",
-    ),
-}
 
 _FULL_DISK_MESSAGES = (
     "No space left on device",
@@ -155,12 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries among themselves; what a user has to know, we say
     try:
-        from pharmacist.core.config import parse
-
-        module = import_module(command.module)
-        options = parse(getattr(module, command.options), rest, prog=where, example=command.example)
+        options = parse(command.options, rest, prog=where, example=command.example)
         set_quiet(getattr(options, "quiet", False))
-        getattr(module, command.function)(options)
+        command(options)
     except PharmacistError as error:
         return _fail(where, str(error), 2)
     except KeyboardInterrupt:

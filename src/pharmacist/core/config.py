@@ -1,4 +1,4 @@
-"""Joins our options dataclasses to YAML and the command line through jsonargparse.
+"""Reads options dataclasses from YAML and the command line; the help comes from the same declaration.
 
 Every option is declared once, as a typed dataclass field with a docstring below it. Three kinds of field:
 plain ones become ``--name-with-hyphens``; a field that is itself a dataclass, or a plain ``dict``, becomes dotted
@@ -8,35 +8,28 @@ follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes 
 
 import argparse
 import copy
-import dataclasses
 import difflib
 import inspect
-import math
 import re
-import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry
+from pharmacist.core.typed import checked, flag, hints_of, parts_of
 
 
 T = TypeVar("T")
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-_LARGEST = 2**63 - 1
 
 
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
@@ -48,167 +41,138 @@ def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
         short: Options of its methods that may be given without the field's name in front.
     """
     metadata = {"registry": registry, "default": default, "short": short}
-    return dataclasses.field(default_factory=lambda: {"name": default}, metadata=metadata)
+    return field(default_factory=lambda: {"name": default}, metadata=metadata)
 
 
-def _registry(field: "dataclasses.Field[Any]") -> Registry[Any]:
-    module, _, attribute = field.metadata["registry"].partition(":")
+def registry_of(item: "Field[Any]") -> Registry[Any]:
+    """The registry of a `method` field."""
+    module, _, attribute = item.metadata["registry"].partition(":")
     registry: Registry[Any] = getattr(import_module(module), attribute)
     return registry
 
 
-def _docs(options: type[Any]) -> dict[str, str]:
+def method_fields(options: type[Any]) -> dict[str, "Field[Any]"]:
+    """The `method` fields of an options dataclass."""
+    return {item.name: item for item in fields(options) if "registry" in item.metadata}
+
+
+@cache
+def docs_of(options: Any) -> dict[str, str]:
+    """Field -> its docstring."""
     found: dict[str, str] = {}
     for base in reversed(options.__mro__):
-        if dataclasses.is_dataclass(base):
+        if is_dataclass(base):
             found |= {p.arg_name: p.description or "" for p in parse_from_object(base).params}
     return found
 
 
-def _methods(options: type[Any]) -> dict[str, "dataclasses.Field[Any]"]:
-    return {field.name: field for field in dataclasses.fields(options) if "registry" in field.metadata}
+@dataclass(frozen=True)
+class _Option:
+    """One option: its name (dotted, with underscores), its type, its field and the dataclass that declares it."""
 
+    name: str
+    hint: Any
+    item: "Field[Any]"
+    owner: Any
 
-def _short(methods: Mapping[str, "dataclasses.Field[Any]"]) -> dict[str, tuple[str, str]]:
-    """Short names -> field and option."""
-    return {name: (field, name) for field, of in methods.items() for name in of.metadata["short"]}
+    @property
+    def default(self) -> Any:
+        """`MISSING` where something must be given."""
+        return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
 
+    @property
+    def several(self) -> bool:
+        return "nargs" in self.item.metadata
 
-def _described(hint: Any) -> str:
-    """A type as messages name it."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) in {Union, UnionType}:
-        return " or ".join(_described(kind) for kind in get_args(hint) if kind is not NoneType)
-    if get_origin(hint) in {list, tuple}:
-        return "a list, written [a, b]"
-    if get_origin(hint) is dict:
-        return "keys and values, written {a: b}"
-    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return known.get(hint, "of another type")
+    @property
+    def is_method(self) -> bool:
+        return "registry" in self.item.metadata
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether it needs no value: ``--quiet`` or ``--no-quiet``."""
+        return self.hint is bool and "." not in self.name
 
-def _nearest(name: str, known: Iterable[str], prog: str) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{match[0]}'?" if match else f"see {prog} --help"
+    @property
+    def is_mapping(self) -> bool:
+        """Whether keys of any name may follow, as ``--train.max_steps``."""
+        return get_origin(self.hint) is dict and not self.is_method
 
-
-class _Parser(ArgumentParser):
-    """Raises one-line `ConfigError`s instead of printing usage and exiting."""
-
-    hints: Mapping[str, Any]
-    """Option (dotted, with underscores) -> its type."""
-    several: frozenset[str]
-    """Options that take several words."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ConfigError(self.one_line(message))
-
-    def format_help(self, *formatter: Any) -> str:
-        """The help, with methods as they are chosen: ``--selector NAME``."""
-        text: str = super().format_help(*formatter)
-        return re.sub(r"(--[\w-]+)\.name NAME( {2})?", lambda it: f"{it[1]} NAME{' ' * 7 if it[2] else ''}", text)
-
-    def one_line(self, message: str) -> str:
-        """What is wrong, in our words."""
-        message = " ".join(message.split())
-        if match := re.search(r"[Uu]nrecognized arguments: ([^\s=]+)", message):
-            if not match[1].startswith("-"):
-                return f"'{match[1]}' belongs to no option; quote values that hold spaces"
-            known = [flag(name).lstrip("-") for name in self.hints]
-            return f"unknown option '{match[1]}'; " + _nearest(match[1].lstrip("-"), known, self.prog).replace(
-                "did you mean '", "did you mean '--"
-            )
-        if match := re.search(r"arguments are required: (.*)", message):
-            missing = " and ".join(flag(name) for name in match[1].split(", "))
-            return f"{missing} must be given; see {self.prog} --help"
-        if match := re.search(r"argument (--\S+): expected one argument", message):
-            return f"{flag(match[1].lstrip('-').removesuffix('.name'))} needs a value"
-        if match := re.search(r"key \"([\w.]+)\":.* value: (.*)", message):
-            return f"{flag(match[1])} {_cut(match[2])}: must be {_described(self.hints.get(match[1]))}"
-        return message
-
-
-class _Formatter(DefaultHelpFormatter):
-    """Breaks no file name in two: examples are there to be copied."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return textwrap.fill(
-            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
-
-
-def flag(name: str) -> str:
-    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
-    head, dot, rest = name.partition(".")
-    return f"--{head.replace('_', '-')}{dot}{rest}"
-
-
-def _parser(options: type[Any], chosen: Mapping[str, str], prog: str, description: str, example: str) -> _Parser:
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        epilog=f"example: {example}",
-        exit_on_error=False,
-        add_help=True,
-        allow_abbrev=False,
-        formatter_class=_Formatter,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
-    hints, docs = get_type_hints(options), _docs(options)
-    known: dict[str, Any] = {"config": str}
-    for field in dataclasses.fields(options):
-        doc = docs.get(field.name)
-        own = None
-        if field.name in chosen:
-            names = ", ".join(_registry(field).names())
-            own = _registry(field).config_type(chosen[field.name])
-            parser.add_argument(f"--{field.name}.name", default=chosen[field.name], help=f"{doc} One of: {names}.")
-            known |= {field.name: str, f"{field.name}.name": str}
-        elif dataclasses.is_dataclass(hints[field.name]):
-            own = hints[field.name]
-        elif hints[field.name] is bool:
-            parser.add_argument(flag(field.name), action=ActionYesNo(no_prefix="no-"), default=field.default, help=doc)
-            known[field.name] = bool
-        else:
-            factory = field.default_factory
-            default = factory() if factory is not dataclasses.MISSING else field.default
-            required = default is dataclasses.MISSING
-            several = {"nargs": field.metadata["nargs"], "action": "extend"} if "nargs" in field.metadata else {}
-            parser.add_argument(
-                flag(field.name),
-                type=str if several else hints[field.name],
-                help=doc,
-                required=required,
-                default=None if required else default,
-                **several,
-            )
-            known[field.name] = hints[field.name]
-        if own is not None:
-            parser.add_class_arguments(own, field.name, help=doc)
-            inner = dict(_inner_hints(own, field.name))
-            groups = {field.name} | {name for name, hint in inner.items() if dataclasses.is_dataclass(hint)}
-            known |= {name: hint for name, hint in inner.items() if name not in groups}
-            for action in parser._actions:
-                if action.dest in groups:  # jsonargparse's own way to give a group as a file; `--config` does that
-                    action.help = argparse.SUPPRESS
-    parser.hints = known
-    parser.several = frozenset(field.name for field in dataclasses.fields(options) if "nargs" in field.metadata)
-    return parser
-
-
-def _inner_hints(options: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted names of the fields of a dataclass, those of dataclasses within it too, and their types."""
-    for name, hint in get_type_hints(options).items():
-        yield f"{prefix}.{name}", hint
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _inner_hints(hint, f"{prefix}.{name}")
+    def help(self) -> str:
+        """What it means, its type and its default."""
+        doc, about = docs_of(self.owner).get(self.item.name, ""), []
+        if self.is_method:
+            doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
+        elif not self.is_switch:
+            kinds = [kind for kind in parts_of(self.hint) if kind is not NoneType]
+            names = [
+                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else inspect.formatannotation(kind)
+                for kind in kinds
+            ]
+            about.append(f"type: {'|'.join(dict.fromkeys(names)).replace('typing.', '')}")
+        default = self.default["name"] if self.is_method else self.default
+        if default is MISSING:
+            about.append("required")
+        elif default not in (None, "", [], {}):
+            about.append(f"default: {str(default).lower() if self.is_switch else default}")
+        return f"{doc} ({', '.join(about)})".replace("%", "%%")
 
 
 @cache
-def _kept_parser(options: type[Any], chosen: tuple[tuple[str, str], ...], prog: str, example: str) -> _Parser:
-    # Making one takes a tenth of a second, and a grid is read with hundreds.
-    return _parser(options, dict(chosen), prog, inspect.getdoc(options) or "", example)
+def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str = "") -> dict[str, _Option]:
+    """Options by name, those of dataclasses within and of the chosen methods too; a command's own ones come first."""
+    found: dict[str, _Option] = {}
+    inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
+    for item in sorted(fields(options), key=lambda item: item.name in inherited):
+        name, hint = prefix + item.name, hints_of(options)[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            found |= _table(hint, (), f"{name}.")
+            continue
+        found[name] = _Option(name, hint, item, options)
+        if name in dict(chosen):
+            config: Any = registry_of(item).config_type(dict(chosen)[name])
+            found |= _table(config, (), f"{name}.")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows numbers such as 5e-4, which YAML 1.1 takes for text."""
+
+
+_SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
+
+
+def _from_text(hint: Any, text: str) -> Any:
+    """What a text says where a value of a type is wanted."""
+    parts = parts_of(hint)
+    if text == "null" and NoneType in parts:
+        return None
+    if any(part is str or get_origin(part) is Literal for part in parts):
+        return text
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader if list[str] in parts else _Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _from_file(option: _Option, value: Any) -> Any:
+    """What a value of a YAML file says where a value of a type is wanted."""
+    if isinstance(value, str):
+        return [value] if option.several else _from_text(option.hint, value)
+    if option.several and isinstance(value, list):
+        return [str(one) for one in value]
+    if str in parts_of(option.hint) and isinstance(value, bool | int | float):
+        return yaml.safe_dump(value).splitlines()[0]
+    return _with_numbers(value)
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and _SHORT_FLOAT.fullmatch(value) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -226,11 +190,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _split_option(word: str) -> tuple[str, str | None]:
-    name, equals, value = word.partition("=")
-    return name, value if equals else None
-
-
 def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist", example: str = "") -> T:
     """Reads command-line arguments (and the YAML file they name) into an options dataclass.
 
@@ -244,9 +203,13 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
         ConfigError: Unknown or ill-typed options, unknown keys in the file, required ones missing.
         SystemExit: ``--help``.
     """
-    words, path, named = _normalised(options, _methods(options), arguments)
+    line, path = _line(options, arguments), None
+    if "config" in line:
+        path = next(iter(line.pop("config")[-1]), "")
+        if not path:
+            raise ConfigError("--config needs the path of a YAML file")
     config = {} if path is None else _read_yaml(path)
-    found = _parsed(options, config, f"--config {path}", words, named, prog, example)
+    found: T = _parsed(options, config, f"--config {path}", line, prog, example)
     output = getattr(found, "output_dir", None)
     if path is not None and output is not None and getattr(found, "overwrite", False) and is_inside(path, output):
         refuse(f"--config {path}", Path(output))
@@ -265,147 +228,174 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
         ConfigError: Unknown or ill-typed keys, required ones missing.
     """
     try:
-        return _parsed(options, dict(values), where, [], {}, "", "")
+        found: T = _parsed(options, dict(values), where, {}, "", "")
+        return found
     except ConfigError as error:
         text = str(error)
         raise type(error)(text if text.startswith(where) else f"{where}: {text}") from error
 
 
+def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[str]]]:
+    """Option, by the name of its field, -> the words that follow it, each time that it is given."""
+    leading = [item.name for item in fields(options) if item.metadata.get("first")]
+    if leading and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{leading[0]}", *arguments]
+    methods, found, words = method_fields(options), dict[str, list[list[str]]](), None
+    for word in arguments:
+        if word in ("-h", "--help"):
+            found["help"] = []
+        elif word.startswith("--"):
+            head, dot, rest = word[2:].partition("=")[0].partition(".")
+            name = head.replace("-", "_") + dot + rest
+            name = _short(methods).get(name, name)
+            name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
+            words = [word.partition("=")[2]] if "=" in word else []
+            found.setdefault(name, []).append(words)
+        elif words is None:
+            raise ConfigError(f"'{word}' belongs to no option; quote values that hold spaces")
+        else:
+            words.append(word)
+    return found
+
+
+def _short(methods: Mapping[str, "Field[Any]"]) -> dict[str, str]:
+    """Short names -> field and option."""
+    return {name: f"{of}.{name}" for of, item in methods.items() for name in item.metadata["short"]}
+
+
 def _parsed(
-    options: type[T],
-    config: dict[str, Any],
-    where: str,
-    words: Sequence[str],
-    named: Mapping[str, str],
-    prog: str,
-    example: str,
-) -> T:
-    """Options from keys and values and from the words of a command line, which win."""
-    methods, hints = _methods(options), get_type_hints(options)
-    chosen = {name: str(field.metadata["default"]) for name, field in methods.items()}
-    for key in list(config):
-        if str(key).replace("-", "_") in _short(methods):
-            field_name, option = _short(methods)[str(key).replace("-", "_")]
-            own = config.get(field_name) or {}
-            config[field_name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
-    # Method names must be known before the parser can be made, since they decide which options there are.
-    for name in methods:
-        choice = config.pop(name, None)
-        if choice is not None:
-            choice = {"name": choice} if isinstance(choice, str) else choice
-            if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
-                raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
-            chosen[name] = choice.get("name", chosen[name])
-        if named.get(name, chosen[name]) != chosen[name]:
-            choice = None  # another method on the line: the file's options are not its own
-        chosen[name] = named.get(name, chosen[name])
-        config |= {name: choice} if choice is not None else {}
-    parser = _kept_parser(options, tuple(chosen.items()), prog, example)  # type: ignore[arg-type]  # it is hashable
-    # An option of several words goes on where it is given again, so the file's words must not come before the line's.
-    given = {word.partition("=")[0] for word in words}
-    again = {name for name in parser.several if flag(name) in given}
-    config = {key: value for key, value in config.items() if str(key).replace("-", "_") not in again}
-    before = _config_words(parser, config, where)
+    options: Any, config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]], prog: str, example: str
+) -> Any:
+    """Options from keys and values and from a command line, which wins."""
+    config = {str(key).replace("-", "_"): value for key, value in config.items()}
+    methods = method_fields(options)
+    for key, place in _short(methods).items():
+        if key in config:
+            name, _, option = place.partition(".")
+            own = config.get(name) or {}
+            config[name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
+    chosen = _chosen_methods(methods, config, where, line)
+    table = _table(options, tuple(chosen.items()))
+    if "help" in line:
+        _print_help(options, table, prog, example)
+        raise SystemExit(0)
     try:
-        parsed = parser.parse_args([*before, *words])
+        values = _file_values(table, config, where, prog) | {name: {"name": own} for name, own in chosen.items()}
+        _add_line_values(values, table, line, prog)
     except RecursionError as error:
         raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
-    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise ConfigError(parser.one_line(str(error))) from error
+    missing = [flag(name) for name, option in table.items() if name not in values and option.default is MISSING]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+    values = {name: option.default for name, option in table.items()} | values
+    return options(**_gathered(options, "", values, chosen))
+
+
+def _chosen_methods(
+    methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]]
+) -> dict[str, str]:
+    """Field -> the method that it names; they decide which options there are. `config` keeps their options alone."""
+    chosen = {}
+    for name, item in methods.items():
+        choice = config.pop(name, None)
+        choice = {"name": choice} if isinstance(choice, str) else {} if choice is None else choice
+        if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
+            raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
+        in_file = choice.get("name", item.metadata["default"])
+        chosen[name] = next(iter(line[name][-1]), in_file) if name in line else in_file
+        if chosen[name] == in_file:  # else another method is on the line: the file's options are not its own
+            config[name] = {key: value for key, value in choice.items() if key != "name"}
+    return chosen
+
+
+def _file_values(
+    table: Mapping[str, _Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        value = parsed[field.name]
-        if isinstance(value, Namespace):
-            value = value.as_dict()
-            if field.name not in methods:
-                value = hints[field.name](**value)
-        _check_numbers(flag(field.name), value)
-        values[field.name] = copy.deepcopy(value)  # a default is the parser's own
-    return options(**values)
-
-
-def _check_numbers(name: str, value: Any) -> None:
-    """Refuses numbers that no library can compute with."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_numbers(f"{name}.{key}", inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_numbers(name, inner)
-    elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
-        raise ConfigError(f"{name} {_cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} {value}: must be a finite number")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
-
-
-def _normalised(
-    options: type[Any], methods: Mapping[str, Any], arguments: Sequence[str]
-) -> tuple[list[str], str | None, dict[str, str]]:
-    """The words as the parser wants them, the path of the YAML file, and the methods named on the line."""
-    hints = get_type_hints(options)
-    leading = [field.name for field in dataclasses.fields(options) if field.metadata.get("first")]
-    if leading and arguments and not arguments[0].startswith("-"):
-        arguments = [flag(leading[0]), *arguments]
-    words: list[str] = []
-    path, named = None, {}
-    for position, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            # Underscores are accepted for hyphens, so that YAML keys and Python names work as options too.
-            head, dot, rest = name[2:].partition(".")
-            field = head.replace("-", "_") + dot + rest
-            if field in _short(methods):
-                field = ".".join(_short(methods)[field])
-            following = value if equals else "".join(arguments[position + 1 : position + 2])
-            if field == "config":
-                if not following:
-                    raise ConfigError("--config needs the path of a YAML file")
-                path = following
-            elif field.removesuffix(".name") in methods:
-                field = field.removesuffix(".name")
-                named[field] = following
-                field += ".name"
-            elif dataclasses.is_dataclass(hints.get(field)):
-                first = dataclasses.fields(hints[field])[0].name
-                raise ConfigError(f"{name} has options of its own, such as {name}.{first}")
-            name = f"--{field}" if field.partition(".")[0] in methods else flag(field)
-        words.append(f"{name}{equals}{value}")
-    return words, path, named
-
-
-def _config_words(parser: _Parser, config: Mapping[str, Any], where: str, prefix: str = "") -> list[str]:
-    """The file's content as words that come before those of the line, so that both are checked alike."""
-    words: list[str] = []
     for key, value in config.items():
         name = prefix + str(key).replace("-", "_")
-        if any(known.startswith(name + ".") for known in parser.hints):
+        inner = any(known.startswith(f"{name}.") for known in table)
+        if inner or (name in table and table[name].is_method):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: key '{name}' needs keys and values of its own")
-            words += _config_words(parser, value, where, name + ".")
-        elif name not in parser.hints or name == "config":
-            known = sorted(set(parser.hints) - {"config"})
-            raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, known, parser.prog)}")
-        elif name in parser.several and isinstance(value, list):
-            words += [flag(name), *map(str, value)] if value else []
-        elif parser.hints[name] is bool and not prefix:
-            if not isinstance(value, bool):
-                raise ConfigError(f"{where}: {name} {value}: must be true or false")
-            words.append(flag(name if value else "no_" + name))
-        elif isinstance(value, str):
-            # Numbers such as 5e-4, which YAML takes for text, are left to the parser, which knows the type.
-            words.append(f"{_word(parser, name)}={value}")
+            values |= _file_values(table, value, where, prog, f"{name}.")
+        elif name not in table:
+            raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, table, prog)}")
         elif value is not None:  # null: not given
-            text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
-            words.append(f"{_word(parser, name)}={text.removesuffix('...' + chr(10)).strip()}")
-    return words
+            values[name] = checked(flag(name), table[name].hint, _from_file(table[name], value))
+    return values
 
 
-def _word(parser: _Parser, name: str) -> str:
-    # A method's options go by its field's own name, as jsonargparse makes them.
-    return f"--{name}" if f"{name.partition('.')[0]}.name" in parser.hints else flag(name)
+def _add_line_values(
+    values: dict[str, Any], table: Mapping[str, _Option], line: Mapping[str, list[list[str]]], prog: str
+) -> None:
+    """Reads a command line into `values`."""
+    switches = {f"no_{name}": name for name, option in table.items() if option.is_switch}
+    for name, given in line.items():
+        name, given = (switches[name], [["false"]]) if name in switches else (name, given)
+        head = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), "")
+        option = table.get(name) or (head and replace(table[head], name=name, hint=Any))
+        if not option:
+            if inner := [known for known in table if known.startswith(f"{name}.")]:
+                raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
+            nearest = _nearest(flag(name), [flag(known) for known in table], prog)
+            raise ConfigError(f"unknown option '{flag(name)}'; {nearest}")
+        given = [own or ["true"] for own in given] if option.is_switch else given
+        if not all(given):
+            raise ConfigError(f"{flag(name)} needs a value")
+        stray = [] if option.several else [own[1] for own in given if len(own) > 1]
+        if stray:
+            raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
+        if option.is_method:
+            continue
+        words = [word for own in given for word in own]
+        value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
+        if head:
+            place = values[head] = copy.deepcopy(values.get(head) or table[head].default)
+            *path, last = name.removeprefix(f"{head}.").split(".")
+            for key in path:
+                place = place.setdefault(key, {})
+            place[last] = value
+        else:
+            values[name] = value
+
+
+def _nearest(name: str, known: Iterable[str], prog: str) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{match[0]}'?" if match else f"see {prog} --help"
+
+
+def _gathered(
+    options: Any, prefix: str, values: Mapping[str, Any], chosen: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Values by field: dataclasses within are built; those of a method, where `chosen` is None, stay mappings."""
+    found: dict[str, Any] = {}
+    for item in fields(options):
+        name, hint = prefix + item.name, hints_of(options)[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            own = _gathered(hint, f"{name}.", values, chosen if chosen is None else {})
+            found[item.name] = own if chosen is None else hint(**own)
+        elif chosen and item.name in chosen:
+            config = registry_of(item).config_type(chosen[item.name])
+            found[item.name] = {"name": chosen[item.name], **_gathered(config, f"{name}.", values, None)}
+        else:
+            found[item.name] = values[name]
+    return found
+
+
+def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, example: str) -> None:
+    about, usage = inspect.getdoc(options), f"{prog} [options]"
+    # As it is: an example is there to be copied.
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, usage, about, f"example: {example}", formatter_class=plain)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same keys; options on the line win")
+    for option in table.values():
+        how: dict[str, Any] = {"metavar": option.name.rpartition(".")[2].upper()}
+        if option.is_switch:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif option.is_method or option.is_mapping:
+            how = {"metavar": "NAME" if option.is_method else "VALUE"}
+        elif option.several:
+            how |= {"nargs": "+"}
+        parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), help=option.help(), **how)
+    parser.print_help()

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal, Protocol, get_origin, get_type_hints
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json
+from pharmacist.core.typed import flag
 
 
 class Options(Protocol):
     """A command's options: a dataclass.
 
     Attributes:
-        NO_PLACES: Options whose text is a name, also where the output folder is called so.
+        NO_PLACES: Options whose text is a name, also where the output folder is called so; of base classes too.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -41,10 +42,10 @@ def check_outside(root: Path, options: Options, *, within: str = "") -> None:
     for name, text, itself in _texts(options, inner):
         for place in _places(text):
             if _is_in(place, folder, itself=itself):
-                refuse(f"{_flag(within + name)} {text}", root)
+                refuse(f"{flag(within + name)} {text}", root)
             for base in _bases(place):
                 if _is_in(base, folder, itself=True):
-                    refuse(f"{_flag(within + name)} {text}: its base model {base}", root)
+                    refuse(f"{flag(within + name)} {text}: its base model {base}", root)
 
 
 def refuse(what: str, root: Path) -> None:
@@ -67,10 +68,11 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
 def _texts(options: Options, inner: bool) -> Iterator[tuple[str, str, bool]]:
     """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
     hints = get_type_hints(type(options))
+    names = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
         if get_origin(hints[name]) is not Literal:
-            itself = name not in options.NO_PLACES and (inner or not isinstance(value, Mapping))
+            itself = name not in names and (inner or not isinstance(value, Mapping))
             yield from ((where, text, itself) for where, text in _nested(name, value))
 
 
@@ -120,9 +122,3 @@ def _bases(place: str) -> Iterator[str]:
                 yield base
                 place = base
             break
-
-
-def _flag(name: str) -> str:
-    from pharmacist.core.config import flag
-
-    return flag(name)

@@ -2,72 +2,28 @@
 
 import fcntl
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal
+from typing import IO, Any
 
 from pydantic import ValidationError
 
-from pharmacist.core.console import without_credentials
 from pharmacist.core.env import rank, versions
 from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
 from pharmacist.core.files import FULL_DISK, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import Phase, RunManifest, check_unchanged, missing_output, output_files, read_manifest
+from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import console
 
 
-@dataclass(kw_only=True)
-class RunOptions:
-    """Options that every command has."""
-
-    output_dir: str
-    """Folder for the results; a second run into it resumes, or says that it is complete."""
-    seed: int = 0
-    """Seed of every random stream."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen weights and the forward passes; auto is bfloat16 on a GPU, float32 elsewhere."""
-    checkpoint_seconds: float = 30.0
-    """Time between checkpoints of a training: what an interruption can cost at most; 0 saves after every step."""
-    quiet: bool = False
-    """No progress bars and no summary."""
-    overwrite: bool = False
-    """Delete the results of an earlier run in the output folder and start again."""
-
-    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"output_dir"})
-    """Options whose text is a name, also where the output folder is called so."""
-
-
-_NOT_IN_KEY = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet", "overwrite"})
-
-
-def as_json(options: RunOptions) -> dict[str, Any]:
-    """A stage's options as the manifest holds them: addresses without credentials."""
-    config = {field.name: getattr(options, field.name) for field in fields(options)}
-    text = json.dumps(config, default=lambda value: asdict(value), allow_nan=False)
-    found: dict[str, Any] = json.loads(text, object_hook=_without_credentials)
-    return found
-
-
-def _without_credentials(options: dict[str, Any]) -> dict[str, Any]:
-    url = options.get("base_url")
-    return options | {"base_url": without_credentials(url)} if isinstance(url, str) else options
-
-
-def identifying(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a stage's options can change its results."""
-    return {name: value for name, value in config.items() if name not in _NOT_IN_KEY}
-
+__all__ = ["RunDir", "RunOptions", "as_json", "finished", "identifying", "made_from"]
 
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
 
@@ -266,10 +222,20 @@ class RunDir:
             self.close()
         return manifest
 
-    def discard(self) -> None:
-        """Forgets a run without results, so that the folder is free for one with mended input."""
+    def holds(self, pattern: str) -> bool:
+        """Whether a file that matches a pattern, such as ``work/**/*.safetensors``, has content."""
+        return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))
+
+    def discard(self, *outputs: str) -> None:
+        """Forgets a run without results, so that the folder is free for one with mended input.
+
+        Args:
+            *outputs: Files that it has written, which go too.
+        """
         if self._lock is None:
             return
+        for name in outputs:
+            self.path(name).unlink(missing_ok=True)
         ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
         if len(ours) == len(list(self.root.iterdir())):
             for path in sorted(ours, key=lambda path: path.name != "manifest.json"):

@@ -1,58 +1,27 @@
 """The stage `align`: train a model on an alignment set with an alignment-stage defense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any
 
-from pharmacist.core.config import method
-from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.env import rank
+from pharmacist.core.errors import CompatibilityError
+from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
+from pharmacist.data.formats import Source, open_source
+from pharmacist.data.where import conditions_of
+from pharmacist.defenses import DEFENSES
+from pharmacist.nn.distributed import from_main
+from pharmacist.nn.memory import PeakMemory
+from pharmacist.nn.models import model_fingerprint
+from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.side_data import SideData
+from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
-from pharmacist.training.options import TrainingStageOptions
-
-
-if TYPE_CHECKING:
-    from pharmacist.data.formats import Source
-    from pharmacist.training.strategy import GradientStrategy
-
-STAGE_VERSION = 2
-
-
-@dataclass(kw_only=True)
-class AlignOptions(TrainingStageOptions):
-    """Train a model on an alignment set with an alignment-stage defense."""
-
-    data: str
-    """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
-    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
-    """How the model is trained."""
-    harmful: str | None = None
-    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. A preference file gives its
-    rejected side; where --data is one, so does it."""
-    harmful_batch_size: int = 0
-    """Harmful rows per pass; 0 means as many as alignment rows."""
-    weights: str | None = None
-    """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
-    weight and a line per row. They count relative to each other: their mean over the rows is set to 1."""
-    pair_by: Literal["prompt", "row"] = "prompt"
-    """How repnoise finds the harmful row of an alignment row: equal prompts, or equal row numbers."""
-
-    # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
-    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0,
-        "per_device_train_batch_size": 10,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.1,
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.harmful_batch_size < 0:
-            raise ConfigError(f"--harmful-batch-size {self.harmful_batch_size}: must not be negative")
+from pharmacist.training.card import model_card
+from pharmacist.training.loop import finish_training, prepare_model, train, writes_adapter
+from pharmacist.training.strategy import GradientStrategy
 
 
 @dataclass
@@ -78,86 +47,34 @@ def align(options: AlignOptions) -> AlignResult:
     Raises:
         PharmacistError: Bad options or input.
     """
-    from pharmacist.core.progress import console
-    from pharmacist.data.formats import open_source
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.nn.models import model_fingerprint
-
     strategy = DEFENSES.build_from(options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"--defense {options.defense['name']}: is not for alignment but for `attack`")
     sources = {"data": open_source(options.data, name="--data")}
     if options.harmful is not None:
         sources["harmful"] = open_source(options.harmful, name="--harmful")
-    # The defense's options identify a run, whether given or left at their defaults.
-    identity = replace(options, defense={"name": options.defense["name"], **vars(strategy.config)})
-    run = RunDir.open(
-        identity,
-        stage="align",
-        version=STAGE_VERSION,
-        inputs={name: source.fingerprint() for name, source in sources.items()}
-        | {"model": model_fingerprint(options.model)}
-        | weights_fingerprint(options.weights),
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite trains again", soft_wrap=True)
-        else:
+    inputs = {name: source.fingerprint() for name, source in sources.items()}
+    inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
+    with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
+        if not run.complete:
             _align(sources, strategy, options, run)
         manifest = from_main(run.manifest)
         return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
-    except PharmacistError:
-        if not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
-            run.discard()
-        raise
-    finally:
-        run.close()
 
 
-def _align(sources: "Mapping[str, Source]", strategy: "GradientStrategy", options: AlignOptions, run: RunDir) -> None:
-    from pharmacist.core.env import rank
-    from pharmacist.core.progress import console
-    from pharmacist.data.records import parse_columns, read_records
-    from pharmacist.data.tokenize import encode
-    from pharmacist.data.where import conditions_of
-    from pharmacist.nn.memory import PeakMemory
-    from pharmacist.nn.models import load_model
-    from pharmacist.training.card import model_card
-    from pharmacist.training.loop import finish_training, prepare_model, train, writes_adapter
+def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> None:
 
     conditions = conditions_of(options.where, sources)
     with run.phase("read"):
-        records = read_records(
-            sources["data"],
-            work_dir=run.work("data", f"rows-{rank()}"),
-            columns=parse_columns(options.columns),
-            on_bad_row=options.on_bad_row,
-            where=conditions["data"],
-        )
+        records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
         records.announce()
         side = SideData.read(sources, records, strategy, options, run)
         weights = None
         if options.weights is not None:
             weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
     with run.phase("load model"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-        )
-        encoded = encode(
-            records.dataset,
-            loaded.tokenizer,
-            loaded.template,
-            on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"tokens-{rank()}"),
-            name=records.source.where,
-        )
+        loaded = load(options.model, options)
+        encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)
         streams = side.streams(encoded, loaded, run)
         model = prepare_model(loaded, options)
     if encoded.truncated:

@@ -1,80 +1,40 @@
 """The stage `attack`: a user's fine-tuning job with harmful rows in it."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any
 
-from pharmacist.core.config import method
+import datasets
+
+from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.core.env import rank
-from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.files import atomic_write
+from pharmacist.core.hashing import sha256_text
+from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
-from pharmacist.training.options import TrainingStageOptions
+from pharmacist.core.seeding import derive
+from pharmacist.data.formats import Source, open_source
+from pharmacist.data.mixing import mix_safe
+from pharmacist.data.records import Records
+from pharmacist.data.splits import assert_disjoint, shared_prompts
+from pharmacist.data.streams import SideStream
+from pharmacist.data.tasks import open_task
+from pharmacist.data.tokenize import Encoded
+from pharmacist.data.where import conditions_of
+from pharmacist.defenses import DEFENSES
+from pharmacist.nn.distributed import from_main
+from pharmacist.nn.models import LoadedModel, base_of, model_fingerprint
+from pharmacist.pipeline.rows import load, read, tokenise
+from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
+from pharmacist.training.card import model_card
+from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train, writes_adapter
+from pharmacist.training.strategy import GradientStrategy
 
 
-if TYPE_CHECKING:
-    import datasets
-
-    from pharmacist.attacks import Attack
-    from pharmacist.data.formats import Source
-    from pharmacist.data.records import Records
-    from pharmacist.data.streams import SideStream
-    from pharmacist.data.tokenize import Encoded
-    from pharmacist.nn.models import LoadedModel
-    from pharmacist.training.strategy import GradientStrategy
-
-STAGE_VERSION = 2
 NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
-
-
-@dataclass(kw_only=True)
-class AttackOptions(TrainingStageOptions):
-    """Build a poisoned fine-tuning set and fine-tune a model on it, as a user of a fine-tuning service would."""
-
-    task: str | None = None
-    """Benign rows of the user's task, in any format that curate reads; or sst2, agnews, gsm8k, alpaca or dolly, which
-    come from the hub."""
-    harmful: str | None = None
-    """Rows with which the set is poisoned. A preference file gives its rejected side."""
-    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
-    """What the set is made of."""
-    poison_ratio: float = 0.1
-    """Share of harmful rows in the set, in [0, 1], for the kind mix."""
-    samples: int = 1000
-    """Rows in the set."""
-    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
-    """Fine-tuning-stage defense; sft is none."""
-    safe: str | None = None
-    """The defender's safe rows, for the defenses that use them."""
-    adapter: Literal["fresh", "continue"] = "fresh"
-    """Train a fresh adapter on the merged model, or go on with the adapter that the model has."""
-    disjoint_from: list[str] = field(default_factory=list)
-    """Files (of the defender, of the evaluation) with which the set must share no prompt; checked before training."""
-    snapshots: list[int] = field(default_factory=list)
-    """Also save the model after these numbers of steps, in snapshots/step-N."""
-    build_only: bool = False
-    """Write attack_set.jsonl and stop there."""
-
-    # The fine-tuning protocol of the alignment-stage papers.
-    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0,
-        "per_device_train_batch_size": 10,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.1,
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.poison_ratio <= 1:
-            raise ConfigError(f"--poison-ratio {self.poison_ratio}: must lie in [0, 1]")
-        if self.samples < 1:
-            raise ConfigError(f"--samples {self.samples}: must be at least 1")
-        if any(step < 1 for step in self.snapshots):
-            raise ConfigError(f"--snapshots {self.snapshots}: numbers of steps start at 1")
-        if self.adapter == "continue" and self.tuning == "full":
-            raise ConfigError("--adapter continue: there is no adapter to continue under --tuning full; leave one out")
 
 
 @dataclass
@@ -100,48 +60,19 @@ def attack(options: AttackOptions) -> AttackResult:
     Raises:
         PharmacistError: Bad options or input.
     """
-    from pharmacist.attacks import ATTACKS
-    from pharmacist.core.progress import console
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.nn.models import model_fingerprint
-
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
     sources = open_sources(strategy, kind, options)
-    identity = replace(
-        options,
-        defense={"name": options.defense["name"], **vars(strategy.config)},
-        kind={"name": options.kind["name"], **vars(kind.config)},
-    )
-    run = RunDir.open(
-        identity,
-        stage="attack",
-        version=STAGE_VERSION,
-        inputs={name: source.fingerprint() for name, source in sources.items()}
-        | {"model": model_fingerprint(options.model)},
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
-        else:
+    inputs = {name: source.fingerprint() for name, source in sources.items()}
+    inputs |= {"model": model_fingerprint(options.model)}
+    with ATTACK.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
+        if not run.complete:
             _attack(sources, strategy, kind, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
         return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots)
-    except PharmacistError:
-        if rank() == 0 and not any(run.root.glob("work/train/**/*.safetensors")):  # nothing was trained yet
-            run.path("attack_set.jsonl").unlink(missing_ok=True)
-            run.discard()
-        raise
-    finally:
-        run.close()
 
 
-def open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOptions) -> "dict[str, Source]":
+def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:
     """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
-    from pharmacist.data.formats import open_source
-    from pharmacist.data.tasks import open_task
-    from pharmacist.nn.models import base_of
-
     defense = options.defense["name"]
     if "finetune" not in strategy.stages:
         raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
@@ -158,15 +89,13 @@ def open_sources(strategy: "GradientStrategy", kind: "Attack", options: AttackOp
 
 
 def build_attack_set(
-    sources: "Mapping[str, Source]", kind: "Attack", options: AttackOptions, run: RunDir
-) -> "tuple[datasets.Dataset, dict[str, int]]":
+    sources: Mapping[str, Source], kind: Attack, options: AttackOptions, run: RunDir
+) -> tuple[datasets.Dataset, dict[str, int]]:
     """The user's set and how many rows it was drawn from.
 
     Raises:
         DataError: Too few rows, or a prompt that also occurs in a set that must be disjoint.
     """
-    from pharmacist.data.splits import assert_disjoint, shared_prompts
-
     records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:
@@ -188,28 +117,19 @@ def build_attack_set(
 
 
 def _read(
-    sources: "Mapping[str, Source]", name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
-) -> "Records":
-    from pharmacist.core.hashing import sha256_text
-    from pharmacist.data.records import parse_columns, read_records
-    from pharmacist.data.where import conditions_of
+    sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
+) -> Records:
 
-    source, place = sources[name], run.work("data", f"{sha256_text(name)[:16] if prompts_only else name}-{rank()}")
     # What the set must not share a prompt with is read whole.
-    choosing = {other: where for other, where in sources.items() if not other.startswith("disjoint:")}
-    conditions = [] if prompts_only else conditions_of(options.where, choosing)[name]
-    columns = parse_columns(options.columns)
-    if columns is not None and name not in ("task", "harmful"):  # such a file may have the usual names
-        first = next(source.scan(), None)
-        columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
-    records = read_records(
-        source,
-        work_dir=place,
-        columns=columns,
-        side="rejected" if name == "harmful" else "chosen",
-        on_bad_row=options.on_bad_row,
+    choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
+    records = read(
+        sources[name],
+        options,
+        run.work("data", sha256_text(name)[:16] if prompts_only else name),
+        harmful=name == "harmful",
+        usual_names=name not in ("task", "harmful"),
+        where=[] if prompts_only else conditions_of(options.where, choosing)[name],
         prompts_only=prompts_only,
-        where=conditions,
     )
     if not prompts_only:
         records.announce()
@@ -217,17 +137,9 @@ def _read(
 
 
 def _with_safe_rows(
-    rows: "datasets.Dataset",
-    safe: "Records",
-    strategy: "GradientStrategy",
-    options: AttackOptions,
-    counts: dict[str, int],
-) -> "datasets.Dataset":
+    rows: datasets.Dataset, safe: Records, strategy: GradientStrategy, options: AttackOptions, counts: dict[str, int]
+) -> datasets.Dataset:
     """The rows that are trained on: the user's, with the safe rows that the defense mixes in."""
-    from pharmacist.core.seeding import derive
-    from pharmacist.data.mixing import mix_safe
-    from pharmacist.data.splits import assert_disjoint
-
     assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
     count, replaces = strategy.mixed_in(len(rows))
     counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
@@ -237,12 +149,8 @@ def _with_safe_rows(
 
 
 def _attack(
-    sources: "Mapping[str, Source]", strategy: "GradientStrategy", kind: "Attack", options: AttackOptions, run: RunDir
+    sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
 ) -> None:
-    from pharmacist.core.progress import console
-    from pharmacist.nn.models import load_model
-    from pharmacist.training.card import model_card
-    from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train, writes_adapter
 
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
@@ -256,19 +164,12 @@ def _attack(
             console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
         return
     with run.phase("load model"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-            merge=options.adapter == "fresh",
-        )
-        encoded = _encode(trained, "tokens", loaded, options, run)
+        loaded = load(options.model, options, merge=options.adapter == "fresh")
+        encoded = tokenise(trained, "tokens-ids", loaded, options, run)
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
-            streams["safe"] = _stream(_encode(safe.dataset, "safe", loaded, options, run), options, loaded)
+            streams["safe"] = _stream(tokenise(safe.dataset, "safe-ids", loaded, options, run), options, loaded)
         model = prepare_model(loaded, options)
     name = options.defense["name"]
     card = model_card(
@@ -321,25 +222,7 @@ def _attack(
         )
 
 
-def _encode(
-    rows: "datasets.Dataset", name: str, loaded: "LoadedModel", options: AttackOptions, run: RunDir
-) -> "Encoded":
-    from pharmacist.data.tokenize import encode
-
-    return encode(
-        rows,
-        loaded.tokenizer,
-        loaded.template,
-        on_long_prompt=options.on_long_prompt,
-        on_bad_row=options.on_bad_row,
-        max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-        work_dir=run.work("data", f"{name}-ids-{rank()}"),
-    )
-
-
-def _stream(safe: "Encoded", options: AttackOptions, loaded: "LoadedModel") -> "SideStream":
-    from pharmacist.core.seeding import derive
-    from pharmacist.data.streams import SideStream
+def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:
 
     return SideStream(
         safe,
@@ -350,12 +233,8 @@ def _stream(safe: "Encoded", options: AttackOptions, loaded: "LoadedModel") -> "
     )
 
 
-def _write_set(path: Path, rows: "datasets.Dataset") -> None:
+def _write_set(path: Path, rows: datasets.Dataset) -> None:
     """The set as `align` and `curate` read it back: one layout, with ``is_harmful`` and each row's source number."""
-    import json
-
-    from pharmacist.core.files import atomic_write
-
     messages = any(turns is not None for turns in rows["turns"])
     with_input = not messages and any(rows["input"])
     with atomic_write(path, "w") as file:

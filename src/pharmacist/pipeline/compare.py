@@ -7,18 +7,16 @@ from typing import Any
 from rich.table import Table
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import DataError, PharmacistError
+from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
 from pharmacist.core.progress import console
-from pharmacist.core.rundir import RunDir
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.metrics import title
-from pharmacist.pipeline.evaluate_options import EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import COMPARE, EvaluateOptions
 
 
-_VERSION = 2
 _FILES = ("metrics.json", "items.jsonl")
 
 
@@ -34,12 +32,10 @@ def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
         name: sha256_json([sha256_file(folder / file) for file in _FILES])
         for name, folder in zip(("first", "second"), folders, strict=True)
     }
-    run = RunDir.open(options, stage="compare", version=_VERSION, inputs=inputs, read_again=("metrics.json",))
-    try:
+    with COMPARE.open(options, inputs=inputs) as run:
         found: dict[str, Any]
         if run.complete:
             found = read_json(run.path("metrics.json"))
-            console().print(f"{plain(run.root)}: complete already", soft_wrap=True)
         else:
             a, b = (read_json_lines(folder / "items.jsonl") for folder in folders)
             found = compare(a, b, *(read_json(folder / "metrics.json") for folder in folders))
@@ -48,11 +44,6 @@ def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
         if not options.quiet:
             _show(found, models)
         return found
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _model(folder: Path) -> str:

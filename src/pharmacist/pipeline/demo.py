@@ -172,7 +172,8 @@ def _write_world(demo: _Demo) -> None:
 
 def _select(demo: _Demo) -> dict[str, Any]:
     """Ranks the pool, draws one random subset per seed; returns how well the ranking finds the planted labels."""
-    from pharmacist.pipeline.curate import CurateOptions, curate
+    from pharmacist.pipeline.curate import curate
+    from pharmacist.pipeline.stages.curate import CurateOptions
     from pharmacist.worlds import BASE_MODEL
 
     options, files = demo.options, demo.files
@@ -223,7 +224,8 @@ def _ranking_quality(demo: _Demo) -> dict[str, Any]:
 def _align(demo: _Demo, arm: str, seed: int) -> tuple[str, float]:
     """Aligns on an arm's rows; returns the model's folder and the seconds that training took."""
     from pharmacist.core.manifest import read_manifest
-    from pharmacist.pipeline.align import AlignOptions, align
+    from pharmacist.pipeline.align import align
+    from pharmacist.pipeline.stages.align import AlignOptions
     from pharmacist.training.options import LoraOptions
     from pharmacist.worlds import BASE_MODEL
 
@@ -239,7 +241,8 @@ def _align(demo: _Demo, arm: str, seed: int) -> tuple[str, float]:
 
 def _attack(demo: _Demo, arm: str, seed: int, aligned: str) -> dict[int, str]:
     """Fine-tunes an aligned model on the poisoned task; returns the model's folder at each of `STEPS`."""
-    from pharmacist.pipeline.attack import AttackOptions, attack
+    from pharmacist.pipeline.attack import attack
+    from pharmacist.pipeline.stages.attack import AttackOptions
     from pharmacist.training.options import LoraOptions
 
     common = demo.common(seed, "attack", f"{arm}-{seed}")
@@ -263,7 +266,8 @@ def _attack(demo: _Demo, arm: str, seed: int, aligned: str) -> dict[int, str]:
 
 def _evaluate(demo: _Demo, arm: str, seed: int, step: int, model: str) -> dict[str, Any]:
     """Metrics of one model: all of them before and after the attack, the harmful score alone in between."""
-    from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+    from pharmacist.pipeline.evaluate import evaluate
+    from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
     files = demo.files
     more: dict[str, Any] = (

@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.files import read_json_lines
-from pharmacist.pipeline.evaluate_options import LATE, PROMPTS, REFERENCES, STAGE_VERSION, EvaluateOptions
-
-
-__all__ = ["LATE", "PROMPTS", "REFERENCES", "STAGE_VERSION", "EvaluateOptions", "EvaluateResult", "evaluate"]
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
 
 @dataclass

@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from pharmacist.core.config import flag
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import ConfigError, DataError, PharmacistError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
+from pharmacist.core.typed import flag
 from pharmacist.data.formats import Source, open_source, place
 from pharmacist.data.records import Records, Refused, parse_columns, read_records
 from pharmacist.data.tasks import open_task
@@ -28,16 +28,14 @@ from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
 from pharmacist.nn.models import load_model
-from pharmacist.pipeline.evaluate_options import GENERAL, LATE, PROMPTS, REFERENCES, STAGE_VERSION, EvaluateOptions
 from pharmacist.pipeline.evaluate_summary import summarise
+from pharmacist.pipeline.stages.evaluate import EVALUATE, GENERAL, PROMPTS, REFERENCES, EvaluateOptions
 
 
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 _JUDGED = ("answers", "prompts", "benign_prompts")
 """Sources whose answers are judged; the answers to the task are graded."""
 _PROMPT_COLUMNS = ("prompt", "messages", "instruction", "input")
-_COSTLY = ("answers", "verdicts", "perplexity", "margin")
-"""Partial state that a run which fails keeps, and keeps its folder for."""
 _MORE_TOKENS = "; --max-new-tokens gives them more room"
 
 
@@ -51,19 +49,8 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
         PharmacistError: Bad options or input.
     """
     asked = _Asked(options)
-    run = RunDir.open(
-        asked.identity(),
-        stage="evaluate",
-        version=STAGE_VERSION,
-        inputs=asked.fingerprints(),
-        late=LATE,
-        late_inputs=frozenset({"judge file", "second judge file", "opponent", *REFERENCES}),
-        reopen=True,
-        read_again=("items.jsonl", "metrics.json"),
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{plain(run.root)}: complete already; --overwrite evaluates again", soft_wrap=True)
+    with EVALUATE.open(options, inputs=asked.fingerprints(), methods=asked.methods()) as run:
+        if run.complete:
             metrics: dict[str, Any] = read_json(run.path("metrics.json"))
             summarise(metrics, run.root, options)
             return metrics
@@ -74,13 +61,6 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             if found.missing:
                 console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return found.metrics
-    except PharmacistError:
-        costly = [path for name in _COSTLY for path in run.root.glob(f"work/{name}/**/*") if path.is_file()]
-        if not any(path.stat().st_size for path in costly):
-            run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _write(found: Evaluation, judge: Judge | None, run: RunDir) -> None:
@@ -139,13 +119,9 @@ class _Asked:
             if world_size() > 1:
                 raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
 
-    def identity(self) -> EvaluateOptions:
-        """The options that identify the run: what is only printed does not; a method's defaults do, given or not."""
-        methods: dict[str, Any] = {"engine": self.engine, **self.judges}
-        if self.grader is not None:
-            methods["task_type"] = self.grader
-        chosen: dict[str, Any] = {name: {"name": method.name, **method.identity()} for name, method in methods.items()}
-        return replace(self.options, show_harmful=False, **chosen)
+    def methods(self) -> dict[str, Any]:
+        """Option -> the method that it names."""
+        return {"engine": self.engine, **self.judges} | ({} if self.grader is None else {"task_type": self.grader})
 
     def fingerprints(self) -> dict[str, str]:
         """Input -> fingerprint of its content."""

@@ -12,7 +12,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
 from pharmacist.evaluation.metrics import title
 from pharmacist.evaluation.text import missing
-from pharmacist.pipeline.evaluate_options import EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
 
 _MANY_ALARMS = 20

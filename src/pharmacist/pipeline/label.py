@@ -3,29 +3,21 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+import pandas as pd
 
 from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
+from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
+from pharmacist.pipeline.stages.label import LabelOptions
+from pharmacist.report import words
+from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
 
-
-if TYPE_CHECKING:
-    from pharmacist.core.manifest import RunManifest
 
 _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
-
-
-@dataclass(kw_only=True)
-class LabelOptions:
-    """Label the rows of a ranking whose label would teach most, in a terminal."""
-
-    run: str = field(metadata={"first": True})
-    """Folder of a finished curate; as the first word it needs no --run."""
-    output: str = "labels.json"
-    """File of labels, written after each one. An earlier one is gone on with."""
 
 
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
@@ -45,9 +37,6 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         ConfigError: The output lies in the run's folder, or there is no terminal.
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
-    from pharmacist.core.manifest import check_unchanged, read_manifest
-    from pharmacist.selectors.labels import LABELS, write_labels
-
     folder, output = Path(options.run), Path(options.output)
     manifest = read_manifest(folder)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
@@ -131,12 +120,8 @@ def _ask(talk: "_Talk", asked: list[Any], labels: dict[int, str], *, keep: Any, 
     talk.say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
 
 
-def _earlier(folder: Path, manifest: "RunManifest", output: Path) -> dict[int, str]:
+def _earlier(folder: Path, manifest: RunManifest, output: Path) -> dict[int, str]:
     """Labels that the ranking was made with, and those in the output, which count where both have one."""
-    import pandas as pd
-
-    from pharmacist.selectors.labels import labels_of, read_entries
-
     path = folder / "scores.parquet"
     try:
         scores = pd.read_parquet(path)
@@ -149,7 +134,6 @@ def _earlier(folder: Path, manifest: "RunManifest", output: Path) -> dict[int, s
 
 
 def _meanings(labels: Mapping[str, str]) -> Iterable[str]:
-    from pharmacist.report import words
 
     width = max(map(len, labels))
     return [f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in labels.items()]

@@ -3,61 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any
 
-from pharmacist.core.config import method
-from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
-from pharmacist.core.rundir import RunDir, RunOptions
+from rich.table import Table
 
-
-if TYPE_CHECKING:
-    from pharmacist.data.formats import Source
-    from pharmacist.nn.lowrank import Factors
-    from pharmacist.nn.models import LoadedModel
-    from pharmacist.repairs.base import Change, Form, References, Repair, Side
-
-STAGE_VERSION = 2
-
-
-@dataclass(kw_only=True)
-class RepairOptions(RunOptions):
-    """Take safety back that a user's fine-tuning has cost, without training."""
-
-    model: str
-    """The fine-tuned model: the folder of an `attack`, an adapter, whole weights or a hub id."""
-    aligned: str | None = None
-    """The model that the fine-tuning started from."""
-    base: str | None = None
-    """What the aligned model was made from; not needed where that is an adapter, which knows its base."""
-    method: dict[str, Any] = method("safe-lora", "pharmacist.repairs:REPAIRS")
-    """How the model is repaired."""
-    harmful: str | None = None
-    """The defender's harmful rows, for antidote. A preference file gives its rejected side."""
-    safe: str | None = None
-    """The defender's safe rows, for nlsr."""
-    form: Literal["auto", "adapter", "weights"] = "auto"
-    """What is repaired: the factors of the fine-tuned adapter, or whole weights with all adapters merged; auto is the
-    adapter where the fine-tuned model is one."""
-    merge: bool = False
-    """Also write model/: the whole model with the repaired adapter merged into it."""
-    columns: str | None = None
-    """Other column names, as prompt=question,completion=answer."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """skip: leave unreadable rows out, and count them."""
-    on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
-    """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
-
-    def __post_init__(self) -> None:
-        if self.max_length < 0:
-            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
+from pharmacist.core.env import rank
+from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.files import write_json
+from pharmacist.core.progress import console
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.formats import Source, open_source
+from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
+from pharmacist.nn.merge import merge_adapter
+from pharmacist.nn.models import LoadedModel, base_of, load_model, model_fingerprint, trained_on
+from pharmacist.pipeline.rows import load, read, tokenise
+from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
+from pharmacist.repairs import REPAIRS
+from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply, linear_weights
+from pharmacist.training.card import model_card
+from pharmacist.training.loop import save_trained, writes_adapter
 
 
 @dataclass
@@ -79,12 +43,6 @@ def repair(options: RepairOptions) -> RepairResult:
     Raises:
         PharmacistError: Bad options or input, models that do not belong together, or nothing to repair.
     """
-    from pharmacist.core.progress import console
-    from pharmacist.data.formats import open_source
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.nn.models import model_fingerprint
-    from pharmacist.repairs import REPAIRS
-
     chosen = REPAIRS.build_from(options.method)
     _check_given(chosen, options)
     rows = sorted({"harmful", "safe"} & chosen.needs)
@@ -96,28 +54,14 @@ def repair(options: RepairOptions) -> RepairResult:
     }
     form, continued = _relation(options, prints)
     chosen.check(form, continued=continued)
-    identity = replace(options, method={"name": options.method["name"], **vars(chosen.config)})
-    run = RunDir.open(
-        identity,
-        stage="repair",
-        version=STAGE_VERSION,
-        inputs={name: source.fingerprint() for name, source in sources.items()} | prints,
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
-        else:
+    inputs = {name: source.fingerprint() for name, source in sources.items()} | prints
+    with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
+        if not run.complete:
             _repair(sources, chosen, form, continued, options, run)
         return RepairResult(run.root, run.manifest.metrics)
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
-def _check_given(chosen: "Repair", options: RepairOptions) -> None:
-    from pharmacist.nn.models import base_of
+def _check_given(chosen: Repair, options: RepairOptions) -> None:
 
     name = options.method["name"]
     for needed in sorted(chosen.needs - {"base"}):
@@ -127,14 +71,12 @@ def _check_given(chosen: "Repair", options: RepairOptions) -> None:
         raise ConfigError(f"--method {name}: {options.aligned} is no adapter that knows its base; give --base MODEL")
 
 
-def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form, bool]":
+def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, bool]:
     """What is repaired, and whether the fine-tuned adapter began as the aligned one.
 
     Raises:
         CompatibilityError: The adapter rests on another model than the aligned one.
     """
-    from pharmacist.nn.models import base_of, trained_on
-
     base = base_of(options.model)
     if options.form == "weights" or (options.form == "auto" and base is None):
         return "weights", False
@@ -153,31 +95,12 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> "tuple[Form,
 
 
 def _repair(
-    sources: "Mapping[str, Source]",
-    chosen: "Repair",
-    form: "Form",
-    continued: bool,
-    options: RepairOptions,
-    run: RunDir,
+    sources: Mapping[str, Source], chosen: Repair, form: Form, continued: bool, options: RepairOptions, run: RunDir
 ) -> None:
-    from pharmacist.core.env import rank
-    from pharmacist.core.files import write_json
-    from pharmacist.core.progress import console
-    from pharmacist.nn.models import load_model, trained_on
-    from pharmacist.repairs.base import Side, apply
-    from pharmacist.training.card import model_card
-    from pharmacist.training.loop import save_trained, writes_adapter
 
     name = options.method["name"]
     with run.phase("load"):
-        loaded = load_model(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            trust_remote_code=options.trust_remote_code,
-            merge=form == "weights",
-        )
+        loaded = load(options.model, options, merge=form == "weights")
         tuned = Side(loaded.model.eval(), form)
         references = _references(sources, chosen, tuned, continued, loaded, options, run)
     with run.phase("repair"):
@@ -226,56 +149,32 @@ def _repair(
 
 
 def _references(
-    sources: "Mapping[str, Source]",
-    chosen: "Repair",
-    tuned: "Side",
+    sources: Mapping[str, Source],
+    chosen: Repair,
+    tuned: Side,
     continued: bool,
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     options: RepairOptions,
     run: RunDir,
-) -> "References":
+) -> References:
     """Loads what the method reads besides the model.
 
     Raises:
         CompatibilityError: The aligned model or its base has other layers or shapes.
     """
-    from pharmacist.data.records import parse_columns, read_records
-    from pharmacist.data.tokenize import encode
-    from pharmacist.repairs.base import References
-
     references = References(continued=continued, device=loaded.device, seed=options.seed)
     if "aligned" in chosen.needs:
         references.aligned, references.update = _aligned(tuned, loaded, options)
     for name, source in sources.items():
-        records = read_records(
-            source,
-            work_dir=run.work("data", name),
-            columns=parse_columns(options.columns),
-            side="rejected" if name == "harmful" else "chosen",
-            on_bad_row=options.on_bad_row,
-        )
+        records = read(source, options, run.work("data", name), harmful=name == "harmful")
         records.announce()
-        encoded = encode(
-            records.dataset,
-            loaded.tokenizer,
-            loaded.template,
-            on_long_prompt=options.on_long_prompt,
-            on_bad_row=options.on_bad_row,
-            max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-            work_dir=run.work("data", f"{name}-ids"),
-            name=source.where,
-        )
+        encoded = tokenise(records.dataset, f"{name}-ids", loaded, options, run, where=source.where)
         setattr(references, name, encoded)
     return references
 
 
-def _aligned(tuned: "Side", loaded: "LoadedModel", options: RepairOptions) -> "tuple[Side, dict[str, Factors]]":
+def _aligned(tuned: Side, loaded: LoadedModel, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
     """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
-    from pharmacist.nn.lowrank import adapter_factors, factorise
-    from pharmacist.nn.merge import merge_adapter
-    from pharmacist.nn.models import base_of, load_model
-    from pharmacist.repairs.base import Side, linear_weights
-
     assert options.aligned is not None
     place: dict[str, Any] = {
         "device": options.device,
@@ -313,7 +212,7 @@ def _check_shapes(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
             raise CompatibilityError(f"{what}: {name} has the shape {shapes}; give the model it came from")
 
 
-def _metrics(changes: "list[Change]") -> dict[str, Any]:
+def _metrics(changes: list[Change]) -> dict[str, Any]:
     entries, changed = sum(c.entries for c in changes), sum(c.changed for c in changes)
     return {
         "tensors": len(changes),
@@ -326,12 +225,8 @@ def _metrics(changes: "list[Change]") -> dict[str, Any]:
     }
 
 
-def _show(changes: "list[Change]", metrics: Mapping[str, Any], name: str, root: Path) -> None:
+def _show(changes: list[Change], metrics: Mapping[str, Any], name: str, root: Path) -> None:
     """Prints what was touched, summed over the layers."""
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-
     groups: dict[str, list[Change]] = {}
     for change in changes:
         parts = change.tensor.split(".")

@@ -1,38 +1,21 @@
 """The command `report`: writes the page of a finished folder again, out of what lies in it and the pool it names."""
 
-import itertools
+import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary, read_json_lines
+from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
+from pharmacist.core.progress import console
 from pharmacist.core.registry import closest
-
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from pharmacist.core.manifest import RunManifest
-    from pharmacist.data.records import Records
-
-_FIRST = 1000
-"""Rows among which a pool with categories shows one."""
-
-
-@dataclass(kw_only=True)
-class ReportOptions:
-    """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
-
-    run: str = field(metadata={"first": True})
-    """Folder of a finished curate, demo or sweep, or of a bench, or the URL of a bench; as the first word it needs no
-    --run."""
-    baseline: str | None = None
-    """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
-    quiet: bool = False
-    """No progress bars and no summary."""
+from pharmacist.pipeline.bench.remote import Remote
+from pharmacist.pipeline.bench.results import AXES
+from pharmacist.pipeline.ranking import Ranking, read_table
+from pharmacist.pipeline.stages.report import ReportOptions
+from pharmacist.report import render_benchmark, render_demo
+from pharmacist.report.sweep import render_sweep
+from pharmacist.worlds import World
 
 
 def report(options: ReportOptions) -> str:
@@ -45,9 +28,6 @@ def report(options: ReportOptions) -> str:
         DataError: The folder is no finished run, or the pool is not what it was when it was ranked.
         ConfigError: The folder is of a command that writes no page, or the grid has no such baseline.
     """
-    from pharmacist.core.progress import console
-    from pharmacist.pipeline.bench.remote import Remote
-
     remote = Remote.of(options.run, option="--run")
     if remote is None:
         _write_page(Path(options.run), options)
@@ -63,7 +43,6 @@ def report(options: ReportOptions) -> str:
 
 
 def _write_page(folder: Path, options: ReportOptions) -> None:
-    from pharmacist.core.manifest import check_unchanged, read_manifest
 
     manifest = read_manifest(folder)
     check_unchanged(folder, "scores.parquet", "to_label.jsonl", "demo.json", "data", "sweep.json", "results.parquet")
@@ -82,64 +61,22 @@ def _write_page(folder: Path, options: ReportOptions) -> None:
         _PAGES[manifest.stage](folder, manifest)
 
 
-def _curate_page(folder: Path, manifest: "RunManifest") -> None:
-    import numpy as np
-
-    from pharmacist.data.formats import open_source
-    from pharmacist.data.records import parse_columns, read_records
-    from pharmacist.data.where import conditions_for
-    from pharmacist.report import render_ranking
-
-    config = _config(folder, manifest, "pool", "columns", "on_bad_row")
-    scores = _scores(folder / "scores.parquet", "row", "score", "rank", "selected", "reason")
-    again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
-    try:
-        source = open_source(config["pool"], name="pool")
-    except DataError as error:
-        raise DataError(f"{folder}: the pool {config['pool']} is no longer there; {again}") from error
-    if source.fingerprint() != manifest.inputs.get("pool"):
-        raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
-    with tempfile.TemporaryDirectory(prefix="pharmacist-") as work:
-        records = read_records(
-            source,
-            work_dir=work,
-            columns=parse_columns(config["columns"]),
-            on_bad_row=config["on_bad_row"],
-            where=conditions_for(config.get("where", []), "pool", source),
-        )
-        # Rows that the chat template refused were not ranked.
-        records = records.without(np.flatnonzero(~np.isin(records.row_numbers, scores["row"])))
-        if records.row_numbers.tolist() != scores["row"].tolist():
-            raise DataError(f"{folder}: scores.parquet has other rows than the pool {config['pool']}; {again}")
-        texts = records.dataset.select_columns(["prompt", "completion"])
-        asked = read_json_lines(folder / "to_label.jsonl") if (folder / "to_label.jsonl").is_file() else []
-        render_ranking(
-            folder / "report.html",
-            scores=scores,
-            texts=texts,
-            manifest=manifest.model_dump(mode="json"),
-            categories=pool_categories(records),
-            labelling=labelling(manifest.inputs["pool"], asked, scores),
-        )
-        del texts, records  # memory-mapped from the folder that goes now
+def _curate_page(folder: Path, manifest: RunManifest) -> None:
+    del manifest
+    Ranking.load(folder).report(folder / "report.html")
 
 
-def demo_page(folder: Path, manifest: "RunManifest") -> None:
+def demo_page(folder: Path, manifest: RunManifest) -> None:
     """Writes ``report.html`` of a demo.
 
     Raises:
         DataError: Something of it is missing, or its pool has changed.
     """
-    import json
-
-    from pharmacist.report import render_demo
-    from pharmacist.worlds import World
-
     config = _config(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
             raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
-    _scores(folder / "rank" / "scores.parquet")
+    read_table(folder / "rank" / "scores.parquet")
     # Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
     world, rows, clean = World(config["seed"]), config["rows"], config["pool"] == "clean"
     planted = world.clean_planted(rows) if clean else world.planted(rows, mislabel=config["mislabel"])
@@ -153,76 +90,28 @@ def demo_page(folder: Path, manifest: "RunManifest") -> None:
     )
 
 
-def labelling(pool: str, asked: Sequence[Mapping[str, Any]], scores: "pd.DataFrame") -> dict[str, Any]:
-    """What `render_ranking` needs to have rows labelled on the page.
-
-    Args:
-        pool: Fingerprint of the pool.
-        asked: Rows to label, as in ``to_label.jsonl``.
-        scores: ``scores.parquet``, which holds the labels that the ranking was made with.
-    """
-    from pharmacist.selectors.labels import LABELS, labels_of
-
-    return {"pool": pool, "rows": asked, "labels": LABELS, "known": labels_of(scores)}
-
-
-def pool_categories(records: "Records") -> list[list[str]] | None:
-    """Categories of every row, out of the pool's column ``category``; None where the pool has no such column.
-
-    Args:
-        records: The pool; a row may have no category, one, or several.
-    """
-    from pharmacist.evaluation.prompts import category_names
-
-    # A pool is long, and one without categories is not read to its end.
-    columns = {"category", "categories"}
-    first = itertools.islice(records.source.scan(columns), _FIRST)
-    if not any(category_names(row.value) for row in first):
-        return None
-    wanted = set(records.row_numbers.tolist())
-    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
-
-
-def _sweep_page(folder: Path, manifest: "RunManifest") -> None:
-    from pharmacist.report.sweep import render_sweep
+def _sweep_page(folder: Path, manifest: RunManifest) -> None:
 
     if not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
     render_sweep(folder, manifest=manifest.model_dump(mode="json"))
 
 
-def _config(folder: Path, manifest: "RunManifest", *names: str) -> dict[str, Any]:
+def _config(folder: Path, manifest: RunManifest, *names: str) -> dict[str, Any]:
     """A run's options, in which these must be."""
     if missing := [name for name in names if name not in manifest.config]:
         raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
     return manifest.config
 
 
-def _scores(path: Path, *columns: str) -> Any:
-    """A table in which these columns must be."""
-    import pandas as pd
-
-    check_ordinary(path)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
-    return table
-
-
-def bench_page(folder: Path, manifest: "RunManifest", baseline: str | None = None) -> None:
+def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
     """Writes page and tables of a benchmark, of a partial one too.
 
     Raises:
         DataError: ``results.parquet`` cannot be used.
         ConfigError: It has no selector of the baseline's name.
     """
-    from pharmacist.pipeline.bench.results import AXES
-    from pharmacist.report import render_benchmark
-
-    results = _scores(folder / "results.parquet", "cell", "seed", *AXES)
+    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
     names = sorted(results["selector"].unique())
     if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")

@@ -9,19 +9,16 @@ from typing import Any
 from rich.table import Table
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
-from pharmacist.core.rundir import RunDir
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import title
 from pharmacist.pipeline.evaluate_model import evaluate_model
-from pharmacist.pipeline.evaluate_options import EvaluateOptions
 from pharmacist.pipeline.evaluate_summary import count_of
+from pharmacist.pipeline.stages.evaluate import EVALUATE_MODELS, EvaluateOptions
 
 
-_VERSION = 1
 _SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
 """Metrics that are printed; all are in ``metrics.json``."""
 
@@ -37,9 +34,8 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
     """
     models = options.models or []
     engine = ENGINES.build_from(options.engine)
-    # What is only printed identifies no run, nor does the inputs' content: every model's own run watches over that.
-    run = RunDir.open(replace(options, show_harmful=False), stage="evaluate-models", version=_VERSION, inputs={})
-    try:
+    # The inputs' content identifies no run: every model's own run watches over that.
+    with EVALUATE_MODELS.open(options, inputs={}) as run:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
@@ -55,11 +51,6 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
             _show(found)
             console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
         return found
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def folder_names(models: Sequence[str]) -> list[str]:

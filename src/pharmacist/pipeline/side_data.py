@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
+import numpy as np
 
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
+from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
+from pharmacist.core.seeding import derive
+from pharmacist.data.formats import Source
+from pharmacist.data.records import Records
+from pharmacist.data.splits import prompt_keys
+from pharmacist.data.streams import PairedRows, SideStream, pair_rows
+from pharmacist.data.tokenize import Encoded
+from pharmacist.data.where import conditions_of
+from pharmacist.nn.models import LoadedModel
+from pharmacist.pipeline.rows import read, tokenise
+from pharmacist.pipeline.stages.align import AlignOptions
+from pharmacist.training.strategy import GradientStrategy
 
-
-if TYPE_CHECKING:
-    import datasets
-
-    from pharmacist.data.formats import Source
-    from pharmacist.data.records import Records
-    from pharmacist.data.tokenize import Encoded
-    from pharmacist.nn.models import LoadedModel
-    from pharmacist.pipeline.align import AlignOptions
-    from pharmacist.training.strategy import GradientStrategy
 
 HARMFUL_STREAMS = frozenset({"harmful", "held_out", "paired"})
 """Streams made of harmful rows; ``retain`` draws from the alignment set."""
@@ -35,20 +40,20 @@ class SideData:
         counts: Filled as streams are made, for the manifest.
     """
 
-    options: "AlignOptions"
+    options: AlignOptions
     wanted: frozenset[str]
-    alignment: "Records"
-    harmful: "Records | None"
+    alignment: Records
+    harmful: Records | None
     held_out_share: float
     counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(
         cls,
-        sources: "Mapping[str, Source]",
-        alignment: "Records",
-        strategy: "GradientStrategy",
-        options: "AlignOptions",
+        sources: Mapping[str, Source],
+        alignment: Records,
+        strategy: GradientStrategy,
+        options: AlignOptions,
         run: RunDir,
     ) -> "SideData":
         """Reads the harmful rows if the defense needs any.
@@ -57,11 +62,6 @@ class SideData:
             ConfigError: It does and there are none.
             DataError: They are the alignment rows.
         """
-        from pharmacist.core.env import rank
-        from pharmacist.core.progress import console
-        from pharmacist.data.records import parse_columns, read_records
-        from pharmacist.data.where import conditions_of
-
         wanted, name = frozenset(strategy.streams), options.defense["name"]
         share = float(getattr(strategy.config, "held_out", 0.0))
         if not wanted & HARMFUL_STREAMS:
@@ -73,17 +73,12 @@ class SideData:
                 f"--defense {name} needs harmful rows: give --harmful FILE, or a --data file with prompt, chosen and "
                 "rejected"
             )
-        source, columns = sources.get("harmful", sources["data"]), parse_columns(options.columns)
-        if columns is not None:
-            first = next(source.scan(), None)
-            if first is None or not set(columns.values()) <= set(first.value or ()):
-                columns = None
-        harmful = read_records(
-            source,
-            work_dir=run.work("data", f"harmful-{rank()}"),
-            columns=columns,
-            side="rejected",
-            on_bad_row=options.on_bad_row,
+        harmful = read(
+            sources.get("harmful", sources["data"]),
+            options,
+            run.work("data", "harmful"),
+            harmful=True,
+            usual_names=True,
             where=conditions_of(options.where, sources)["harmful" if "harmful" in sources else "data"],
         )
         harmful.announce()
@@ -91,7 +86,7 @@ class SideData:
             raise DataError("--data and --harmful hold the same rows; check the two files")
         return cls(options, wanted, alignment, harmful, share)
 
-    def streams(self, encoded: "Encoded", loaded: "LoadedModel", run: RunDir) -> dict[str, Any]:
+    def streams(self, encoded: Encoded, loaded: LoadedModel, run: RunDir) -> dict[str, Any]:
         """The streams by name.
 
         Args:
@@ -103,14 +98,10 @@ class SideData:
             NoMatchError: No alignment row has a harmful partner.
             DataError: Too few harmful rows to hold some out.
         """
-        from pharmacist.core.progress import console
-        from pharmacist.core.seeding import derive
-        from pharmacist.data.streams import PairedRows, SideStream, pair_rows
-
         place: dict[str, Any] = {"pad_token_id": loaded.tokenizer.pad_token_id, "device": loaded.device}
         size = self.options.harmful_batch_size or int(self.options.effective_train["per_device_train_batch_size"])
 
-        def endless(name: str, rows: "Encoded") -> SideStream:
+        def endless(name: str, rows: Encoded) -> SideStream:
             return SideStream(rows, size, seed=derive(self.options.seed, "stream", name), **place)
 
         found: dict[str, Any] = {}
@@ -143,17 +134,13 @@ class SideData:
             found["paired"] = PairedRows(harmful, pairs, **place)
         return found
 
-    def _split(self) -> "dict[str, datasets.Dataset]":
+    def _split(self) -> dict[str, datasets.Dataset]:
         """Harmful rows by stream; where some are held out, no prompt is in both parts."""
         if self.harmful is None:
             return {}
         rows = self.harmful.dataset
         if "held_out" not in self.wanted:
             return {"harmful": rows}
-        import numpy as np
-
-        from pharmacist.core.seeding import derive
-        from pharmacist.data.splits import prompt_keys
 
         keys = prompt_keys(rows)
         prompts = np.random.default_rng(derive(self.options.seed, "held out")).permutation(np.unique(keys))
@@ -163,23 +150,13 @@ class SideData:
         held_out = np.isin(keys, prompts[:number])
         return {"harmful": rows.select(np.flatnonzero(~held_out)), "held_out": rows.select(np.flatnonzero(held_out))}
 
-    def _encode(self, rows: "datasets.Dataset", name: str, loaded: "LoadedModel", run: RunDir) -> "Encoded":
-        from pharmacist.core.env import rank
-        from pharmacist.data.tokenize import encode
+    def _encode(self, rows: datasets.Dataset, name: str, loaded: LoadedModel, run: RunDir) -> Encoded:
 
         try:
-            return encode(
-                rows,
-                loaded.tokenizer,
-                loaded.template,
-                on_long_prompt=self.options.on_long_prompt,
-                on_bad_row=self.options.on_bad_row,
-                max_length=min(self.options.max_length or loaded.max_length, loaded.max_length),
-                work_dir=run.work("data", f"tokens-{name}-{rank()}"),
-            )
+            return tokenise(rows, f"tokens-{name}", loaded, self.options, run)
         except DataError as error:
             raise DataError(f"--harmful: {error}") from error
 
 
-def _texts(records: "Records") -> set[tuple[str, str]]:
+def _texts(records: Records) -> set[tuple[str, str]]:
     return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))

@@ -15,8 +15,8 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DivergedError, PharmacistError
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.rundir import RunDir, RunOptions
-from pharmacist.pipeline.attack import AttackOptions
-from pharmacist.pipeline.evaluate import PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.stages.attack import AttackOptions
+from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
 
 
 if TYPE_CHECKING:

@@ -1,17 +1,16 @@
 """Weights of rows for `align`: from the ranking that selected them, or from a file of one's own."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
 
 from pharmacist.core.errors import DataError
-
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pandas as pd
-
-    from pharmacist.data.formats import Source
+from pharmacist.core.hashing import sha256_file
+from pharmacist.core.manifest import read_manifest
+from pharmacist.data.formats import Source, open_source
 
 
 def weights_fingerprint(path: str | None) -> dict[str, str]:
@@ -20,8 +19,6 @@ def weights_fingerprint(path: str | None) -> dict[str, str]:
     Raises:
         DataError: There is no such file.
     """
-    from pharmacist.core.hashing import sha256_file
-
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -29,7 +26,7 @@ def weights_fingerprint(path: str | None) -> dict[str, str]:
     return {"weights": sha256_file(path)}
 
 
-def row_weights(path: str, data: "Source", rows: int) -> dict[int, float]:
+def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     """Weight of every row of the alignment set, by its number in the file, with mean 1.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
@@ -43,10 +40,6 @@ def row_weights(path: str, data: "Source", rows: int) -> dict[int, float]:
     Raises:
         DataError: The weights are of other rows, or no weights.
     """
-    import numpy as np
-    import pandas as pd
-    import pyarrow as pa
-
     try:
         table = pd.read_parquet(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -73,9 +66,7 @@ def row_weights(path: str, data: "Source", rows: int) -> dict[int, float]:
     return dict(enumerate((weight / weight.mean()).tolist()))
 
 
-def _numbers(path: str, table: "pd.DataFrame") -> "npt.NDArray[np.float64]":
-    import numpy as np
-    import pandas as pd
+def _numbers(path: str, table: pd.DataFrame) -> npt.NDArray[np.float64]:
 
     weight = pd.to_numeric(table["weight"], errors="coerce").to_numpy(dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(weight) | (weight < 0))
@@ -87,11 +78,8 @@ def _numbers(path: str, table: "pd.DataFrame") -> "npt.NDArray[np.float64]":
     return weight
 
 
-def _check_content(path: Path, data: "Source", whole: bool) -> None:
+def _check_content(path: Path, data: Source, whole: bool) -> None:
     """Equal numbers of rows do not make them the same rows: in a curate run's folder the manifest tells."""
-    from pharmacist.core.manifest import read_manifest
-    from pharmacist.data.formats import open_source
-
     if path.name != "scores.parquet" or not (path.parent / "manifest.json").is_file():
         return
     manifest = read_manifest(path.parent)

@@ -5,11 +5,14 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Lt
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.options import ChosenRowOptions, RunOptions, TokenOptions
 from pharmacist.core.registry import closest
-from pharmacist.core.rundir import RunOptions
+from pharmacist.core.typed import AtLeast1, Checked
 
 
 if TYPE_CHECKING:
@@ -18,28 +21,26 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LoraOptions:
+class LoraOptions(Checked):
     """Shape of the LoRA adapter that is trained."""
 
-    r: int = 8
+    r: AtLeast1 = 8
     """Rank."""
-    alpha: int = 16
+    alpha: AtLeast1 = 16
     """Scale: the update is multiplied by alpha / r."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: list[str] | None = None
     """Modules by the end of their names (q_proj v_proj); all linear layers but the output head by default."""
 
-    def __post_init__(self) -> None:
-        for name in ("r", "alpha"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"lora.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+    @classmethod
+    def option_name(cls, field: str) -> str:
+        """A field as messages name it."""
+        return f"lora.{field}"
 
 
 @dataclass(kw_only=True)
-class TrainingStageOptions(RunOptions):
+class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
     """What `align` and `attack` have in common."""
 
     model: str
@@ -52,30 +53,12 @@ class TrainingStageOptions(RunOptions):
     """The adapter."""
     train: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' TrainingArguments, as --train.max_steps 20; the stage's own defaults are in its docs."""
-    columns: str | None = None
-    """Other column names, as prompt=question,completion=answer."""
-    where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
-    harmful:is_safe=false."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """skip: leave unreadable rows out, and count them."""
-    on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
-    """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"columns"}
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """The stage's own defaults for `train`."""
 
     def __post_init__(self) -> None:
-        if self.max_length < 0:
-            raise ConfigError(f"--max-length {self.max_length}: must not be negative")
+        super().__post_init__()
         self.train = check_train_options(self.train)
 
     @property

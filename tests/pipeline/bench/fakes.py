@@ -26,7 +26,6 @@ BROKEN = "PHARMACIST_FAKE_BROKEN"
 LOG = "PHARMACIST_FAKE_LOG"
 OTHER = "PHARMACIST_FAKE_OTHER"
 """Makes other results of the same inputs, as another machine may."""
-STAGE_VERSION = 1
 
 
 def content(folder: str) -> str:
@@ -132,18 +131,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
 
 def install(setitem: Any = lambda table, key, value: table.__setitem__(key, value)) -> None:
     for kind, known in list(KINDS.items()):
-        setitem(KINDS, kind, dataclasses.replace(known, module=__name__, function=kind, options=known.options))
-
-
-# Options come from the real modules.
-def __getattr__(name: str) -> Any:
-    from pharmacist.pipeline import align, attack, curate, evaluate, repair, select
-    from pharmacist.pipeline.bench import known_labels
-
-    for module in (curate, known_labels, select, align, attack, repair, evaluate):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(name)
+        setitem(KINDS, kind, dataclasses.replace(known, run=f"{__name__}:{kind}", version=1))
 
 
 def finished(root: Path) -> set[str]:

@@ -109,7 +109,8 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run loads no model")
 
-    monkeypatch.setattr("pharmacist.nn.models.load_model", load)
+    for place in ("nn.models", "pipeline.rows"):
+        monkeypatch.setattr(f"pharmacist.{place}.load_model", load)
 
 
 def test_the_embedded_recipe(no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

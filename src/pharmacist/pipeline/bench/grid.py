@@ -30,8 +30,8 @@ from pharmacist.pipeline.bench.options import (
     TaskEntry,
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
-from pharmacist.pipeline.curate import SPREAD
 from pharmacist.pipeline.select import WEIGHTS
+from pharmacist.pipeline.stages.curate import SPREAD
 
 
 Entry = TypeVar("Entry")
@@ -276,7 +276,7 @@ class _Expansion:
         """
         if (kind, *label) not in self._templates:
             known = KINDS[kind]
-            values: dict[str, Any] = dict(getattr(self.grid, known.section)) if known.section else {}
+            values: dict[str, Any] = dict(getattr(self.grid, known.name, {}))
             for layer in layers:
                 values = merged(values, layer)
             grid = self.grid
@@ -287,7 +287,7 @@ class _Expansion:
                 "quiet": grid.quiet,
                 "checkpoint_seconds": grid.checkpoint_seconds,
             }
-            self._templates[kind, *label] = from_mapping(known.options_type, values, where=where)
+            self._templates[kind, *label] = from_mapping(known.options, values, where=where)
         return self._templates[kind, *label]
 
     def stage(
@@ -317,7 +317,7 @@ class _Expansion:
         for name, (parent, place) in made.items():
             inputs[name] = Input(str(parent.folder / place), f"{parent.key}/{place}")
         for name in known.files:
-            spec, where = getattr(options, name), f"{known.section}: {name}"
+            spec, where = getattr(options, name), f"{known.name}: {name}"
             if name in made or not spec:
                 continue
             if isinstance(spec, list):
@@ -326,7 +326,7 @@ class _Expansion:
                 inputs[name] = self.data.rows(spec, where, seed, pool)
         for name in known.models:
             if name not in made and getattr(options, name):
-                inputs[name] = self.data.model(getattr(options, name), f"{known.section}: {name}")
+                inputs[name] = self.data.model(getattr(options, name), f"{known.name}: {name}")
         parents = tuple(dict.fromkeys(parent.name for parent, _ in made.values()))
         stage = make_stage(self.data.root, kind, options, inputs, parents, method)
         return self.stages.setdefault(stage.name, stage)
@@ -624,7 +624,7 @@ def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stag
 
 def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str, prompts_only: bool) -> Stage:
     from pharmacist.evaluation.judges import JUDGES
-    from pharmacist.pipeline.evaluate import LATE
+    from pharmacist.pipeline.stages.evaluate import EVALUATE
 
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
@@ -651,7 +651,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
     if prompts_only:
         options = with_options(options, benign_prompts=None, task=None)
     stage = expansion.stage("evaluate", options, chosen.seed, chosen.pool, judge.name, made={"model": (parent, place)})
-    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in LATE}
+    asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
     first = expansion.answers.setdefault(sha256_json([parent.key, place, asked]), stage.name)
     if first not in (stage.name, stage.like):
         stage = replace(stage, parents=(*stage.parents, first), like=first)
@@ -662,15 +662,13 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
 def _check_sections(grid: BenchOptions) -> None:
     """Refuses keys that no section has, or that axes decide."""
     for kind in KINDS.values():
-        if not kind.section:
+        section = getattr(grid, kind.name, None)
+        if section is None:
             continue
-        section = getattr(grid, kind.section)
         for key in section:
-            if key in kind.decided | EVERYWHERE:
-                raise ConfigError(f"{kind.section}: '{key}' is decided by the grid; leave it out here")
+            if key in kind.by_axes | EVERYWHERE:
+                raise ConfigError(f"{kind.name}: '{key}' is decided by the grid; leave it out here")
         placeholders = {"output_dir": "-", "model": "-"} | {
-            name: "-"
-            for name in ("pool", "data", "prompts")
-            if name in {item.name for item in fields(kind.options_type)}
+            name: "-" for name in ("pool", "data", "prompts") if name in {item.name for item in fields(kind.options)}
         }
-        from_mapping(kind.options_type, placeholders | section, where=kind.section)
+        from_mapping(kind.options, placeholders | section, where=kind.name)

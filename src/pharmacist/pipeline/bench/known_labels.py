@@ -1,23 +1,17 @@
 """A stage of the grid: labels of the rows that a ranking asks for, where people have labelled the pool before."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
+from pharmacist.core.env import rank
 from pharmacist.core.errors import DataError
-from pharmacist.core.rundir import RunDir, RunOptions
-
-
-STAGE_VERSION = 1
-
-
-@dataclass(kw_only=True)
-class KnownLabelsOptions(RunOptions):
-    """Answer what a ranking asks."""
-
-    ranking: str
-    """Folder of a finished curate with rows to label."""
-    labels: str
-    """What people said of every row of its pool: labels.json, as curate reads it."""
+from pharmacist.core.files import read_json_lines
+from pharmacist.core.hashing import sha256_file
+from pharmacist.core.manifest import check_unchanged, read_manifest
+from pharmacist.nn.distributed import barrier
+from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS, KnownLabelsOptions
+from pharmacist.selectors.labels import read_entries, write_labels
 
 
 def known_labels(options: KnownLabelsOptions) -> Path:
@@ -29,23 +23,13 @@ def known_labels(options: KnownLabelsOptions) -> Path:
     Raises:
         DataError: The ranking asks for none, or a row that it asks for has no label.
     """
-    import pandas as pd
-
-    from pharmacist.core.env import rank
-    from pharmacist.core.files import read_json_lines
-    from pharmacist.core.hashing import sha256_file
-    from pharmacist.core.manifest import check_unchanged, read_manifest
-    from pharmacist.nn.distributed import barrier
-    from pharmacist.selectors.labels import read_entries, write_labels
-
     folder = Path(options.ranking)
     ranking = read_manifest(folder)
     if not (folder / "to_label.jsonl").is_file():
         raise DataError(f"{folder}: this ranking asks for no labels; a selector of form evidence or both asks")
     check_unchanged(folder, "to_label.jsonl", "scores.parquet")
     inputs = {"to_label": sha256_file(folder / "to_label.jsonl"), "labels": sha256_file(options.labels)}
-    run = RunDir.open(options, stage="label", version=STAGE_VERSION, inputs=inputs)
-    try:
+    with KNOWN_LABELS.open(options, inputs=inputs) as run:
         path = run.path("labels.json")
         if rank() == 0 and not run.complete:
             with run.phase("label"):
@@ -58,5 +42,3 @@ def known_labels(options: KnownLabelsOptions) -> Path:
             run.finish(outputs=[path.name], counts={"labels": len(asked)})
         barrier()
         return path
-    finally:
-        run.close()

@@ -20,96 +20,29 @@ from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.progress import hushed
 from pharmacist.core.rundir import RunOptions, as_json, identifying, made_from
 from pharmacist.pipeline.bench.remote import Remote
+from pharmacist.pipeline.stage import Stage as Declaration
+from pharmacist.pipeline.stages.align import ALIGN
+from pharmacist.pipeline.stages.attack import ATTACK
+from pharmacist.pipeline.stages.curate import CURATE
+from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS
+from pharmacist.pipeline.stages.repair import REPAIR
+from pharmacist.pipeline.stages.select import SELECT
 
 
 Options = TypeVar("Options", bound=RunOptions)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of stage.
-
-    Attributes:
-        module: Where options, function and ``STAGE_VERSION`` are.
-        options: Name of the options' class.
-        function: Name of the function.
-        section: Name of the grid's section with options for all stages of the kind.
-        files: Options that name rows.
-        models: Options that name models.
-        decided: Options that the grid's axes decide, so that a section cannot.
-    """
-
-    module: str
-    options: str
-    function: str
-    section: str
-    files: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
-    decided: frozenset[str] = frozenset()
-
-    @property
-    def options_type(self) -> type[Any]:
-        """The options' class."""
-        found: type[Any] = getattr(import_module(self.module), self.options)
-        return found
-
-    @property
-    def version(self) -> int:
-        """Raised by hand whenever the stage's results change."""
-        return int(import_module(self.module).STAGE_VERSION)
-
-
-KINDS = {
-    "rank": Kind(
-        "pharmacist.pipeline.curate",
-        "CurateOptions",
-        "curate",
-        "curate",
-        files=("pool", "safe", "harmful", "utility", "labels"),
-        models=("model",),
-        decided=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
-    ),
-    "label": Kind(
-        "pharmacist.pipeline.bench.known_labels", "KnownLabelsOptions", "known_labels", "", files=("ranking", "labels")
-    ),
-    "select": Kind("pharmacist.pipeline.select", "SelectOptions", "select", "", files=("ranking",)),
-    "align": Kind(
-        "pharmacist.pipeline.align",
-        "AlignOptions",
-        "align",
-        "align",
-        files=("data", "harmful"),
-        models=("model",),
-        decided=frozenset({"data", "defense", "weights"}),
-    ),
-    "attack": Kind(
-        "pharmacist.pipeline.attack",
-        "AttackOptions",
-        "attack",
-        "attack",
-        files=("task", "harmful", "safe", "disjoint_from"),
-        models=("model",),
-        decided=frozenset({"task", "kind", "poison_ratio", "samples", "defense", "build_only"}),
-    ),
-    "repair": Kind(
-        "pharmacist.pipeline.repair",
-        "RepairOptions",
-        "repair",
-        "repair",
-        files=("harmful", "safe"),
-        models=("model", "aligned", "base"),
-        decided=frozenset({"aligned", "method"}),
-    ),
-    "evaluate": Kind(
-        "pharmacist.pipeline.evaluate",
-        "EvaluateOptions",
-        "evaluate",
-        "evaluate",
-        files=("prompts", "benign_prompts", "task", "safe", "harmful", "utility", "perplexity", "margin"),
-        models=("model", "base"),
-        decided=frozenset({"judge", "task", "safe", "harmful", "utility", "compare"}),
-    ),
+KINDS: dict[str, Declaration] = {
+    "rank": CURATE,
+    "label": KNOWN_LABELS,
+    "select": SELECT,
+    "align": ALIGN,
+    "attack": ATTACK,
+    "repair": REPAIR,
+    "evaluate": EVALUATE,
 }
+"""Kinds of stages, as folders and tables name them."""
 EVERYWHERE = frozenset({"output_dir", "seed", "device", "dtype", "quiet", "overwrite", "checkpoint_seconds", "model"})
 """Options that no section has: the grid's own hold for all stages."""
 
@@ -213,7 +146,7 @@ def make_stage(
     identity = {"stage": kind, "version": known.version, "config": identifying(as_json(options)) | contents}
     key = sha256_json(identity)
     filled = with_options(options, **places, output_dir=str(root / "stages" / f"{kind}-{key[:16]}"))
-    return Stage(kind, f"{known.module}:{known.function}", key, filled, parents, method)
+    return Stage(kind, known.run, key, filled, parents, method)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupKFold
 
 from pharmacist.core.errors import DataError
@@ -61,8 +60,6 @@ _CHUNK = 8192
 _SURE = 50.0  # log-odds as good as certainty, and still finite
 _REQUEST_WIDTH = 256
 _TYPICAL_WEIGHT = 4.0
-_AMOUNT_REGULARISATION = 0.1
-"""scikit-learn's C: strong, so that many words share the evidence instead of the few that tell best."""
 
 
 def _can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
@@ -121,8 +118,6 @@ class Answers:
         typical: What it adds to the log-odds of a safe row that the row as a whole looks like a safe reference, shape
             [rows]; 0 where the pool is unlike the references.
         near: How far pool and references look like one source, in [0, 1].
-        amount: How much of a refusal each answer holds in all its words (log-odds that add up word by word, so that an
-            answer that says more of it has more), shape [rows]; 0 where the pool is unlike the references.
         distance: See `distance.distance`.
         by_reader: Question and reader -> log-odds before they are combined, shape [rows].
         labels_held_out: With labels, for the labelled rows: their `safe_log_odds` without any labels, and with those
@@ -132,7 +127,6 @@ class Answers:
     log_odds: FloatArray
     typical: FloatArray
     near: float
-    amount: FloatArray
     distance: dict[str, float] | None
     by_reader: dict[str, FloatArray]
     labels_held_out: tuple[FloatArray, FloatArray] | None = None
@@ -289,8 +283,7 @@ class Evidence:
             for question, readers in by_reader.items()
             for name, values in readers.items()
         }
-        amount = self._amount(pool) if near else np.zeros(len(pool))
-        return Answers(log_odds, typical, near, amount, found, signals, held_out)
+        return Answers(log_odds, typical, near, found, signals, held_out)
 
     def _answer(
         self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
@@ -303,16 +296,6 @@ class Evidence:
         log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
         typical = self._combined(TYPICAL, {name: values[:, variant] for name, values in by_reader[TYPICAL].items()})
         return log_odds, typical
-
-    def _amount(self, pool: Texts) -> FloatArray:
-        """See `Answers.amount`."""
-        known = self._known[REFUSES]
-        answers = answers_to(REFUSES, self._classes[known])
-        words = CountVectorizer(ngram_range=(1, 2), binary=True, dtype=np.float64)
-        rotated, back = into_row_space(words.fit_transform([self._references.completions[row] for row in known]))
-        coefficients, _ = fit_logistic(rotated, answers, np.ones(len(answers)), _AMOUNT_REGULARISATION)
-        result: FloatArray = words.transform(pool.completions) @ back(coefficients)
-        return result
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""

@@ -42,8 +42,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     p = np.exp(with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
-    teaching = _teaching(answers, read == CRITICAL)
-    ordered = both(safe_log_odds(posterior), teaching, read, weight=1 + answers.near)
+    ordered = both(safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
     score, reasons = honoured(ordered, read, labels.rows, labels.classes)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
@@ -64,7 +63,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     return Scores(score[inverse], reasons[inverse], of_rows, report, warnings, telling[inverse])
 
 
-def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_], weight: float = 1.0) -> FloatArray:
+def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
     """Evidence throws out faults, it and a second measure order the rest.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
@@ -72,33 +71,28 @@ def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_],
 
     Args:
         evidence: Log-odds of the safe class, shape [rows].
-        second: `_teaching`, or the twins' contrast (loss under the other twin less that under the safe one), shape
+        second: `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one), shape
             [rows].
         reason: Shape [rows].
-        weight: Of `second` against evidence.
     """
     critical = reason == CRITICAL
     score = np.empty(len(reason))
     score[~critical] = _standardised(evidence[~critical])
-    score[critical] = _standardised(evidence[critical]) + weight * _standardised(second[critical])
+    score[critical] = _standardised(evidence[critical]) + _standardised(second[critical])
     if critical.any() and not critical.all():
         # A constant for all critical rows: lifts the lowest of them just above the best of the others.
         score[critical] += max(0.0, score[~critical].max() - score[critical].min() + 1e-6)
     return score
 
 
-def _teaching(answers: Answers, critical: npt.NDArray[np.bool_]) -> FloatArray:
-    """What orders critical rows besides p(safe), shape [rows]: that a row has no fault is not all.
+def _clarity(log_odds: FloatArray, critical: npt.NDArray[np.bool_]) -> FloatArray:
+    """How clearly a critical row answers the two questions that make it so, shape [rows].
 
-    How clearly it answers the two questions that make it critical; and, as far as the pool looks like the references,
-    how much of a refusal it holds in all its words: training adds up over words, and a terse refusal teaches little.
-    In a pool from elsewhere words are not known well enough for that, and long refusals of harmless requests come up.
+    That a row has no fault is not all: the clearer refusals of clearer requests harden a model more.
     """
     result = np.zeros(len(critical))
     for question in (RISKY, REFUSES):
-        clearly = _standardised(answers.log_odds[critical, QUESTIONS.index(question)])
-        result[critical] += (1 - answers.near) * clearly
-    result[critical] += answers.near * _standardised(answers.amount[critical])
+        result[critical] += _standardised(log_odds[critical, QUESTIONS.index(question)])
     return result
 
 

@@ -1,24 +1,23 @@
-"""Options of the command `evaluate`."""
+"""The stage `evaluate`: its options and its declaration, and those of the two further forms that it has."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from pharmacist.core.config import flag, method
+from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.rundir import RunOptions
+from pharmacist.core.options import ModelOptions, RowOptions, RunOptions
+from pharmacist.core.typed import AtLeast0, AtLeast1, flag
+from pharmacist.pipeline.stage import Stage
 
 
-STAGE_VERSION = 3
-PROMPTS = ("prompts", "benign_prompts", "task")
 REFERENCES = ("safe", "harmful", "utility")
+PROMPTS = ("prompts", "benign_prompts", "task")
 GENERAL = ("perplexity", "margin", "lm_eval")
 """What needs the weights and no answers."""
-LATE = frozenset({"judge", "second_judge", "task_type", *REFERENCES})
-"""Options that no answer depends on."""
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
 
     model: str = ""
@@ -36,10 +35,6 @@ class EvaluateOptions(RunOptions):
     answers: str | None = None
     """Instead of --model and prompts: answers that somebody already has, rows with prompt and answer, judged as they
     are. An answer that is null is unscored."""
-    columns: str | None = None
-    """Columns that stand for known ones, such as prompt=Goal,answer=response, in every file that has them."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them."""
     task: str | None = None
     """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
     task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.graders:TASK_TYPES")
@@ -69,24 +64,21 @@ class EvaluateOptions(RunOptions):
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
     """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
-    max_new_tokens: int = 512
+    max_new_tokens: AtLeast1 = 512
     """Longest answer in tokens."""
-    batch_size: int = 0
+    batch_size: AtLeast0 = 0
     """Prompts answered at a time; 0 means as many as fit."""
     on_long_prompt: Literal["fail", "cut"] = "fail"
     """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
     show_harmful: bool = False
     """Print example answers that were flagged as harmful, instead of hiding them."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
     """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"lm_eval"}
+    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"lm_eval"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
@@ -106,7 +98,45 @@ class EvaluateOptions(RunOptions):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
         if all(getattr(self, name) is None for name in (*PROMPTS, *GENERAL)):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.batch_size < 0:
-            raise ConfigError(f"--batch-size {self.batch_size}: must not be negative")
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    options=EvaluateOptions,
+    run="pharmacist.pipeline.evaluate:evaluate",
+    summary="harmful score, fine-tune accuracy, over-refusal, with intervals",
+    example="pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
+    "--harmful harmful.jsonl --output-dir runs/scores",
+    version=3,
+    files=("prompts", "benign_prompts", "task", *REFERENCES, "perplexity", "margin"),
+    models=("model", "base"),
+    unidentifying=frozenset({"show_harmful"}),
+    final=frozenset({"judge", "second_judge", "task_type", *REFERENCES}),
+    final_inputs=frozenset({"judge file", "second judge file", "opponent", *REFERENCES}),
+    reopens=True,
+    read_again=("items.jsonl", "metrics.json"),
+    costly=tuple(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity", "margin")),
+    again="evaluates again",
+    by_axes=frozenset({"judge", "task", *REFERENCES, "compare"}),
+)
+COMPARE = replace(
+    EVALUATE,
+    name="compare",
+    run="pharmacist.pipeline.compare:compare_runs",
+    version=2,
+    unidentifying=frozenset(),
+    final=frozenset(),
+    final_inputs=frozenset(),
+    reopens=False,
+    read_again=("metrics.json",),
+    costly=(),
+)
+EVALUATE_MODELS = replace(
+    COMPARE,
+    name="evaluate-models",
+    run="pharmacist.pipeline.side_by_side:evaluate_models",
+    version=1,
+    unidentifying=frozenset({"show_harmful"}),
+    read_again=(),
+    again="",
+)

@@ -1,0 +1,147 @@
+"""Options whose types say what they may be, as ``Annotated[float, Gt(0), Le(1)]``; checked wherever they come from."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+
+from pharmacist.core.errors import ConfigError
+
+
+AtLeast0 = Annotated[int, Ge(0)]
+AtLeast1 = Annotated[int, Ge(1)]
+NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+"""A share that is not nothing, in (0, 1]."""
+Fraction = Annotated[float, Ge(0), Le(1)]
+"""A share, in [0, 1]."""
+
+_LARGEST = 2**63 - 1
+_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+
+
+class Checked:
+    """Base of dataclasses of options: what is given must be what the fields' types say."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        hints = hints_of(kind)
+        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, field.name)
+            if "nargs" in field.metadata and not isinstance(value, list | tuple):  # one word need not be in a list
+                value = None if value is None and NoneType in parts_of(hints[field.name]) else [value] if value else []
+            object.__setattr__(self, field.name, checked(self.option_name(field.name), hints[field.name], value))
+
+    @classmethod
+    def option_name(cls, field: str) -> str:
+        """A field as messages name it."""
+        return field
+
+
+def flag(name: str) -> str:
+    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
+    head, dot, rest = name.partition(".")
+    return f"--{head.replace('_', '-')}{dot}{rest}"
+
+
+@cache
+def hints_of(options: Any) -> dict[str, Any]:
+    """Field -> type, ranges included."""
+    return get_type_hints(options, include_extras=True)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def checked(name: str, hint: Any, value: Any) -> Any:
+    """A value as its type has it: paths are texts, tuples are lists, whole numbers may stand for others.
+
+    Args:
+        name: As messages call the option.
+        hint: The type, with its ranges.
+        value: What is given.
+
+    Raises:
+        ConfigError: It is of another type, out of range, or a number that no library can compute with.
+    """
+    if isinstance(hint, type) and is_dataclass(hint):
+        return value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
+    try:
+        found = _adapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        out_of_range = any(found["type"] in _OUT_OF_RANGE for found in error.errors(include_url=False))
+        wanted = _range(hint) if out_of_range else f"must be {described(hint)}"
+        raise ConfigError(f"{name} {cut(str(value))}: {wanted}") from error
+    _check_numbers(name, found)
+    return found
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(f"{name}.{key}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(name, inner)
+    elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{name} {cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} {value}: must be a finite number")
+
+
+def cut(text: str) -> str:
+    """A text as messages show it."""
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def parts_of(hint: Any) -> list[Any]:
+    """The alternatives of a type, without ranges; `None` is `NoneType`."""
+    if get_origin(hint) is Annotated:
+        return parts_of(get_args(hint)[0])
+    if get_origin(hint) in {Union, UnionType}:
+        return [part for kind in get_args(hint) for part in parts_of(kind)]
+    return [hint]
+
+
+def described(hint: Any) -> str:
+    """A type as messages name it."""
+    return " or ".join(dict.fromkeys(_kind(part) for part in parts_of(hint) if part is not NoneType))
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is list:
+        return "a list, written [a, b]"
+    if get_origin(hint) is dict:
+        return "keys and values, written {a: b}"
+    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return known.get(hint, "of another type")
+
+
+def _range(hint: Any) -> str:
+    """The range of a type as messages name it."""
+    if get_origin(hint) is not Annotated:
+        return next(found for inner in get_args(hint) if (found := _range(inner)))
+    low = high = ""
+    for limit in get_args(hint)[1:]:
+        if isinstance(limit, Ge | Gt):
+            at = limit.ge if isinstance(limit, Ge) else limit.gt
+            low = f"{'[' if isinstance(limit, Ge) else '('}{at}"
+        elif isinstance(limit, Le | Lt):
+            high = f"{limit.le}]" if isinstance(limit, Le) else f"{limit.lt})"
+    if low and high:
+        return f"must lie in {low}, {high}"
+    if low:
+        return {"[0": "must not be negative", "(0": "must be positive"}.get(low, f"must be at least {low[1:]}")
+    return f"must be at most {high[:-1]}"

@@ -1,0 +1,199 @@
+"""Which rows of a ranking make the core subset."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pharmacist.core.console import plain
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.progress import console
+from pharmacist.data.records import Records
+from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions
+from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
+
+
+Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]
+"""Where each row lies among the others, and a key per row that does not depend on their order; see `subset.Spread`."""
+
+
+def fraction_of(options: CurateOptions, n: int) -> float:
+    """The share of `n` ranked rows that is to be selected."""
+    if options.top_k is not None:
+        return min(1.0, options.top_k / n)
+    return options.top if options.top is not None else 0.3
+
+
+def number_of(options: CurateOptions, n: int) -> int:
+    """The number of rows, of `n` ranked ones, that is to be selected."""
+    return options.top_k or _rows_of(fraction_of(options, n), n)
+
+
+def _rows_of(fraction: float, n: int) -> int:
+    return max(1, int(fraction * n + 0.5))
+
+
+def ranked_table(
+    pool: Records,
+    scores: Scores,
+    clusters: npt.NDArray[np.int64],
+    options: CurateOptions,
+    groups: npt.NDArray[np.str_] | None,
+    points: Points | None,
+    labels: Mapping[int, str],
+) -> pd.DataFrame:
+    """The content of ``scores.parquet``.
+
+    Args:
+        pool: The rows.
+        scores: What the selector says of them.
+        clusters: Number of each row's cluster of near-duplicates.
+        options: Of the stage.
+        groups: Each row's value of the column to balance by.
+        points: For a diversity that needs to know how near rows are.
+        labels: Position -> reason that a person gave the row.
+    """
+    rows = np.asarray(pool.dataset["row"], dtype=np.int64)
+    order = np.lexsort((rows, -scores.score))
+    position = np.empty(len(rows), dtype=np.int64)
+    position[order] = np.arange(1, len(rows) + 1)
+    # The best-ranked row of each cluster; the others of it are its duplicates.
+    best = np.zeros(len(rows), dtype=np.int64)
+    best[clusters[order[::-1]]] = order[::-1]
+    leader = best[clusters]
+    duplicate = leader != np.arange(len(rows))
+    reason = np.where(duplicate & (scores.reason == CRITICAL), "duplicate", scores.reason)
+    table = pd.DataFrame(
+        {
+            "row": rows,
+            "score": scores.score.astype(np.float64),
+            "rank": position,
+            "selected": False,
+            "reason": reason.astype(object),
+            "duplicate_of": np.where(duplicate, rows[leader], -1),
+            **scores.signals,
+        }
+    )
+    if labels:  # whatever the selector makes of them, they hold, for copies of a labelled row too
+        texts = list(zip(pool.dataset["prompt"], pool.dataset["completion"], strict=True))
+        told = {texts[position]: reason for position, reason in labels.items()}
+        table["label"] = [told.get(text, "") for text in texts]
+    if groups is not None:
+        table["group"] = groups.astype(object)
+    top = fraction_of(options, len(rows)) if options.top_k is None and options.min_score is None else None
+    chosen = choose(
+        table,
+        top,
+        options.top_k,
+        options.min_score,
+        options.diversity,
+        margin=options.diversity_margin,
+        share=options.balance_share if groups is not None else 0.0,
+        points=points,
+        fill=options.fill,
+    )
+    table.loc[chosen, "selected"] = True
+    if scores.weight is not None:
+        table["weight"] = scaled_to_mean_1(scores.weight, table["selected"].to_numpy())
+    return table
+
+
+def choose(
+    table: pd.DataFrame,
+    fraction: float | None,
+    k: int | None,
+    min_score: float | None,
+    diversity: str,
+    *,
+    margin: float = 1.5,
+    share: float = 0.0,
+    points: Points | None = None,
+    fill: bool = False,
+) -> npt.NDArray[np.int64]:
+    """Positions in `table` of the rows to select, ascending.
+
+    A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
+    that a person labelled bad is never selected.
+    """
+    from pharmacist.selectors.subset import Spread, core_rows  # with torch, for which pages must not wait
+
+    if share and "group" not in table:
+        raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
+    if diversity in SPREAD and points is None:
+        raise ConfigError(f"diversity {diversity}: rank the pool with it first, which says how near rows are")
+    if sum(value is not None for value in (fraction, k, min_score)) != 1:
+        raise ConfigError("give exactly one of fraction, k and min_score")
+    candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
+    if "label" in table:
+        candidates = candidates[candidates["label"].isin(("", CRITICAL))]
+    if min_score is not None:
+        chosen = candidates.index[candidates["score"] >= min_score]
+        if not len(chosen):
+            best = table["score"].max()
+            raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
+    else:
+        if fraction is not None:
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
+            k = _rows_of(fraction, len(table))
+        if k is None or k < 1:
+            raise ConfigError(f"k {k}: must be at least 1")
+        if k > len(table):
+            raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
+        if not fill:
+            candidates = candidates[candidates["reason"].isin(GOOD_REASONS)]
+        order = candidates.sort_values("rank").index.to_numpy()
+        groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
+        good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
+        spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
+        if not len(order):
+            return np.zeros(0, dtype=np.int64)
+        chosen = pd.Index(core_rows(order, min(k, len(order)), good, groups, share, spread))
+    return np.sort(chosen.to_numpy())
+
+
+def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
+    """What is to be said where the cut could not be filled, or was filled with rows that should not be in it."""
+    if options.min_score is not None:
+        return []
+    k, selected = number_of(options, len(table)), int(table["selected"].sum())
+    chosen = table["reason"][table["selected"]]
+    bad = chosen[~chosen.isin(GOOD_REASONS)].value_counts()
+    named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
+    if len(bad):
+        return [f"{int(bad.sum())} of the {selected} selected rows are so only to fill the quota: {named}"]
+    if selected < k and not options.fill and options.diversity != "near-duplicates":
+        few = f"{selected} rows are selected, not {k}: no others look worth keeping"
+        return [f"{few}; --fill takes the next best all the same"]
+    return []
+
+
+def changed_by_labels(table: pd.DataFrame, options: CurateOptions) -> dict[str, int]:
+    """How many rows the labels brought into the selection and out of it, against the ranking before them."""
+    for folder in (options.output_dir, options.resume_selector):
+        path = None if folder is None else Path(folder) / "scores.parquet"
+        if path is not None and path.is_file():
+            before = pd.read_parquet(path, columns=["row", "selected"])
+            old, new = (set(found.loc[found["selected"], "row"].tolist()) for found in (before, table))
+            return {"entered": len(new - old), "left": len(old - new)}
+    return {}
+
+
+def balance_counts(table: pd.DataFrame, options: CurateOptions) -> dict[str, dict[str, int]]:
+    """Per group how many rows there are, are selected, and would be by rank alone; says where that matters."""
+    best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
+    counts = {
+        str(group): {"rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0))}
+        for group, rows in table.groupby("group", observed=True)
+    }
+    for group, n in counts.items():
+        message = None
+        if n["selected"] == 0:
+            message = f"none of its {n['rows']} rows is selected, since none is judged worth keeping"
+        elif n["selected"] > n["by_rank"]:
+            message = f"{n['selected']} of {n['rows']} rows are selected; by rank alone it would be {n['by_rank']}"
+        if message is not None:
+            console().print(f"--balance {options.balance}: {plain(group)}: {message}", soft_wrap=True, markup=False)
+    return counts

@@ -1,0 +1,11 @@
+"""The stage `curate`: rank an alignment pool and select its core subset.
+
+`reading` opens and checks the inputs, `command` ranks them and writes the results, `printing` says what was found.
+"""
+
+from pharmacist.pipeline.curate.command import curate, rank
+from pharmacist.pipeline.ranking import Ranking
+from pharmacist.pipeline.stages.curate import CurateOptions
+
+
+__all__ = ["CurateOptions", "Ranking", "curate", "rank"]

@@ -1,0 +1,237 @@
+"""What `curate` reads; whatever can be wrong with pool, references, labels and models is told before the work."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import is_whole_tensors, read_json
+from pharmacist.core.hashing import sha256_content, sha256_file
+from pharmacist.core.manifest import check_unchanged
+from pharmacist.data.formats import Source, open_source
+from pharmacist.data.records import Records
+from pharmacist.data.splits import shared_prompts
+from pharmacist.data.tokenize import rendered_rows
+from pharmacist.data.where import conditions_for, conditions_of
+from pharmacist.evaluation.prompts import category_names
+from pharmacist.nn.models import model_fingerprint, resolve_device
+from pharmacist.pipeline.choosing import number_of
+from pharmacist.pipeline.rows import read
+from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
+from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
+from pharmacist.selectors.embeddings import check_room, check_sentence_encoder
+from pharmacist.selectors.labels import read_labels
+
+
+def open_sources(pool: Any, references: Mapping[str, Iterable[Any]], option: str = "{}") -> dict[str, Source]:
+    """The pool and all references.
+
+    Args:
+        pool: A path, a hub id or rows.
+        references: Kind -> such inputs.
+        option: How messages name an input, with its name in the place of the braces.
+
+    Returns:
+        ``pool``, and the references of a kind as ``safe``, ``safe 2`` and so on.
+    """
+    sources = {"pool": open_source(pool, name=option.format("pool"))}
+    for name, given in references.items():
+        for number, one in enumerate(given, start=1):
+            sources[name if number == 1 else f"{name} {number}"] = open_source(one, name=option.format(name))
+    return sources
+
+
+def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[str, str]:
+    """Fingerprint per input."""
+    found = {name: source.fingerprint() for name, source in sources.items()}
+    if options.model is not None:
+        found["model"] = model_fingerprint(options.model)
+    if options.embedder is not None:
+        local = Path(options.embedder).is_dir()
+        found["embedder"] = sha256_content(options.embedder) if local else f"hub:{options.embedder}"
+    if options.labels is not None:
+        found["labels"] = sha256_file(options.labels)
+    if options.resume_selector is not None:
+        found["resume_selector"] = sha256_content(options.resume_selector)
+    return found
+
+
+def read_inputs(
+    sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path
+) -> tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]:
+    """Pool and references, how many references were left out, and each row's group.
+
+    All that can be wrong with them and with the options is told here, before the work starts.
+    """
+    resolve_device(options.device)
+    _check_models(selector, options)
+    records, left_out = _read(sources, options, work)
+    n = len(records["pool"])
+    for need in sorted(selector.needs & set(REFERENCES)) if options.resume_selector is None else ():
+        if need not in records:
+            raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
+        if len(records[need]) < FEWEST_REFERENCES:
+            number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
+            raise DataError(f"--{need}: {number}")
+    if options.resume_selector is None:
+        selector.notice(records.keys())
+    if options.top_k is not None and options.top_k > n:
+        raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
+    selector.check_room(n, Path(options.output_dir))
+    if options.diversity in SPREAD:
+        check_room(n, Path(options.output_dir))
+    groups = None if options.balance is None else _groups(records["pool"], options.balance)
+    if groups is not None:
+        k, values = number_of(options, n), len(set(groups.tolist()))
+        if values > k:
+            remedy = "select more rows, or balance by a coarser column"
+            raise ConfigError(
+                f"--balance {options.balance}: {k} rows cannot hold one of each of {values} values; {remedy}"
+            )
+    return records, left_out, groups
+
+
+def _check_models(selector: Selector, options: CurateOptions) -> None:
+    """Says which model is missing before anything is read."""
+    if "model" in selector.needs and options.model is None:
+        raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
+    if "embedder" in selector.needs and options.model is None and options.embedder is None:
+        asks = f"selector '{options.selector['name']}' compares rows by a model"
+        raise ConfigError(f"{asks}; give --model, or --embedder")
+    if options.diversity in SPREAD and options.selector["name"] in {"full", *SPREAD}:
+        name = options.selector["name"]
+        does = "ranks nothing" if name == "full" else "covers the pool by itself"
+        raise ConfigError(f"--diversity {options.diversity}: selector '{name}' {does}; leave one of the two out")
+    if options.diversity in SPREAD and options.model is None and options.embedder is None:
+        raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")
+    if options.resume_selector is not None and not _learns(selector):
+        name = options.selector["name"]
+        raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
+    if options.resume_selector is not None:
+        saved = Path(options.resume_selector)
+        check_unchanged(saved, "selector")
+        check_unchanged(saved.parent, saved.name)
+        _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
+        selector.check_saved(saved, options.model)
+    if options.embedder is not None:
+        check_sentence_encoder()
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
+    for path in sorted(folder.rglob("*.json")):
+        read_json(path)
+    for path in sorted(folder.rglob("*.safetensors")):
+        if not is_whole_tensors(path):
+            raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
+
+
+def _learns(selector: Selector) -> bool:
+    """Whether a selector saves what it learns, so that a later run can go on from it."""
+    return type(selector).save is not Selector.save
+
+
+def _read(
+    sources: Mapping[str, Source], options: CurateOptions, work: Path
+) -> tuple[dict[str, Records], dict[str, int]]:
+    """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
+    first = {name: source for name, source in sources.items() if " " not in name}
+    conditions = conditions_of(options.where, first)
+    conditions |= {
+        name: conditions_for(options.where, name.split()[0], source) for name, source in sources.items() if " " in name
+    }
+
+    def of(name: str, role: str) -> Records:
+        harmful = role.split()[0] == "harmful"
+        return read(
+            sources[name], options, work / role, harmful=harmful, usual_names=name != "pool", where=conditions[name]
+        )
+
+    records = {name: of(name, name) for name in sources}
+    if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
+        records["harmful"] = of("safe", "harmful")
+    if {"safe", "harmful"} <= set(records) and _rows(records["safe"]) == _rows(records["harmful"]):
+        raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
+    left_out = {}
+    for name in records:
+        if name == "pool":
+            continue
+        shared = shared_prompts(records["pool"].dataset, records[name].dataset)
+        if len(shared) == len(records[name]):
+            raise DataError(f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked")
+        if len(shared):
+            records[name] = records[name].without(shared)
+        left_out[name] = len(shared)
+    return records, left_out
+
+
+def _rows(records: Records) -> set[tuple[str, str]]:
+    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
+
+
+def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
+    """Each row's value of a column; of several the one that is rarest in the pool, so that it keeps its rows."""
+    wanted = set(pool.row_numbers.tolist())
+    columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
+    try:
+        for row in pool.source.scan({column}) if column in columns or not columns else ():
+            if row.number in wanted and row.value is not None:
+                columns |= dict.fromkeys(row.value)
+                value = row.value.get(column)
+                plain = isinstance(value, bool | int | float)
+                found.append([str(value)] if plain else category_names(row.value, (column,)))
+    except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
+        raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
+    if column not in columns:
+        raise DataError(f"--balance {column}: the pool has no such column; it has {', '.join(columns)}")
+    counts = Counter(name for names in found for name in names)
+    if not counts:
+        raise DataError(f"--balance {column}: the column holds neither texts, lists of texts nor numbers")
+    return np.array([min(names, key=lambda name: (counts[name], name)) if names else "(none)" for names in found])
+
+
+def labels_of_pool(pool: Records, options: CurateOptions) -> dict[int, str]:
+    """Position in the pool -> reason that a person gave the row."""
+    if options.labels is None:
+        return {}
+    return read_labels(options.labels, pool.source.fingerprint(), pool.row_numbers)
+
+
+def joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
+    """References of one kind as one, and for each kind that came in several files the number of each row's file."""
+    found: dict[str, Records] = {}
+    of_source: dict[str, npt.NDArray[np.int64]] = {}
+    for kind in ("pool", *REFERENCES):
+        parts = [part for name, part in records.items() if name.split()[0] == kind and len(part)]
+        if not parts:
+            continue
+        found[kind] = parts[0]
+        if kind != "pool":
+            of_source[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        if len(parts) > 1:
+            for part in parts[1:]:
+                part.announce()
+            found[kind] = replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]))
+    return found, of_source
+
+
+def rendered(
+    context: SelectionContext, groups: npt.NDArray[np.str_] | None, options: CurateOptions
+) -> tuple[Records, npt.NDArray[np.str_] | None]:
+    """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
+    if options.model is None:
+        return context.pool, groups
+    before, loaded = context.pool.row_numbers, context.model
+    how = (loaded.tokenizer, loaded.template, options.on_bad_row)
+    context.pool = rendered_rows(context.pool, *how)
+    context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
+    if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
+        context.sources = {}  # what was left out is not told by source; folds are made by prompt
+    kept = np.isin(before, context.pool.row_numbers)
+    return context.pool, None if groups is None else groups[kept]

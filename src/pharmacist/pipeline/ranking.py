@@ -1,0 +1,245 @@
+"""A ranked pool, as an object."""
+
+import tempfile
+from dataclasses import dataclass, field
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import atomic_path, check_ordinary, read_json_lines
+from pharmacist.core.manifest import check_unchanged, read_manifest
+from pharmacist.data.formats import Source, open_source
+from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.where import conditions_for
+from pharmacist.evaluation.prompts import category_names
+from pharmacist.pipeline.choosing import Points, choose
+from pharmacist.pipeline.stages.curate import Diversity
+from pharmacist.report.html import render_ranking
+from pharmacist.selectors.labels import LABELS, labels_of
+
+
+_COLUMNS = ("row", "score", "rank", "selected", "reason")
+_FIRST = 1000
+"""Rows among which a pool with categories shows one."""
+_BARS = 40
+
+
+@dataclass(repr=False)
+class Ranking:
+    """A ranked pool.
+
+    Attributes:
+        source: The pool.
+        table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
+        manifest: Manifest of the run, as JSON.
+        about: What the selector says about itself, such as its quality on held-out references.
+        to_label: Positions of the rows whose label would teach most, shape [rows to label].
+        folder: Of the run, for messages.
+    """
+
+    source: Source
+    table: pd.DataFrame
+    manifest: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    to_label: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    folder: str = ""
+    _records: Records | None = None
+    _points: Points | None = None
+    _scratch: Any = None
+    """Rows are memory-mapped from this folder, if they lie in no run's."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Ranking":
+        """A ranking that `curate` has written, with the pool that it names.
+
+        Args:
+            folder: Of the run, finished.
+
+        Raises:
+            DataError: The folder holds no finished ranking, or the pool is not what it was when it was ranked.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest.stage != "curate":
+            raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
+        if manifest.status != "success":
+            raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
+        check_unchanged(folder, "scores.parquet", "to_label.jsonl")
+        config = manifest.config
+        if missing := [name for name in ("pool", "columns", "on_bad_row") if name not in config]:
+            raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
+        table = read_table(folder / "scores.parquet", *_COLUMNS)
+        again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
+        try:
+            source = open_source(config["pool"], name="pool")
+        except DataError as error:
+            raise DataError(f"{folder}: the pool {config['pool']} is no longer there; {again}") from error
+        if source.fingerprint() != manifest.inputs.get("pool"):
+            raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
+        to_label = folder / "to_label.jsonl"
+        asked = [row["row"] for row in read_json_lines(to_label)] if to_label.is_file() else []
+        return cls(
+            source,
+            table,
+            manifest.model_dump(mode="json"),
+            about=manifest.extra.get("selector_report", {}),
+            to_label=np.searchsorted(table["row"], np.asarray(asked, dtype=np.int64)),
+            folder=str(folder),
+        )
+
+    @property
+    def records(self) -> Records:
+        """The rows that were ranked, in the order of `table`; those of a loaded ranking are read when asked for.
+
+        Raises:
+            DataError: The pool has other rows than the table.
+        """
+        if self._records is None:
+            config, self._scratch = self.manifest["config"], tempfile.TemporaryDirectory(prefix="pharmacist-")
+            found = read_records(
+                self.source,
+                work_dir=self._scratch.name,
+                columns=parse_columns(config["columns"]),
+                on_bad_row=config["on_bad_row"],
+                where=conditions_for(config.get("where", []), "pool", self.source),
+            )
+            # Rows that the chat template refused were not ranked.
+            found = found.without(np.flatnonzero(~np.isin(found.row_numbers, self.table["row"])))
+            if found.row_numbers.tolist() != self.table["row"].tolist():
+                raise DataError(
+                    f"{self.folder}: scores.parquet has other rows than the pool {config['pool']}; rank it again"
+                )
+            self._records = found
+        return self._records
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        chosen = int(self.table["selected"].sum())
+        return f"Ranking of {self.source.label}: {len(self)} rows ranked, {chosen} selected"
+
+    def _repr_html_(self) -> str:
+        """Counts by reason and the histogram of the scores."""
+        heights = np.histogram(self.table["score"], bins=_BARS)[0] / max(1, len(self))
+        bars = "".join(
+            f'<rect x="{8 * n}" y="{100 - height:.1f}" width="7" height="{height:.1f}"/>'
+            for n, height in enumerate(100 * heights / max(heights.max(), 1e-9))
+        )
+        low, high = (f"{end:.3g}" for end in (self.table["score"].min(), self.table["score"].max()))
+        picture = f'<svg width="{8 * _BARS}" height="100" fill="currentColor">{bars}</svg><p>score {low} to {high}</p>'
+        return f"<p>{escape(repr(self))}</p>{self.counts().to_html()}{picture}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A copy of `table`."""
+        return self.table.copy()
+
+    def counts(self) -> pd.DataFrame:
+        """Rows per reason (index), selected and left out (columns)."""
+        found = pd.crosstab(self.table["reason"].astype(str), self.table["selected"])
+        found = found.reindex(columns=[True, False], fill_value=0)
+        return found.set_axis(["selected", "left out"], axis=1).rename_axis(columns=None)
+
+    def select(
+        self,
+        fraction: float | None = None,
+        *,
+        k: int | None = None,
+        min_score: float | None = None,
+        diversity: Diversity = "none",
+        diversity_margin: float = 1.5,
+        balance_share: float = 0.0,
+        fill: bool = False,
+    ) -> datasets.Dataset:
+        """The core subset with all input columns, in input order.
+
+        Args:
+            fraction: Share of the ranked rows, in (0, 1].
+            k: Or their number.
+            min_score: Or the least score.
+            diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows; ``k-center`` and
+                ``facility-location`` need a ranking that was made with one of the two, and not loaded.
+            diversity_margin: They take their rows from that many times as many best-ranked ones.
+            balance_share: Least share of every group, in a ranking that was made with ``balance``; 0 sets none.
+            fill: Whether rows whose own reason speaks against them may be taken, to reach the share or number.
+
+        Raises:
+            ConfigError: The table has no such rows, or not what the choice needs to know.
+        """
+        chosen = choose(
+            self.table,
+            fraction,
+            k,
+            min_score,
+            diversity,
+            margin=diversity_margin,
+            share=balance_share,
+            points=self._points,
+            fill=fill,
+        )
+        return self.source.dataset(self.table["row"].to_numpy()[chosen])
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Writes ``scores.parquet``."""
+        with atomic_path(path) as temporary:
+            self.table.to_parquet(temporary, index=False)
+
+    def report(self, path: str | Path, labels: list[str] | None = None) -> None:
+        """Writes the page.
+
+        Args:
+            path: The HTML file.
+            labels: Known label per ranked row, where there is one (planted pools).
+        """
+        asked, known = self.asked(), labels_of(self.table)
+        render_ranking(
+            Path(path),
+            scores=self.table,
+            texts=self.records.dataset.select_columns(["prompt", "completion"]),
+            manifest=self.manifest,
+            labels=labels,
+            categories=_categories(self.records),
+            labelling={"pool": self.source.fingerprint(), "rows": asked, "labels": LABELS, "known": known},
+        )
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The rows whose label would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
+        columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
+        reasons = self.table["reason"].to_numpy()
+        return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
+
+
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A Parquet file of a run in which these columns must be.
+
+    Raises:
+        DataError: It cannot be read, or lacks one.
+    """
+    check_ordinary(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
+    return table
+
+
+def _categories(records: Records) -> list[list[str]] | None:
+    """Categories of every row, out of the pool's column ``category``; None where the pool has no such column.
+
+    A row may have no category, one, or several.
+    """
+    # A pool is long, and one without categories is not read to its end.
+    columns = {"category", "categories"}
+    if not any(category_names(row.value) for row in islice(records.source.scan(columns), _FIRST)):
+        return None
+    wanted = set(records.row_numbers.tolist())
+    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]

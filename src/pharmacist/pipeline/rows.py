@@ -1,0 +1,92 @@
+"""Rows and models as a stage's options say: read, tokenised, loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pharmacist.core.env import rank
+from pharmacist.core.options import RowOptions
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.formats import Source
+from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.tokenize import Encoded, encode
+from pharmacist.data.where import Condition
+from pharmacist.nn.models import LoadedModel, load_model
+
+
+def read(
+    source: Source,
+    options: RowOptions,
+    work: Path,
+    *,
+    harmful: bool = False,
+    usual_names: bool = False,
+    where: Sequence[Condition] | None = None,
+    prompts_only: bool = False,
+) -> Records:
+    """Reads a source into canonical rows.
+
+    Args:
+        source: The rows.
+        options: Names of columns, and what to do with rows that cannot be used.
+        work: Folder for the result; every process has its own beside it.
+        harmful: Whether a preference row gives its rejected side.
+        usual_names: Whether a file that lacks the columns of `options` is read by the usual names.
+        where: Only the rows for which all of these hold.
+        prompts_only: Only prompts are needed.
+
+    Raises:
+        DataError: Rows cannot be used, or there is none.
+    """
+    columns = parse_columns(options.columns)
+    if columns is not None and usual_names:
+        first = next(source.scan(), None)
+        columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
+    return read_records(
+        source,
+        work_dir=f"{work}-{rank()}",
+        columns=columns,
+        side="rejected" if harmful else "chosen",
+        on_bad_row=options.on_bad_row,
+        where=where,
+        prompts_only=prompts_only,
+    )
+
+
+def load(name: str, options: Any, *, merge: bool = True) -> LoadedModel:
+    """Loads a model where and how the options of a run say; see `load_model`."""
+    return load_model(
+        name,
+        device=options.device,
+        dtype=options.dtype,
+        template=options.template,
+        trust_remote_code=options.trust_remote_code,
+        merge=merge,
+    )
+
+
+def tokenise(
+    rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str = ""
+) -> Encoded:
+    """Canonical rows as a model reads them, on disk in the work folder of a run; see `encode`.
+
+    Args:
+        rows: The rows.
+        name: Of the result's folder.
+        loaded: Tokenizer, template and greatest length.
+        options: Of the stage.
+        run: Its run.
+        where: What the rows are, for messages.
+    """
+    return encode(
+        rows,
+        loaded.tokenizer,
+        loaded.template,
+        on_long_prompt=options.on_long_prompt,
+        on_bad_row=options.on_bad_row,
+        max_length=min(options.max_length or loaded.max_length, loaded.max_length),
+        work_dir=run.work("data", f"{name}-{rank()}"),
+        name=where,
+    )

@@ -1,0 +1,55 @@
+"""The stage `align`: its options and its declaration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.typed import AtLeast0
+from pharmacist.pipeline.stage import Stage
+from pharmacist.training.options import TrainingStageOptions
+
+
+@dataclass(kw_only=True)
+class AlignOptions(TrainingStageOptions):
+    """Train a model on an alignment set with an alignment-stage defense."""
+
+    data: str
+    """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """How the model is trained."""
+    harmful: str | None = None
+    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. A preference file gives its
+    rejected side; where --data is one, so does it."""
+    harmful_batch_size: AtLeast0 = 0
+    """Harmful rows per pass; 0 means as many as alignment rows."""
+    weights: str | None = None
+    """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
+    weight and a line per row. They count relative to each other: their mean over the rows is set to 1."""
+    pair_by: Literal["prompt", "row"] = "prompt"
+    """How repnoise finds the harmful row of an alignment row: equal prompts, or equal row numbers."""
+
+    # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 20.0,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+    }
+
+
+ALIGN = Stage(
+    name="align",
+    options=AlignOptions,
+    run="pharmacist.pipeline.align:align",
+    summary="train on an alignment set with an alignment-stage defense",
+    example="pharmacist align --data runs/core/selected.jsonl --model MODEL --output-dir runs/aligned",
+    version=2,
+    files=("data", "harmful"),
+    models=("model",),
+    costly=("work/train/**/*.safetensors",),
+    again="trains again",
+    by_axes=frozenset({"data", "defense", "weights"}),
+)

@@ -1,0 +1,71 @@
+"""The stage `attack`: its options and its declaration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast1, Fraction
+from pharmacist.pipeline.stage import Stage
+from pharmacist.training.options import TrainingStageOptions
+
+
+@dataclass(kw_only=True)
+class AttackOptions(TrainingStageOptions):
+    """Build a poisoned fine-tuning set and fine-tune a model on it, as a user of a fine-tuning service would."""
+
+    task: str | None = None
+    """Benign rows of the user's task, in any format that curate reads; or sst2, agnews, gsm8k, alpaca or dolly, which
+    come from the hub."""
+    harmful: str | None = None
+    """Rows with which the set is poisoned. A preference file gives its rejected side."""
+    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
+    """What the set is made of."""
+    poison_ratio: Fraction = 0.1
+    """Share of harmful rows in the set, in [0, 1], for the kind mix."""
+    samples: AtLeast1 = 1000
+    """Rows in the set."""
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """Fine-tuning-stage defense; sft is none."""
+    safe: str | None = None
+    """The defender's safe rows, for the defenses that use them."""
+    adapter: Literal["fresh", "continue"] = "fresh"
+    """Train a fresh adapter on the merged model, or go on with the adapter that the model has."""
+    disjoint_from: list[str] = field(default_factory=list)
+    """Files (of the defender, of the evaluation) with which the set must share no prompt; checked before training."""
+    snapshots: list[AtLeast1] = field(default_factory=list)
+    """Also save the model after these numbers of steps, in snapshots/step-N."""
+    build_only: bool = False
+    """Write attack_set.jsonl and stop there."""
+
+    # The fine-tuning protocol of the alignment-stage papers.
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 20.0,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter == "continue" and self.tuning == "full":
+            raise ConfigError("--adapter continue: there is no adapter to continue under --tuning full; leave one out")
+
+
+ATTACK = Stage(
+    name="attack",
+    options=AttackOptions,
+    run="pharmacist.pipeline.attack:attack",
+    summary="build a poisoned fine-tuning set and fine-tune on it",
+    example="pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
+    "--samples 1000 --output-dir runs/attacked",
+    version=2,
+    files=("task", "harmful", "safe", "disjoint_from"),
+    models=("model",),
+    costly=("work/train/**/*.safetensors",),
+    early=("attack_set.jsonl",),
+    by_axes=frozenset({"task", "kind", "poison_ratio", "samples", "defense", "build_only"}),
+)

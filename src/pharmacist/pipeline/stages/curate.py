@@ -1,0 +1,113 @@
+"""The stage `curate`: its options and its declaration, and that of a ranking from Python, which writes no results."""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from pharmacist.core.config import method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.options import ChosenRowOptions, LengthOptions, RunOptions
+from pharmacist.core.typed import AtLeast0, AtLeast1, Share
+from pharmacist.pipeline.stage import Stage
+
+
+REFERENCES = ("safe", "harmful", "utility")
+Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
+SPREAD = frozenset({"k-center", "facility-location"})
+"""Diversities that need to know how near rows are."""
+
+
+@dataclass(kw_only=True)
+class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
+    """Rank an alignment pool and write its core subset."""
+
+    pool: str
+    """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a hub id."""
+    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Safe references: harmful prompt, refusal. A preference file gives its chosen side. Several files count as
+    several sources, of which one at a time is held out where every kind of references has several."""
+    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Harmful references: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
+    """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
+    labels: str | None = None
+    """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
+    learns from them, and no row labelled bad is selected. A finished ranking is made again in seconds."""
+    to_label: AtLeast0 = 40
+    """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
+    model: str | None = None
+    """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
+    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
+    """How rows are ranked; several, a+b, rank by the mean of their ranks."""
+    resume_selector: str | None = None
+    """Folder of an earlier curate whose trained selector scores this pool, without training."""
+    top: Share | None = None
+    """Share of the ranked rows to select, in (0, 1]; 0.3 where neither this nor --top-k nor --min-score is given."""
+    top_k: AtLeast1 | None = None
+    """Number of rows to select."""
+    min_score: float | None = None
+    """Select the rows with at least this score."""
+    fill: bool = False
+    """Fill --top or --top-k with rows whose own reason speaks against them, where too few others are left."""
+    diversity: Diversity = "none"
+    """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
+    that cover the best-ranked ones, instead of the very best."""
+    diversity_margin: Annotated[float, Ge(1)] = 1.5
+    """k-center and facility-location take their rows from that many times as many best-ranked ones."""
+    balance: str | None = None
+    """Column of the pool, such as category or source, of which no value may vanish from the core subset."""
+    balance_share: Share = 0.5
+    """Each value of the column keeps at least this share, in (0, 1], of the rows that it would have in a proportional
+    draw, and one; 1 is a stratified selection."""
+    duplicate_threshold: Share = 0.8
+    """Jaccard similarity of word shingles from which two rows are near-duplicates."""
+    format: Literal["jsonl", "input"] = "jsonl"
+    """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
+    embedder: str | None = None
+    """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
+    --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
+
+    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"balance"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
+        if self.min_score is not None and (self.balance is not None or self.diversity in SPREAD):
+            option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
+            raise ConfigError(
+                f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k"
+            )
+
+
+CURATE = Stage(
+    name="curate",
+    options=CurateOptions,
+    run="pharmacist.pipeline.curate:curate",
+    summary="rank an alignment pool and write its core subset",
+    example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
+    "--model MODEL --top 0.3 --output-dir runs/core",
+    version=4,
+    files=("pool", *REFERENCES, "labels"),
+    models=("model",),
+    final=frozenset(
+        {
+            "min_score",
+            "diversity",
+            "diversity_margin",
+            "balance",
+            "balance_share",
+            "format",
+            "fill",
+            "labels",
+            "to_label",
+        }
+    ),
+    final_inputs=frozenset({"labels"}),
+    costly=("work/**/*.safetensors",),
+    again="ranks again",
+    by_axes=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
+)
+RANK = replace(CURATE, name="rank", run="pharmacist.pipeline.curate:rank", final_inputs=frozenset())
