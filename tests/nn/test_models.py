@@ -13,7 +13,7 @@ from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.models import load_model, model_fingerprint, resolve_device, resolve_dtype, tokenizer_fingerprint
-from tests.tiny import random_token_rows, save_tiny_model, tiny_tokenizer
+from tests.tiny import random_token_rows, save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 IDS = torch.arange(1, 12)[None]
@@ -165,6 +165,32 @@ def test_devices_and_number_formats():
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("saved", "capabilities", "large", "expected"),
+    [
+        (torch.bfloat16, {"avx512_bf16": True}, 1, torch.bfloat16),
+        (torch.bfloat16, {"amx_bf16": True}, 1, torch.bfloat16),
+        (torch.float32, {"avx512_bf16": True}, 1, torch.float32),
+        (torch.bfloat16, {"avx2": True}, 1, torch.float32),
+        (torch.bfloat16, {"avx512_bf16": True}, 50_000_000, torch.float32),
+    ],
+    ids=["saved so", "AMX", "saved in float32", "a CPU without", "small"],
+)
+def test_bfloat16_on_a_cpu(tmp_path, monkeypatch, saved, capabilities, large, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr("pharmacist.nn.models._LARGE", large)
+    tokenizer = tiny_tokenizer()
+    tiny_llama(tokenizer).to(saved).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    assert loaded.model.dtype == loaded.dtype == expected
+    assert loaded.facts["dtype"] == str(expected).removeprefix("torch.")
+    assert load_model(str(tmp_path), device="cpu", dtype="float32").model.dtype == torch.float32
+    assert {value.dtype for value in AdapterBank(loaded.model, AdapterOptions(), 0).state("start").values()} == {
+        torch.float32
+    }
 
 
 def test_a_gated_model_says_how_to_get_it(monkeypatch):

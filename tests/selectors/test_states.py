@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pharmacist.nn.batching import make_batch
+from pharmacist.nn.losses import token_losses
 from pharmacist.selectors.pharmacist import states as module
 from pharmacist.selectors.pharmacist.states import N_STATISTICS, PARTS, hidden_states, loss_statistics
 from tests.tiny import TinyDecoder, random_token_rows
@@ -29,7 +30,7 @@ def test_states_are_means_over_request_and_answer_and_their_ends():
 
 def test_statistics_equal_a_computation_by_hand():
     output = MODEL(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask)
-    found = loss_statistics(output.logits, BATCH)
+    found = loss_statistics(token_losses(output.logits, BATCH.input_ids), BATCH)
     assert found.shape == (7, N_STATISTICS)
     np.testing.assert_allclose(hidden_states(MODEL)(BATCH)["statistics"], found, rtol=0, atol=1e-5)
     for i, (prompt, completion) in enumerate(ROWS.pairs):

@@ -13,9 +13,9 @@ from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.metrics import Metric
 from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interval, wilson, with_interval
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.losses import row_losses
 from pharmacist.nn.models import LoadedModel, tokenizer_fingerprint
 from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import read_row_losses, tokens_per_batch
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -87,12 +87,10 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
     """Negative log-likelihood of each row's completion, end-of-sequence included."""
 
     def measure(batch: Batch) -> dict[str, FloatArray]:
-        logits = loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        losses = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+        losses = read_row_losses(loaded.model, batch, prompt=False)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
-    vocabulary = int(getattr(loaded.model.config, "vocab_size", 32768))
-    budget = max(1024, min(65536, 2 ** (25 if loaded.device.type == "cpu" else 30) // vocabulary))
+    budget = tokens_per_batch(loaded.model, loaded.device)
     found = run_pass(
         encoded, measure, work=work, device=loaded.device, tokens_per_batch=budget, description=flag.removeprefix("--")
     )["nll"]

@@ -17,8 +17,9 @@ from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.locate import linear_names
-from pharmacist.nn.losses import RowLosses, row_losses
+from pharmacist.nn.losses import RowLosses
 from pharmacist.nn.options import AdapterOptions as AdapterOptions
+from pharmacist.nn.reading import read_row_losses
 
 
 Names = str | tuple[str, ...] | None
@@ -153,8 +154,7 @@ class AdapterBank:
         """Losses of a batch under an adapter, several together, or the base alone."""
         self.tokens += batch.tokens
         with self.using(name) as model:
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
+            return read_row_losses(model, batch)
 
     def train(
         self,

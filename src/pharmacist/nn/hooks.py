@@ -151,6 +151,30 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def head_inputs(head: nn.Module, few: int) -> Iterator[list[torch.Tensor]]:
+    """Collects the hidden states that the output head is given, and lets it see some of the first row alone.
+
+    Args:
+        head: The output head.
+        few: How many it sees, 0 for none.
+
+    Yields:
+        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, few, vocabulary].
+    """
+    seen: list[torch.Tensor] = []
+
+    def select(module: nn.Module, args: Any) -> Any:
+        seen.append(args[0])
+        return (args[0][:1, :few], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def replayed_rng(device: torch.device) -> Iterator[None]:
     """Leaves the random state as it was, so that the next pass draws the same dropout masks."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -59,8 +59,12 @@ def row_losses(
         lengths: Tokens without padding, shape [rows].
         prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
     """
-    losses = token_losses(logits, input_ids)
-    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)[None, :]
+    return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
+
+
+def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
+    """`row_losses` from `token_losses`, shape [rows, length - 1]."""
+    position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     in_prompt = position < prompt_lengths[:, None]
     in_completion = ~in_prompt & (position < lengths[:, None])
     n_prompt, n_completion = in_prompt.sum(1), in_completion.sum(1)

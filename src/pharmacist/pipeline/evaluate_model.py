@@ -289,7 +289,7 @@ def _answers(
     report = engine.report()
     run.record(
         device=report["device"],
-        extra={name: report.get(name) for name in ("template", "template_origin")} | {"engine": engine.name},
+        extra={name: report.get(name) for name in ("template", "template_origin", "dtype")} | {"engine": engine.name},
     )
     general: dict[str, Any] = {}
     if options.base is not None:

@@ -142,7 +142,7 @@ def _repair(
             outputs=[*folders, "repair.json", "README.md"],
             metrics=metrics,
             device=str(loaded.device),
-            extra={"form": form, "template": loaded.template.to_json(), "template_origin": loaded.template_origin},
+            extra={"form": form, **loaded.facts},
         )
         console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
         _show(changes, metrics, name, run.root)

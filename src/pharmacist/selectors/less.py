@@ -17,11 +17,11 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_fa
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.nn.passes import Measure, run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import pool_job, row_tape
 from pharmacist.selectors.jobs import Job, run_jobs
 from pharmacist.selectors.pharmacist.twins import cotraining_rows
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:

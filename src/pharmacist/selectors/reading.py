@@ -1,27 +1,20 @@
 """What selectors read of a row with the base model alone: forward passes over pool or references."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from pharmacist.nn.batching import Batch, Sequences
-from pharmacist.nn.losses import row_losses
 from pharmacist.nn.passes import Measure, run_pass
+from pharmacist.nn.reading import read_row_losses, tokens_per_batch
 
 
 if TYPE_CHECKING:
     from pharmacist.selectors.base import SelectionContext
 
 FloatArray = npt.NDArray[np.float64]
-
-
-def tokens_per_batch(model: Any, device: torch.device) -> int:
-    """Padded tokens per batch that bound the logits, the largest tensor of a pass."""
-    budget = 2**25 if device.type == "cpu" else 2**30
-    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
 def read(
@@ -55,9 +48,7 @@ def read(
 
 def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:
     """Mean cross-entropy of each row's completion tokens in nats, shape [rows]."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    losses = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
-    found: FloatArray = losses.completion.double().cpu().numpy()
+    found: FloatArray = read_row_losses(model, batch, prompt=False).completion.double().cpu().numpy()
     return found
 
 

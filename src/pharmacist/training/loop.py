@@ -26,7 +26,7 @@ from pharmacist.data.templates import save_template
 from pharmacist.data.tokenize import Encoded, collate
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
-from pharmacist.nn.models import LoadedModel, silent_library
+from pharmacist.nn.models import LoadedModel, resolve_dtype, silent_library
 from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy
@@ -152,7 +152,9 @@ def train(
     """
     seed = derive(options.seed, "train") % 2**31
     folder = run.work("train", "checkpoints")
-    dtype = torch.bfloat16 if loaded.model.dtype == torch.bfloat16 or _wants_bf16(options, loaded) else torch.float32
+    # Full tuning keeps its weights in float32; the passes run in the number format that was asked for.
+    halved = torch.bfloat16 in (loaded.dtype, resolve_dtype(options.dtype, loaded.device))
+    dtype = torch.bfloat16 if halved else torch.float32
     arguments = training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed)
     found = strategy.setup(model, derive(options.seed, "strategy"))
     progress = _Progress(description)
@@ -186,11 +188,6 @@ def train(
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
     return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
-
-
-def _wants_bf16(options: TrainingStageOptions, loaded: LoadedModel) -> bool:
-    # Full tuning keeps its weights in float32; the passes run in the number format that was asked for.
-    return options.dtype == "bfloat16" or (options.dtype == "auto" and loaded.device.type == "cuda")
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -332,8 +329,7 @@ def finish_training(
             extra={
                 "train": options.effective_train,
                 "lora": asdict(options.lora),
-                "template": loaded.template.to_json(),
-                "template_origin": loaded.template_origin,
+                **loaded.facts,
                 "strategy": result.found,
             },
         )

@@ -82,8 +82,8 @@ class Engine(ABC):
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """For the manifest: ``device``, ``template`` (as JSON; None where the other side applies its own), and
-        ``template_origin``, where it is from, in words.
+        """For the manifest: ``device``, ``template`` (as JSON; None where the other side applies its own),
+        ``template_origin``, where it is from, in words, and ``dtype`` where that is known.
         """
 
     def local(self) -> "LoadedModel":

@@ -40,13 +40,9 @@ class TransformersEngine(Engine):
         return evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=work)
 
     def report(self) -> dict[str, Any]:
-        """Device and template."""
+        """Device, template and number format."""
         loaded = self.local()
-        return {
-            "device": str(loaded.device),
-            "template": loaded.template.to_json(),
-            "template_origin": loaded.template_origin,
-        }
+        return {"device": str(loaded.device), **loaded.facts}
 
     def close(self) -> None:
         """Drops the weights."""

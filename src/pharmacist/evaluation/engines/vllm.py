@@ -58,10 +58,12 @@ class VllmEngine(TransformersEngine):
 
     def open(self, choice: ModelChoice, scratch: Path) -> None:
         """Loads, merges, saves, and loads again into vLLM."""
-        super().open(replace(choice, device="cpu"), scratch)
+        merged_in = "float32" if choice.dtype == "auto" else choice.dtype
+        super().open(replace(choice, device="cpu", dtype=merged_in), scratch)
         loaded = self.local()
         # Merged on the CPU, in the number format in which it will run, so that the GPU is vLLM's alone.
-        loaded.model.to(torch.bfloat16 if choice.dtype in ("auto", "bfloat16") else torch.float32)
+        loaded.dtype = torch.bfloat16 if choice.dtype in ("auto", "bfloat16") else torch.float32
+        loaded.model.to(loaded.dtype)
         loaded.model.save_pretrained(scratch)
         loaded.tokenizer.save_pretrained(scratch)
         vllm = importlib.import_module("vllm")

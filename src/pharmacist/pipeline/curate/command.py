@@ -218,7 +218,7 @@ def _rank(sources: Mapping[str, Source], selector: Selector, options: CurateOpti
     if "model" in context.__dict__:
         loaded = context.model
         device = str(loaded.device)
-        extra |= {"template": loaded.template.to_json(), "template_origin": loaded.template_origin}
+        extra |= loaded.facts
     run.record(counts=counts, device=device, extra=extra, warnings=warnings)
     to_label = np.zeros(0, np.int64)
     if scores.telling is not None:

@@ -14,9 +14,9 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path, read_json
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.pharmacist.readers import Texts
 from pharmacist.selectors.pharmacist.states import hidden_states
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:

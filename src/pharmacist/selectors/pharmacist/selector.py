@@ -19,6 +19,7 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
@@ -34,7 +35,6 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_reasons,
 )
 from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
-from pharmacist.selectors.reading import tokens_per_batch
 
 
 if TYPE_CHECKING:

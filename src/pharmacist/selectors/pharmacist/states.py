@@ -13,7 +13,7 @@ from torch import nn
 
 from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.losses import token_losses
+from pharmacist.nn.reading import read_losses
 
 
 PARTS = ("request", "request_end", "answer", "answer_end")
@@ -46,7 +46,7 @@ def hidden_states(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[n
         return states @ projections[part]
 
     def measure(batch: Batch) -> dict[str, npt.NDArray[np.float32]]:
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+        losses, output = read_losses(model, batch, output_hidden_states=True)
         layers = output.hidden_states
         states = layers[max(1, round(_DEPTH * (len(layers) - 1)))]
         states = states if states.dtype == torch.float64 else states.float()
@@ -59,7 +59,7 @@ def hidden_states(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[n
         for part, mask in enumerate((in_prompt, prompt_end, in_completion, answer_end)):
             weight = mask.to(states.dtype)[:, :, None]
             parts.append(project(part, (states * weight).sum(1) / weight.sum(1).clamp(min=1)))
-        statistics = loss_statistics(output.logits, batch)
+        statistics = loss_statistics(losses, batch)
         return {
             "states": torch.stack(parts, 1).cpu().numpy().astype(np.float32),
             "statistics": statistics.cpu().numpy().astype(np.float32),
@@ -68,20 +68,19 @@ def hidden_states(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[n
     return measure
 
 
-def loss_statistics(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def loss_statistics(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
     """How well a row's text holds together in the model's eyes.
 
     Mean loss of the prompt; mean and standard deviation of the completion's token losses; loss of the last token (EOS:
     does it end here?); logarithms of both lengths.
 
     Args:
-        logits: Shape [rows, length, vocabulary].
+        losses: Of tokens given those before them, shape [rows, length - 1].
         batch: The rows.
 
     Returns:
         Shape [rows, N_STATISTICS].
     """
-    losses = token_losses(logits, batch.input_ids)
     position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
     in_prompt, at_end = position < batch.prompt_lengths[:, None], position == batch.lengths[:, None] - 1
     in_body = ~in_prompt & (position < batch.lengths[:, None] - 1)

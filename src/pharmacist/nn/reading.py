@@ -1,0 +1,89 @@
+"""Losses of a forward pass without the logits of all its tokens, which are the largest tensor of a model by far.
+
+The output head runs on the positions whose loss is read, some at a time, and their losses are taken fewer at a time
+still, so that logits in single precision stay in the cache.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from pharmacist.nn.batching import Batch
+from pharmacist.nn.hooks import head_inputs
+from pharmacist.nn.locate import output_head
+from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
+
+
+_LARGE = 2**14
+"""Vocabulary from which on logits are made in parts; below they are a small part of a pass."""
+_LOGITS = {"cpu": (2**24, 2**18), "cuda": (2**28, 2**28)}
+"""Logits at a time that the head makes, and of which losses are taken. On a CPU (SmolLM2, bfloat16) head and losses
+together then take half the time that they take on a whole batch."""
+_ENDS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+"""Output head -> whether the model gives its result as it is, without a cap or a scale of logits."""
+
+
+def tokens_per_batch(model: Any, device: torch.device) -> int:
+    """Padded tokens per batch: what all logits at once would take is bounded, where the vocabulary is not large.
+
+    More tokens than the least make no pass faster on a CPU (`benchmarks/throughput.py`).
+    """
+    budget = 2**25 if device.type == "cpu" else 2**30
+    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
+
+
+def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
+    """Cross-entropy of each token given those before it, by one forward pass.
+
+    Args:
+        model: A causal language model. Where gradients are wanted all logits are made, for they are kept anyway.
+        batch: The rows.
+        prompt: Whether the losses of prompt tokens are read; where not, they may be 0.
+        **options: Of the forward pass, such as ``output_hidden_states``.
+
+    Returns:
+        Shape [rows, length - 1], entry t belongs to token t + 1; padding may be 0. And the model's output, of which
+        ``logits`` may be left out.
+    """
+
+    def forward() -> Any:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+
+    head = output_head(model)
+    small = head is None or int(getattr(head, "out_features", 0)) < _LARGE
+    if head is None or small or torch.is_grad_enabled() or not _ENDS.get(head, True):
+        output = forward()
+        return token_losses(output.logits, batch.input_ids), output
+    known = head in _ENDS
+    with head_inputs(head, 0 if known else 1) as seen:
+        output = forward()
+    (states,) = seen
+    if not known:
+        _ENDS[head] = torch.equal(head(states[:1, :1]), output.logits)
+        if not _ENDS[head]:
+            return read_losses(model, batch, prompt=prompt, **options)
+    return _in_parts(head, states, batch, prompt), output
+
+
+def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
+    ids = batch.input_ids[:, 1:]
+    position = torch.arange(1, batch.input_ids.shape[1], device=ids.device)[None, :]
+    read = position < batch.lengths[:, None]
+    if not prompt:
+        read = read & (position >= batch.prompt_lengths[:, None])
+    sizes = [max(1, logits // int(head.out_features)) for logits in _LOGITS[ids.device.type]]
+    parts = [
+        target_losses(logits, tokens)
+        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)
+        for logits, tokens in zip(head(some).split(sizes[1]), following.split(sizes[1]), strict=True)
+    ]
+    found = torch.cat(parts)
+    return found.new_zeros(ids.shape).masked_scatter_(read, found)
+
+
+def read_row_losses(model: nn.Module, batch: Batch, *, prompt: bool = True) -> RowLosses:
+    """`losses.row_losses` of a batch; `prompt` as in `read_losses`."""
+    losses, _ = read_losses(model, batch, prompt=prompt)
+    return mean_losses(losses, batch.lengths, batch.prompt_lengths)

@@ -1,0 +1,94 @@
+"""Losses read without all logits, against those from all of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from pharmacist.nn import reading
+from pharmacist.nn.batching import make_batch
+from pharmacist.nn.losses import row_losses, token_losses
+from pharmacist.nn.reading import read_losses, read_row_losses
+from tests.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
+
+
+CPU, VOCABULARY = torch.device("cpu"), 11
+ROWS = random_token_rows(9, VOCABULARY, longest=20)
+BATCH = make_batch(ROWS, range(9), CPU)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes every vocabulary for a large one, and few logits at a time."""
+    monkeypatch.setattr(reading, "_LARGE", 1)
+    monkeypatch.setattr(reading, "_LOGITS", {"cpu": (3 * VOCABULARY, 2 * VOCABULARY)})
+
+
+class Counted:
+    """How many positions a head has seen."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.calls: list[int] = []
+        head.register_forward_hook(lambda module, args, output: self.calls.append(output.numel() // VOCABULARY))
+
+
+@torch.inference_mode()
+def test_losses_are_those_from_all_logits() -> None:
+    model = TinyDecoder(VOCABULARY)
+    output = model(BATCH.input_ids, BATCH.attention_mask)
+    expected = row_losses(output.logits, BATCH.input_ids, BATCH.lengths, BATCH.prompt_lengths)
+    counted = Counted(model.lm_head)
+    for _ in range(2):  # the first time the head is looked at
+        found = read_row_losses(model, BATCH)
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
+    assert max(counted.calls) == 3
+    assert sum(counted.calls) == 2 * (int(BATCH.lengths.sum()) - len(BATCH.lengths)) + 2, "no padding, no last token"
+
+
+@torch.inference_mode()
+def test_prompts_cost_nothing_where_nobody_reads_them() -> None:
+    model = TinyDecoder(VOCABULARY)
+    whole = read_row_losses(model, BATCH)
+    counted = Counted(model.lm_head)
+    found = read_row_losses(model, BATCH, prompt=False)
+    torch.testing.assert_close(found.completion, whole.completion, rtol=0, atol=1e-12)
+    assert sum(counted.calls) == int((BATCH.lengths - BATCH.prompt_lengths).sum())
+    assert whole.prompt.any() and not found.prompt.any()
+
+
+@torch.inference_mode()
+def test_a_library_model_and_what_else_it_puts_out() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(tokenizer)
+    output = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, output_hidden_states=True)
+    losses, found = read_losses(model, BATCH, output_hidden_states=True)
+    expected, real = token_losses(output.logits, BATCH.input_ids), BATCH.attention_mask[:, 1:].bool()
+    torch.testing.assert_close(losses[real], expected[real], rtol=0, atol=1e-5)
+    assert all(map(torch.equal, found.hidden_states, output.hidden_states))
+
+
+@torch.inference_mode()
+def test_logits_that_the_model_caps_are_capped() -> None:
+    class Capped(TinyDecoder):
+        def forward(self, *args: object, **options: object) -> object:
+            output = super().forward(*args, **options)  # type: ignore[arg-type]
+            output.logits = torch.tanh(output.logits)
+            return output
+
+    model = Capped(VOCABULARY)
+    output = model(BATCH.input_ids, BATCH.attention_mask)
+    for _ in range(2):
+        losses, _ = read_losses(model, BATCH)
+        assert torch.equal(losses, token_losses(output.logits, BATCH.input_ids))
+
+
+def test_gradients_and_small_vocabularies_see_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyDecoder(VOCABULARY)
+    counted = Counted(model.lm_head)
+    model.lm_head.weight.requires_grad_(True)
+    read_row_losses(model, BATCH).completion.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    monkeypatch.setattr(reading, "_LARGE", VOCABULARY + 1)
+    with torch.inference_mode():
+        read_losses(model, BATCH)
+    assert counted.calls == [BATCH.input_ids.numel()] * 2
