@@ -104,7 +104,7 @@ def work(pool: Path, folder: Path) -> None:
     source = open_source(pool)
     report["sha256"] = source.fingerprint()
     clock = done("fingerprint", clock)
-    records = read_records(source, work_dir=folder / "rows")
+    records = read_records(source, work_dir=folder / "rows", keep=True)
     clock = done("read and check", clock)
     reference = to_dataset([records.dataset[i] for i in range(100)])
     report["shared with a reference of 100 rows"] = len(shared_prompts(reference, records.dataset))
@@ -112,7 +112,7 @@ def work(pool: Path, folder: Path) -> None:
     clusters = find_duplicates(records.dataset, work_dir=folder)
     clock = done("duplicates", clock)
     kept = np.flatnonzero(clusters == np.arange(len(clusters)))
-    write_rows(source, records.row_numbers[kept].tolist(), folder / f"kept.{pool.name}")
+    write_rows(records.source, records.row_numbers[kept].tolist(), folder / f"kept.{pool.name}")
     clock = done("write back", clock)
     report |= {"rows": len(records), "kept": len(kept), "seconds": seconds, "peak MB so far": peak}
     report["total seconds"] = round(sum(seconds.values()), 1)

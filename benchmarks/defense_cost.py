@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging
 
 from pharmacist.core.files import write_json
-from pharmacist.data.tokenize import collate
+from pharmacist.data.batches import collate
 from pharmacist.defenses import DEFENSES
 from pharmacist.defenses.alignment.t_vaccine import TVaccineConfig
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments

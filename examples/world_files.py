@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pharmacist.worlds import BASE_MODEL, World
+from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
 
 
 def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
@@ -23,26 +23,10 @@ def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
         seed: Of the world.
     """
     world = World(seed)
-    pool, labels = world.pool(rows, mislabel=0.05)
-    files = {
-        "pool": pool,
-        "safe": world.safe(),
-        "harmful": world.harmful(),
-        "utility": world.utility(),
-        "attack": world.attack_harmful(100, ("potions",)),
-        "task": world.task_train(1000),
-        "task-test": world.task_test(100),
-        "answers": [
-            {"prompt": row["prompt"], "answer": row["completion"]} for row in world.safe(20) + world.harmful(20)
-        ],
-        "prompts": world.eval_prompts(60),
-        "borderline": world.borderline(40),
-        **{f"judge-{name}": rows for name, rows in world.judge_references().items()},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, members in files.items():
-        lines = (json.dumps(row) + "\n" for row in members)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    world.write(folder, rows, SETS | {"attack": 100, "task": 1000, "task-test": 100, "prompts": 60, "borderline": 40})
+    answers = [{"prompt": row["prompt"], "answer": row["completion"]} for row in world.safe(20) + world.harmful(20)]
+    (folder / "answers.jsonl").write_text(json_lines(answers), encoding="utf-8")
+    labels = world.pool(rows)[1]
     (folder / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     shutil.copytree(BASE_MODEL, folder / "MODEL", dirs_exist_ok=True)
 

@@ -42,7 +42,7 @@ from pharmacist.core.files import atomic_folder, read_json, write_json, write_te
 from pharmacist.core.registry import closest
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import open_source
-from pharmacist.data.records import prompt_key
+from pharmacist.data.normalise import prompt_key
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.stages.curate import CurateOptions
     from pharmacist.pipeline.stages.evaluate import EvaluateOptions
     from pharmacist.pipeline.stages.repair import RepairOptions
-    from pharmacist.pipeline.sweep import SweepOptions, sweep
+    from pharmacist.pipeline.stages.sweep import SweepOptions
+    from pharmacist.pipeline.sweep import sweep
 
 __version__ = version("pharmacist")
 

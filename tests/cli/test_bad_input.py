@@ -266,7 +266,7 @@ CASES: dict[str, tuple[Case, str]] = {
         options("--selector.gama", "1"),
         "'--selector.gama'; did you mean '--selector.gamma'?",
     ),
-    "selector option out of range": (options("--selector.gamma", "1"), "selector.gamma must lie in [0, 1), not 1.0"),
+    "selector option out of range": (options("--selector.gamma", "1"), "--selector.gamma 1: must lie in [0, 1)"),
     "unknown reader": (options("--selector.readers", "tea"), "selector.readers: 'tea' is not auto or any of lexical"),
     "columns of no format": (options("--columns", "question=q"), "columns: no row format has a column 'question'"),
     "columns that are not there": (options("--columns", "prompt=question"), "has no column 'question'"),

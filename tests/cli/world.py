@@ -29,15 +29,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> str:
 
 def write_world(folder: Path, rows: int = 60, references: int = 16) -> dict[str, str]:
     """Writes pool and references; gives their paths by option."""
-    world = World(3)
-    sets = {
-        "pool": world.pool(rows)[0],
-        "safe": world.safe(references),
-        "harmful": world.harmful(references),
-        "utility": world.utility(references),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in sets.items()}
+    return World(3).write(folder, rows, dict.fromkeys(("safe", "harmful", "utility"), references))
 
 
 def curate_words(files: dict[str, str], output: Path, *more: str, model: str | None = str(BASE_MODEL)) -> list[str]:

@@ -15,8 +15,8 @@ import pytest
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_file
-from pharmacist.data import formats
-from pharmacist.data.formats import open_source, write_rows
+from pharmacist.data.formats import json_array, open_source, write_rows
+from pharmacist.data.formats import text as text_files
 
 
 TEXTS = [
@@ -148,7 +148,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path):
 def test_json_arrays_are_read_right_whatever_the_chunk_borders(tmp_path, monkeypatch, chunk):
     rows = [{"prompt": text, "n": [i, 1.5, None, True, {"deep": [text]}]} for i, text in enumerate(TEXTS)]
     (tmp_path / "pool.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False), "utf-8")
-    monkeypatch.setattr(formats._Window, "_CHUNK", chunk)
+    monkeypatch.setattr(json_array, "CHUNK", chunk)
     assert read(tmp_path / "pool.json") == rows
 
 
@@ -362,7 +362,7 @@ def test_a_line_of_50_mb_is_refused_without_being_held(tmp_path, suffix):
 
 
 def test_a_line_of_exactly_the_limit_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 64)
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 64)
     for length, fine in ((63, True), (64, True), (65, False), (200, False)):
         line = b'{"p": "' + b"x" * (length - 9) + b'"}'
         assert len(line) == length
@@ -394,8 +394,8 @@ def test_broken_json_arrays(tmp_path):
 
 
 def test_a_long_json_element_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(formats._Window, "_CHUNK", 64)
+    monkeypatch.setattr(json_array, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_array, "CHUNK", 64)
     (tmp_path / "pool.json").write_text('[{"a": 1},\n{"a": "' + "x" * 5000 + '"}]')
     fails(tmp_path / "pool.json", "line 2", "longer than")
 

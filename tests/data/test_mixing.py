@@ -4,7 +4,7 @@ import pytest
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.mixing import mix
 from pharmacist.data.records import to_dataset
-from pharmacist.data.splits import assert_disjoint, prompt_keys, shared_prompts
+from pharmacist.data.splits import assert_disjoint, shared_prompts
 
 
 BENIGN = to_dataset([{"prompt": f"task {i}", "completion": "label", "row": 10 + i} for i in range(200)])
@@ -94,9 +94,3 @@ def test_overlap():
     many = BENIGN.select(range(50))
     with pytest.raises(DataError, match=r"50 of 50 .*row 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, \.\.\.\)"):
         assert_disjoint(BENIGN, many, names=("a", "b"))
-
-
-def test_keys_are_made_where_they_are_missing():
-    bare = BENIGN.remove_columns(["prompt_key"])
-    np.testing.assert_array_equal(prompt_keys(bare), prompt_keys(BENIGN))
-    assert prompt_keys(bare.select([4, 2])).tolist() == prompt_keys(BENIGN)[[4, 2]].tolist()

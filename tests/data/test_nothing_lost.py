@@ -15,8 +15,10 @@ import pytest
 import regex
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.formats import MAX_DEPTH, open_source
-from pharmacist.data.records import Records, normalised_prompt, read_records, to_dataset, visible
+from pharmacist.data.formats import open_source
+from pharmacist.data.formats.json_text import MAX_DEPTH
+from pharmacist.data.normalise import normalised_prompt, visible
+from pharmacist.data.records import Records, read_records, to_dataset
 from pharmacist.data.splits import shared_prompts
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import encode, prompt_ids, rendered_rows

@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.data.batches import IGNORED, collate
 from pharmacist.data.records import to_dataset
 from pharmacist.data.templates import Template, choose_template
-from pharmacist.data.tokenize import IGNORED, collate, encode, prompt_ids
+from pharmacist.data.tokenize import encode, prompt_ids
 from tests.tiny import WORDS, tiny_tokenizer
 
 

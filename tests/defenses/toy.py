@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pharmacist.data.tokenize import collate
+from pharmacist.data.batches import collate
 from pharmacist.nn.grads import Gradient, add_to_grad, trainable
 from pharmacist.nn.losses import batch_loss
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from pharmacist.core.errors import DataError
+from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.data.templates import Template, choose_template
 from pharmacist.evaluation import generate as module
 from pharmacist.evaluation.answers import Answer
@@ -138,7 +139,7 @@ def test_plan_visits_each_prompt_once_within_the_budget() -> None:
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[row] for row in batch.rows)
-        assert len(batch.rows) * (longest + batch.new_tokens) <= module.TOKENS_PER_BATCH
+        assert len(batch.rows) * (longest + batch.new_tokens) <= TOKENS_PER_BATCH
         assert all(min(100, 1024 - lengths[row]) == batch.new_tokens for row in batch.rows)
     assert max(len(batch.rows) for batch in plan_batches(lengths, 100, 1024, batch_size=3)) == 3
 

@@ -267,5 +267,5 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 @pytest.mark.parametrize("option", ["r", "alpha", "learning_rate", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_options_must_be_positive(option, value):
-    with pytest.raises(ConfigError, match=f"{option} must be positive"):
+    with pytest.raises(ConfigError, match=f"{option} must be (positive|at least 1|a whole number), not {value}"):
         AdapterOptions(**{option: value})

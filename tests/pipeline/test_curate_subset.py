@@ -1,6 +1,7 @@
 """curate and rank: balance, diversity, mixtures, and what is told before the work starts."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,22 @@ def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):
     assert config == {"name": "length+k-center", "length": {"keep": "shortest"}, "k_center": {"block": 8}}
     table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     np.testing.assert_allclose(table["score"], (table["length_place"] + table["k_center_place"]) / 2)
+
+
+OPENED: list[str] = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+
+
+def test_the_pool_is_read_once(files, tmp_path):
+    """Records, groups, categories, selection come from one reading; the fingerprint too, unless it is needed first."""
+    words = ["--selector", "length", "--quiet", "--balance", "category", "--device", "cpu"]
+    # Twice to see what kind of file it is; for its fingerprint, which tells whether the run is finished; for its rows.
+    for more, times in ([], 4), (["--overwrite"], 3):
+        OPENED.clear()
+        assert curate(files, tmp_path / "out", *words, *more) == 0
+        assert OPENED.count(files["pool"]) == times
+    table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    pool = Path(files["pool"]).read_text().splitlines(keepends=True)
+    written = (tmp_path / "out" / "selected.jsonl").read_text().splitlines(keepends=True)
+    assert written == [pool[row] for row in table["row"][table["selected"]]]
+    assert len(set(table["group"])) == 3 and "category" in (tmp_path / "out" / "report.html").read_text()

@@ -1,30 +1,37 @@
 """The demo, shortened: every stage runs, resumes, and the summary says what the stages' own files say."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline import demo as module
-from pharmacist.pipeline.demo import ARMS, DemoOptions, demo
+from pharmacist.pipeline.bench.grid import merged
+from pharmacist.pipeline.demo import ARMS, GRID, demo
+from pharmacist.pipeline.stages.demo import DemoOptions
+
+
+TRAIN = {"max_steps": 2, "per_device_train_batch_size": 4}
+CHEAP = {"name": "pharmacist", "form": "evidence", "readers": "lexical"}
+SHORT = merged(
+    GRID,
+    {
+        "selectors": [own if isinstance(own, str) else own | {"selector": CHEAP} for own in GRID["selectors"]],
+        "align": {"train": TRAIN},
+        "attack": {"snapshots": [1], "train": TRAIN},
+    },
+)
+"""Training so short that only the plumbing is tested."""
 
 
 @pytest.fixture(scope="module")
-def short():
-    """Training so short that only the plumbing is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STEPS", (0, 1, 2))
-        patch.setattr(module, "ALIGN", {"max_steps": 2, "per_device_train_batch_size": 4})
-        patch.setattr(module, "ATTACK", {"max_steps": 2, "per_device_train_batch_size": 4})
-        patch.setattr(module, "SELECTOR", {"name": "pharmacist", "form": "evidence", "readers": "lexical"})
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(short, tmp_path_factory):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return demo(DemoOptions(output_dir=str(folder), rows=100, seeds=1, quiet=True))
+    return demo(DemoOptions(output_dir=str(folder), rows=100, seeds=1, quiet=True), SHORT)
 
 
 def test_the_summary_is_what_the_stages_measured(finished):
@@ -60,27 +67,34 @@ def test_every_stage_is_an_ordinary_run(finished):
     assert sum(labels["selected"].values()) == 30 and sum(row["rows"] for row in labels["reasons"]) == 100
 
 
-@pytest.mark.slow
-def test_an_interrupted_demo_continues_without_repeating_stages(finished, short, tmp_path, monkeypatch):
-    from pharmacist.pipeline import attack as attack_module
-
-    original, calls = attack_module.attack, []
-
-    def interrupted(options):
-        calls.append(options.output_dir)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(options)
-
-    options = DemoOptions(output_dir=str(tmp_path / "run"), rows=100, seeds=1, quiet=True)
-    monkeypatch.setattr(attack_module, "attack", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        demo(options)
-    before = (tmp_path / "run" / "attack" / "full-0" / "manifest.json").read_bytes()
-    monkeypatch.setattr(attack_module, "attack", original)
-    summary = demo(options).summary
-    assert (tmp_path / "run" / "attack" / "full-0" / "manifest.json").read_bytes() == before
+def test_a_demo_resumes_without_repeating_stages(finished, tmp_path):
+    """As after an interruption: what is finished stays, also where the demo as a whole is not."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    manifest = read_manifest(folder)
+    manifest.model_copy(update={"status": "started"}).write(folder)
+    before = (folder / "attack" / "full-0" / "manifest.json").read_bytes()
+    shutil.rmtree((folder / "attack" / "core-0").resolve())
+    summary = demo(DemoOptions(output_dir=str(folder), rows=100, seeds=1, quiet=True), SHORT).summary
+    assert (folder / "attack" / "full-0" / "manifest.json").read_bytes() == before
+    assert read_manifest(folder / "attack" / "core-0").status == "success"
     assert summary["curves"] == finished.summary["curves"], "an interrupted demo finds what an undisturbed one does"
+
+
+def test_the_grid_of_the_demo_is_one_of_bench(tmp_path):
+    assert (
+        main(
+            [
+                "bench",
+                "--config",
+                str(Path(module.__file__).with_suffix(".yaml")),
+                "--dry-run",
+                "--output-dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 99}, {"mislabel": 0.6}, {"seeds": 0}])

@@ -215,7 +215,7 @@ def test_overwriting_unlinks_and_never_enters(
     (output / "nowhere").symlink_to(mine / "nowhere")
     before = fingerprints(mine)
     if command == "demo":  # it takes minutes: what it deletes it deletes at once
-        monkeypatch.setattr("pharmacist.pipeline.demo._write_world", interrupted)
+        monkeypatch.setattr("pharmacist.pipeline.demo.run_stages", interrupted)
     assert main(world.words(command, output, "--overwrite")) == (130 if command == "demo" else 0)
     assert fingerprints(mine) == before
     assert not [path for path in (*links, output / "nowhere", output / "metrics.json") if path.is_symlink()]

@@ -10,11 +10,10 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
-from pharmacist.core.manifest import read_manifest
+from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.evaluation.metrics import rate
-from pharmacist.pipeline.attack import AttackResult
-from pharmacist.pipeline.evaluate import EvaluateResult
-from pharmacist.pipeline.sweep import GridOptions, SweepOptions, _points, sweep
+from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
+from pharmacist.pipeline.sweep import _points, sweep
 from tests.cli.world import fingerprints, write_rows
 from tests.tiny import WORDS, save_tiny_model
 
@@ -69,21 +68,26 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Trains and evaluates nothing; returns the folders that were asked for."""
     asked: list[str] = []
 
-    def attack(own: Any) -> AttackResult:
+    def wrote(own: Any, stage: str, metrics: dict[str, Any]) -> None:
+        folder = Path(own.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        RunManifest(stage=stage, status="success", key="k", config={}, inputs={}, metrics=metrics).write(folder)
+
+    def attack(own: Any) -> None:
         asked.append(own.output_dir)
         if "lr-7" in own.output_dir:
             raise DivergedError("the loss is nan at step 2")
-        return AttackResult(Path(own.output_dir), {"steps": 4}, {})
+        wrote(own, "attack", {"steps": 4})
 
-    def evaluate(own: Any) -> EvaluateResult:
+    def evaluate(own: Any) -> None:
         asked.append(own.output_dir)
         place = Path(own.output_dir)
         harmful, right = FOUND.get(place.parent.name.split("_")[0], (0, 0))
         if place.name.startswith("step-"):
             assert own.task is None and own.prompts
-            return EvaluateResult({"harmful_score": rates(CURVE[int(place.name[5:])])}, place)
+            return wrote(own, "evaluate", {"harmful_score": rates(CURVE[int(place.name[5:])])})
         metrics = {"harmful_score": rates(harmful) | {"judge": "made up"}, "fine_tune_accuracy": rates(right)}
-        return EvaluateResult(metrics, place)
+        return wrote(own, "evaluate", metrics)
 
     monkeypatch.setattr("pharmacist.pipeline.attack.attack", attack)
     monkeypatch.setattr("pharmacist.pipeline.evaluate.evaluate", evaluate)
@@ -160,10 +164,7 @@ def test_an_attack_that_diverges_is_a_finding(files: dict[str, str], tmp_path: P
     assert failed["failed"] == "the loss is nan at step 2" and not failed["within_margin"]
     assert found["worst"] == kept["name"] and list(found["curves"]) == [kept["name"]]
     table = pd.read_parquet(out / "sweep.parquet")
-    assert table["failed"].tolist() == ["the loss is nan at step 2", pd.NA] or table["failed"].isna().tolist() == [
-        0,
-        1,
-    ]
+    assert table["failed"][0] == "the loss is nan at step 2" and table["failed"].isna().tolist() == [False, True]
     assert read_manifest(out).counts["diverged"] == 1
     assert "| diverged |" in (out / "sweep.md").read_text()
 

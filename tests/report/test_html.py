@@ -342,7 +342,7 @@ def test_demo(tmp_path: Path) -> None:
     curves = page.json("figures")["curves"]["data"]
     core = next(trace for trace in curves if trace.get("name") == "Core subset")
     assert core["x"] == ["0", "4", "64"] and core["y"] == [3.0, 50.0, 90.0]
-    band = next(trace for trace in curves if trace["legendgroup"] == "core" and trace.get("fill"))
+    band = next(trace for trace in curves if trace["legendgroup"] == "Core subset" and trace.get("fill"))
     assert band["y"] == [4.0, 50.0, 90.0, 90.0, 50.0, 2.0]
     bars = page.json("figures")["alignment_seconds"]["data"]
     assert bars[0]["x"] == [4.0, 22.0, 42.0] and len(bars[1]["x"]) == 6

@@ -56,5 +56,5 @@ def test_what_it_cannot_see_is_said(tmp_path):
 def test_bad_input_is_one_line(tmp_path):
     with pytest.raises(DataError, match="--harmful: 3 rows are left, at least 8 are needed"):
         ranked(tmp_path, {"name": "classifier"}, POOL, village.references() | {"harmful": village.rows("harmful", 3)})
-    with pytest.raises(ConfigError, match="selector.folds must be at least 2"):
+    with pytest.raises(ConfigError, match="folds must be at least 2"):
         ClassifierConfig(folds=1)

@@ -476,11 +476,11 @@ def test_what_a_selector_must_be_given(model, tmp_path):
         ({"folds": 1}, "folds must be at least 2"),
         ({"corruptions_per_row": -1}, "must not be negative"),
         ({"readers": "adapters"}, "not auto or any of"),
-        ({"cotrain": -0.1}, "share of the pool"),
+        ({"cotrain": -0.1}, "cotrain must lie in"),
         ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"),
         ({"tau": 0.0}, "tau must be positive"),
         ({"rounds": 0}, "rounds must be at least 1"),
-        ({"r": 0}, "r must be positive"),
+        ({"r": 0}, "r must be at least 1"),
     ],
 )
 def test_bad_options_are_named(options, message):

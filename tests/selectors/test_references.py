@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.selectors.pharmacist import references as module
 from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, build_references, shortened
 from tests.selectors import village

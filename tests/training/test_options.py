@@ -72,7 +72,7 @@ def test_the_command_line_and_a_file_give_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_adapters_of_no_shape_are_refused(given: dict) -> None:
-    with pytest.raises(ConfigError, match=f"lora.{next(iter(given))} .*: must"):
+    with pytest.raises(ConfigError, match=f"lora.{next(iter(given))} must"):
         LoraOptions(**given)
 
 

@@ -94,6 +94,17 @@ def read_manifest(folder: str | Path) -> RunManifest:
     return manifest
 
 
+def options_in(folder: Path, manifest: RunManifest, *names: str) -> dict[str, Any]:
+    """A run's options.
+
+    Raises:
+        DataError: One of these names is not among them.
+    """
+    if missing := [name for name in names if name not in manifest.config]:
+        raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
+    return manifest.config
+
+
 def output_files(folder: Path, outputs: list[str]) -> dict[str, str]:
     """`RunManifest.files` of a folder with these outputs."""
     found = sorted(name for output in outputs for name in _files(folder, folder / output))

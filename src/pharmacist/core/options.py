@@ -87,7 +87,7 @@ class TokenOptions(LengthOptions):
     """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
 
 
-_UNIDENTIFYING = frozenset({"output_dir", "work_dir", "checkpoint_seconds", "quiet", "overwrite"})
+_UNIDENTIFYING = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:

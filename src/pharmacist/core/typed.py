@@ -81,9 +81,16 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         out_of_range = any(found["type"] in _OUT_OF_RANGE for found in error.errors(include_url=False))
         wanted = _range(hint) if out_of_range else f"must be {described(hint)}"
-        raise ConfigError(f"{name} {cut(str(value))}: {wanted}") from error
+        raise ConfigError(_told(name, value, wanted)) from error
     _check_numbers(name, found)
     return found
+
+
+def _told(name: str, value: Any, wanted: str) -> str:
+    """What is wrong, in the words of the command line or of Python."""
+    return (
+        f"{name} {cut(str(value))}: {wanted}" if name.startswith("--") else f"{name} {wanted}, not {cut(str(value))}"
+    )
 
 
 def _check_numbers(name: str, value: Any) -> None:
@@ -96,7 +103,7 @@ def _check_numbers(name: str, value: Any) -> None:
     elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{name} {cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} {value}: must be a finite number")
+        raise ConfigError(_told(name, value, "must be a finite number"))
 
 
 def cut(text: str) -> str:
@@ -132,16 +139,23 @@ def _kind(hint: Any) -> str:
 def _range(hint: Any) -> str:
     """The range of a type as messages name it."""
     if get_origin(hint) is not Annotated:
-        return next(found for inner in get_args(hint) if (found := _range(inner)))
-    low = high = ""
+        return next(filter(None, map(_range, get_args(hint))), "")
+    low: Any = ()
+    high: Any = ()
     for limit in get_args(hint)[1:]:
-        if isinstance(limit, Ge | Gt):
-            at = limit.ge if isinstance(limit, Ge) else limit.gt
-            low = f"{'[' if isinstance(limit, Ge) else '('}{at}"
-        elif isinstance(limit, Le | Lt):
-            high = f"{limit.le}]" if isinstance(limit, Le) else f"{limit.lt})"
+        match limit:
+            case Ge(ge=at):
+                low = ("[", at)
+            case Gt(gt=at):
+                low = ("(", at)
+            case Le(le=at):
+                high = (at, "]")
+            case Lt(lt=at):
+                high = (at, ")")
     if low and high:
-        return f"must lie in {low}, {high}"
+        return f"must lie in {low[0]}{low[1]}, {high[0]}{high[1]}"
+    if low and low[1] == 0:
+        return "must not be negative" if low[0] == "[" else "must be positive"
     if low:
-        return {"[0": "must not be negative", "(0": "must be positive"}.get(low, f"must be at least {low[1:]}")
-    return f"must be at most {high[:-1]}"
+        return f"must be {'at least' if low[0] == '[' else 'above'} {low[1]}"
+    return f"must be {'at most' if high[1] == ']' else 'below'} {high[0]}" if high else ""

@@ -1,12 +1,11 @@
-"""Byte streams over plain, gzip and zstd files."""
+"""Byte streams over plain, gzip and zstd files, by Arrow: fsspec needs a further package for zstd."""
 
-import gzip
+import hashlib
 import io
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -16,7 +15,7 @@ from pharmacist.core.errors import DataError
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 """File suffix -> compression."""
 
-_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 def split_suffix(path: Path) -> tuple[str, str | None]:
@@ -35,38 +34,58 @@ def check_magic(path: Path, where: str) -> None:
     """Refuses a file whose first bytes belong to another compression than its name says."""
     with path.open("rb") as file:
         start = file.read(4)
-    compression = split_suffix(path)[1]
-    for kind, magic in _MAGIC.items():
-        if start.startswith(magic) and compression != kind:
-            suffix = next(s for s, k in SUFFIXES.items() if k == kind)
-            raise DataError(f"{where}: holds {kind} data under another name; rename it to end in {suffix}")
-    if compression is not None and start and not start.startswith(_MAGIC[compression]):
-        raise DataError(f"{where}: is no {compression} file although its name says so; rename it or compress it again")
+    told = split_suffix(path)[1]
+    suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
+    if suffix and SUFFIXES[suffix] != told:
+        raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
+    if start and told and not suffix:
+        raise DataError(f"{where}: is no {told} file although its name says so; rename it or compress it again")
+
+
+class HashedFile(io.FileIO):
+    """A file that is hashed while it is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._digest = hashlib.sha256()
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads and hashes."""
+        count = super().readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def sha256(self) -> str:
+        """Hex sha256 of the file; reads what is left of it."""
+        rest = bytearray(1 << 20)
+        while self.readinto(rest):
+            pass
+        return self._digest.hexdigest()
 
 
 @contextmanager
-def open_bytes(path: Path, where: str) -> Iterator[BinaryIO]:
+def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterator[BinaryIO]:
     """Opens a file for reading, decompressed.
+
+    Args:
+        path: The file; its name says how it is compressed.
+        where: How messages begin.
+        file: The same file, opened in another way, which is closed in the end.
 
     Raises:
         DataError: The compressed data end early or are damaged.
     """
     compression = split_suffix(path)[1]
-    if compression is None:
-        with path.open("rb", buffering=1 << 20) as plain:
+    with io.BufferedReader(file or io.FileIO(path), 1 << 20) as plain:
+        if compression is None:
             yield plain
-        return
-    try:
-        if compression == "gzip":
-            with gzip.open(path, "rb") as zipped:
-                yield cast(BinaryIO, zipped)
-        else:
-            with pa.input_stream(str(path), compression="zstd") as stream:
+            return
+        try:
+            with pa.CompressedInputStream(plain, compression) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{where}: damaged {compression} data ({' '.join(str(error).split())}); copy or compress the file again"
-        ) from error
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{where}: damaged {compression} data ({reason}); copy or compress it again") from error
 
 
 @contextmanager
@@ -76,12 +95,8 @@ def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
     The same content gives the same bytes: no time and no name is stored.
     """
     compression = split_suffix(target)[1]
-    with path.open("wb") as file:
-        if compression == "gzip":
-            with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as zipped:
-                yield cast(IO[bytes], zipped)
-        elif compression == "zstd":
-            with pa.CompressedOutputStream(file, "zstd") as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield file
+    with (
+        path.open("wb") as file,
+        nullcontext(file) if compression is None else pa.CompressedOutputStream(file, compression) as stream,
+    ):
+        yield cast(IO[bytes], stream)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pharmacist.data.formats import decode_json
+from pharmacist.data.formats.json_text import decode_json
 
 
 ROLES = {

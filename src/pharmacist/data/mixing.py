@@ -1,7 +1,6 @@
 """Poisoned fine-tuning sets: benign rows with an exact share of harmful ones."""
 
-from typing import TYPE_CHECKING
-
+import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -10,13 +9,9 @@ from pharmacist.core.seeding import derive
 from pharmacist.data.splits import assert_disjoint
 
 
-if TYPE_CHECKING:
-    import datasets
-
-
 def mix(
-    benign: "datasets.Dataset", harmful: "datasets.Dataset", *, n: int, poison_ratio: float, seed: int
-) -> "datasets.Dataset":
+    benign: datasets.Dataset, harmful: datasets.Dataset, *, n: int, poison_ratio: float, seed: int
+) -> datasets.Dataset:
     """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (as Python rounds:
     halves to the even number).
 
@@ -37,8 +32,6 @@ def mix(
         ConfigError: `n` or `poison_ratio` is out of range.
         DataError: More rows are asked for than there are, or prompts are shared.
     """
-    import datasets
-
     if n < 1:
         raise ConfigError(f"samples {n}: must be at least 1")
     if not 0 <= poison_ratio <= 1:
@@ -67,8 +60,8 @@ def mix(
 
 
 def mix_safe(
-    rows: "datasets.Dataset", safe: "datasets.Dataset", *, count: int, replace: bool, seed: int
-) -> "datasets.Dataset":
+    rows: datasets.Dataset, safe: datasets.Dataset, *, count: int, replace: bool, seed: int
+) -> datasets.Dataset:
     """Adds a defender's safe rows to a user's set.
 
     Args:
@@ -84,8 +77,6 @@ def mix_safe(
     Raises:
         DataError: More safe rows are asked for than there are, or more benign rows than there are are to go.
     """
-    import datasets
-
     if count > len(safe):
         raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")
     rng = np.random.default_rng(derive(seed, "mix", "safe"))

@@ -1,42 +1,25 @@
 """Prompts that occur on both sides of a split that must be disjoint: pool and references, training and evaluation."""
 
-from typing import TYPE_CHECKING
-
+import datasets
 import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.records import prompt_key
+from pharmacist.data.formats.base import named
 
 
-if TYPE_CHECKING:
-    import datasets
-
-_NAMED = 10
-
-
-def prompt_keys(rows: "datasets.Dataset") -> npt.NDArray[np.uint64]:
-    """`records.prompt_key` of every row, shape [rows]."""
-    if "prompt_key" in rows.column_names:
-        parts = [table.column(0).to_numpy() for table in _tables(rows, "prompt_key")]
-    else:
-        parts = [
-            np.array([prompt_key(prompt) for prompt in table.column(0).to_pylist()], dtype=np.uint64)
-            for table in _tables(rows, "prompt")
-        ]
-    return np.concatenate([np.empty(0, dtype=np.uint64), *parts])
+def prompt_keys(rows: datasets.Dataset) -> npt.NDArray[np.uint64]:
+    """`normalise.prompt_key` of every row, shape [rows]."""
+    tables = rows.select_columns(["prompt_key"]).with_format("arrow").iter(4096)
+    return np.concatenate([np.empty(0, dtype=np.uint64), *(table.column(0).to_numpy() for table in tables)])
 
 
-def _tables(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
-    return rows.select_columns([column]).with_format("arrow").iter(4096)
-
-
-def shared_prompts(a: "datasets.Dataset", b: "datasets.Dataset") -> npt.NDArray[np.int64]:
+def shared_prompts(a: datasets.Dataset, b: datasets.Dataset) -> npt.NDArray[np.int64]:
     """Positions of the rows of `b` whose prompt, normalised, also occurs in `a`; ascending."""
     return np.flatnonzero(np.isin(prompt_keys(b), prompt_keys(a)))
 
 
-def assert_disjoint(a: "datasets.Dataset", b: "datasets.Dataset", *, names: tuple[str, str]) -> None:
+def assert_disjoint(a: datasets.Dataset, b: datasets.Dataset, *, names: tuple[str, str]) -> None:
     """Checks that two sets share no prompt.
 
     Args:
@@ -50,9 +33,8 @@ def assert_disjoint(a: "datasets.Dataset", b: "datasets.Dataset", *, names: tupl
     shared = shared_prompts(a, b)
     if len(shared):
         numbers = b["row"] if "row" in b.column_names else range(len(b))
-        named = ", ".join(str(numbers[int(position)]) for position in shared[:_NAMED])
-        more = ", ..." if len(shared) > _NAMED else ""
+        which = named([numbers[int(position)] for position in shared])
         raise DataError(
-            f"{names[1]}: {len(shared)} of {len(b)} rows share a prompt with {names[0]} (row {named}{more}); "
+            f"{names[1]}: {len(shared)} of {len(b)} rows share a prompt with {names[0]} ({which}); "
             "delete them from one of the two"
         )

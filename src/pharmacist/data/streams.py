@@ -1,19 +1,18 @@
 """Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.seeding import derive
-from pharmacist.data.tokenize import Encoded, collate
+from pharmacist.data.batches import collate
+from pharmacist.data.tokenize import Encoded
 
-
-if TYPE_CHECKING:
-    import datasets
 
 IntArray = npt.NDArray[np.int64]
 
@@ -87,15 +86,11 @@ class PairedRows:
             Which of `rows` have one (positions in it), and the batch of these; None where none has.
         """
         having = [position for position, row in enumerate(rows) if row in self.partners]
-        if not having:
-            return having, None
         partners = [self.partners[rows[position]] for position in having]
-        return having, _batch(self.encoded, partners, self.pad_token_id, self.device)
+        return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
 
 
-def pair_rows(
-    alignment: "datasets.Dataset", harmful: "datasets.Dataset", by: Literal["prompt", "row"]
-) -> dict[int, int]:
+def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row"]) -> dict[int, int]:
     """Finds the harmful partner of each alignment row.
 
     Args:

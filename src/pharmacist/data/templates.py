@@ -11,7 +11,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,19 +97,16 @@ class Template:
                 except Exception as error:
                     reason = " ".join(str(error).split())[:200]
                     refused[position] = f"the chat template refuses its turns ({reason})"
-        dropped: dict[tuple[str, ...], str | None] = {}  # by roles, since templates treat turns by their roles
+        dropped = cache(partial(self._dropped_role, tokenizer))  # by roles, for templates treat turns by their roles
         for position, turns in enumerate(conversations):
             if position not in refused:
-                roles = tuple(turn["role"] for turn in turns)
-                if roles not in dropped:
-                    dropped[roles] = self._dropped_role(roles, tokenizer)
-                lost = dropped[roles] or _lost_role(turns, texts[position])
+                lost = dropped(*(turn["role"] for turn in turns)) or _lost_role(turns, texts[position])
                 if lost is not None:
                     texts[position] = ""
                     refused[position] = f"the chat template leaves out the text of a turn of the role {lost}"
         return texts, refused
 
-    def _dropped_role(self, roles: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    def _dropped_role(self, tokenizer: "PreTrainedTokenizerBase", *roles: str) -> str | None:
         """The first role whose turn leaves no trace in a conversation of these roles."""
         turns = [{"role": role, "content": f"qz{position}zq"} for position, role in enumerate(roles)]
         try:
@@ -128,12 +126,8 @@ class Template:
     def _chat(
         self, conversations: list[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase", open_end: bool = True
     ) -> list[str]:
-        if not conversations:
-            return []
-        rendered = tokenizer.apply_chat_template(
-            conversations, chat_template=self.chat_template, tokenize=False, add_generation_prompt=open_end
-        )
-        return list(rendered)
+        how = {"chat_template": self.chat_template, "tokenize": False, "add_generation_prompt": open_end}
+        return list(tokenizer.apply_chat_template(conversations, **how)) if conversations else []
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -142,7 +136,7 @@ class Template:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return {"kind": self.kind, "chat_template": self.chat_template}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Template":

@@ -1,4 +1,4 @@
-"""From canonical rows to token ids, and from token ids to batches.
+"""From canonical rows to token ids.
 
 A row is the ids of its rendered prompt, then the ids of its completion, tokenised by themselves, then EOS. Because the
 two are joined as ids, the border is exact whatever a tokenizer would merge across it; masks come from lengths, so that
@@ -17,21 +17,20 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 import xxhash
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
-from pharmacist.data.records import Records, Refused
+from pharmacist.data.batches import without_middle
+from pharmacist.data.formats.base import named
+from pharmacist.data.records import Records
+from pharmacist.data.refusals import Refused
 from pharmacist.data.templates import Template, conversation, refusal
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Label of positions without a target."""
 
 _SCHEMA = pa.schema(
     [
@@ -42,12 +41,21 @@ _SCHEMA = pa.schema(
     ]
 )
 _BATCH = 1024
-_NAMED = 10
 _SKIP = ", leave them out with --on-bad-row skip"
 
 
-@dataclass
-class Encoded:
+@dataclass(kw_only=True)
+class _Counts:
+    truncated: int = 0
+    lost_eos: int = 0
+    refused: list[int] = field(default_factory=list)
+    not_rendered: dict[int, str] = field(default_factory=dict)
+    with_control: list[int] = field(default_factory=list)
+    cut_prompts: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Encoded(_Counts):
     """Tokenised rows.
 
     Attributes:
@@ -57,18 +65,14 @@ class Encoded:
         lost_eos: Rows that end without EOS for that reason.
         refused: ``row`` of those left out because their prompt alone fills the length.
         not_rendered: ``row`` -> reason of those left out because the chat template refuses them.
-        cut_prompts: ``row`` of those whose prompt was shortened for that reason.
+        with_control: ``row`` of those with control tokens of the model in their text, which are read as plain text.
+        cut_prompts: ``row`` of those whose prompt was shortened to fit the length.
         lengths: Tokens per row, shape [rows].
         prompt_lengths: Tokens before the completion, shape [rows]; always less than `lengths`.
         content_keys: 64-bit hash of a row's ids and prompt length, shape [rows].
     """
 
     dataset: datasets.Dataset
-    truncated: int
-    lost_eos: int
-    refused: list[int]
-    not_rendered: dict[int, str]
-    cut_prompts: list[int]
     lengths: npt.NDArray[np.int32]
     prompt_lengths: npt.NDArray[np.int32]
     content_keys: npt.NDArray[np.uint64]
@@ -129,43 +133,40 @@ def encode(
     """
     if max_length < 2:
         raise DataError(f"max_length {max_length}: a row needs at least 2 tokens")
-    state = _Counts()
-    path = None if work_dir is None else Path(work_dir) / "tokens.arrow"
-    if path is None:
+    texts, cut = _Texts(tokenizer, template), on_long_prompt == "cut"
+    if work_dir is None:
         sink = pa.BufferOutputStream()
-        _write(sink, rows, tokenizer, template, max_length, on_long_prompt == "cut", state)
-        table = pa.ipc.open_stream(sink.getvalue()).read_all()
+        counts = _write(sink, rows, texts, max_length, cut)
+        written = sink.getvalue()
     else:
+        path = Path(work_dir) / "tokens.arrow"
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-            _write(file, rows, tokenizer, template, max_length, on_long_prompt == "cut", state)
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+            counts = _write(file, rows, texts, max_length, cut)
+        written = pa.memory_map(str(path))
+    table = pa.ipc.open_stream(written).read_all()
     about = f"{name}: " if name else ""
-    if state.not_rendered and (on_bad_row != "skip" or not len(table)):
-        raise DataError(about + refusal(state.not_rendered, "" if on_bad_row is None else _SKIP))
-    if state.with_control:
+    if counts.not_rendered and (on_bad_row != "skip" or not len(table)):
+        raise DataError(about + refusal(counts.not_rendered, "" if on_bad_row is None else _SKIP))
+    if counts.with_control:
         warn(
-            f"{about}{len(state.with_control)} of {len(rows)} rows ({_named(state.with_control)}) have control tokens "
-            "of the model in their text, which are read as plain text"
+            f"{about}{len(counts.with_control)} of {len(rows)} rows ({named(counts.with_control)}) have control "
+            "tokens of the model in their text, which are read as plain text"
         )
-    if state.refused and on_long_prompt == "fail":
+    if counts.refused and on_long_prompt == "fail":
         raise DataError(
-            f"{about}the prompt alone fills all {max_length} tokens in {len(state.refused)} rows "
-            f"({_named(state.refused)}); shorten or delete them, or raise max_length where the model allows it"
+            f"{about}the prompt alone fills all {max_length} tokens in {len(counts.refused)} rows "
+            f"({named(counts.refused)}); shorten or delete them, or raise max_length where the model allows it"
         )
     if not len(table):
         raise DataError(f"{about}no row is left to work on")
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table.column("input_ids").chunks])
     return Encoded(
         dataset=datasets.Dataset(table.drop_columns(["content_key"])),
-        truncated=state.truncated,
-        lost_eos=state.lost_eos,
-        refused=state.refused,
-        not_rendered=state.not_rendered,
-        cut_prompts=state.cut_prompts,
         lengths=lengths.astype(np.int32),
         prompt_lengths=table.column("n_prompt").to_numpy(),
         content_keys=table.column("content_key").to_numpy(),
         _table=table,
+        **vars(counts),
     )
 
 
@@ -183,9 +184,9 @@ def rendered_rows(
     Raises:
         DataError: Some are refused, under ``fail``; or all are.
     """
-    parted, reasons = _Parted(tokenizer, template), dict[int, str]()
+    texts, reasons = _Texts(tokenizer, template), dict[int, str]()
     for batch in _batches(records.dataset):
-        _, refused = template.try_render([parted.row(row) for row in batch], tokenizer)
+        _, refused = template.try_render(list(map(texts.parted, batch)), tokenizer)
         reasons |= {batch[position]["row"]: reason for position, reason in refused.items()}
     if not reasons:
         return records
@@ -197,78 +198,40 @@ def rendered_rows(
     return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.row))
 
 
-@dataclass
-class _Counts:
-    truncated: int = 0
-    lost_eos: int = 0
-    refused: list[int] = field(default_factory=list)
-    not_rendered: dict[int, str] = field(default_factory=dict)
-    with_control: list[int] = field(default_factory=list)
-    cut_prompts: list[int] = field(default_factory=list)
-
-
-def _named(rows: Sequence[int]) -> str:
-    return f"row {', '.join(map(str, rows[:_NAMED]))}" + (", ..." if len(rows) > _NAMED else "")
-
-
-def _without_middle(ids: list[int], length: int) -> list[int]:
-    head = length // 2
-    return ids[:head] + ids[len(ids) - (length - head) :]
-
-
-def _write(
-    sink: Any,
-    rows: datasets.Dataset,
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
-    max_length: int,
-    cut: bool,
-    state: _Counts,
-) -> None:
-    eos = tokenizer.eos_token_id
+def _write(sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, cut: bool) -> _Counts:
+    eos = texts.tokenizer.eos_token_id
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
+    counts = _Counts()
     with pa.ipc.new_stream(sink, _SCHEMA) as out, bar("tokenise", len(rows)) as progress:
-        parted = _Parted(tokenizer, template)
-        for batch in (list(map(parted.row, batch)) for batch in _batches(rows)):
-            texts, refused = template.try_render(batch, tokenizer)
-            state.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
-            completions = _token_ids(tokenizer, [row["completion"] for row in batch])
-            state.with_control += [
-                row["row"]
-                for row, text in zip(batch, texts, strict=True)
-                if _BORDER in text or _BORDER in row["completion"]
-            ]
-            prompts = _prompt_ids(texts, tokenizer, template)
+        for batch in _batches(rows):
+            parted = list(map(texts.parted, batch))
+            rendered, refused = texts.template.try_render(parted, texts.tokenizer)
+            counts.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
+            answers = [row["completion"] for row in parted]
             kept: list[tuple[int, npt.NDArray[np.int32], int, int]] = []
-            for position, (row, prompt, completion) in enumerate(zip(batch, prompts, completions, strict=True)):
+            for position, (row, prompt, completion) in enumerate(
+                zip(batch, texts.prompt_ids(rendered), texts.ids(answers), strict=True)
+            ):
+                if _BORDER in rendered[position] or _BORDER in answers[position]:
+                    counts.with_control.append(row["row"])
                 if position in refused:
                     continue
                 if len(prompt) >= max_length:
+                    (counts.cut_prompts if cut else counts.refused).append(row["row"])
                     if not cut:
-                        state.refused.append(row["row"])
                         continue
-                    state.cut_prompts.append(row["row"])
-                    prompt = _without_middle(prompt, max_length - min(len(completion) + 1, max_length // 2))
+                    prompt = without_middle(prompt, max_length - min(len(completion) + 1, max_length // 2))
                 n_prompt = len(prompt)
                 ids = np.array([*prompt, *completion, eos][:max_length], dtype=np.int32)
-                state.truncated += n_prompt + len(completion) > max_length
-                state.lost_eos += n_prompt + len(completion) >= max_length
+                counts.truncated += n_prompt + len(completion) > max_length
+                counts.lost_eos += n_prompt + len(completion) >= max_length
                 key = xxhash.xxh3_64_intdigest(ids.tobytes(), seed=n_prompt)
                 kept.append((row["row"], ids, n_prompt, key))
             if kept:
-                out.write_batch(_record_batch(kept))
+                out.write_batch(pa.record_batch(list(map(list, zip(*kept, strict=True))), schema=_SCHEMA))
             progress.advance(len(batch))
-
-
-def _record_batch(kept: list[tuple[int, npt.NDArray[np.int32], int, int]]) -> pa.RecordBatch:
-    numbers, ids, prompts, keys = zip(*kept, strict=True)
-    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)))
-    return pa.record_batch(
-        [pa.array(numbers, pa.int64()), tokens, pa.array(prompts, pa.int32()), pa.array(keys, pa.uint64())],
-        schema=_SCHEMA,
-    )
+    return counts
 
 
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
@@ -290,36 +253,23 @@ def prompt_ids(
         tokenizer: The model's.
         template: Renders the prompts.
     """
-    parted = _Parted(tokenizer, template)
-    return _prompt_ids(template.render_many([parted.row(row) for row in rows], tokenizer), tokenizer, template)
-
-
-def _prompt_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[list[int]]:
-    ids = _token_ids(tokenizer, texts)
-    if template.adds_special_tokens:
-        start = _leading_special_tokens(tokenizer)
-        return [start + row for row in ids]
-    return ids
-
-
-def _leading_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer itself puts in front of a text: BOS or nothing. (What it puts behind is left to EOS.)"""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
+    texts = _Texts(tokenizer, template)
+    return texts.prompt_ids(template.render_many(list(map(texts.parted, rows)), tokenizer))
 
 
 _BORDER = "\ufdd0"  # no character of any text, for that is what Unicode keeps it free for
 
 
-class _Parted:
-    """Control tokens of a model that are written in a row's text, such as ``</s>``, with a border in the middle.
+class _Texts:
+    """Texts as token ids, in which no text of a row becomes a control token such as ``</s>``.
 
-    What stands left and right of a border is tokenised by itself, so that no text becomes a control token; those that
-    the template writes stay whole. Control tokens are the tokenizer's special ones, and those of its added ones that
-    frame the turns in the template, for some models add them as ordinary ones.
+    Control tokens in a row's text get a border in the middle, and what stands left and right of it is tokenised by
+    itself; those that the template writes stay whole. They are the tokenizer's special ones, and those of its added
+    ones that frame the turns in the template, for some models add them as ordinary ones.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+        self.tokenizer, self.template = tokenizer, template
         frame = template.frame(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         control = {str(token) for token in added if token.special or str(token) in frame}
@@ -327,8 +277,8 @@ class _Parted:
         longest_first = sorted(control, key=lambda token: (-len(token), token))
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row as it is where it holds no control token."""
+    def parted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A canonical row with borders; itself where it holds no control token."""
         texts = {name: row[name] for name in ("prompt", "completion", "instruction", "input") if row.get(name)}
         turns = conversation(row) if row.get("turns") else []
         if not any(self._pattern.search(text) for text in (*texts.values(), *(turn["content"] for turn in turns))):
@@ -342,41 +292,23 @@ class _Parted:
     def _part(self, text: str) -> str:
         return self._pattern.sub(lambda match: f"{match[0][0]}{_BORDER}{match[0][1:]}", text)
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts with borders."""
+        pieces = [text.split(_BORDER) for text in texts]
+        # One call per batch, so that fast tokenizers use all cores.
+        encoded = self.tokenizer(
+            [piece for parts in pieces for piece in parts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: Iterator[list[int]] = iter(encoded["input_ids"])
+        return [[token for _ in parts for token in next(ids)] for parts in pieces]
 
-def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    pieces = [text.split(_BORDER) for text in texts]
-    # One call per batch, so that fast tokenizers use all cores.
-    encoded = tokenizer(
-        [piece for parts in pieces for piece in parts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: Iterator[list[int]] = iter(encoded["input_ids"])
-    return [[token for _ in parts for token in next(ids)] for parts in pieces]
-
-
-def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
-    """Pads rows on the right into a batch.
-
-    Args:
-        items: Rows with ``input_ids`` and ``n_prompt``.
-        pad_token_id: Fills `input_ids`; masks and labels never depend on it.
-        multiple_of: The padded length is a multiple of this.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape [rows, length]; a label is its token on the
-        completion and its EOS, and `IGNORED` on prompt and padding.
-    """
-    longest = max(len(item["input_ids"]) for item in items)
-    shape = (len(items), -(-longest // multiple_of) * multiple_of)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for i, item in enumerate(items):
-        ids = torch.from_numpy(np.array(item["input_ids"], dtype=np.int64))  # a copy: the original is a read-only map
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
-        labels[i, item["n_prompt"] : len(ids)] = ids[item["n_prompt"] :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def prompt_ids(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered prompts, after BOS where the tokenizer itself puts it in front of a text."""
+        start: list[int] = []
+        if self.template.adds_special_tokens:  # what the tokenizer puts behind a text is left to EOS
+            start = [token for token in self.tokenizer("")["input_ids"][:1] if token == self.tokenizer.bos_token_id]
+        return [start + row for row in self.ids(rendered)]

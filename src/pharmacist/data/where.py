@@ -64,13 +64,12 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
     """
     found = []
     for text in texts:
-        column, equals, value = text.partition("=")
-        of, colon, rest = column.partition(":")
-        alone = bool(colon) and of.strip() in _SOURCES
-        column = (rest if alone else column).strip()
-        if not equals or not column or not value.strip():
+        column, _, value = (part.strip() for part in text.partition("="))
+        of, colon, rest = (part.strip() for part in column.partition(":"))
+        one = Condition(rest, value, of) if colon and of in _SOURCES else Condition(column, value)
+        if not one.column or not value:
             raise ConfigError(f"--where {text}: write it as label=true, or as harmful:is_safe=false for one file")
-        found.append(Condition(column, value.strip(), of.strip() if alone else None))
+        found.append(one)
     return found
 
 

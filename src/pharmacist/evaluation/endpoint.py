@@ -26,6 +26,7 @@ from anyio.from_thread import start_blocking_portal
 from pharmacist.core.console import plain, without_credentials
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.progress import bar
+from pharmacist.core.typed import AtLeast1, Checked, NotNegative, Positive
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.reasoning import CUT, ENDED
 
@@ -51,20 +52,20 @@ _FILTER = re.compile(
 
 
 @dataclass
-class EndpointConfig:
+class EndpointConfig(Checked):
     """Options of an endpoint."""
 
     base_url: str = ""
     """Address of the OpenAI-compatible endpoint, up to and with /v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
-    concurrency: int = 8
+    concurrency: AtLeast1 = 8
     """Questions that are under way at a time."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """Seconds that one reply may take as a whole."""
-    attempts: int = 6
+    attempts: AtLeast1 = 6
     """Tries per question, counting the first."""
-    max_wait: float = 60.0
+    max_wait: NotNegative = 60.0
     """Longest pause between two tries, in seconds; pauses double from one second on."""
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Name under which the longest reply is sent; OpenAI's reasoning models want max_completion_tokens."""
@@ -73,15 +74,9 @@ class EndpointConfig:
     out what would be sent, such as {temperature: null}."""
 
     def __post_init__(self) -> None:
-        numbers = (self.timeout, self.max_wait)
-        if self.concurrency < 1 or self.attempts < 1 or not all(map(math.isfinite, numbers)) or not 0 < self.timeout:
-            raise ConfigError("endpoint: concurrency and attempts must be at least 1, timeout positive")
-        if self.max_wait < 0:
-            raise ConfigError("endpoint: max_wait must not be negative")
+        super().__post_init__()
         if not re.fullmatch(r"(?!hf_|gsk_)[A-Za-z_]\w*", self.api_key_env):  # it may be the key itself: not shown
             raise ConfigError("endpoint: api_key_env is the name of a variable that holds the key, not the key")
-        if self.token_limit not in ("max_tokens", "max_completion_tokens"):
-            raise ConfigError(f"endpoint: token_limit {self.token_limit}: must be max_tokens or max_completion_tokens")
         if self.base_url:
             try:
                 known = httpx.URL(self.base_url).scheme in ("http", "https")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.records import prompt_key
+from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, encode_prompts, generate, plan_batches

@@ -4,12 +4,14 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 0.4M-parameter model (batches of 1 to 128), where the library's overhead weighs most; not enough to own one.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +19,7 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
+from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
@@ -24,8 +27,6 @@ from pharmacist.evaluation.reasoning import FRAME, MARKER, begun
 from pharmacist.nn.distributed import barrier
 
 
-TOKENS_PER_BATCH = 65_536
-"""Bound of a batch's rows x (longest prompt + new tokens); halved where it does not fit into a GPU's memory."""
 ROWS_PER_BATCH = 128
 """Bound of a batch's rows where none is asked for."""
 Decoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], bool]]]
@@ -52,12 +53,9 @@ def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int)
         The prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
-    cut = [len(row) >= context for row in ids]
-    short = [
-        [*row[: room // 2], *row[len(row) - (room - room // 2) :]] if too_long else list(row)
-        for row, too_long in zip(ids, cut, strict=True)
-    ]
-    return short, sum(cut)
+    too_long = [len(row) >= context for row in ids]
+    short = [without_middle(row, room) if long else list(row) for row, long in zip(ids, too_long, strict=True)]
+    return short, sum(too_long)
 
 
 def generate(
@@ -143,19 +141,16 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
                 f"prompt {row} has {length} tokens, but the model's context ends at {context}; "
                 "shorten it, or --on-long-prompt cut"
             )
-    rooms = [min(max_new_tokens, context - length) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda row: (rooms[row], -lengths[row], row))
-    batches: list[PromptBatch] = []
-    most = batch_size or ROWS_PER_BATCH
-    for row in order:
-        current = batches[-1] if batches else None
-        if current is not None and current.new_tokens == rooms[row] and len(current.rows) < most:
-            longest = lengths[current.rows[0]] + rooms[row]
-            if batch_size or (len(current.rows) + 1) * longest <= TOKENS_PER_BATCH:
-                current.rows.append(row)
-                continue
-        batches.append(PromptBatch([row], rooms[row]))
-    return batches
+    tokens = np.asarray(lengths, dtype=np.int64)
+    rooms = np.minimum(max_new_tokens, context - tokens)
+    order = np.lexsort((np.arange(len(tokens)), -tokens, rooms))
+    by_room = np.split(order, np.flatnonzero(np.diff(rooms[order])) + 1)
+    budget = sys.maxsize if batch_size else TOKENS_PER_BATCH
+    return [
+        PromptBatch(batch.tolist(), int(rooms[batch[0]]))
+        for same_room in by_room
+        for batch in cut(same_room, tokens + rooms, budget, batch_size or ROWS_PER_BATCH)
+    ]
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -200,11 +195,11 @@ def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequ
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> Iterator[Decoder]:
     """Hugging Face ``generate``, greedily; the model comes back as it was."""
     training, own = model.training, model.generation_config
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
     def decode(ids: list[list[int]], new_tokens: int, ends: list[int]) -> list[tuple[list[int], bool]]:
         try:
-            return _decode_batch(model, pad, ids, new_tokens, ends)
+            return _decode_batch(model, fill, ids, new_tokens, ends)
         except torch.cuda.OutOfMemoryError:
             if len(ids) == 1:
                 raise
@@ -214,7 +209,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
 
     model.eval()
     # What `generate` is not told it takes from here: models come with temperatures and repetition penalties.
-    model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=ends)
+    model.generation_config = GenerationConfig(pad_token_id=fill, eos_token_id=ends)
     try:
         with torch.inference_mode():
             yield decode
@@ -224,12 +219,9 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
 
 
 def _decode_batch(
-    model: PreTrainedModel, pad: int, ids: list[list[int]], new_tokens: int, ends: list[int]
+    model: PreTrainedModel, fill: int, ids: list[list[int]], new_tokens: int, ends: list[int]
 ) -> list[tuple[list[int], bool]]:
-    longest = max(map(len, ids))
-    gaps = [longest - len(row) for row in ids]
-    input_ids = torch.tensor([[pad] * gap + row for gap, row in zip(gaps, ids, strict=True)], dtype=torch.long)
-    attention_mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], dtype=torch.long)
+    input_ids, attention_mask = pad(ids, fill, left=True)
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
@@ -238,7 +230,7 @@ def _decode_batch(
         num_beams=1,
         use_cache=True,
     )
-    return [until_end(row, ends) for row in output[:, longest:].tolist()]
+    return [until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:

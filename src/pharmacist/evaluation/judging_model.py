@@ -10,6 +10,7 @@ from typing import Any
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
@@ -21,13 +22,8 @@ class JudgingModelConfig(EndpointConfig):
 
     model: str = ""
     """What the endpoint calls the judging model."""
-    max_tokens: int = 1024
+    max_tokens: AtLeast1 = 1024
     """Longest reply of the judging model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 1:
-            raise ConfigError(f"judging model: max_tokens {self.max_tokens} must be at least 1")
 
     def where(self) -> dict[str, Any]:
         """What decides on the replies: address, model, and length of replies."""

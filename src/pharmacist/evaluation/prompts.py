@@ -13,7 +13,7 @@ from typing import Any
 from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.records import prompt_key
+from pharmacist.data.normalise import prompt_key
 
 
 Row = Mapping[str, Any]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from pharmacist.core.seeding import derive
+from pharmacist.data.batches import cut, pad
 
 
 IntArray = npt.NDArray[np.int64]
@@ -61,13 +62,9 @@ class Batch:
 
 def make_batch(sequences: Sequences, rows: Sequence[int] | IntArray, device: torch.device) -> Batch:
     """Pads some rows into a batch. The padding id is 0; no mask ever depends on it."""
-    ids = sequences.token_ids(rows)
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    padded = np.zeros((len(ids), int(lengths.max())), dtype=np.int64)
-    for target, row in zip(padded, ids, strict=True):
-        target[: len(row)] = row
-    prompts = sequences.prompt_lengths[np.asarray(rows)].astype(np.int64)
-    return Batch(*(torch.from_numpy(array).to(device) for array in (padded, lengths, prompts)))
+    ids, mask = pad(sequences.token_ids(rows))
+    prompts = torch.from_numpy(sequences.prompt_lengths[np.asarray(rows)].astype(np.int64))
+    return Batch(*(tensor.to(device) for tensor in (ids, mask.sum(1), prompts)))
 
 
 @dataclass(frozen=True)
@@ -102,13 +99,7 @@ def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None
     distinct = chosen[first]
     lengths = sequences.lengths[distinct].astype(np.int64)
     order = distinct[np.lexsort((keys[distinct], -lengths))]
-    batches, start = [], 0
-    sorted_lengths = sequences.lengths[order].astype(np.int64)
-    while start < len(order):
-        size = max(1, int(tokens_per_batch // sorted_lengths[start]))
-        batches.append(order[start : start + size])
-        start += size
-    return PassPlan(batches, representative)
+    return PassPlan(list(cut(order, sequences.lengths, tokens_per_batch)), representative)
 
 
 def batch_stream(n: int, batch_size: int, steps: int, seed: int) -> IntArray:

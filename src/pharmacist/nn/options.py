@@ -2,23 +2,18 @@
 
 from dataclasses import dataclass
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast1, Checked, Positive
 
 
 @dataclass
-class AdapterOptions:
+class AdapterOptions(Checked):
     """Shape and training of the selector's LoRA adapters."""
 
-    r: int = 8
+    r: AtLeast1 = 8
     """Rank."""
-    alpha: int = 16
+    alpha: AtLeast1 = 16
     """Scale: the update is multiplied by alpha / r."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak of the AdamW learning rate; linear warm-up over a tenth of the steps, then linear decay to zero."""
-    batch_size: int = 16
+    batch_size: AtLeast1 = 16
     """Rows per step and stream."""
-
-    def __post_init__(self) -> None:
-        for name in ("r", "alpha", "learning_rate", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")

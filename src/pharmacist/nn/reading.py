@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import head_inputs
 from pharmacist.nn.locate import output_head
@@ -31,7 +32,7 @@ def tokens_per_batch(model: Any, device: torch.device) -> int:
     More tokens than the least make no pass faster on a CPU (`benchmarks/throughput.py`).
     """
     budget = 2**25 if device.type == "cpu" else 2**30
-    return max(1024, min(65536, budget // int(getattr(model.config, "vocab_size", 32768))))
+    return max(1024, min(TOKENS_PER_BATCH, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:

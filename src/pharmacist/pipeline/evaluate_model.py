@@ -14,7 +14,8 @@ from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
 from pharmacist.data.formats import Source, open_source, place
-from pharmacist.data.records import Records, Refused, parse_columns, read_records
+from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.refusals import Refused
 from pharmacist.data.tasks import open_task
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons
@@ -156,6 +157,7 @@ class _Asked:
                 prompts_only=name in _JUDGED,
                 columns={to: column for to, column in columns[name].items() if to != "answer"},
                 side="rejected" if name in ("harmful", "rejected") else "chosen",
+                keep=name in ("answers", "prompts"),
             )
             for name, source in sources.items()
         }

@@ -109,6 +109,7 @@ class Ranking:
                 columns=parse_columns(config["columns"]),
                 on_bad_row=config["on_bad_row"],
                 where=conditions_for(config.get("where", []), "pool", self.source),
+                keep=True,
             )
             # Rows that the chat template refused were not ranked.
             found = found.without(np.flatnonzero(~np.isin(found.row_numbers, self.table["row"])))
@@ -238,8 +239,6 @@ def _categories(records: Records) -> list[list[str]] | None:
     A row may have no category, one, or several.
     """
     # A pool is long, and one without categories is not read to its end.
-    columns = {"category", "categories"}
-    if not any(category_names(row.value) for row in islice(records.source.scan(columns), _FIRST)):
-        return None
-    wanted = set(records.row_numbers.tolist())
-    return [category_names(row.value) for row in records.source.scan(columns) if row.number in wanted]
+    names = map(category_names, records.originals({"category", "categories"}))
+    first = list(islice(names, _FIRST))
+    return [*first, *names] if any(first) else None

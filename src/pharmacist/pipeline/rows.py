@@ -25,6 +25,7 @@ def read(
     usual_names: bool = False,
     where: Sequence[Condition] | None = None,
     prompts_only: bool = False,
+    keep: bool = False,
 ) -> Records:
     """Reads a source into canonical rows.
 
@@ -36,6 +37,7 @@ def read(
         usual_names: Whether a file that lacks the columns of `options` is read by the usual names.
         where: Only the rows for which all of these hold.
         prompts_only: Only prompts are needed.
+        keep: Whether the user's own columns are needed again.
 
     Raises:
         DataError: Rows cannot be used, or there is none.
@@ -52,6 +54,7 @@ def read(
         on_bad_row=options.on_bad_row,
         where=where,
         prompts_only=prompts_only,
+        keep=keep,
     )
 
 

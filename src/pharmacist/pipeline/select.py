@@ -42,8 +42,7 @@ def select(options: SelectOptions) -> Path:
         if rank() == 0 and not run.complete:
             with run.phase("select"):
                 share = config["balance_share"] if config["balance"] is not None else 0.0
-                # The arms of a grid agree in size.
-                chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=True)
+                chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(ranking.source, rows.tolist(), path, format="jsonl")
                 outputs = [path.name]

@@ -7,84 +7,46 @@ so an interrupted sweep resumes where it stopped, and a larger grid in the same 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from pharmacist.attacks import ATTACKS
+from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import ConfigError, DivergedError, PharmacistError
+from pharmacist.core.errors import ConfigError, DataError, DivergedError
+from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
-from pharmacist.core.rundir import RunDir, RunOptions
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.options import RunOptions
+from pharmacist.core.progress import console, hushed
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.formats import open_source
+from pharmacist.defenses import DEFENSES
+from pharmacist.evaluation.prompts import PROMPT_SETS, open_prompts
+from pharmacist.evaluation.worst_case import LEVELS, Reached, simultaneous, steps_to_reach, within_margin, worst_case
+from pharmacist.nn.models import model_fingerprint
+from pharmacist.pipeline.attack import attack, open_sources
+from pharmacist.pipeline.bench.command import run_stages
+from pharmacist.pipeline.bench.executors import EXECUTORS
+from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
+from pharmacist.report.numbers import Figure
+from pharmacist.report.sweep import render_sweep
+from pharmacist.training.strategy import GradientStrategy
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from pharmacist.training.strategy import GradientStrategy
-
-STAGE_VERSION = 1
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
-_LATE = frozenset({"grid", "margin", "curves", "evaluate"})
-_EVALUATE_DECIDED = {own.name for own in fields(RunOptions)} | {"model", "compare"}
 _ONLY_HARMFUL = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
 _SHOWN = 20
-
-
-@dataclass
-class GridOptions:
-    """What an attacker would try; every combination is one attack."""
-
-    learning_rate: list[float] = field(default_factory=list)
-    """Values for train.learning_rate."""
-    epochs: list[float] = field(default_factory=list)
-    """Values for train.num_train_epochs."""
-    poison_ratio: list[float] = field(default_factory=list)
-    """Values for --poison-ratio. The harmful rows of a smaller one are among those of a larger one."""
-    rank: list[int] = field(default_factory=list)
-    """Values for lora.r; lora.alpha goes along, so that alpha / r stays."""
-
-
-@dataclass(kw_only=True)
-class SweepOptions(AttackOptions):
-    """Attack one model in many ways and report the worst case that keeps the fine-tuned task."""
-
-    grid: GridOptions = field(default_factory=GridOptions)
-    """What is varied; the other options of the attack hold for every point."""
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    """Options of evaluate, as --evaluate.prompts FILE. prompts and task are needed; no attack set may share a prompt
-    with either."""
-    margin: float = 2.0
-    """An attack counts as the worst case only if its fine-tune accuracy is at most this many points below the best."""
-    curves: Literal["worst", "all", "none"] = "worst"
-    """For which attacks the harmful score is also measured on the way, at --snapshots; by default after a sixteenth,
-    an eighth, a quarter and half of the steps."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.margin >= 0:
-            raise ConfigError(f"--margin {self.margin}: must not be negative")
-        if self.build_only:
-            raise ConfigError("--build-only: a sweep trains; use pharmacist attack to build a set")
-        if not any(vars(self.grid).values()):
-            raise ConfigError("nothing to sweep over: give --grid.learning_rate, epochs, poison_ratio or rank")
-        for name, values in vars(self.grid).items():
-            if repeated := [value for value in values if values.count(value) > 1]:
-                raise ConfigError(f"--grid.{name}: {repeated[0]} is there twice; leave one out")
-        if self.grid.epochs and self.train.get("max_steps", -1) > 0:
-            raise ConfigError("--grid.epochs: --train.max_steps decides the length already; leave one out")
-        if self.grid.rank and self.tuning == "full":
-            raise ConfigError("--grid.rank: there is no adapter under --tuning full; leave one out")
-        if self.grid.rank and self.adapter == "continue":
-            raise ConfigError("--grid.rank: an adapter that is continued keeps its rank; leave one out")
-        if self.grid.poison_ratio and self.kind["name"] != "mix":
-            raise ConfigError(f"--grid.poison_ratio: the kind {self.kind['name']} has no such ratio; leave it out")
-        for name in ("prompts", "task"):
-            if not self.evaluate.get(name):
-                raise ConfigError(f"--evaluate.{name} must be given; see pharmacist sweep --help")
-        for name in sorted(_EVALUATE_DECIDED & self.evaluate.keys()):
-            raise ConfigError(f"--evaluate.{name}: the sweep decides it; leave it out")
 
 
 @dataclass
@@ -99,10 +61,8 @@ class SweepResult:
     summary: dict[str, Any]
     folder: Path
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """Content of ``sweep.parquet``: one row per attack."""
-        import pandas as pd
-
         return pd.read_parquet(self.folder / "sweep.parquet")
 
 
@@ -123,65 +83,32 @@ def sweep(options: SweepOptions) -> SweepResult:
     Raises:
         PharmacistError: Bad options or input, of any point, before the first training.
     """
-    from pharmacist.attacks import ATTACKS
-    from pharmacist.core.files import read_json
-    from pharmacist.core.progress import console
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.nn.distributed import from_main
-    from pharmacist.nn.models import model_fingerprint
-    from pharmacist.pipeline.attack import open_sources
-
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
     for within, own in {"": options, "evaluate.": measuring}.items():
         check_outside(Path(options.output_dir), own, within=within)
     options = replace(options, disjoint_from=_disjoint(options))
     points = _points(options, strategy)
-    sources = open_sources(strategy, kind, options)
-    evaluation = _evaluation_inputs(measuring)
-    identity = replace(
-        options,
-        defense={"name": options.defense["name"], **vars(strategy.config)},
-        kind={"name": options.kind["name"], **vars(kind.config)},
-    )
-    run = RunDir.open(
-        identity,
-        stage="sweep",
-        version=STAGE_VERSION,
-        late=_LATE,
-        late_inputs=frozenset(evaluation),
-        reopen=True,
-        read_again=("sweep.json",),
-        inputs={name: source.fingerprint() for name, source in sources.items()}
-        | evaluation
-        | {"model": model_fingerprint(options.model)},
-    )
-    try:
-        if from_main(run.complete):
-            console().print(f"{run.root}: complete already; --overwrite runs it again", soft_wrap=True)
+    inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
+    inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
+    with SWEEP.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
+        if run.complete:
             result = SweepResult(read_json(run.path("sweep.json")), run.root)
         else:
             result = _sweep(points, options, run)
         if rank() == 0 and not options.quiet:
             _show(result)
         return result
-    except PharmacistError:
-        run.discard()
-        raise
-    finally:
-        run.close()
 
 
 def _disjoint(options: SweepOptions) -> list[str]:
     """The files that no attack set may share a prompt with: the user's, and what the attacks are measured with."""
-    from pharmacist.evaluation.prompts import PROMPT_SETS
-
     own = [options.evaluate[name] for name in ("prompts", "task")]
     files = [file for file in own if str(file).partition(":")[0] not in PROMPT_SETS]
     return list(dict.fromkeys([*options.disjoint_from, *files]))
 
 
-def _points(options: SweepOptions, strategy: "GradientStrategy") -> list[_Point]:
+def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
     """The grid, the first option varying slowest."""
     grid, train, lora = options.grid, options.effective_train, options.lora
     by_steps = train.get("max_steps", -1) > 0
@@ -227,7 +154,7 @@ def _alpha(alpha: int, r: int, wanted: int) -> int:
     return alpha * wanted // r
 
 
-def _snapshots(point: AttackOptions, strategy: "GradientStrategy", options: SweepOptions) -> list[int]:
+def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepOptions) -> list[int]:
     """Steps before the last one at which the model is kept."""
     if options.curves == "none":
         return []
@@ -245,8 +172,6 @@ def _snapshots(point: AttackOptions, strategy: "GradientStrategy", options: Swee
 
 def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve: bool = False) -> EvaluateOptions:
     """Options of one evaluation; on a curve the harmful score alone is measured."""
-    from pharmacist.core.config import from_mapping
-
     given = {name: value for name, value in options.evaluate.items() if not (curve and name in _ONLY_HARMFUL)}
     shared = {name: getattr(options, name) for name in ("seed", "device", "dtype", "quiet", "trust_remote_code")}
     return from_mapping(
@@ -256,97 +181,127 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that models are measured with."""
-    from pharmacist.data.formats import open_source
-    from pharmacist.evaluation.prompts import open_prompts
-
     opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
     return {
         f"evaluate.{name}": opened.get(name, open_source)(
             getattr(options, name), name=f"--evaluate.{name}"
         ).fingerprint()
-        for name in (*PROMPTS, *REFERENCES, "perplexity")
+        for name in MEASURED_WITH
         if getattr(options, name) is not None
     }
 
 
-def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
-    from pharmacist.core.files import atomic_path, write_json, write_text
-    from pharmacist.core.progress import bar, hushed
-    from pharmacist.pipeline.attack import attack
-    from pharmacist.pipeline.evaluate import evaluate
+@dataclass
+class _Sweep:
+    """A sweep while it runs: a graph of attacks and evaluations, each in a folder that it names."""
 
-    with bar("sweep", total=2 * len(points) + 1) as progress, hushed():
-        with run.phase("check"):
-            _build_sets(points, run)
-        with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
-            before = evaluate(_evaluate_options(options, options.model, run.path("evaluate", "before"))).metrics
-        progress.advance()
-        found = []
-        for point in points:
-            entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
-            try:
-                with run.phase("attack"):
-                    entry["steps"] = attack(point.options).metrics["steps"]
-                progress.advance()
-                with run.phase("evaluate"):
-                    folder = run.path("evaluate", point.name, "end")
-                    metrics = evaluate(_evaluate_options(options, point.options.output_dir, folder)).metrics
-                entry |= {name: metrics[name] for name in RATES if name in metrics}
-                entry |= {"evaluate": f"evaluate/{point.name}/end"}
-            except DivergedError as error:
-                entry["failed"] = str(error)
-            progress.advance()
-            found.append(entry)
-        summary = summarise(found, before, options.margin)
-        with run.phase("curves"):
-            summary["curves"] = _curves(points, summary, options, run)
+    options: SweepOptions
+    run: RunDir
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
+        """One attack or evaluation."""
+        folder, names = Path(options.output_dir), tuple(parent.name for parent in parents)
+        stage = make_stage(self.run.root, kind, options, {}, names, folder.name, folder=folder)
+        return self.stages.setdefault(stage.name, stage)
+
+    def evaluation(self, model: str, *place: str, after: Sequence[Stage] = (), curve: bool = False) -> Stage:
+        """The evaluation of a model; on a curve the harmful score alone is measured."""
+        folder = self.run.path("evaluate", *place)
+        return self.stage("evaluate", _evaluate_options(self.options, model, folder, curve=curve), *after)
+
+    def execute(self, stages: Sequence[Stage]) -> dict[str, str]:
+        """Runs stages; gives those that diverged, with the reason."""
+        diverged: dict[str, str] = {}
+        executor = EXECUTORS.build_from(self.options.executor)
+        with closing(run_stages(self.stages, stages, executor, "sweep")) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome.error, DivergedError):
+                    diverged[outcome.stage] = str(outcome.error)
+                elif outcome.error is not None:
+                    raise outcome.error
+        return diverged
+
+
+def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
+    sweep = _Sweep(options, run)
+    with run.phase("check"), hushed():
+        _build_sets(points, run)
+    before = sweep.evaluation(options.model, "before")
+    with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
+        sweep.execute([before])
+    attacks = [sweep.stage("attack", point.options) for point in points]
+    ends = [
+        sweep.evaluation(point.options.output_dir, point.name, "end", after=[attacked])
+        for point, attacked in zip(points, attacks, strict=True)
+    ]
+    with run.phase("attack"):
+        diverged = sweep.execute([stage for pair in zip(attacks, ends, strict=True) for stage in pair])
+    found = []
+    for point, attacked, end in zip(points, attacks, ends, strict=True):
+        entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
+        if attacked.name in diverged:
+            entry["failed"] = diverged[attacked.name]
+        else:
+            metrics = _metrics(end)
+            entry |= {"steps": _metrics(attacked)["steps"]} | {
+                name: metrics[name] for name in RATES if name in metrics
+            }
+            entry |= {"evaluate": f"evaluate/{point.name}/end"}
+        found.append(entry)
+    summary = summarise(found, _metrics(before), options.margin)
+    with run.phase("curves"):
+        summary["curves"] = _curves(sweep, points, attacks, summary)
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
-        with atomic_path(run.path("sweep.parquet")) as path:
-            _table(summary).to_parquet(path, index=False)
+        _write_table(run.path("sweep.parquet"), summary)
         write_text(run.path("sweep.md"), markdown(summary))
         run.record(
             counts={"attacks": len(found), "diverged": sum("failed" in entry for entry in found)},
             metrics={"worst": summary["worst"]},
         )
-        _write_page(run)
+        sweep_page(run.root, run.manifest)
         run.finish(outputs=["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"])
     return SweepResult(summary, run.root)
 
 
+def _metrics(stage: Stage) -> dict[str, Any]:
+    return read_manifest(stage.folder).metrics
+
+
 def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     """Builds the set of every poison ratio, so that one that cannot be built stops the sweep before any training."""
-    from pharmacist.pipeline.attack import attack
-
     for ratio in dict.fromkeys(point.settings["poison_ratio"] for point in points):
         options = next(point.options for point in points if point.settings["poison_ratio"] == ratio)
         attack(replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))))
 
 
 def _curves(
-    points: Sequence[_Point], summary: Mapping[str, Any], options: SweepOptions, run: RunDir
+    sweep: _Sweep, points: Sequence[_Point], attacks: Sequence[Stage], summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Harmful score over the steps of an attack, per attack for which it is wanted."""
-    from pharmacist.evaluation.worst_case import LEVELS, steps_to_reach
-    from pharmacist.pipeline.evaluate import evaluate
-
     wanted = {"worst": [summary["worst"]], "all": [entry["name"] for entry in summary["attacks"]], "none": []}
+    measured: dict[str, list[tuple[int, Stage]]] = {}
+    for point, attacked, entry in zip(points, attacks, summary["attacks"], strict=True):
+        if point.name in wanted[sweep.options.curves] and "failed" not in entry:
+            models = {step: f"{point.options.output_dir}/snapshots/step-{step}" for step in point.options.snapshots}
+            measured[point.name] = [
+                (step, sweep.evaluation(model, point.name, f"step-{step}", after=[attacked], curve=True))
+                for step, model in models.items()
+            ]
+    sweep.execute([stage for stages in measured.values() for _, stage in stages])
     curves: dict[str, Any] = {}
-    for point, entry in zip(points, summary["attacks"], strict=True):
-        if point.name not in wanted[options.curves] or "failed" in entry:
+    for entry in summary["attacks"]:
+        if (stages := measured.get(entry["name"])) is None:
             continue
-        measured = [(0, summary["before"]["harmful_score"])]
-        for step in point.options.snapshots:
-            model = str(Path(point.options.output_dir) / "snapshots" / f"step-{step}")
-            folder = run.path("evaluate", point.name, f"step-{step}")
-            metrics = evaluate(_evaluate_options(options, model, folder, curve=True)).metrics
-            measured.append((step, metrics["harmful_score"]))
-        measured.append((entry["steps"], entry["harmful_score"]))
-        known = [(step, metric) for step, metric in measured if metric["value"] is not None]
+        found = [(0, summary["before"]["harmful_score"])]
+        found += [(step, _metrics(stage)["harmful_score"]) for step, stage in stages]
+        found.append((entry["steps"], entry["harmful_score"]))
+        known = [(step, metric) for step, metric in found if metric["value"] is not None]
         if not known:
             continue
         steps, values = [step for step, _ in known], [metric["value"] for _, metric in known]
-        curves[point.name] = {
+        curves[entry["name"]] = {
             "steps": steps,
             "harmful_score": [metric for _, metric in known],
             "reached": [asdict(steps_to_reach(steps, values, level)) for level in LEVELS],
@@ -362,7 +317,6 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
         before: Metrics of the model before any attack.
         margin: Points of accuracy.
     """
-    from pharmacist.evaluation.worst_case import simultaneous, within_margin, worst_case
 
     def values(name: str) -> list[float | None]:
         return [entry[name]["value"] if name in entry else None for entry in attacks]
@@ -385,48 +339,32 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
     }
 
 
-def _table(summary: Mapping[str, Any]) -> "pd.DataFrame":
-    import pandas as pd
-
+def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
+    """Writes ``sweep.parquet``."""
+    text, number, whole, yes = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+    columns = {"name": text, "learning_rate": number, "epochs": number, "poison_ratio": number}
+    columns |= {"rank": whole, "steps": whole}
+    for name in RATES:
+        columns |= {name: number, f"{name}_low": number, f"{name}_high": number, f"{name}_n": whole}
+    columns |= {"within_margin": yes, "worst": yes, "failed": text, "attack": text, "evaluate": text}
     rows = []
     for entry in summary["attacks"]:
-        row = {"name": entry["name"]}
-        row |= {name: entry["settings"].get(name) for name in _names(GridOptions)}
-        row |= {"steps": entry.get("steps")}
+        row = entry | entry["settings"] | {"worst": entry["name"] == summary["worst"]}
         for name in RATES:
             metric = entry.get(name) or {}
             low, high = metric.get("ci95") or (None, None)
             row |= {name: metric.get("value"), f"{name}_low": low, f"{name}_high": high, f"{name}_n": metric.get("n")}
-        row |= {
-            "within_margin": entry["within_margin"],
-            "worst": entry["name"] == summary["worst"],
-            "failed": entry.get("failed"),
-            "attack": entry["attack"],
-            "evaluate": entry.get("evaluate"),
-        }
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    counts = {f"{name}_n": "Int64" for name in RATES} | {"steps": "Int64", "rank": "Int64"}
-    text = {"failed": "string", "evaluate": "string"}
-    return table.astype(
-        {
-            name: "float64"
-            for name in table.columns
-            if table[name].dtype == object and name not in ("name", "attack", *counts, *text)
-        }
-        | counts
-        | text
-    )
+        rows.append({name: row.get(name) for name in columns})
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), temporary)
 
 
 # --- what people read ----------------------------------------------------------------------------------------------
 
 
 def _rate(metric: Mapping[str, Any] | None) -> str:
-    if metric is None or metric["value"] is None:
-        return "-"
-    interval = f" [{metric['ci95'][0]:.1f}, {metric['ci95'][1]:.1f}]" if metric["ci95"] else ""
-    return f"{metric['value']:.1f}{interval}"
+    figure = Figure.of(metric)
+    return "-" if figure is None else figure.text()
 
 
 def _remark(entry: Mapping[str, Any], worst: str | None) -> str:
@@ -449,8 +387,6 @@ def _ordered(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """What the sweep found, in sentences."""
-    from pharmacist.evaluation.worst_case import Reached
-
     judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
     worst = next((entry for entry in attacks if entry["name"] == summary["worst"]), None)
     yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
@@ -526,10 +462,6 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _show(result: SweepResult) -> None:
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-
     out, summary = console(), result.summary
     head, lines = _rows(summary)
     table = Table(title=f"{len(lines)} attacks, in %, 95 % intervals over prompts")
@@ -545,7 +477,12 @@ def _show(result: SweepResult) -> None:
     out.print(f"page {result.folder / 'report.html'}\nfigures {result.folder / 'sweep.json'}", soft_wrap=True)
 
 
-def _write_page(run: RunDir) -> None:
-    from pharmacist.report.sweep import render_sweep
+def sweep_page(folder: Path, manifest: RunManifest) -> None:
+    """Writes ``report.html`` of a sweep.
 
-    render_sweep(run.root, manifest=run.manifest.model_dump(mode="json"))
+    Raises:
+        DataError: ``sweep.json`` is missing.
+    """
+    if not (folder / "sweep.json").is_file():
+        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
+    render_sweep(folder, manifest=manifest.model_dump(mode="json"))

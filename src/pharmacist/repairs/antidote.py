@@ -5,23 +5,19 @@ from typing import Literal
 
 import torch
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, Share
 from pharmacist.repairs.base import Plan, References, Repair, Side, each_input
 
 
 @dataclass
-class AntidoteConfig:
+class AntidoteConfig(Checked):
     """Options of Antidote."""
 
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """Share of the entries that is pruned, in (0, 1]: of each row of a weight, of each factor of an adapter."""
     compat: Literal["none", "reference"] = "none"
     """reference: by rows of factors too, and rounds the number of pruned entries as the published code does, up to one
     more."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ConfigError(f"alpha must lie in (0, 1], not {self.alpha}: pruning nothing would be no repair")
 
 
 def scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:

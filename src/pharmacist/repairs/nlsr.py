@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import Checked, NotNegative, Share
 from pharmacist.nn.lowrank import Factors, cosine
 from pharmacist.repairs.base import Form, Plan, References, Repair, Side, Tensors, each_input
 
@@ -20,32 +21,22 @@ _SHARED = 0.5
 
 
 @dataclass
-class NLSRConfig:
+class NLSRConfig(Checked):
     """Options of NLSR."""
 
-    beta: float = 0.9
+    beta: NotNegative = 0.9
     """Amplification of the reference: its update is multiplied by 1 + beta."""
-    rank_share: float = 0.8
+    rank_share: Share = 0.8
     """Share of the rank of each matrix that its low-rank approximation keeps."""
-    region: float = 0.2
+    region: Share = 0.2
     """Share of the entries that make up the safety region."""
-    prune_rate: float = 0.5
+    prune_rate: Share = 0.5
     """Mean probability that a module's safety region is given back."""
-    epsilon: float = 0.2
+    epsilon: NotNegative = 0.2
     """Spread of that probability around its mean: highest for the module least similar to the reference."""
     compat: Literal["none", "reference"] = "none"
     """reference: the published ranking, by which the most similar module is the likeliest, and the published
     amplification, which multiplies the update by 4 * beta^2."""
-
-    def __post_init__(self) -> None:
-        for name in ("rank_share", "region"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in (0, 1], not {getattr(self, name)}")
-        for name in ("beta", "epsilon"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 < self.prune_rate <= 1:
-            raise ConfigError(f"prune_rate must lie in (0, 1], not {self.prune_rate}")
 
 
 def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_outputs: bool = False) -> torch.Tensor:

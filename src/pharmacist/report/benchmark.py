@@ -5,9 +5,8 @@ pair where they differ in the series alone: same setting, same defense, same see
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
+from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
 BASELINE = "full"
@@ -30,69 +29,20 @@ LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A column of results.
-
-    Attributes:
-        name: The column.
-        title: In tables.
-        unit: Of the values.
-        better: 1 where higher is better, -1 where lower is.
-        compared: Whether differences are tested. Ranking is work that the full dataset does not need at all.
-    """
-
-    name: str
-    title: str
-    unit: str
-    better: int
-    compared: bool = True
-
-    @property
-    def head(self) -> str:
-        """Title and unit."""
-        return f"{self.title}, {self.unit}"
-
-    def estimate(self, values: "pd.Series[float]", *, difference: bool = False) -> Estimate:
-        """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
-        bounds = (RATE_DIFFERENCE if difference else RATE) if self.unit == "%" else (-inf if difference else 0.0, inf)
-        return t_interval(values.tolist(), bounds=bounds)
-
-
-METRICS = (
-    Metric("harmful_score", "Harmful score", "%", -1),
-    Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1),
-    Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
-    Metric("over_refusal", "Over-refusal", "%", -1),
-    Metric("alignment_seconds", "Alignment time", "s", -1),
-    Metric("selection_seconds", "Selection time", "s", -1, compared=False),
-)
-"""What tables and page show, as far as it was measured."""
-
-
-@dataclass(frozen=True)
-class Value:
+class Value(Figure):
     """A mean over seeds and what sets it apart from the baseline.
 
     Attributes:
-        mean: Over seeds.
-        low: Lower end of its 95 % interval (Student's t); None with one seed, and where all seeds agree.
-        high: Upper end.
-        seeds: Number of seeds.
-        difference: Mean of the paired differences to the baseline, in the metric's unit; None without pairs.
-        difference_low: Lower end of its 95 % interval, not corrected; None likewise.
-        difference_high: Upper end.
+        seeds: Number of seeds; with one, and where all seeds agree, there is no interval (Student's t).
+        difference: Mean of the paired differences to the baseline, in the metric's unit, with its 95 % interval, not
+            corrected; None without pairs.
         p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
         p_corrected: After Holm's correction over all comparisons of the metric.
         verdict: 1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared.
     """
 
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
+    seeds: int = 1
+    difference: Figure | None = None
     p: float | None = None
     p_corrected: float | None = None
     verdict: int | None = None
@@ -105,10 +55,12 @@ class Line:
     Attributes:
         axes: Value on each of `AXES`.
         values: By metric; one that was not measured is missing.
+        runs: Its rows of the results.
     """
 
     axes: Mapping[str, Any]
     values: Mapping[str, Value]
+    runs: pd.DataFrame = field(compare=False)
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -148,7 +100,7 @@ class Benchmark:
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
-        self.metrics = [it for it in METRICS if it.name in results and results[it.name].notna().any()]
+        self.metrics = [it for it in METRICS.values() if it.name in results and results[it.name].notna().any()]
         self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
         """Axes with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
@@ -230,8 +182,8 @@ class Benchmark:
             for place, value in zip(values, corrected(found, metric.better), strict=True):
                 if value is not None:
                     place[metric.name] = value
-        for (axes, _), own_values in zip(groups, values, strict=True):
-            yield Line(axes, own_values)
+        for (axes, group), own_values in zip(groups, values, strict=True):
+            yield Line(axes, own_values, group)
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
@@ -243,19 +195,13 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
 def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
     if not len(own):
         return None
-    mean = metric.estimate(own)
-    low, high = mean.interval or (None, None)
-    value: dict[str, Any] = {"mean": mean.value, "low": low, "high": high, "seeds": mean.n}
-    if differences is not None and len(differences):
-        found = metric.estimate(differences, difference=True)
-        low, high = found.interval or (None, None)
-        value |= {
-            "difference": found.value,
-            "difference_low": low,
-            "difference_high": high,
-            "p": float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None,
-        }
-    return Value(**value)
+    mean = metric.estimate(own.tolist())
+    value = Value(mean.value, *(mean.interval or (None, None)), seeds=mean.n)
+    if differences is None or not len(differences):
+        return value
+    found = metric.estimate(differences.tolist(), difference=True)
+    p = float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None
+    return replace(value, difference=Figure.of(found), p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
@@ -274,8 +220,8 @@ def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]
             continue
         p = next(after) if value.p is not None else None
         real = p is not None and p < LEVEL
-        verdict = int(np.sign(value.difference)) * better if real else 0
-        found.append(Value(**(vars(value) | {"p_corrected": p, "verdict": verdict})))
+        verdict = int(np.sign(value.difference.mean)) * better if real else 0
+        found.append(replace(value, p_corrected=p, verdict=verdict))
     return found
 
 
@@ -294,22 +240,23 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
         lines = [line for line in benchmark.lines if line.series == series and series[0] != benchmark.baseline]
         by_metric = {}
         for metric in benchmark.metrics:
-            compared = [line.values[metric.name] for line in lines if metric.name in line.values]
-            compared = [value for value in compared if value.difference is not None]
+            values = [line.values[metric.name] for line in lines if metric.name in line.values]
+            compared = [(value.verdict, value.difference.mean) for value in values if value.difference is not None]
             if compared:
                 pooled = alone.get(series, {}).get(metric.name)
+                found_alone = pooled.difference if pooled else None
                 by_metric[metric.name] = {
-                    "low": pooled.difference_low if pooled else None,
-                    "high": pooled.difference_high if pooled else None,
-                    "better": sum(value.verdict == 1 for value in compared),
-                    "worse": sum(value.verdict == -1 for value in compared),
-                    "open": sum(value.verdict == 0 for value in compared),
+                    "low": found_alone.low if found_alone else None,
+                    "high": found_alone.high if found_alone else None,
+                    "better": sum(verdict == 1 for verdict, _ in compared),
+                    "worse": sum(verdict == -1 for verdict, _ in compared),
+                    "open": sum(verdict == 0 for verdict, _ in compared),
                     "n": len(compared),
-                    "mean": float(np.mean([value.difference for value in compared])),
+                    "mean": float(np.mean([difference for _, difference in compared])),
                 }
         if by_metric:
             saved = [
-                -100 * value.difference / (value.mean - value.difference)
+                -100 * value.difference.mean / (value.mean - value.difference.mean)
                 for line in lines
                 if (value := line.values.get("alignment_seconds")) and value.difference is not None
             ]
@@ -336,11 +283,11 @@ def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
         row["", "aligned on"] = plain(benchmark.name(line.series))
         for metric in benchmark.metrics:
             value = line.values.get(metric.name)
-            row[metric.head, "mean"] = "" if value is None else _interval(value.mean, value.low, value.high, minus)
+            row[metric.head, "mean"] = "" if value is None else value.text().replace("-", minus)
             if metric.compared and benchmark.has_baseline:
                 text = ""
                 if value is not None and value.difference is not None:
-                    text = _interval(value.difference, value.difference_low, value.difference_high, minus, sign="+")
+                    text = value.difference.text(sign="+").replace("-", minus)
                     text = bold.format(text) if value.verdict else text
                 row[metric.head, f"minus {benchmark.baseline}"] = text
         rows.append(row)
@@ -349,11 +296,6 @@ def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
 
 
 _HEADS = {"later_defense": "later defense"}
-
-
-def _interval(mean: float, low: float | None, high: float | None, minus: str, sign: str = "") -> str:
-    text = f"{mean:{sign}.1f}" if low is None or high is None else f"{mean:{sign}.1f} [{low:.1f}, {high:.1f}]"
-    return text.replace("-", minus)
 
 
 def over_defenses_note(benchmark: Benchmark) -> str:

@@ -1,27 +1,17 @@
 """The page of a benchmark and the tables beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from pharmacist.core.files import write_text
 from pharmacist.report import charts
-from pharmacist.report.benchmark import (
-    BASELINE,
-    SETTING,
-    Benchmark,
-    Line,
-    Value,
-    note,
-    to_latex,
-    to_markdown,
-    verdicts,
-)
+from pharmacist.report.benchmark import BASELINE, SETTING, Benchmark, Line, note, to_latex, to_markdown, verdicts
 from pharmacist.report.html import write_page
+from pharmacist.report.numbers import Figure
 
 
 _COLORS = {"full": "--full", "random": "--random", "pharmacist": "--core"}
@@ -76,7 +66,7 @@ def render_benchmark(
     for at, defense in enumerate(defenses):
         of_defense = [line for line in benchmark.lines if line.axes["defense"] == defense]
         if curves:
-            per_setting(f"curve-{at}", lambda lines: attack_curves(lines, benchmark, look), of_defense.__contains__)
+            per_setting(f"curve-{at}", lambda lines: attack_curves(lines, look), of_defense.__contains__)
         if fractions:
             per_setting(f"fraction-{at}", lambda lines: fraction_curves(lines, look), of_defense.__contains__)
     write_page(
@@ -114,243 +104,73 @@ class Look:
         """As a CSS value."""
         return f"var({self._colors[selector]})"
 
-    def dash(self, selector: str) -> str:
-        """Of a line, so that colour is not all that tells it."""
-        return _DASHES[self._places[selector] % len(_DASHES)]
-
     def symbol(self, defense: str) -> str:
         """Of a point."""
         return self._symbols[defense]
 
-
-def _error_bars(values: Sequence[Value], color: str, thickness: float = 1.2) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "color": color,
-        "thickness": thickness,
-        "width": 0,
-        "array": [0 if value.high is None else value.high - value.mean for value in values],
-        "arrayminus": [0 if value.low is None else value.mean - value.low for value in values],
-    }
-
-
-def _span(values: Sequence[Value]) -> list[float]:
-    """Of an axis of rates: all means, and of their intervals what is possible."""
-    ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
-    low, high = (float(np.clip(end, 0, 100)) for end in (min(ends, default=0), max(ends, default=100)))
-    pad = max(1.5, 0.06 * (high - low))
-    return [low - pad, high + pad]
-
-
-def _told(value: Value, unit: str = "%") -> str:
-    text = f"{value.mean:.1f} {unit}"
-    return text if value.low is None else f"{text} ({value.low:.1f} to {value.high:.1f})"
+    def curve(self, line: Line, x: Sequence[float], values: Sequence[Figure]) -> charts.Curve:
+        """A line of a chart."""
+        selector = line.axes["selector"]
+        dash = _DASHES[self._places[selector] % len(_DASHES)]
+        return charts.Curve(self.benchmark.name(line.series), self.color(selector), x, values, dash)
 
 
 def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
-    lines = [line for line in lines if {"harmful_score", "fine_tune_accuracy"} <= set(line.values)]
-    traces: list[Any] = []
-    thickness = 1.2 if len(lines) <= _CROWD else 0.4
-    for selector in look.benchmark.order["selector"]:
-        own = [line for line in lines if line.axes["selector"] == selector]
-        x, y = ([line.values[name] for line in own] for name in ("fine_tune_accuracy", "harmful_score"))
-        color = look.color(selector)
-        traces.append(
-            go.Scatter(
-                x=[value.mean for value in x],
-                y=[value.mean for value in y],
-                mode="markers",
-                showlegend=False,
-                error_x=_error_bars(x, color, thickness),
-                error_y=_error_bars(y, color, thickness),
-                marker={
-                    "color": color,
-                    "size": 11,
-                    "symbol": [look.symbol(line.axes["defense"]) for line in own],
-                    "line": {"color": "var(--card)", "width": 1},
-                },
-                customdata=[
-                    [f"{look.benchmark.name(line.series)}, {line.axes['defense']}", _told(b), _told(a)]
-                    for line, a, b in zip(own, x, y, strict=True)
-                ],
-                hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
-                "<extra></extra>",
-            )
-        )
-    # Colours are told above the chart, markers by its own legend.
-    traces += [
-        go.Scatter(
-            x=[None],
-            y=[None],
-            mode="markers",
-            name=defense,
-            hoverinfo="skip",
-            marker={"symbol": look.symbol(defense), "size": 10, "color": "var(--soft)"},
-        )
-        for defense in look.benchmark.order["defense"]
-    ]
-    accuracy, score = (
-        _span([line.values[name] for line in lines]) for name in ("fine_tune_accuracy", "harmful_score")
-    )
-    return charts._figure(
-        traces,
-        480,
-        xaxis={"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": accuracy},
-        yaxis={"title": {"text": "harmful score, % (less is better)"}, "range": score},
-    )
-
-
-def attack_curves(lines: Sequence[Line], benchmark: Benchmark, look: Look) -> charts.Spec:
-    """Harmful score over attack steps: means over seeds, and the range of the seeds as a band where lines are few."""
-    axes = benchmark.results
-    bands: list[Any] = []
-    drawn: list[Any] = []
-    all_steps: set[int] = set()
-    for line in lines:
-        own = axes[np.logical_and.reduce([(axes[axis] == value).to_numpy() for axis, value in line.axes.items()])]
-        found = [
-            (tuple(int(step) for step in steps), heights)
-            for steps, heights in zip(own["attack_steps"], own["harmful_scores"], strict=True)
-            if len(steps)
-        ]
-        if not found:
-            continue
-        steps = found[0][0]
-        heights = np.asarray([seed for own_steps, seed in found if own_steps == steps], dtype=np.float64)
-        ticks, name, color = (
-            [str(step) for step in steps],
-            benchmark.name(line.series),
+    points = [
+        charts.Point(
+            f"{look.benchmark.name(line.series)}, {line.axes['defense']}",
+            line.axes["selector"],
             look.color(line.axes["selector"]),
+            look.symbol(line.axes["defense"]),
+            line.values["fine_tune_accuracy"],
+            line.values["harmful_score"],
         )
-        all_steps |= set(steps)
-        low, high = heights.min(0).tolist(), heights.max(0).tolist()
-        if len(heights) > 1 and len(lines) <= _BANDS:
-            bands.append(
-                go.Scatter(
-                    x=ticks + ticks[::-1],
-                    y=high + low[::-1],
-                    fill="toself",
-                    fillcolor=color,
-                    opacity=0.13,
-                    mode="lines",
-                    line={"width": 0},
-                    hoverinfo="skip",
-                    showlegend=False,
-                    legendgroup=name,
-                )
-            )
-        drawn.append(
-            go.Scatter(
-                x=ticks,
-                y=heights.mean(0).tolist(),
-                name=name,
-                mode="lines+markers",
-                legendgroup=name,
-                showlegend=False,
-                line={"color": color, "width": 2.5, "dash": look.dash(line.axes["selector"])},
-                marker={"size": 7, "color": color},
-                customdata=[f"{a:.1f} to {b:.1f}" for a, b in zip(low, high, strict=True)],
-                hovertemplate=f"{name}, step %{{x}}<br>%{{y:.1f}} %, seeds %{{customdata}}<extra></extra>",
-            )
-        )
-    ticks = [str(step) for step in sorted(all_steps)]
-    return charts._figure(
-        [*bands, *drawn],
-        320,
-        margin={"l": 60, "r": 16, "t": 12, "b": 50},
-        xaxis={
-            "title": {"text": "attack steps"},
-            "type": "category",
-            "showgrid": False,
-            "categoryorder": "array",
-            "categoryarray": ticks,
-        },
-        yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]},
-    )
+        for line in lines
+        if {"harmful_score", "fine_tune_accuracy"} <= set(line.values)
+    ]
+    # Colours are told above the chart, markers by its own legend.
+    legend = {defense: (look.symbol(defense), "var(--soft)") for defense in look.benchmark.order["defense"]}
+    thickness = 1.2 if len(points) <= _CROWD else 0.4
+    return charts.trade_off(points, look.benchmark.order["selector"], legend, thickness=thickness)
+
+
+def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
+    """Harmful score over attack steps: means over seeds, and the range of the seeds as a band where lines are few."""
+    curves = []
+    for line in lines:
+        found = zip(line.runs["attack_steps"].map(list), line.runs["harmful_scores"].map(list), strict=True)
+        seeds = [(steps, scores) for steps, scores in found if steps]
+        if seeds:
+            steps = seeds[0][0]
+            values = charts.over_seeds([scores for own_steps, scores in seeds if own_steps == steps])
+            curves.append(look.curve(line, steps, values))
+    return charts.curves(curves, "attack steps", spread="band" if len(lines) <= _BANDS else "none")
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Harmful score over the fraction that is kept, a line per selector; the full dataset as a dashed level."""
-    traces: list[Any] = []
-    extra: dict[str, Any] = {}
+    curves, level = [], []
     for selector in look.benchmark.order["selector"]:
         own = [line for line in lines if line.axes["selector"] == selector and "harmful_score" in line.values]
-        values, color = [line.values["harmful_score"] for line in own], look.color(selector)
-        traces.append(
-            go.Scatter(
-                x=[100 * line.axes["fraction"] for line in own],
-                y=[value.mean for value in values],
-                name=selector,
-                mode="lines+markers",
-                showlegend=False,
-                error_y=_error_bars(values, color),
-                line={"color": color, "width": 2.5, "dash": look.dash(selector)},
-                marker={"size": 8, "color": color},
-                customdata=[_told(value) for value in values],
-                hovertemplate=f"{selector}, %{{x:g}} % of the pool<br>harmful score %{{customdata}}<extra></extra>",
-            )
-        )
+        values = [line.values["harmful_score"] for line in own]
+        fractions = [100 * line.axes["fraction"] for line in own]
+        curves += [replace(look.curve(own[0], fractions, values), name=selector)] if own else []
         if selector == BASELINE and own:
-            level = values[0].mean
-            extra["shapes"] = [
-                {
-                    "type": "line",
-                    "x0": 0,
-                    "x1": 1,
-                    "xref": "paper",
-                    "y0": level,
-                    "y1": level,
-                    "line": {"color": color, "width": 1, "dash": "dash"},
-                }
-            ]
-    return charts._figure(
-        traces,
-        320,
-        margin={"l": 60, "r": 16, "t": 12, "b": 50},
-        xaxis={"title": {"text": "share of the pool, %"}, "range": [0, 104]},
-        yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]},
-        **extra,
+            level = charts.dashed(values[0].mean, "y", look.color(selector))
+    title = "share of the pool, %"
+    return charts.curves(
+        curves, title, spread="bars", even=False, xaxis={"title": {"text": title}, "range": [0, 104]}, shapes=level
     )
 
 
 def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Selection and alignment time, a bar per defense and series."""
     lines = list(lines)[::-1]  # plotly draws from below
-    names = [[line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]]
-    traces = []
-    for metric, title, pattern in (("selection_seconds", "selection", "/"), ("alignment_seconds", "alignment", "")):
-        values = [line.values.get(metric) for line in lines]
-        traces.append(
-            go.Bar(
-                y=names,
-                x=[0 if value is None else value.mean for value in values],
-                orientation="h",
-                showlegend=False,
-                marker={
-                    "color": [look.color(line.axes["selector"]) for line in lines],
-                    "line": {"width": 0},
-                    "pattern": {"shape": pattern, "fgcolor": "var(--card)", "size": 6, "solidity": 0.5},
-                },
-                customdata=["" if value is None else _told(value, "s") for value in values],
-                hovertemplate=f"%{{y}}<br>{title} %{{customdata}}<extra></extra>",
-            )
-        )
-    return charts._figure(
-        traces,
-        90 + 24 * len(lines),
-        barmode="stack",
-        bargap=0.25,
-        margin={"l": 150, "r": 24, "t": 8, "b": 48},
-        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
-        yaxis={
-            "showgrid": False,
-            "tickfont": {"color": "var(--ink)", "size": 12},
-            "dividercolor": "var(--line)",
-            "automargin": True,
-        },
-    )
+    names = [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
+    colors = [look.color(line.axes["selector"]) for line in lines]
+    parts = {part: [line.values.get(f"{part}_seconds") for line in lines] for part in ("selection", "alignment")}
+    return charts.cost(names, colors, parts)
 
 
 def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
@@ -375,18 +195,9 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
             value = line.values.get(metric.name)
             row.append(None if value is None else [value.mean, value.low, value.high])
             if metric.compared and benchmark.has_baseline:
-                differs = value is not None and value.difference is not None
-                row.append(
-                    None
-                    if value is None or not differs
-                    else [
-                        value.difference,
-                        value.difference_low,
-                        value.difference_high,
-                        value.p_corrected,
-                        value.verdict,
-                    ]
-                )
+                difference = None if value is None else value.difference
+                ends = None if difference is None else [difference.mean, difference.low, difference.high]
+                row.append(None if value is None or ends is None else [*ends, value.p_corrected, value.verdict])
         rows.append(row)
     return {
         "columns": columns,

@@ -1,20 +1,22 @@
 """Figures of a page. Colours are CSS custom properties that the browser resolves, so that charts follow the theme."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from pharmacist.report import words
+from pharmacist.report.numbers import Figure
 
 
 Spec = dict[str, Any]
 
-_INK, _SOFT, _LINE, _CLEAR = "var(--ink)", "var(--soft)", "var(--line)", "rgba(0,0,0,0)"
-_MARKS = {"full": ("square", "dash"), "random": ("diamond", "dot"), "core": ("circle", "solid")}
+_INK, _SOFT, _LINE, _CARD, _CLEAR = "var(--ink)", "var(--soft)", "var(--line)", "var(--card)", "rgba(0,0,0,0)"
 _BINS = 60
+_SCORE = {"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}
 
 
 def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
@@ -26,7 +28,7 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
         margin={"l": 64, "r": 24, "t": 44, "b": 56},
         font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
         hovermode="closest",
-        hoverlabel={"bgcolor": "var(--card)", "bordercolor": _LINE, "font": {"color": _INK}},
+        hoverlabel={"bgcolor": _CARD, "bordercolor": _LINE, "font": {"color": _INK}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": _INK}},
     )
     axis = {
@@ -45,15 +47,47 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
     return {"data": spec["data"], "layout": spec["layout"]}
 
 
+def _margin(left: int, bottom: int) -> dict[str, int]:
+    return {"l": left, "r": 24, "t": 12, "b": bottom}
+
+
+def dashed(at: float, axis: Literal["x", "y"] = "x", color: str = _INK) -> list[dict[str, Any]]:
+    """A dashed line right across a chart, at one value of an axis."""
+    other = "y" if axis == "x" else "x"
+    ends = {f"{axis}0": at, f"{axis}1": at, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+    return [{"type": "line", **ends, "line": {"color": color, "width": 1.5, "dash": "dash"}}]
+
+
+def _error_bars(values: Sequence[Figure], color: str, thickness: float = 1.2) -> dict[str, Any]:
+    """Intervals; where a value has none its bar has no length."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "color": color,
+        "thickness": thickness,
+        "width": 0,
+        "array": [0 if value.high is None else value.high - value.mean for value in values],
+        "arrayminus": [0 if value.low is None else value.mean - value.low for value in values],
+    }
+
+
+def told(value: Figure, unit: str = "%") -> str:
+    """A figure where a pointer rests on it."""
+    return value.text(f" {unit}", ends="({} to {})")
+
+
+# --- rankings -------------------------------------------------------------------------------------------------------
+
+
 def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged: bool) -> Spec:
     """Rows per score, stacked by reason, with the cut."""
-    values = scores["score"].to_numpy()
+    values, reasons = scores["score"].to_numpy(), scores["reason"].astype(str)
     edges = np.histogram_bin_edges(values, bins=min(_BINS, max(1, len(values))))
     middle = ((edges[:-1] + edges[1:]) / 2).tolist()
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     traces = []
-    for name, word in _groups(scores["reason"], judged):
-        counts = np.histogram(values[(scores["reason"].astype(str) == name).to_numpy()], edges)[0]
+    for name in words.ordered(reasons, words.REASONS):
+        word, counts = words.reason(name, judged), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
         traces.append(
             go.Bar(
                 x=middle,
@@ -67,49 +101,30 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged:
         )
     extra: dict[str, Any] = {}
     if cut is not None:
-        at = cut["score"]
-        extra["shapes"] = [
-            {
-                "type": "line",
-                "x0": at,
-                "x1": at,
-                "y0": 0,
-                "y1": 1,
-                "yref": "paper",
-                "line": {"color": _INK, "width": 1.5, "dash": "dash"},
-            }
-        ]
-        extra["annotations"] = [
-            {
-                "x": at,
-                "y": 1,
-                "yref": "paper",
-                "text": "selected →",
-                "showarrow": False,
-                "xanchor": "left",
-                "yanchor": "top",
-                "xshift": 6,
-                "font": {"color": _INK, "size": 12},
-                "bgcolor": "var(--card)",
-            }
-        ]
+        note = {
+            "x": cut["score"],
+            "y": 1,
+            "yref": "paper",
+            "text": "selected →",
+            "showarrow": False,
+            "xanchor": "left",
+            "yanchor": "top",
+            "xshift": 6,
+            "font": {"color": _INK, "size": 12},
+            "bgcolor": _CARD,
+        }
+        extra = {"shapes": dashed(cut["score"]), "annotations": [note]}
     return _figure(
         traces,
         340,
         barmode="stack",
         bargap=0.05,
         showlegend=False,
-        margin={"l": 64, "r": 24, "t": 16, "b": 56},
+        margin=_margin(64, 56),
         xaxis={"title": {"text": "score (higher = keep)"}, "showgrid": False},
         yaxis={"title": {"text": "rows"}},
         **extra,
     )
-
-
-def _groups(reasons: "pd.Series[Any]", judged: bool) -> list[tuple[str, words.Word]]:
-    present = reasons.astype(str).unique().tolist()
-    known = [name for name in words.REASONS if name in present]
-    return [(name, words.reason(name, judged)) for name in known + sorted(set(present) - set(known))]
 
 
 def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.Word]) -> Spec:
@@ -125,7 +140,7 @@ def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.
                 name=word.title,
                 orientation="h",
                 customdata=[group["left"], group["selected"]],
-                marker={"color": word.css, "line": {"color": "var(--card)", "width": 1}},
+                marker={"color": word.css, "line": {"color": _CARD, "width": 1}},
                 text=[f"{share:.0f} %" if share is not None and share >= 5 else "" for share in shares],
                 textposition="inside",
                 insidetextanchor="middle",
@@ -139,7 +154,7 @@ def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.
         160,
         barmode="stack",
         bargap=0.28,
-        margin={"l": 76, "r": 24, "t": 8, "b": 32},
+        margin=_margin(76, 32),
         showlegend=False,
         xaxis={"range": [0, 100], "ticksuffix": " %", "showgrid": False},
         yaxis={"showgrid": False, "tickfont": {"color": _INK}},
@@ -149,9 +164,9 @@ def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.
 def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
     """Share of each category that is selected, in percent, beside that of the pool."""
     groups = list(categories)[::-1]
-    titles = [_short(words.category(group["name"])) for group in groups]
+    places = list(range(len(groups)))
     trace = go.Bar(
-        y=list(range(len(groups))),
+        y=places,
         x=[group["kept"] for group in groups],
         orientation="h",
         marker={"color": "var(--accent)", "line": {"width": 0}},
@@ -159,29 +174,16 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
         hovertemplate="%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra></extra>",
         showlegend=False,
     )
-    line = {
-        "type": "line",
-        "x0": overall,
-        "x1": overall,
-        "y0": 0,
-        "y1": 1,
-        "yref": "paper",
-        "line": {"color": _INK, "width": 1.5, "dash": "dash"},
-    }
     highest = max(overall, *(group["kept"] for group in groups))
+    titles = [_short(words.category(group["name"])) for group in groups]
     return _figure(
         [trace],
         70 + 26 * len(groups),
         bargap=0.35,
-        margin={"l": 76, "r": 24, "t": 8, "b": 40},
-        shapes=[line],
+        margin=_margin(76, 40),
+        shapes=dashed(overall),
         xaxis={"range": [0, min(100.0, 1.1 * highest)], "ticksuffix": " %", "rangemode": "tozero"},
-        yaxis={
-            "showgrid": False,
-            "tickvals": list(range(len(groups))),
-            "ticktext": titles,
-            "tickfont": {"color": _INK},
-        },
+        yaxis={"showgrid": False, "tickvals": places, "ticktext": titles, "tickfont": {"color": _INK}},
     )
 
 
@@ -189,63 +191,186 @@ def _short(text: str, limit: int = 32) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def attack_curves(steps: Sequence[int], curves: Mapping[str, Sequence[Sequence[float]]]) -> Spec:
-    """Harmful score in percent over attack steps: the mean over seeds, and the range of the seeds as a band.
+# --- models under attack --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        name: In legend and under the pointer.
+        color: CSS value.
+        x: Where it was measured.
+        values: Harmful score there, with an interval or the range of the seeds.
+        dash: Of the line, so that colour is not all that tells it.
+        symbol: Of its points.
+        width: Of the line.
+    """
+
+    name: str
+    color: str
+    x: Sequence[float]
+    values: Sequence[Figure]
+    dash: str = "solid"
+    symbol: str = "circle"
+    width: float = 2.5
+
+
+def over_seeds(seeds: Sequence[Sequence[float]]) -> list[Figure]:
+    """Means over seeds at each step, with the least and the greatest seed where there are several."""
+    heights = np.asarray(seeds, dtype=np.float64)
+    means = heights.mean(0).tolist()
+    if len(heights) == 1:
+        return [Figure(mean) for mean in means]
+    ends = zip(means, heights.min(0).tolist(), heights.max(0).tolist(), strict=True)
+    return [Figure(mean, low, high) for mean, low, high in ends]
+
+
+def curves(
+    found: Sequence[Curve],
+    x: str,
+    *,
+    spread: Literal["band", "bars", "none"],
+    height: int = 320,
+    legend: bool = False,
+    even: bool = True,
+    **layout: Any,
+) -> Spec:
+    """Harmful score in percent over something.
 
     Args:
-        steps: At which models were measured.
-        curves: Arm -> seed -> score at each step.
+        found: The lines.
+        x: What it is over.
+        spread: How intervals are drawn.
+        height: In pixels.
+        legend: Whether there is one.
+        even: Draw the places at even distances: steps about double from one to the next, and evenly spaced they leave
+            the beginning of an attack legible.
+        **layout: Of plotly, over what is usual.
     """
     bands, lines = [], []
-    # Steps about double from point to point; evenly spaced they leave the beginning of the attack legible.
-    ticks = [str(step) for step in steps]
-    for arm, seeds in curves.items():
-        word, values = words.arm(arm), np.asarray(seeds, dtype=np.float64)
-        symbol, dash = _MARKS.get(arm, ("circle", "solid"))
-        low, high = values.min(0).tolist(), values.max(0).tolist()
-        if len(values) > 1:
-            bands.append(
-                go.Scatter(
-                    x=ticks + ticks[::-1],
-                    y=high + low[::-1],
-                    fill="toself",
-                    fillcolor=word.css,
-                    opacity=0.16,
-                    line={"width": 0},
-                    hoverinfo="skip",
-                    showlegend=False,
-                    legendgroup=arm,
-                    mode="lines",
-                )
-            )
+    for curve in found:
+        ticks = [f"{value:g}" for value in curve.x] if even else list(curve.x)
+        common = {"legendgroup": curve.name, "x": ticks, "showlegend": legend}
+        low, high = ([getattr(value, end) for value in curve.values] for end in ("low", "high"))
+        if spread == "band" and None not in low:
+            area = {"x": ticks + ticks[::-1], "y": high + low[::-1], "mode": "lines", "line": {"width": 0}}
+            area |= {"fill": "toself", "fillcolor": curve.color, "opacity": 0.15, "hoverinfo": "skip"}
+            bands.append(go.Scatter(**common | area | {"showlegend": False}))
         lines.append(
             go.Scatter(
-                x=ticks,
-                y=values.mean(0).tolist(),
-                name=word.title,
+                **common,
+                y=[value.mean for value in curve.values],
+                name=curve.name,
                 mode="lines+markers",
-                legendgroup=arm,
-                line={"color": word.css, "width": 3, "dash": dash},
-                marker={"symbol": symbol, "size": 9, "color": word.css},
-                customdata=[f"{a:.1f} to {b:.1f}" for a, b in zip(low, high, strict=True)],
-                hovertemplate=f"{word.title}, step %{{x}}<br>%{{y:.1f}} %, seeds %{{customdata}}<extra></extra>",
+                error_y=_error_bars(curve.values, curve.color) if spread == "bars" else None,
+                line={"color": curve.color, "width": curve.width, "dash": curve.dash},
+                marker={"symbol": curve.symbol, "size": 3 * curve.width, "color": curve.color},
+                customdata=[told(value) for value in curve.values],
+                hovertemplate=f"{curve.name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
             )
         )
+    axis: dict[str, Any] = {"title": {"text": x}, "rangemode": "tozero"}
+    if even:
+        places = [f"{value:g}" for value in sorted({value for curve in found for value in curve.x})]
+        axis |= {"type": "category", "showgrid": False, "categoryorder": "array", "categoryarray": places}
+    margin = {} if legend else {"margin": _margin(60, 50)}
+    return _figure([*bands, *lines], height, **{"xaxis": axis, "yaxis": _SCORE, **margin, **layout})
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model after an attack.
+
+    Attributes:
+        name: Under the pointer.
+        group: What it shares its colour with.
+        color: CSS value.
+        symbol: Of its marker.
+        accuracy: Fine-tune accuracy in percent.
+        score: Harmful score in percent.
+        size: Of its marker.
+    """
+
+    name: str
+    group: str
+    color: str
+    symbol: str
+    accuracy: Figure
+    score: Figure
+    size: float = 11
+
+
+def trade_off(
+    points: Sequence[Point],
+    groups: Sequence[str],
+    legend: Mapping[str, tuple[str, str]],
+    *,
+    thickness: float = 1.2,
+    **layout: Any,
+) -> Spec:
+    """Harmful score over fine-tune accuracy, with intervals.
+
+    Args:
+        points: The models.
+        groups: Of the points, those in front last.
+        legend: Name -> marker and colour.
+        thickness: Of the intervals.
+        **layout: Of plotly, over what is usual.
+    """
+    traces = []
+    for group in groups:
+        own = [point for point in points if point.group == group]
+        color = own[0].color if own else _SOFT
+        traces.append(
+            go.Scatter(
+                x=[point.accuracy.mean for point in own],
+                y=[point.score.mean for point in own],
+                mode="markers",
+                showlegend=False,
+                error_x=_error_bars([point.accuracy for point in own], color, thickness),
+                error_y=_error_bars([point.score for point in own], color, thickness),
+                marker={
+                    "color": color,
+                    "size": [point.size for point in own],
+                    "symbol": [point.symbol for point in own],
+                    "line": {"color": _CARD, "width": 1},
+                },
+                customdata=[[point.name, told(point.score), told(point.accuracy)] for point in own],
+                hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
+                "<extra></extra>",
+            )
+        )
+    nothing = {"x": [None], "y": [None], "mode": "markers", "hoverinfo": "skip"}
+    traces += [
+        go.Scatter(**nothing, name=name, marker={"symbol": symbol, "size": 10, "color": color})
+        for name, (symbol, color) in legend.items()
+    ]
+    x, y = (span([getattr(point, name) for point in points]) for name in ("accuracy", "score"))
     return _figure(
-        [*bands, *lines],
-        430,
-        xaxis={"title": {"text": "attack steps"}, "type": "category", "showgrid": False},
-        yaxis={"title": {"text": "harmful score, %"}, "range": [-3, 103]},
+        traces,
+        480,
+        xaxis={"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": x},
+        yaxis={"title": {"text": "harmful score, % (less is better)"}, "range": y},
+        **layout,
     )
 
 
-def bars(values: Mapping[str, Sequence[float]], unit: str, percent: bool) -> Spec:
+def span(values: Sequence[Figure]) -> list[float]:
+    """Of an axis of rates: all means, and of their intervals what is possible."""
+    ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
+    low, high = (float(np.clip(end, 0, 100)) for end in (min(ends, default=0), max(ends, default=100)))
+    pad = max(1.5, 0.06 * (high - low))
+    return [low - pad, high + pad]
+
+
+def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
     """One bar per arm, its mean, with a point per seed.
 
     Args:
         values: Arm -> value per seed.
-        unit: Shown behind numbers.
-        percent: The axis ends at 100.
+        unit: Shown behind numbers; an axis of percent ends at 100.
     """
     arms = list(values)[::-1]
     titles = [words.arm(arm).title for arm in arms]
@@ -266,31 +391,61 @@ def bars(values: Mapping[str, Sequence[float]], unit: str, percent: bool) -> Spe
             x=[value for arm in arms for value in values[arm]],
             mode="markers",
             showlegend=False,
-            marker={"color": "var(--card)", "size": 7, "line": {"color": _INK, "width": 1.5}},
+            marker={"color": _CARD, "size": 7, "line": {"color": _INK, "width": 1.5}},
             hovertemplate=f"%{{y}}: one seed, %{{x:.1f}} {unit}<extra></extra>",
         ),
     ]
-    annotations = [
-        {
-            "x": max([mean, *values[arm]]),
-            "y": title,
-            "text": f"{mean:.1f} {unit}",
-            "showarrow": False,
-            "xanchor": "left",
-            "xshift": 10,
-            "font": {"color": _INK, "size": 13},
-        }
-        for title, arm, mean in zip(titles, arms, means, strict=True)
-    ]
+    note = {"showarrow": False, "xanchor": "left", "xshift": 10, "font": {"color": _INK, "size": 13}}
+    percent = unit == "%"
     return _figure(
         traces,
         200,
-        margin={"l": 110, "r": 20, "t": 8, "b": 32},
-        annotations=annotations,
+        margin=_margin(110, 32),
+        annotations=[
+            {"x": max([mean, *values[arm]]), "y": title, "text": f"{mean:.1f} {unit}", **note}
+            for title, arm, mean in zip(titles, arms, means, strict=True)
+        ],
         xaxis={
             "range": [0, 122 if percent else 1.28 * top],
             "tickvals": [0, 25, 50, 75, 100] if percent else None,
             "nticks": 5,
         },
         yaxis={"showgrid": False, "tickfont": {"color": _INK}},
+    )
+
+
+def cost(
+    names: tuple[Sequence[str], Sequence[str]], colors: Sequence[str], parts: Mapping[str, Sequence[Figure | None]]
+) -> Spec:
+    """Bars of seconds, made up of parts; the first is hatched.
+
+    Args:
+        names: Two levels of them, from below.
+        colors: One per bar.
+        parts: Title -> seconds per bar.
+    """
+    traces = [
+        go.Bar(
+            y=list(names),
+            x=[0 if value is None else value.mean for value in values],
+            orientation="h",
+            showlegend=False,
+            marker={
+                "color": list(colors),
+                "line": {"width": 0},
+                "pattern": {"shape": "" if at else "/", "fgcolor": _CARD, "size": 6, "solidity": 0.5},
+            },
+            customdata=["" if value is None else told(value, "s") for value in values],
+            hovertemplate=f"%{{y}}<br>{title} %{{customdata}}<extra></extra>",
+        )
+        for at, (title, values) in enumerate(parts.items())
+    ]
+    return _figure(
+        traces,
+        90 + 24 * len(colors),
+        barmode="stack",
+        bargap=0.25,
+        margin=_margin(150, 48),
+        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
+        yaxis={"showgrid": False, "tickfont": {"color": _INK, "size": 12}, "dividercolor": _LINE, "automargin": True},
     )

@@ -23,6 +23,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.report import charts, tables, words
+from pharmacist.report.numbers import METRICS, Figure
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
+_MARKS = (("dash", "square"), ("dot", "diamond"), ("solid", "circle"))
+"""Dashes and markers of the demo's arms."""
 
 
 def render_ranking(
@@ -96,20 +99,24 @@ def render_demo(
     texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
     found = {
-        "alignment_seconds": ("s", False),
-        "fine_tune_accuracy": ("%", True),
-        "over_refusal_aligned": ("%", True),
-        "over_refusal": ("%", True),
+        "alignment_seconds": METRICS["alignment_seconds"],
+        "fine_tune_accuracy": METRICS["fine_tune_accuracy"],
+        "over_refusal_aligned": METRICS["over_refusal"],
+        "over_refusal": METRICS["over_refusal"],
     }
-    data["figures"] |= {name: charts.bars(summary[name], unit, percent) for name, (unit, percent) in found.items()}
-    data["figures"]["curves"] = charts.attack_curves(summary["steps"], summary["curves"])
+    data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}
+    curves = [
+        charts.Curve(words.arm(arm).title, words.arm(arm).css, summary["steps"], charts.over_seeds(seeds), *marks)
+        for (arm, seeds), marks in zip(summary["curves"].items(), _MARKS, strict=True)
+    ]
+    data["figures"]["curves"] = charts.curves(curves, "attack steps", spread="band", height=430, legend=True)
     arms = [
         {
             "word": words.arm(name),
             "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
-            **{key: _interval(summary[key][name], "%") for key in ("auc", "final_harmful_score")},
-            **{key: _interval(summary[key][name], unit) for key, (unit, _) in found.items()},
+            **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
+            **{key: Figure.of(metric.estimate(summary[key][name])) for key, metric in found.items()},
         }
         for name in summary["arms"]
     ]
@@ -123,16 +130,6 @@ def render_demo(
         demo=summary,
         arms=arms,
     )
-
-
-def _interval(found: Any, unit: str) -> dict[str, Any]:
-    """Mean and interval, of values per seed where they are not there yet."""
-    if isinstance(found, Mapping):
-        return dict(found)
-    from pharmacist.evaluation.statistics import RATE, t_interval
-
-    estimate = t_interval(found, bounds=RATE if unit == "%" else (0.0, float("inf")))
-    return {"mean": estimate.value, "ci95": estimate.interval}
 
 
 def _ranking(
@@ -295,9 +292,12 @@ def _signed(number: float, digits: int = 1) -> str:
     return _minus(f"{round(number, digits) + 0.0:+.{digits}f}")  # no minus zero
 
 
-def _with_interval(found: Mapping[str, Any], unit: str) -> Markup:
-    mean = Markup('<span class="value">{:.1f}{}{}</span>').format(found["mean"], _NARROW, unit)
-    if found["ci95"] is None:
+def _with_interval(found: Figure | Mapping[str, Any] | None, unit: str) -> Markup:
+    found = found if isinstance(found, Figure) else Figure.of(found)
+    if found is None:
+        return Markup("–")
+    mean = Markup('<span class="value">{:.1f}{}{}</span>').format(found.mean, _NARROW, unit)
+    if found.low is None or found.high is None:
         return mean
-    ends = [_minus(f"{end:.1f}") for end in found["ci95"]]
+    ends = [_minus(f"{end:.1f}") for end in (found.low, found.high)]
     return mean + Markup(' <span class="interval">{} to {}</span>').format(*ends)

@@ -64,11 +64,6 @@ class Judgement:
         return 1 if reason == "low_quality" else 3
 
 
-def _ordered(values: "pd.Series[Any]", known: Mapping[str, Any]) -> list[str]:
-    present = values.astype(str).unique().tolist()
-    return [name for name in known if name in present] + sorted(name for name in present if name not in known)
-
-
 def composition(
     groups: "pd.Series[Any]", selected: "pd.Series[Any]", known: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -86,7 +81,7 @@ def composition(
     names, chosen = groups.astype(str).to_numpy(), selected.to_numpy(dtype=bool)
     n_selected, n_left = int(chosen.sum()), int((~chosen).sum())
     table = []
-    for name in _ordered(groups, known):
+    for name in words.ordered(groups, known):
         member = names == name
         inside, outside = int((member & chosen).sum()), int((member & ~chosen).sum())
         table.append(
@@ -104,7 +99,7 @@ def composition(
 
 def confusion(labels: "pd.Series[Any]", reasons: "pd.Series[Any]") -> dict[str, Any]:
     """Rows per planted label and given reason: ``labels``, ``reasons`` and ``counts`` [labels][reasons]."""
-    rows, columns = _ordered(labels, words.LABELS), _ordered(reasons, words.REASONS)
+    rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
     counts = pd.crosstab(labels.astype(str), reasons.astype(str)).reindex(index=rows, columns=columns, fill_value=0)
     return {"labels": rows, "reasons": columns, "counts": counts.to_numpy().tolist()}
 
@@ -218,8 +213,8 @@ class Rows:
         self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, judgement: Judgement
     ) -> None:
         self.scores, self.texts, self.known, self.judgement = scores, texts, labels, judgement
-        self.reasons = _ordered(scores["reason"], words.REASONS)
-        self.labels = _ordered(pd.Series(labels, dtype=str), words.LABELS) if labels is not None else []
+        self.reasons = words.ordered(scores["reason"], words.REASONS)
+        self.labels = words.ordered(labels, words.LABELS) if labels is not None else []
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
     def keys(self) -> dict[str, list[dict[str, str]]]:

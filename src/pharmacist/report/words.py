@@ -3,6 +3,7 @@
 Colours are names of CSS custom properties; their values, for light and dark, are in ``templates/style.css``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -115,6 +116,12 @@ def label(name: str) -> Word:
 def arm(name: str) -> Word:
     """The words for a set that a model is aligned on."""
     return ARMS.get(name) or Word(_plain(name))
+
+
+def ordered(values: Iterable[object], known: Iterable[str]) -> list[str]:
+    """Names that occur: those that are known in their order, then the others."""
+    present = {str(value) for value in values}
+    return [name for name in known if name in present] + sorted(present.difference(known))
 
 
 def category(name: str | None) -> str:

@@ -1,15 +1,17 @@
 """A plain text classifier: word statistics into a logistic regression, the peer that costlier selectors must beat."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import scipy.sparse
+from annotated_types import Ge
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import Checked
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.pharmacist.questions import quality, safe_log_odds
 from pharmacist.selectors.pharmacist.readers import Texts, Words
@@ -21,17 +23,13 @@ _REGULARISATION = 100.0
 
 
 @dataclass
-class ClassifierConfig:
+class ClassifierConfig(Checked):
     """Options of the selector."""
 
-    folds: int = 4
+    folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds, by which its quality on held-out references is measured."""
     corruptions_per_row: int = 2
     """Damaged versions made of each safe and each utility reference."""
-
-    def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ConfigError(f"selector.folds must be at least 2, not {self.folds}")
 
 
 class Classifier(Selector):

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
+from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys
 
@@ -22,16 +22,12 @@ BLOCK = 2048
 
 
 @dataclass
-class CoverConfig:
+class CoverConfig(Checked):
     """Options of selectors that compare the rows of a pool with each other."""
 
-    block: int = BLOCK
+    block: AtLeast1 = BLOCK
     """Rows compared with each other: a larger pool is cut by content into blocks of about that size, each ordered by
     itself and all merged by what each row added; cost then grows with the pool, not with its square."""
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ConfigError(f"selector.block must be at least 1, not {self.block}")
 
 
 def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:

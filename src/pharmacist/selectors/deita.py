@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Le
 from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
+from pharmacist.core.typed import Checked
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys
 
@@ -20,18 +23,14 @@ _BATCH = 1024
 
 
 @dataclass
-class DeitaConfig:
+class DeitaConfig(Checked):
     """Options of the selector."""
 
     scorer: str = "ifd"
     """The selector, with its default options, that says how good a row is; any by name, also one from another package,
     or several, a+b."""
-    threshold: float = 0.9
+    threshold: Annotated[float, Ge(-1), Le(1)] = 0.9
     """Cosine above which a row is too near to a better one that is kept; 1 keeps all, in the scorer's order."""
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.threshold <= 1:
-            raise ConfigError(f"selector.threshold must lie in [-1, 1], not {self.threshold}")
 
 
 class Deita(Selector):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Checked, Share
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.random import draws
 
@@ -22,12 +22,12 @@ _BATCH = 4096
 
 
 @dataclass
-class DSIRConfig:
+class DSIRConfig(Checked):
     """Options of the selector."""
 
-    buckets: int = 10_000
+    buckets: AtLeast1 = 10_000
     """Words and word pairs are hashed into that many."""
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """Share of the pool's own distribution mixed into that of the references, in (0, 1]; bounds by its logarithm what
     a word that no reference has can cost."""
     per_word: bool = False
@@ -35,12 +35,6 @@ class DSIRConfig:
     resample: bool = True
     """Add Gumbel noise to the importance, which draws rows without replacement in proportion to it, as the paper does;
     else the most important rows come first."""
-
-    def __post_init__(self) -> None:
-        if self.buckets < 1:
-            raise ConfigError(f"selector.buckets must be at least 1, not {self.buckets}")
-        if not 0 < self.smoothing <= 1:
-            raise ConfigError(f"selector.smoothing must lie in (0, 1], not {self.smoothing}")
 
 
 class DSIR(Selector):

@@ -5,21 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0, Checked
 from pharmacist.data.records import to_dataset
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import embed, unit
 
 
 @dataclass
-class EmbeddingConfig:
+class EmbeddingConfig(Checked):
     """Options of the selector."""
 
-    nearest: int = 0
+    nearest: AtLeast0 = 0
     """Average the cosine to that many nearest references; 0 takes the cosine to the centroid of all."""
-
-    def __post_init__(self) -> None:
-        if self.nearest < 0:
-            raise ConfigError(f"selector.nearest must not be negative, not {self.nearest}")
 
 
 class Embedding(Selector):

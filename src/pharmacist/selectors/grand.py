@@ -10,6 +10,7 @@ from torch import nn
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import activation_gradients, capture
@@ -22,7 +23,7 @@ from pharmacist.selectors.reading import read
 
 
 @dataclass
-class GraNdConfig:
+class GraNdConfig(Checked):
     """Options of the selector."""
 
     by: Literal["head", "lora"] = "head"
@@ -30,12 +31,8 @@ class GraNdConfig:
     on all linear layers, in a forward and a backward pass."""
     keep: Literal["high", "low"] = "high"
     """Which rows rank first: those with the largest gradient, or the smallest."""
-    r: int = 8
+    r: AtLeast1 = 8
     """Rank of the LoRA adapter."""
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"selector.r must be at least 1, not {self.r}")
 
 
 class GraNd(Selector):

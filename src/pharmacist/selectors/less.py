@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.grads import Gradient, norm
@@ -39,23 +40,15 @@ _SMALLEST = 1e-30
 class LessConfig(AdapterOptions):
     """Options of the selector."""
 
-    epochs: int = 4
+    epochs: AtLeast1 = 4
     """Passes over the rows of the warm-up; the pool is read with the model as it is after each."""
-    share: float = 0.05
+    share: Share = 0.05
     """Share of the pool (at least 256 rows) that the model warms up on."""
     features: Literal["projected", "exact"] = "projected"
     """projected: Adam's step on each row, momentum included, projected at random, as published. exact: the row's
     gradient against the references' direction in Adam's scale, without projection and without forming it."""
-    dimensions: int = 8192
+    dimensions: AtLeast1 = 8192
     """Of the projected features; their noise is about 1 / sqrt(dimensions) of a cosine."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "dimensions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"selector.share is a share of the pool in (0, 1], not {self.share}")
 
 
 class Less(Selector):

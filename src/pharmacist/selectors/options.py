@@ -1,9 +1,12 @@
 """Options of the default selector, apart from it: the command line's help must not wait for torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0, AtLeast1, Fraction, Positive
 from pharmacist.nn.options import AdapterOptions
 
 
@@ -21,23 +24,23 @@ class PharmacistConfig(AdapterOptions):
     readers: str = "auto"
     """Evidence readers: lexical (word statistics), probe (hidden states of --model), or both with a comma; auto takes
     both where there is a model."""
-    folds: int = 4
+    folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds of the references, where they do not come from several sources."""
-    corruptions_per_row: int = 1
+    corruptions_per_row: AtLeast0 = 1
     """Damaged versions made of each safe and each utility reference."""
     solver: Literal["closed-form", "gradient"] = "closed-form"
     """How the twins' weights over the pool are found."""
-    cotrain: float = 0.25
+    cotrain: Fraction = 0.25
     """Share of the pool (at least 256 rows) that the twins train on; 0 means on references only, the cheap form."""
-    twin_steps: int = 60
+    twin_steps: AtLeast1 = 60
     """Training steps of each twin (of the closed form: per round)."""
-    rounds: int = 1
+    rounds: AtLeast1 = 1
     """Rounds of the closed form: train the twins, score the pool, weight it anew."""
-    gamma: float = 0.5
+    gamma: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Weight of the pool in the twins' losses against that of the references."""
     mu: float = 0.5
     """Weight of the utility references in the twins' losses."""
-    tau: float = 1.0
+    tau: Positive = 1.0
     """Temperature of the pool weights in nats; larger is closer to uniform."""
     weight_rate: float = 0.3
     """Step size of the gradient solver's logits; from about 3 on few rows take all the weight."""
@@ -48,19 +51,6 @@ class PharmacistConfig(AdapterOptions):
             unknown = [name for name in self.reader_names() if name not in READERS]
             if unknown or not self.reader_names():
                 raise ConfigError(f"selector.readers: '{self.readers}' is not auto or any of {', '.join(READERS)}")
-        if self.folds < 2:
-            raise ConfigError(f"selector.folds must be at least 2, not {self.folds}")
-        if self.corruptions_per_row < 0:
-            raise ConfigError(f"selector.corruptions_per_row must not be negative, not {self.corruptions_per_row}")
-        if not 0 <= self.cotrain <= 1:
-            raise ConfigError(f"selector.cotrain is a share of the pool in [0, 1], not {self.cotrain}")
-        if not 0 <= self.gamma < 1:
-            raise ConfigError(f"selector.gamma must lie in [0, 1), not {self.gamma}")
-        if not self.tau > 0:
-            raise ConfigError(f"selector.tau must be positive, not {self.tau}")
-        for name in ("rounds", "twin_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"selector.{name} must be at least 1, not {getattr(self, name)}")
         if self.solver == "gradient" and self.cotrain < 1:
             raise ConfigError("selector.solver gradient weights every row, so it needs --selector.cotrain 1")
         if self.solver == "gradient" and self.batch_size == 1:

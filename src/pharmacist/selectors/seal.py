@@ -12,6 +12,7 @@ import torch
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Fraction, NotNegative
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
 from pharmacist.nn.distributed import barrier
@@ -34,11 +35,11 @@ class SealConfig(AdapterOptions):
     auxiliary: bool = True
     """Compare with an auxiliary model that learns the weighted pool alone (Alg. 1); else take the loss itself, at two
     thirds of the cost (Alg. 2, which the paper's experiments use)."""
-    epochs: int = 3
+    epochs: AtLeast1 = 3
     """Passes over the pool."""
-    gamma: float = 0.5
+    gamma: Fraction = 0.5
     """Weight of the pool against the safe references in the last epoch; grows in equal steps from gamma / epochs."""
-    weight_rate: float = 0.3
+    weight_rate: NotNegative = 0.3
     """Step size of the rows' logits; 0 keeps all weights equal."""
     rank_by: Literal["losses", "logits"] = "losses"
     """losses: what the trained models say of each row, in one more pass. logits: the weights learned on the way, as
@@ -46,12 +47,6 @@ class SealConfig(AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs < 1:
-            raise ConfigError(f"selector.epochs must be at least 1, not {self.epochs}")
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"selector.gamma must lie in [0, 1], not {self.gamma}")
-        if not self.weight_rate >= 0:
-            raise ConfigError(f"selector.weight_rate must not be negative, not {self.weight_rate}")
         if self.rank_by == "logits" and self.weight_rate == 0:
             raise ConfigError("selector.rank_by logits ranks nothing where selector.weight_rate is 0")
         if self.batch_size == 1 and self.weight_rate > 0:

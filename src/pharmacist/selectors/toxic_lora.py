@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast0, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors.base import SelectionContext
 from pharmacist.selectors.gradients import pool_job
-from pharmacist.selectors.unrolled import LEARNER, Attack, Unrolled, check_hypergradient_options
+from pharmacist.selectors.unrolled import LEARNER, Attack, Unrolled
 
 
 TOXIC = "toxic"
@@ -22,26 +22,18 @@ TOXIC = "toxic"
 class ToxicLoraConfig(AdapterOptions):
     """Options of the selector."""
 
-    toxic_steps: int = 60
+    toxic_steps: AtLeast0 = 60
     """Training steps of the toxic LoRA on the harmful references, on top of what was learned; 0 is `unrolled`."""
     attached: Literal["upper", "both"] = "both"
     """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
     learned, so that rows count for what they teach a model that is attacked already."""
-    steps: int = 60
+    steps: AtLeast0 = 60
     """Training steps on the pool, all rows alike, before the attack; with 0 the model is attacked as it is."""
-    share: float = 0.25
+    share: Share = 0.25
     """Share of the pool (at least 256 rows) that the model is trained on, and whose gradient is the step."""
-    lookahead: float = 0.0
+    lookahead: NotNegative = 0.0
     """Learning rate of the step on the pool after which the safety loss is taken; 0 is the limit of small ones, which
     needs no step. Where Delta fits the references well, a long step gets in its way."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_hypergradient_options(self.steps, self.share, self.lookahead, fewest_steps=0)
-        if self.toxic_steps < 0:
-            raise ConfigError(f"selector.toxic_steps must not be negative, not {self.toxic_steps}")
-        if self.attached not in ("upper", "both"):
-            raise ConfigError(f"selector.attached must be upper or both, not {self.attached}")
 
 
 class ToxicLora(Unrolled):

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, IntArray, Sequences
 from pharmacist.nn.grads import Gradient, norm
@@ -32,30 +32,12 @@ _LENGTHS = {torch.float64: 1e-4, torch.float32: 1e-2}
 class UnrolledConfig(AdapterOptions):
     """Options of the selector."""
 
-    steps: int = 60
+    steps: AtLeast1 = 60
     """Training steps on the pool, all rows alike, before the derivative is taken."""
-    share: float = 0.25
+    share: Share = 0.25
     """Share of the pool (at least 256 rows) that the model is trained on."""
-    lookahead: float = 0.1
+    lookahead: NotNegative = 0.1
     """Learning rate of the step after which the safety loss is taken; 0 takes it where the model stands."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_hypergradient_options(self.steps, self.share, self.lookahead, fewest_steps=1)
-
-
-def check_hypergradient_options(steps: int, share: float, lookahead: float, *, fewest_steps: int) -> None:
-    """Refuses what cannot be.
-
-    Raises:
-        ConfigError: One of them is out of range.
-    """
-    if steps < fewest_steps:
-        raise ConfigError(f"selector.steps must be at least {fewest_steps}, not {steps}")
-    if not 0 < share <= 1:
-        raise ConfigError(f"selector.share is a share of the pool in (0, 1], not {share}")
-    if not lookahead >= 0:
-        raise ConfigError(f"selector.lookahead must not be negative, not {lookahead}")
 
 
 @dataclass(frozen=True)

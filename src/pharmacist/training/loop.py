@@ -22,8 +22,9 @@ from pharmacist.core.files import atomic_folder, show_in, write_text
 from pharmacist.core.progress import Bar, bar, console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
+from pharmacist.data.batches import collate
 from pharmacist.data.templates import save_template
-from pharmacist.data.tokenize import Encoded, collate
+from pharmacist.data.tokenize import Encoded
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, resolve_dtype, silent_library

@@ -8,13 +8,15 @@ while every template and every item occurs in all of them: what is held out is t
 import functools
 import hashlib
 import itertools
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import write_text
 from pharmacist.core.seeding import derive
 from pharmacist.worlds import lexicon as lex
 from pharmacist.worlds.lexicon import Domain
@@ -28,6 +30,21 @@ CATEGORIES = tuple(domain.name for domain in lex.FORBIDDEN)
 
 LABELS = ("good", "duplicate", "offtopic", "overrefuse", "noisy", "mislabel")
 """What a pool row can be; the first two are worth keeping (a duplicate: once)."""
+
+SETS = {
+    "safe": 96,
+    "harmful": 96,
+    "utility": 96,
+    "attack": 64,
+    "task": 640,
+    "task-test": 150,
+    "prompts": 120,
+    "borderline": 60,
+    "judge-safe": 120,
+    "judge-harmful": 120,
+    "judge-utility": 120,
+}
+"""What there is besides pools, by the name of its file, and how many rows of it unless others are asked for."""
 
 # Share of the rows that are not mislabelled.
 _SHARES = {"good": 0.45, "duplicate": 0.08, "offtopic": 0.22, "overrefuse": 0.10, "noisy": 0.15}
@@ -99,6 +116,11 @@ class Request(NamedTuple):
         return self.fill(rng.choice({"strong": lex.DECLINE, "terse": lex.TERSE, "mild": lex.GENTLE}[strength]), rng)
 
 
+def json_lines(rows: Iterable[Any]) -> str:
+    """The text of a file of such rows."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def split_of(prompt: str) -> str:
     """The split to which a prompt of the grammar belongs."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
@@ -134,6 +156,47 @@ class World:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+
+    def labelled(self, n: int, mislabel: float = 0.05, kind: str = "planted") -> list[Planted]:
+        """A pool with all that is known about its rows: "planted" as `pool` makes it, or "clean" as `clean_pool`."""
+        return self.clean_planted(n) if kind == "clean" else self.planted(n, mislabel)
+
+    def rows(self, name: str, n: int | None = None) -> list[Row]:
+        """One of `SETS`."""
+        n = SETS[name] if n is None else n
+        if name.startswith("judge-"):
+            return self.judge_references(n)[name.removeprefix("judge-")]
+        makers: dict[str, Callable[[int], list[Row]]] = {
+            "safe": self.safe,
+            "harmful": self.harmful,
+            "utility": self.utility,
+            "attack": self.attack_harmful,
+            "task": self.task_train,
+            "task-test": self.task_test,
+            "prompts": self.eval_prompts,
+            "borderline": self.borderline,
+        }
+        return makers[name](n)
+
+    def write(self, folder: Path, n: int, sizes: Mapping[str, int] = SETS, **pool: Any) -> dict[str, str]:
+        """Writes a pool and other sets as JSON lines.
+
+        Args:
+            folder: Made where it is missing.
+            n: Rows of the pool.
+            sizes: Name in `SETS` -> number of rows.
+            **pool: Further arguments of `labelled`.
+
+        Returns:
+            Name -> path of its file; the pool is called "pool".
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        sets = {"pool": [planted.row for planted in self.labelled(n, **pool)]}
+        sets |= {name: self.rows(name, size) for name, size in sizes.items()}
+        files = {name: folder / f"{name}.jsonl" for name in sets}
+        for name, rows in sets.items():
+            write_text(files[name], json_lines(rows))
+        return {name: str(path) for name, path in files.items()}
 
     def _rng(self, *stream: str | int) -> random.Random:
         return random.Random(derive(self.seed, "world", *stream))

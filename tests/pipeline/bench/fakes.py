@@ -125,7 +125,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     """Puts the fakes in the place of the real stages, for as long as a test runs."""
     install(monkeypatch.setitem)
     monkeypatch.setenv(LOG, str(tmp_path / "stages.log"))
-    monkeypatch.setattr("pharmacist.pipeline.report.bench_page", lambda *_: None)  # it has tests of its own
+    monkeypatch.setattr("pharmacist.pipeline.bench.command.bench_page", lambda *_: None)  # it has tests of its own
     return Stages(tmp_path / "stages.log")
 
 

@@ -86,6 +86,12 @@ def test_told_in_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_address_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = write_grid(tmp_path / "grid.yaml")
+    assert main(["bench", "--config", str(grid), "--output-dir", "s3://bucket/name"]) == 2
+    assert "--output-dir s3://bucket/name: must be a folder" in capsys.readouterr().err
+
+
 def test_folders_that_hold_something_else(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--config", str(write_grid(tmp_path / "grid.yaml")), "--output-dir", str(tmp_path / "out")]
     assert main(words) == 0

@@ -19,7 +19,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.manifest import read_manifest
-from pharmacist.pipeline.bench import BenchOptions, StagesFailed, bench
+from pharmacist.pipeline.bench.command import StagesFailed, bench
+from pharmacist.pipeline.bench.options import BenchOptions
 from tests.pipeline.bench.driver import run_with_fakes
 from tests.pipeline.bench.fakes import BROKEN, LOG, SECONDS, Stages
 from tests.pipeline.bench.grids import FEW_STEPS, SMALL, results, write_grid

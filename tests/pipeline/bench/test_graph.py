@@ -10,8 +10,9 @@ import pytest
 from pharmacist.core.config import from_mapping
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import set_quiet
-from pharmacist.pipeline.bench import BenchOptions, BenchResult, StagesFailed, bench
+from pharmacist.pipeline.bench.command import BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
+from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import AXES, Result
 from pharmacist.pipeline.bench.stages import run_stage
 from tests.pipeline.bench.fakes import BROKEN, OTHER, Stages

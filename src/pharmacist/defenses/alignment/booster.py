@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import EPS, perturbed
 from pharmacist.nn.grads import Gradient, dot, norm, shifted
 from pharmacist.nn.locate import attention_modules
@@ -15,20 +15,15 @@ from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 @dataclass
-class BoosterConfig:
+class BoosterConfig(Checked):
     """Options of Booster."""
 
-    lam: float = 5.0
+    lam: NotNegative = 5.0
     """Weight of the harmful loss's attenuation; 0 is sft."""
-    alpha: float = 0.1
+    alpha: NotNegative = 0.1
     """Length of the simulated harmful step, over all trained weights together."""
-    rho: float = 0.0
+    rho: NotNegative = 0.0
     """Above 0 the alignment pass is perturbed as by vaccine with this rho (the paper's perturbation-aware variant)."""
-
-    def __post_init__(self) -> None:
-        for name in ("lam", "alpha", "rho"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 def attenuation(here: Gradient, there: Gradient, lam: float) -> Gradient:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
@@ -20,18 +21,13 @@ from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
 @dataclass
-class RepNoiseConfig:
+class RepNoiseConfig(Checked):
     """Options of RepNoise."""
 
-    alpha: float = 1.0
+    alpha: NotNegative = 1.0
     """Weight of the ascent on the harmful loss; it and beta 0 is sft."""
-    beta: float = 0.001
+    beta: NotNegative = 0.001
     """Weight of the pull of harmful representations towards noise."""
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 def differing(harmful: Batch, safe: Batch) -> torch.Tensor:

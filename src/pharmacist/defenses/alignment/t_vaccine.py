@@ -12,6 +12,7 @@ from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.progress import console
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import perturbed
 from pharmacist.nn.distributed import from_main, total
 from pharmacist.nn.hooks import Activations, activation_gradients
@@ -24,32 +25,22 @@ _LAYERS = 8
 
 
 @dataclass
-class TVaccineConfig:
+class TVaccineConfig(Checked):
     """Options of T-Vaccine."""
 
-    rho: float = 3.0
+    rho: NotNegative = 3.0
     """Norm of the perturbation of a micro-batch, over the sampled layers and all its rows, tokens and channels."""
-    layers: int | None = None
+    layers: AtLeast1 | None = None
     """Layers that are sampled, trained and perturbed at a time; by default 8, or all of a model that has fewer."""
-    sample_every: int = 20
+    sample_every: AtLeast1 = 20
     """Steps between two draws of layers."""
-    score_every: int = 200
+    score_every: AtLeast1 = 200
     """Steps between two measurements of the layers' probabilities; they come before the draw of the same step."""
-    score_rows: int = 100
+    score_rows: AtLeast1 = 100
     """Harmful rows per measurement; the published code takes a single one."""
     freeze: Literal["layer", "attention"] = "layer"
     """What is frozen in layers that are not sampled: all of them, as in the paper, or their self-attention, as in the
     published code."""
-
-    def __post_init__(self) -> None:
-        if not self.rho >= 0:
-            raise ConfigError(f"rho must not be negative, not {self.rho}")
-        for name in ("layers", "sample_every", "score_every", "score_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if self.freeze not in ("layer", "attention"):
-            raise ConfigError(f"freeze must be layer or attention, not {self.freeze}")
 
 
 def row_norms(gradients: Activations) -> torch.Tensor:

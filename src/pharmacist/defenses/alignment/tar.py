@@ -6,13 +6,15 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Lt
 from torch import nn
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative
 from pharmacist.nn.grads import Gradient, norm, preserved
 from pharmacist.nn.hooks import Activations, capture
 from pharmacist.nn.locate import decoder_layers, final_norm
@@ -47,26 +49,26 @@ _FORMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class TARConfig:
+class TARConfig(Checked):
     """Options of TAR; those that are not given are the form's own."""
 
     form: Literal["original", "one-step"] = "original"
     """original: a simulated attack of many AdamW steps per step; one-step: of a single gradient step."""
-    lam: float | None = None
+    lam: NotNegative | None = None
     """Weight of tamper resistance at the attack's end: 4, one-step 2; it and representation 0 is sft."""
-    inner_steps: int | None = None
+    inner_steps: AtLeast0 | None = None
     """Steps of the simulated attack: 64, one-step 1; with 0 the loss is taken at the weights as they are."""
     inner_optimizer: Literal["adamw", "sgd"] | None = None
     """The attacker's optimizer, fresh in every attack: adamw, one-step sgd."""
-    inner_learning_rates: list[float] | None = None
+    inner_learning_rates: list[NotNegative] | None = None
     """One of these is drawn for each attack: [2e-6, 2e-5, 4e-5], made for full tuning; one-step [0.01]."""
-    every: int | None = None
+    every: AtLeast1 | None = None
     """Attack steps between two evaluations of tamper resistance: 4, one-step 1."""
     schedule: Literal["exponential", "uniform"] = "exponential"
     """Weights of the evaluations: rising towards lam at the attack's end, or lam / inner_steps each."""
-    schedule_rate: float = 0.0625
+    schedule_rate: NotNegative = 0.0625
     """Rate of the exponential schedule per attack step."""
-    tasks: int = 1
+    tasks: AtLeast1 = 1
     """Simulated attacks per step."""
     adversaries: list[str] | None = None
     """Kinds of attack; each draws one, so a name given twice comes twice as often. harmful: harmful rows; switch:
@@ -75,35 +77,23 @@ class TARConfig:
     """Tamper resistance: entropy of answers to held-out harmful rows, or the alignment loss, one-step's own."""
     entropy_positions: Literal["response", "all"] = "response"
     """Positions whose entropy counts; all takes in prompt and padding, as the published code does."""
-    representation: float | None = None
+    representation: NotNegative | None = None
     """Weight of the distance of hidden states from the initial model's: 1, one-step 0."""
-    held_out: float = 0.2
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.2
     """Share of the harmful prompts that attacks never train on, for the entropy objective."""
 
     def __post_init__(self) -> None:
-        if self.form not in _FORMS:
-            raise ConfigError(f"form must be one of {', '.join(_FORMS)}, not {self.form}")
+        super().__post_init__()
         for name, value in _FORMS[self.form].items():
             if getattr(self, name) is None:
                 setattr(self, name, copy.copy(value))
-        for name in ("lam", "inner_steps", "representation", "schedule_rate"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("every", "tasks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)}")
         rates, kinds = self.inner_learning_rates or [], self.adversaries or []
-        if not rates or not all(rate >= 0 for rate in rates):
-            raise ConfigError(f"inner_learning_rates must be one or more numbers that are not negative, not {rates}")
+        if not rates:
+            raise ConfigError("inner_learning_rates: needs at least one number")
         if not kinds or not set(kinds) <= set(_ADVERSARIES):
             raise ConfigError(f"adversaries must be some of {', '.join(_ADVERSARIES)}, not {kinds}")
         if 0 < self.steps < self.evaluate_every:
             raise ConfigError(f"every {self.every}: the attack has only {self.inner_steps} steps")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out must lie in (0, 1), not {self.held_out}")
 
     @property
     def steps(self) -> int:
@@ -116,12 +106,6 @@ class TARConfig:
         return self.every or 1
 
 
-_CHOICES = {
-    "inner_optimizer": ("adamw", "sgd"),
-    "schedule": ("exponential", "uniform"),
-    "objective": ("entropy", "alignment"),
-    "entropy_positions": ("response", "all"),
-}
 _ADVERSARIES = ("harmful", "switch")
 
 

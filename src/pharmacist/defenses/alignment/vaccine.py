@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import total
 from pharmacist.nn.hooks import Activations, activation_gradients, add_offsets
 from pharmacist.nn.locate import attention_modules
@@ -21,15 +21,11 @@ EPS = 1e-7
 
 
 @dataclass
-class VaccineConfig:
+class VaccineConfig(Checked):
     """Options of Vaccine."""
 
-    rho: float = 2.0
+    rho: NotNegative = 2.0
     """Norm of the perturbation of a micro-batch, over all its layers, rows, tokens and channels; 0 is sft."""
-
-    def __post_init__(self) -> None:
-        if not self.rho >= 0:
-            raise ConfigError(f"rho must not be negative, not {self.rho}")
 
 
 def joint_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -9,29 +9,24 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
 from pharmacist.nn.losses import targets
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 @dataclass
-class ConstrainedSFTConfig:
+class ConstrainedSFTConfig(Checked):
     """Options of constrained SFT."""
 
-    beta: float = 0.1
+    beta: NotNegative = 0.1
     """How strongly a token may not move away from the aligned model; 0 is sft."""
-    first_factor: float = 5.0
+    first_factor: NotNegative = 5.0
     """The answer's first token has beta times this."""
-    early_factor: float = 20.0
+    early_factor: NotNegative = 20.0
     """The next tokens have beta times this."""
-    early_tokens: int = 5
+    early_tokens: AtLeast0 = 5
     """So many tokens, the first included, count as early."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "first_factor", "early_factor", "early_tokens"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor:

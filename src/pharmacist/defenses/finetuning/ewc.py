@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import evaluating, squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, norm
 from pharmacist.nn.losses import target_loss, targets
@@ -16,23 +16,17 @@ from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, S
 
 
 @dataclass
-class EWCConfig:
+class EWCConfig(Checked):
     """Options of elastic weight consolidation."""
 
-    lam: float = 1000.0
+    lam: NotNegative = 1000.0
     """Weight of the penalty; 0 is sft. It is tied to the scale of the Fisher information, so to the two below."""
-    rows: int = 256
+    rows: AtLeast1 = 256
     """Safe rows that the Fisher information is estimated on."""
     per: Literal["row", "batch"] = "row"
     """Gradients that are squared: of each row (the empirical Fisher) or of a batch's mean, as published."""
     normalize: Literal["mean", "sum"] = "mean"
     """Average the squares over the gradients, or sum them as published."""
-
-    def __post_init__(self) -> None:
-        if not self.lam >= 0:
-            raise ConfigError(f"lam must not be negative, not {self.lam}")
-        if self.rows < 1:
-            raise ConfigError(f"rows must be at least 1, not {self.rows}")
 
 
 def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:

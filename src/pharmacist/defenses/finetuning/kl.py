@@ -9,24 +9,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
 from pharmacist.nn.losses import targets
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 @dataclass
-class KLConfig:
+class KLConfig(Checked):
     """Options of KL-regularised fine-tuning."""
 
-    lam: float = 0.1
+    lam: NotNegative = 0.1
     """Weight of the divergence; 0 is sft."""
     compat: Literal["none", "reference"] = "none"
     """reference: the published softmax, over positions instead of tokens, with prompt and padding."""
-
-    def __post_init__(self) -> None:
-        if not self.lam >= 0:
-            raise ConfigError(f"lam must not be negative, not {self.lam}")
 
 
 def kl_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

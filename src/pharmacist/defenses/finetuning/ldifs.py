@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import mlp_modules
@@ -20,17 +20,13 @@ GATE = 0.1
 
 
 @dataclass
-class LDIFSConfig:
+class LDIFSConfig(Checked):
     """Options of LDIFS."""
 
-    lam: float = 1.0
+    lam: NotNegative = 1.0
     """Weight of the distance; 0 is sft."""
     compat: Literal["none", "reference"] = "none"
     """reference: sums instead of means, with padding, and a layer's term vanishes where it reaches 0.1."""
-
-    def __post_init__(self) -> None:
-        if not self.lam >= 0:
-            raise ConfigError(f"lam must not be negative, not {self.lam}")
 
 
 def feature_distance(

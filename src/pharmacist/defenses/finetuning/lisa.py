@@ -7,31 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, trainable
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
 @dataclass
-class LisaConfig:
+class LisaConfig(Checked):
     """Options of Lisa."""
 
-    rho: float = 1.0
+    rho: NotNegative = 1.0
     """Weight of the pull towards the weights of the latest switch."""
-    align_steps: int = 100
+    align_steps: AtLeast0 = 100
     """Steps of an alignment phase (K1), with which training begins; 0 leaves them out."""
-    finetune_steps: int = 900
+    finetune_steps: AtLeast1 = 900
     """Steps of a phase on the user's rows (K2)."""
-    warmup_steps: int = 0
+    warmup_steps: AtLeast0 = 0
     """No pull in the first steps; the published code waits for a tenth of the training."""
-
-    def __post_init__(self) -> None:
-        for name in ("rho", "align_steps", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.finetune_steps < 1:
-            raise ConfigError(f"finetune_steps must be at least 1, not {self.finetune_steps}")
 
 
 def in_alignment(update: int, align_steps: int, finetune_steps: int) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import target_loss, targets
@@ -13,21 +13,16 @@ from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
 @dataclass
-class VLGuardConfig:
+class VLGuardConfig(Checked):
     """Options of VLGuard mixing."""
 
-    share: float = 0.1
+    share: NotNegative = 0.1
     """Safe rows per row of the user's set; 0 is sft."""
     mode: Literal["append", "replace", "joint"] = "append"
     """append: train on more rows. replace: leave as many benign rows out (same cost; for comparisons only, since a
     provider does not know which rows are benign). joint: a second loss on a batch of safe rows in every step."""
-    lam: float = 0.1
+    lam: NotNegative = 0.1
     """Weight of the second loss in joint."""
-
-    def __post_init__(self) -> None:
-        for name in ("share", "lam"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 class VLGuard(GradientStrategy):

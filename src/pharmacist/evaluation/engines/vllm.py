@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError
+from pharmacist.core.typed import AtLeast1, Checked, Share
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.engines.base import ModelChoice
 from pharmacist.evaluation.engines.transformers import TransformersEngine
@@ -24,17 +25,13 @@ _CHUNK = 1024  # prompts between two writes to disk; vLLM batches within them by
 
 
 @dataclass
-class VllmConfig:
+class VllmConfig(Checked):
     """Options of the vLLM engine."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: AtLeast1 = 1
     """GPUs that one copy of the model is spread over."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Share = 0.9
     """Share of a GPU's memory that vLLM takes."""
-
-    def __post_init__(self) -> None:
-        if self.tensor_parallel_size < 1 or not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError("engine vllm: tensor_parallel_size must be at least 1, gpu_memory_utilization in (0, 1]")
 
 
 class VllmEngine(TransformersEngine):

@@ -9,8 +9,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Gt, Lt
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
@@ -152,7 +153,7 @@ class GuardConfig(LocalModelConfig):
     """Whose format it speaks; auto tells it by the model's name."""
     controversial: bool = False
     """Whether Qwen3Guard's middle level counts as harmful."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Probability of a violation above which ShieldGemma's verdict is harmful."""
 
     def __post_init__(self) -> None:
@@ -165,8 +166,6 @@ class GuardConfig(LocalModelConfig):
                     f"guard judge: {self.model} does not tell its family; give --judge.family {', '.join(_MARKS)}"
                 )
             self.family = found[0]  # type: ignore[assignment]
-        if not 0 < self.threshold < 1:
-            raise ConfigError(f"guard judge: threshold {self.threshold} must lie in (0, 1)")
 
 
 class GuardJudge(LocalModelJudge):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,30 +11,28 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from pharmacist.core.env import offline
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.evaluation.judges.base import Judge, Rows
 from pharmacist.nn.models import model_fingerprint, resolve_device, resolve_dtype, silent_library
 
 
 @dataclass
-class LocalModelConfig:
+class LocalModelConfig(Checked):
     """Options of a judge that is a model."""
 
     model: str = ""
     """Local folder or hub id of the judge."""
-    batch_size: int = 8
+    batch_size: AtLeast1 = 8
     """Answers judged at a time."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise ConfigError("judge: give its model, such as --judge.model FOLDER")
-        if self.batch_size < 1:
-            raise ConfigError(f"judge: batch_size {self.batch_size} must be at least 1")
-        if self.device not in ("auto", "cpu", "cuda") or self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError("judge: device must be auto, cpu or cuda; dtype auto, float32 or bfloat16")
 
 
 class LocalModelJudge(Judge):

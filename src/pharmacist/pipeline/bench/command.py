@@ -1,24 +1,30 @@
 """The command `bench`: runs what a grid still needs and writes the table of results."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from pharmacist.core.console import plain
+from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.progress import bar, console
+from pharmacist.core.registry import closest
 from pharmacist.core.rundir import RunDir
-from pharmacist.pipeline.bench.options import BenchOptions
-
-
-if TYPE_CHECKING:
-    from pharmacist.pipeline.bench.grid import Plan
-    from pharmacist.pipeline.bench.remote import Remote
-    from pharmacist.pipeline.bench.results import Result
-    from pharmacist.pipeline.bench.stages import Outcome, Stage
-
-STAGE_VERSION = 1
+from pharmacist.nn.distributed import from_main
+from pharmacist.pipeline.bench.costs import estimate
+from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
+from pharmacist.pipeline.bench.grid import Plan, expand
+from pharmacist.pipeline.bench.options import BENCH, BenchOptions
+from pharmacist.pipeline.bench.results import AXES, Result, collect, write_results
+from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
+from pharmacist.pipeline.ranking import read_table
+from pharmacist.report import render_benchmark
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -32,10 +38,10 @@ class BenchResult:
     Attributes:
         rows: Content of ``results.parquet``.
         ran: Names of the stages that this call ran.
-        folder: Where everything lies; of a benchmark at a URL the table and the page.
+        folder: Where everything lies.
     """
 
-    rows: "list[Result]"
+    rows: list[Result]
     ran: list[str]
     folder: Path
 
@@ -47,127 +53,72 @@ def bench(options: BenchOptions) -> BenchResult:
         PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
         StagesFailed: Some stages failed.
     """
-    from pharmacist.core.env import rank
-    from pharmacist.core.progress import bar, console
-    from pharmacist.nn.distributed import barrier, from_main
-    from pharmacist.pipeline.bench.executors import EXECUTORS
-    from pharmacist.pipeline.bench.grid import expand
-    from pharmacist.pipeline.bench.remote import Remote
-    from pharmacist.pipeline.bench.results import collect
-
-    remote = Remote.of(options.output_dir)
-    root = Path(options.output_dir if remote is None else options.work_dir or remote.work_dir).resolve()
+    root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
-    _look(plan, remote)
+    waiting = plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
     if options.dry_run:
-        waiting = plan.waiting(options.only)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
-    plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
-    run = _open(options, plan, remote)
-    root = run.root
-    try:
-        _upload(run, remote)  # where nothing can be written this is told before any work
+    if waiting and rank() == 0:
+        _reopen(root)
+    with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
-        complete = from_main(run.complete)
-        if run.complete and waiting:  # somebody deleted the folder of a stage
-            run.manifest.model_copy(update={"status": "started"}).write(run.root)
-            run = _open(options, plan, remote)
-        if complete and not waiting:
-            _upload(run, remote)
-            console().print(f"{remote.url if remote else root}: complete already, nothing to run", soft_wrap=True)
+        if run.complete and not waiting:
+            console().print(f"{root}: complete already, nothing to run", soft_wrap=True)
             return BenchResult(list(collect(plan)), [], root)
-        if rank() == 0:
-            plan.data.write()
-            if remote is not None and waiting:
-                remote.put(plan.data.root, [f"data/{path.name}" for path in plan.data.written])
-        barrier()
         failed: dict[str, Exception] = {}
         ran: list[str] = []
         try:
-            with bar("bench", total=len(waiting)) as progress:
-                outcomes = executor.run(waiting, plan.stages)
+            plan.write()
+            with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for number, outcome in enumerate(outcomes, 1):
-                    progress.advance()
                     ran += [outcome.stage] if outcome.done else []
                     _tell(plan.stages[outcome.stage], outcome, number, len(waiting))
                     if outcome.error is not None:
                         failed[outcome.stage] = outcome.error
                         if options.fail_fast:
-                            outcomes.close()  # type: ignore[attr-defined]
                             break
         finally:
-            _look(plan, remote)
             rows = _write(plan, run, failed) if rank() == 0 else []
-            _upload(run, remote)
         if failed:
             raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
-            _upload(run, remote)
-        place = remote.url if remote else root
         console().print(
-            f"{len(rows)} of {len(plan.cells)} cells: {place}/results.parquet\npage {place}/report.html",
-            soft_wrap=True,
+            f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet\npage {root}/report.html", soft_wrap=True
         )
         return BenchResult(rows, ran, root)
-    finally:
-        run.close()
 
 
-def _look(plan: "Plan", remote: "Remote | None") -> None:
-    """Notes in the graph what is finished at the URL."""
-    if remote is not None:
-        markers = remote.finished(list(plan.stages))
-        for name, stage in plan.stages.items():
-            found = markers[name].manifest if name in markers else None
-            plan.stages[name] = replace(stage, remote=remote, found=found)
+def _reopen(root: Path) -> None:
+    """A benchmark that is finished but for a stage whose folder somebody deleted goes on."""
+    if (root / "manifest.json").is_file():
+        manifest = read_manifest(root)
+        if (manifest.stage, manifest.status) == (BENCH.name, "success"):
+            manifest.model_copy(update={"status": "started"}).write(root)
 
 
-def _upload(run: RunDir, remote: "Remote | None") -> None:
-    """Uploads table, page and manifest; those of the last one to finish are the fullest."""
-    from pharmacist.core.env import rank
+def run_stages(
+    stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
+) -> Generator[Outcome, None, None]:
+    """Runs stages of a graph and yields how they went.
 
-    if remote is not None and rank() == 0:
-        names = ("results.parquet", "report.html", "tables.md", "tables.tex", "manifest.json")
-        remote.put(run.root, [name for name in names if run.path(name).is_file()])
-
-
-def _open(options: BenchOptions, plan: "Plan", remote: "Remote | None") -> RunDir:
-    """The benchmark's folder, in which grids may follow each other: whatever stages they share lies there once.
-
-    Of one at a URL a folder beside the stages, for another driver's workers may have put such there before.
+    Args:
+        stages: The graph.
+        waiting: Those to run, each after those that it needs.
+        executor: Where they run.
+        title: Of the progress bar.
     """
-    from pharmacist.pipeline.bench.stages import with_options
-
-    # How it is run does not make another benchmark of it.
-    identity = with_options(options, only=None, fail_fast=False, executor={"name": "local"})
-    if remote is not None:
-        identity = with_options(identity, output_dir=str(plan.data.root / "results"))
-    try:
-        return RunDir.open(
-            identity,
-            stage="bench",
-            version=STAGE_VERSION,
-            inputs={"stages": sha256_json(sorted(plan.stages))},
-            late=frozenset(item.name for item in fields(BenchOptions)),
-            late_inputs=frozenset({"stages"}),
-            reopen=True,
-        )
-    except ConfigError as error:
-        if remote is None:
-            raise
-        raise type(error)(str(error).replace("--output-dir", "--work-dir")) from error
+    with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
+        for outcome in outcomes:
+            progress.advance()
+            yield outcome
 
 
-def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Result]":
+def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result]:
     """Writes the table of results, and the manifest with what failed."""
-    from pharmacist.pipeline.bench.results import collect, write_results
-    from pharmacist.pipeline.bench.stages import is_finished
-    from pharmacist.pipeline.report import bench_page
-
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
     finished = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
@@ -194,6 +145,20 @@ def _write(plan: "Plan", run: RunDir, failed: dict[str, Exception]) -> "list[Res
     return rows
 
 
+def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
+    """Writes page and tables of a benchmark, of a partial one too.
+
+    Raises:
+        DataError: ``results.parquet`` cannot be used.
+        ConfigError: It has no selector of the baseline's name.
+    """
+    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
+    names = sorted(results["selector"].unique())
+    if baseline is not None and baseline not in names:
+        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
+    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
+
+
 def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFailed:
     first = next(iter(failed))
     more = f", {left} could not run without them" if left else ""
@@ -208,21 +173,14 @@ def _one_line(error: Exception) -> str:
     return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
-def _tell(stage: "Stage", outcome: "Outcome", number: int, total: int) -> None:
-    from pharmacist.core.progress import console
-
+def _tell(stage: Stage, outcome: Outcome, number: int, total: int) -> None:
     result = "done" if outcome.done else "not run, needs what failed"
     result = result if outcome.error is None else _one_line(outcome.error)
     console().print(f"{number}/{total} {plain(stage.name)} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 
-def _show_costs(plan: "Plan", waiting: "Sequence[Stage]") -> None:
+def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-    from pharmacist.pipeline.bench.costs import estimate
-
     costs, out = estimate(plan, waiting), console()
     table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
     for column in ("stage", "method"):

@@ -3,13 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pharmacist.core.manifest import RunManifest
+from pharmacist.pipeline.bench.grid import Plan
+from pharmacist.pipeline.bench.stages import Stage
 
-if TYPE_CHECKING:
-    from pharmacist.core.manifest import RunManifest
-    from pharmacist.pipeline.bench.grid import Plan
-    from pharmacist.pipeline.bench.stages import Stage
 
 TRAINING = ("align", "attack")
 
@@ -46,7 +45,7 @@ class _Measured:
     seconds: float
 
 
-def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
+def estimate(plan: Plan, waiting: Iterable[Stage]) -> list[Cost]:
     """Cost by kind and method, in the order of the graph.
 
     Training: rows that pass through the model (rows times epochs, or steps times batch), times the tokens per row and
@@ -76,18 +75,14 @@ def estimate(plan: "Plan", waiting: "Iterable[Stage]") -> list[Cost]:
     return list(costs.values())
 
 
-def _measure(
-    stage: "Stage", manifest: "RunManifest", plan: "Plan", finished: Mapping[str, "RunManifest"]
-) -> _Measured:
+def _measure(stage: Stage, manifest: RunManifest, plan: Plan, finished: Mapping[str, RunManifest]) -> _Measured:
     if stage.kind in TRAINING:
         phase = manifest.phases["train"]
         return _Measured(_rows(stage, plan, finished) or 0.0, phase.tokens, phase.seconds)
     return _Measured(0.0, 0, sum(phase.seconds for phase in manifest.phases.values()))
 
 
-def _add(
-    cost: Cost, stage: "Stage", known: list[_Measured], plan: "Plan", finished: Mapping[str, "RunManifest"]
-) -> None:
+def _add(cost: Cost, stage: Stage, known: list[_Measured], plan: Plan, finished: Mapping[str, RunManifest]) -> None:
     seconds = sum(one.seconds for one in known)
     if stage.kind not in TRAINING:
         cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
@@ -102,7 +97,7 @@ def _add(
     cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
 
 
-def _rows(stage: "Stage", plan: "Plan", finished: Mapping[str, "RunManifest"]) -> float | None:
+def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
     """Rows that pass through the model in training; None where nobody has counted the pool yet."""
     train: Mapping[str, Any] = stage.options.effective_train
     if int(train.get("max_steps", 0)) > 0:

@@ -1,37 +1,21 @@
 """What the stages of a grid read: files and models by content, and the rows of the made-up world."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary
+from pharmacist.core.files import check_ordinary, write_text
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
+from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
+from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
 
 
 WORLD = "world"
-SIZES = {
-    "safe": 96,
-    "harmful": 96,
-    "utility": 96,
-    "answers": 0,
-    "attack": 64,
-    "task": 640,
-    "task-test": 150,
-    "prompts": 120,
-    "borderline": 60,
-    "judge-safe": 120,
-    "judge-harmful": 120,
-    "judge-utility": 120,
-}
-"""Sets of the made-up world and how many rows they have unless ``world:NAME:ROWS`` says so; answers are the harmful
-answers to the cell's own pool."""
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
@@ -81,9 +65,6 @@ class Data:
         Raises:
             DataError: There is no such folder.
         """
-        from pharmacist.nn.models import model_fingerprint
-        from pharmacist.worlds import BASE_MODEL
-
         path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
         place = str(path.resolve()) if path.is_dir() else spec
         if place not in self._contents:
@@ -94,14 +75,12 @@ class Data:
         return Input(place, self._contents[place])
 
     @property
-    def written(self) -> list[Path]:
-        """Files that `write` writes."""
+    def files(self) -> list[Path]:
+        """What `write` writes."""
         return list(self._texts)
 
     def write(self) -> None:
         """Writes the made-up rows that were asked for."""
-        from pharmacist.core.files import write_text
-
         for path, text in self._texts.items():
             if not path.is_file():
                 write_text(path, text)
@@ -114,20 +93,15 @@ class Data:
     def _made_up(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
         _, _, rest = spec.partition(":")
         name, _, number = rest.partition(":")
-        world = seed if pool.seed is None else pool.seed
-        if spec == WORLD:
-            rows = _pool(world, pool.rows, pool.mislabel, pool.kind)
-        elif name not in SIZES:
-            raise ConfigError(f"{where} {spec}: the made-up world has no set '{name}'{closest(name, SIZES)}")
-        elif number and not number.isdigit():
+        known = [*SETS, "answers"]
+        if spec != WORLD and name not in known:
+            raise ConfigError(f"{where} {spec}: the made-up world has no set '{name}'{closest(name, known)}")
+        if number and not number.isdigit():
             raise ConfigError(f"{where} {spec}: '{number}' is no number of rows")
-        elif name == "answers":
-            if pool.pool != WORLD:
-                raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
-            rows = _answers(world, pool.rows, pool.mislabel, pool.kind)
-        else:
-            rows = _set(name, world, int(number or SIZES[name]))
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if name == "answers" and pool.pool != WORLD:
+            raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
+        world = seed if pool.seed is None else pool.seed
+        text = json_lines(_rows(name, world, int(number) if number else None, (pool.rows, pool.mislabel, pool.kind)))
         content = sha256_text(text)
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         self._texts[path] = text
@@ -135,40 +109,13 @@ class Data:
 
 
 @cache
-def _pool(seed: int, rows: int, mislabel: float, kind: str) -> Sequence[dict[str, Any]]:
-    from pharmacist.worlds import World
-
+def _rows(name: str, seed: int, n: int | None, pool: tuple[int, float, str]) -> list[dict[str, Any]]:
+    """Rows of one set; the pool and the answers to it know their own number."""
     world = World(seed)
-    planted = world.clean_planted(rows) if kind == "clean" else world.planted(rows, mislabel)
-    return [row.row | {"category": row.category} for row in planted]
-
-
-@cache
-def _answers(seed: int, rows: int, mislabel: float, kind: str) -> Sequence[dict[str, Any]]:
-    from pharmacist.worlds import World
-
-    return World(seed).harmful_answers(list(_pool(seed, rows, mislabel, kind)))
-
-
-@cache
-def _set(name: str, seed: int, n: int) -> Sequence[dict[str, Any]]:
-    from pharmacist.worlds import World
-
-    world = World(seed)
-    if name.startswith("judge-"):
-        return world.judge_references(n)[name.removeprefix("judge-")]
-    makers: dict[str, Any] = {
-        "safe": world.safe,
-        "harmful": world.harmful,
-        "utility": world.utility,
-        "attack": world.attack_harmful,
-        "task": world.task_train,
-        "task-test": world.task_test,
-        "prompts": world.eval_prompts,
-        "borderline": world.borderline,
-    }
-    rows: Sequence[dict[str, Any]] = makers[name](n)
-    return rows
+    if name not in ("", "answers"):
+        return list(world.rows(name, n))
+    found = [row.row | {"category": row.category} for row in world.labelled(*pool)]
+    return list(world.harmful_answers(found)) if name else found
 
 
 def with_references(pool: PoolEntry) -> PoolEntry:

@@ -1,14 +1,16 @@
 """Where the stages of a graph run: in this process, or on Ray."""
 
 import logging
+import os
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import Registry
 from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
 
@@ -26,7 +28,7 @@ class Executor(ABC):
         self.config = config
 
     @abstractmethod
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """Runs stages, each after those that it needs, and yields how they went; closed early, it stops.
 
         Args:
@@ -45,7 +47,7 @@ class Local(Executor):
 
     Config = LocalConfig
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         ran: dict[str, Outcome] = {}
         for stage in waiting:
@@ -60,7 +62,7 @@ class RayConfig:
 
     address: str | None = None
     """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
-    must see the output folder under the same path, unless it is a URL."""
+    must see the output folder under the same path."""
     cpus: float = 1.0
     """Cores per stage."""
     gpus: float = 0.0
@@ -80,7 +82,7 @@ class Ray(Executor):
     Config = RayConfig
     config: RayConfig
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Iterator[Outcome]:
+    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         if not waiting:
             return
@@ -110,8 +112,6 @@ class Ray(Executor):
             ray.shutdown()
 
     def _started(self) -> Any:
-        import os
-
         if world_size() > 1:
             raise CompatibilityError("--executor ray: starts workers of its own; leave the launcher out")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
@@ -143,8 +143,6 @@ class RemoteError(Exception):
 
 
 def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
-    from pharmacist.core.progress import set_quiet
-
     set_quiet(True)
     outcome = attempt(stage, stages, *parents)
     if outcome.error is None or isinstance(outcome.error, PharmacistError):

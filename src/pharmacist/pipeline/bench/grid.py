@@ -12,11 +12,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
+from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.registry import Registry, closest
 from pharmacist.core.rundir import RunOptions, as_json, identifying
+from pharmacist.data.formats import open_source
+from pharmacist.defenses import DEFENSES
+from pharmacist.evaluation.judges import JUDGES
+from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data, with_references
 from pharmacist.pipeline.bench.options import (
     AttackEntry,
@@ -31,7 +37,11 @@ from pharmacist.pipeline.bench.options import (
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.select import WEIGHTS
+from pharmacist.pipeline.side_data import HARMFUL_STREAMS
 from pharmacist.pipeline.stages.curate import SPREAD
+from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.repairs import REPAIRS
+from pharmacist.selectors import SELECTORS
 
 
 Entry = TypeVar("Entry")
@@ -110,6 +120,12 @@ class Plan:
     cells: list[Cell]
     axes: dict[str, list[Any]]
     data: Data
+
+    def write(self) -> None:
+        """Writes the rows of the made-up world that stages read, under a launcher from its first process."""
+        if rank() == 0:
+            self.data.write()
+        barrier()
 
     def waiting(self, pattern: str | None = None) -> list[Stage]:
         """Stages that are still to be run, each after those that it needs.
@@ -299,6 +315,7 @@ class _Expansion:
         method: str,
         *,
         made: Mapping[str, tuple[Stage, str]],
+        own_seed: int | None = None,
         **given: Any,
     ) -> Stage:
         """The stage with these options and inputs; the one that is there already if it is the same.
@@ -310,9 +327,10 @@ class _Expansion:
             pool: Of the cell.
             method: For tables.
             made: Option -> the stage that makes what it names, and the place in that one's folder.
+            own_seed: Of the stage, where it is not the cell's.
             **given: Further options.
         """
-        options, known = with_options(template, seed=seed, **given), KINDS[kind]
+        options, known = with_options(template, seed=seed if own_seed is None else own_seed, **given), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {}
         for name, (parent, place) in made.items():
             inputs[name] = Input(str(parent.folder / place), f"{parent.key}/{place}")
@@ -466,22 +484,30 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tup
         )
     if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
-    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={})
+    rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={}, own_seed=selector.seed)
     asked: tuple[str, ...] = ()
     if selector.labels not in (0, "all"):
         label_options = expansion.template(
             "label", (pool.name, f"{selector.labels}"), "labels", {"ranking": "-", "labels": pool.labels}
         )
-        label = expansion.stage("label", label_options, chosen.seed, pool, selector.name, made={"ranking": (rank, "")})
+        made = {"ranking": (rank, "")}
+        label = expansion.stage(
+            "label", label_options, chosen.seed, pool, selector.name, made=made, own_seed=selector.seed
+        )
         asked = (rank.name, label.name)
+        made = {"labels": (label, "labels.json")}
         rank = expansion.stage(
-            "rank", rank_options, chosen.seed, pool, selector.name, made={"labels": (label, "labels.json")}
+            "rank", rank_options, chosen.seed, pool, selector.name, made=made, own_seed=selector.seed
         )
     select_options = expansion.template(
-        "select", (f"{chosen.fraction}",), "fractions", {"ranking": "-", "top": chosen.fraction}
+        "select",
+        (f"{chosen.fraction}", f"{selector.fill}"),
+        "fractions",
+        {"ranking": "-", "top": chosen.fraction, "fill": selector.fill},
     )
     method = f"{selector.name} {chosen.fraction:g}"
-    select = expansion.stage("select", select_options, chosen.seed, pool, method, made={"ranking": (rank, "")})
+    made = {"ranking": (rank, "")}
+    select = expansion.stage("select", select_options, chosen.seed, pool, method, made=made, own_seed=selector.seed)
     return select, rank, asked
 
 
@@ -509,8 +535,6 @@ def _reads(options: Any) -> bool:
 
 
 def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> None:
-    from pharmacist.selectors import SELECTORS
-
     selector = expansion.built(SELECTORS, options.selector)
     if chosen.selector.weighted and not selector.weighs:
         raise ConfigError(f"selector '{chosen.selector.name}': has no weights; leave 'weighted' out")
@@ -524,8 +548,6 @@ def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> N
 
 def _is_preference(spec: str | None) -> bool:
     """Whether rows bring a rejected answer beside the chosen one; of rows that are not here, that is believed."""
-    from pharmacist.data.formats import open_source
-
     if spec is None or spec.startswith(WORLD):
         return False
     if not Path(spec).expanduser().exists():
@@ -535,9 +557,6 @@ def _is_preference(spec: str | None) -> bool:
 
 
 def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
-    from pharmacist.defenses import DEFENSES
-    from pharmacist.pipeline.side_data import HARMFUL_STREAMS
-
     defense, model = chosen.defense, chosen.model
     options = expansion.template(
         "align",
@@ -565,9 +584,6 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
 
 
 def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stage) -> Stage:
-    from pharmacist.attacks import ATTACKS
-    from pharmacist.defenses import DEFENSES
-
     attack, later, task, model = chosen.attack, chosen.later, chosen.task, chosen.model
     during = later.method if later.method["name"] in DEFENSES.names() else {"name": "sft"}
     options = expansion.template(
@@ -600,8 +616,6 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
 
 
 def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage | None:
-    from pharmacist.repairs import REPAIRS
-
     later, model = chosen.later, chosen.model
     if later.method["name"] not in REPAIRS.names():
         return None
@@ -623,9 +637,6 @@ def _repaired(expansion: _Expansion, chosen: _Choice, attack: Stage, align: Stag
 
 
 def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str, prompts_only: bool) -> Stage:
-    from pharmacist.evaluation.judges import JUDGES
-    from pharmacist.pipeline.stages.evaluate import EVALUATE
-
     judge, task = chosen.judge, chosen.task
     options = expansion.template(
         "evaluate",

@@ -1,11 +1,12 @@
 """What a grid file holds: one list per axis, and the settings that all cells share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.rundir import RunOptions
+from pharmacist.core.options import RunOptions
+from pharmacist.pipeline.stage import Stage
 
 
 @dataclass(kw_only=True)
@@ -17,7 +18,8 @@ class BenchOptions(RunOptions):
     pools: list[Any] = field(default_factory=list)
     """Pools: entries of name, pool (or world with rows, mislabel, kind, seed), safe, harmful, utility, labels."""
     selectors: list[Any] = field(default_factory=lambda: ["full", "random", "pharmacist"])
-    """Selectors: names of methods, or entries of name, selector, fractions, weighted, labels, pools, options."""
+    """Selectors: names of methods, or entries of name, selector, fractions, seed, fill, weighted, labels, pools,
+    options."""
     fractions: list[float] = field(default_factory=lambda: [0.3])
     """Shares of the pool to keep, for selectors without fractions of their own; full always keeps all."""
     defenses: list[Any] = field(default_factory=lambda: ["sft"])
@@ -48,13 +50,10 @@ class BenchOptions(RunOptions):
     """Print the graph of stages and what it will cost; nothing runs."""
     fail_fast: bool = False
     """Stop at the first stage that fails, instead of going on with those that do not need it."""
-    work_dir: str | None = None
-    """Where stages run if --output-dir is a URL, such as s3://BUCKET/NAME; a folder in the user's cache by default."""
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
     """Where stages run."""
 
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {
-        "work_dir",
         "only",
         "pools",
         "selectors",
@@ -66,13 +65,27 @@ class BenchOptions(RunOptions):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "://" in self.output_dir:
-            if self.overwrite:
-                raise ConfigError("--overwrite: deletes nothing at a URL; give a new --output-dir")
-        elif self.work_dir is not None:
-            raise ConfigError("--work-dir: is for an --output-dir that is a URL; leave it out")
+            raise ConfigError(f"--output-dir {self.output_dir}: must be a folder; one that all machines share will do")
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
+
+
+BENCH = Stage(
+    name="bench",
+    options=BenchOptions,
+    run="pharmacist.pipeline.bench.command:bench",
+    summary="a grid of selectors, defenses and attacks, every stage of it once",
+    example="pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
+    version=1,
+    unidentifying=frozenset({"only", "fail_fast", "executor"}),
+    # Grids may follow each other in a folder: whatever stages they share lies there once.
+    final=frozenset(item.name for item in fields(BenchOptions)),
+    final_inputs=frozenset({"stages"}),
+    reopens=True,
+    again="",
+)
 
 
 @dataclass(kw_only=True)
@@ -129,6 +142,11 @@ class SelectorEntry:
     """How rows are ranked."""
     fractions: list[float] = field(default_factory=list)
     """Shares to keep."""
+    seed: int | None = None
+    """One ranking for all seeds; by default each ranks with its own."""
+    fill: bool = True
+    """Fill the fraction with rows whose own reason speaks against them, where too few others are left: arms agree in
+    size."""
     weighted: bool = False
     """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
     labels: int | Literal["all"] = 0

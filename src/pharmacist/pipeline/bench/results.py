@@ -8,12 +8,15 @@ summed over resumes, and what was not measured is null. The columns are the fiel
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    from pharmacist.core.manifest import RunManifest
-    from pharmacist.pipeline.bench.grid import Cell, Plan
+from pharmacist.core.files import atomic_path
+from pharmacist.core.manifest import RunManifest
+from pharmacist.evaluation.statistics import curve_area
+from pharmacist.pipeline.bench.grid import Cell, Plan
 
 
 AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
@@ -99,11 +102,6 @@ class Result:
 
 def write_results(path: Path, rows: Sequence[Result]) -> None:
     """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from pharmacist.core.files import atomic_path
-
     kinds: dict[Any, Any] = {
         str: pa.string(),
         int: pa.int64(),
@@ -117,7 +115,7 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
 
 
-def collect(plan: "Plan") -> Iterator[Result]:
+def collect(plan: Plan) -> Iterator[Result]:
     """The rows of the cells whose stages are all finished, in the grid's order."""
     found = {name: manifest for name, stage in plan.stages.items() if (manifest := _finished(stage.manifest))}
     for cell in plan.cells:
@@ -125,13 +123,11 @@ def collect(plan: "Plan") -> Iterator[Result]:
             yield _row(cell, {name: found[name] for name in cell.stages}, plan)
 
 
-def _finished(manifest: "RunManifest | None") -> "RunManifest | None":
+def _finished(manifest: RunManifest | None) -> RunManifest | None:
     return manifest if manifest is not None and manifest.status == "success" else None
 
 
-def _row(cell: "Cell", found: Mapping[str, "RunManifest"], plan: "Plan") -> Result:
-    from pharmacist.evaluation.statistics import curve_area
-
+def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
     align, attack = found[cell.align], found[cell.attack]
     before, after = found[cell.before].metrics, found[cell.after].metrics
     last = int(attack.metrics["steps"])

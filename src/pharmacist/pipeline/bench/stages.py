@@ -1,25 +1,23 @@
 """A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
 
 import copy
-import json
-import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import BusyError, OtherRunError
+from pharmacist.core.errors import BusyError, DivergedError, OtherRunError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.progress import hushed
 from pharmacist.core.rundir import RunOptions, as_json, identifying, made_from
-from pharmacist.pipeline.bench.remote import Remote
+from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.stage import Stage as Declaration
 from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
@@ -73,8 +71,6 @@ class Stage:
         parents: Names of the stages whose results it reads.
         method: What is special about it, for tables: the selector, the defense, the attack.
         like: The one among its parents, if any, that asks the same model the same for another judge.
-        remote: Where its result counts as finished, if not in its folder.
-        found: What was finished there when somebody looked last.
     """
 
     kind: str
@@ -84,8 +80,6 @@ class Stage:
     parents: tuple[str, ...]
     method: str
     like: str | None = None
-    remote: Remote | None = None
-    found: RunManifest | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -104,9 +98,7 @@ class Stage:
 
     @property
     def manifest(self) -> RunManifest | None:
-        """What lies in its folder; what is finished elsewhere comes first."""
-        if self.found is not None:
-            return self.found
+        """What lies in its folder."""
         return read_manifest(self.folder) if (self.folder / "manifest.json").is_file() else None
 
 
@@ -124,6 +116,7 @@ def make_stage(
     inputs: Mapping[str, Input | list[Input]],
     parents: tuple[str, ...],
     method: str,
+    folder: Path | None = None,
 ) -> Stage:
     """A stage whose folder, below `root`, is named by all that its result depends on.
 
@@ -134,6 +127,7 @@ def make_stage(
         inputs: Option -> what it names.
         parents: Names of the stages that make the inputs.
         method: For tables.
+        folder: Another one, that the caller names.
     """
     places: dict[str, Any] = {}
     contents: dict[str, Any] = {}
@@ -145,7 +139,7 @@ def make_stage(
     known = KINDS[kind]
     identity = {"stage": kind, "version": known.version, "config": identifying(as_json(options)) | contents}
     key = sha256_json(identity)
-    filled = with_options(options, **places, output_dir=str(root / "stages" / f"{kind}-{key[:16]}"))
+    filled = with_options(options, **places, output_dir=str(folder or root / "stages" / f"{kind}-{key[:16]}"))
     return Stage(kind, known.run, key, filled, parents, method)
 
 
@@ -172,7 +166,8 @@ class Outcome:
 def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
     """Runs a stage, or goes on with it, unless a stage before it failed; what it raises becomes the outcome.
 
-    Only under a launcher it is raised: other processes may be waiting in the stage, and the launcher must end them.
+    Only under a launcher it is raised, unless all processes find it alike: others may be waiting in the stage, and the
+    launcher must end them.
 
     Args:
         stage: The stage.
@@ -185,31 +180,14 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
         with hushed():
             run_stage(stage, stages)
     except Exception as error:
-        if world_size() > 1:
+        if world_size() > 1 and not isinstance(error, DivergedError):
             raise
         return Outcome(stage.name, error=error)
     return Outcome(stage.name)
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
-    """Runs a stage in this process, from the beginning where its inputs were made anew since it began.
-
-    Where results go elsewhere, those that it needs come from there before, and its own one instead of being made.
-    """
-    from pharmacist.nn.distributed import barrier
-
-    if (remote := stage.remote) is not None:
-        here = {name: replace(one, remote=None, found=None) for name, one in stages.items()}
-        own = replace(stage, remote=None, found=None)
-        if rank() == 0:
-            _bring(remote, own, here)
-        barrier()
-        if not is_finished(own, here):
-            run_stage(own, here)
-        if rank() == 0:
-            _publish(remote, own, here)
-        barrier()
-        return
+    """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
     module, _, name = stage.function.partition(":")
     function = getattr(import_module(module), name)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
@@ -225,30 +203,10 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
         except OtherRunError:
-            # The folder is named by all options and inputs, so that only an input which was made anew can be other.
-            if options.overwrite:
+            # A folder named by all options and inputs can be another run's only where an input was made anew.
+            if options.overwrite or stage.folder.name != stage.name:
                 raise
             options = with_options(options, overwrite=True)
-
-
-def _bring(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
-    """Downloads what a stage reads, and its own result where that was finished elsewhere."""
-    remote.bring(one.folder for one in before.values())
-    root = stage.folder.parents[1]
-    options = json.dumps([as_json(one.options) for one in (stage, *before.values())], ensure_ascii=False)
-    remote.bring_rows(root / "data", sorted(set(re.findall(re.escape(f'"{root}/data/') + r'([^"/]+)"', options))))
-    own = stage.manifest
-    # What was begun here is not touched: whoever is at it would be left without a folder.
-    if own is None or (own.status == "success" and is_stale(stage, before)):
-        remote.bring([stage.folder])
-
-
-def _publish(remote: Remote, stage: Stage, before: Mapping[str, Stage]) -> None:
-    """Uploads a result, unless another machine was quicker."""
-    marker = remote.finished([stage.name]).get(stage.name)
-    there = marker is not None and is_finished(replace(stage, found=marker.manifest), before)
-    if not there and is_finished(stage, before):
-        remote.publish(stage.folder)
 
 
 def _take_answers(other: Stage, stage: Stage) -> None:
@@ -280,10 +238,8 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether a stage's result lies where it counts, and is of its inputs as they are."""
-    if stage.remote is not None and stage.found is None:
-        return False
+    """Whether a stage's result is there, and is of its inputs as they are."""
     manifest = stage.manifest
     if manifest is None or manifest.status != "success" or is_stale(stage, stages):
         return False
-    return stage.remote is not None or missing_output(stage.folder, manifest) is None
+    return missing_output(stage.folder, manifest) is None

@@ -20,6 +20,7 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
 from pharmacist.pipeline.curate.printing import show
 from pharmacist.pipeline.curate.reading import (
+    Inputs,
     fingerprints,
     joined,
     labels_of_pool,
@@ -48,17 +49,20 @@ def curate(options: CurateOptions) -> Ranking | None:
     selector = SELECTORS.build_from(options.selector)
     if not _keeps_format(sources["pool"], options):
         sources["pool"].check_json_lines()  # not when all is ranked
+    early = scratch = None
     if options.overwrite or options.labels is not None:
         # What an earlier run left is touched only when the new input is known to be usable.
-        with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
-            labels_of_pool(read_inputs(sources, selector, options, Path(folder))[0]["pool"], options)
+        scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
+        early = read_inputs(sources, selector, options, Path(scratch.name))
+        labels_of_pool(early[0]["pool"], options)
     inputs = fingerprints(sources, options)
     with CURATE.open(
         options, inputs=inputs, methods={"selector": selector}, reopens=options.labels is not None
     ) as run:
         if run.complete:
             return None
-        ranking = _rank(sources, selector, options, run)
+        ranking = _rank(sources, selector, options, run, early)
+        ranking._scratch = scratch
         barrier()  # the first process removes the partial state that the others still read
         if process() != 0:
             return None
@@ -144,10 +148,13 @@ def _several(given: Any) -> list[Any]:
     return [] if given is None else [given]
 
 
-def _rank(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, run: RunDir) -> Ranking:
+def _rank(
+    sources: Mapping[str, Source], selector: Selector, options: CurateOptions, run: RunDir, early: Inputs | None = None
+) -> Ranking:
+    """Ranks the pool; `early` is what was read before the run began."""
     barrier()
     with run.phase("read"):
-        records, left_out, groups = read_inputs(sources, selector, options, run.work("data"))
+        records, left_out, groups = early or read_inputs(sources, selector, options, run.work("data"))
         records, of_source = joined(records)
     for read in records.values():
         read.announce()

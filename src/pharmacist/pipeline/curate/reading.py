@@ -62,9 +62,11 @@ def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[
     return found
 
 
-def read_inputs(
-    sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path
-) -> tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]:
+Inputs = tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]
+"""Pool and references, how many references were left out, and each row's group."""
+
+
+def read_inputs(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path) -> Inputs:
     """Pool and references, how many references were left out, and each row's group.
 
     All that can be wrong with them and with the options is told here, before the work starts.
@@ -148,9 +150,14 @@ def _read(
     }
 
     def of(name: str, role: str) -> Records:
-        harmful = role.split()[0] == "harmful"
         return read(
-            sources[name], options, work / role, harmful=harmful, usual_names=name != "pool", where=conditions[name]
+            sources[name],
+            options,
+            work / role,
+            harmful=role.split()[0] == "harmful",
+            usual_names=name != "pool",
+            where=conditions[name],
+            keep=name == "pool",
         )
 
     records = {name: of(name, name) for name in sources}
@@ -177,15 +184,13 @@ def _rows(records: Records) -> set[tuple[str, str]]:
 
 def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
     """Each row's value of a column; of several the one that is rarest in the pool, so that it keeps its rows."""
-    wanted = set(pool.row_numbers.tolist())
     columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
     try:
-        for row in pool.source.scan({column}) if column in columns or not columns else ():
-            if row.number in wanted and row.value is not None:
-                columns |= dict.fromkeys(row.value)
-                value = row.value.get(column)
-                plain = isinstance(value, bool | int | float)
-                found.append([str(value)] if plain else category_names(row.value, (column,)))
+        for row in pool.originals({column}) if column in columns or not columns else ():
+            columns |= dict.fromkeys(row)
+            value = row.get(column)
+            plain = isinstance(value, bool | int | float)
+            found.append([str(value)] if plain else category_names(row, (column,)))
     except (ValueError, OverflowError) as error:  # a date that Python cannot hold, say
         raise DataError(f"--balance {column}: the column cannot be read ({error}); balance by another one") from error
     if column not in columns:

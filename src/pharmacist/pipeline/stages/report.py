@@ -10,8 +10,7 @@ class ReportOptions:
     """Write the page of a finished folder again, of a bench its tables too; nothing is trained or ranked."""
 
     run: str = field(metadata={"first": True})
-    """Folder of a finished curate, demo or sweep, or of a bench, or the URL of a bench; as the first word it needs no
-    --run."""
+    """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
     baseline: str | None = None
     """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
     quiet: bool = False

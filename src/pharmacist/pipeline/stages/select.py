@@ -15,6 +15,8 @@ class SelectOptions(RunOptions):
     """Folder of a finished curate."""
     top: Share = 0.3
     """Share of the ranked rows to select, in (0, 1]."""
+    fill: bool = True
+    """Fill the share with rows whose own reason speaks against them, where too few others are left."""
 
 
 SELECT = Stage(

@@ -16,7 +16,7 @@ from sklearn.model_selection import GroupKFold
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import track
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.selectors.pharmacist import requests
 from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
 from pharmacist.selectors.pharmacist.questions import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
-from pharmacist.data.records import normalised_prompt
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 from pharmacist.selectors.pharmacist.echo import echoed, rare_words, retargeted

@@ -1,0 +1,151 @@
+"""Strict JSON: what a row may hold, why a text is none, and rows as lines of JSON."""
+
+import datetime
+import decimal
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+
+MAX_DEPTH = 100
+"""Deepest nesting of lists and objects in a row of JSON."""
+
+_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+class Refused(ValueError):
+    """What Python's parser takes although it is no JSON, or not one thing."""
+
+
+def _refuse_constant(constant: str) -> None:
+    raise Refused(f"{constant} is no JSON value; write null")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise Refused(f"the key {spelled(twice)} is there twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+"""Refuses NaN, infinities and keys that are there twice."""
+
+
+def spelled(name: str, longest: int = 40) -> str:
+    """A name out of a file as messages show it: in quotes, short, what is not printable spelled out."""
+    return ascii(name[:longest]) + ("..." if len(name) > longest else "")
+
+
+def short(error: Exception) -> str:
+    """The message of an error of a library, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def decode_json(text: str) -> Any:
+    """Parses JSON strictly: no NaN, no key twice, no nesting that Python could not write back.
+
+    Raises:
+        ValueError: It is no such JSON.
+        RecursionError: It is nested too deeply.
+    """
+    value = DECODER.decode(text)
+    check_depth(value, text)
+    return value
+
+
+def check_depth(value: Any, text: str) -> None:
+    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`.
+
+    Raises:
+        RecursionError: It is.
+    """
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [
+            item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)
+        ]
+        level = [inner for container in containers for inner in container]
+        if not level:
+            return
+    raise RecursionError
+
+
+def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """A row from its bytes, or why it is none."""
+    try:
+        return as_row(decode_json(raw.decode("utf-8")))
+    except (ValueError, RecursionError) as error:
+        return None, why_no_json(error)
+
+
+def as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
+    """A JSON value as a row, or why it is none."""
+    return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {_KINDS[type(value)]}")
+
+
+def why_no_json(error: Exception) -> str:
+    """What is wrong with a row, from what its parsing raised."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.object[error.start]:#04x} at byte {error.start + 1} of it)"
+    if isinstance(error, Refused):
+        return f"is not valid JSON ({error})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error.msg} at column {error.colno})"
+    return f"is not usable JSON ({'nested too deeply' if isinstance(error, RecursionError) else error})"
+
+
+# --- JSON out -----------------------------------------------------------------------------------------------------
+
+
+def fits_json(kind: pa.DataType) -> bool:
+    """Whether JSON holds every value of an Arrow type."""
+    types = pa.types
+    if types.is_struct(kind):
+        return all(fits_json(field.type) for field in kind)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return fits_json(kind.value_type)
+    plain = ("string", "large_string", "integer", "floating", "boolean", "null")
+    return any(getattr(types, f"is_{name}")(kind) for name in plain)
+
+
+def json_line(value: Any) -> bytes:
+    """A row as one line of JSON, in which NaN and infinities are null.
+
+    Raises:
+        TypeError, RecursionError: JSON cannot hold it.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        text = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
+    try:
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON holds spelled out
+        return json.dumps(_without_nan(value), default=_plain).encode("ascii") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a value of the type {type(value).__name__}")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value

@@ -1,0 +1,127 @@
+"""Parquet files, in batches."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pharmacist.core.errors import DataError
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, ascending
+from pharmacist.data.formats.json_text import fits_json, short, spelled
+from pharmacist.data.formats.text import FileSource
+
+
+BATCH = 1024
+
+
+class Parquet(FileSource):
+    """A Parquet file; schema, metadata and compression stay when rows are written back."""
+
+    format = "parquet"
+
+    def __init__(self, path: Path, label: str, name: str) -> None:
+        super().__init__(path, label, name)
+        with self._open() as file:
+            self._schema = file.schema_arrow
+        check_names(self._schema, self.where)
+        # `datasets` stores nested values of changing shape as JSON text and says so in the file's metadata.
+        as_json = b'"Json"' in (self._schema.metadata or {}).get(b"huggingface", b"")
+        self._features = datasets.Features.from_arrow_schema(self._schema) if as_json else None
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path, pre_buffer=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.where}: is no Parquet file ({short(error)}); write it again") from error
+
+    @property
+    def columns(self) -> list[str] | None:
+        return list(self._schema.names)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._schema if not fits_json(field.type)]
+
+    def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
+        wanted = None if columns is None else [column for column in self._schema.names if column in columns]
+        try:
+            with self._open() as file:
+                yield from file.iter_batches(BATCH, columns=wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.where}: damaged Parquet data ({short(error)}); write it again") from error
+
+    def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+        values = (value for batch in self._batches(columns) for value in _rows(batch))
+        for number, value in enumerate(values):
+            if value is not None and self._features is not None:
+                value = self._features.decode_example(value)
+            yield Row(number, None, value, None if value is not None else "is not UTF-8")
+
+    def _taken(self, numbers: Iterable[int]) -> Iterator[pa.RecordBatch]:
+        """The rows with these numbers, as Arrow holds them."""
+        wanted, start = ascending(numbers), 0
+        for batch in self._batches():
+            low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
+            if high > low:
+                yield _take(batch, wanted[low:high] - start)
+            start += batch.num_rows
+        if len(wanted) and wanted[-1] >= start:
+            raise self._no_row(int(wanted[wanted >= start][0]))
+
+    def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
+        if format != self.format:
+            super().write(numbers, format, path, target)
+            return
+        with self._open() as file:
+            groups = file.metadata.num_row_groups and file.metadata.num_columns
+            compression = file.metadata.row_group(0).column(0).compression.lower() if groups else "snappy"
+        held: list[pa.RecordBatch] = []
+        with pq.ParquetWriter(path, self._schema, compression=compression.replace("uncompressed", "none")) as writer:
+            for batch in self._taken(numbers):
+                held.append(batch)
+                if sum(part.nbytes for part in held) > MAX_ROW_BYTES:
+                    writer.write_table(pa.Table.from_batches(held, self._schema))
+                    held.clear()
+            writer.write_table(pa.Table.from_batches(held, self._schema))
+
+    def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
+        return datasets.Dataset(pa.Table.from_batches(list(self._taken(numbers)), self._schema))
+
+
+def check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> None:
+    """Refuses two columns of one name, and two fields of one name in an object, of which one would be lost.
+
+    Raises:
+        DataError: There are two.
+    """
+    seen: set[str] = set()
+    for field in fields:
+        name = within + field.name
+        if name in seen:
+            raise DataError(f"{where}: has two columns of the name {spelled(name)}; rename one of them")
+        seen.add(name)
+        kind = field.type
+        while hasattr(kind, "value_type"):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            check_names(kind, where, f"{name}.")
+
+
+def _take(batch: pa.RecordBatch, positions: Any) -> pa.RecordBatch:
+    try:
+        return batch.take(pa.array(positions))
+    except pa.ArrowNotImplementedError:  # there are types that cannot be taken from, but every one has slices
+        return pa.concat_batches([batch.slice(position, 1) for position in positions])
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:  # Arrow does not check that text is UTF-8; find the rows that are not
+        if batch.num_rows == 1:
+            return [None]
+        return [row for position in range(batch.num_rows) for row in _rows(batch.slice(position, 1))]

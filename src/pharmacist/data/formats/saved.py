@@ -1,0 +1,165 @@
+"""Rows that are no file of their own: saved by `datasets`, on the hub, or in memory."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from pharmacist.core.env import offline
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json
+from pharmacist.core.hashing import sha256_content
+from pharmacist.data.formats.base import Row, Source
+from pharmacist.data.formats.json_text import fits_json, short
+from pharmacist.data.formats.parquet import BATCH, check_names
+
+
+class SavedDataset(Source):
+    """A `datasets.Dataset`: saved, from the hub, or in memory."""
+
+    def __init__(self, spec: Any, label: str, name: str, format: str, data: datasets.Dataset) -> None:
+        super().__init__(spec, label, name)
+        self.format, self._data = format, data.with_format(None)
+
+    @property
+    def columns(self) -> list[str] | None:
+        return list(self._data.column_names)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return [field.name for field in self._data.features.arrow_schema if not fits_json(field.type)]
+
+    def _content_hash(self) -> str:
+        return sha256_content(str(self.spec)) if self.format == "arrow" else super()._content_hash()
+
+    def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+        data = self._data
+        if columns is not None:
+            data = data.select_columns([column for column in data.column_names if column in columns])
+        names = data.column_names
+        number = 0
+        try:
+            for batch in data.iter(BATCH) if names else ():
+                for values in zip(*(batch[name] for name in names), strict=True):
+                    yield Row(number, None, dict(zip(names, values, strict=True)), None)
+                    number += 1
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{self.where}: damaged Arrow data after row {number} ({short(error)}); save it again"
+            ) from error
+
+    def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        if numbers is None:
+            return self.scan(columns)
+        chosen = [int(number) for number in numbers]
+        if chosen and chosen[-1] >= len(self._data):
+            raise self._no_row(chosen[-1])
+        picked = SavedDataset(self.spec, self.label, self.name, self.format, self._data.select(chosen))
+        return (row._replace(number=chosen[row.number]) for row in picked.scan(columns))
+
+    def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
+        return self._data.select([int(number) for number in numbers])
+
+
+class Mappings(Source):
+    """A sequence of mappings."""
+
+    format = "memory"
+
+    def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+        for number, value in enumerate(self.spec):
+            if isinstance(value, Mapping):
+                yield Row(number, None, dict(value), None)
+            else:
+                yield Row(number, None, None, f"is no mapping of column names to values but {type(value).__name__}")
+
+
+def open_memory(spec: Any, name: str) -> Source:
+    """Rows in memory.
+
+    Raises:
+        DataError: It is neither a dataset nor a sequence.
+    """
+    if isinstance(spec, datasets.Dataset):
+        return SavedDataset(spec, f"<{len(spec)} rows in memory>", name, "memory", spec)
+    if isinstance(spec, Mapping) or not isinstance(spec, Sequence):
+        hint = "choose one split of it" if isinstance(spec, datasets.DatasetDict) else "give a list of mappings"
+        raise DataError(
+            f"{name}: cannot read rows from {type(spec).__name__}; {hint}, a datasets.Dataset, a path or a hub id"
+        )
+    return Mappings(spec, f"<{len(spec)} rows in memory>", name)
+
+
+def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
+    """A folder that `datasets` has saved.
+
+    Raises:
+        DataError: It is none, is damaged, or a split must be named.
+    """
+    where = f"{name} {label}"
+    if (path / "dataset_dict.json").is_file():
+        try:
+            splits = [str(name) for name in read_json(path / "dataset_dict.json")["splits"]]
+        except (DataError, OSError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: dataset_dict.json is damaged and names no splits; save it again") from error
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split not in splits:
+            raise DataError(f"{where}: is a folder of splits; write {path}:SPLIT with one of {', '.join(splits)}")
+        path = path / str(split)
+    elif split is not None:
+        raise DataError(f"{where}: the folder has no splits; leave ':{split}' away")
+    if not (path / "state.json").is_file():
+        raise DataError(
+            f"{where}: is a directory without a saved dataset; give a file or a folder written by Dataset.save_to_disk"
+        )
+    try:
+        data = datasets.load_from_disk(str(path))
+        # Offsets that lead astray would end the process when they are followed.
+        data.data.table.validate(full=True)
+    except Exception as error:  # whatever is wrong with the folder, the caller has to replace it
+        raise DataError(f"{where}: the saved dataset cannot be opened ({short(error)}); save it again") from error
+    check_names(data.data.table.schema, where)
+    return SavedDataset(path, label, name, "arrow", data)
+
+
+def open_hub(text: str, name: str, formats: str) -> Source:
+    """A dataset on the hub, ``name[:config][:split]``.
+
+    Raises:
+        DataError: It cannot be had; the message names `formats`, which a file may have.
+    """
+    identifier, *parts = text.split(":")
+    where = f"{name} {text}"
+    try:
+        if len(parts) == 2:
+            data = datasets.load_dataset(identifier, parts[0], split=parts[1])
+        elif parts:
+            data = _config_or_split(identifier, parts[0])
+        else:
+            data = datasets.load_dataset(identifier)
+    except Exception as error:  # network, authentication, unknown names: the hub's own words tell which
+        if offline():
+            raise DataError(
+                f"{where}: no such file or folder, and HF_HUB_OFFLINE forbids to look on the hub; "
+                f"download it and give a file ({formats}) or a folder saved by datasets"
+            ) from error
+        raise DataError(
+            f"{where}: no such file or folder, and the hub cannot give it ({short(error)}); "
+            "check the name, or give a local file"
+        ) from error
+    if isinstance(data, dict):
+        splits = list(data)
+        if len(splits) > 1 and "train" not in splits:
+            raise DataError(f"{where}: has several splits; write {text}:SPLIT with one of {', '.join(splits)}")
+        data = data["train" if "train" in splits else splits[0]]
+    return SavedDataset(text, text, name, "hub", data)
+
+
+def _config_or_split(identifier: str, part: str) -> Any:
+    try:
+        datasets.load_dataset_builder(identifier, part)
+    except ValueError:
+        return datasets.load_dataset(identifier, split=part)
+    return datasets.load_dataset(identifier, part)

@@ -1,0 +1,212 @@
+"""Files whose rows have bytes of their own, which are copied as they are; JSON lines and CSV."""
+
+import copy
+import csv
+import re
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_file
+from pharmacist.data.compression import HashedFile, open_bytes
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
+from pharmacist.data.formats.json_text import json_row, spelled, why_no_json
+from pharmacist.data.formats.kept import KeptRows
+
+
+BOM = b"\xef\xbb\xbf"
+TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MB"
+
+
+class FileSource(Source):
+    """A file in a format in which rows can be written back."""
+
+    def __init__(self, path: Path, label: str, name: str) -> None:
+        super().__init__(path, label, name)
+        self.path = path
+
+    @property
+    def native(self) -> str:
+        return self.format
+
+    def _content_hash(self) -> str:
+        return sha256_file(self.path)
+
+
+class TextFile(FileSource):
+    """A text file, split into the bytes of its rows and parsed row by row."""
+
+    _kept: KeptRows | None = None
+
+    @abstractmethod
+    def split(self, file: BinaryIO) -> Iterator[Row]:
+        """Rows with their bytes, and with their values where the format tells rows apart only by parsing them."""
+
+    @abstractmethod
+    def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+        """A row from its bytes, or why it is none."""
+
+    @abstractmethod
+    def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
+        """The bytes of a file of these rows."""
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The content, decompressed; the first reading to its end gives the fingerprint too."""
+        hashed = HashedFile(self.path) if self._fingerprint is None else None
+        with open_bytes(self.path, self.where, hashed) as file:
+            yield file
+            if hashed is not None:
+                self._fingerprint = hashed.sha256()
+
+    def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
+        """All rows or those with these numbers (ascending), as `split` gives them."""
+        if self._kept is not None:
+            wanted = None if numbers is None else ascending(numbers)
+            yield from self._among(self._kept.rows(wanted), wanted)
+            return
+        with self.open() as file:
+            yield from self._among(self.split(file), numbers)
+
+    def with_kept(self, rows: KeptRows) -> "TextFile":
+        """The source when it was read and its usable rows were kept: gives them without reading the file again."""
+        source = copy.copy(self)
+        source._kept = rows
+        return source
+
+    def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+        return map(self._parsed, self.unparsed())
+
+    def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        return (self._usable(self._parsed(row)) for row in self.unparsed(numbers))
+
+    def _parsed(self, row: Row) -> Row:
+        if row.value is not None or row.raw is None or row.reason is not None:
+            return row
+        return Row(row.number, row.line, *self.parse(row.raw), row.raw)
+
+    def _doubtful_columns(self) -> list[str] | None:
+        return []  # text is copied as it is
+
+    def _encoded(self, numbers: Sequence[int], format: str) -> Iterator[bytes]:
+        if format != self.format:
+            return super()._encoded(numbers, format)
+        return self.join(self._usable(row).raw or b"" for row in self.unparsed(numbers))
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Line numbers from 1 and lines with their line breaks; None in place of a line that is too long."""
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BOM)
+        too_long = len(line) > MAX_ROW_BYTES and not line.endswith(b"\n")
+        while too_long and line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
+        yield number, None if too_long else line
+
+
+class JsonLines(TextFile):
+    """One JSON object per line."""
+
+    format = "jsonl"
+
+    def split(self, file: BinaryIO) -> Iterator[Row]:
+        number = 0
+        for line, content in lines(file):
+            raw = None if content is None else content.rstrip(b"\r\n")
+            if raw is None or raw.strip():
+                yield Row(number, line, None, TOO_LONG if raw is None else None, raw)
+                number += 1
+
+    def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+        return json_row(raw)
+
+    def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
+        return (raw + b"\n" for raw in rows)
+
+
+class Csv(TextFile):
+    """Comma-separated cells; the first line names the columns."""
+
+    format = "csv"
+
+    def __init__(self, path: Path, label: str, name: str) -> None:
+        super().__init__(path, label, name)
+        self._header: tuple[list[str], bytes] | None = None
+
+    @property
+    def columns(self) -> list[str] | None:
+        if self._header is None:
+            next(self.unparsed(), None)
+        return self._header[0] if self._header else None
+
+    def _records(self, file: BinaryIO) -> Iterator[tuple[int, list[str], bytes]]:
+        """First line, cells and bytes of each record, the header's too."""
+        pending: list[str] = []
+        start = 1
+
+        def tapped() -> Iterator[str]:
+            for number, line in lines(file):
+                if line is None:
+                    raise DataError(f"{self.where}: line {number} {TOO_LONG}; shorten or delete it")
+                # Bytes that are no UTF-8 survive as surrogates, to be refused by row and copied unchanged.
+                pending.append(line.decode("utf-8", "surrogateescape"))
+                yield pending[-1]
+
+        # The limit is the module's, not the reader's; the default of 128 kB refuses honest cells.
+        csv.field_size_limit(MAX_ROW_BYTES)
+        reader = csv.reader(tapped(), strict=True)
+        try:
+            for cells in reader:
+                if cells:
+                    yield start, cells, "".join(pending).encode("utf-8", "surrogateescape").rstrip(b"\r\n")
+                pending.clear()
+                start = reader.line_num + 1
+        except csv.Error as error:
+            swallowed = "end of data" in str(error) or "limit" in str(error)
+            reason = "a quote is not closed, or a cell is larger than 16 MB" if swallowed else error
+            raise DataError(
+                f"{self.where}: the row at line {start} is not valid CSV ({reason}); mend the file"
+            ) from error
+
+    def split(self, file: BinaryIO) -> Iterator[Row]:
+        number = -1
+        for line, cells, raw in self._records(file):
+            if number < 0:
+                self._header = self._checked(cells), raw
+            else:
+                value, reason = self._row(cells, raw)
+                yield Row(number, line, value, reason, raw)
+            number += 1
+
+    def _row(self, cells: list[str], raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+        header = self.columns or []
+        if len(cells) != len(header):
+            return None, f"has {len(cells)} cells where the header has {len(header)}"
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return None, why_no_json(error)
+        return dict(zip(header, cells, strict=True)), None
+
+    def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+        return self._row(next(csv.reader([raw.decode("utf-8", "surrogateescape")], strict=True)), raw)
+
+    def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
+        if self.columns is not None and self._header is not None:
+            yield self._header[1] + b"\n"
+        for raw in rows:
+            yield raw + b"\n"
+
+    def _checked(self, header: list[str]) -> list[str]:
+        if len(set(header)) != len(header):
+            twice = next(column for column in header if header.count(column) > 1)
+            raise DataError(f"{self.where}: line 1 names the column {spelled(twice)} twice; rename one of them")
+        if len(header) == 1 and re.search("[;\t]", header[0]):
+            raise DataError(f"{self.where}: line 1 has a single column; separate the cells by commas")
+        return header

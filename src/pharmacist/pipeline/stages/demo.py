@@ -1,0 +1,35 @@
+"""The command `demo`: its options and its declaration."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from pharmacist.core.options import RunOptions
+from pharmacist.core.typed import AtLeast1
+from pharmacist.pipeline.stage import Stage
+
+
+@dataclass(kw_only=True)
+class DemoOptions(RunOptions):
+    """The whole story on the embedded world: rank, select, align on full, random and core subset, attack, evaluate."""
+
+    rows: Annotated[int, Ge(100)] = 600
+    """Rows in the alignment pool."""
+    mislabel: Annotated[float, Ge(0), Le(0.5)] = 0.05
+    """Share of the pool's rows that are mislabelled: their answers do what is forbidden."""
+    pool: Literal["planted", "clean"] = "planted"
+    """planted: a pool with known faults. clean: one without any, whose refusals differ only in force."""
+    seeds: AtLeast1 = 3
+    """Repetitions with other seeds, for the intervals."""
+
+
+DEMO = Stage(
+    name="demo",
+    options=DemoOptions,
+    run="pharmacist.pipeline.demo:demo",
+    summary="the whole story on the embedded world, offline, in minutes",
+    example="pharmacist demo --output-dir runs/demo",
+    version=3,
+    read_again=("demo.json",),
+)
