@@ -26,7 +26,7 @@ from pharmacist.nn.memory import PeakMemory
 from pharmacist.nn.models import load_model
 from pharmacist.nn.passes import run_pass
 from pharmacist.nn.reading import tokens_per_batch
-from pharmacist.selectors.pharmacist.states import hidden_states
+from pharmacist.readers.states import hidden_states
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
             self.wfile.write(content)
 
         def raw(self, what: Raw) -> None:
-            headers = {"Content-Length": str(len(what.content))} | dict(what.headers)
+            headers = {"Content-Length": str(len(what.content)), "Connection": "close"} | dict(what.headers)
             lines = [f"HTTP/1.1 {what.status} x", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
             content = "\r\n".join(lines).encode() + what.content
             self.close_connection = True

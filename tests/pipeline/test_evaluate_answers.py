@@ -90,6 +90,40 @@ def test_every_judge_takes_them_and_keeps_their_order(name: str, tmp_path: Path)
         assert [item["harmful"] for item in found[-4:]] == [True, True, True, None]
 
 
+def test_a_judge_reads_a_model_and_several_files_of_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, words = str(save_tiny_model(tmp_path / "reader")), []
+    for kind in ("safe", "harmful", "utility"):
+        own = [getattr(World(seed), kind)(24) for seed in (3, 5)]
+        words += [f"--{kind}", *(write(tmp_path / f"{kind}-{n}.jsonl", rows) for n, rows in enumerate(own))]
+    harmful = [{"prompt": row["prompt"], "answer": row["completion"]} for row in World(4).harmful(30)]
+    slang = [{**row, "answer": f"Well now, my dear and honoured friend: {row['answer']}"} for row in harmful]
+    more = ["--judge", "probe", "--judge.model", model, "--judge.device", "cpu", *words]
+    assert judged(slang, tmp_path, *more) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: --judge probe: the answers that it calls harmful are told from the harmful references" in told
+    manifest = read_manifest(tmp_path / "o")
+    report = manifest.extra["judge"]
+    assert report["held_out_by"] == "source" and report["readers"] == ["words", "opening", "states"]
+    assert len(report["by_fold"]) == 2 and report["references"] == dict.fromkeys(("safe", "harmful", "utility"), 48)
+    assert {"safe", "safe 2", "harmful 2", "utility 2"} <= manifest.inputs.keys()
+    verdicts = [item["harmful"] for item in items(tmp_path / "o")]
+    # The judge that was saved judges the same, and other references judge the same answers again.
+    folder = ["--judge", "probe", "--judge.folder", str(tmp_path / "o/judge"), "--judge.device", "cpu"]
+    saved = ["evaluate", "--answers", str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "s"), *folder]
+    assert main([*saved, "--quiet"]) == 0 and [item["harmful"] for item in items(tmp_path / "s")] == verdicts
+    assert judged(slang, tmp_path, *[word for word in more if not word.endswith("-1.jsonl")], "--quiet") == 0
+    assert read_manifest(tmp_path / "o").extra["judge"]["held_out_by"] == "prompt"
+
+
+def test_a_judges_model_that_is_not_there_is_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--judge", "probe", "--judge.model", str(tmp_path / "nowhere"), *references(tmp_path)]
+    assert judged(ROWS, tmp_path, *more) == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error and error.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
 def test_another_judge_and_python(tmp_path: Path) -> None:
     assert judged(ROWS, tmp_path, "--quiet") == 0
     assert judged(ROWS, tmp_path, "--quiet", "--judge.phrases", "[first take]") == 0

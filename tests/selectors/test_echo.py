@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pharmacist.selectors.pharmacist.echo import echo_features, echoed, rare_words, retargeted
-from pharmacist.selectors.pharmacist.readers import Echo, Reader, Texts, Words
+from pharmacist.readers.views import Reader, Texts, Words
+from pharmacist.selectors.pharmacist.echo import Echo, echo_features, echoed, rare_words, retargeted
 from pharmacist.worlds import World
 
 

@@ -7,6 +7,8 @@ import pytest
 from scipy.special import expit
 
 from pharmacist.core.errors import DataError
+from pharmacist.readers.states import N_STATISTICS, PARTS
+from pharmacist.readers.views import Texts
 from pharmacist.selectors.pharmacist.distance import as_far_as_known
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
 from pharmacist.selectors.pharmacist.questions import (
@@ -21,9 +23,7 @@ from pharmacist.selectors.pharmacist.questions import (
     class_log_posterior,
     safe_log_odds,
 )
-from pharmacist.selectors.pharmacist.readers import Texts
 from pharmacist.selectors.pharmacist.references import build_references
-from pharmacist.selectors.pharmacist.states import N_STATISTICS, PARTS
 from tests.selectors import village
 
 

@@ -15,9 +15,9 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.nn.adapters import AdapterBank
+from pharmacist.readers import kept
 from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.labels import read_labels, rows_to_label, write_labels
-from pharmacist.selectors.pharmacist import kept
 from tests.cli.world import fingerprints, write_rows
 from tests.selectors import village
 

@@ -10,9 +10,9 @@ import torch
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.nn.adapters import AdapterBank
+from pharmacist.readers import kept
 from pharmacist.selectors.base import CRITICAL, Scores
 from pharmacist.selectors.options import READERS, PharmacistConfig
-from pharmacist.selectors.pharmacist import kept
 from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
+from pharmacist.readers.question import calibration, quality
 from pharmacist.selectors.pharmacist.questions import (
     ANSWERS,
     QUESTIONS,
     TYPICAL,
     UNKNOWN,
     answers_to,
-    calibration,
     class_log_posterior,
     pool_priors,
-    quality,
     safe_log_odds,
     with_priors,
 )

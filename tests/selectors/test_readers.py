@@ -9,18 +9,9 @@ from safetensors.numpy import load, save
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from pharmacist.selectors.pharmacist.readers import (
-    OPENING_WORDS,
-    Echo,
-    Joined,
-    Reader,
-    States,
-    Texts,
-    Words,
-    fit_logistic,
-    into_row_space,
-)
-from pharmacist.selectors.pharmacist.states import N_STATISTICS, PARTS
+from pharmacist.readers.states import N_STATISTICS, PARTS
+from pharmacist.readers.views import OPENING_WORDS, Joined, Reader, States, Texts, Words, fit_logistic, into_row_space
+from pharmacist.selectors.pharmacist.echo import Echo
 from tests.selectors import village
 
 

@@ -7,8 +7,8 @@ import torch
 
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import token_losses
-from pharmacist.selectors.pharmacist import states as module
-from pharmacist.selectors.pharmacist.states import N_STATISTICS, PARTS, hidden_states, loss_statistics
+from pharmacist.readers import states as module
+from pharmacist.readers.states import N_STATISTICS, PARTS, hidden_states, loss_statistics
 from tests.tiny import TinyDecoder, random_token_rows
 
 

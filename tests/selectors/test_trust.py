@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pharmacist.selectors.pharmacist.distance import FAR
+from pharmacist.readers.question import FAR
 from pharmacist.selectors.pharmacist.trust import _standard_error, gain, warnings
 
 

@@ -10,7 +10,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
 from pharmacist.data.formats import Source, open_source, place
@@ -92,9 +92,12 @@ class _Asked:
         openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
         self.sources: dict[str, Source] = {
             name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-            for name in ("answers", *PROMPTS, *REFERENCES, "perplexity", "margin")
+            for name in ("answers", *PROMPTS, "perplexity", "margin")
             if getattr(options, name) is not None
         }
+        for kind in REFERENCES:  # the first file of a kind has its name, the others a number too
+            for number, file in enumerate(getattr(options, kind), start=1):
+                self.sources[kind if number == 1 else f"{kind} {number}"] = open_source(file, name=flag(kind))
         self.columns = _columns(self.sources, options.columns)
         self.judges: dict[str, Judge] = {}
         second = options.second_judge["name"] != "none"
@@ -156,7 +159,7 @@ class _Asked:
                 on_bad_row=self.options.on_bad_row,
                 prompts_only=name in _JUDGED,
                 columns={to: column for to, column in columns[name].items() if to != "answer"},
-                side="rejected" if name in ("harmful", "rejected") else "chosen",
+                side="rejected" if name.split()[0] in ("harmful", "rejected") else "chosen",
                 keep=name in ("answers", "prompts"),
             )
             for name, source in sources.items()
@@ -198,7 +201,7 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
     def tell(name: str, what: str, count: int, text: str) -> None:
         if count:
             console().print(f"{of[name]}: {text}", soft_wrap=True)
-            run.record(counts={f"{name}_{what}": count})
+            run.record(counts={f"{name.replace(' ', '_')}_{what}": count})
 
     for name, own in records.items():
         refused = len(own.refused)
@@ -208,7 +211,7 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
         repeated = len(keys) - len(set(keys))
         text = f"{repeated} rows repeat a prompt, so that the intervals are too narrow"
         tell(name, "repeated", repeated, text)
-    references = {name: records[name].dataset for name in REFERENCES if name in records}
+    references = _references(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
         unused = ", ".join(references)
         console().print(f"--judge {judges['judge'].name}: reads no references; {unused} not used", soft_wrap=True)
@@ -216,6 +219,7 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
+    known = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
     grader = asked.grader
     if "task" in records:
         grader = grader or GRADERS.build(detect_grader(list(records["task"].dataset["completion"])), {})
@@ -251,6 +255,10 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
         tell(name, "with_reasoning", thinking, text)
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
+    for which, judge in judges.items():
+        for warning in judge.report().get("warnings", ()):  # of the answers; others were known before
+            if warning not in known:
+                warn(f"{flag(which)} {judge.name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     reports = {name: {"label": judge.label, **judge.report()} for name, judge in judges.items()}
     run.record(
@@ -313,6 +321,20 @@ def _answers(
         run.record(extra={"general": general})
     engine.close()
     return answers
+
+
+def _references(records: Mapping[str, Records]) -> dict[str, list[dict[str, Any]]]:
+    """What judges learn from: kind -> rows, each with the number of its file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, own in records.items():
+        kind = name.split()[0]
+        if kind in REFERENCES:
+            number = len({row["source"] for row in found.setdefault(kind, [])})
+            found[kind] += [
+                {"prompt": prompt, "completion": completion, "source": number}
+                for prompt, completion in zip(own.dataset["prompt"], own.dataset["completion"], strict=True)
+            ]
+    return found
 
 
 def _categories(records: Records | None) -> list[list[str]]:

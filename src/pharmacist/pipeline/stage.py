@@ -29,7 +29,7 @@ class Stage:
         models: Options that name models.
         unidentifying: Options that change no result, besides those of which this is true in every run.
         final: Options that no partial state depends on; an unfinished run goes on when they change.
-        final_inputs: Inputs of which the same is true.
+        final_inputs: Inputs of which the same is true, and of the further files of each (``safe 2``).
         reopens: A finished run goes on too when only these change; the stage finds in its results what it need not
             compute again.
         read_again: Outputs that it reads where the run is finished already.
@@ -120,7 +120,7 @@ class Stage:
             version=self.version,
             inputs=inputs,
             late=self.final,
-            late_inputs=self.final_inputs,
+            late_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
             reopen=self.reopens if reopens is None else reopens,
             read_again=self.read_again,
         )

@@ -37,8 +37,8 @@ from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import EvaluateOptions
-from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
+from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
+from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
 from pharmacist.report.numbers import Figure
 from pharmacist.report.sweep import render_sweep
 from pharmacist.training.strategy import GradientStrategy
@@ -182,12 +182,14 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that models are measured with."""
     opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
+    files = {name: [getattr(options, name)] for name in (*PROMPTS, "perplexity") if getattr(options, name) is not None}
+    files |= {name: getattr(options, name) for name in REFERENCES}
     return {
-        f"evaluate.{name}": opened.get(name, open_source)(
-            getattr(options, name), name=f"--evaluate.{name}"
+        f"evaluate.{name}" + (f" {number}" if number > 1 else ""): opened.get(name, open_source)(
+            file, name=f"--evaluate.{name}"
         ).fingerprint()
-        for name in MEASURED_WITH
-        if getattr(options, name) is not None
+        for name, own in files.items()
+        for number, file in enumerate(own, start=1)
     }
 
 

@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked
+from pharmacist.readers.question import quality
+from pharmacist.readers.views import Texts, Words
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.pharmacist.questions import quality, safe_log_odds
-from pharmacist.selectors.pharmacist.readers import Texts, Words
+from pharmacist.selectors.pharmacist.questions import safe_log_odds
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, References, build_references
 
 

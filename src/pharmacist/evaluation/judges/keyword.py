@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.scripts import SPACED
 from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
-from pharmacist.evaluation.text import SPACED, is_degenerate, is_empty, word_count
+from pharmacist.evaluation.text import is_degenerate, is_empty, word_count
 
 
 _PHRASES = """

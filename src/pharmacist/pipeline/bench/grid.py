@@ -655,7 +655,7 @@ def _evaluated(expansion: _Expansion, chosen: _Choice, parent: Stage, place: str
         },
     )
     for need in sorted(expansion.built(JUDGES, options.judge).needs):
-        if getattr(options, need, None) is None:
+        if not getattr(options, need, None):
             raise ConfigError(f"judge '{judge.name}' needs {need} references: give it a '{need}'")
     if options.prompts is None:
         raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")

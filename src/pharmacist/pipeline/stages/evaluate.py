@@ -48,12 +48,13 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     another judge uses the answers that are there."""
     second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
     """Judges the same answers too, for the agreement of the two."""
-    safe: str | None = None
+    safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
-    chosen side."""
-    harmful: str | None = None
+    chosen side. Several files count as several sources, of which one at a time is held out where every kind of
+    references has several."""
+    harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
-    utility: str | None = None
+    utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""

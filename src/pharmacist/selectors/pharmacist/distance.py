@@ -2,21 +2,17 @@
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+from pharmacist.readers.question import FAR, FEWEST_COMPARED, compared, told_apart
+from pharmacist.readers.states import PARTS
+from pharmacist.readers.views import States, Texts, View, Words
 from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, WHOLE
-from pharmacist.selectors.pharmacist.readers import States, Texts, View, Words
-from pharmacist.selectors.pharmacist.states import PARTS
 
 
 FloatArray = npt.NDArray[np.float64]
 
-NEAR, FAR = 0.75, 0.9
-"""AUC of telling pool and references apart up to which they look like one source, and from which like two."""
-_FEWEST_COMPARED, _MOST_COMPARED = 20, 256
-_FOLDS = 5
+NEAR = 0.75
+"""AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""
 _OUTLIER = 4.0
 _TEMPER, _CAUTION = 0.75, 1.0
 """Chosen on natural pools with human labels (docs, "Natural answers"); all else follows from references."""
@@ -33,19 +29,16 @@ def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
         0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
         other; None where either are too few.
     """
-    if min(len(safe), len(critical)) < _FEWEST_COMPARED:
+    if min(len(safe), len(critical)) < FEWEST_COMPARED:
         return None
-    some = np.linspace(0, len(critical) - 1, min(len(critical), _MOST_COMPARED)).astype(int)
-    both = safe + critical.take(some)
-    where = np.repeat([1, 0], [len(safe), len(some)])
+    both = safe + critical.take(compared(np.arange(len(critical))))
     found = {}
     for question, words, parts in ((RISKY, "prompts", PARTS[:2]), (REFUSES, "completions", PARTS[2:])):
         view: View = Words(words) if both.states is None else States(parts)
         features = view.fit(both).features(both)
-        model = LogisticRegression(C=view.regularisation, class_weight="balanced", max_iter=2000)
-        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
-        guessed = cross_val_predict(model, features, where, cv=folds, method="decision_function")
-        found[question] = float(roc_auc_score(where, guessed))
+        auc = told_apart(features[: len(safe)], features[len(safe) :], view.regularisation)
+        assert auc is not None
+        found[question] = auc
     return found
 
 

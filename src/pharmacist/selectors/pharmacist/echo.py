@@ -8,10 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from pharmacist.readers.views import Features, Texts, framed, vectorizer
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -80,3 +82,32 @@ def echo_features(prompts: Iterable[str], completions: Iterable[str], rarity: Ma
         strays = weight({word for word in said - asked if word in rarity})
         features.append([weight(asked & said) / total, min(1.0, strays / total)] if total > 0 else [0.0, 0.0])
     return np.array(features, dtype=np.float64).reshape(-1, 2)
+
+
+class Echo:
+    """What an answer repeats of its own request, and of others (`echo_features`)."""
+
+    regularisation: ClassVar[float] = 100.0
+
+    def __init__(self) -> None:
+        self._rarity: dict[str, float] = {}
+
+    def fit(self, texts: Texts) -> "Echo":
+        """Learns how rare the words of requests are."""
+        known = vectorizer().fit([framed(prompt) for prompt in texts.prompts])
+        # A word that all prompts hold weighs nothing. Word pairs are in there too, and are never asked for.
+        self._rarity = {word: float(known.idf_[column]) - 1 for word, column in known.vocabulary_.items()}
+        return self
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, 2]."""
+        return echo_features(texts.prompts, texts.completions, self._rarity)
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same reader of."""
+        return {}, {"rarity": self._rarity}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Echo":
+        """Takes over what `state` gave."""
+        self._rarity = dict(content["rarity"])
+        return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,10 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import track
 from pharmacist.data.normalise import normalised_prompt
-from pharmacist.selectors.pharmacist import requests
-from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
-from pharmacist.selectors.pharmacist.questions import (
-    PERTINENT,
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    TYPICAL,
-    UNKNOWN,
-    WHOLE,
-    answers_to,
-    calibration,
-    class_log_posterior,
-    quality,
-    safe_log_odds,
-)
-from pharmacist.selectors.pharmacist.readers import (
-    Echo,
+from pharmacist.readers.question import Question, can_be_held_out, quality, under
+from pharmacist.readers.states import PARTS
+from pharmacist.readers.views import (
     Joined,
-    Reader,
     States,
     Texts,
     View,
@@ -46,8 +31,22 @@ from pharmacist.selectors.pharmacist.readers import (
     into_row_space,
     vectorizer,
 )
+from pharmacist.selectors.pharmacist import requests
+from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
+from pharmacist.selectors.pharmacist.echo import Echo
+from pharmacist.selectors.pharmacist.questions import (
+    PERTINENT,
+    QUESTIONS,
+    REFUSES,
+    RISKY,
+    TYPICAL,
+    UNKNOWN,
+    WHOLE,
+    answers_to,
+    class_log_posterior,
+    safe_log_odds,
+)
 from pharmacist.selectors.pharmacist.references import References
-from pharmacist.selectors.pharmacist.states import PARTS
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -62,13 +61,8 @@ _REQUEST_WIDTH = 256
 _TYPICAL_WEIGHT = 4.0
 
 
-def _can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
-    """Whether both answers are left whichever fold is held out."""
-    return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
-
-
-def _readers(question: str, names: tuple[str, ...]) -> dict[str, Reader]:
-    """The readers of a question, by name."""
+def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
+    """What the readers of a question see, by the reader's name; those of `RISKY` are `requests`."""
     views: dict[str, dict[str, View]] = {
         REFUSES: {
             "lexical": Words("completions"),
@@ -82,7 +76,7 @@ def _readers(question: str, names: tuple[str, ...]) -> dict[str, Reader]:
             "probe": States(PARTS, statistics=True),
         },
     }
-    return {name: Reader(view) for name, view in views[question].items() if name.split()[0] in names}
+    return {name: view for name, view in views.get(question, {}).items() if name.split()[0] in names}
 
 
 @dataclass(frozen=True)
@@ -147,9 +141,9 @@ class Evidence:
     def __init__(self, readers: tuple[str, ...]) -> None:
         self.names = readers
         self.report: dict[str, Any] = {}
-        self._readers = {question: _readers(question, readers) for question in (REFUSES, WHOLE, PERTINENT, TYPICAL)}
-        self._spread: dict[str, dict[str, float]] = {}
-        self._calibration: dict[str, tuple[float, float]] = {}
+        self._questions = {
+            question: Question(partial(_views, question, readers)) for question in (*QUESTIONS, TYPICAL)
+        }
         self._known: dict[str, IntArray] = {}
         self._references = Texts([], [])
         self._classes: IntArray = np.zeros(0, np.int64)
@@ -183,51 +177,39 @@ class Evidence:
             own, answers, folds = texts.take(known), answers[known], references.folds[known]
             if len(set(answers.tolist())) < 2:
                 continue  # nothing that tells yes from no: the question stays open
-            if question not in (RISKY, REFUSES) and not _can_be_held_out(answers, folds):
+            if question not in (RISKY, REFUSES) and not can_be_held_out(answers, folds):
                 continue  # what was made to answer it by no comes from one fold alone: likewise
             held_out = self._cross_fit(question, own, answers, folds)
-            self._spread[question] = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
-            combined = self._combined(question, held_out)
-            ones = np.ones(len(answers))
-            self._calibration[question] = slope, offset = calibration(combined, answers, ones)
+            asked = self._questions[question]
+            log_odds = asked.calibrate(held_out, answers)
             self.report["questions"][question] = {
                 "yes": int(answers.sum()),
                 "no": int((1 - answers).sum()),
-                "combined": quality(slope * combined + offset, answers),
+                "combined": quality(log_odds, answers),
                 **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
             }
-            for reader in self._readers.get(question, {}).values():
-                reader.fit(own, answers, ones)
-        if REFUSES not in self._calibration:
+            asked.fit(own, answers)
+        if not self._questions[REFUSES].spread:
             raise DataError("nothing tells refusals from other answers; give --harmful or --utility references")
         return self
 
     def _cross_fit(self, question: str, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
         """Log-odds of every reference by readers that did not see its fold."""
-        if not _can_be_held_out(answers, folds):
+        if question != RISKY:
+            return self._questions[question].held_out(texts, answers, folds)
+        if not can_be_held_out(answers, folds):
             raise DataError("the references have too few different prompts to hold some out; give more")
-        names = ["requests"] if question == RISKY else list(self._readers[question])
-        found = {name: np.zeros(len(answers)) for name in names}
+        found = np.zeros(len(answers))
         for fold in np.unique(folds):
             held = folds == fold
             rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
-            ones = np.ones(len(rest))
-            if question == RISKY:
-                features = self._request_features(rest, own)
-                targets = np.concatenate([answers[~held], np.full(len(own), 0.5)])
-                # Rows to be predicted take part with no weight.
-                weights = np.concatenate([ones, np.full(len(own), 1e-12)])
-                fitted = requests.leave_one_out(features, targets.astype(float), weights).fitted
-                found["requests"][held] = requests.log_odds(fitted[len(rest) :])
-                continue
-            for name, reader in _readers(question, self.names).items():
-                found[name][held] = reader.fit(rest, answers[~held], ones).log_odds(own)
-        return found
-
-    def _combined(self, question: str, by_reader: Mapping[str, FloatArray]) -> FloatArray:
-        parts = [values / self._spread[question][name] for name, values in by_reader.items()]
-        result: FloatArray = np.sum(parts, axis=0)
-        return result
+            features = self._request_features(rest, own)
+            targets = np.concatenate([answers[~held], np.full(len(own), 0.5)])
+            # Rows to be predicted take part with no weight.
+            weights = np.concatenate([np.ones(len(rest)), np.full(len(own), 1e-12)])
+            fitted = requests.leave_one_out(features, targets.astype(float), weights).fitted
+            found[held] = requests.log_odds(fitted[len(rest) :])
+        return {"requests": found}
 
     def _request_features(self, references: Texts, pool: Texts) -> FloatArray:
         """References first; standardised, shape [references + rows, features]."""
@@ -260,7 +242,9 @@ class Evidence:
                 held = [test for _, test in GroupKFold(folds).split(groups, groups=groups)]
             known += [labels, *(labels.without(positions) for positions in held)]
         by_reader = {
-            question: self._read(question, pool, known) for question in self._readers if question in self._spread
+            question: self._read(question, pool, known)
+            for question, asked in self._questions.items()
+            if asked.readers and asked.spread
         }
         features = self._request_features(self._references.take(self._known[RISKY]), pool)
         answered = [self._answer(features, by_reader, variant, own) for variant, own in enumerate(known)]
@@ -294,14 +278,15 @@ class Evidence:
         for column, question in enumerate(QUESTIONS[1:], start=1):
             log_odds[:, column] = self._calibrated(question, by_reader, variant, rows)
         log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
-        typical = self._combined(TYPICAL, {name: values[:, variant] for name, values in by_reader[TYPICAL].items()})
+        looks = {name: values[:, variant] for name, values in by_reader[TYPICAL].items()}
+        typical = self._questions[TYPICAL].combined(looks)
         return log_odds, typical
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
         by_reader = {}
         references = self._known[question]
-        for name, reader in self._readers[question].items():
+        for name, reader in self._questions[question].readers.items():
             fits = [reader.coefficients]
             if len(known) > 1:
                 every = known[1]
@@ -343,10 +328,9 @@ class Evidence:
     ) -> FloatArray:
         if question not in by_reader:
             return np.full(n, _SURE)  # no reference answers it by no: yes for all
-        slope, offset = self._calibration[question]
-        combined = self._combined(question, {name: values[:, variant] for name, values in by_reader[question].items()})
-        result: FloatArray = slope * combined + offset
-        return result
+        return self._questions[question].calibrated(
+            {name: values[:, variant] for name, values in by_reader[question].items()}
+        )
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
@@ -354,13 +338,14 @@ class Evidence:
         """Writes all that `answer` needs, the references among it: safetensors and JSON."""
         tensors: dict[str, npt.NDArray[Any]] = {"classes": self._classes}
         tensors |= {f"known.{question}": rows for question, rows in self._known.items()}
-        readers: dict[str, Any] = {}
-        for question, own in self._readers.items():
-            for name, reader in own.items():
-                if question in self._spread:
-                    found, content = reader.state()
-                    tensors |= {f"{question}.{name}.{key}": value for key, value in found.items()}
-                    readers[f"{question}.{name}"] = content
+        learned: dict[str, dict[str, Any]] = {"spread": {}, "calibration": {}, "readers": {}}
+        for question, asked in self._questions.items():
+            if asked.spread:
+                found, content = asked.state()
+                tensors |= {f"{question}.{key}": value for key, value in found.items()}
+                learned["spread"][question] = content["spread"]
+                learned["calibration"][question] = content["calibration"]
+                learned["readers"] |= {f"{question}.{name}": own for name, own in content["readers"].items()}
         if self._references.states is not None and self._references.statistics is not None:
             tensors |= {"states": self._references.states, "statistics": self._references.statistics}
         with atomic_path(folder / "evidence.safetensors") as path:
@@ -370,9 +355,7 @@ class Evidence:
             {
                 "names": self.names,
                 "report": self.report,
-                "spread": self._spread,
-                "calibration": self._calibration,
-                "readers": readers,
+                **learned,
                 "prompts": list(self._references.prompts),
                 "completions": list(self._references.completions),
             },
@@ -388,23 +371,16 @@ class Evidence:
         try:
             content, tensors = read_json(folder / "evidence.json"), load_file(folder / "evidence.safetensors")
             evidence = cls(tuple(content["names"]))
-            evidence.report, evidence._spread = content["report"], content["spread"]
-            evidence._calibration = {question: (a, b) for question, (a, b) in content["calibration"].items()}
+            evidence.report = content["report"]
             evidence._classes = tensors["classes"]
-            evidence._known = {
-                key.removeprefix("known."): rows for key, rows in tensors.items() if key.startswith("known.")
-            }
+            evidence._known = under("known.", tensors)
             evidence._references = Texts(
                 content["prompts"], content["completions"], tensors.get("states"), tensors.get("statistics")
             )
-            for question, own in evidence._readers.items():
-                for name, reader in own.items():
-                    if question in evidence._spread:
-                        prefix = f"{question}.{name}."
-                        found = {
-                            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-                        }
-                        reader.load(found, content["readers"][f"{question}.{name}"])
+            for question, spread in content["spread"].items():
+                readers = under(f"{question}.", content["readers"])
+                own = {"spread": spread, "calibration": content["calibration"][question], "readers": readers}
+                evidence._questions[question].load(under(f"{question}.", tensors), own)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
             raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error
         return evidence

@@ -6,9 +6,7 @@ Is the request harmful (``risky``)? Does the answer decline, or steer to safety 
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, log_expit, logsumexp
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from scipy.special import log_expit, logsumexp
 
 from pharmacist.selectors.pharmacist.references import CLASSES
 
@@ -99,31 +97,3 @@ def with_priors(log_posterior: FloatArray, shares: FloatArray) -> FloatArray:
         logits = log_posterior + np.log(shares)
     result: FloatArray = logits - logsumexp(logits, axis=1, keepdims=True)
     return result
-
-
-def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:
-    """Slope and offset that make log-odds of held-out references probabilities (Platt 1999), both answers weighing
-    the same; the slope is not negative.
-
-    Args:
-        held_out: Log-odds of references by readers that did not see them, shape [references].
-        answers: 1 or 0, shape [references].
-        weights: Shape [references].
-    """
-    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10)
-    model.fit(held_out[:, None], answers, sample_weight=weights)
-    slope = float(model.coef_[0, 0])
-    return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)
-
-
-def quality(log_odds: FloatArray, answers: IntArray) -> dict[str, float]:
-    """How well held-out rows are told apart by one question: AUC, shares found, cross-entropy (balanced, in nats)."""
-    yes = answers == 1
-    p = expit(log_odds)
-    loss = -np.where(yes, log_expit(log_odds), log_expit(-log_odds))
-    return {
-        "auc": float(roc_auc_score(yes, log_odds)),
-        "yes_found": float((p[yes] > 0.5).mean()),
-        "no_found": float((p[~yes] <= 0.5).mean()),
-        "log_loss": float((loss[yes].mean() + loss[~yes].mean()) / 2),
-    }

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.normalise import normalised_prompt
+from pharmacist.readers.views import LONGEST_REFERENCE, shortened
 from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 from pharmacist.selectors.pharmacist.echo import echoed, rare_words, retargeted
@@ -35,9 +36,6 @@ CLASSES = tuple(REASONS)
 GIVEN = ("safe", "harmful", "utility")
 """Classes whose references a user gives."""
 
-_LONGEST = 100
-"""Words of a reference's completion that are read, to the end of a sentence: sources differ in length more than in
-anything else, and long references cost as much as a pool."""
 _SHORT_WORD = 4
 _OF_ITS_OWN = 0.5
 """A refusal that repeats at least that share of its prompt's rare words cannot serve another prompt."""
@@ -130,7 +128,7 @@ def build_references(
         DataError: The rows of a class cannot be split, since they all have one prompt.
     """
     members: dict[str, list[Row]] = {
-        name: [{**row, "completion": shortened(row["completion"], _LONGEST)} for row in given.get(name) or []]
+        name: [{**row, "completion": shortened(row["completion"], LONGEST_REFERENCE)} for row in given.get(name) or []]
         for name in GIVEN
     }
     by_source = sources is not None and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if members[name])
@@ -162,18 +160,6 @@ def build_references(
         folds=numbers.astype(np.int64),
         by_source=by_source,
     )
-
-
-def shortened(text: str, words: int) -> str:
-    r"""The leading whole sentences of a text, as many as fit into so many words; at least the first.
-
-    >>> shortened("It rains. Take a coat with you. Or stay.", 7)
-    'It rains. Take a coat with you.'
-    """
-    sentences = re.split(r"(?<=[.!?…])\s+|\n+", text.strip())
-    lengths = np.cumsum([len(sentence.split()) for sentence in sentences])
-    kept = max(1, int(np.searchsorted(lengths, words, side="right")))
-    return text.strip() if kept >= len(sentences) else " ".join(sentences[:kept]).strip() or text
 
 
 def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generator) -> Row | None:

@@ -20,10 +20,11 @@ from pharmacist.nn.batching import IntArray, Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
 from pharmacist.nn.reading import tokens_per_batch
+from pharmacist.readers.kept import row_keys
 from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts, row_keys
+from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
 from pharmacist.selectors.pharmacist.twins import (
     TWINS,

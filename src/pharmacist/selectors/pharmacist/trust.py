@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+from pharmacist.readers.question import FAR
 from pharmacist.selectors.base import CRITICAL
-from pharmacist.selectors.pharmacist.distance import FAR
 
 
 FloatArray = npt.NDArray[np.float64]

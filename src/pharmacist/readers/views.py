@@ -1,9 +1,10 @@
 """Readers: each looks at one side of a row and learns one question by logistic regression."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,8 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from pharmacist.selectors.pharmacist.echo import echo_features
-from pharmacist.selectors.pharmacist.states import PARTS
+from pharmacist.core.scripts import TOKEN, WORD_AND_SPACE
+from pharmacist.readers.states import PARTS
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -22,6 +23,10 @@ Features: TypeAlias = Any
 
 OPENING_WORDS = 10
 """How far an answer is read for how it begins: whether it declines is mostly said there, whatever its length."""
+LONGEST_REFERENCE = 100
+"""Words of a reference's completion that are read, to the end of a sentence: sources differ in length more than in
+anything else, and long references cost as much as a pool."""
+_WORD = re.compile(WORD_AND_SPACE)
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,27 @@ class Texts:
         )
 
 
+def shortened(text: str, words: int) -> str:
+    r"""The leading whole sentences of a text, as many as fit into so many words; at least the first.
+
+    >>> shortened("It rains. Take a coat with you. Or stay.", 7)
+    'It rains. Take a coat with you.'
+    """
+    sentences = re.split(r"(?<=[.!?…])\s+|\n+", text.strip())
+    lengths = np.cumsum([len(sentence.split()) for sentence in sentences])
+    kept = max(1, int(np.searchsorted(lengths, words, side="right")))
+    return text.strip() if kept >= len(sentences) else " ".join(sentences[:kept]).strip() or text
+
+
+def opening(text: str) -> str:
+    """The first `OPENING_WORDS` words of a text; of a script without spaces, by the usual length of its words."""
+    return "".join(_WORD.findall(" ".join(text.split()[:OPENING_WORDS]))[:OPENING_WORDS]).strip()
+
+
 def vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
     """TF-IDF of words and word pairs; punctuation counts too, since debris is evidence."""
     return TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]+", vocabulary=vocabulary, dtype=np.float64
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=TOKEN, vocabulary=vocabulary, dtype=np.float64
     )
 
 
@@ -75,23 +97,42 @@ def framed(text: str) -> str:
     return f"\x02 {text} \x03"
 
 
+class View(Protocol):
+    """What of a row a regression sees."""
+
+    @property
+    def regularisation(self) -> float:
+        """Of the regression (scikit-learn's C)."""
+
+    def fit(self, texts: Texts) -> "View":
+        """Learns vocabulary, location, scale, or whatever `features` needs."""
+
+    def features(self, texts: Texts) -> Features:
+        """Shape [rows, features]."""
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same view of."""
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "View":
+        """Takes over what `state` gave."""
+
+
 class Words:
     """TF-IDF of one side of a row.
 
     Args:
         side: ``prompts`` or ``completions``.
         opening: Read the first words only.
+        regularisation: scikit-learn's C; rows have unit length, and rare words tell.
     """
 
-    regularisation: ClassVar[float] = 100.0  # scikit-learn's C; rows have unit length, and rare words tell
-
-    def __init__(self, side: str, *, opening: bool = False) -> None:
-        self._side, self._opening = side, opening
+    def __init__(self, side: str, *, opening: bool = False, regularisation: float = 100.0) -> None:
+        self._side, self._opening, self.regularisation = side, opening, regularisation
         self._vectorizer = vectorizer()
 
     def _text(self, texts: Texts) -> list[str]:
         found: Sequence[str] = getattr(texts, self._side)
-        return [framed(" ".join(text.split()[:OPENING_WORDS]) if self._opening else text) for text in found]
+        return [framed(opening(text) if self._opening else text) for text in found]
 
     def fit(self, texts: Texts) -> "Words":
         """Learns vocabulary and document frequencies."""
@@ -102,6 +143,11 @@ class Words:
         """Shape [rows, features]."""
         return self._vectorizer.transform(self._text(texts))
 
+    @property
+    def known(self) -> frozenset[str]:
+        """The single words that it has seen."""
+        return frozenset(term for term in self._vectorizer.get_feature_names_out() if " " not in term)
+
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """Tensors and JSON that `load` makes the same reader of."""
         words = list(self._vectorizer.get_feature_names_out())
@@ -111,35 +157,6 @@ class Words:
         """Takes over what `state` gave."""
         self._vectorizer = vectorizer({word: column for column, word in enumerate(content["vocabulary"])})
         self._vectorizer.idf_ = tensors["idf"]
-        return self
-
-
-class Echo:
-    """What an answer repeats of its own request, and of others (`echo.echo_features`)."""
-
-    regularisation: ClassVar[float] = 100.0
-
-    def __init__(self) -> None:
-        self._rarity: dict[str, float] = {}
-
-    def fit(self, texts: Texts) -> "Echo":
-        """Learns how rare the words of requests are."""
-        known = vectorizer().fit([framed(prompt) for prompt in texts.prompts])
-        # A word that all prompts hold weighs nothing. Word pairs are in there too, and are never asked for.
-        self._rarity = {word: float(known.idf_[column]) - 1 for word, column in known.vocabulary_.items()}
-        return self
-
-    def features(self, texts: Texts) -> Features:
-        """Shape [rows, 2]."""
-        return echo_features(texts.prompts, texts.completions, self._rarity)
-
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
-        return {}, {"rarity": self._rarity}
-
-    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Echo":
-        """Takes over what `state` gave."""
-        self._rarity = dict(content["rarity"])
         return self
 
 
@@ -195,7 +212,7 @@ class Joined:
 
     regularisation: ClassVar[float] = 100.0
 
-    def __init__(self, *views: Words | Echo) -> None:
+    def __init__(self, *views: View) -> None:
         self._views = views
 
     def fit(self, texts: Texts) -> "Joined":
@@ -222,9 +239,6 @@ class Joined:
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             view.load(found, own)
         return self
-
-
-View = Words | Echo | Joined | States
 
 
 def fit_logistic(
@@ -277,22 +291,22 @@ class Reader:
     """A view of a row and a logistic regression on it."""
 
     def __init__(self, view: View) -> None:
-        self._view = view
+        self.view = view
         self.coefficients: tuple[FloatArray, float] = (np.zeros(0), 0.0)
         """Per feature, and the intercept."""
 
     @property
     def regularisation(self) -> float:
         """Of the logistic regression (scikit-learn's C)."""
-        return self._view.regularisation
+        return self.view.regularisation
 
     def features(self, texts: Texts) -> Features:
         """What the regression sees, shape [rows, features]."""
-        return self._view.features(texts)
+        return self.view.features(texts)
 
     def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
         """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
-        rotated, back = into_row_space(self._view.fit(texts).features(texts))
+        rotated, back = into_row_space(self.view.fit(texts).features(texts))
         coefficients, intercept = fit_logistic(rotated, answers, weights, self.regularisation)
         self.coefficients = back(coefficients), intercept
         return self
@@ -305,12 +319,12 @@ class Reader:
 
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """Tensors and JSON that `load` makes the same reader of."""
-        tensors, content = self._view.state()
+        tensors, content = self.view.state()
         coefficients, intercept = self.coefficients
         return tensors | {"coefficients": coefficients, "intercept": np.array([intercept])}, content
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Reader":
         """Takes over what `state` gave."""
-        self._view.load(tensors, content)
+        self.view.load(tensors, content)
         self.coefficients = tensors["coefficients"], float(tensors["intercept"][0])
         return self

@@ -1,0 +1,115 @@
+"""What a model showed of every row, kept in files: another look at the same rows needs no model."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from pharmacist.core.files import atomic_path
+from pharmacist.nn.passes import run_pass
+from pharmacist.nn.reading import tokens_per_batch
+from pharmacist.readers.states import hidden_states
+from pharmacist.readers.views import Texts
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class ModelReader:
+    """The model that reads rows, and where what it showed is kept.
+
+    Attributes:
+        fingerprint: Of the model: what another one showed is not used.
+        folder: What is read now is kept there, as ``NAME.safetensors``; finished chunks lie in ``NAME/``.
+        earlier: Files that may hold some rows by name of what is read.
+        encode: Rows and their name -> their tokens.
+        model: Loads the model, on first use.
+    """
+
+    fingerprint: str
+    folder: Path
+    earlier: Callable[[str], Iterable[Path]]
+    encode: Callable[[Any, str], "Encoded"]
+    model: Callable[[], "LoadedModel"]
+
+
+def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint64]:
+    """64-bit hash of each row's text, shape [rows]."""
+    return np.array(
+        [
+            xxhash.xxh3_64_intdigest(f"{prompt}\0{completion}".encode("utf-8", "surrogatepass"))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ],
+        dtype=np.uint64,
+    )
+
+
+def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:
+    """Rows as readers see them, from what was kept of them where all of them are there, else by the model.
+
+    Args:
+        rows: A dataset with ``prompt`` and ``completion``.
+        name: Of the file.
+        reader: Reads hidden states too; None reads none.
+
+    Returns:
+        The rows, and how many tokens the model read for them.
+    """
+    prompts, completions = list(rows["prompt"]), list(rows["completion"])
+    if reader is None:
+        return Texts(prompts, completions), 0
+    keys = row_keys(prompts, completions)
+    path = reader.folder / f"{name}.safetensors"
+    for file in (path, *reader.earlier(name)):
+        kept = _kept(file, keys, reader.fingerprint)
+        if kept is not None:
+            if file != path:  # what lies in the output folder is written anew in the end
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(file, temporary)
+            return Texts(prompts, completions, *kept), 0
+    encoded = reader.encode(rows, name)
+    loaded = reader.model()
+    found = run_pass(
+        encoded,
+        hidden_states(loaded.model),
+        work=reader.folder / name,
+        device=loaded.device,
+        tokens_per_batch=tokens_per_batch(loaded.model, loaded.device),
+        description=f"reading the {name}",
+    )
+    tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
+    with atomic_path(path) as temporary:
+        save_file({"keys": keys, **found}, temporary, metadata={"model": reader.fingerprint})
+    return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
+
+
+def _kept(
+    path: Path, keys: npt.NDArray[np.uint64], fingerprint: str
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]] | None:
+    """States and statistics of the rows with these keys; None where not all of them were kept."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("model") != fingerprint:
+                return None
+        arrays = load_file(path)
+    except SafetensorError:
+        return None  # damaged: read again
+    order = np.argsort(arrays["keys"], kind="stable")
+    where = np.searchsorted(arrays["keys"], keys, sorter=order).clip(max=len(order) - 1)
+    if not len(order) or (arrays["keys"][order[where]] != keys).any():
+        return None
+    rows = order[where]
+    return arrays["states"][rows], arrays["statistics"][rows].astype(np.float64)

@@ -1,0 +1,175 @@
+"""A question with a yes and a no: what its readers say together, how sure that is, and where it holds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from scipy.special import expit, log_expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from pharmacist.core.errors import DataError
+from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, Texts, View
+
+
+FAR = 0.9
+"""AUC of telling some rows from references, from which they count as two sources."""
+FEWEST_COMPARED, MOST_COMPARED = 20, 256
+_COMPARING_FOLDS = 5
+
+
+class Question:
+    """Readers of one question, all of which count the same.
+
+    Their log-odds, each divided by its spread on held-out references, are added up, and the sum is calibrated on the
+    same references. Weights fitted on held-out references would favour the reader that knows their source best.
+
+    Args:
+        views: Makes what each reader sees, by the reader's name; called for every fold.
+
+    Attributes:
+        readers: By name.
+        spread: Standard deviation of each reader's log-odds of held-out references.
+        calibration: Slope and offset.
+    """
+
+    def __init__(self, views: Callable[[], Mapping[str, View]]) -> None:
+        self._views = views
+        self.readers = self._made()
+        self.spread: dict[str, float] = {}
+        self.calibration = 0.0, 0.0
+
+    def _made(self) -> dict[str, Reader]:
+        return {name: Reader(view) for name, view in self._views().items()}
+
+    def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
+        """Log-odds of every reference by readers that did not see its fold, by reader.
+
+        Args:
+            texts: The references.
+            answers: 1 or 0, shape [references].
+            folds: Number of each reference's fold, shape [references].
+
+        Raises:
+            DataError: Without some fold only one answer is left.
+        """
+        if not can_be_held_out(answers, folds):
+            raise DataError("the references have too few different prompts to hold some out; give more")
+        found = {name: np.zeros(len(answers)) for name in self.readers}
+        for fold in np.unique(folds):
+            held = folds == fold
+            rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
+            for name, reader in self._made().items():
+                found[name][held] = reader.fit(rest, answers[~held], np.ones(len(rest))).log_odds(own)
+        return found
+
+    def calibrate(self, held_out: Mapping[str, FloatArray], answers: IntArray) -> FloatArray:
+        """Learns spread and calibration; returns the calibrated log-odds of the held-out references."""
+        self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
+        self.calibration = calibration(self.combined(held_out), answers, np.ones(len(answers)))
+        return self.calibrated(held_out)
+
+    def fit(self, texts: Texts, answers: IntArray) -> "Question":
+        """Trains the readers on all references."""
+        for reader in self.readers.values():
+            reader.fit(texts, answers, np.ones(len(answers)))
+        return self
+
+    def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
+        """What all readers say together, not calibrated, shape [rows]."""
+        result: FloatArray = np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0)
+        return result
+
+    def calibrated(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
+        """Calibrated log-odds of yes, shape [rows]."""
+        slope, offset = self.calibration
+        return slope * self.combined(by_reader) + offset
+
+    def log_odds(self, texts: Texts) -> FloatArray:
+        """Calibrated log-odds of yes, shape [rows]."""
+        return self.calibrated({name: reader.log_odds(texts) for name, reader in self.readers.items()})
+
+    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
+        """Tensors and JSON that `load` makes the same question of."""
+        states = {name: reader.state() for name, reader in self.readers.items()}
+        tensors = {f"{name}.{key}": value for name, (found, _) in states.items() for key, value in found.items()}
+        content = {name: content for name, (_, content) in states.items()}
+        return tensors, {"spread": self.spread, "calibration": self.calibration, "readers": content}
+
+    def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Question":
+        """Takes over what `state` gave."""
+        self.spread, self.calibration = dict(content["spread"]), tuple(content["calibration"])
+        for name, reader in self.readers.items():
+            reader.load(under(f"{name}.", tensors), content["readers"][name])
+        return self
+
+
+def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors whose names begin so, without that beginning.
+
+    >>> under("a.", {"a.x": 1, "b.x": 2})
+    {'x': 1}
+    """
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
+    """Whether both answers are left whichever fold is held out."""
+    return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
+
+
+def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:
+    """Slope and offset that make log-odds of held-out references probabilities (Platt 1999), both answers weighing
+    the same; the slope is not negative.
+
+    Args:
+        held_out: Log-odds of references by readers that did not see them, shape [references].
+        answers: 1 or 0, shape [references].
+        weights: Shape [references].
+    """
+    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10)
+    model.fit(held_out[:, None], answers, sample_weight=weights)
+    slope = float(model.coef_[0, 0])
+    return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)
+
+
+def quality(log_odds: FloatArray, answers: IntArray) -> dict[str, float]:
+    """How well held-out rows are told apart by one question: AUC, shares found, cross-entropy (balanced, in nats)."""
+    yes = answers == 1
+    p = expit(log_odds)
+    loss = -np.where(yes, log_expit(log_odds), log_expit(-log_odds))
+    return {
+        "auc": float(roc_auc_score(yes, log_odds)),
+        "yes_found": float((p[yes] > 0.5).mean()),
+        "no_found": float((p[~yes] <= 0.5).mean()),
+        "log_loss": float((loss[yes].mean() + loss[~yes].mean()) / 2),
+    }
+
+
+def told_apart(known: Features, others: Features, regularisation: float) -> float | None:
+    """How well a logistic regression tells some rows from references: cross-validated AUC.
+
+    0.5 where nothing tells them apart, 1 where they are unlike; None where either are fewer than `FEWEST_COMPARED`.
+
+    Args:
+        known: Features of references.
+        others: Features of the rows, at most `MOST_COMPARED` of them.
+        regularisation: scikit-learn's C.
+    """
+    sizes = known.shape[0], others.shape[0]
+    if min(sizes) < FEWEST_COMPARED:
+        return None
+    features = (scipy.sparse.vstack if scipy.sparse.issparse(known) else np.concatenate)([known, others])
+    where = np.repeat([1, 0], sizes)
+    model = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=2000)
+    folds = StratifiedKFold(_COMPARING_FOLDS, shuffle=True, random_state=0)
+    guessed = cross_val_predict(model, features, where, cv=folds, method="decision_function")
+    return float(roc_auc_score(where, guessed))
+
+
+def compared(rows: IntArray) -> IntArray:
+    """At most `MOST_COMPARED` of some rows, spread evenly."""
+    some: IntArray = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)]
+    return some
