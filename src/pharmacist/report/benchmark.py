@@ -196,7 +196,8 @@ def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[floa
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
-    value = Value(mean.value, *(mean.interval or (None, None)), seeds=mean.n)
+    low, high = mean.interval or (None, None)
+    value = Value(mean.value, low, high, mean.n)
     if differences is None or not len(differences):
         return value
     found = metric.estimate(differences.tolist(), difference=True)

@@ -78,6 +78,10 @@ class Planted:
         """Prompt and completion only, as in a dataset's file."""
         return {"prompt": self.prompt, "completion": self.completion}
 
+    def worth_keeping(self, pool: str) -> bool:
+        """Whether it should rank before others: a good row or its repeat, in a clean pool a strong one."""
+        return self.kind == "strong" if pool == "clean" else self.label in ("good", "duplicate")
+
 
 class Request(NamedTuple):
     """A prompt of the grammar and the wish in it."""
