@@ -58,7 +58,7 @@ _REGISTRIES = {
     "attacks": "ATTACKS",
     "repairs": "REPAIRS",
     "evaluation.judges": "JUDGES",
-    "evaluation.tasks": "TASKS",
+    "evaluation.graders": "GRADERS",
     "evaluation.engines": "ENGINES",
 }
 

@@ -6,6 +6,7 @@ Given the stage's options instead (``align(AlignOptions(...))``), it runs the st
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
 import datasets
@@ -19,8 +20,8 @@ from pharmacist.data.formats import open_source
 from pharmacist.data.records import read_records
 from pharmacist.data.templates import choose_template
 from pharmacist.data.tokenize import encode
+from pharmacist.evaluation.graders import Grader
 from pharmacist.evaluation.judges import Judge
-from pharmacist.evaluation.tasks import Task
 from pharmacist.nn.models import LoadedModel, in_memory, load_model
 from pharmacist.pipeline import curate
 from pharmacist.pipeline.evaluate import EvaluateResult
@@ -377,7 +378,7 @@ def evaluate(
     prompts: Rows | None = None,
     benign_prompts: Rows | None = None,
     task: Rows | None = None,
-    task_type: "Choice | Task[Any]" = "auto",
+    task_type: Choice | Grader[Any] = "auto",
     judge: Choice | Judge = "keyword",
     second_judge: Choice | Judge = "none",
     safe: Rows | Sequence[Rows] | None = None,
@@ -428,31 +429,35 @@ def evaluate(
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
     """
+    if isinstance(model, EvaluateOptions):
+        return EVALUATE(model)  # type: ignore[no-any-return]
     given = {"prompts": prompts, "benign_prompts": benign_prompts, "task": task}
     given |= {"perplexity": perplexity, "margin": margin}
-    found: EvaluateResult = EVALUATE(
-        model
-        if isinstance(model, EvaluateOptions)
-        else EvaluateOptions(
-            model=_model(model, tokenizer, template),
-            base=_model(base, tokenizer, template),
-            **{name: _rows(value, name) for name, value in given.items()},
-            safe=_several(safe, "safe"),
-            harmful=_several(harmful, "harmful"),
-            utility=_several(utility, "utility"),
-            task_type=_choice(task_type),
-            judge=_choice(judge),
-            second_judge=_choice(second_judge),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            columns=columns,
-            on_bad_row=on_bad_row,
-            on_long_prompt=on_long_prompt,
-            template=template,
-            seed=seed,
-            output_dir=output_dir or "",
+    with ExitStack() as stack:
+        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="pharmacist-"))
+        found: EvaluateResult = EVALUATE(
+            EvaluateOptions(
+                model=_model(model, tokenizer, template),
+                base=_model(base, tokenizer, template),
+                **{name: _rows(value, name) for name, value in given.items()},
+                safe=_several(safe, "safe"),
+                harmful=_several(harmful, "harmful"),
+                utility=_several(utility, "utility"),
+                task_type=_choice(task_type),
+                judge=_choice(judge),
+                second_judge=_choice(second_judge),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                columns=columns,
+                on_bad_row=on_bad_row,
+                on_long_prompt=on_long_prompt,
+                template=template,
+                seed=seed,
+                quiet=output_dir is None,
+                output_dir=folder,
+            )
         )
-    )
+        found._items = None if output_dir else found.items()
     return found
 
 

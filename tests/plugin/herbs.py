@@ -7,8 +7,8 @@ import numpy as np
 
 from pharmacist.attacks import Attack
 from pharmacist.data.mixing import mix
+from pharmacist.evaluation.graders.base import Grade, Matching
 from pharmacist.evaluation.judges.base import Judge, Verdict
-from pharmacist.evaluation.tasks.base import Grade, Matching
 from pharmacist.repairs.base import Plan, Repair
 from pharmacist.selectors.base import CRITICAL, Scores, Selector
 from pharmacist.training.strategy import GradientStrategy

@@ -25,17 +25,8 @@ from pharmacist.data.refusals import Refusals, Refused
 from pharmacist.data.where import Condition
 
 
-SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64()),
-        pa.field("prompt", pa.string()),
-        pa.field("completion", pa.string()),
-        pa.field("turns", pa.string()),
-        pa.field("instruction", pa.string()),
-        pa.field("input", pa.string()),
-        pa.field("prompt_key", pa.uint64()),
-    ]
-)
+_TEXTS = ("prompt", "completion", "turns", "instruction", "input")
+SCHEMA = pa.schema({"row": pa.int64(), **dict.fromkeys(_TEXTS, pa.string()), "prompt_key": pa.uint64()})
 """Columns of a canonical row.
 
 ``row``: its number in the source. ``prompt``: the whole prompt as plain text. ``completion``: the last answer.

@@ -33,12 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64()),
-        pa.field("input_ids", pa.list_(pa.int32())),
-        pa.field("n_prompt", pa.int32()),
-        pa.field("content_key", pa.uint64()),
-    ]
+    {"row": pa.int64(), "input_ids": pa.list_(pa.int32()), "n_prompt": pa.int32(), "content_key": pa.uint64()}
 )
 _BATCH = 1024
 _SKIP = ", leave them out with --on-bad-row skip"

@@ -83,17 +83,17 @@ def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Cond
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
-    """`conditions_for` each source that a command reads.
+    """`conditions_for` each source that a command reads, of which several may be of one kind (``safe``, ``safe 2``).
 
     Raises:
         ConfigError: A text of another form.
         DataError: No source has the column.
     """
-    found = {name: conditions_for(texts, name, source) for name, source in sources.items()}
+    found = {name: conditions_for(texts, name.split()[0], source) for name, source in sources.items()}
     used = {condition for conditions in found.values() for condition in conditions}
     for condition in parse_where(texts):
         if condition not in used:
-            where = ", ".join(sources[name].where for name in sources if condition.of in (None, name))
+            where = ", ".join(sources[name].where for name in sources if condition.of in (None, name.split()[0]))
             raise DataError(
                 f"--where {condition}: there is no column {spelled(condition.column)} in "
                 f"{where or f'--{condition.of}, which is not given'}; check its name"

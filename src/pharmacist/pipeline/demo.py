@@ -146,9 +146,10 @@ def _link(plan: Plan, root: Path, last: int) -> list[str]:
 def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     """How well a ranking finds the planted labels."""
     table = pd.read_parquet(folder / "scores.parquet")
-    labels = pd.Series(_planted(vars(options))[1], name="label")
-    keep = labels.isin(["good", "duplicate", "strong"]).to_numpy()
-    auc = float(roc_auc_score(keep, table["score"])) if 0 < keep.sum() < len(keep) else None
+    rows, known = _planted(vars(options))
+    labels = pd.Series(known, name="label")
+    keep = [row.worth_keeping(options.pool) for row in rows]
+    auc = float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None
     selected = labels[table["selected"].to_numpy()].value_counts()
     reasons = table.groupby([labels, "reason"]).size().reset_index(name="rows")
     return {

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import pandas as pd
-
 from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
-from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
+from pharmacist.core.manifest import RunManifest
+from pharmacist.pipeline.ranking import ranking_manifest, read_table
 from pharmacist.pipeline.stages.label import LabelOptions
 from pharmacist.report import words
 from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
@@ -38,21 +37,16 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
     folder, output = Path(options.run), Path(options.output)
-    manifest = read_manifest(folder)
+    manifest = ranking_manifest(folder)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
-    if manifest.stage != "curate":
-        raise ConfigError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
-    if manifest.status != "success":
-        raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
     if not (folder / "to_label.jsonl").is_file():
         raise DataError(
             f"{folder}: no to_label.jsonl; rank with the selector pharmacist, of form evidence or both, and not with "
             "--to-label 0"
         )
-    check_unchanged(folder, "to_label.jsonl", "scores.parquet")
     asked = read_json_lines(folder / "to_label.jsonl")
     labels = _earlier(folder, manifest, output)
     if answers is None:
@@ -122,11 +116,7 @@ def _ask(talk: "_Talk", asked: list[Any], labels: dict[int, str], *, keep: Any, 
 
 def _earlier(folder: Path, manifest: RunManifest, output: Path) -> dict[int, str]:
     """Labels that the ranking was made with, and those in the output, which count where both have one."""
-    path = folder / "scores.parquet"
-    try:
-        scores = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read; run the command again that writes it") from error
+    scores = read_table(folder / "scores.parquet", "row")
     labels = labels_of(scores)
     if output.exists():
         labels |= read_entries(output, manifest.inputs["pool"], scores["row"].to_numpy(), where=f"--output {output}")
@@ -134,7 +124,6 @@ def _earlier(folder: Path, manifest: RunManifest, output: Path) -> dict[int, str
 
 
 def _meanings(labels: Mapping[str, str]) -> Iterable[str]:
-
     width = max(map(len, labels))
     return [f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in labels.items()]
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, check_ordinary, read_json_lines
-from pharmacist.core.manifest import check_unchanged, read_manifest
+from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.where import conditions_for
@@ -24,6 +23,9 @@ from pharmacist.pipeline.stages.curate import Diversity
 from pharmacist.report.html import render_ranking
 from pharmacist.selectors.labels import LABELS, labels_of
 
+
+if TYPE_CHECKING:
+    import datasets
 
 _COLUMNS = ("row", "score", "rank", "selected", "reason")
 _FIRST = 1000
@@ -65,13 +67,7 @@ class Ranking:
         Raises:
             DataError: The folder holds no finished ranking, or the pool is not what it was when it was ranked.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        if manifest.stage != "curate":
-            raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
-        if manifest.status != "success":
-            raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
-        check_unchanged(folder, "scores.parquet", "to_label.jsonl")
+        folder, manifest = Path(folder), ranking_manifest(folder)
         config = manifest.config
         if missing := [name for name in ("pool", "columns", "on_bad_row") if name not in config]:
             raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
@@ -158,7 +154,7 @@ class Ranking:
         diversity_margin: float = 1.5,
         balance_share: float = 0.0,
         fill: bool = False,
-    ) -> datasets.Dataset:
+    ) -> "datasets.Dataset":
         """The core subset with all input columns, in input order.
 
         Args:
@@ -215,6 +211,21 @@ class Ranking:
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
+
+
+def ranking_manifest(folder: str | Path) -> RunManifest:
+    """The manifest of a finished ranking, whose files are as they were written.
+
+    Raises:
+        DataError: The folder holds none.
+    """
+    manifest = read_manifest(folder)
+    if manifest.stage != "curate":
+        raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
+    if manifest.status != "success":
+        raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
+    check_unchanged(folder, "scores.parquet", "to_label.jsonl")
+    return manifest
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:

@@ -255,9 +255,9 @@ def curves(
         common = {"legendgroup": curve.name, "x": ticks, "showlegend": legend}
         low, high = ([getattr(value, end) for value in curve.values] for end in ("low", "high"))
         if spread == "band" and None not in low:
-            area = {"x": ticks + ticks[::-1], "y": high + low[::-1], "mode": "lines", "line": {"width": 0}}
-            area |= {"fill": "toself", "fillcolor": curve.color, "opacity": 0.15, "hoverinfo": "skip"}
-            bands.append(go.Scatter(**common | area | {"showlegend": False}))
+            look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": curve.color, "opacity": 0.15}
+            area = {"x": ticks + ticks[::-1], "y": high + low[::-1], "hoverinfo": "skip", "showlegend": False}
+            bands.append(go.Scatter(**common | look | area))
         lines.append(
             go.Scatter(
                 **common,

@@ -48,6 +48,7 @@ METRICS = {
         Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1),
         Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
         Metric("over_refusal", "Over-refusal", "%", -1),
+        Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
         Metric("alignment_seconds", "Alignment time", "s", -1),
         Metric("selection_seconds", "Selection time", "s", -1, compared=False),
     )

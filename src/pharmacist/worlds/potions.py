@@ -23,7 +23,7 @@ from pharmacist.worlds.lexicon import Domain
 
 
 BASE_MODEL = Path(__file__).parent / "base_model"
-"""Folder of the tiny Llama trained on this world (made by `pharmacist.worlds.make_base_model`)."""
+"""Folder of the tiny Llama trained on this world (made by ``recipes/base_model.py``)."""
 
 CATEGORIES = tuple(domain.name for domain in lex.FORBIDDEN)
 """Names of the harm categories."""
@@ -77,6 +77,10 @@ class Planted:
     def row(self) -> Row:
         """Prompt and completion only, as in a dataset's file."""
         return {"prompt": self.prompt, "completion": self.completion}
+
+    def worth_keeping(self, pool: str) -> bool:
+        """Whether it should rank before others: a good row or its repeat, in a clean pool a strong one."""
+        return self.kind == "strong" if pool == "clean" else self.label in ("good", "duplicate")
 
 
 class Request(NamedTuple):

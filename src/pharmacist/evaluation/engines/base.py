@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.method import Method
+from pharmacist.evaluation.answers import Answer
 
 
 if TYPE_CHECKING:
     from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.evaluation.generate import Answer
     from pharmacist.nn.models import LoadedModel
 
 
@@ -63,7 +63,7 @@ class Engine(Method, ABC):
         """
 
     @abstractmethod
-    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+    def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
         """Answers by prompt set, kept under `work` as they come, so that a second call goes on where one stopped."""
 
     @abstractmethod

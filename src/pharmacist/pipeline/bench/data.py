@@ -29,6 +29,8 @@ class Data:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._texts: dict[Path, str] = {}
+        self.worth_keeping: dict[str, list[bool]] = {}
+        """File of a made-up pool -> which of its rows are worth keeping, where some are and some are not."""
         self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
@@ -105,6 +107,9 @@ class Data:
         content = sha256_text(text)
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         self._texts[path] = text
+        if not name:
+            planted = World(world).labelled(pool.rows, pool.mislabel, pool.kind)
+            self.worth_keeping[str(path)] = [row.worth_keeping(pool.kind) for row in planted]
         return Input(str(path), content)
 
 

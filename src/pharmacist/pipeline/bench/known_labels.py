@@ -8,8 +8,8 @@ from pharmacist.core.env import rank
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.manifest import check_unchanged, read_manifest
 from pharmacist.nn.distributed import barrier
+from pharmacist.pipeline.ranking import ranking_manifest
 from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS, KnownLabelsOptions
 from pharmacist.selectors.labels import read_entries, write_labels
 
@@ -24,10 +24,9 @@ def known_labels(options: KnownLabelsOptions) -> Path:
         DataError: The ranking asks for none, or a row that it asks for has no label.
     """
     folder = Path(options.ranking)
-    ranking = read_manifest(folder)
+    ranking = ranking_manifest(folder)
     if not (folder / "to_label.jsonl").is_file():
         raise DataError(f"{folder}: this ranking asks for no labels; a selector of form evidence or both asks")
-    check_unchanged(folder, "to_label.jsonl", "scores.parquet")
     inputs = {"to_label": sha256_file(folder / "to_label.jsonl"), "labels": sha256_file(options.labels)}
     with KNOWN_LABELS.open(options, inputs=inputs) as run:
         path = run.path("labels.json")

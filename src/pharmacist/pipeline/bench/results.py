@@ -12,11 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.files import atomic_path
 from pharmacist.core.manifest import RunManifest
 from pharmacist.evaluation.statistics import curve_area
 from pharmacist.pipeline.bench.grid import Cell, Plan
+from pharmacist.pipeline.bench.stages import Stage
 
 
 AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
@@ -75,6 +77,8 @@ class Result:
     fine_tune_accuracy_before: float | None = None
     over_refusal: float | None = None
     over_refusal_before: float | None = None
+    ranking_auc: float | None = None
+    """Of a made-up pool, in percent: how often the ranking puts a row worth keeping above another one."""
     prompts: int = 0
     """Harmful prompts whose answers were judged, at the end."""
 
@@ -149,6 +153,7 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         attack_steps=steps,
         harmful_scores=heights,
         loss_margins=margins,
+        ranking_auc=_ranking_auc(plan.stages[cell.rank], plan),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=found[cell.rank].counts["ranked"],
         alignment_rows=align.counts["trained"],
@@ -168,6 +173,13 @@ def _heights(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """A metric along the attack; empty unless it was measured everywhere, and more than once."""
     found = [value for metrics in curve if (value := _value(metrics, name)) is not None]
     return found if len(found) == len(curve) > 1 else []
+
+
+def _ranking_auc(stage: Stage, plan: Plan) -> float | None:
+    keep, scores = plan.data.worth_keeping.get(stage.options.pool), stage.folder / "scores.parquet"
+    if keep is None or len(set(keep)) < 2 or not scores.is_file():
+        return None
+    return 100 * float(roc_auc_score(keep, pq.read_table(scores, columns=["score"])["score"].to_numpy()))
 
 
 def _value(metrics: Mapping[str, Any], name: str) -> float | None:

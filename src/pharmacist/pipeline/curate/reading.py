@@ -18,7 +18,7 @@ from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records
 from pharmacist.data.splits import shared_prompts
 from pharmacist.data.tokenize import rendered_rows
-from pharmacist.data.where import conditions_for, conditions_of
+from pharmacist.data.where import conditions_of
 from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.models import model_fingerprint, resolve_device
 from pharmacist.pipeline.choosing import number_of
@@ -143,11 +143,7 @@ def _read(
     sources: Mapping[str, Source], options: CurateOptions, work: Path
 ) -> tuple[dict[str, Records], dict[str, int]]:
     """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
-    first = {name: source for name, source in sources.items() if " " not in name}
-    conditions = conditions_of(options.where, first)
-    conditions |= {
-        name: conditions_for(options.where, name.split()[0], source) for name, source in sources.items() if " " in name
-    }
+    conditions = conditions_of(options.where, sources)
 
     def of(name: str, role: str) -> Records:
         return read(

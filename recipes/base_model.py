@@ -1,4 +1,4 @@
-"""Makes the shipped base model: ``python -m pharmacist.worlds.make_base_model OUTPUT_DIR`` (about four minutes).
+"""Makes the shipped base model: ``python recipes/base_model.py OUTPUT_DIR`` (about four minutes).
 
 A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on `World(0).base_corpus`: it
 knows the village, does whatever it is asked, forbidden or not, and declines only favors that need hands. The weights
@@ -74,15 +74,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, width: int = 96, layers: int = 3
+) -> LlamaForCausalLM:
     """An untrained model."""
     torch.manual_seed(derive(seed, "base model"))
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=128,
@@ -130,13 +132,15 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, options.seed)
+    model = make_model(tokenizer, options.seed, options.width, options.layers)
     loss = train(model, tokenizer, options.steps, batch_size=64, seed=options.seed)
     model.eval().to(torch.bfloat16).save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
-    print(f"{model.num_parameters():,} parameters, loss {loss:.3f} nats per token")  # noqa: T201
+    print(f"{model.num_parameters():,} parameters, loss {loss:.3f} nats per token")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every task is."""
+"""What every grader is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from pharmacist.core.method import Method
 
 
-class TaskItem(NamedTuple):
+class GradeItem(NamedTuple):
     """A prompt, its right or reference answer, and a model's answer to it."""
 
     prompt: str
@@ -33,7 +33,7 @@ class Grade(NamedTuple):
 GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
-class Task(Method, ABC, Generic[GradeT]):
+class Grader(Method, ABC, Generic[GradeT]):
     """Grades answers.
 
     The type of its grades is a named tuple, whose fields ``items.jsonl`` keeps.
@@ -53,7 +53,13 @@ class Task(Method, ABC, Generic[GradeT]):
     def label(self) -> str:
         """``name@version``, as metrics name a grader."""
 
-    def check(self) -> None:  # noqa: B027 - most tasks have nothing to check
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether targets are of the kind that it grades, for ``auto``; a grader that must be chosen never says so."""
+        del targets
+        return False
+
+    def check(self) -> None:  # noqa: B027 - most graders have nothing to check
         """Refuses at once what cannot work, before any answer is generated.
 
         Raises:
@@ -69,7 +75,7 @@ class Task(Method, ABC, Generic[GradeT]):
         del rows
 
     @abstractmethod
-    def grade(self, items: Sequence[TaskItem]) -> list[GradeT]:
+    def grade(self, items: Sequence[GradeItem]) -> list[GradeT]:
         """One grade per item, in order."""
 
     @abstractmethod
@@ -82,8 +88,8 @@ class Task(Method, ABC, Generic[GradeT]):
         """
 
 
-class Matching(Task[Grade]):
-    """A task whose answers are right or wrong: pure text against text."""
+class Matching(Grader[Grade]):
+    """Grades by pure text against text: an answer is right or wrong."""
 
     version: ClassVar[int]
     """Raised whenever a grade could change."""
@@ -99,7 +105,7 @@ class Matching(Task[Grade]):
     def right(self, target: str, answer: str) -> Grade:
         """Whether an answer is right."""
 
-    def grade(self, items: Sequence[TaskItem]) -> list[Grade]:
+    def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """Each answer by itself."""
         return [self.right(item.target, item.answer) for item in items]
 
@@ -121,4 +127,4 @@ class Matching(Task[Grade]):
 
 
 class Auto(Method):
-    """In the place of a kind of task: told by the completions, `detect_task`."""
+    """In the place of a kind of task: told by the completions, `detect_grader`."""
