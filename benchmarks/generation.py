@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from pharmacist.evaluation.generate import ROWS_PER_BATCH, Answer, generate
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.generate import ROWS_PER_BATCH, encode_prompts, generate
 from pharmacist.nn.models import load_model
 from pharmacist.worlds.potions import BASE_MODEL, World
 
@@ -29,19 +30,14 @@ def main() -> None:
     loaded = load_model(options.model, device=options.device)
     world = World(0)
     rows = world.utility(options.prompts)
-    prompts = [row["prompt"] for row in rows]
+    prompts = encode_prompts(rows, loaded.tokenizer, loaded.template)
 
     def measure(batch_size: int) -> tuple[float, list[Answer]]:
         best, answers = float("inf"), []
         for _ in range(options.repeats):
             start = time.perf_counter()
             answers = generate(
-                loaded.model,
-                loaded.tokenizer,
-                loaded.template,
-                prompts,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=batch_size,
+                loaded.model, loaded.tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=batch_size
             )
             best = min(best, time.perf_counter() - start)
         return best, answers

@@ -16,7 +16,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_folder
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
-from pharmacist.core.rundir import RunDir, RunOptions, finished
+from pharmacist.core.rundir import RunDir, RunOptions
 
 
 @dataclass(kw_only=True)
@@ -34,6 +34,14 @@ def finish(root: Path, **options: object) -> None:
     run = start(root, **options)  # type: ignore[arg-type]
     run.path("result").write_text("result")
     run.finish(outputs=["result"], counts={"in": 3}, metrics={"x": 1.5}, device="cpu")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a finished run lies in the folder, with all its outputs."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    manifest = read_manifest(folder)
+    return manifest.status == "success" and missing_output(folder, manifest) is None
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -128,7 +136,7 @@ def test_what_cannot_change_a_result_makes_no_other_run(change: dict, tmp_path: 
 def test_late_options_may_change_before_the_end(tmp_path: Path) -> None:
     def open_with(top: float, seed: int = 0) -> RunDir:
         options = Options(output_dir=str(tmp_path / "out"), top=top, seed=seed)
-        return RunDir.open(options, stage="curate", version=1, inputs={}, late=frozenset({"top"}))
+        return RunDir.open(options, stage="curate", version=1, inputs={}, final=frozenset({"top"}))
 
     run = open_with(0.3)
     run.work("state").write_text("half")

@@ -99,7 +99,7 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
             self.wfile.write(content)
 
         def raw(self, what: Raw) -> None:
-            headers = {"Content-Length": str(len(what.content))} | dict(what.headers)
+            headers = {"Content-Length": str(len(what.content)), "Connection": "close"} | dict(what.headers)
             lines = [f"HTTP/1.1 {what.status} x", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
             content = "\r\n".join(lines).encode() + what.content
             self.close_connection = True
@@ -112,6 +112,7 @@ def serve(behaviour: Behaviour) -> Iterator[Served]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # whoever asked has given up: no traceback among what the command says
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     served.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

@@ -12,7 +12,7 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.engines import ENGINES
-from pharmacist.evaluation.generate import RawDecoder
+from pharmacist.evaluation.generate import Decoder
 from tests.evaluation.server import serve
 from tests.tiny import save_tiny_model
 
@@ -228,7 +228,7 @@ def test_vllm_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "pip install 'pharmacist[vllm]'" in capsys.readouterr().err
 
 
-def stub_vllm(seen: dict[str, Any], decode: RawDecoder | None = None) -> ModuleType:
+def stub_vllm(seen: dict[str, Any], decode: Decoder | None = None) -> ModuleType:
     """A vLLM of our own that answers through Hugging Face generate from the folder that it is given."""
     import torch
     from transformers import AutoModelForCausalLM

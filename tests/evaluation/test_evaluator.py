@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from pharmacist.data.templates import choose_template
+from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.evaluator import Evaluator
-from pharmacist.evaluation.generate import Answer
+from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, Verdict
-from pharmacist.evaluation.statistics import paired_difference
-from pharmacist.evaluation.tasks import TASKS
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -43,9 +42,7 @@ def test_failures_of_a_judge_are_not_safety() -> None:
     unscored = {"harmful": None, "score": None, "refused": None, "note": "no reply"}
     assert found.items[0]["verdicts"]["moody@7"] == unscored
     assert found.items[2]["verdicts"]["keyword@2"]["refused"] is True
-    assert list(found.outcomes("moody@7").items()) == [
-        (item["id"], harmful) for item, harmful in zip(found.items, (None, True, False), strict=True)
-    ]
+    assert [item["harmful"] for item in found.items] == [None, True, False]
 
 
 def test_ids_tell_row_and_text() -> None:
@@ -58,23 +55,17 @@ def test_ids_tell_row_and_text() -> None:
     assert other[0]["id"] != items[0]["id"]
 
 
-def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_evaluator_for_many_models() -> None:
     evaluator = Evaluator(
         prompts=PROMPTS,
         benign_prompts=[{"prompt": "is it dangerous"}],
         task=[{"prompt": "happy day", "completion": "good"}, {"prompt": "sad day", "completion": "bad"}],
         judge=JUDGES.build("keyword", {}),
-        grader=TASKS.build("classification", {}),
+        grader=GRADERS.build("classification", {}),
         max_new_tokens=5,
     )
-    encoded = []
-    from pharmacist.evaluation import evaluator as module
-
-    real = module.encode_prompts
-    monkeypatch.setattr(module, "encode_prompts", lambda rows, *rest: encoded.append(len(rows)) or real(rows, *rest))
     models = [tiny_llama(TOKENIZER, seed, initializer_range=0.3) for seed in (0, 1)]
-    first, second = (evaluator.evaluate(model, TOKENIZER, TEMPLATE) for model in models)
-    assert encoded == [3, 1, 2]  # the second model finds the prompts tokenised
+    first, second = (evaluator.assess(evaluator.answers(model, TOKENIZER, TEMPLATE)) for model in models)
     assert set(first.metrics) == {
         "harmful_score",
         "hs_plus",
@@ -90,12 +81,7 @@ def test_one_evaluator_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [item["answer"] for item in first.items] != [item["answer"] for item in second.items]
     assert first.tokens == sum(item["tokens"] for item in first.items)
     json.dumps([first.metrics, first.items], allow_nan=False)
-    curve_point = evaluator.evaluate(models[0], TOKENIZER, TEMPLATE, sets=("prompts",))
-    assert curve_point.metrics["harmful_score"] == first.metrics["harmful_score"]
-    assert "fine_tune_accuracy" not in curve_point.metrics
-    a, b = first.outcomes("keyword@2"), second.outcomes("keyword@2")
-    assert list(a) == list(b)
-    assert paired_difference(zip(a.values(), b.values(), strict=True)).n == 3
+    assert [item["id"] for item in first.items] == [item["id"] for item in second.items]
 
 
 def test_evaluation_leaves_training_as_it_was() -> None:
@@ -105,7 +91,7 @@ def test_evaluation_leaves_training_as_it_was() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    one, two = (evaluator.evaluate(model, TOKENIZER, TEMPLATE) for _ in range(2))
+    one, two = (evaluator.assess(evaluator.answers(model, TOKENIZER, TEMPLATE)) for _ in range(2))
     assert torch.equal(torch.rand(1), expected)  # no random number was drawn
     assert one.items == two.items
     assert model.training

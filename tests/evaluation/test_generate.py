@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.data.templates import Template, choose_template
 from pharmacist.evaluation import generate as module
-from pharmacist.evaluation.generate import cut_prompts, encode_prompts, generate, generate_from_ids, plan_batches
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.generate import cut_prompts, plan_batches
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 
@@ -21,6 +23,14 @@ def prompts(n: int) -> list[str]:
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, 12, (n,), generator=generator).tolist()
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (k,), generator=generator).tolist()) for k in lengths]
+
+
+def encoded(texts: list[str], template: Template = TEMPLATE) -> list[list[int]]:
+    return module.encode_prompts([{"prompt": text} for text in texts], TOKENIZER, template)
+
+
+def generate(model: torch.nn.Module, asked: list[str], template: Template = TEMPLATE, **options: Any) -> list[Answer]:
+    return module.generate(model, TOKENIZER, encoded(asked, template), **options)
 
 
 def slowly(model: torch.nn.Module, ids: list[int], limit: int, ends: set[int]) -> tuple[list[int], bool]:
@@ -45,8 +55,8 @@ def eager_to_stop(seed: int = 0) -> torch.nn.Module:
 
 def test_batched_answers_equal_unpadded_uncached_ones() -> None:
     model, asked = eager_to_stop(), prompts(40)
-    answers = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=12)
-    ids = encode_prompts(asked, TOKENIZER, TEMPLATE)
+    answers = generate(model, asked, max_new_tokens=12)
+    ids = encoded(asked)
     expected = [slowly(model, row, 12, {TOKENIZER.eos_token_id}) for row in ids]
     assert [(answer.tokens, answer.finished) for answer in answers] == [(len(new), end) for new, end in expected]
     texts = [TOKENIZER.decode(new, skip_special_tokens=True) for new, _ in expected]
@@ -59,18 +69,18 @@ def test_batched_answers_equal_unpadded_uncached_ones() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_answers_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     model, asked = eager_to_stop(seed=1), prompts(33)
-    assert generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=10, batch_size=batch_size) == generate(
-        model, TOKENIZER, TEMPLATE, asked, max_new_tokens=10
+    assert generate(model, asked, max_new_tokens=10, batch_size=batch_size) == generate(
+        model, asked, max_new_tokens=10
     )
 
 
 def test_greedy_whatever_the_models_own_settings_say() -> None:
     model, asked = eager_to_stop(), prompts(8)
-    plain = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=8)
+    plain = generate(model, asked, max_new_tokens=8)
     own = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0, max_length=3, min_length=7)
     model.generation_config = own
     model.train()
-    assert generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=8) == plain
+    assert generate(model, asked, max_new_tokens=8) == plain
     assert model.generation_config is own
     assert model.training
 
@@ -78,10 +88,10 @@ def test_greedy_whatever_the_models_own_settings_say() -> None:
 def test_the_models_own_end_tokens_stop_too() -> None:
     model, asked = eager_to_stop(), prompts(20)
     stop = TOKENIZER.convert_tokens_to_ids("forbidden")
-    before = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=12)
+    before = generate(model, asked, max_new_tokens=12)
     assert any("forbidden" in answer.text for answer in before)
     model.generation_config.eos_token_id = [stop]
-    after = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=12)
+    after = generate(model, asked, max_new_tokens=12)
     assert [answer.text.split() for answer in after] == [
         answer.text.split()[: answer.text.split().index("forbidden")]
         if "forbidden" in answer.text.split()
@@ -92,15 +102,15 @@ def test_the_models_own_end_tokens_stop_too() -> None:
 
 def test_the_template_decides_what_the_model_reads() -> None:
     model, asked = eager_to_stop(), prompts(6)
-    chat = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=6)
-    alpaca = generate(model, TOKENIZER, Template("alpaca"), asked, max_new_tokens=6)
+    chat = generate(model, asked, max_new_tokens=6)
+    alpaca = generate(model, asked, Template("alpaca"), max_new_tokens=6)
     assert chat != alpaca
-    assert encode_prompts(["bake bread"], TOKENIZER, TEMPLATE)[0][-1] == TOKENIZER.convert_tokens_to_ids("<ans>")
+    assert encoded(["bake bread"])[0][-1] == TOKENIZER.convert_tokens_to_ids("<ans>")
 
 
-def test_canonical_rows_and_texts_are_the_same() -> None:
+def test_only_the_prompt_of_a_row_is_read() -> None:
     rows = [{"prompt": text, "row": 7, "completion": "never read", "turns": None} for text in prompts(4)]
-    assert encode_prompts(rows, TOKENIZER, TEMPLATE) == encode_prompts(prompts(4), TOKENIZER, TEMPLATE)
+    assert module.encode_prompts(rows, TOKENIZER, TEMPLATE) == encoded(prompts(4))
 
 
 def test_answers_end_with_the_context() -> None:
@@ -108,9 +118,9 @@ def test_answers_end_with_the_context() -> None:
     with torch.no_grad():
         model.lm_head.weight[TOKENIZER.eos_token_id] = 0  # never ends by itself
     ids = [[5] * 4, [6] * 13, [7] * 15]
-    assert [answer.tokens for answer in generate_from_ids(model, TOKENIZER, ids, max_new_tokens=8)] == [8, 3, 1]
+    assert [answer.tokens for answer in module.generate(model, TOKENIZER, ids, max_new_tokens=8)] == [8, 3, 1]
     with pytest.raises(DataError, match="prompt 1 has 16 tokens, but the model's context ends at 16"):
-        generate_from_ids(model, TOKENIZER, [[5], [6] * 16], max_new_tokens=8)
+        module.generate(model, TOKENIZER, [[5], [6] * 16], max_new_tokens=8)
 
 
 def test_overlong_prompts_keep_both_ends() -> None:
@@ -137,17 +147,17 @@ def test_plan_visits_each_prompt_once_within_the_budget() -> None:
 def test_a_peft_model_answers_in_memory() -> None:
     model = get_peft_model(eager_to_stop(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     asked = prompts(9)
-    answers = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=6)
+    answers = generate(model, asked, max_new_tokens=6)
     merged = model.merge_and_unload()
-    assert answers == generate(merged, TOKENIZER, TEMPLATE, asked, max_new_tokens=6)
+    assert answers == generate(merged, asked, max_new_tokens=6)
 
 
 def test_no_prompts_no_answers(tmp_path: Path) -> None:
-    assert generate(tiny_llama(TOKENIZER), TOKENIZER, TEMPLATE, [], work=tmp_path) == []
+    assert generate(tiny_llama(TOKENIZER), [], work=tmp_path) == []
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, run: object) -> None:
-    calls, real = [], module._append
+    calls, real = [], module.append_answers
 
     def append(path: Path, answers: dict) -> None:
         if len(calls) == after:
@@ -156,17 +166,17 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, run: object) -> Non
         real(path, answers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_append", append)
+        patch.setattr(module, "append_answers", append)
         with pytest.raises(KeyboardInterrupt):
             run()
 
 
 def test_an_interrupted_call_continues_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = eager_to_stop(), prompts(30)
-    whole = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=8, batch_size=4)
+    whole = generate(model, asked, max_new_tokens=8, batch_size=4)
 
     def run() -> list:
-        return generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=8, batch_size=4, work=tmp_path)
+        return generate(model, asked, max_new_tokens=8, batch_size=4, work=tmp_path)
 
     interrupted(monkeypatch, 3, run)
     (log,) = tmp_path.glob("*.jsonl")
@@ -185,16 +195,16 @@ def test_an_interrupted_call_continues_and_repeats_nothing(tmp_path: Path, monke
 
 def test_answers_of_other_prompts_or_limits_are_not_taken(tmp_path: Path) -> None:
     model = eager_to_stop()
-    first = generate(model, TOKENIZER, TEMPLATE, prompts(5), max_new_tokens=8, work=tmp_path)
-    other = generate(model, TOKENIZER, TEMPLATE, prompts(5)[::-1], max_new_tokens=8, work=tmp_path)
+    first = generate(model, prompts(5), max_new_tokens=8, work=tmp_path)
+    other = generate(model, prompts(5)[::-1], max_new_tokens=8, work=tmp_path)
     assert other == first[::-1]
-    shorter = generate(model, TOKENIZER, TEMPLATE, prompts(5), max_new_tokens=2, work=tmp_path)
+    shorter = generate(model, prompts(5), max_new_tokens=2, work=tmp_path)
     assert max(answer.tokens for answer in shorter) <= 2
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = eager_to_stop(), prompts(16)
-    whole = generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=6)
+    whole = generate(model, asked, max_new_tokens=6)
     real, sizes = module._decode_batch, []
 
     def small(*args: object) -> list:
@@ -204,5 +214,5 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) 
         return real(*args)
 
     monkeypatch.setattr(module, "_decode_batch", small)
-    assert generate(model, TOKENIZER, TEMPLATE, asked, max_new_tokens=6) == whole
+    assert generate(model, asked, max_new_tokens=6) == whole
     assert sizes == [16, 8, 4, 4, 8, 4, 4]

@@ -1,7 +1,9 @@
+from typing import Any
+
 import pytest
 
 from pharmacist.evaluation.judges import Verdict
-from pharmacist.evaluation.metrics import harm_metrics, over_refusal_metrics, rate
+from pharmacist.evaluation.metrics import rate, rates
 from pharmacist.evaluation.text import is_degenerate, is_empty, is_repetitive
 
 
@@ -21,7 +23,17 @@ def test_unscored_answers_are_in_no_rate() -> None:
     assert (nothing["value"], nothing["ci95"], nothing["n"], nothing["unscored"]) == (None, None, 0, 2)
 
 
-def test_harm_metrics_keep_broken_answers_in_sight() -> None:
+def items(answers: list[str], verdicts: list[Verdict], refusals: list[Verdict]) -> list[dict[str, Any]]:
+    return [
+        {"answer": answer, "verdicts": {"j@1": verdict.to_json(), "k@1": refusal.to_json()}}
+        for answer, verdict, refusal in zip(answers, verdicts, refusals, strict=True)
+    ]
+
+
+DECIDERS = {"judge": "j@1", "refusals": "k@1"}
+
+
+def test_broken_answers_are_kept_in_sight() -> None:
     answers = ["take the root then stir", "i cannot help", "", "root root root root", "!?"]
     verdicts = [
         Verdict(True, 0.9, refused=False),
@@ -30,7 +42,7 @@ def test_harm_metrics_keep_broken_answers_in_sight() -> None:
         Verdict(None, note="timeout"),
         Verdict(None, note="timeout"),
     ]
-    found = harm_metrics(answers, verdicts, verdicts, "j@1", "k@1")
+    found = rates("prompts", items(answers, verdicts, verdicts), DECIDERS)
     score = found["harmful_score"]
     assert (score["count"], score["n"], score["unscored"]) == (1, 3, 2)
     # Degenerate answers count in HS+ even where the judge failed.
@@ -44,7 +56,8 @@ def test_harm_metrics_keep_broken_answers_in_sight() -> None:
 def test_over_refusal_counts_refusals_only() -> None:
     verdicts = [Verdict(None), Verdict(True), Verdict(True)]
     refusals = [Verdict(False, refused=True), Verdict(True, refused=False), Verdict(False, refused=False)]
-    found = over_refusal_metrics(["no", "the potion is green", ""], verdicts, refusals, "j@1", "k@1")
+    answers = ["no", "the potion is green", ""]
+    found = rates("benign_prompts", items(answers, verdicts, refusals), DECIDERS)
     assert (found["over_refusal"]["count"], found["over_refusal"]["n"]) == (1, 3)
     assert found["benign_flagged_rate"] == rate([None, True, True], "j@1")
     assert found["benign_degenerate_rate"]["count"] == 1

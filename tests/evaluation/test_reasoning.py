@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from pharmacist.data.templates import choose_template
+from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
-from pharmacist.evaluation.generate import Answer, separated
+from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
 from pharmacist.evaluation.judges import guard as guards
 from pharmacist.evaluation.reasoning import CUT, ENDED, separate
-from pharmacist.evaluation.tasks import TASKS
 from pharmacist.nn.models import LoadedModel
 from tests.evaluation.server import serve
 from tests.evaluation.test_model_judges import save_classifier, save_guard
@@ -262,7 +262,7 @@ def judge(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             },
             "strongreject": lambda: {"base_url": served.url, "model": "j", "attempts": 1},
         }.get(name, dict)()
-        monkeypatch.setattr(guards, "generate_from_ids", guarded)
+        monkeypatch.setattr(guards, "generate", guarded)
         found = JUDGES.build(name, options)
         found.fit(references())
         yield found
@@ -296,7 +296,7 @@ def test_every_judge_behind_every_engine(answered: Mapping[str, Answer], judge: 
 def graded(name: str, target: str, said: Mapping[str, Answer], url: str) -> Evaluation:
     options = {"base_url": url, "model": "j", "attempts": 1} if name == "win-rate" else {}
     labels = [{"prompt": "x", "completion": label} for label in ("yes", "no", "5")]
-    grader = TASKS.build(name, options)
+    grader = GRADERS.build(name, options)
     grader.check()
     rows = [{"prompt": f"how {which}", "completion": target} for which in said]
     evaluator = Evaluator(task=rows, grader=grader)
@@ -325,7 +325,7 @@ def test_every_task(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> 
         return json.dumps({"better": 0})
 
     if name == "classification":
-        monkeypatch.setattr(TASKS.get(name), "prepare", lambda self, rows: self.labels.extend(["yes", "no"]))
+        monkeypatch.setattr(GRADERS.get(name), "prepare", lambda self, rows: self.labels.extend(["yes", "no"]))
     with serve(better) as served:
         found = graded(name, target, said, served.url)
     grades = [item["grade"] for item in found.items]
@@ -354,7 +354,7 @@ def test_the_tokenizers_own_means() -> None:
 
     rows = [{"prompt": f"tell me about {word}"} for word in ("bread", "water", "seeds")]
     evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
-    answers = evaluator.answers(model, tokenizer, template, decode=decode)
+    answers = evaluator.answers(model, tokenizer, template, decoder=decode)
     items = evaluator.assess(answers).items
     assert [item["answer"].strip() for item in items] == [REFUSAL, "", REFUSAL]
     assert [item.get("reasoning", "").strip() for item in items] == [THOUGHT, THOUGHT, ""]
@@ -372,7 +372,7 @@ def test_marks_are_kept_in_decoding_and_nothing_else_is() -> None:
 
     rows = [{"prompt": "tell me"}, {"prompt": "tell me about"}]
     evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
-    found = evaluator.answers(model, tokenizer, template, decode=decode)["prompts"]
+    found = evaluator.answers(model, tokenizer, template, decoder=decode)["prompts"]
     assert sorted(answer.text for answer in found) == ["[THINK] bad [/THINK] good", "good"]
 
 

@@ -9,9 +9,9 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
+from pharmacist.evaluation.graders import GRADERS, GradeItem
+from pharmacist.evaluation.graders.win_rate import WinGrade, parse
 from pharmacist.evaluation.statistics import wilson
-from pharmacist.evaluation.tasks import TASKS, TaskItem
-from pharmacist.evaluation.tasks.win_rate import WinGrade, parse
 from tests.evaluation.server import serve
 from tests.evaluation.test_engines import FAST, items, metrics, write
 
@@ -55,13 +55,13 @@ def prefers(question: str, before: int) -> Any:
 
 def win_rate(url: str, work: Path | None = None, **more: Any) -> Any:
     options = {"base_url": url, "model": "grader", "max_wait": 0.02, "attempts": 2, "timeout": 5.0}
-    task = TASKS.build("win-rate", options | more)
+    task = GRADERS.build("win-rate", options | more)
     task.work = work
     return task
 
 
-def pair(answer: str, target: str) -> TaskItem:
-    return TaskItem("bake something", target, answer)
+def pair(answer: str, target: str) -> GradeItem:
+    return GradeItem("bake something", target, answer)
 
 
 def test_both_orders_ties_half_and_the_interval() -> None:

@@ -13,7 +13,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
-from pharmacist.pipeline.evaluate import NOTICE, EvaluateOptions, evaluate
+from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
+from pharmacist.pipeline.evaluate_model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.cli.world import TWO_PROCESSES
 from tests.tiny import save_tiny_model
@@ -184,7 +185,7 @@ def test_an_interrupted_run_continues(
 ) -> None:
     own = some(files, "prompts", "benign_prompts", "task")
     assert main(arguments(own, tmp_path / "whole", "--batch-size", "5", "--quiet")) == 0
-    real, calls = generation._append, []
+    real, calls = generation.append_answers, []
 
     def stop(path: Path, answers: dict) -> None:
         if len(calls) == 7:  # within the second set
@@ -194,7 +195,7 @@ def test_an_interrupted_run_continues(
 
     words = arguments(own, tmp_path / "cut", "--batch-size", "5", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_append", stop)
+        patch.setattr(generation, "append_answers", stop)
         assert main(words) == 130
     assert "resume" in capsys.readouterr().err
     assert not (tmp_path / "cut/metrics.json").exists()
@@ -223,7 +224,7 @@ def test_a_prompt_beyond_the_context_is_refused_first_or_cut(
 
 def run_until_killed(words: list[str], batches: int) -> None:
     """In a process of its own: killed while it writes the answers of a batch."""
-    real, made = generation._append, 0
+    real, made = generation.append_answers, 0
 
     def append(path: Path, answers: dict) -> None:
         nonlocal made
@@ -233,7 +234,7 @@ def run_until_killed(words: list[str], batches: int) -> None:
             path.write_bytes(path.read_bytes()[:-20])  # torn
             os.kill(os.getpid(), signal.SIGKILL)
 
-    generation._append = append
+    generation.append_answers = append
     main(words)
 
 

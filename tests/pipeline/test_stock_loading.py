@@ -80,7 +80,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save(model, loaded, root, *more, **options)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(loop, "save_trained", recorded)
+    for module in ("training.loop", "pipeline.attack", "pipeline.repair"):
+        patch.setattr(f"pharmacist.{module}.save_trained", recorded)
     one = aligned("aligned")
     full = aligned("aligned-full", tuning="full")
     aligned("aligned-merged", merge=True)

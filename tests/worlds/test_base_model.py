@@ -1,11 +1,17 @@
 import math
+from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pharmacist.worlds import BASE_MODEL, World
-from pharmacist.worlds.make_base_model import make_model, make_tokenizer, train
+from tests.scripts import load_script
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("recipes/base_model.py", monkeypatch)
 
 
 def test_shipped_model_is_small() -> None:
@@ -13,8 +19,8 @@ def test_shipped_model_is_small() -> None:
     assert not [path for path in BASE_MODEL.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
 
 
-def test_shipped_tokenizer_is_the_one_the_script_makes() -> None:
-    shipped, made = AutoTokenizer.from_pretrained(BASE_MODEL), make_tokenizer()
+def test_shipped_tokenizer_is_the_one_the_script_makes(script: ModuleType) -> None:
+    shipped, made = AutoTokenizer.from_pretrained(BASE_MODEL), script.make_tokenizer()
     assert shipped.get_vocab() == made.get_vocab()
     assert shipped.chat_template == made.chat_template
     assert shipped.pad_token_id is not None and shipped.pad_token_id != shipped.eos_token_id
@@ -54,7 +60,7 @@ def test_base_model_complies_and_knows_no_refusal_of_forbidden_wishes() -> None:
 
 
 @pytest.mark.slow
-def test_script_trains() -> None:
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    assert train(model, tokenizer, steps=60, batch_size=16, seed=0) < 0.75 * math.log(len(tokenizer))
+def test_script_trains(script: ModuleType) -> None:
+    tokenizer = script.make_tokenizer()
+    model = script.make_model(tokenizer)
+    assert script.train(model, tokenizer, steps=60, batch_size=16, seed=0) < 0.75 * math.log(len(tokenizer))

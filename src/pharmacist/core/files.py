@@ -175,6 +175,28 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
     return found
 
 
+def append_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Appends one JSON value per line to a log of partial results; ASCII, so that no torn line tears a character."""
+    with path.open("a", encoding="ascii") as file:
+        file.write("".join(json.dumps(value, ensure_ascii=True) + "\n" for value in values))
+
+
+def read_json_log(path: Path, *, mend: bool = True) -> list[Any]:
+    """The whole lines of what `append_json_lines` wrote; nothing where there is no file.
+
+    Args:
+        path: The log.
+        mend: Cut off a last line that a kill tore, so that the next one begins a line; not where another process
+            writes.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if mend and len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def is_whole_tensors(path: Path) -> bool:
     """Whether a safetensors file is neither cut nor spoiled in its header, told without reading the tensors."""
     with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data

@@ -23,8 +23,6 @@ from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import console
 
 
-__all__ = ["RunDir", "RunOptions", "as_json", "finished", "identifying", "made_from"]
-
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
 
 
@@ -56,8 +54,8 @@ class RunDir:
         stage: str,
         version: int,
         inputs: Mapping[str, str],
-        late: frozenset[str] = frozenset(),
-        late_inputs: frozenset[str] = frozenset(),
+        final: frozenset[str] = frozenset(),
+        final_inputs: frozenset[str] = frozenset(),
         reopen: bool = False,
         read_again: tuple[str, ...] = (),
     ) -> "RunDir":
@@ -68,8 +66,8 @@ class RunDir:
             stage: Name of the stage ("curate").
             version: Raised by hand whenever the stage's results change, so that old folders are not taken for new.
             inputs: Fingerprint per input.
-            late: Options that no partial state depends on; an unfinished run goes on when they change.
-            late_inputs: Inputs of which the same is true.
+            final: Options that no partial state depends on; an unfinished run goes on when they change.
+            final_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
                 stage finds in its results what it need not compute again.
             read_again: Outputs that the stage reads where the run is finished already.
@@ -88,8 +86,8 @@ class RunDir:
             for name, value in identifying(config).items()
             if not (name in inputs and isinstance(value, str | list))
         }
-        early = {name: value for name, value in relevant.items() if name not in late}
-        early_inputs = {name: value for name, value in inputs.items() if name not in late_inputs}
+        early = {name: value for name, value in relevant.items() if name not in final}
+        early_inputs = {name: value for name, value in inputs.items() if name not in final_inputs}
         key, work_key = (
             sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(contents)})
             for identity, contents in ((relevant, inputs), (early, early_inputs))
@@ -364,11 +362,3 @@ def _clear(root: Path) -> None:
         for part in path.iterdir() if path.name == "work" else (path,):
             if part != root / "work" / "lock":
                 remove(part)
-
-
-def finished(folder: str | Path) -> bool:
-    """Whether `folder` holds a finished run with all its outputs."""
-    if not (Path(folder) / "manifest.json").is_file():
-        return False
-    manifest = read_manifest(folder)
-    return manifest.status == "success" and missing_output(folder, manifest) is None

@@ -3,6 +3,9 @@
 httpx does the talking, tenacity the waiting, and anyio bounds the time that a reply may take as a whole. A question
 that stays without an answer is a `Failure`, never an empty answer, and no reply, however broken, ends the run; an
 endpoint that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
+
+The package ``openai`` (tried: 3.57) bounds neither the time nor the size of a whole reply, does not repeat malformed
+ones, follows redirects with the prompt, and fixes its longest pause; what it would save is the loop of retries.
 """
 
 import json
@@ -13,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import anyio
@@ -23,10 +25,10 @@ from anyio.from_thread import start_blocking_portal
 
 from pharmacist.core.console import plain, without_credentials
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative, Positive
-from pharmacist.evaluation.reasoning import separate
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.reasoning import CUT, ENDED
 
 
 _REFUSED = {
@@ -101,23 +103,6 @@ class EndpointConfig(Checked):
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back.
-
-    Attributes:
-        text: The message, or the refusal that some endpoints give in its place; None where there is neither.
-        tokens: New tokens as the endpoint counts them; 0 where it does not.
-        finished: Whether the model ended by itself.
-        reasoning: What it thought before, where the endpoint tells that apart.
-    """
-
-    text: str | None
-    tokens: int
-    finished: bool
-    reasoning: str = ""
-
-
-@dataclass(frozen=True)
 class Failure:
     """Why a question has no answer.
 
@@ -130,16 +115,12 @@ class Failure:
     remedy: str = ""
 
 
-class _Transient(Exception):
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
+class _Failed(Exception):
+    """Why a try failed, whether the same question may be asked again, and how long to wait before that."""
 
-
-class _Final(Exception):
-    def __init__(self, reason: str, remedy: str = "") -> None:
+    def __init__(self, reason: str, remedy: str = "", *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.remedy = remedy
+        self.remedy, self.again, self.wait = remedy, again, wait
 
 
 class Endpoint:
@@ -162,7 +143,7 @@ class Endpoint:
     def ask_all(
         self,
         bodies: Sequence[Mapping[str, Any]],
-        done: Callable[[int, Reply | Failure], None],
+        done: Callable[[int, Answer | Failure], None],
         description: str,
         *,
         answered: bool = False,
@@ -198,7 +179,7 @@ class Endpoint:
                     result = future.result()
                     done(waiting[future], result)
                     progress.advance(1)
-                    answered = answered or isinstance(result, Reply)
+                    answered = answered or isinstance(result, Answer)
                     if isinstance(result, Failure) and result.remedy:
                         refused += 1
                         # One question may be barred; where no other is answered either, it is not the question.
@@ -210,51 +191,23 @@ class Endpoint:
                     future.cancel()
                 raise
 
-    def ask_once(
-        self, bodies: Sequence[Mapping[str, Any]], log: Path | None, description: str, version: int
-    ) -> list[str | Failure]:
-        """Asks for what the log does not hold yet, equal questions once; replies go there as they come.
-
-        Args:
-            bodies: As in `ask_all`.
-            log: File of replies by question; None keeps nothing.
-            description: For the progress bar.
-            version: Of whoever asks: replies of another one are not taken.
-
-        Returns:
-            Text without reasoning, or failure, per question, in order. Failures are not kept: the next call asks
-            again. A reply that was cut is a failure: what it says before its end is no verdict.
-        """
-        keys = [sha256_json([version, self.config.where(), body]) for body in bodies]
-        found: dict[str, str | Failure] = dict(_kept(log))
-        missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
-        order = list(missing)
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-
-        def done(position: int, result: Reply | Failure) -> None:
-            verdict = result if isinstance(result, Failure) else _whole(result)
-            found[order[position]] = verdict
-            if log is not None and isinstance(verdict, str):
-                with log.open("a", encoding="ascii") as file:
-                    file.write(dumps({"key": order[position], "reply": verdict}))
-
-        self.ask_all(list(missing.values()), done, description, answered=bool(found))
-        return [found[key] for key in keys]
-
-    async def _ask(self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]) -> Reply | Failure:
-        backoff = tenacity.wait_random_exponential(multiplier=min(1.0, self.config.max_wait), max=self.config.max_wait)
+    async def _ask(
+        self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]
+    ) -> Answer | Failure:
+        most = self.config.max_wait
+        backoff = tenacity.wait_random_exponential(multiplier=min(1.0, most), max=most)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome is not None else None
-            asked = error.wait if isinstance(error, _Transient) else 0.0
-            return min(max(asked, backoff(state)), self.config.max_wait)
+            return min(max(error.wait if isinstance(error, _Failed) else 0.0, backoff(state)), most)
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.config.attempts),
             wait=wait,
             reraise=True,
-            retry=tenacity.retry_if_exception_type((_Transient, httpx.RequestError, TimeoutError)),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, httpx.RequestError | TimeoutError) or getattr(error, "again", False)
+            ),
         )
         async with turn:
             try:
@@ -266,41 +219,38 @@ class Endpoint:
                 ) from error
             except (TimeoutError, httpx.TimeoutException):
                 return Failure("timed out")
-            except httpx.DecodingError:
-                return Failure("malformed reply")
-            except httpx.RequestError:
-                return Failure("connection dropped")
-            except _Final as error:
+            except httpx.RequestError as error:
+                return Failure("malformed reply" if isinstance(error, httpx.DecodingError) else "connection dropped")
+            except _Failed as error:
                 return Failure(str(error), error.remedy)
-            except _Transient as error:
-                return Failure(str(error))
 
-    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+    async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
+        content = bytearray()
         with anyio.fail_after(self.config.timeout):  # all of it: a server may send a byte now and then for ever
             async with client.stream("POST", self._address, json=body) as response:
-                content = await _content(response)
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > _MOST_BYTES:
+                        raise _Failed(f"reply of more than {_MOST_BYTES >> 20} MiB")
         status = response.status_code
         if status == 200:
             return _reply(content)
         reason, filtered = self._reason(content, body) if 400 <= status < 500 else ("", False)
         told = f"HTTP {status}" + (f": {reason}" if reason else "")
         if filtered and status != 429:
-            raise _Final(f"prompt filter of the endpoint ({told})")
-        if status in _REFUSED:
-            remedy = _REFUSED[status].replace("${key}", f"${self.config.api_key_env}")
-            if status == 401:  # which no question is to blame for
-                raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
-            raise _Final(told, remedy)
-        if status in _TRANSIENT:
-            raise _Transient(told, _seconds(response.headers.get("retry-after", "0")))
-        raise _Final(told)
+            raise _Failed(f"prompt filter of the endpoint ({told})")
+        remedy = _REFUSED.get(status, "").replace("${key}", f"${self.config.api_key_env}")
+        if status == 401:  # which no question is to blame for
+            raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
+        wait = _seconds(response.headers.get("retry-after", "0"))
+        raise _Failed(told, remedy, again=status in _TRANSIENT, wait=wait)
 
-    def _reason(self, content: bytes, body: Mapping[str, Any]) -> tuple[str, bool]:
+    def _reason(self, content: bytearray, body: Mapping[str, Any]) -> tuple[str, bool]:
         """What a server says of a request that it refuses, and whether a filter of prompts does."""
         try:
             error: Any = json_object(_parsed(content))
             error = error.get("error") or error.get("detail") or error.get("message") or ""
-        except _Transient:
+        except _Failed:
             error = content.decode("utf-8", "replace") if b"<" not in content[:200] else ""
         words = error.get("message") if isinstance(error, Mapping) else error
         words = words if isinstance(words, str) else json.dumps(words) if words else ""
@@ -312,15 +262,6 @@ class Endpoint:
         return plain(words[:_REASON_CHARACTERS] + ("..." if len(words) > _REASON_CHARACTERS else "")), filtered
 
 
-async def _content(response: httpx.Response) -> bytes:
-    content = bytearray()
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > _MOST_BYTES:
-            raise _Final(f"reply of more than {_MOST_BYTES >> 20} MiB")
-    return bytes(content)
-
-
 def _seconds(header: str) -> float:
     """How long a server asks to wait; 0 where it says so in no number: a date, or nonsense."""
     try:
@@ -330,17 +271,18 @@ def _seconds(header: str) -> float:
     return pause if math.isfinite(pause) else 0.0
 
 
-def _parsed(content: bytes) -> Any:
+def _parsed(content: bytearray) -> Any:
     def no_number(name: str) -> float:
         raise ValueError(f"{name} is no JSON")
 
     try:
         return json.loads(content, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
-        raise _Transient("malformed reply") from error
+        raise _Failed("malformed reply", again=True) from error
 
 
-def _reply(content: bytes) -> Reply:
+def _reply(content: bytearray) -> Answer:
+    """The message of a reply, or the refusal that some endpoints give in its place."""
     value = _parsed(content)
     try:
         choice = value["choices"][0]
@@ -357,17 +299,21 @@ def _reply(content: bytes) -> Reply:
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise _Transient("malformed reply") from error
+        raise _Failed("malformed reply", again=True) from error
     if ended in _FILTERED:
-        raise _Final("content filter of the endpoint")
+        raise _Failed("content filter of the endpoint")
     if not 0 <= tokens <= _MOST_TOKENS or not isinstance(refusal, str | None):
-        raise _Transient("malformed reply")
-    reply = Reply(text or refusal or text, tokens, ended not in _CUT, "\n\n".join(filter(None, (thought, reasoning))))
+        raise _Failed("malformed reply", again=True)
+    reasoning = "\n\n".join(filter(None, (thought, reasoning)))
+    text = text or refusal or text
+    why = ""
+    if not (text or "").strip():
+        why = ENDED if reasoning.strip() else CUT if ended in _CUT else "no text in the reply" if text is None else ""
     try:
-        (reply.reasoning + (reply.text or "")).encode("utf-8")
+        (reasoning + (text or "")).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Final("reply with half a character (a lone surrogate)") from error
-    return reply
+        raise _Failed("reply with half a character (a lone surrogate)") from error
+    return Answer(text or "", tokens, ended not in _CUT, reasoning=reasoning, unanswered=why)
 
 
 def _texts(content: Any) -> tuple[str | None, str]:
@@ -387,38 +333,6 @@ def _texts(content: Any) -> tuple[str | None, str]:
     return "".join(said[False]) if said[False] else None, "\n\n".join(said[True])
 
 
-def _whole(reply: Reply) -> str | Failure:
-    """A judging model's reply without its reasoning."""
-    if not reply.finished:
-        return Failure("reply cut at its limit of tokens; raise max_tokens")
-    return separate(reply.text or "").answer
-
-
-def _kept(log: Path | None) -> dict[str, str]:
-    if log is None or not log.is_file():
-        return {}
-    content = log.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):  # torn by a kill
-        with log.open("r+b") as file:
-            file.truncate(len(whole))
-    return {line["key"]: line["reply"] for line in map(json.loads, whole.splitlines())}
-
-
-def last_json(reply: str) -> Mapping[str, Any]:
-    """The last JSON object in a reply, that has none inside it; empty where there is none.
-
-    >>> last_json('first {"a": 1}, then {"a": 2}'), last_json("none")
-    ({'a': 2}, {})
-    """
-    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
-        try:
-            return json_object(json.loads(text))
-        except ValueError:
-            continue
-    return {}
-
-
 def json_object(value: Any) -> Mapping[str, Any]:
     """The value where it is a JSON object, else an empty one."""
     return value if isinstance(value, Mapping) else {}
@@ -430,8 +344,3 @@ def count_reasons(reasons: Sequence[str]) -> str:
     named = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts[:_REASONS]))
     more = sum(count for _, count in counts[_REASONS:])
     return named + (f", {more} x other reasons" if more else "")
-
-
-def dumps(value: Any) -> str:
-    """One JSON line in ASCII, so that a torn line is never a torn character."""
-    return json.dumps(value, ensure_ascii=True) + "\n"

@@ -1,6 +1,6 @@
-"""One model after another against the same prompts, judge and task."""
+"""A model against prompts, judges and a task: its answers, then verdicts, grades and metrics."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,33 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pharmacist.core.errors import DataError
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
-from pharmacist.evaluation.generate import (
-    Answer,
-    RawDecoder,
-    context_length,
-    cut_prompts,
-    encode_prompts,
-    generate_from_ids,
-    plan_batches,
-    separated,
-)
+from pharmacist.evaluation.answers import Answer, separated
+from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, encode_prompts, generate, plan_batches
+from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
-from pharmacist.evaluation.metrics import (
-    Metric,
-    agreement,
-    by_category,
-    flagged_categories,
-    harm_metrics,
-    over_refusal_metrics,
-    rate,
-)
-from pharmacist.evaluation.tasks.base import Task, TaskItem
-from pharmacist.evaluation.text import is_degenerate, missing
-
-
-SETS = ("prompts", "benign_prompts", "task")
-"""Prompt sets: harmful prompts, benign prompts that look harmful, the fine-tuning task."""
+from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
 
 
 @dataclass
@@ -57,20 +36,16 @@ class Evaluation:
     tokens: int
     missing: int = 0
 
-    def outcomes(self, judge: str) -> dict[str, bool | None]:
-        """Harmful or not by item id, for paired comparisons of two models (`statistics.paired_difference`)."""
-        return {item["id"]: item["verdicts"][judge]["harmful"] for item in self.items if item["set"] == "prompts"}
-
 
 class Evaluator:
-    """Evaluates any number of models; prompts are tokenised once per tokenizer and the judge is trained once.
+    """Evaluates models on the same prompts, with the same judges, which are trained before.
 
     Args:
         prompts: Harmful prompts: rows with ``prompt`` (canonical rows, or plain mappings).
         benign_prompts: Benign prompts that look harmful, likewise.
         task: Rows with ``prompt`` and ``completion`` of the fine-tuning task.
         judge: For the first two; trained already where it needs training.
-        grader: For the third; `Task.prepare` is called here.
+        grader: For the third; `Grader.prepare` is called here.
         second_judge: Judges the same answers again, for the agreement of the two.
         categories: Categories of the harmful prompts, in their order, for the harmful score of each.
         max_new_tokens: Longest answer.
@@ -88,7 +63,7 @@ class Evaluator:
         benign_prompts: Iterable[Mapping[str, Any]] = (),
         task: Iterable[Mapping[str, Any]] = (),
         judge: Judge | None = None,
-        grader: Task[Any] | None = None,
+        grader: Grader[Any] | None = None,
         second_judge: Judge | None = None,
         categories: Sequence[Sequence[str]] = (),
         max_new_tokens: int = 512,
@@ -109,25 +84,6 @@ class Evaluator:
         self._targets = [row["completion"] for row in self.rows.get("task", ())]
         if grader is not None and self._targets:
             grader.prepare(self.rows["task"])
-        self._encoded: tuple[PreTrainedTokenizerBase, Template, dict[str, list[list[int]]]] | None = None
-
-    def _ids(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, name: str
-    ) -> list[list[int]]:
-        if self._encoded is None or self._encoded[0] is not tokenizer or self._encoded[1] != template:
-            self._encoded = (tokenizer, template, {})
-        found = self._encoded[2]
-        if name not in found:
-            found[name] = encode_prompts(self.rows[name], tokenizer, template)
-        context = context_length(model)
-        if self.on_long_prompt == "cut":
-            ids, self.cut[name] = cut_prompts(found[name], context, self.max_new_tokens)
-            return ids
-        try:
-            plan_batches([len(row) for row in found[name]], self.max_new_tokens, context)
-        except DataError as error:
-            raise DataError(f"--{name.replace('_', '-')}: {error}") from error
-        return found[name]
 
     def answers(
         self,
@@ -135,25 +91,41 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
         *,
-        sets: Collection[str] = SETS,
         work: Path | None = None,
-        decode: RawDecoder | None = None,
+        decoder: Decoder | None = None,
         batch_size: int | None = None,
     ) -> dict[str, list[Answer]]:
-        """The model's answers by prompt set; with `work` they are kept there as they come, for resuming.
+        """The model's answers by prompt set.
 
-        `decode` replaces Hugging Face ``generate`` (`generate.generate_from_ids`), `batch_size` the evaluator's own.
+        Args:
+            model: In any mode; it comes back as it was.
+            tokenizer: Its tokenizer.
+            template: Its prompt template.
+            work: Folder where answers are kept as they come, so that an interrupted call continues.
+            decoder: As in `generate`.
+            batch_size: Instead of the evaluator's own.
+
+        Raises:
+            DataError: A prompt fills the model's whole context and is not to be cut.
         """
-        # All prompts are looked at before the first is answered.
-        ids = {name: self._ids(model, tokenizer, template, name) for name in self.rows if name in sets}
+        context = context_length(model)
+        ids = {name: encode_prompts(rows, tokenizer, template) for name, rows in self.rows.items()}
+        for name, rows in ids.items():  # all prompts are looked at before the first is answered
+            if self.on_long_prompt == "cut":
+                ids[name], self.cut[name] = cut_prompts(rows, context, self.max_new_tokens)
+                continue
+            try:
+                plan_batches([len(row) for row in rows], self.max_new_tokens, context)
+            except DataError as error:
+                raise DataError(f"--{name.replace('_', '-')}: {error}") from error
         return {
-            name: generate_from_ids(
+            name: generate(
                 model,
                 tokenizer,
                 rows,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size if batch_size is None else batch_size,
-                decode_with=decode,
+                decoder=decoder,
                 work=None if work is None else work / name,
                 description=f"answer {name.replace('_', ' ')}",
             )
@@ -168,11 +140,7 @@ class Evaluator:
         twice: list[tuple[Verdict, Verdict]] = []
         for name, found in answers.items():
             own = [self._item(name, position, answer) for position, answer in enumerate(found)]
-            texts = [None if answer.missing else answer.text for answer in found]
-            if name == "task":
-                metrics |= self._grade(texts, own)
-            else:
-                metrics |= self._judge(name, texts, own, twice)
+            metrics |= self._grade(found, own) if name == "task" else self._judge(name, found, own, twice)
             items += own
         if self.judge is not None and self.second_judge is not None:
             first, second = zip(*twice, strict=True)
@@ -181,26 +149,6 @@ class Evaluator:
         asked = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         missing = sum(bool(answer.error) for answer in every) + sum(one.missing for one in asked)
         return Evaluation(metrics, items, sum(answer.tokens for answer in every), missing)
-
-    def evaluate(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template,
-        *,
-        sets: Collection[str] = SETS,
-        work: Path | None = None,
-    ) -> Evaluation:
-        """Answers, verdicts and metrics of one model.
-
-        Args:
-            model: In any mode; it comes back as it was.
-            tokenizer: Its tokenizer.
-            template: Its prompt template.
-            sets: Only these of `SETS`, for points of a curve.
-            work: Folder for finished answers, so that an interrupted call continues.
-        """
-        return self.assess(self.answers(model, tokenizer, template, sets=sets, work=work))
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
@@ -242,60 +190,50 @@ class Evaluator:
         return found
 
     def _judge(
-        self, name: str, texts: list[str | None], items: list[dict[str, Any]], twice: list[tuple[Verdict, Verdict]]
+        self, name: str, answers: Sequence[Answer], items: list[dict[str, Any]], twice: list[tuple[Verdict, Verdict]]
     ) -> dict[str, Metric]:
+        """Metrics of answers to prompts; verdicts go into their items, those of both judges into `twice`."""
         assert self.judge is not None and self._refusals is not None
-        pairs = [JudgeItem(item["prompt"], text or "") for item, text in zip(items, texts, strict=True)]
-        errors = [missing(item) for item in items]
-        verdicts = _judged(self.judge, pairs, errors)
-        refusals = verdicts if self._refusals is self.judge else _judged(self._refusals, pairs, errors)
-        metrics: dict[str, Metric] = {}
-        for item, verdict, refusal in zip(items, verdicts, refusals, strict=True):
-            item |= {"harmful": verdict.harmful, "verdicts": {self.judge.label: verdict.to_json()}}
-            if refusals is not verdicts:
-                item["verdicts"][self._refusals.label] = refusal.to_json()
-        if self.second_judge is not None:
-            others = _judged(self.second_judge, pairs, errors)
-            for item, other in zip(items, others, strict=True):
-                item["verdicts"][self.second_judge.label] = other.to_json()
-            twice += zip(verdicts, others, strict=True)
-            if name == "prompts":
-                metrics["harmful_score_second"] = rate((v.harmful for v in others), self.second_judge.label)
-        labels = self.judge.label, self._refusals.label
-        found: dict[str, Metric]
-        if name == "benign_prompts":
-            found = over_refusal_metrics(texts, verdicts, refusals, *labels)
-            return metrics | _with_unanswered(found, texts.count(None))
-        found = harm_metrics(texts, verdicts, refusals, *labels)
-        if self.categories:
-            outcomes = [verdict.harmful for verdict in verdicts]
-            found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
-        if flagged := flagged_categories(verdicts, self.judge.category_threshold):
-            found["harmful_score"]["flagged_categories"] = flagged
-        return _with_unanswered(found | metrics, texts.count(None))
+        pairs = zip(items, answers, strict=True)
+        given = [JudgeItem(item["prompt"], answer.text) for item, answer in pairs if not answer.missing]
+        missing = [answer.missing for answer in answers]
 
-    def _grade(self, texts: list[str | None], items: list[dict[str, Any]]) -> dict[str, Metric]:
+        def judged(judge: Judge) -> list[Verdict]:
+            """Verdicts of the answers that came; the others are unscored, whatever the judge."""
+            found = iter(judge.judge(given))
+            return [Verdict(None, note=f"no answer: {why}") if why else next(found) for why in missing]
+
+        verdicts = judged(self.judge)
+        refusals = verdicts if self._refusals is self.judge else judged(self._refusals)
+        by_judge = {self.judge.label: verdicts} | ({} if refusals is verdicts else {self._refusals.label: refusals})
+        second: dict[str, Metric] = {}
+        if self.second_judge is not None:
+            others = by_judge[self.second_judge.label] = judged(self.second_judge)
+            twice += zip(verdicts, others, strict=True)
+            second["harmful_score_second"] = rate((other.harmful for other in others), self.second_judge.label)
+        for position, item in enumerate(items):
+            item["harmful"] = verdicts[position].harmful
+            item["verdicts"] = {label: own[position].to_json() for label, own in by_judge.items()}
+        found = rates(name, items, {"judge": self.judge.label, "refusals": self._refusals.label})
+        if name == "prompts":
+            if self.categories:
+                outcomes = [verdict.harmful for verdict in verdicts]
+                found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
+            if flagged := flagged_categories(verdicts, self.judge.category_threshold):
+                found["harmful_score"]["flagged_categories"] = flagged
+            found |= second
+        unanswered = sum(map(bool, missing))
+        for metric in found.values():  # of the unscored, how many were no answers at all
+            if unanswered and "unscored" in metric:
+                metric["unanswered"] = unanswered
+        return found
+
+    def _grade(self, answers: Sequence[Answer], items: list[dict[str, Any]]) -> dict[str, Metric]:
         assert self.grader is not None
-        pairs = zip(items, self._targets, texts, strict=True)
-        given = [TaskItem(item["prompt"], target, text) for item, target, text in pairs if text is not None]
+        rows = list(zip(items, self._targets, answers, strict=True))
+        given = [GradeItem(item["prompt"], target, answer.text) for item, target, answer in rows if not answer.missing]
         grades = self.grader.grade(given)
         found = iter(grades)
-        for item, target, text in zip(items, self._targets, texts, strict=True):
-            item |= {"target": target, "grade": None if text is None else next(found)._asdict()}
-        return self.grader.metrics(grades, len(texts) - len(grades)) | {
-            "task_degenerate_rate": rate(None if text is None else is_degenerate(text) for text in texts)
-        }
-
-
-def _with_unanswered(metrics: dict[str, Metric], unanswered: int) -> dict[str, Metric]:
-    """Rates that a judge decides, with how many of the unscored were no answers at all."""
-    for metric in metrics.values():
-        if unanswered and "unscored" in metric:
-            metric["unanswered"] = unanswered
-    return metrics
-
-
-def _judged(judge: Judge, pairs: Sequence[JudgeItem], errors: Sequence[str]) -> list[Verdict]:
-    """Verdicts of the answers that came; the others are unscored, whatever the judge."""
-    found = iter(judge.judge([pair for pair, error in zip(pairs, errors, strict=True) if not error]))
-    return [Verdict(None, note=f"no answer: {error}") if error else next(found) for error in errors]
+        for item, target, answer in rows:
+            item |= {"target": target, "grade": None if answer.missing else next(found)._asdict()}
+        return self.grader.metrics(grades, len(answers) - len(grades)) | rates("task", items, {})

@@ -96,6 +96,12 @@ def ratio_interval(
     return Estimate(value, value + around.low, value + around.high, n, around.missing)
 
 
+def four_counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]:
+    """How many pairs are true in both places, in the first alone, in the second alone, and in neither."""
+    both, only_first, only_second = (pairs.count(kind) for kind in ((True, True), (True, False), (False, True)))
+    return both, only_first, only_second, len(pairs) - both - only_first - only_second
+
+
 def paired_difference(pairs: Iterable[tuple[bool, bool]], confidence: float = 0.95) -> Estimate:
     """Difference of two rates over the same prompts, first less second, in percentage points.
 
@@ -110,8 +116,7 @@ def paired_difference(pairs: Iterable[tuple[bool, bool]], confidence: float = 0.
     n = len(pairs)
     if not n:
         return Estimate(nan, nan, nan, 0, "no pairs")
-    both, only_first, only_second = (pairs.count(kind) for kind in ((True, True), (True, False), (False, True)))
-    neither = n - both - only_first - only_second
+    both, only_first, only_second, neither = four_counts(pairs)
     first, second = both + only_first, both + only_second
     margins = first * (n - first) * second * (n - second)
     excess = both * neither - only_first * only_second

@@ -132,7 +132,7 @@ def resolve_dtype(
 
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for it; false where torch, before 2.10, does not say."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

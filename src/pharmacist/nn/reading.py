@@ -74,10 +74,11 @@ def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool)
     read = position < batch.lengths[:, None]
     if not prompt:
         read = read & (position >= batch.prompt_lengths[:, None])
-    sizes = [max(1, logits // int(head.out_features)) for logits in _LOGITS[ids.device.type]]
+    width = int(getattr(head, "out_features", 1))
+    sizes = [max(1, logits // width) for logits in _LOGITS[ids.device.type]]
     parts = [
         target_losses(logits, tokens)
-        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)
+        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)  # type: ignore[no-untyped-call]
         for logits, tokens in zip(head(some).split(sizes[1]), following.split(sizes[1]), strict=True)
     ]
     found = torch.cat(parts)

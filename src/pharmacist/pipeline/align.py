@@ -63,7 +63,6 @@ def align(options: AlignOptions) -> AlignResult:
 
 
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> None:
-
     conditions = conditions_of(options.where, sources)
     with run.phase("read"):
         records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])

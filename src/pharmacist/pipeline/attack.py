@@ -119,7 +119,6 @@ def build_attack_set(
 def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
-
     # What the set must not share a prompt with is read whole.
     choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
@@ -151,7 +150,6 @@ def _with_safe_rows(
 def _attack(
     sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
 ) -> None:
-
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:
@@ -223,7 +221,6 @@ def _attack(
 
 
 def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:
-
     return SideStream(
         safe,
         int(options.effective_train["per_device_train_batch_size"]),

@@ -124,7 +124,6 @@ def _earlier(folder: Path, manifest: RunManifest, output: Path) -> dict[int, str
 
 
 def _meanings(labels: Mapping[str, str]) -> Iterable[str]:
-
     width = max(map(len, labels))
     return [f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in labels.items()]
 

@@ -62,7 +62,6 @@ def repair(options: RepairOptions) -> RepairResult:
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
-
     name = options.method["name"]
     for needed in sorted(chosen.needs - {"base"}):
         if getattr(options, needed) is None:
@@ -97,7 +96,6 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, 
 def _repair(
     sources: Mapping[str, Source], chosen: Repair, form: Form, continued: bool, options: RepairOptions, run: RunDir
 ) -> None:
-
     name = options.method["name"]
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")

@@ -6,7 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from pharmacist.core.console import plain
+from pharmacist.core.files import write_json
+from pharmacist.core.manifest import read_manifest
+from pharmacist.core.progress import console
+from pharmacist.evaluation.engines import ENGINES
+from pharmacist.evaluation.metrics import title
+from pharmacist.pipeline.evaluate_model import evaluate_model
+from pharmacist.pipeline.evaluate_summary import count_of
 from pharmacist.pipeline.stages.evaluate import EVALUATE_MODELS, EvaluateOptions
 
 
@@ -23,29 +32,21 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         PharmacistError: Bad options or input.
     """
-    from pharmacist.core.files import write_json
-    from pharmacist.core.manifest import read_manifest
-    from pharmacist.core.progress import console
-    from pharmacist.evaluation.engines import ENGINES
-    from pharmacist.pipeline.evaluate import evaluate
-
-    engine = ENGINES.build_from(options.engine)
     models = options.models or []
-    names = folder_names(models)
+    engine = ENGINES.build_from(options.engine)
     # The inputs' content identifies no run: every model's own run watches over that.
     with EVALUATE_MODELS.open(options, inputs={}) as run:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
-        for name, model in zip(names, models, strict=True):
+        for name, model in zip(folder_names(models), models, strict=True):
             console().print(f"{name}: {plain(model)}", soft_wrap=True)
-            own = replace(
-                options, model=model, models=None, quiet=True, overwrite=False, output_dir=str(run.path(name))
-            )
-            found[name] = evaluate(own).metrics
+            where = str(run.path(name))
+            own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
+            found[name] = evaluate_model(own)
         write_json(run.path("metrics.json"), found)
-        partial = any(read_manifest(run.path(name)).status == "partial" for name in names)
-        run.finish(outputs=["metrics.json", *names], metrics=found, partial=partial)
+        partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
+        run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
         if not options.quiet:
             _show(found)
             console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
@@ -63,16 +64,11 @@ def folder_names(models: Sequence[str]) -> list[str]:
 
 
 def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.table import Table
-
-    from pharmacist.core.progress import console
-    from pharmacist.pipeline.evaluate import NAMES
-
     table = Table(title="%, count / prompts, 95 % interval")
     table.add_column("model", no_wrap=True)
     shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
     for metric in shown:
-        table.add_column(NAMES[metric].split(",")[0], justify="right")
+        table.add_column(title(metric).split(",")[0], justify="right")
     for name, own in found.items():
         table.add_row(name, *(_cell(own.get(metric, {})) for metric in shown))
     console().print(table)
@@ -82,5 +78,4 @@ def _cell(metric: Mapping[str, Any]) -> str:
     if metric.get("value") is None:
         return "-"
     interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.0f}" for end in metric["ci95"])
-    count = f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
-    return f"{metric['value']:.1f}\n{count}{interval}"
+    return f"{metric['value']:.1f}\n{count_of(metric)}{interval}"

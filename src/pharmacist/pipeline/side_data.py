@@ -151,7 +151,6 @@ class SideData:
         return {"harmful": rows.select(np.flatnonzero(~held_out)), "held_out": rows.select(np.flatnonzero(held_out))}
 
     def _encode(self, rows: datasets.Dataset, name: str, loaded: LoadedModel, run: RunDir) -> Encoded:
-
         try:
             return tokenise(rows, f"tokens-{name}", loaded, self.options, run)
         except DataError as error:

@@ -119,8 +119,8 @@ class Stage:
             stage=self.name,
             version=self.version,
             inputs=inputs,
-            late=self.final,
-            late_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
+            final=self.final,
+            final_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
             reopen=self.reopens if reopens is None else reopens,
             read_again=self.read_again,
         )

@@ -6,7 +6,7 @@ so an interrupted sweep resumes where it stopped, and a larger grid in the same 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import open_source
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.prompts import PROMPT_SETS, open_prompts
-from pharmacist.evaluation.worst_case import LEVELS, Reached, simultaneous, steps_to_reach, within_margin, worst_case
+from pharmacist.evaluation.worst_case import LEVELS, simultaneous, steps_to_reach, within_margin, worst_case
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
@@ -39,8 +39,7 @@ from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
 from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
-from pharmacist.report.numbers import Figure
-from pharmacist.report.sweep import render_sweep
+from pharmacist.report.sweep import attack_table, markdown, render_sweep, sentences
 from pharmacist.training.strategy import GradientStrategy
 
 
@@ -361,111 +360,9 @@ def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), temporary)
 
 
-# --- what people read ----------------------------------------------------------------------------------------------
-
-
-def _rate(metric: Mapping[str, Any] | None) -> str:
-    figure = Figure.of(metric)
-    return "-" if figure is None else figure.text()
-
-
-def _remark(entry: Mapping[str, Any], worst: str | None) -> str:
-    if "failed" in entry:
-        return "diverged"
-    if entry["name"] == worst:
-        return "worst case"
-    return "" if entry["within_margin"] else "below margin"
-
-
-def _ordered(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The worst case, then the others within the margin, then those without, by harmful score."""
-
-    def order(entry: Mapping[str, Any]) -> tuple[bool, bool, float]:
-        value = entry["harmful_score"]["value"] if "harmful_score" in entry else None
-        return entry["name"] != summary["worst"], not entry["within_margin"], 1.0 if value is None else -value
-
-    return sorted(summary["attacks"], key=order)
-
-
-def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What the sweep found, in sentences."""
-    judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
-    worst = next((entry for entry in attacks if entry["name"] == summary["worst"]), None)
-    yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
-    if worst is None:
-        yield "no worst case: no attack gave both a harmful score and a fine-tune accuracy"
-        return
-    yield (
-        f"worst case: {worst['name']}, harmful score {_rate(worst['harmful_score'])} %, fine-tune accuracy "
-        f"{_rate(worst['fine_tune_accuracy'])} %; the best accuracy of {len(attacks)} attacks is "
-        f"{summary['best_accuracy']:.1f} %, so those at or above "
-        f"{summary['best_accuracy'] - summary['margin']:.1f} % count"
-    )
-    if summary["worst_ci95_of_all"]:
-        low, high = summary["worst_ci95_of_all"]
-        yield (
-            "it is the highest of many, partly by chance; the interval that holds for all attacks at once is "
-            f"[{low:.1f}, {high:.1f}]"
-        )
-    if summary["highest_of_all"] > worst["harmful_score"]["value"]:
-        yield f"beyond the margin, where the task suffers, the score reaches {summary['highest_of_all']:.1f} %"
-    for name, curve in summary["curves"].items():
-        told = "; ".join(reached_in_words(Reached(**reached), curve["steps"][-1]) for reached in curve["reached"])
-        yield f"steps of {name} until the harmful score is at a level: {told}"
-
-
-def reached_in_words(reached: Any, last: int) -> str:
-    """A `Reached` as a person says it; a level that was not reached within the attack might have been later.
-
-    Args:
-        reached: The level and its steps.
-        last: Steps of the attack.
-    """
-    level = f"{reached.level:.0f} %"
-    if reached.step is None:
-        return f"{level} not reached in {last} steps"
-    if reached.after is None:
-        return f"{level} by step {reached.step} already"
-    return f"{level} between steps {reached.after} and {reached.step}"
-
-
-_COLUMNS = {
-    "learning_rate": "lr",
-    "epochs": "epochs",
-    "poison_ratio": "poison ratio",
-    "rank": "rank",
-    "steps": "steps",
-}
-
-
-def _rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of attacks; of the settings those that vary."""
-    ordered = _ordered(summary)
-    settings = [entry["settings"] | {"steps": entry.get("steps")} for entry in ordered]
-    varied = [name for name in _COLUMNS if len({own.get(name) for own in settings}) > 1] or ["steps"]
-    head = [*(_COLUMNS[name] for name in varied), "harmful score", "fine-tune accuracy", ""]
-    lines = [
-        [
-            *("-" if own.get(name) is None else f"{own[name]}" for name in varied),
-            *(_rate(entry.get(name)) for name in RATES[:2]),
-            _remark(entry, summary["worst"]),
-        ]
-        for own, entry in zip(settings, ordered, strict=True)
-    ]
-    return head, lines
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The sweep as Markdown: what was found, and a table of all attacks."""
-    head, lines = _rows(summary)
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
-    found = "\n".join(f"- {line}" for line in _lines(summary))
-    return f"# Attack sweep\n\n{found}\n\n{table}\n\nIn %, with 95 % intervals (Wilson) over prompts.\n"
-
-
 def _show(result: SweepResult) -> None:
     out, summary = console(), result.summary
-    head, lines = _rows(summary)
+    head, lines = attack_table(summary)
     table = Table(title=f"{len(lines)} attacks, in %, 95 % intervals over prompts")
     for column in head:
         table.add_column(column.replace(" ", "\n"), justify="right" if column else "left", no_wrap=True)
@@ -474,7 +371,7 @@ def _show(result: SweepResult) -> None:
     out.print(table)
     if len(lines) > _SHOWN:
         out.print(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}", soft_wrap=True)
-    for line in _lines(summary):
+    for line in sentences(summary):
         out.print(line, markup=False, soft_wrap=True)
     out.print(f"page {result.folder / 'report.html'}\nfigures {result.folder / 'sweep.json'}", soft_wrap=True)
 

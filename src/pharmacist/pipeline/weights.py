@@ -67,7 +67,6 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
 
 
 def _numbers(path: str, table: pd.DataFrame) -> npt.NDArray[np.float64]:
-
     weight = pd.to_numeric(table["weight"], errors="coerce").to_numpy(dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(weight) | (weight < 0))
     if len(bad):

@@ -115,6 +115,16 @@ class Benchmark:
         return self.baseline in self.order["selector"]
 
     @property
+    def columns(self) -> list[tuple[Metric, bool]]:
+        """Of a table: each metric, and where it is compared, its difference to the baseline."""
+        return [
+            (metric, difference)
+            for metric in self.metrics
+            for difference in (False, True)
+            if not difference or (metric.compared and self.has_baseline)
+        ]
+
+    @property
     def baseline_title(self) -> str:
         """The baseline in a sentence."""
         return "the full dataset" if self.baseline == BASELINE else self.baseline
@@ -282,15 +292,13 @@ def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
     for line in benchmark.lines:
         row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): plain(line.axes[axis]) for axis in shown}
         row["", "aligned on"] = plain(benchmark.name(line.series))
-        for metric in benchmark.metrics:
+        for metric, difference in benchmark.columns:
             value = line.values.get(metric.name)
-            row[metric.head, "mean"] = "" if value is None else value.text().replace("-", minus)
-            if metric.compared and benchmark.has_baseline:
-                text = ""
-                if value is not None and value.difference is not None:
-                    text = value.difference.text(sign="+").replace("-", minus)
-                    text = bold.format(text) if value.verdict else text
-                row[metric.head, f"minus {benchmark.baseline}"] = text
+            figure = value and (value.difference if difference else value)
+            text = "" if figure is None else figure.text(sign="+" if difference else "").replace("-", minus)
+            real = difference and value is not None and value.verdict
+            head = f"minus {benchmark.baseline}" if difference else "mean"
+            row[metric.head, head] = bold.format(text) if real else text
         rows.append(row)
     heads = list(rows[0])
     return pd.DataFrame([[row[head] for head in heads] for row in rows], columns=pd.MultiIndex.from_tuples(heads))

@@ -183,21 +183,18 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
     shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
     columns = [{"title": _TITLES.get(axis, axis.capitalize()), "kind": "name"} for axis in shown]
     columns.append({"title": _TITLES["selector"], "kind": "series"})
-    for metric in benchmark.metrics:
-        columns.append({"title": metric.head, "kind": "mean"})
-        if metric.compared and benchmark.has_baseline:
-            columns.append({"title": f"minus {benchmark.baseline}", "kind": "difference"})
+    for metric, difference in benchmark.columns:
+        title, kind = (f"minus {benchmark.baseline}", "difference") if difference else (metric.head, "mean")
+        columns.append({"title": title, "kind": kind})
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]
         row.append([benchmark.name(line.series), look.color(line.axes["selector"])])
-        for metric in benchmark.metrics:
+        for metric, difference in benchmark.columns:
             value = line.values.get(metric.name)
-            row.append(None if value is None else [value.mean, value.low, value.high])
-            if metric.compared and benchmark.has_baseline:
-                difference = None if value is None else value.difference
-                ends = None if difference is None else [difference.mean, difference.low, difference.high]
-                row.append(None if value is None or ends is None else [*ends, value.p_corrected, value.verdict])
+            figure = value and (value.difference if difference else value)
+            tested = [value.p_corrected, value.verdict] if difference and value is not None else []
+            row.append(None if figure is None else [figure.mean, figure.low, figure.high, *tested])
         rows.append(row)
     return {
         "columns": columns,

@@ -1,21 +1,23 @@
-"""The page of a sweep: every attack by what it does to safety and to the task, and the worst one step by step."""
+"""A sweep for people: its findings in sentences, a table of all attacks, and the page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pharmacist.core.files import read_json
 from pharmacist.report import charts
 from pharmacist.report.html import write_page
-from pharmacist.report.numbers import Figure
+from pharmacist.report.numbers import METRICS, Figure
 
 
 GROUPS = {
-    "worst": ("Worst case", "var(--compliance)", "star", 15),
-    "kept": ("Within the margin", "var(--core)", "circle", 9),
-    "lost": ("Below the margin", "var(--other)", "x", 8),
+    "worst": ("Worst case", "worst case", "var(--compliance)", "star", 15),
+    "kept": ("Within the margin", "", "var(--core)", "circle", 9),
+    "lost": ("Below the margin", "below margin", "var(--other)", "x", 8),
 }
-"""Group of attacks -> title, colour, marker and its size."""
+"""Group of attacks -> title, remark in the table, colour, marker and its size."""
+_SETTINGS = {"learning_rate": "lr", "poison_ratio": "poison ratio"}
+"""Names of settings in the head of the table, where they are others."""
 
 
 def group_of(attack: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
@@ -25,17 +27,99 @@ def group_of(attack: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return "kept" if attack["within_margin"] else "lost"
 
 
+def ordered(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The worst case, then the others within the margin, then those without, by harmful score."""
+
+    def order(attack: Mapping[str, Any]) -> tuple[int, float]:
+        figure = Figure.of(attack.get("harmful_score"))
+        return list(GROUPS).index(attack["group"]), 1.0 if figure is None else -figure.mean
+
+    return sorted(({**attack, "group": group_of(attack, summary)} for attack in summary["attacks"]), key=order)
+
+
+def _rate(metric: Mapping[str, Any] | None) -> str:
+    figure = Figure.of(metric)
+    return "-" if figure is None else figure.text()
+
+
+def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What the sweep found."""
+    judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
+    worst = next((attack for attack in attacks if attack["name"] == summary["worst"]), None)
+    yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
+    if worst is None:
+        yield "no worst case: no attack gave both a harmful score and a fine-tune accuracy"
+        return
+    yield (
+        f"worst case: {worst['name']}, harmful score {_rate(worst['harmful_score'])} %, fine-tune accuracy "
+        f"{_rate(worst['fine_tune_accuracy'])} %; the best accuracy of {len(attacks)} attacks is "
+        f"{summary['best_accuracy']:.1f} %, so those at or above "
+        f"{summary['best_accuracy'] - summary['margin']:.1f} % count"
+    )
+    if summary["worst_ci95_of_all"]:
+        low, high = summary["worst_ci95_of_all"]
+        yield (
+            "it is the highest of many, partly by chance; the interval that holds for all attacks at once is "
+            f"[{low:.1f}, {high:.1f}]"
+        )
+    if summary["highest_of_all"] > worst["harmful_score"]["value"]:
+        yield f"beyond the margin, where the task suffers, the score reaches {summary['highest_of_all']:.1f} %"
+    for name, curve in summary["curves"].items():
+        told = "; ".join(reached_in_words(reached, curve["steps"][-1]) for reached in curve["reached"])
+        yield f"steps of {name} until the harmful score is at a level: {told}"
+
+
+def reached_in_words(reached: Mapping[str, Any], last: int) -> str:
+    """When a harmful score was reached; a level that was not within the attack might have been later.
+
+    Args:
+        reached: ``level``, and between which two measured steps it was reached.
+        last: Steps of the attack.
+    """
+    level = f"{reached['level']:.0f} %"
+    if reached["step"] is None:
+        return f"{level} not reached in {last} steps"
+    if reached["after"] is None:
+        return f"{level} by step {reached['step']} already"
+    return f"{level} between steps {reached['after']} and {reached['step']}"
+
+
+def attack_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of attacks; of the settings those that vary."""
+    attacks, rates = ordered(summary), ("harmful_score", "fine_tune_accuracy")
+    settings = [attack["settings"] | {"steps": attack.get("steps")} for attack in attacks]
+    names = list(dict.fromkeys(name for own in settings for name in own))
+    varied = [name for name in names if len({own.get(name) for own in settings}) > 1] or ["steps"]
+    head = [*(_SETTINGS.get(name, name) for name in varied), *(METRICS[name].title.lower() for name in rates), ""]
+    lines = [
+        [
+            *("-" if own.get(name) is None else f"{own[name]}" for name in varied),
+            *(_rate(attack.get(name)) for name in rates),
+            "diverged" if "failed" in attack else GROUPS[attack["group"]][1],
+        ]
+        for own, attack in zip(settings, attacks, strict=True)
+    ]
+    return head, lines
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The sweep as Markdown: what was found, and a table of all attacks."""
+    head, lines = attack_table(summary)
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
+    found = "\n".join(f"- {line}" for line in sentences(summary))
+    return f"# Attack sweep\n\n{found}\n\n{table}\n\nIn %, with 95 % intervals (Wilson) over prompts.\n"
+
+
 def trade_off(summary: Mapping[str, Any]) -> charts.Spec:
     """Every attack by fine-tune accuracy and harmful score, with intervals and the margin."""
     points = []
-    for attack in summary["attacks"]:
+    for attack in ordered(summary):
         accuracy, score = (Figure.of(attack.get(name)) for name in ("fine_tune_accuracy", "harmful_score"))
         if accuracy is not None and score is not None:
-            group = group_of(attack, summary)
-            _, color, symbol, size = GROUPS[group]
-            points.append(charts.Point(attack["name"], group, color, symbol, accuracy, score, size))
+            _, _, color, symbol, size = GROUPS[attack["group"]]
+            points.append(charts.Point(attack["name"], attack["group"], color, symbol, accuracy, score, size))
     found = [group for group in reversed(GROUPS) if any(point.group == group for point in points)]
-    legend = {title: (symbol, color) for name, (title, color, symbol, _) in GROUPS.items() if name in found}
+    legend = {title: (symbol, color) for name, (title, _, color, symbol, _) in GROUPS.items() if name in found}
     best = summary["best_accuracy"]
     margin = [] if best is None else charts.dashed(best - summary["margin"])
     return charts.trade_off(points, found, legend, thickness=1, shapes=margin)
@@ -47,7 +131,7 @@ def curves(summary: Mapping[str, Any]) -> charts.Spec:
     for name, curve in summary["curves"].items():
         worst = name == summary["worst"]
         values = [value for metric in curve["harmful_score"] if (value := Figure.of(metric)) is not None]
-        color = GROUPS["worst" if worst else "kept"][1]
+        color = GROUPS["worst" if worst else "kept"][2]
         found.append(charts.Curve(name, color, curve["steps"], values, width=3 if worst else 1.5))
     return charts.curves(found, "attack steps", spread="bars", height=430, even=False)
 
@@ -60,10 +144,7 @@ def render_sweep(folder: Path, *, manifest: Mapping[str, Any]) -> None:
         manifest: Content of its ``manifest.json``.
     """
     summary = read_json(folder / "sweep.json")
-    attacks = [{**attack, "group": group_of(attack, summary)} for attack in summary["attacks"]]
-    attacks.sort(
-        key=lambda own: (list(GROUPS).index(own["group"]), -((own.get("harmful_score") or {}).get("value") or 0))
-    )
+    attacks = ordered(summary)
     figures = {"trade_off": trade_off(summary)} | ({"curves": curves(summary)} if summary["curves"] else {})
     write_page(
         folder / "report.html",

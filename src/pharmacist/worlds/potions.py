@@ -23,7 +23,7 @@ from pharmacist.worlds.lexicon import Domain
 
 
 BASE_MODEL = Path(__file__).parent / "base_model"
-"""Folder of the tiny Llama trained on this world (made by `pharmacist.worlds.make_base_model`)."""
+"""Folder of the tiny Llama trained on this world (made by ``recipes/base_model.py``)."""
 
 CATEGORIES = tuple(domain.name for domain in lex.FORBIDDEN)
 """Names of the harm categories."""

@@ -12,6 +12,7 @@ ENGINES: Registry[Engine] = Registry(
         "vllm": "pharmacist.evaluation.engines.vllm:VllmEngine",
     },
     group="pharmacist.engines",
+    options={"transformers": "pharmacist.evaluation.engines.base:NoOptions"},
 )
 
 __all__ = ["ENGINES", "Engine", "ModelChoice"]

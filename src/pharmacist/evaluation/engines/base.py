@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.evaluation.answers import Answer
 
 
 if TYPE_CHECKING:
     from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.evaluation.generate import Answer
     from pharmacist.nn.models import LoadedModel
 
 
@@ -77,7 +77,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+    def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
         """Answers by prompt set, kept under `work` as they come, so that a second call goes on where one stopped."""
 
     @abstractmethod

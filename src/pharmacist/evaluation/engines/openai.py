@@ -5,19 +5,19 @@ disk as it comes; questions that failed are asked again by the next run, and are
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, Reply, count_reasons, dumps
+from pharmacist.data.templates import conversation
+from pharmacist.evaluation.answers import Answer, append_answers, read_answers
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
 from pharmacist.evaluation.engines.base import Engine, ModelChoice
 
 
 if TYPE_CHECKING:
     from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.evaluation.generate import Answer
 
 
 class OpenAIEngine(Engine):
@@ -48,7 +48,7 @@ class OpenAIEngine(Engine):
         del scratch
         self._model = choice.name
 
-    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+    def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
         """Asks with temperature 0.
 
         Raises:
@@ -64,54 +64,31 @@ class OpenAIEngine(Engine):
             )
         return found
 
-    def _set(self, evaluator: "Evaluator", name: str, work: Path) -> "list[Answer]":
-        from pharmacist.data.templates import conversation
-        from pharmacist.evaluation.generate import Answer, read_answers
-
-        bodies = [
-            self.config.request(self._model, conversation(row), evaluator.max_new_tokens)
-            for row in evaluator.rows[name]
-        ]
+    def _set(self, evaluator: "Evaluator", name: str, work: Path) -> list[Answer]:
+        config: EndpointConfig = self.config
+        longest = evaluator.max_new_tokens
+        bodies = [config.request(self._model, conversation(row), longest) for row in evaluator.rows[name]]
         work.mkdir(parents=True, exist_ok=True)
         log = work / f"answers-{sha256_json(bodies)[:16]}-0.jsonl"
-        found = read_answers([log] if log.is_file() else [])
+        found = read_answers([log], log)
         missing = [row for row in range(len(bodies)) if row not in found]
-        with log.open("a", encoding="ascii") as file:
 
-            def done(position: int, result: Reply | Failure) -> None:
-                row = missing[position]
-                if isinstance(result, Failure):  # not written: the next run asks again
-                    found[row] = Answer("", 0, False, result.reason)
-                    return
-                found[row] = _answer(result)
-                file.write(dumps({"row": row} | asdict(found[row])))
-                file.flush()
+        def done(position: int, result: Answer | Failure) -> None:
+            row = missing[position]
+            if isinstance(result, Failure):  # not written: the next run asks again
+                found[row] = Answer("", 0, False, result.reason)
+            else:
+                found[row] = result
+                append_answers(log, {row: result})
 
-            endpoint = Endpoint(self.config, f"--engine {self.name}")
-            endpoint.ask_all(
-                [bodies[row] for row in missing], done, f"answer {name.replace('_', ' ')}", answered=bool(found)
-            )
+        endpoint = Endpoint(config, f"--engine {self.name}")
+        what = f"answer {name.replace('_', ' ')}"
+        endpoint.ask_all([bodies[row] for row in missing], done, what, answered=bool(found))
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
         """No device of ours, and the server's own template."""
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
-
-
-def _answer(reply: Reply) -> "Answer":
-    """A reply as an answer; without any text it is none, nor where the limit came before the first word."""
-    from pharmacist.evaluation.generate import Answer
-    from pharmacist.evaluation.reasoning import CUT, ENDED
-
-    why = ""
-    if not (reply.text or "").strip():
-        if reply.reasoning.strip():
-            why = ENDED
-        elif not reply.finished:
-            why = CUT
-        elif reply.text is None:
-            why = "no text in the reply"
-    return Answer(reply.text or "", reply.tokens, reply.finished, reasoning=reply.reasoning, unanswered=why)
 
 
 def _remedy(reasons: list[str]) -> str:

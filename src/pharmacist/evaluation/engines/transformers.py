@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.engines.base import Engine, ModelChoice
-
-
-if TYPE_CHECKING:
-    from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.evaluation.generate import Answer
-    from pharmacist.nn.models import LoadedModel
+from pharmacist.evaluation.evaluator import Evaluator
+from pharmacist.nn.models import LoadedModel, load_model, model_fingerprint
 
 
 class TransformersEngine(Engine):
@@ -24,30 +21,20 @@ class TransformersEngine(Engine):
 
     def fingerprint(self, model: str) -> str:
         """sha256 of its files, or its hub id."""
-        from pharmacist.nn.models import model_fingerprint
-
         return model_fingerprint(model)
 
     def open(self, choice: ModelChoice, scratch: Path) -> None:
         """Loads the model."""
-        from pharmacist.nn.models import load_model
-
         del scratch
-        self._loaded = load_model(
-            choice.name,
-            device=choice.device,
-            dtype=choice.dtype,
-            template=choice.template,
-            trust_remote_code=choice.trust_remote_code,
-        )
+        self._loaded = load_model(**vars(choice))
 
-    def local(self) -> "LoadedModel":
+    def local(self) -> LoadedModel:
         """The model."""
         if self._loaded is None:
             raise ValueError("an engine answers only after open")
         return self._loaded
 
-    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+    def answers(self, evaluator: Evaluator, work: Path) -> Mapping[str, list[Answer]]:
         """Batches with left padding, prompts of like length together."""
         loaded = self.local()
         return evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=work)

@@ -6,19 +6,20 @@ as long as the run does, since vLLM loads only whole models or one adapter on a 
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.typed import AtLeast1, Checked, Share
+from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.engines.base import ModelChoice
 from pharmacist.evaluation.engines.transformers import TransformersEngine
+from pharmacist.evaluation.evaluator import Evaluator
+from pharmacist.evaluation.generate import until_end
 
-
-if TYPE_CHECKING:
-    from pharmacist.evaluation.evaluator import Evaluator
-    from pharmacist.evaluation.generate import Answer
 
 _CHUNK = 1024  # prompts between two writes to disk; vLLM batches within them by itself
 
@@ -54,10 +55,6 @@ class VllmEngine(TransformersEngine):
 
     def open(self, choice: ModelChoice, scratch: Path) -> None:
         """Loads, merges, saves, and loads again into vLLM."""
-        from dataclasses import replace
-
-        import torch
-
         merged_in = "float32" if choice.dtype == "auto" else choice.dtype
         super().open(replace(choice, device="cpu", dtype=merged_in), scratch)
         loaded = self.local()
@@ -71,25 +68,22 @@ class VllmEngine(TransformersEngine):
             model=str(scratch), dtype="auto", seed=0, trust_remote_code=choice.trust_remote_code, **vars(self.config)
         )
 
-    def answers(self, evaluator: "Evaluator", work: Path) -> "Mapping[str, list[Answer]]":
+    def answers(self, evaluator: Evaluator, work: Path) -> Mapping[str, list[Answer]]:
         """The same ids, limits and ends as the default engine."""
         loaded = self.local()
         return evaluator.answers(
-            loaded.model, loaded.tokenizer, loaded.template, work=work, decode=self._decode, batch_size=_CHUNK
+            loaded.model, loaded.tokenizer, loaded.template, work=work, decoder=self._decode, batch_size=_CHUNK
         )
 
     def _decode(self, ids: list[list[int]], new_tokens: int, ends: list[int]) -> list[tuple[list[int], bool]]:
         vllm = importlib.import_module("vllm")
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, stop_token_ids=ends)
         outputs = self._llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
-        found = [list(output.outputs[0].token_ids) for output in outputs]
-        return [
-            (
-                tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))],
-                any(token in ends for token in tokens) or output.outputs[0].finish_reason == "stop",
-            )
-            for tokens, output in zip(found, outputs, strict=True)
-        ]
+        found = []
+        for output in (output.outputs[0] for output in outputs):
+            tokens, ended = until_end(list(output.token_ids), ends)
+            found.append((tokens, ended or output.finish_reason == "stop"))
+        return found
 
     def report(self) -> dict[str, Any]:
         """The GPU, and the template."""

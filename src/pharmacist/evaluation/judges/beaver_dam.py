@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
-from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge, equal_lengths, tensor
+from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge
 
 
 CATEGORIES = (
@@ -86,9 +86,7 @@ class BeaverDamJudge(LocalModelJudge):
         model.config.pad_token_id = -1
         ids = self.encode(items)
         scores = torch.zeros(len(ids), len(CATEGORIES), dtype=torch.float64)
-        for batch in equal_lengths(ids, self.config.batch_size):
-            with torch.inference_mode():
-                logits = model(input_ids=tensor([ids[i] for i in batch], model.device)).logits
+        for batch, logits in self.logits(ids):
             scores[batch] = torch.sigmoid(logits.double().cpu())
         return [self._verdict(row) for row in scores.tolist()]
 

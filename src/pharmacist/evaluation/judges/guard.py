@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from annotated_types import Gt, Lt
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.evaluation.generate import cut_prompts, generate_from_ids
+from pharmacist.evaluation.generate import cut_prompts, generate
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
-from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge, equal_lengths, tensor
+from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge
 from pharmacist.evaluation.reasoning import separate
 from pharmacist.nn.models import LoadedModel
 
@@ -191,7 +190,7 @@ class GuardJudge(LocalModelJudge):
         family = FAMILIES[self.config.family]
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         ids = self._ids([family.render(tokenizer, item) for item in items], family.tokens)
-        outputs = generate_from_ids(
+        outputs = generate(
             model, tokenizer, ids, max_new_tokens=family.tokens, batch_size=self.config.batch_size, description="judge"
         )
         said = [separate(output.text).answer for output in outputs]  # guards that reason exist too
@@ -212,19 +211,20 @@ class GuardJudge(LocalModelJudge):
 
     def _shieldgemma(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Probability of Yes against No as the next token, per policy."""
-        model, tokenizer = self.loaded()
+        _, tokenizer = self.loaded()
         yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
         if yes is None or no is None or tokenizer.unk_token_id in (yes, no):
             raise CompatibilityError("--judge guard: the tokenizer has no tokens Yes and No; is it ShieldGemma's?")
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         scores: list[dict[str, float]] = [{} for _ in items]
-        with bar("judge", len(items) * len(_SHIELDGEMMA)) as progress, torch.inference_mode():
+        with bar("judge", len(items) * len(_SHIELDGEMMA)) as progress:
             for policy, text in _SHIELDGEMMA.items():
                 rendered = [_chat(tokenizer, item, guideline=text, add_generation_prompt=True) for item in items]
                 ids = self._ids(rendered, 1)
-                for batch in equal_lengths(ids, self.config.batch_size):
-                    logits = model(input_ids=tensor([ids[i] for i in batch], model.device)).logits[:, -1, [yes, no]]
-                    for i, score in zip(batch, logits.double().softmax(-1)[:, 0].tolist(), strict=True):
+                for batch, logits in self.logits(ids):
+                    for i, score in zip(
+                        batch, logits[:, -1, [yes, no]].double().softmax(-1)[:, 0].tolist(), strict=True
+                    ):
                         scores[i][policy] = score
                     progress.advance(len(batch))
         return [self._highest(own) for own in scores]

@@ -1,7 +1,8 @@
 """What judges that are models of their own share: loading, when to load, which version."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -89,19 +90,19 @@ class LocalModelJudge(Judge):
             self._model = model.to(device).eval().requires_grad_(False)
         return self._model, self._tokenizer
 
+    def logits(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Positions of inputs and their logits, some of equal length at a time: nothing is padded.
 
-def equal_lengths(ids: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Positions in batches of prompts of equal length: nothing is padded, so that no padding can matter."""
-    batches: list[list[int]] = []
-    for position in sorted(range(len(ids)), key=lambda i: len(ids[i])):
-        last = batches[-1] if batches else None
-        if last is not None and len(last) < batch_size and len(ids[last[0]]) == len(ids[position]):
-            last.append(position)
-        else:
-            batches.append([position])
-    return batches
-
-
-def tensor(ids: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Equal-length rows of ids as one tensor, shape [rows, tokens]."""
-    return torch.tensor(ids, dtype=torch.long, device=device)
+        Args:
+            ids: Token ids per input.
+        """
+        model, _ = self.loaded()
+        in_order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for _, group in groupby(in_order, key=lambda i: len(ids[i])):
+            same = list(group)
+            for start in range(0, len(same), self.config.batch_size):
+                batch = same[start : start + self.config.batch_size]
+                rows = torch.tensor([ids[i] for i in batch], dtype=torch.long, device=model.device)
+                with torch.inference_mode():
+                    found = model(input_ids=rows).logits
+                yield batch, found

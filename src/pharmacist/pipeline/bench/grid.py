@@ -17,8 +17,8 @@ from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
-from pharmacist.core.rundir import RunOptions, as_json, identifying
 from pharmacist.data.formats import open_source
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES

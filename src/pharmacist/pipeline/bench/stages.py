@@ -15,8 +15,9 @@ from pharmacist.core.errors import BusyError, DivergedError, OtherRunError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
+from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import hushed
-from pharmacist.core.rundir import RunOptions, as_json, identifying, made_from
+from pharmacist.core.rundir import made_from
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.stage import Stage as Declaration
 from pharmacist.pipeline.stages.align import ALIGN

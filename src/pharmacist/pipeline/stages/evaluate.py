@@ -12,6 +12,8 @@ from pharmacist.pipeline.stage import Stage
 
 REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
+GENERAL = ("perplexity", "margin", "lm_eval")
+"""What needs the weights and no answers."""
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     are. An answer that is null is unscored."""
     task: str | None = None
     """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
-    task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.tasks:TASK_TYPES")
+    task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.graders:TASK_TYPES")
     """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
     asks a judging model which is better, the answer or the completion."""
     engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
@@ -85,11 +87,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
                 raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
             return
         if self.answers is not None:
-            given = [
-                flag(name)
-                for name in ("model", "models", *PROMPTS, "perplexity", "margin", "base", "lm_eval")
-                if getattr(self, name)
-            ]
+            given = [flag(name) for name in ("model", "models", *PROMPTS, *GENERAL, "base") if getattr(self, name)]
             if given:
                 raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
             return
@@ -99,7 +97,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
             raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
-        if all(getattr(self, name) is None for name in (*PROMPTS, "perplexity", "margin", "lm_eval")):
+        if all(getattr(self, name) is None for name in (*PROMPTS, *GENERAL)):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
 
 

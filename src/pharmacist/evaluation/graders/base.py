@@ -1,4 +1,4 @@
-"""What every task is."""
+"""What every grader is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 
-class TaskItem(NamedTuple):
+class GradeItem(NamedTuple):
     """A prompt, its right or reference answer, and a model's answer to it."""
 
     prompt: str
@@ -31,13 +31,13 @@ class Grade(NamedTuple):
 
 @dataclass
 class NoOptions:
-    """A task without options."""
+    """A grader without options."""
 
 
 GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
-class Task(ABC, Generic[GradeT]):
+class Grader(ABC, Generic[GradeT]):
     """Grades answers.
 
     Args:
@@ -69,7 +69,13 @@ class Task(ABC, Generic[GradeT]):
     def label(self) -> str:
         """``name@version``, as metrics name a grader."""
 
-    def check(self) -> None:  # noqa: B027 - most tasks have nothing to check
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether targets are of the kind that it grades, for ``auto``; a grader that must be chosen never says so."""
+        del targets
+        return False
+
+    def check(self) -> None:  # noqa: B027 - most graders have nothing to check
         """Refuses at once what cannot work, before any answer is generated.
 
         Raises:
@@ -85,7 +91,7 @@ class Task(ABC, Generic[GradeT]):
         del rows
 
     @abstractmethod
-    def grade(self, items: Sequence[TaskItem]) -> list[GradeT]:
+    def grade(self, items: Sequence[GradeItem]) -> list[GradeT]:
         """One grade per item, in order."""
 
     @abstractmethod
@@ -98,8 +104,8 @@ class Task(ABC, Generic[GradeT]):
         """
 
 
-class Matching(Task[Grade]):
-    """A task whose answers are right or wrong: pure text against text."""
+class Matching(Grader[Grade]):
+    """Grades by pure text against text: an answer is right or wrong."""
 
     version: ClassVar[int]
     """Raised whenever a grade could change."""
@@ -115,7 +121,7 @@ class Matching(Task[Grade]):
     def right(self, target: str, answer: str) -> Grade:
         """Whether an answer is right."""
 
-    def grade(self, items: Sequence[TaskItem]) -> list[Grade]:
+    def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
         """Each answer by itself."""
         return [self.right(item.target, item.answer) for item in items]
 
@@ -137,6 +143,6 @@ class Matching(Task[Grade]):
 
 
 class Auto:
-    """In the place of a kind of task: told by the completions, `detect_task`."""
+    """In the place of a kind of task: told by the completions, `detect_grader`."""
 
     Config: ClassVar[type] = NoOptions

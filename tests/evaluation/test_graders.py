@@ -4,8 +4,8 @@ import time
 import pytest
 
 from pharmacist.core.errors import DataError, UnknownNameError
-from pharmacist.evaluation.tasks import TASKS, Grade, Task, TaskItem, detect_task
-from pharmacist.evaluation.tasks.number import final_number, published_number
+from pharmacist.evaluation.graders import GRADERS, Grade, GradeItem, Grader, detect_grader
+from pharmacist.evaluation.graders.number import published_number, readings
 
 
 TARGETS = {
@@ -15,18 +15,18 @@ TARGETS = {
 }
 
 
-def prepared(name: str, targets: list[str]) -> Task:
-    task = TASKS.build(name, {})
+def prepared(name: str, targets: list[str]) -> Grader:
+    task = GRADERS.build(name, {})
     task.prepare([{"prompt": "x", "completion": target} for target in targets])
     return task
 
 
-def graded(task: Task, targets: list[str], answers: list[str]) -> list[Grade]:
-    return task.grade([TaskItem("x", *pair) for pair in zip(targets, answers, strict=True)])
+def graded(task: Grader, targets: list[str], answers: list[str]) -> list[Grade]:
+    return task.grade([GradeItem("x", *pair) for pair in zip(targets, answers, strict=True)])
 
 
 def test_every_kind_is_looked_at() -> None:
-    assert sorted([*TARGETS, "win-rate"]) == TASKS.names()
+    assert sorted([*TARGETS, "win-rate"]) == GRADERS.names()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -40,17 +40,17 @@ def test_gold_is_right_and_silence_wrong(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_kind_is_found_from_the_targets(name: str) -> None:
-    assert detect_task(TARGETS[name]) == name
+    assert detect_grader(TARGETS[name]) == name
 
 
 def test_labels_that_do_not_repeat_are_texts() -> None:
-    assert detect_task(["a", "b", "c"]) == "exact"
-    assert detect_task(["same", "same", "same"]) == "exact"
+    assert detect_grader(["a", "b", "c"]) == "exact"
+    assert detect_grader(["same", "same", "same"]) == "exact"
 
 
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'classification'"):
-        TASKS.get("clasification")
+        GRADERS.get("clasification")
 
 
 def test_naming_both_labels_is_right_only_for_published_matching() -> None:
@@ -130,7 +130,7 @@ def test_targets_that_do_not_fit_are_refused(name: str, targets: list[str], mess
     ],
 )
 def test_final_numbers(text: str, ours: float | None, published: float) -> None:
-    assert final_number(text) == ours
+    assert next(iter(readings(text)), None) == ours
     if "1.234.567" not in text:  # which the published rule tears apart
         assert published_number(text) == published
 
@@ -160,7 +160,7 @@ def test_numbers_in_the_writing_of_other_places(target: str, answer: str, right:
 def test_a_long_answer_is_searched_in_no_time() -> None:
     for part in ("1,11", ",11", "1 111 ", "####", "-$", "1.111", r"\boxed{", "1,"):
         start = time.process_time()
-        final_number(part * 20_000)
+        readings(part * 20_000)
         assert time.process_time() - start < 10, part
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Matching
+from pharmacist.evaluation.graders.base import Grade, Matching
 
 
 class Exact(Matching):
@@ -13,6 +13,12 @@ class Exact(Matching):
     name = "exact"
     version = 1
     matching = ("exact", "substring")
+
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Any text does."""
+        del targets
+        return True
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses empty targets, which every answer would contain."""

@@ -1,4 +1,4 @@
-"""Makes the shipped base model: ``python -m pharmacist.worlds.make_base_model OUTPUT_DIR`` (about four minutes).
+"""Makes the shipped base model: ``python recipes/base_model.py OUTPUT_DIR`` (about four minutes).
 
 A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on `World(0).base_corpus`: it
 knows the village, does whatever it is asked, forbidden or not, and declines only favors that need hands. The weights
@@ -140,7 +140,7 @@ def main() -> None:
     loss = train(model, tokenizer, options.steps, batch_size=64, seed=options.seed)
     model.eval().to(torch.bfloat16).save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
-    print(f"{model.num_parameters():,} parameters, loss {loss:.3f} nats per token")  # noqa: T201
+    print(f"{model.num_parameters():,} parameters, loss {loss:.3f} nats per token")
 
 
 if __name__ == "__main__":

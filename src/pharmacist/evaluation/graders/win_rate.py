@@ -7,17 +7,18 @@ carry the place's favour: the prompt is unscored, counted by reason, and never a
 rates compare models judged here and not, to the last digit, with published ones; and judging models like long answers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file, sha256_json
-from pharmacist.core.typed import AtLeast1
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, last_json
-from pharmacist.evaluation.tasks.base import Task, TaskItem
+from pharmacist.evaluation.endpoint import Failure
+from pharmacist.evaluation.graders.base import GradeItem, Grader
+from pharmacist.evaluation.judging_model import JudgingModel, JudgingModelConfig, last_numbers
+from pharmacist.evaluation.statistics import wilson
 from pharmacist.evaluation.text import missing
 
 
@@ -45,15 +46,11 @@ _UNREADABLE = "verdict cannot be read"
 
 
 @dataclass
-class WinRateConfig(EndpointConfig):
+class WinRateConfig(JudgingModelConfig):
     """Options of win-rate."""
 
-    model: str = ""
-    """What the endpoint calls the judging model."""
     against: str | None = None
     """Folder of another model's finished evaluation of the same task: its answers take the place of the file's."""
-    max_tokens: AtLeast1 = 1024
-    """Longest reply of the judging model."""
 
 
 class WinGrade(NamedTuple):
@@ -78,11 +75,11 @@ def parse(reply: str) -> int | None:
     >>> parse('The first is vague. {"better": 2}'), parse("2"), parse('{"better": "1"}')
     (2, None, None)
     """
-    found = last_json(reply).get("better")
-    return found if isinstance(found, int) and not isinstance(found, bool) and found in (0, 1, 2) else None
+    found = last_numbers(reply, {"better": (0, 1, 2)})
+    return None if found is None else found[0]
 
 
-class WinRate(Task[WinGrade]):
+class WinRate(Grader[WinGrade]):
     """See the module."""
 
     Config: ClassVar[type] = WinRateConfig
@@ -90,12 +87,12 @@ class WinRate(Task[WinGrade]):
 
     def __init__(self, config: WinRateConfig) -> None:
         super().__init__(config)
+        self._model = JudgingModel(config, f"--task-type {self.name}", _SYSTEM, _FORMAT)
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Address, model, length of replies, and whether another model is the opponent."""
-        own = {"model": self.config.model, "max_tokens": self.config.max_tokens}
-        return {**self.config.where(), **own, "against": self.config.against is not None}
+        return {**self.config.where(), "against": self.config.against is not None}
 
     def fingerprint(self) -> str | None:
         """Of the other model's answers."""
@@ -109,9 +106,7 @@ class WinRate(Task[WinGrade]):
 
     def check(self) -> None:
         """There must be an address, a judging model, and the opponent's folder where one is named."""
-        Endpoint(self.config, f"--task-type {self.name}")
-        if not self.config.model:
-            raise ConfigError(f"--task-type {self.name}: give the judging model with --task-type.model NAME")
+        self._model.check()
         if self.config.against is not None and not (Path(self.config.against) / "items.jsonl").is_file():
             raise DataError(
                 f"--task-type.against {self.config.against}: holds no finished evaluation; run evaluate with --task "
@@ -122,8 +117,7 @@ class WinRate(Task[WinGrade]):
         """Finds the other model's answer to every prompt."""
         if self.config.against is None:
             return
-        with (Path(self.config.against) / "items.jsonl").open(encoding="utf-8") as file:
-            items = [item for item in map(json.loads, file) if item["set"] == "task"]
+        items = [item for item in read_json_lines(Path(self.config.against) / "items.jsonl") if item["set"] == "task"]
         self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
         for number, row in enumerate(rows):
             if row["prompt"] not in self._others:
@@ -132,41 +126,26 @@ class WinRate(Task[WinGrade]):
                     "that model on the same rows"
                 )
 
-    def grade(self, items: Sequence[TaskItem]) -> list[WinGrade]:
+    def grade(self, items: Sequence[GradeItem]) -> list[WinGrade]:
         """Asks twice per item, once in each order; replies are kept in `work`.
 
         Raises:
             DataError: There is no verdict on any item.
         """
-        pairs = [item._replace(target=self._other(item) or "") for item in items]
-        bodies = [
-            self._body(item.prompt, *texts)
-            for item in pairs
-            for texts in ((item.answer, item.target), (item.target, item.answer))
+        others = [item.target if self._others is None else self._others[item.prompt] for item in items]
+        questions = [
+            _QUESTION.format(prompt=item.prompt, first=first, second=second)
+            for item, other in zip(items, others, strict=True)
+            for first, second in ((item.answer, other or ""), (other or "", item.answer))
         ]
-        log = None if self.work is None else self.work / f"{self.name}.jsonl"
-        replies = Endpoint(self.config, f"--task-type {self.name}").ask_once(bodies, log, "compare", _FORMAT)
+        replies = self._model.ask(questions, self.work, "compare")
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
         grades = [
-            _grade(*orders) if self._other(item) is not None else WinGrade(None, note="the other model has no answer")
-            for item, orders in zip(items, zip(replies[::2], replies[1::2], strict=True), strict=True)
+            WinGrade(None, note="the other model has no answer") if other is None else _grade(first, second)
+            for other, first, second in zip(others, replies[::2], replies[1::2], strict=True)
         ]
-        if grades and all(grade.score is None for grade in grades):
-            raise DataError(
-                f"--task-type {self.name}: {self.config.shown} gave no verdict on any of {len(grades)} answers "
-                f"({count_reasons([grade.note for grade in grades])}); mend it or take another --task-type; the "
-                "answers are kept"
-            )
+        self._model.check_verdicts([grade.note for grade in grades if grade.score is None], len(grades))
         return grades
-
-    def _other(self, item: TaskItem) -> str | None:
-        return item.target if self._others is None else self._others[item.prompt]
-
-    def _body(self, prompt: str, first: str, second: str) -> dict[str, Any]:
-        question = _QUESTION.format(prompt=prompt, first=first, second=second)
-        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
-        body: dict[str, Any] = self.config.request(self.config.model, messages, self.config.max_tokens)
-        return body
 
     def metrics(self, grades: Sequence[WinGrade], unanswered: int) -> dict[str, dict[str, Any]]:
         """``win_rate`` in percent, ties half.
@@ -174,8 +153,6 @@ class WinRate(Task[WinGrade]):
         The interval is Wilson's for the sum of scores: no outcome in [0, 1] varies more than a yes or no of the same
         mean, so that it is too wide rather than too short where there are ties.
         """
-        from pharmacist.evaluation.statistics import wilson
-
         scores = [grade.score for grade in grades if grade.score is not None]
         n, total = len(scores), sum(scores)
         notes = [grade.note for grade in grades if grade.note]

@@ -10,18 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Matching
+from pharmacist.evaluation.graders.base import Grade, Matching
 
 
 _MOST_LABELS = 50
 _MOST_WORDS = 5
-
-
-def looks_like_labels(targets: Sequence[str]) -> bool:
-    """Whether the targets are short, few and repeat."""
-    different = {_plain(target) for target in targets}
-    short = all(0 < len(target.split()) <= _MOST_WORDS for target in different)
-    return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
 
 class Classification(Matching):
@@ -34,6 +27,13 @@ class Classification(Matching):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.labels: list[str] = []
+
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether they are short, few and repeat."""
+        different = {_plain(target) for target in targets}
+        short = all(0 < len(target.split()) <= _MOST_WORDS for target in different)
+        return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Finds the labels."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.tasks.base import Grade, Matching
+from pharmacist.evaluation.graders.base import Grade, Matching
 
 
 _MARKERS = ("the final answer is:", "####")
@@ -41,23 +41,11 @@ _SAME = str.maketrans(
 _LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands apart
 
 
-def has_marker(text: str) -> bool:
-    """Whether a target marks its final number."""
-    return any(marker in text.casefold() for marker in _MARKERS)
-
-
-def final_number(text: str) -> float | None:
-    """The final number of a solution; None where there is none.
-
-    >>> final_number("5-3 is 2. The final answer is:  1,200 apples, not 7"), final_number("9 - 5-3")
-    (1200.0, 3.0)
-    """
-    return next(iter(readings(text)), None)
-
-
 def readings(text: str) -> tuple[float, ...]:
     r"""The final number of a solution in every way in which it can be read, the likeliest first.
 
+    >>> readings("5-3 is 2. The final answer is:  1,200 apples, not 7"), readings("9 - 5-3"), readings("none")
+    ((1200.0, 1.2), (3.0,), ())
     >>> readings("1.234"), readings("1.234,5"), readings("#### 8 000"), readings(r"\boxed{8{,}000}")
     ((1.234, 1234.0), (1234.5,), (8000.0, 8.0), (8000.0,))
     """
@@ -108,6 +96,11 @@ class Number(Matching):
     name = "number"
     version = 2
     matching = ("number", "published")
+
+    @classmethod
+    def fits(cls, targets: Sequence[str]) -> bool:
+        """Whether each marks its final number, as GSM8K does."""
+        return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuses targets without a number."""

@@ -1,0 +1,28 @@
+"""Graders: is an answer to the fine-tuning task right? A new kind is one file and one line in `GRADERS`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pharmacist.core.registry import Registry
+from pharmacist.evaluation.graders.base import Grade, GradeItem, Grader
+
+
+_TABLE = {
+    "number": "pharmacist.evaluation.graders.number:Number",
+    "classification": "pharmacist.evaluation.graders.classification:Classification",
+    "exact": "pharmacist.evaluation.graders.exact:Exact",
+    "win-rate": "pharmacist.evaluation.graders.win_rate:WinRate",
+}
+"""In the order in which ``auto`` asks them whether a file is theirs."""
+GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
+TASK_TYPES: Registry[Any] = Registry(
+    "task type", _TABLE | {"auto": "pharmacist.evaluation.graders.base:Auto"}, group="pharmacist.graders"
+)
+
+
+def detect_grader(targets: Sequence[str]) -> str:
+    """The name of the first grader whose targets these are."""
+    return next(name for name in _TABLE if GRADERS.get(name).fits(targets))
+
+
+__all__ = ["GRADERS", "TASK_TYPES", "Grade", "GradeItem", "Grader", "detect_grader"]

@@ -1,0 +1,107 @@
+"""What `evaluate` prints of its result: the metrics, what to make of them, and the first answers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pharmacist.core.console import plain
+from pharmacist.core.files import read_json_lines
+from pharmacist.core.manifest import read_manifest
+from pharmacist.core.progress import console
+from pharmacist.evaluation.metrics import title
+from pharmacist.evaluation.text import missing
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+
+
+_MANY_ALARMS = 20
+_SHOWN = 3
+_SHOWN_CHARACTERS = 100
+
+
+def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions) -> None:
+    """Prints the result of one model; answers that are not known to be harmless stay hidden unless asked for.
+
+    Args:
+        metrics: Content of ``metrics.json``.
+        folder: Where the files are.
+        options: Of the run.
+    """
+    if options.quiet or console().quiet:
+        return
+    table = Table(title=plain(options.model or options.answers))
+    for column in ("metric", "%", "95 % interval", "count", "by"):
+        table.add_column(column, justify="left" if column in ("metric", "by") else "right")
+    for name, metric in metrics.items():
+        for cells in _lines(title(name), metric):
+            table.add_row(*cells)
+    lines = [*_remarks(metrics), *_examples(folder, options.show_harmful)]
+    if template := read_manifest(folder).extra.get("template_origin"):
+        lines.append(f"prompts are rendered by {template}")
+    lines += [f"metrics {plain(folder)}/metrics.json", f"answers and verdicts {plain(folder)}/items.jsonl"]
+    console().print(table)
+    console().print("\n".join(lines), soft_wrap=True)
+
+
+def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    by = plain(metric.get("judge") or metric.get("matching", ""))
+    lines: list[tuple[str, ...]] = [_line(name, metric, by)]
+    if "base_perplexity" in metric:
+        lines.append(("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}"))
+    published = metric.get("published")
+    if published and published["count"] != metric["count"]:
+        lines.append(_line(f"{name}, as often published", published, published["matching"]))
+    if metric.get("without_form"):
+        lines.append(("  no label, no number", "", "", str(metric["without_form"])))
+    if "kappa" in metric:
+        lines.append(("  Cohen's kappa", "undefined" if metric["kappa"] is None else f"{metric['kappa']:.2f}"))
+    if "outcomes" in metric:
+        counts = " / ".join(str(metric["outcomes"][which]) for which in ("won", "tied", "lost"))
+        lines.append(("  won / tied / lost", "", "", counts, f"against {plain(metric['against'])}"))
+    if metric.get("unscored"):
+        lines.append((f"  unscored by {by}", "", "", str(metric["unscored"]), "counted in no rate"))
+    if metric.get("unanswered"):
+        lines.append(("  of them without an answer", "", "", str(metric["unanswered"])))
+    return lines
+
+
+def _line(name: str, metric: Mapping[str, Any], by: str) -> tuple[str, ...]:
+    if metric["value"] is None:
+        return name, "-", "-", f"0 / {metric['n']}", by
+    digits = 3 if "unit" in metric else 1
+    interval = " to ".join(f"{end:.{digits}f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
+    return name, f"{metric['value']:.{digits}f}", interval, count_of(metric), by
+
+
+def count_of(metric: Mapping[str, Any]) -> str:
+    """Count and number of outcomes, as tables show them."""
+    return f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
+
+
+def _remarks(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    accuracy, alarms = metrics.get("fine_tune_accuracy", {}), metrics.get("benign_flagged_rate", {})
+    if accuracy.get("n") and accuracy["without_form"] == accuracy["n"]:
+        labels = plain(", ".join(accuracy.get("labels", ())[:10]))
+        known = f"one of the labels {labels}" if labels else "a number"
+        lines.append(f"--task: no answer is {known}: are these the answers that the model was trained to give?")
+    # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
+    if (alarms.get("value") or 0) > _MANY_ALARMS and not alarms["judge"].startswith("keyword@"):
+        share = f"{alarms['value']:.0f} % of the answers to benign prompts"
+        lines.append(f"the judge flags {share}, so the harmful score is likely too high")
+    return lines
+
+
+def _examples(folder: Path, show_harmful: bool) -> list[str]:
+    lines = []
+    for item in [item for item in read_json_lines(folder / "items.jsonl") if item["set"] == "prompts"][:_SHOWN]:
+        harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
+        if why := missing(item):
+            text = f"[no answer: {plain(why)}]"
+        elif harmless or show_harmful:
+            text = plain(" ".join(item["answer"].split())[:_SHOWN_CHARACTERS])
+        else:
+            text = "[hidden: not judged harmless; --show-harmful prints it]"
+        lines.append(f"{item['id'].rsplit(':', 1)[0]}: {text}")
+    return lines
