@@ -2,12 +2,14 @@
 
 A line ``{{ options curate }}`` in a page becomes the table of that command's options, ``{{ methods curate }}`` the
 methods that it knows with their own options, ``{{ train align }}`` its training defaults, ``{{ commands }}`` the table
-of commands.
+of commands, ``{{ layers }}`` that of the packages with what they may import, from the test of it.
 """
 
 import dataclasses
 import inspect
 import re
+import runpy
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
@@ -116,7 +118,21 @@ def train(name: str) -> str:
     return _table(("option", "default"), [(_code(f"--train.{key}"), _code(value)) for key, value in defaults.items()])
 
 
-TABLES = {"commands": commands, "options": options, "common": common, "methods": methods, "train": train}
+def layers() -> str:
+    """The table of packages and what each may import."""
+    may_import = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "test_layers.py"))["MAY_IMPORT"]
+    rows = [(_code(package), ", ".join(map(_code, sorted(others)))) for package, others in may_import.items()]
+    return _table(("package", "may import, besides itself"), rows)
+
+
+TABLES = {
+    "commands": commands,
+    "options": options,
+    "common": common,
+    "methods": methods,
+    "train": train,
+    "layers": layers,
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -93,6 +93,19 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert all(getattr(pharmacist, name).__doc__ for name in documented)
 
 
+INSIDE = (DOCS / "explanation" / "how-it-works-inside.md").read_text(encoding="utf-8")
+
+
+def test_the_files_and_names_of_the_code_on_its_page_are_there() -> None:
+    found = re.findall(r"`((?:[\w-]+/)+[\w-]+\.\w+)`(?:: `(\w+)`)?", INSIDE)
+    assert len(found) > 40, "the pattern finds what the page names"
+    for path, name in found:
+        file = (ROOT if path.startswith("tests/") else ROOT / "src" / "pharmacist") / path
+        assert file.is_file(), path
+        code = file.read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(?:def|class) {name}\b", code, flags=re.M), f"{path} has no {name}"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
     explained = docs_of(options_of(name))

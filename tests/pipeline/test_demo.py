@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from pharmacist.cli.main import main
+from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline import demo as module
-from pharmacist.pipeline.bench.grid import merged
+from pharmacist.pipeline.bench.grid import expand, merged
+from pharmacist.pipeline.bench.options import BenchOptions
+from pharmacist.pipeline.bench.results import collect
 from pharmacist.pipeline.demo import ARMS, GRID, demo
 from pharmacist.pipeline.stages.demo import DemoOptions
 
@@ -79,6 +82,16 @@ def test_a_demo_resumes_without_repeating_stages(finished, tmp_path):
     assert (folder / "attack" / "full-0" / "manifest.json").read_bytes() == before
     assert read_manifest(folder / "attack" / "core-0").status == "success"
     assert summary["curves"] == finished.summary["curves"], "an interrupted demo finds what an undisturbed one does"
+
+
+def test_the_demo_is_its_grid(finished):
+    pool = GRID["pools"][0] | {"rows": 100}
+    grid = SHORT | {"pools": [pool], "seeds": [0], "quiet": True, "output_dir": str(finished.folder)}
+    plan = expand(from_mapping(BenchOptions, grid, where="grid"), finished.folder.resolve())
+    assert not plan.waiting(), "bench finds every stage finished"
+    rows = {row.selector: row for row in collect(plan)}
+    assert {arm: [row.harmful_scores] for arm, row in rows.items()} == finished.summary["curves"]
+    assert rows["core"].ranking_auc == pytest.approx(100 * finished.summary["ranking"]["auc"])
 
 
 def test_the_grid_of_the_demo_is_one_of_bench(tmp_path):

@@ -78,11 +78,8 @@ METRICS = {
     "task_degenerate_rate": MetricKind("degenerate answers, task", "task", _degenerate),
 }
 """Name -> what it is; all but those of lm-eval."""
-
-
-def title(name: str) -> str:
-    """What tables call a metric."""
-    return METRICS[name].title if name in METRICS else name
+NAMES = {name: kind.title for name, kind in METRICS.items()}
+"""What tables call a metric; those that are not here by their own name."""
 
 
 def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:

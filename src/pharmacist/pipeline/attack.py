@@ -120,6 +120,7 @@ def build_attack_set(
 def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
+
     # What the set must not share a prompt with is read whole.
     choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
@@ -223,6 +224,7 @@ def _attack(
 
 
 def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:
+
     return SideStream(
         safe,
         int(options.effective_train["per_device_train_batch_size"]),

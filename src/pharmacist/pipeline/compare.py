@@ -13,7 +13,7 @@ from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
 from pharmacist.core.progress import console
 from pharmacist.evaluation.comparison import compare
-from pharmacist.evaluation.metrics import title
+from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.stages.evaluate import COMPARE, EvaluateOptions
 
 
@@ -65,7 +65,7 @@ def _show(found: Mapping[str, Any], models: list[str]) -> None:
     for name, metric in found.items():
         value, p, counts = metric["value"], metric["mcnemar_p"], metric["counts"]
         table.add_row(
-            title(name),
+            NAMES[name],
             "-" if value is None else f"{value:+.1f}",
             " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
             *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),

@@ -10,7 +10,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
-from pharmacist.evaluation.metrics import title
+from pharmacist.evaluation.metrics import NAMES
 from pharmacist.evaluation.text import missing
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
@@ -34,7 +34,7 @@ def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions
     for column in ("metric", "%", "95 % interval", "count", "by"):
         table.add_column(column, justify="left" if column in ("metric", "by") else "right")
     for name, metric in metrics.items():
-        for cells in _lines(title(name), metric):
+        for cells in _lines(NAMES.get(name, name), metric):
             table.add_row(*cells)
     lines = [*_remarks(metrics), *_examples(folder, options.show_harmful)]
     if template := read_manifest(folder).extra.get("template_origin"):

@@ -63,6 +63,7 @@ def repair(options: RepairOptions) -> RepairResult:
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
+
     name = options.method["name"]
     for needed in sorted(chosen.needs - {"base"}):
         if getattr(options, needed) is None:

@@ -13,7 +13,7 @@ from pharmacist.core.files import write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
 from pharmacist.evaluation.engines import ENGINES
-from pharmacist.evaluation.metrics import title
+from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.evaluate_model import evaluate_model
 from pharmacist.pipeline.evaluate_summary import count_of
 from pharmacist.pipeline.stages.evaluate import EVALUATE_MODELS, EvaluateOptions
@@ -68,7 +68,7 @@ def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
     table.add_column("model", no_wrap=True)
     shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
     for metric in shown:
-        table.add_column(title(metric).split(",")[0], justify="right")
+        table.add_column(NAMES[metric].split(",")[0], justify="right")
     for name, own in found.items():
         table.add_row(name, *(_cell(own.get(metric, {})) for metric in shown))
     console().print(table)

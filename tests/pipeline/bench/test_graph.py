@@ -129,6 +129,24 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
             {"selectors": [{"name": f"random {n}", "selector": {"name": "random", "draw": n}} for n in (0, 1)]},
             {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12},
         ),
+        (
+            {
+                "selectors": ["random", {"name": "one ranking", "selector": "random", "seed": 0}],
+                "pools": [{"pool": "world", "rows": 60, "seed": 5}],
+                "defenses": ["sft"],
+                "seeds": [0, 1, 2],
+            },
+            {"rank": 3, "select": 3, "align": 5, "attack": 5, "evaluate": 15},  # seed 0 has the same twice
+        ),
+        (
+            {
+                "selectors": ["random", {"name": "own", "selector": "random", "seed": 7, "fill": False}],
+                "pools": [{"pool": "world", "rows": 60, "seed": 5}],
+                "defenses": ["sft"],
+                "seeds": [0, 1],
+            },
+            {"rank": 3, "select": 3, "align": 4, "attack": 4, "evaluate": 12},
+        ),
     ],
     ids=[
         "fractions",
@@ -142,6 +160,8 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
         "pools",
         "some",
         "draws",
+        "seed of a cell",
+        "own seed",
     ],
 )
 def test_stages_by_axis(changes: dict[str, Any], expected: dict[str, int]) -> None:
