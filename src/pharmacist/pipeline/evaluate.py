@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from pharmacist.core.files import read_json_lines
-from pharmacist.evaluation.metrics import title
+from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
 
@@ -49,7 +49,7 @@ class EvaluateResult:
 
     def _repr_html_(self) -> str:
         table = self.to_pandas()
-        table["metric"] = table["metric"].map(title)
+        table["metric"] = table["metric"].map(lambda name: NAMES.get(name, name))
         shown: str = table.to_html(index=False, float_format="{:.1f}".format, na_rep="")
         return shown
 
