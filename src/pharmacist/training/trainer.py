@@ -95,7 +95,8 @@ class StrategyMixin:
         trainer: Any = self
         self.strategy, self.found = strategy, dict[str, Any]()
         self.strategy_seed = trainer.args.seed if strategy_seed is None else strategy_seed
-        self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
+        given = streams or {}
+        self.streams = {name: self._stream(name, given[name]) for name in given}
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
         self._tokens: torch.Tensor | None = None  # of the update, padding not counted
