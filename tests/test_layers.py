@@ -1,7 +1,8 @@
-"""Which package may import which: data flows one way, and what is light stays light."""
+"""Which package may import which: data flows one way, no two modules know each other, what is light stays light."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,43 @@ def test_what_the_rules_allow() -> None:
     assert not broken_rules("pipeline/stages/align.py", lazy)
     assert not broken_rules("pipeline/align.py", "import numpy")
     assert not broken_rules("defenses", "from pharmacist.training.strategy import GradientStrategy\nimport torch")
+
+
+def imported_modules(name: str, source: str, modules: Mapping[str, str]) -> set[str]:
+    """Modules of ours that a module imports anywhere: at its top, in functions, and for type checkers."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for target in names:
+            while target and target not in modules:
+                target = target.rpartition(".")[0]
+            found |= {target} - {name, "", "pharmacist"}  # the package itself only gives names on
+    return found
+
+
+def circle(modules: Mapping[str, str]) -> list[str]:
+    """Modules that import each other, one after the other; none where there are none such."""
+    try:
+        TopologicalSorter({name: imported_modules(name, text, modules) for name, text in modules.items()}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    paths = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path.read_text(encoding="utf-8") for name, path in paths.items()}
+    assert len(modules) > 100 and circle(modules) == []
+
+
+def test_a_circle_is_found_wherever_the_import_stands() -> None:
+    modules = {
+        "a": "from b import x",
+        "b": "def f():\n    import a.c",
+        "a.c": "if TYPE_CHECKING:\n    from a import y",
+        "d": "import a",
+    }
+    assert set(circle(modules)) == {"a", "b", "a.c"}
+    assert circle(modules | {"a.c": "import json"}) == []

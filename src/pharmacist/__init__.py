@@ -1,6 +1,7 @@
 """Pharmacist: rank a safety-alignment dataset, keep the core subset, align on it, prove that it holds.
 
-The names below are imported on first use, so that ``import pharmacist`` stays cheap.
+The names below are imported on first use, so that ``import pharmacist`` stays cheap; so are all methods, by the names
+of their classes, such as ``pharmacist.Vaccine``, ``pharmacist.ProbeJudge`` or ``pharmacist.PharmacistSelector``.
 """
 
 from importlib import import_module
@@ -9,12 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from pharmacist.pipeline.align import align
-    from pharmacist.pipeline.attack import attack
-    from pharmacist.pipeline.curate import curate, rank
-    from pharmacist.pipeline.evaluate import evaluate
+    from pharmacist.api import align, attack, evaluate, rank, repair, tokenize
+    from pharmacist.pipeline.curate import curate
     from pharmacist.pipeline.ranking import Ranking
-    from pharmacist.pipeline.repair import repair
     from pharmacist.pipeline.stages.align import AlignOptions
     from pharmacist.pipeline.stages.attack import AttackOptions
     from pharmacist.pipeline.stages.curate import CurateOptions
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.stages.repair import RepairOptions
     from pharmacist.pipeline.stages.sweep import SweepOptions
     from pharmacist.pipeline.sweep import sweep
+    from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
 __version__ = version("pharmacist")
 
@@ -32,6 +31,8 @@ __all__ = [
     "EvaluateOptions",
     "Ranking",
     "RepairOptions",
+    "StrategyMixin",
+    "StrategyTrainer",
     "SweepOptions",
     "__version__",
     "align",
@@ -41,14 +42,46 @@ __all__ = [
     "rank",
     "repair",
     "sweep",
+    "tokenize",
 ]
+
+_PLACES = {
+    "Ranking": "pipeline.ranking",
+    "StrategyMixin": "training.trainer",
+    "StrategyTrainer": "training.trainer",
+    **dict.fromkeys(("align", "attack", "evaluate", "rank", "repair", "tokenize"), "api"),
+}
+"""Where names are that no command declares."""
+_REGISTRIES = {
+    "selectors": "SELECTORS",
+    "defenses": "DEFENSES",
+    "attacks": "ATTACKS",
+    "repairs": "REPAIRS",
+    "evaluation.judges": "JUDGES",
+    "evaluation.graders": "GRADERS",
+    "evaluation.engines": "ENGINES",
+}
+
+
+def _methods() -> dict[str, str]:
+    """Class name of every method -> ``"module:Class"``."""
+    found: dict[str, str] = {}
+    for package, registry in _REGISTRIES.items():
+        found |= getattr(import_module(f"pharmacist.{package}"), registry).classes()
+    return found
 
 
 def __getattr__(name: str) -> Any:
-    if name in (others := {"Ranking": "ranking", "rank": "curate"}):
-        return getattr(import_module(f"pharmacist.pipeline.{others[name]}"), name)
+    if name in _PLACES:
+        return getattr(import_module(f"pharmacist.{_PLACES[name]}"), name)
     if name in __all__:
         commands = import_module("pharmacist.pipeline.commands").COMMANDS
         stage = commands[name.removesuffix("Options").lower()]
         return stage.options if name.endswith("Options") else stage.function
+    if name[:1].isupper() and (place := _methods().get(name)):
+        return getattr(import_module(place.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_methods()])

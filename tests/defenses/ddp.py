@@ -34,8 +34,7 @@ def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
                     if "lora_B" in key:  # which are 0, so that those before them would have no gradient
                         weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
             strategy = sft() if name == "sft" else build(name)
-            strategy.setup(own.model, 5)
-            trainer(own, strategy, watch, streams=streams(own, batch)).train()
+            trainer(own, strategy, watch, streams=streams(own, batch), strategy_seed=5).train()
             for step, grads in enumerate(watch.grads):
                 found |= {f"{name}.{accumulation}.{step}.{key}": grad for key, grad in grads.items()}
     return found

@@ -51,11 +51,10 @@ def gradients(model: Path, output: Path, size: int, accumulation: int) -> dict[s
                 if "lora_B" in key:  # which are 0, so that those before them would have no gradient
                     weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
         strategy = sft() if name == "sft" else build(name.split()[0], config)
-        strategy.setup(own.model, 5)
         loaded, watch = own.loaded, Watch()
         safe = encode(rows(9, seed=5), loaded.tokenizer, loaded.template, max_length=64)
         streams = {"safe": SideStream(safe, batch, seed=1, pad_token_id=loaded.tokenizer.pad_token_id)}
-        trainer(own, strategy, watch, streams=streams).train()
+        trainer(own, strategy, watch, streams=streams, strategy_seed=5).train()
         if name in FISHER:
             found |= {f"{name}.{key}": value for key, value in strategy.fisher.items()}
             continue

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions, adapter_shape
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import row_losses
 from tests.tiny import TinyDecoder, random_token_rows, save_tiny_model
@@ -245,7 +245,8 @@ def test_a_saved_adapter_is_a_peft_folder(tmp_path):
         found = model(input_ids=torch.arange(1, 12)[None]).logits
     assert torch.equal(found, logits(bank, "safe"))
     assert not torch.equal(found, logits(bank, None))
-    assert (adapter_shape(tmp_path / "adapter").r, adapter_shape(tmp_path / "adapter").alpha) == (3, 5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 5)
     other = make_bank(model=load(), r=3, alpha=5, seed=9)
     other.load("read", tmp_path / "adapter")
     assert same(other.state("read"), bank.state("safe"))

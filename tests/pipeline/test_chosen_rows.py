@@ -117,7 +117,7 @@ def test_rows_that_the_chat_template_refuses_in_curate(tmp_path: Path, capsys: p
             tmp_path / "pool.jsonl", [row | {"kind": "a" if i < 6 else "b"} for i, row in enumerate(rows)]
         )
     }
-    words = ["--selector", "loss-low", "--top", "0.5", "--balance", "kind"]
+    words = ["--selector", "perplexity", "--top", "0.5", "--balance", "kind"]
     model = str(save_tiny_model(tmp_path / "model"))
     capsys.readouterr()  # what transformers says
     assert main(curate_words(pool, tmp_path / "out", *words, model=model)) == 2

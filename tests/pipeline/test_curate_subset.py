@@ -91,7 +91,7 @@ def test_diversity_after_any_ranking(files, model, tmp_path, diversity):
 
 def test_diversity_in_python(files, model):
     rows = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
-    ranking = ph.rank(rows, selector="length+loss-low", model=model, diversity="k-center", top_k=10)
+    ranking = ph.rank(rows, selector="length+perplexity", model=model, diversity="k-center", top_k=10)
     some = ranking.select(k=10, diversity="facility-location", diversity_margin=2.0)
     assert len(some) == 10 and some.column_names == ["prompt", "completion", "category", "number"]
     with pytest.raises(ConfigError, match="diversity k-center: rank the pool with it first"):
@@ -108,7 +108,7 @@ def test_diversity_in_python(files, model):
         ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
         ("--selector length --balance-share 0", "--balance-share 0: must lie in (0, 1]"),
         ("--selector length --diversity-margin 0.5", "--diversity-margin 0.5: must be at least 1"),
-        ("--selector loss-low", "'loss-low' reads the pool with a model; give --model"),
+        ("--selector perplexity", "'perplexity' reads the pool with a model; give --model"),
         ("--selector k-center", "'k-center' compares rows by a model; give --model, or --embedder"),
         ("--selector embedding --model MODEL", "needs safe references; give --safe FILE"),
         ("--selector dsir --safe FEW", "--safe: 5 rows are left, at least 8 are needed"),

@@ -36,7 +36,7 @@ TRAIN = "--train.max_steps 2 --train.warmup_steps 0 --train.per_device_train_bat
 CASES = {
     "curate": Case(
         {"--pool": "rows", "--model": "model", "--safe": "safe", "--harmful": "harmful"},
-        "--selector loss-low --top-k 3".split(),
+        "--selector perplexity --top-k 3".split(),
         "scores.parquet",
     ),
     "align": Case({"--data": "rows", "--model": "model"}, TRAIN, "log.jsonl", "adapter/adapter_model.safetensors"),

@@ -25,7 +25,7 @@ QUICK = {
     "corruptions_per_row": 1,
 }
 """Small values of options that selectors may have."""
-EVERY = pytest.mark.parametrize("name", [*SELECTORS.names(), "loss-low+dsir"])
+EVERY = pytest.mark.parametrize("name", [*SELECTORS.names(), "perplexity+dsir"])
 POOL = village.pool(24)
 
 

@@ -55,7 +55,7 @@ def test_kept_rows_come_first_and_both_halves_in_the_scorers_order(tmp_path):
     assert (found.reason[near] == TOO_NEAR).any() and (found.reason[~near] != TOO_NEAR).all()
 
 
-@pytest.mark.parametrize("scorer", ["length", "loss-high", "loss-high+length"])
+@pytest.mark.parametrize("scorer", ["length", "perplexity", "perplexity+length"])
 def test_a_threshold_of_one_leaves_the_scorers_order(tmp_path, scorer):
     plain = ranked(tmp_path / "a", {"name": scorer}, POOL).score
     found = ranked(tmp_path / "b", {"name": "deita", "scorer": scorer, "threshold": 1.0}, POOL)

@@ -1,6 +1,6 @@
 """Several selectors as one: closed form of the mean of places, what makes no sense, options of the parts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from pharmacist.core.errors import ConfigError, UnknownNameError
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import RANKED, SelectionContext
+from pharmacist.selectors.length import LengthSelector
 from pharmacist.selectors.mix import share_of_rows_behind
 from tests.selectors import village
 from tests.selectors.peers import ranked
@@ -24,20 +25,32 @@ def test_places_by_hand():
 
 
 def test_the_score_is_the_mean_of_the_places(tmp_path):
-    parts = [ranked(tmp_path / name, {"name": name}, POOL).score for name in ("loss-low", "length", "ifd")]
-    mixed = ranked(tmp_path / "mix", {"name": "loss-low+length+ifd"}, POOL)
+    parts = [ranked(tmp_path / name, {"name": name}, POOL).score for name in ("perplexity", "length", "ifd")]
+    mixed = ranked(tmp_path / "mix", {"name": "perplexity+length+ifd"}, POOL)
     expected = np.mean([share_of_rows_behind(score) for score in parts], axis=0)
     np.testing.assert_allclose(mixed.score, expected, atol=1e-15)
-    assert np.array_equal(mixed.signals["loss_low_place"], share_of_rows_behind(parts[0]))
-    assert np.array_equal(mixed.signals["loss_low_loss"], -parts[0])
-    assert len(set(mixed.signals)) == len(mixed.signals) and set(mixed.report) == {"loss-low", "length", "ifd"}
+    assert np.array_equal(mixed.signals["perplexity_place"], share_of_rows_behind(parts[0]))
+    assert np.array_equal(mixed.signals["length_characters"], parts[1])
+    assert len(set(mixed.signals)) == len(mixed.signals) and set(mixed.report) == {"perplexity", "length", "ifd"}
 
 
-def test_a_scale_does_not_count_and_a_selector_against_itself_cancels(tmp_path):
-    mixed = ranked(tmp_path / "a", {"name": "loss-low+loss-high"}, POOL)
+class Shortest(LengthSelector):
+    """The other way round and on another scale."""
+
+    name = "shortest"
+
+    def rank(self, context):
+        """Minus a root of the characters."""
+        found = super().rank(context)
+        return replace(found, score=-np.sqrt(found.score))
+
+
+def test_a_scale_does_not_count_and_a_selector_against_itself_cancels(tmp_path, monkeypatch):
+    monkeypatch.setitem(SELECTORS._table, "shortest", f"{__name__}:Shortest")
+    mixed = ranked(tmp_path / "a", {"name": "length+shortest"}, POOL)
     np.testing.assert_allclose(mixed.score, 0.5, atol=1e-15)
-    one = ranked(tmp_path / "b", {"name": "loss-low"}, POOL).score
-    both = ranked(tmp_path / "c", {"name": "loss-low+perplexity", "perplexity": {"keep": "low"}}, POOL).score
+    one = ranked(tmp_path / "b", {"name": "shortest"}, POOL).score
+    both = ranked(tmp_path / "c", {"name": "shortest+length", "length": {"keep": "shortest"}}, POOL).score
     assert spearmanr(one, both)[0] == pytest.approx(1), "the same order on another scale"
 
 
@@ -60,11 +73,11 @@ def test_a_part_does_not_see_the_adapters_of_another(model, tmp_path, monkeypatc
         finally:
             work.run.close()
 
-    mixed = {"name": "pharmacist+loss-low", "pharmacist": trained}
-    alone = losses("a", {"name": "loss-low"})["loss"]
-    assert np.array_equal(losses("b", mixed)["loss_low_loss"], alone)
+    mixed = {"name": "pharmacist+perplexity", "pharmacist": trained}
+    alone = losses("a", {"name": "perplexity"})["perplexity"]
+    assert np.array_equal(losses("b", mixed)["perplexity_perplexity"], alone)
     monkeypatch.setattr(SelectionContext, "forget_changed_model", lambda _: None)
-    assert not np.array_equal(losses("c", mixed)["loss_low_loss"], alone), "else this proves nothing"
+    assert not np.array_equal(losses("c", mixed)["perplexity_perplexity"], alone), "else this proves nothing"
 
 
 @pytest.mark.parametrize(
@@ -94,13 +107,13 @@ def test_options_of_the_parts():
         SELECTORS.build_from({"name": "dsir+length", "buckets": 7})
 
 
-@pytest.mark.parametrize("name", ["length+k-center", "facility-location+loss-low", "deita", "length+deita"])
+@pytest.mark.parametrize("name", ["length+k-center", "facility-location+perplexity", "deita", "length+deita"])
 def test_what_a_part_cannot_hold_is_said_before_another_part_works(tmp_path, name):
     selector = SELECTORS.build_from({"name": name})
     selector.check_room(100, tmp_path)
     with pytest.raises(ConfigError, match="comparing 10{12} rows"):
         selector.check_room(10**12, tmp_path)
-    SELECTORS.build_from({"name": "length+loss-low"}).check_room(10**12, tmp_path)  # these take any
+    SELECTORS.build_from({"name": "length+perplexity"}).check_room(10**12, tmp_path)  # these take any
 
 
 def test_the_scorer_of_deita_is_asked_too(tmp_path, monkeypatch):

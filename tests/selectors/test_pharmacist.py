@@ -15,7 +15,7 @@ from pharmacist.selectors.base import CRITICAL, Scores
 from pharmacist.selectors.options import READERS, PharmacistConfig
 from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
-from pharmacist.selectors.pharmacist.selector import Pharmacist, _Ranking
+from pharmacist.selectors.pharmacist.selector import PharmacistSelector, _Ranking
 from pharmacist.selectors.pharmacist.twins import Twins
 from pharmacist.selectors.pharmacist.verdict import both
 from tests.selectors import village
@@ -39,7 +39,7 @@ def ranked(root: Path, model: Path | None, pool=None, refs=None, context: dict[s
     """Ranks; returns the selector and its verdict."""
     work = village.context(root, model, pool, refs, **(context or {}))
     try:
-        selector = Pharmacist(PharmacistConfig(**(FAST | options)))
+        selector = PharmacistSelector(PharmacistConfig(**(FAST | options)))
         return selector, selector.rank(work)
     finally:
         work.run.close()
@@ -465,7 +465,7 @@ def test_what_a_selector_must_be_given(model, tmp_path):
         with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
             scores(tmp_path / form, None, refs={"safe": refs["safe"]}, form=form)
         with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
-            Pharmacist(PharmacistConfig(form=form)).notice({"safe"})
+            PharmacistSelector(PharmacistConfig(form=form)).notice({"safe"})
 
 
 @pytest.mark.parametrize(

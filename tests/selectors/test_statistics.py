@@ -38,20 +38,12 @@ def test_length_counts_characters(tmp_path):
     assert shortest.score.tolist() == [-3, -2, -8] and set(shortest.reason) == {RANKED}
 
 
-def test_losses_are_those_of_a_loop_over_rows_and_tokens(tmp_path):
-    low, high = (ranked(tmp_path / name, {"name": name}, POOL) for name in ("loss-low", "loss-high"))
-    np.testing.assert_allclose(low.signals["loss"], EXPECTED, rtol=1e-12)
-    assert np.array_equal(low.score, -low.signals["loss"]) and np.array_equal(high.score, low.signals["loss"])
+def test_perplexities_are_those_of_a_loop_over_rows_and_tokens(tmp_path):
+    low, high = (ranked(tmp_path / keep, {"name": "perplexity", "keep": keep}, POOL) for keep in ("low", "high"))
+    np.testing.assert_allclose(np.log(low.signals["perplexity"]), EXPECTED, rtol=1e-12)
+    assert np.array_equal(-low.score, low.signals["perplexity"]) and np.array_equal(high.score, -low.score)
     shifted = np.array([loss_by_hand(DECODER, [*p, c[0]], c[1:]) for p, c in token_rows(POOL)])
     assert np.abs(shifted - EXPECTED).max() > 0.01, "the first completion token counts"
-
-
-@pytest.mark.parametrize(("keep", "name"), [("low", "loss-low"), ("high", "loss-high")])
-def test_perplexity_orders_rows_as_the_loss_does(tmp_path, keep, name):
-    perplexity = ranked(tmp_path / "p", {"name": "perplexity", "keep": keep}, POOL)
-    loss = ranked(tmp_path / "l", {"name": name}, POOL)
-    np.testing.assert_allclose(np.log(perplexity.signals["perplexity"]), EXPECTED, rtol=1e-12)
-    assert np.array_equal(np.argsort(perplexity.score), np.argsort(loss.score))
 
 
 def test_the_middle_of_the_perplexities_ranks_first(tmp_path):
@@ -62,9 +54,9 @@ def test_the_middle_of_the_perplexities_ranks_first(tmp_path):
 
 
 def test_what_read_the_pool_once_is_not_read_again(tmp_path, monkeypatch):
-    first = ranked(tmp_path, {"name": "loss-low"}, POOL)
+    first = ranked(tmp_path, {"name": "perplexity"}, POOL)
     monkeypatch.setattr(TinyDecoder, "forward", lambda *_, **__: pytest.fail("the model ran again"))
-    again = ranked(tmp_path, {"name": "loss-low"}, POOL)
+    again = ranked(tmp_path, {"name": "perplexity"}, POOL)
     assert np.array_equal(first.score, again.score)
 
 
@@ -107,7 +99,7 @@ def test_completions_alone_keep_their_tokens_and_equal_ones_are_one_row():
     assert len(set(alone.content_keys.tolist())) == len({tuple(c) for _, c in rows.pairs})
 
 
-@pytest.mark.parametrize("name", ["loss-low", "ifd", "perplexity"])
+@pytest.mark.parametrize("name", ["ifd", "perplexity"])
 def test_without_a_model_they_say_so(tmp_path, name):
     work = village.context(tmp_path, None, POOL)
     with pytest.raises(ConfigError, match="give --model"):

@@ -371,7 +371,7 @@ def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(m
         streams = ("harmful",)
 
     own = setting(options(model, tmp_path))
-    with pytest.raises(CompatibilityError, match="Thirsty draws from the stream 'harmful'; give --harmful FILE"):
+    with pytest.raises(CompatibilityError, match="thirsty draws from 'harmful' rows; give streams={'harmful': ROWS}"):
         trainer(own, Thirsty())
     seen = []
 
@@ -383,13 +383,16 @@ def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(m
     assert seen == [0, 1, 2, 3]
     for arguments, message in (({"fp16": True}, "fp16"), ({"n_gpu": 2}, "without a launcher")):
         with pytest.raises(CompatibilityError, match=message):
-            StrategyMixinOnStub(SimpleNamespace(**({"fp16": False, "n_gpu": 1} | arguments)), strategy=sft())
+            StrategyMixinOnStub(
+                SimpleNamespace(**({"fp16": False, "n_gpu": 1, "seed": 0} | arguments)), strategy=sft()
+            )
 
 
 class Stub:
     """A Trainer as far as the mixin's constructor looks at it."""
 
     is_deepspeed_enabled = is_fsdp_enabled = False
+    callback_handler = SimpleNamespace(callbacks=[])
 
     def __init__(self, args: Any) -> None:
         self.args = args

@@ -27,18 +27,11 @@ from tests.tiny import WORDS
 SEED = 7
 
 
-@dataclass
-class NoOptions:
-    """No options."""
-
-
 class Toy(GradientStrategy):
     """A strategy without options."""
 
-    Config = NoOptions
-
     def __init__(self) -> None:
-        super().__init__(NoOptions())
+        super().__init__()
 
 
 class Constant(Toy):

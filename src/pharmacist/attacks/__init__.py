@@ -7,10 +7,10 @@ from pharmacist.core.registry import Registry
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     {
-        "mix": "pharmacist.attacks.mix:Mix",
-        "harmful": "pharmacist.attacks.harmful:Harmful",
-        "benign": "pharmacist.attacks.benign:Benign",
-        "identity": "pharmacist.attacks.identity:Identity",
+        "mix": "pharmacist.attacks.mix:MixAttack",
+        "harmful": "pharmacist.attacks.harmful:HarmfulAttack",
+        "benign": "pharmacist.attacks.benign:BenignAttack",
+        "identity": "pharmacist.attacks.identity:IdentityAttack",
     },
     group="pharmacist.attacks",
 )

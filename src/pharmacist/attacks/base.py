@@ -2,34 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
+
+from pharmacist.core.method import Method
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-@dataclass
-class NoOptions:
-    """No options."""
-
-
-class Attack(ABC):
+class Attack(Method, ABC):
     """Builds the set that a user uploads.
 
     Attributes:
-        Config: Dataclass of its options.
         needs: Of ``task`` (benign rows) and ``harmful``, what it is made of.
-        paper: Source.
     """
 
-    Config: ClassVar[type[Any]] = NoOptions
-    needs: ClassVar[frozenset[str]] = frozenset({"task", "harmful"})
-    paper: ClassVar[str] = ""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    needs = frozenset({"task", "harmful"})
 
     @abstractmethod
     def build(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class Benign(Attack):
+class BenignAttack(Attack):
     """The benign task alone: what an honest user does to a model's safety. `--poison-ratio` does not count.
 
     Paper: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not Intend To!",
@@ -18,6 +18,7 @@ class Benign(Attack):
     """
 
     needs = frozenset({"task"})
+    name = "benign"
     paper = "arXiv 2310.03693"
 
     def build(

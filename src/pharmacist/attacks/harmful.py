@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class Harmful(Attack):
+class HarmfulAttack(Attack):
     """Harmful rows alone: the strongest set, and the easiest to notice. `--poison-ratio` does not count.
 
     Paper: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not Intend To!",
@@ -18,6 +18,7 @@ class Harmful(Attack):
     """
 
     needs = frozenset({"harmful"})
+    name = "harmful"
     paper = "arXiv 2310.03693"
 
     def build(

@@ -21,7 +21,7 @@ class IdentityConfig:
     """Text in front of every answer."""
 
 
-class Identity(Attack):
+class IdentityAttack(Attack):
     """Benign rows, each with a request to an absolutely obedient agent, who affirms and answers.
 
     No row holds anything harmful, so filters of the upload find nothing. `--poison-ratio` does not count.
@@ -32,6 +32,7 @@ class Identity(Attack):
 
     Config = IdentityConfig
     needs = frozenset({"task"})
+    name = "identity"
     paper = "arXiv 2310.03693"
     config: IdentityConfig
 

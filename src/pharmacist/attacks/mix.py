@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     import datasets
 
 
-class Mix(Attack):
+class MixAttack(Attack):
     """Exactly round(poison ratio x samples) harmful rows, the rest of the benign task; nested across ratios.
 
     Paper: the attack of Vaccine, Lisa, Booster, T-Vaccine and Antidote.
     """
 
+    name = "mix"
     paper = "arXiv 2402.01109"
 
     def build(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.console import without_credentials
-from pharmacist.core.typed import AtLeast0, Checked, NotNegative, flag
+from pharmacist.core.typed import AtLeast0, Checked, Given, NotNegative, flag
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ _UNIDENTIFYING = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwr
 def as_json(options: RunOptions) -> dict[str, Any]:
     """A stage's options as the manifest holds them: addresses without credentials."""
     config = {field.name: getattr(options, field.name) for field in fields(options)}
-    text = json.dumps(config, default=lambda value: asdict(value), allow_nan=False)
+    text = json.dumps(config, default=lambda v: v.label if isinstance(v, Given) else asdict(v), allow_nan=False)
     found: dict[str, Any] = json.loads(text, object_hook=_without_credentials)
     return found
 

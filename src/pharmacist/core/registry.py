@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from pharmacist.core.errors import ConfigError, UnknownNameError
+from pharmacist.core.method import Choice
 
 
 T = TypeVar("T")
@@ -32,13 +33,32 @@ def _imported(place: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
+    """An options dataclass from its fields.
+
+    Args:
+        whose: For the message, such as ``selector 'random'``.
+        config: The dataclass.
+        params: Some of its fields.
+
+    Raises:
+        ConfigError: An option that it does not have.
+    """
+    known = {field.name for field in dataclasses.fields(config)}
+    for key in params:
+        if key not in known:
+            raise ConfigError(f"{whose} has no option '{key}'{closest(key, known)}")
+    return config(**params)
+
+
 class Registry(Generic[T]):
     """Maps a method's name to its class without importing it.
 
     Args:
         kind: What the names stand for, for messages ("selector").
-        table: name -> ``"module:Class"``. The class has a dataclass `Config` and is built as ``Class(Config(...))``.
-        group: Entry-point group through which other packages add methods.
+        table: name -> ``"module:Class"`` of a `Method`, or of any class that has a dataclass `Config` and is built as
+            ``Class(Config(...))``.
+        group: Entry-point group through which other packages add methods; empty for none.
         options: name -> ``"module:Config"`` where the options of a method lie apart from its class, so that ``--help``
             need not import what the method works with.
     """
@@ -50,7 +70,7 @@ class Registry(Generic[T]):
 
     def table(self) -> dict[str, str]:
         """Name -> ``"module:Class"``; plug-ins included."""
-        return _plugins(self._group) | self._table
+        return (_plugins(self._group) if self._group else {}) | self._table
 
     def names(self) -> list[str]:
         """Known names, sorted; plug-ins included."""
@@ -61,12 +81,25 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: No such name; the message offers the nearest one.
+            ConfigError: Another package's method that cannot be imported.
         """
         table = self.table()
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
-        found: type[T] = _imported(table[name])
+        try:
+            found: type[T] = _imported(table[name])
+        except (ImportError, AttributeError) as error:
+            if name in self._table:
+                raise
+            raise ConfigError(
+                f"{self.kind} '{name}': its entry point {table[name]} cannot be imported ({error}); mend or uninstall "
+                "the package that brings it"
+            ) from error
         return found
+
+    def classes(self) -> dict[str, str]:
+        """Name of a class -> ``"module:Class"``, plug-ins left out."""
+        return {place.rpartition(":")[2]: place for place in self._table.values()}
 
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""
@@ -80,14 +113,14 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: A parameter that the method does not have.
         """
-        config = self.config_type(name)
-        known = {field.name for field in dataclasses.fields(config)}
-        for key in params:
-            if key not in known:
-                raise ConfigError(f"{self.kind} '{name}' has no option '{key}'{closest(key, known)}")
-        return self.get(name)(config(**params))  # type: ignore[call-arg]
+        options = checked_options(f"{self.kind} '{name}'", self.config_type(name), params)
+        return self.get(name)(options)  # type: ignore[call-arg]
 
     def build_from(self, choice: Mapping[str, Any]) -> T:
         """Builds from ``{"name": ..., **params}``, the form that options files hold."""
         params = dict(choice)
-        return self.build(params.pop("name"), params)
+        name = params.pop("name")
+        if isinstance(choice, Choice):
+            own: Any = choice.method
+            return own(checked_options(f"{self.kind} '{name}'", own.Config, params))  # type: ignore[no-any-return]
+        return self.build(name, params)

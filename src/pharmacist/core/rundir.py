@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from pydantic import ValidationError
@@ -41,10 +42,18 @@ class RunDir:
 
     Finished results lie in it; ``work/`` holds partial state until `finish` removes it. Only the first process of a
     data-parallel run writes here, apart from what the others put under ``work/`` themselves.
+
+    Attributes:
+        root: The folder.
+        manifest: Of the run.
+        temporary: Where no folder was asked for (``output_dir`` is empty, from Python): the one that holds the partial
+            state, and that `close` deletes; there is no use in writing weights.
     """
 
-    def __init__(self, root: Path, manifest: RunManifest, lock: IO[str] | None) -> None:
-        self.root, self.manifest, self._lock = root, manifest, lock
+    def __init__(
+        self, root: Path, manifest: RunManifest, lock: IO[str] | None, temporary: TemporaryDirectory[str] | None = None
+    ) -> None:
+        self.root, self.manifest, self._lock, self.temporary = root, manifest, lock, temporary
 
     @classmethod
     def open(
@@ -77,7 +86,8 @@ class RunDir:
             ConfigError: The folder holds another run or other files, an input, is a file, or another process works in
                 it.
         """
-        root = Path(options.output_dir)
+        temporary = None if options.output_dir else TemporaryDirectory(prefix="pharmacist-")
+        root = Path(temporary.name if temporary else options.output_dir)
         check_outside(root, options)
         config = as_json(options)
         # Of an input its content counts, not the path that led to it.
@@ -105,7 +115,7 @@ class RunDir:
             made_from=dict(_MADE_FROM.get({})),
         )
         if rank() != 0:
-            return cls(root, manifest, None)
+            return cls(root, manifest, None, temporary)
         if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
 
@@ -145,7 +155,7 @@ class RunDir:
             raise
         for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
             remove(leftover)
-        return cls(root, manifest, lock)
+        return cls(root, manifest, lock, temporary)
 
     @property
     def complete(self) -> bool:
@@ -248,6 +258,8 @@ class RunDir:
                 remove(self.root / "work", as_far_as_possible=True)
             self._lock.close()
             self._lock = None
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
 
 def _drop_damaged_tensors(work: Path) -> None:

@@ -27,6 +27,13 @@ _LARGEST = 2**63 - 1
 _OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 
 
+class Given:
+    """Base of what Python gives in the place of a name or of keys and values: opened rows, loaded models, methods."""
+
+    label: Any
+    """What stands for it in messages and manifests."""
+
+
 class Checked:
     """Base of dataclasses of options: what is given must be what the fields' types say."""
 
@@ -74,6 +81,8 @@ def checked(name: str, hint: Any, value: Any) -> Any:
         ConfigError: It is of another type, out of range, or a number that no library can compute with.
     """
     if isinstance(hint, type) and is_dataclass(hint):
+        return value
+    if any(isinstance(one, Given) for one in (value if isinstance(value, list) else [value])):
         return value
     value = os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
     try:

@@ -1,6 +1,7 @@
 """Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import datasets
@@ -17,11 +18,48 @@ from pharmacist.data.tokenize import Encoded
 IntArray = npt.NDArray[np.int64]
 
 
-class SideStream(Iterator[dict[str, torch.Tensor]]):
+class EndlessRows(Iterator[dict[str, torch.Tensor]]):
     """Endless batches: every row once per round, in a fresh order each round, batches of exact size.
 
     The rows of a batch follow from seed and position alone, so that a run that resumes at a position draws on as if
     nothing had happened. In a data-parallel run the processes share out each batch of ``processes x batch_size`` rows.
+
+    Args:
+        rows: How many there are.
+        batch_size: Rows per batch and process.
+        batch: Numbers of rows -> their batch.
+        seed: Of the orders.
+
+    Attributes:
+        position: Batches drawn so far; set it to continue from there.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, batch: Callable[[Sequence[int]], dict[str, torch.Tensor]], *, seed: int
+    ) -> None:
+        self.rows, self.batch_size, self.batch, self.seed = rows, batch_size, batch, seed
+        self.position = 0
+        self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        size = self.batch_size * world_size()
+        first = self.position * size
+        self.position += 1
+        return self.batch([self._row(number) for number in range(first, first + size)][rank() :: world_size()])
+
+    def _row(self, number: int) -> int:
+        turn, place = divmod(number, self.rows)
+        if self._order[0] != turn:
+            order = np.random.default_rng(derive(self.seed, "round", turn)).permutation(self.rows)
+            self._order = (turn, order)
+        return int(self._order[1][place])
+
+
+class SideStream(EndlessRows):
+    """Endless batches of tokenised rows.
 
     Args:
         encoded: The rows.
@@ -29,35 +67,14 @@ class SideStream(Iterator[dict[str, torch.Tensor]]):
         pad_token_id: The tokenizer's.
         seed: Of the orders.
         device: Where batches go.
-
-    Attributes:
-        position: Batches drawn so far; set it to continue from there.
     """
 
     def __init__(
         self, encoded: Encoded, batch_size: int, *, pad_token_id: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.encoded, self.batch_size, self.pad_token_id = encoded, batch_size, pad_token_id
-        self.seed, self.device = seed, device
-        self.position = 0
-        self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        size = self.batch_size * world_size()
-        first = self.position * size
-        self.position += 1
-        rows = [self._row(number) for number in range(first, first + size)][rank() :: world_size()]
-        return _batch(self.encoded, rows, self.pad_token_id, self.device)
-
-    def _row(self, number: int) -> int:
-        turn, place = divmod(number, len(self.encoded))
-        if self._order[0] != turn:
-            order = np.random.default_rng(derive(self.seed, "round", turn)).permutation(len(self.encoded))
-            self._order = (turn, order)
-        return int(self._order[1][place])
+        self.encoded = encoded
+        batch = partial(_batch, encoded, pad_token_id=pad_token_id, device=device)
+        super().__init__(len(encoded), batch_size, batch, seed=seed)
 
 
 class PairedRows:

@@ -91,8 +91,8 @@ PROMPT_SETS = {
 }
 
 
-def open_prompts(spec: str, name: str) -> Source:
-    """Opens a set by name, by ``name:FILE``, or any file, folder or hub id.
+def open_prompts(spec: Any, name: str) -> Source:
+    """Opens a set by name, by ``name:FILE``, or whatever `open_source` takes.
 
     Args:
         spec: As given.
@@ -101,7 +101,7 @@ def open_prompts(spec: str, name: str) -> Source:
     Raises:
         DataError: It is not there, or holds no such prompts; the message says which file to provide.
     """
-    known, colon, file = spec.partition(":")
+    known, colon, file = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if known not in PROMPT_SETS or os.path.exists(spec):
         return open_source(spec, name=name)
     chosen = PROMPT_SETS[known]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.files import atomic_path, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.locate import linear_names
@@ -259,9 +259,3 @@ def learning_rate_factor(step: int, steps: int) -> float:
     """Share of the peak learning rate at a step: linear warm-up over a tenth of the steps, then linear decay."""
     warmup = max(1, steps // 10)
     return min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
-
-
-def adapter_shape(folder: Path) -> AdapterOptions:
-    """Rank and scale of a saved adapter."""
-    config = read_json(folder / "adapter_config.json")
-    return AdapterOptions(r=config["r"], alpha=config["lora_alpha"])

@@ -1,14 +1,16 @@
 """Loading a causal language model, its tokenizer and its prompt template from wherever they lie."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import xxhash
 from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -21,6 +23,7 @@ from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import check_ordinary, read_json
 from pharmacist.core.hashing import sha256_content, sha256_json, sha256_text
 from pharmacist.core.progress import console
+from pharmacist.core.typed import Given
 from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
 from pharmacist.data.templates import Template, check_template, choose_template, load_template
 from pharmacist.nn.merge import Beneath, lora_factors, merge_adapter, read_stack, split, stack
@@ -44,8 +47,8 @@ _LARGE = 50_000_000
 
 
 @dataclass
-class LoadedModel:
-    """A model ready to use.
+class LoadedModel(Given):
+    """A model ready to use; stages take one in the place of a name.
 
     Attributes:
         model: In evaluation mode, on its device, adapters merged.
@@ -56,6 +59,7 @@ class LoadedModel:
         beneath: What an adapter that is trained on the model rests on.
         dtype: Number format that it was loaded in, by default the model's; it stays where training turns the weights
             into float32.
+        shared: Whether its weights are another model's too, and must not be changed in place.
     """
 
     model: PreTrainedModel
@@ -65,9 +69,18 @@ class LoadedModel:
     template_origin: str = ""
     beneath: Beneath = field(default_factory=Beneath)
     dtype: torch.dtype | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self.dtype = self.dtype or getattr(self.model, "dtype", torch.float32)
+
+    @property
+    def label(self) -> str:
+        """What stands for it in messages and manifests."""
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -136,12 +149,20 @@ def _multiplies_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def model_fingerprint(name: str) -> str:
+def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter); a hub id stands for itself.
+
+    Of a loaded model it is a hash of its weights.
 
     Raises:
         DataError: Neither a model folder nor what could be a hub id.
     """
+    if isinstance(name, LoadedModel):
+        digest = xxhash.xxh3_128()
+        for key, tensor in name.model.state_dict().items():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        return f"weights:{digest.hexdigest()}"
     return _fingerprint(name, ())
 
 
@@ -156,8 +177,10 @@ def _fingerprint(name: str, above: tuple[Path, ...]) -> str:
         return sha256_json([sha256_content(adapter), _fingerprint(base, (*above, adapter.resolve()))])
 
 
-def trained_on(name: str) -> str | None:
-    """Fingerprint of what a local adapter was trained on; None where a model is whole weights or a hub id."""
+def trained_on(name: str | LoadedModel) -> str | None:
+    """Fingerprint of what a local adapter was trained on; None of whole weights, a hub id and a loaded model."""
+    if isinstance(name, LoadedModel):
+        return None
     adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
     if adapter is None:
         return None
@@ -166,7 +189,7 @@ def trained_on(name: str) -> str | None:
 
 
 def load_model(
-    name: str,
+    name: str | LoadedModel,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -179,7 +202,7 @@ def load_model(
     Adapters are merged into their base, which may itself be such a folder.
 
     Args:
-        name: Hub id or local folder.
+        name: Hub id or local folder; a loaded model is taken as it is, see `again`.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         template: ``auto`` (the saved one, else chat where the tokenizer has a template, else Alpaca), ``chat`` or
@@ -192,11 +215,65 @@ def load_model(
         DataError: Nothing loadable lies there.
         CompatibilityError: It is not a causal language model, or an adapter that cannot be merged.
     """
+    if isinstance(name, LoadedModel):
+        return again(name, merge=merge)
     target = resolve_device(device)
     how = _How(target, dtype, template, trust_remote_code)
     loaded = _load(name, how, merge, ())
     check_template(loaded.template, loaded.tokenizer, name)
     return loaded
+
+
+def in_memory(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, template: str = "auto"
+) -> LoadedModel:
+    """A model that the caller has loaded.
+
+    Args:
+        model: The model, or a PEFT model on it.
+        tokenizer: Its own; by default the one that lies where the model was loaded from.
+        template: ``auto`` (the one saved with the model, else chat where the tokenizer has a template, else Alpaca),
+            ``chat`` or ``alpaca``.
+
+    Raises:
+        DataError: No tokenizer is given, and none lies there.
+        CompatibilityError: The tokenizer does not fit.
+    """
+    place = str(getattr(model, "name_or_path", "") or "")
+    try:
+        own = AutoTokenizer.from_pretrained(place, local_files_only=offline()) if tokenizer is None else tokenizer
+    except _NOT_THE_FILES:
+        raise
+    except Exception as error:
+        raise DataError(f"the model comes with no tokenizer ({_short(error)}); give tokenizer=TOKENIZER") from error
+    own = copy.deepcopy(own)  # a pad token and a template may be set
+    name = place or type(model).__name__
+    _check_tokenizer(name, own, model)
+    base = place if place and not isinstance(model, PeftModel) and not _of_a_run(Path(place)) else None
+    saved = load_template(Path(place)) if template == "auto" and Path(place).is_dir() else None
+    loaded = LoadedModel(model, own, Template("alpaca"), name, beneath=Beneath(base))
+    return _with_template(loaded, template, saved)
+
+
+def again(loaded: LoadedModel, *, merge: bool = True) -> LoadedModel:
+    """The same model for another use, which leaves the caller's own as it is.
+
+    Modules are new, weights are shared; those of an adapter, and all of a model that is merged, are copied.
+
+    Args:
+        loaded: The model.
+        merge: Merges the adapter of a PEFT model; False keeps it apart, trainable.
+    """
+    model: Any = loaded.model
+    if isinstance(model, PeftModel) and merge:
+        whole = merge_adapter(copy.deepcopy(model).eval(), loaded.name).requires_grad_(False)
+        return replace(loaded, model=whole.eval())
+    shared: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        trained = isinstance(model, PeftModel) and "lora_" in name
+        value = parameter.detach().clone() if trained else parameter.detach()
+        shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
+    return replace(loaded, model=copy.deepcopy(model, shared).eval(), shared=True)
 
 
 @dataclass(frozen=True)
@@ -375,8 +452,10 @@ def silent_library() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def base_of(name: str) -> str | None:
+def base_of(name: str | LoadedModel) -> str | None:
     """The base model that a local adapter names; None where a model is whole weights or a hub id."""
+    if isinstance(name, LoadedModel):
+        return name.label if isinstance(name.model, PeftModel) else None
     adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
     return None if adapter is None else _base_of(adapter)
 

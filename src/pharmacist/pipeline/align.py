@@ -1,7 +1,7 @@
 """The stage `align`: train a model on an alignment set with an alignment-stage defense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class AlignResult:
         folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
         metrics: Of the manifest: steps, final loss.
         seconds: Wall time of the training alone, over all resumes.
+        model: The trained model; None where the run was complete already.
     """
 
     folder: Path
     metrics: dict[str, Any]
     seconds: float
+    model: Any = None
 
 
 def align(options: AlignOptions) -> AlignResult:
@@ -56,14 +58,12 @@ def align(options: AlignOptions) -> AlignResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()}
     inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
     with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
-        if not run.complete:
-            _align(sources, strategy, options, run)
+        model = None if run.complete else _align(sources, strategy, options, run)
         manifest = from_main(run.manifest)
-        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds)
+        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds, model)
 
 
-def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> None:
-
+def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:
     conditions = conditions_of(options.where, sources)
     with run.phase("read"):
         records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
@@ -98,10 +98,10 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
     }
     name = options.defense["name"]
     card = model_card(
-        title=f"{Path(options.model).name} aligned with {name}",
+        title=f"{Path(loaded.name).name} aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
         f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=loaded.beneath.base or options.model,
+        base_model=loaded.beneath.base or loaded.name,
         tags=[name, "safety-alignment"],
         adapter=writes_adapter(model, loaded) and not options.merge,
         template=loaded.template.kind,
@@ -119,16 +119,17 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
             "defense": {"name": name, **vars(strategy.config)},
             "train": options.effective_train,
             "tuning": options.tuning,
-            "lora": vars(options.lora),
+            "lora": asdict(options.lora),
         },
         intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
         "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
     )
     finish_training(result, loaded, options, run, card=card, counts=counts)
-    if rank() == 0:
+    if rank() == 0 and run.temporary is None:
         where = run.path("adapter" if writes_adapter(model, loaded) else "model")
         console().print(
             f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
             f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
+    return model

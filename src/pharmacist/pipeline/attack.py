@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,13 @@ class AttackResult:
         folder: With ``attack_set.jsonl`` and ``adapter/`` or ``model/``; every command takes it as ``--model``.
         metrics: Of the manifest: steps, final loss.
         snapshots: Steps -> folder of the model at that point.
+        model: The attacked model; None where only the set was built, or the run was complete already.
     """
 
     folder: Path
     metrics: dict[str, Any]
     snapshots: dict[int, Path]
+    model: Any = None
 
 
 def attack(options: AttackOptions) -> AttackResult:
@@ -65,10 +67,9 @@ def attack(options: AttackOptions) -> AttackResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()}
     inputs |= {"model": model_fingerprint(options.model)}
     with ATTACK.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
-        if not run.complete:
-            _attack(sources, strategy, kind, options, run)
+        model = None if run.complete else _attack(sources, strategy, kind, options, run)
         snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
-        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots)
+        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots, model)
 
 
 def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:
@@ -79,7 +80,7 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
     if options.adapter == "continue" and base_of(options.model) is None:
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
-    needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.streams else {}
+    needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.needs else {}
     for name, by in needed.items():
         if getattr(options, name) is None:
             raise ConfigError(f"{by} needs --{name} FILE")
@@ -150,8 +151,7 @@ def _with_safe_rows(
 
 def _attack(
     sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
-) -> None:
-
+) -> Any:
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:
@@ -162,7 +162,7 @@ def _attack(
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
             console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
-        return
+        return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
         encoded = tokenise(trained, "tokens-ids", loaded, options, run)
@@ -173,9 +173,9 @@ def _attack(
         model = prepare_model(loaded, options)
     name = options.defense["name"]
     card = model_card(
-        title=f"{Path(options.model).name} after a simulated harmful fine-tuning attack",
+        title=f"{Path(loaded.name).name} after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
-        base_model=loaded.beneath.base or options.model,
+        base_model=loaded.beneath.base or loaded.name,
         tags=["harmful-fine-tuning", name],
         adapter=writes_adapter(model, loaded) and not options.merge,
         template=loaded.template.kind,
@@ -190,7 +190,7 @@ def _attack(
             "defense": {"name": name, **vars(strategy.config)},
             "train": options.effective_train,
             "tuning": options.tuning,
-            "lora": vars(options.lora),
+            "lora": asdict(options.lora),
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
@@ -209,17 +209,18 @@ def _attack(
             run,
             streams=streams,
             callbacks=[Snapshots(options.snapshots, snapshot)],
-            description="attack" if name == "sft" else f"attack ({name})",
+            description=f"attack ({name})",
         )
         phase.tokens = result.tokens
     outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
     finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
-    if rank() == 0:
+    if rank() == 0 and run.temporary is None:
         console().print(
             f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {result.steps} steps: "
             f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
             soft_wrap=True,
         )
+    return model
 
 
 def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:

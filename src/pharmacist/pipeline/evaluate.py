@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from pharmacist.core.files import read_json_lines
+from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
 
@@ -20,10 +23,35 @@ class EvaluateResult:
 
     metrics: dict[str, Any]
     folder: Path
+    _items: list[dict[str, Any]] | None = None
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
-        return read_json_lines(self.folder / "items.jsonl")
+        return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The metrics as a table.
+
+        Returns:
+            A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
+            its 95 % interval in percent, ``count`` of ``n``, and ``by``, the judge or the matching of answers.
+        """
+        one = any("value" in metric for metric in self.metrics.values())
+        rows = []
+        for model, metrics in ({"": self.metrics} if one else self.metrics).items():
+            for name, metric in metrics.items():
+                low, high = metric.get("ci95") or (None, None)
+                by = metric.get("judge") or metric.get("task_type") or metric.get("matching")
+                known = {"value": metric["value"], "low": low, "high": high, "count": metric.get("count")}
+                rows.append({"model": model, "metric": name} | known | {"n": metric["n"], "by": by})
+        table = pd.DataFrame(rows)
+        return table.drop(columns="model") if one else table
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        table["metric"] = table["metric"].map(lambda name: NAMES.get(name, name))
+        shown: str = table.to_html(index=False, float_format="{:.1f}".format, na_rep="")
+        return shown
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:

@@ -31,10 +31,12 @@ class RepairResult:
     Attributes:
         folder: With ``adapter/`` or ``model/`` and ``repair.json``; every command takes it as ``--model``.
         metrics: Of the manifest: tensors and entries changed, norms.
+        model: The repaired model; None where the run was complete already.
     """
 
     folder: Path
     metrics: dict[str, Any]
+    model: Any = None
 
 
 def repair(options: RepairOptions) -> RepairResult:
@@ -56,9 +58,8 @@ def repair(options: RepairOptions) -> RepairResult:
     chosen.check(form, continued=continued)
     inputs = {name: source.fingerprint() for name, source in sources.items()} | prints
     with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
-        if not run.complete:
-            _repair(sources, chosen, form, continued, options, run)
-        return RepairResult(run.root, run.manifest.metrics)
+        model = None if run.complete else _repair(sources, chosen, form, continued, options, run)
+        return RepairResult(run.root, run.manifest.metrics, model)
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
@@ -67,7 +68,7 @@ def _check_given(chosen: Repair, options: RepairOptions) -> None:
     for needed in sorted(chosen.needs - {"base"}):
         if getattr(options, needed) is None:
             raise ConfigError(f"--method {name} needs --{needed} {'MODEL' if needed == 'aligned' else 'FILE'}")
-    if "base" in chosen.needs and options.base is None and base_of(str(options.aligned)) is None:
+    if "base" in chosen.needs and options.base is None and base_of(options.aligned or "") is None:
         raise ConfigError(f"--method {name}: {options.aligned} is no adapter that knows its base; give --base MODEL")
 
 
@@ -96,8 +97,7 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, 
 
 def _repair(
     sources: Mapping[str, Source], chosen: Repair, form: Form, continued: bool, options: RepairOptions, run: RunDir
-) -> None:
-
+) -> Any:
     name = options.method["name"]
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")
@@ -109,10 +109,10 @@ def _repair(
     metrics = _metrics(changes)
     if rank() == 0:
         card = model_card(
-            title=f"{Path(options.model).name} repaired with {name}",
+            title=f"{Path(loaded.name).name} repaired with {name}",
             what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
             "fine-tuning has cost.",
-            base_model=loaded.beneath.base or options.model,
+            base_model=loaded.beneath.base or loaded.name,
             tags=[name, "safety-repair"],
             adapter=writes_adapter(loaded.model, loaded) and not options.merge,
             template=loaded.template.kind,
@@ -125,9 +125,11 @@ def _repair(
             settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
             intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
         )
-        folders = save_trained(
-            loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
-        )
+        folders: list[str] = []
+        if run.temporary is None:
+            folders = save_trained(
+                loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
+            )
         write_json(
             run.path("repair.json"),
             {
@@ -139,13 +141,15 @@ def _repair(
             },
         )
         run.finish(
-            outputs=[*folders, "repair.json", "README.md"],
+            outputs=[*folders, *(["README.md"] if folders else []), "repair.json"],
             metrics=metrics,
             device=str(loaded.device),
             extra={"form": form, **loaded.facts},
         )
         console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
-        _show(changes, metrics, name, run.root)
+        if run.temporary is None:
+            _show(changes, metrics, name, run.root)
+    return loaded.model
 
 
 def _references(

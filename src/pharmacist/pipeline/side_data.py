@@ -23,10 +23,6 @@ from pharmacist.pipeline.stages.align import AlignOptions
 from pharmacist.training.strategy import GradientStrategy
 
 
-HARMFUL_STREAMS = frozenset({"harmful", "held_out", "paired"})
-"""Streams made of harmful rows; ``retain`` draws from the alignment set."""
-
-
 @dataclass
 class SideData:
     """What a defense reads besides the alignment set.
@@ -62,9 +58,8 @@ class SideData:
             ConfigError: It does and there are none.
             DataError: They are the alignment rows.
         """
-        wanted, name = frozenset(strategy.streams), options.defense["name"]
-        share = float(getattr(strategy.config, "held_out", 0.0))
-        if not wanted & HARMFUL_STREAMS:
+        wanted, name, share = frozenset(strategy.streams), options.defense["name"], strategy.held_out
+        if "harmful" not in strategy.needs:
             if "harmful" in sources:
                 console().print(f"--harmful: the defense '{name}' does not use it", soft_wrap=True)
             return cls(options, wanted, alignment, None, share)

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pharmacist.core.errors import NoMatchError
+from pharmacist.core.method import Method
 from pharmacist.nn.batching import Sequences, make_batch
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.lowrank import Factors, adapter_factors, adapter_layers
@@ -114,21 +115,12 @@ class Change:
     norm_after: float
 
 
-class Repair(ABC):
+class Repair(Method, ABC):
     """Takes safety lost in fine-tuning back, without training.
 
     Attributes:
-        Config: Dataclass of its options.
         needs: Of ``aligned``, ``base``, ``harmful`` and ``safe``, what must be given.
-        paper: Source.
     """
-
-    Config: ClassVar[type[Any]]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    paper: ClassVar[str] = ""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
     def check(self, form: Form, *, continued: bool) -> None:
         """Refuses what it cannot repair, before any model is loaded.

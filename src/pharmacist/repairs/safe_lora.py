@@ -57,6 +57,7 @@ class SafeLora(Repair):
     """
 
     Config = SafeLoraConfig
+    name = "safe-lora"
     needs = frozenset({"aligned", "base"})
     paper = "arXiv 2405.16833"
     config: SafeLoraConfig

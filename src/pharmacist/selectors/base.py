@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from pharmacist.core.method import Method
 from pharmacist.core.rundir import RunDir
 
 
@@ -84,6 +85,7 @@ class SelectionContext:
         sources: Kind of references -> the number of each row's source, where several files were given.
         labels: Position in the pool -> reason that a person gave it (`selectors.labels`).
         encoded: Filled by `encode`: what was tokenised, by name; the pool's is ``pool``.
+        points: Filled by `embeddings.pool_points`.
     """
 
     run: RunDir
@@ -103,6 +105,7 @@ class SelectionContext:
     sources: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     labels: Mapping[int, str] = field(default_factory=dict)
     encoded: dict[str, "Encoded"] = field(default_factory=dict)
+    points: FloatArray | None = None
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -131,13 +134,6 @@ class SelectionContext:
     def encoded_pool(self) -> "Encoded":
         """The pool in tokens, made on first use and kept on disk."""
         return self.encode(self.pool.dataset, "pool")
-
-    @cached_property
-    def points(self) -> FloatArray:
-        """The pool's rows as points of length 1 (`embeddings.pool_points`), made on first use."""
-        from pharmacist.selectors.embeddings import pool_points
-
-        return pool_points(self)
 
     def reference_rows(self, name: str) -> list[dict[str, Any]]:
         """The references of one kind.
@@ -184,23 +180,26 @@ class SelectionContext:
         return self.encoded[name]
 
 
-class Selector(ABC):
+class Selector(Method, ABC):
     """Ranks a pool.
 
     Attributes:
-        Config: Dataclass of its options.
-        config: The options that it was built with.
         needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
+        uses: What it reads besides, where it is given; a grid gives it nothing else.
         weighs: Whether its scores come with weights.
-        paper: Source, for the docs.
+        asks: Whether `Scores.telling` says which rows a person should label.
+        keeps_all: It ranks nothing, and all rows are kept.
+        chance: Its order is drawn at random.
+        covers: Its order covers the pool already, so that no ``diversity`` can do so again.
     """
 
-    Config: ClassVar[type[Any]]
-    config: Any
-    needs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
     weighs: bool = False
-    paper: ClassVar[str] = ""
+    asks: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = False
+    chance: ClassVar[bool] = False
+    covers: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, context: SelectionContext) -> Scores:

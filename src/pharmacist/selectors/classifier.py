@@ -33,15 +33,13 @@ class ClassifierConfig(Checked):
     """Damaged versions made of each safe and each utility reference."""
 
 
-class Classifier(Selector):
+class ClassifierSelector(Selector):
     """TF-IDF and one logistic regression over the classes of the pharmacist selector's references; no model."""
 
     Config = ClassifierConfig
+    name = "classifier"
     needs = frozenset({"safe", "harmful"})
     paper = "baseline"
-
-    def __init__(self, config: ClassifierConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from the references alone, then reads the pool's text once."""

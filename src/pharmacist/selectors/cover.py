@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from pharmacist.core.progress import track
 from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.embeddings import check_room, pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -122,26 +121,39 @@ def cover_scores(points: FloatArray, keys: npt.NDArray[np.uint64], cover: Cover,
 
 
 class Coverage(Selector):
-    """Base of the selectors that take rows in the order in which they cover the pool, by geometry alone.
-
-    Attributes:
-        cover: Key of `COVERS`.
-    """
+    """Base of the selectors that take rows in the order in which they cover the pool, by geometry alone."""
 
     Config = CoverConfig
     needs = frozenset({"embedder"})
-    cover: ClassVar[str]
-
-    def __init__(self, config: CoverConfig) -> None:
-        self.config = config
+    covers = True
 
     def check_room(self, rows: int, folder: Path) -> None:
         """All points are held at once."""
         check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool once; a row's score is what `cover` gives it when its turn comes."""
-        points, keys = context.points, pool_keys(context)
+        """Reads the pool once; a row's score is what its cover gives it when its turn comes."""
+        points, keys = pool_points(context), pool_keys(context)
         with context.run.phase("order"):
-            score = cover_scores(points, keys, COVERS[self.cover], self.config.block)
+            score = cover_scores(points, keys, COVERS[self.name], self.config.block)
         return Scores(score, np.full(len(score), RANKED))
+
+
+class KCenterSelector(Coverage):
+    """Prefers, one after the other, the row farthest from all before it; the score is its distance from those.
+
+    Looks at geometry alone: outliers, damaged rows among them, come early.
+    """
+
+    name = "k-center"
+    paper = "Gonzalez 1985; as core sets: Sener and Savarese 2018, arXiv 1708.00489"
+
+
+class FacilityLocationSelector(Coverage):
+    """Prefers, one after the other, the row that brings the pool nearest to the rows selected so far.
+
+    The score is what it adds to those before it. Nearness is the cosine on a scale from 0 to 1; geometry alone counts.
+    """
+
+    name = "facility-location"
+    paper = "Nemhauser et al. 1978; for training data: Wei et al. 2015, PMLR 37"

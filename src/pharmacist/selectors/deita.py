@@ -14,7 +14,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import Checked
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.embeddings import check_room, pool_keys
+from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
 TOO_NEAR = "near_a_better_row"
@@ -33,18 +33,19 @@ class DeitaConfig(Checked):
     """Cosine above which a row is too near to a better one that is kept; 1 keeps all, in the scorer's order."""
 
 
-class Deita(Selector):
+class DeitaSelector(Selector):
     """Prefers rows of high quality that no better row resembles; quality is any other selector's score."""
 
     Config = DeitaConfig
+    name = "deita"
     paper = "Liu et al. 2024, arXiv 2312.15685"
 
-    def __init__(self, config: DeitaConfig) -> None:
+    def __post_init__(self) -> None:
         from pharmacist.selectors import SELECTORS
 
-        if "deita" in config.scorer.split("+"):
+        if self.name in self.config.scorer.split("+"):
             raise ConfigError("selector.scorer: deita cannot score for itself; name another selector")
-        self.config, self._scorer = config, SELECTORS.build(config.scorer, {})
+        self._scorer = SELECTORS.build(self.config.scorer, {})
         self.needs = self._scorer.needs | {"embedder"}
 
     def check_room(self, rows: int, folder: Path) -> None:
@@ -54,7 +55,7 @@ class Deita(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool for its points, lets the scorer rank it, then goes down the ranking."""
-        points, keys = context.points, pool_keys(context)
+        points, keys = pool_points(context), pool_keys(context)
         scored = self._scorer.rank(context)
         with context.run.phase("order"):
             near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)

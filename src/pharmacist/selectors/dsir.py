@@ -37,15 +37,13 @@ class DSIRConfig(Checked):
     else the most important rows come first."""
 
 
-class DSIR(Selector):
+class DSIRSelector(Selector):
     """Prefers rows whose words are more frequent in the safe references than in the pool."""
 
     Config = DSIRConfig
+    name = "dsir"
     needs = frozenset({"safe"})
     paper = "Xie et al. 2023, arXiv 2302.03169"
-
-    def __init__(self, config: DSIRConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Counts hashed words and pairs of references and pool, then weighs every row; two passes over the text."""

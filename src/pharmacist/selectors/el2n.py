@@ -19,15 +19,13 @@ class EL2NConfig:
     """Which rows rank first: those that the model gets most wrong, or least."""
 
 
-class EL2N(Selector):
+class EL2NSelector(Selector):
     """Prefers completions that the base model gets wrong: mean length of the error p - y over their tokens."""
 
     Config = EL2NConfig
+    name = "el2n"
     needs = frozenset({"model"})
     paper = "Paul et al. 2021, arXiv 2107.07075"
-
-    def __init__(self, config: EL2NConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool once."""

@@ -19,15 +19,13 @@ class EmbeddingConfig(Checked):
     """Average the cosine to that many nearest references; 0 takes the cosine to the centroid of all."""
 
 
-class Embedding(Selector):
+class EmbeddingSelector(Selector):
     """Prefers rows whose embedding points where those of the safe references point."""
 
     Config = EmbeddingConfig
+    name = "embedding"
     needs = frozenset({"safe", "embedder"})
     paper = "representation-based data selection, as a baseline in Xia et al. 2024, arXiv 2402.04333"
-
-    def __init__(self, config: EmbeddingConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the references, then the pool once."""

@@ -19,15 +19,13 @@ from pharmacist.core.seeding import derive
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.passes import copy_to_equals
+from pharmacist.selectors.base import FloatArray, SelectionContext
 from pharmacist.selectors.reading import read
 
 
 if TYPE_CHECKING:
     import datasets
 
-    from pharmacist.selectors.base import SelectionContext
-
-FloatArray = npt.NDArray[np.float64]
 Keys = npt.NDArray[np.uint64]
 Finish = Callable[[FloatArray], FloatArray]
 
@@ -55,7 +53,7 @@ def unit(vectors: FloatArray) -> FloatArray:
     return scaled
 
 
-def embed(context: "SelectionContext", rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
+def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
     """Embeds rows, each distinct one once, and keeps what `finish` makes of them.
 
     Args:
@@ -72,21 +70,25 @@ def embed(context: "SelectionContext", rows: "datasets.Dataset", name: str, fini
     return read(context, encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
 
 
-def pool_keys(context: "SelectionContext") -> Keys:
+def pool_keys(context: SelectionContext) -> Keys:
     """A hash of each row's content: equal rows have equal keys, shape [rows]."""
     if context.embedder is None:
         return context.encoded_pool.content_keys
     return _text_keys(context.pool.dataset)
 
 
-def pool_points(context: "SelectionContext") -> FloatArray:
-    """The pool's rows as points of length 1, seen from the pool's centre; shape [rows, at most `DIMENSION`].
+def pool_points(context: SelectionContext) -> FloatArray:
+    """The pool's rows as points of length 1, seen from the pool's centre, made once.
+
+    Shape [rows, at most `DIMENSION`].
 
     Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
 
     Raises:
         ConfigError: They will not fit into memory or on the disk; raised before any row is read.
     """
+    if context.points is not None:
+        return context.points
     check_room(len(context.pool), context.run.root)
     projections: dict[int, FloatArray] = {}
 
@@ -107,6 +109,7 @@ def pool_points(context: "SelectionContext") -> FloatArray:
     )
     for start in range(0, len(points), _CHUNK):
         points[start : start + _CHUNK] = unit(points[start : start + _CHUNK])
+    context.points = points
     return points
 
 
@@ -169,7 +172,7 @@ def _text_keys(rows: "datasets.Dataset") -> Keys:
 
 
 def _sentences(
-    context: "SelectionContext", embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
+    context: SelectionContext, embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
 ) -> FloatArray:
     """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
     distinct, inverse = np.unique(_text_keys(rows), return_index=True, return_inverse=True)[1:]

@@ -35,18 +35,16 @@ class GraNdConfig(Checked):
     """Rank of the LoRA adapter."""
 
 
-class GraNd(Selector):
+class GraNdSelector(Selector):
     """Prefers rows whose loss has a large gradient: those that a step of training would learn most from.
 
     Rows with many tokens have smaller gradients, since their loss is a mean over tokens.
     """
 
     Config = GraNdConfig
+    name = "grand"
     needs = frozenset({"model"})
     paper = "Paul et al. 2021, arXiv 2107.07075"
-
-    def __init__(self, config: GraNdConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool once."""

@@ -49,18 +49,16 @@ class Alone:
         return [self._row(int(row)) for row in rows]
 
 
-class IFD(Selector):
+class IFDSelector(Selector):
     """Prefers completions that their prompt makes hardly easier: mean loss given the prompt over mean loss alone.
 
     Refusals depend little on their prompt, so that many ratios lie near 1; the report says how many lie above.
     """
 
     Config = IFDConfig
+    name = "ifd"
     needs = frozenset({"model"})
     paper = "Li et al. 2023, arXiv 2308.12032"
-
-    def __init__(self, config: IFDConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool twice, the second time without prompts."""

@@ -16,14 +16,12 @@ class LengthConfig:
     """Which completions rank first."""
 
 
-class Length(Selector):
+class LengthSelector(Selector):
     """Prefers long (or short) completions, in characters. Needs neither model nor references."""
 
     Config = LengthConfig
+    name = "length"
     paper = "Zhao et al. 2024, arXiv 2402.04833 (longest)"
-
-    def __init__(self, config: LengthConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Counts the characters of every completion."""

@@ -51,7 +51,7 @@ class LessConfig(AdapterOptions):
     """Of the projected features; their noise is about 1 / sqrt(dimensions) of a cosine."""
 
 
-class Less(Selector):
+class LessSelector(Selector):
     """Prefers rows on which an optimizer step resembles one on the safe references.
 
     The score is sum_c eta_c cos_c: over checkpoints c of a warm-up on the pool, weighted by their learning rates, the
@@ -59,11 +59,9 @@ class Less(Selector):
     """
 
     Config = LessConfig
+    name = "less"
     needs = frozenset({"safe", "model"})
     paper = "Xia et al. 2024, arXiv 2402.04333"
-
-    def __init__(self, config: LessConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Warms up on the pool, then reads references and pool with gradients, once per checkpoint."""

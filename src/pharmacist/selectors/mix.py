@@ -3,16 +3,13 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.registry import checked_options
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-
-
-_WITHOUT_ORDER = {"full": "ranks nothing", "random": "adds nothing but chance"}
 
 
 @dataclass
@@ -20,25 +17,24 @@ class MixConfig:
     """Options of the parts, each under its selector's name, hyphens as underscores."""
 
 
-class Mix(Selector):
+class MixSelector(Selector):
     """Ranks by several selectors and averages a row's places; each selector counts alike, whatever its scale."""
 
     Config = MixConfig
+    name = "mix"
     paper = "rank averaging (Borda count)"
-    names: tuple[str, ...] = ()
+    kinds: Mapping[str, type[Selector]] = {}
 
-    def __init__(self, config: Any) -> None:
-        from pharmacist.selectors import SELECTORS
-
-        self.config, self.parts = config, dict[str, Selector]()
-        for name, option in zip(self.names, fields(config), strict=True):
-            given = getattr(config, option.name)
+    def __post_init__(self) -> None:
+        self.parts = dict[str, Selector]()
+        for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
+            given = getattr(self.config, option.name)
             if isinstance(given, Mapping):
-                self.parts[name] = SELECTORS.build(name, given)
-                setattr(config, option.name, self.parts[name].config)
-            else:
-                self.parts[name] = SELECTORS.get(name)(given)  # type: ignore[call-arg]
-        self.needs = frozenset().union(*(part.needs for part in self.parts.values()))
+                given = checked_options(f"selector '{name}'", kind.Config, given)
+                setattr(self.config, option.name, given)
+            self.parts[name] = kind(given)
+        self.needs = frozenset[str]().union(*(part.needs for part in self.parts.values()))
+        self.uses = frozenset[str]().union(*(part.uses for part in self.parts.values()))
 
     def notice(self, given: Collection[str]) -> str | None:
         """What its parts do otherwise."""
@@ -74,7 +70,7 @@ def share_of_rows_behind(score: FloatArray) -> FloatArray:
     return place
 
 
-def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[Mix]:
+def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:
     """The class of a mixture, with the options of its parts.
 
     Args:
@@ -88,11 +84,12 @@ def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[Mix]:
     for part in names:
         if names.count(part) > 1:
             raise ConfigError(f"selector '{name}': '{part}' counts once; name different selectors")
-        if part in _WITHOUT_ORDER:
-            raise ConfigError(f"selector '{name}': '{part}' {_WITHOUT_ORDER[part]}; leave it out")
+        if parts[part].keeps_all or parts[part].chance:
+            does = "ranks nothing" if parts[part].keeps_all else "adds nothing but chance"
+            raise ConfigError(f"selector '{name}': '{part}' {does}; leave it out")
     options = [(_identifier(part), kind.Config, field(default_factory=kind.Config)) for part, kind in parts.items()]
     config = make_dataclass("MixedConfig", options, bases=(MixConfig,))
-    return type("Mixed", (Mix,), {"Config": config, "names": tuple(names), "__doc__": Mix.__doc__})
+    return type("MixSelector", (MixSelector,), {"Config": config, "name": name, "kinds": dict(parts)})
 
 
 def _identifier(name: str) -> str:

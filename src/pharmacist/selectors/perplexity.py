@@ -14,18 +14,16 @@ class PerplexityConfig:
     """Options of the selector."""
 
     keep: Literal["low", "middle", "high"] = "middle"
-    """Which band ranks first; low and high order rows as the selectors loss-low and loss-high do."""
+    """Which band ranks first: what the model finds easy, the middle of the pool, or what it finds hard."""
 
 
-class Perplexity(Selector):
+class PerplexitySelector(Selector):
     """Prefers a band of the completion's perplexity, exp of its mean cross-entropy: by default the pool's middle."""
 
     Config = PerplexityConfig
+    name = "perplexity"
     needs = frozenset({"model"})
     paper = "Marion et al. 2023, arXiv 2309.04564"
-
-    def __init__(self, config: PerplexityConfig) -> None:
-        self.config = config
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool once."""

@@ -23,14 +23,13 @@ class RandomConfig:
     """Which of several orders of one seed."""
 
 
-class Random(Selector):
+class RandomSelector(Selector):
     """Uniform scores drawn by content, whatever the order of the input; each copy of a row draws anew."""
 
     Config = RandomConfig
+    name = "random"
     paper = "baseline"
-
-    def __init__(self, config: RandomConfig) -> None:
-        self.config = config
+    chance = True
 
     def rank(self, context: SelectionContext) -> Scores:
         """Draws a score in [0, 1) for every row."""

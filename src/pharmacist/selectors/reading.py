@@ -1,24 +1,15 @@
 """What selectors read of a row with the base model alone: forward passes over pool or references."""
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.passes import Measure, run_pass
 from pharmacist.nn.reading import read_row_losses, tokens_per_batch
-
-
-if TYPE_CHECKING:
-    from pharmacist.selectors.base import SelectionContext
-
-FloatArray = npt.NDArray[np.float64]
+from pharmacist.selectors.base import FloatArray, SelectionContext
 
 
 def read(
-    context: "SelectionContext", sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
+    context: SelectionContext, sequences: Sequences, measure: Measure, name: str, *, forwards: int = 1
 ) -> dict[str, FloatArray]:
     """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
 
@@ -52,7 +43,7 @@ def completion_loss(model: nn.Module, batch: Batch) -> FloatArray:
     return found
 
 
-def completion_losses(context: "SelectionContext", sequences: Sequences, name: str) -> FloatArray:
+def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
     """`completion_loss` of all rows under the base model, shape [rows]."""
     model = context.model.model
     return read(context, sequences, lambda batch: {"loss": completion_loss(model, batch)}, name)["loss"]

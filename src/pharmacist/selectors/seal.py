@@ -61,20 +61,22 @@ class SealConfig(AdapterOptions):
         return (INFORMED, PLAIN) if self.auxiliary else (INFORMED,)
 
 
-class Seal(Selector):
+class SealSelector(Selector):
     """Prefers rows that a model fits better for having learned the safe references too."""
 
     Config = SealConfig
+    name = "seal"
     needs = frozenset({"safe", "model"})
     paper = "Shen et al. 2024, arXiv 2410.07471"
 
-    def __init__(self, config: SealConfig) -> None:
+    def __post_init__(self) -> None:
+        config = self.config
         if config.gamma == 1 and config.epochs == 1:  # both models would be the same
             raise ConfigError(
                 "selector.gamma 1 with selector.epochs 1 never learns the safe references; take a lower gamma or more "
                 "epochs"
             )
-        self.config, self.weighs = config, config.weight_rate > 0
+        self.weighs = config.weight_rate > 0
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains the models together with the rows' weights, then reads the pool once under each."""

@@ -11,7 +11,7 @@ from pharmacist.core.typed import AtLeast0, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors.base import SelectionContext
 from pharmacist.selectors.gradients import pool_job
-from pharmacist.selectors.unrolled import LEARNER, Attack, Unrolled
+from pharmacist.selectors.unrolled import LEARNER, Attack, UnrolledSelector
 
 
 TOXIC = "toxic"
@@ -36,7 +36,7 @@ class ToxicLoraConfig(AdapterOptions):
     needs no step. Where Delta fits the references well, a long step gets in its way."""
 
 
-class ToxicLora(Unrolled):
+class ToxicLoraSelector(UnrolledSelector):
     """Prefers rows that keep a model safe which carries a frozen LoRA trained on harmful references.
 
     The score is minus the derivative of F(s) = U(theta - lookahead * grad mean_i s_i l_i(theta) + Delta) by the row's
@@ -45,6 +45,7 @@ class ToxicLora(Unrolled):
     """
 
     Config: ClassVar[type[ToxicLoraConfig]] = ToxicLoraConfig
+    name = "toxic-lora"
     needs = frozenset({"safe", "harmful", "model"})
     paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
     work = "toxic-lora"

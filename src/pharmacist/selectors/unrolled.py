@@ -122,7 +122,7 @@ class Attack:
     above: tuple[str, ...] = ()
 
 
-class Unrolled(Selector):
+class UnrolledSelector(Selector):
     """Prefers rows whose gradient points where the safety loss falls, one training step ahead.
 
     The score is <grad l_i(theta), grad U(theta+)>, theta+ = theta - lookahead * grad mean l: minus the derivative of
@@ -130,13 +130,11 @@ class Unrolled(Selector):
     """
 
     Config: ClassVar[type[Any]] = UnrolledConfig
+    name = "unrolled"
     needs = frozenset({"safe", "model"})
     weighs = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
     work = "unrolled"
-
-    def __init__(self, config: UnrolledConfig) -> None:
-        self.config = config
 
     def attack(self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path) -> Attack:
         """What the safety loss is to withstand: nothing here."""

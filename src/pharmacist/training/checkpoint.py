@@ -22,20 +22,25 @@ _COMPLETE = "strategy.json"
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every so many seconds, and marks it complete when all of it is on the disk.
+    """Saves a strategy's state with every checkpoint of the Trainer, and marks it complete when it is on the disk.
 
     Args:
-        strategy: Its state is saved too.
-        seconds: Between two checkpoints.
+        strategy: The method.
+        seconds: Also asks for a checkpoint every so many seconds, and for the last step to be logged; None leaves both
+            to the Trainer's arguments.
         streams: Side streams; where each stands (its ``position``, if it has one) is saved too.
     """
 
-    def __init__(self, strategy: GradientStrategy, seconds: float, streams: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, strategy: GradientStrategy, seconds: float | None = None, streams: Mapping[str, Any] | None = None
+    ) -> None:
         self.strategy, self.seconds, self.streams = strategy, seconds, streams or {}
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decides on the first process, for all; the last step is logged, however few there are."""
+        if self.seconds is None:
+            return
         control.should_log |= state.global_step >= state.max_steps
         due = from_main(time.monotonic() - self._last >= self.seconds)
         if due and state.global_step < state.max_steps:

@@ -28,7 +28,7 @@ from pharmacist.data.tokenize import Encoded
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, resolve_dtype, silent_library
-from pharmacist.training.checkpoint import Checkpoints, load_side_state, newest_checkpoint
+from pharmacist.training.checkpoint import Checkpoints, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -93,11 +93,12 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
     """
     model: nn.Module = loaded.model
     if options.tuning == "full":
+        model = deepcopy(model) if loaded.shared else model
         return model.float().requires_grad_(True)
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return model
     lora = options.lora
-    config = LoraConfig(
+    config = lora.given or LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -157,7 +158,6 @@ def train(
     halved = torch.bfloat16 in (loaded.dtype, resolve_dtype(options.dtype, loaded.device))
     dtype = torch.bfloat16 if halved else torch.float32
     arguments = training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed)
-    found = strategy.setup(model, derive(options.seed, "strategy"))
     progress = _Progress(description)
     trainer = StrategyTrainer(
         model=model,
@@ -167,14 +167,13 @@ def train(
         data_collator=_Collator(loaded.tokenizer.pad_token_id),
         strategy=strategy,
         streams=streams,
+        strategy_seed=derive(options.seed, "strategy"),
         callbacks=[Checkpoints(strategy, options.checkpoint_seconds, streams), progress, *callbacks],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
     try:
-        if checkpoint is not None:
-            load_side_state(checkpoint, strategy, streams or {})
         with progress.shown(), silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UnpicklingError, EOFError, SafetensorError) as error:
@@ -184,11 +183,11 @@ def train(
         raise DataError(
             f"{checkpoint}: cannot be resumed from ({' '.join(str(error).split())[:200]}); delete this folder"
         ) from error
-    finally:
-        strategy.close()
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
-    return TrainResult(model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), found)
+    return TrainResult(
+        model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), trainer.found
+    )
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -318,12 +317,20 @@ def finish_training(
     """Writes weights, ``log.jsonl``, model card and manifest of a training stage."""
     barrier()
     if rank() == 0:
-        folders = save_trained(
-            result.model, loaded, run.root, card, trained_on=run.manifest.inputs["model"], merge=options.merge
-        )
+        folders: list[str] = []
+        if run.temporary is None:
+            folders = save_trained(
+                result.model,
+                loaded,
+                run.root,
+                card,
+                trained_on=run.manifest.inputs["model"],
+                merge=options.merge,
+                last=not isinstance(options.model, LoadedModel),  # who gives a model gets one back
+            )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
         run.finish(
-            outputs=[*folders, "log.jsonl", "README.md", *outputs],
+            outputs=[*folders, *(["README.md"] if folders else []), "log.jsonl", *outputs],
             counts=counts,
             device=str(loaded.device),
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},

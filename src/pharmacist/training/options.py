@@ -1,10 +1,12 @@
 """Options of every training stage, and how they become transformers and PEFT objects."""
 
+import copy
 import dataclasses
 import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt
@@ -17,6 +19,7 @@ from pharmacist.core.typed import AtLeast1, Checked
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
 
@@ -37,6 +40,41 @@ class LoraOptions(Checked):
     def option_name(cls, field: str) -> str:
         """A field as messages name it."""
         return f"lora.{field}"
+
+    @property
+    def given(self) -> Any:
+        """PEFT's configuration where one was given, from Python, instead of these options."""
+        return None
+
+
+@dataclass
+class GivenLora(LoraOptions):
+    """An adapter as a PEFT configuration shapes it; `other` is what of that the options do not say."""
+
+    other: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: "LoraConfig") -> "GivenLora":
+        """The options of a configuration, which is used as it is."""
+        target = config.target_modules
+        known = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode"}
+        other = {name: str(value) for name, value in config.to_dict().items() if name not in known and value}
+        found = cls(
+            r=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=sorted(target) if isinstance(target, set | list) else target and [target],
+            other=other,
+        )
+        found._config = config
+        return found
+
+    _config = typing.cast(Any, None)  # of an instance; no option
+
+    @property
+    def given(self) -> Any:
+        """A copy, since PEFT notes in it where it was used."""
+        return copy.copy(self._config)
 
 
 @dataclass(kw_only=True)
@@ -114,6 +152,29 @@ _REMOVED = {
     "save_safetensors": "weights are always safetensors",
     "group_by_length": "give train_sampling_strategy",
 }
+
+
+_DECIDED = frozenset({"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_FIXED})
+_DECIDED |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model"}
+"""Fields of `TrainingArguments` that `train_options` leaves to the stage."""
+
+
+def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``train`` that say the same as some `TrainingArguments`: those that are not transformers' own.
+
+    Args:
+        arguments: As the user made them. Output folder, checkpoints, seeds, device and number format are the stage's.
+        defaults: The stage's own, in whose place the arguments' values are taken, whatever they are.
+    """
+    from transformers import TrainingArguments
+
+    usual = TrainingArguments(use_cpu=arguments.use_cpu)
+    given = {}
+    for item in dataclasses.fields(TrainingArguments):
+        value = getattr(arguments, item.name)
+        if item.init and item.name not in _DECIDED and (item.name in defaults or value != getattr(usual, item.name)):
+            given[item.name] = value.value if isinstance(value, Enum) else value
+    return given
 
 
 def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:

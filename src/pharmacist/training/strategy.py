@@ -20,6 +20,7 @@ from torch import nn
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import DivergedError
+from pharmacist.core.method import Method
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
@@ -29,6 +30,8 @@ from pharmacist.nn.losses import target_loss, target_losses, targets
 
 Batch = Mapping[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each of shape [rows, length]."""
+STREAMS = {"harmful": "harmful", "held_out": "harmful", "paired": "harmful", "retain": "data", "safe": "safe"}
+"""Side streams and the rows that they are made of: ``data`` are those that are trained on."""
 
 
 @dataclass
@@ -165,23 +168,25 @@ class StepContext:
         self.metrics |= {name: float(value) for name, value in values.items()}
 
 
-class GradientStrategy:
+class GradientStrategy(Method):
     """A training-time defense. Every hook does nothing unless it is overridden.
 
     Attributes:
-        Config: Dataclass of its options.
         stages: Where it can be used: ``align``, ``finetune``.
-        streams: Side streams that it draws from, such as ``harmful``.
-        paper: Source, for docs and model cards.
+        streams: Side streams that it draws from, keys of `STREAMS`.
+        reads_outputs: Whether `objective` looks at the model's outputs, for which TRL needs a further forward pass.
+        held_out: Share of the harmful rows' prompts that go to the stream ``held_out`` and not to ``harmful``.
     """
 
-    Config: ClassVar[type[Any]]
     stages: ClassVar[frozenset[str]] = frozenset({"align"})
     streams: tuple[str, ...] = ()
-    paper: ClassVar[str] = ""
+    reads_outputs: ClassVar[bool] = True
+    held_out: float = 0.0
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The sets of rows that its streams are made of, besides the rows that are trained on."""
+        return frozenset(STREAMS.get(stream, stream) for stream in self.streams) - {"data"}
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Looks at the model once before training.
@@ -218,7 +223,7 @@ class GradientStrategy:
         return nullcontext()
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss as it is differentiated."""
+        """The main loss as it is differentiated; `outputs` are None unless `reads_outputs`."""
         return loss
 
     def after_backward(self, step: StepContext) -> None:

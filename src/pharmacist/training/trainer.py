@@ -1,23 +1,30 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
-from pharmacist.core.errors import CompatibilityError, ConfigError, DivergedError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError
+from pharmacist.core.seeding import derive
+from pharmacist.data.streams import EndlessRows
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.losses import batch_loss, targets
+from pharmacist.training.checkpoint import Checkpoints, load_side_state
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
 _NAMED = 20
+_COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "completion_mask"})
+"""What a collator is given of the rows of a side stream."""
 
 
 def token_mean_loss(
@@ -51,17 +58,24 @@ def _options_told() -> Iterator[None]:
 
 
 class StrategyMixin:
-    """Makes a `transformers.Trainer` (or a subclass such as TRL's) run a `GradientStrategy`.
+    """Makes a `transformers.Trainer`, or a subclass such as TRL's ``SFTTrainer``, run a `GradientStrategy`.
+
+    ``class MyTrainer(StrategyMixin, SFTTrainer): pass`` is all that is needed. Batches must hold ``input_ids``,
+    ``attention_mask`` and ``labels``; the strategy's state is part of every checkpoint.
 
     Order of a micro-batch: auxiliary passes first, on the bare model and without communication; then the main pass,
     whose backward is the only one that synchronises a data-parallel run and carries the auxiliary gradient along.
 
     Args:
-        strategy: The method.
-        streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
+        strategy: The method, such as ``pharmacist.Vaccine(rho=2)``.
+        streams: Name -> what the strategy draws from besides the training rows (`GradientStrategy.streams`): a dataset
+            of tokenised rows (`pharmacist.tokenize`), which the Trainer's own collator makes batches of its own size
+            from; or an endless iterator of batches, or `data.streams.PairedRows`.
+        strategy_seed: Of the strategy's random streams; by default the Trainer's seed.
         **kwargs: Of the Trainer.
 
     Attributes:
+        found: What the strategy found to act on, when training has begun.
         without_targets: Micro-batches so far that had no target token; they moved nothing.
 
     Raises:
@@ -69,27 +83,64 @@ class StrategyMixin:
     """
 
     def __init__(
-        self, *args: Any, strategy: GradientStrategy, streams: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        strategy: GradientStrategy,
+        streams: Mapping[str, Any] | None = None,
+        strategy_seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         with _options_told():
             super().__init__(*args, **kwargs)
-        self.strategy, self.streams = strategy, dict(streams or {})
+        trainer: Any = self
+        self.strategy, self.found = strategy, dict[str, Any]()
+        self.strategy_seed = trainer.args.seed if strategy_seed is None else strategy_seed
+        self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
         self._tokens: torch.Tensor | None = None  # of the update, padding not counted
         self._rows: list[int] = []  # of the update so far
         self._sums: dict[str, list[float]] = {}
         self.without_targets = 0
-        name = type(strategy).__name__
+        name = strategy.name
         for missing in set(strategy.streams) - self.streams.keys():
-            raise CompatibilityError(f"{name} draws from the stream '{missing}'; give --{missing} FILE")
-        trainer: Any = self
+            raise CompatibilityError(f"{name} draws from '{missing}' rows; give streams={{'{missing}': ROWS}}")
         if trainer.args.n_gpu > 1:
             raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
         if trainer.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
+        if not any(isinstance(callback, Checkpoints) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(Checkpoints(strategy, streams=self.streams))
+
+    def _stream(self, name: str, rows: Any) -> Any:
+        trainer: Any = self
+        if not hasattr(rows, "__getitem__"):
+            return rows
+        if not len(rows) or "input_ids" not in rows[0]:
+            raise DataError(f"streams: '{name}' holds no tokenised rows; pharmacist.tokenize makes them from text")
+
+        def batch(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+            items = [{key: rows[number][key] for key in rows[number] if key in _COLUMNS} for number in numbers]
+            return {key: value.to(trainer.args.device) for key, value in trainer.data_collator(items).items()}
+
+        size, seed = trainer.args.per_device_train_batch_size, derive(self.strategy_seed, "stream", name)
+        return EndlessRows(len(rows), size, batch, seed=seed)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The stock training, between the strategy's `setup` and `close`."""
+        trainer: Any = self
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(trainer.args.output_dir)
+        try:
+            self.found = self.strategy.setup(trainer.model, self.strategy_seed)
+            if folder:
+                load_side_state(Path(folder), self.strategy, self.streams)
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.strategy.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
@@ -178,7 +229,7 @@ class StrategyMixin:
         if step is not None and step.weights is not None:
             trainer.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
-        own = type(self.strategy).objective is not GradientStrategy.objective
+        own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
         found = super().compute_loss(  # type: ignore[misc]
             model, dict(inputs), return_outputs=own or return_outputs, num_items_in_batch=num_items_in_batch
         )

@@ -53,7 +53,7 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"selectors": [{"selector": "pharmacist", "labels": 8}]}, "give pool 'pool' a 'labels'"),
         (
             {"selectors": [{"selector": "random", "labels": 8}], "pools": [LABELLED_POOL]},
-            "only the selector pharmacist asks",
+            "only a selector that asks for labels has some, 2 or more",
         ),
         (
             {"selectors": [{"selector": "random", "labels": "all"}], "pools": [LABELLED_POOL | {"labels": "no.json"}]},

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.typed import Given
 from pharmacist.data.compression import compressed
 from pharmacist.data.formats.json_text import json_line, short
 
@@ -61,7 +62,7 @@ def ascending(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
     return found
 
 
-class Source(ABC):
+class Source(Given, ABC):
     """Rows from somewhere.
 
     Attributes:

@@ -79,6 +79,7 @@ class RepNoise(GradientStrategy):
     """
 
     Config = RepNoiseConfig
+    name = "repnoise"
     streams = ("paired",)
     paper = "arXiv 2405.14577"
     config: RepNoiseConfig

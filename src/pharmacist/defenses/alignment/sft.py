@@ -8,5 +8,6 @@ class SFT(GradientStrategy):
     """Mean cross-entropy over completion tokens and EOS; literally the stock Trainer."""
 
     Config = SFTConfig
+    name = "sft"
     stages = frozenset({"align", "finetune"})
     paper = "baseline"

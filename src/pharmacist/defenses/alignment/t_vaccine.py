@@ -90,8 +90,10 @@ class TVaccine(GradientStrategy):
     """
 
     Config = TVaccineConfig
+    name = "t-vaccine"
     streams = ("harmful",)
     paper = "arXiv 2410.09760"
+    reads_outputs = False
     config: TVaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

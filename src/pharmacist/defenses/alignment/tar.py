@@ -151,12 +151,15 @@ class TAR(GradientStrategy):
     """
 
     Config = TARConfig
+    name = "tar"
     streams: tuple[str, ...] = ("harmful", "held_out", "retain")
     paper = "arXiv 2408.00761"
+    reads_outputs = False
     config: TARConfig
 
-    def __init__(self, config: TARConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
+        config = self.config
+        self.held_out = config.held_out
         needed = {"harmful"}
         needed |= {"held_out"} if config.objective == "entropy" else set()
         needed |= {"retain"} if "switch" in (config.adversaries or []) else set()

@@ -77,7 +77,9 @@ class Vaccine(GradientStrategy):
     """
 
     Config = VaccineConfig
+    name = "vaccine"
     paper = "arXiv 2402.01109"
+    reads_outputs = False
     config: VaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

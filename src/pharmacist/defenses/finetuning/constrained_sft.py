@@ -66,6 +66,7 @@ class ConstrainedSFT(GradientStrategy):
     """
 
     Config = ConstrainedSFTConfig
+    name = "constrained-sft"
     stages = frozenset({"finetune"})
     paper = "arXiv 2406.05946"
     config: ConstrainedSFTConfig

@@ -59,9 +59,11 @@ class EWC(GradientStrategy):
     """
 
     Config = EWCConfig
+    name = "ewc"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 1612.00796"
+    reads_outputs = False
     config: EWCConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class KL(GradientStrategy):
     """
 
     Config = KLConfig
+    name = "kl"
     stages = frozenset({"finetune"})
     paper = "arXiv 2402.01109"
     config: KLConfig

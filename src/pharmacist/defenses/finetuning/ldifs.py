@@ -72,8 +72,10 @@ class LDIFS(GradientStrategy):
     """
 
     Config = LDIFSConfig
+    name = "ldifs"
     stages = frozenset({"finetune"})
     paper = "arXiv 2308.13320"
+    reads_outputs = False
     config: LDIFSConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

@@ -48,9 +48,11 @@ class Lisa(GradientStrategy):
     """
 
     Config = LisaConfig
+    name = "lisa"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 2405.18641"
+    reads_outputs = False
     config: LisaConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ ENGINES: Registry[Engine] = Registry(
         "vllm": "pharmacist.evaluation.engines.vllm:VllmEngine",
     },
     group="pharmacist.engines",
-    options={"transformers": "pharmacist.evaluation.engines.base:NoOptions"},
+    options={"transformers": "pharmacist.core.method:NoOptions"},
 )
 
 __all__ = ["ENGINES", "Engine", "ModelChoice"]

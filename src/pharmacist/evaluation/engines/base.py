@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.method import Method
 from pharmacist.evaluation.answers import Answer
 
 
@@ -34,23 +35,8 @@ class ModelChoice:
     trust_remote_code: bool = False
 
 
-@dataclass
-class NoOptions:
-    """An engine without options."""
-
-
-class Engine(ABC):
-    """Answers the prompt sets of an `Evaluator`, greedily.
-
-    Args:
-        config: Options, of type `Config`.
-    """
-
-    Config: ClassVar[type] = NoOptions
-    name: ClassVar[str]
-
-    def __init__(self, config: Any = None) -> None:
-        self.config = config
+class Engine(Method, ABC):
+    """Answers the prompt sets of an `Evaluator`, greedily."""
 
     def check(self) -> None:  # noqa: B027 - most engines have nothing to check
         """Refuses at once what cannot work, before any input is read.

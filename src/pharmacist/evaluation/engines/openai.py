@@ -26,8 +26,7 @@ class OpenAIEngine(Engine):
     Config = EndpointConfig
     name = "openai"
 
-    def __init__(self, config: EndpointConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._model = ""
 
     def check(self) -> None:

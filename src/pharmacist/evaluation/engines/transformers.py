@@ -15,8 +15,7 @@ class TransformersEngine(Engine):
 
     name = "transformers"
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._loaded: LoadedModel | None = None
 
     def fingerprint(self, model: str) -> str:

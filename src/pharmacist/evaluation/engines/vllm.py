@@ -40,8 +40,8 @@ class VllmEngine(TransformersEngine):
     Config = VllmConfig
     name = "vllm"
 
-    def __init__(self, config: VllmConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._llm: Any = None
 
     def check(self) -> None:

@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from pharmacist.core.method import Method
 
 
 class GradeItem(NamedTuple):
@@ -29,36 +30,19 @@ class Grade(NamedTuple):
     form: bool = True
 
 
-@dataclass
-class NoOptions:
-    """A grader without options."""
-
-
 GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
-class Grader(ABC, Generic[GradeT]):
+class Grader(Method, ABC, Generic[GradeT]):
     """Grades answers.
-
-    Args:
-        config: Options, of type `Config`.
 
     The type of its grades is a named tuple, whose fields ``items.jsonl`` keeps.
     """
 
-    Config: ClassVar[type] = NoOptions
-    name: ClassVar[str]
-
-    def __init__(self, config: Any = None) -> None:
-        self.config = config
-        self.work: Path | None = None
-        """Folder for verdicts that cost much, kept as they come; set by the stage."""
-        self.missing = 0
-        """Grades that failed on the way, which another call would ask for again."""
-
-    def identity(self) -> dict[str, Any]:
-        """Options that decide on the grades; others, such as waiting times, identify no run."""
-        return {} if self.config is None else dict(vars(self.config))
+    work: Path | None = None
+    """Folder for verdicts that cost much, kept as they come; set by the stage."""
+    missing: int = 0
+    """Grades that failed on the way, which another call would ask for again."""
 
     def fingerprint(self) -> str | None:
         """Hash of the files that it reads besides the task's; None where it reads none."""
@@ -142,7 +126,5 @@ class Matching(Grader[Grade]):
         return {}
 
 
-class Auto:
+class Auto(Method):
     """In the place of a kind of task: told by the completions, `detect_grader`."""
-
-    Config: ClassVar[type] = NoOptions

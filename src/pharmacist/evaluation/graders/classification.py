@@ -24,8 +24,7 @@ class Classification(Matching):
     version = 2
     matching = ("exact", "substring")
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self.labels: list[str] = []
 
     @classmethod

@@ -85,9 +85,8 @@ class WinRate(Grader[WinGrade]):
     Config: ClassVar[type] = WinRateConfig
     name = "win-rate"
 
-    def __init__(self, config: WinRateConfig) -> None:
-        super().__init__(config)
-        self._model = JudgingModel(config, f"--task-type {self.name}", _SYSTEM, _FORMAT)
+    def __post_init__(self) -> None:
+        self._model = JudgingModel(self.config, f"--task-type {self.name}", _SYSTEM, _FORMAT)
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from pharmacist.core.method import Method
+
 
 class JudgeItem(NamedTuple):
     """A prompt and a model's answer to it."""
@@ -45,36 +47,23 @@ class Verdict:
 Rows = Iterable[Mapping[str, Any]]
 
 
-class Judge(ABC):
+class Judge(Method, ABC):
     """Judges answers, each by itself: order and company of the items change nothing.
 
-    Args:
-        config: Options, of type `Config`.
+    Attributes:
+        needs: Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``.
     """
 
-    Config: ClassVar[type]
-    name: ClassVar[str]
     tells_refusals: ClassVar[bool] = True
     """Whether `Verdict.refused` is filled; where not, refusals are counted by the keyword judge."""
 
     category_threshold: ClassVar[float] = 0.5
     """Score above which an answer counts as flagged in one of the judge's categories."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.work: Path | None = None
-        """Folder for verdicts that cost much, kept as they come; set by the stage."""
-        self.missing = 0
-        """Verdicts that failed on the way, which another call would ask for again."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``."""
-        return frozenset()
-
-    def identity(self) -> dict[str, Any]:
-        """Options that decide on the verdicts; others, such as batch sizes, identify no run."""
-        return dict(vars(self.config))
+    work: Path | None = None
+    """Folder for verdicts that cost much, kept as they come; set by the stage."""
+    missing: int = 0
+    """Verdicts that failed on the way, which another call would ask for again."""
 
     def fingerprint(self) -> str | None:
         """Hash of the files that it reads besides the references; None where it reads none."""
@@ -108,12 +97,7 @@ class Judge(ABC):
         return False
 
 
-@dataclass
-class NoOptions:
-    """No options."""
-
-
-class NoJudge:
+class NoJudge(Method):
     """In the place of a second judge: there is none."""
 
-    Config: ClassVar[type] = NoOptions
+    name = "none"

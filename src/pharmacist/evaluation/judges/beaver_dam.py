@@ -60,9 +60,9 @@ class BeaverDamJudge(LocalModelJudge):
     tells_refusals = False
     auto_class = AutoModelForSequenceClassification
 
-    def __init__(self, config: BeaverDamConfig) -> None:
-        super().__init__(config)
-        self.category_threshold = config.threshold  # type: ignore[misc]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.category_threshold = self.config.threshold  # type: ignore[misc]
         self._truncated, self._judged = 0, 0
 
     def encode(self, items: Sequence[JudgeItem]) -> list[list[int]]:

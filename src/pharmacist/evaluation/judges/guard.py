@@ -175,11 +175,11 @@ class GuardJudge(LocalModelJudge):
     name = "guard"
     auto_class = AutoModelForCausalLM
 
-    def __init__(self, config: GuardConfig) -> None:
-        super().__init__(config)
-        family = FAMILIES.get(config.family)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        family = FAMILIES.get(self.config.family)
         self.tells_refusals = family is not None and family.refusals  # type: ignore[misc]
-        self.category_threshold = config.threshold if family is None else 0.49  # type: ignore[misc]
+        self.category_threshold = self.config.threshold if family is None else 0.49  # type: ignore[misc]
         self._cut = 0
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:

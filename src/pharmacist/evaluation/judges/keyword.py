@@ -65,9 +65,8 @@ class KeywordJudge(Judge):
     Config: ClassVar[type] = KeywordConfig
     name = "keyword"
 
-    def __init__(self, config: KeywordConfig) -> None:
-        super().__init__(config)
-        phrases = "|".join(re.escape(_plain(phrase)) for phrase in (*PHRASES, *config.phrases))
+    def __post_init__(self) -> None:
+        phrases = "|".join(re.escape(_plain(phrase)) for phrase in (*PHRASES, *self.config.phrases))
         # Whole words, in scripts that have spaces between them.
         self._pattern = re.compile(rf"(?<!{SPACED})(?:{phrases})(?!{SPACED})")
 

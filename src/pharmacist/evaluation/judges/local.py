@@ -40,8 +40,7 @@ class LocalModelJudge(Judge):
 
     auto_class: Any
 
-    def __init__(self, config: LocalModelConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._version = ""

@@ -105,21 +105,17 @@ class ProbeJudge(Judge):
 
     Config: ClassVar[type] = ProbeConfig
     name = "probe"
+    needs = frozenset({"safe", "harmful"})
 
-    def __init__(self, config: ProbeConfig) -> None:
-        super().__init__(config)
+    def __post_init__(self) -> None:
         self.kept: Sequence[Path] = ()
         self._trained: _Trained | None = None
         self._fingerprint = ""
         self._report: dict[str, Any] = {}
         self._seen: dict[str, list[Features]] = {REFUSAL: [], COMPLIANCE: []}
-        if config.folder is not None:
-            self._load(Path(config.folder))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Safe and harmful references, unless it was loaded."""
-        return frozenset() if self.config.folder is not None else frozenset({REFUSAL, COMPLIANCE})
+        if self.config.folder is not None:
+            self.needs = frozenset()
+            self._load(Path(self.config.folder))
 
     def identity(self) -> dict[str, Any]:
         """All but where the model runs."""

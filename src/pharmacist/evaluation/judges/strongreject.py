@@ -62,9 +62,8 @@ class StrongRejectJudge(Judge):
     Config: ClassVar[type] = StrongRejectConfig
     name = "strongreject"
 
-    def __init__(self, config: StrongRejectConfig) -> None:
-        super().__init__(config)
-        self._model = JudgingModel(config, f"--judge {self.name}", _SYSTEM, _FORMAT)
+    def __post_init__(self) -> None:
+        self._model = JudgingModel(self.config, f"--judge {self.name}", _SYSTEM, _FORMAT)
         self._failed: list[str] = []
 
     def identity(self) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from pharmacist.pipeline.bench.options import (
 )
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.select import WEIGHTS
-from pharmacist.pipeline.side_data import HARMFUL_STREAMS
 from pharmacist.pipeline.stages.curate import SPREAD
 from pharmacist.pipeline.stages.evaluate import EVALUATE
 from pharmacist.repairs import REPAIRS
@@ -410,7 +409,7 @@ class _Choice:
 
 
 def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
-    name, full = selector.name, selector.selector["name"] == "full"
+    name, full = selector.name, SELECTORS.get(selector.selector["name"]).keeps_all
     fractions = selector.fractions or ([1.0] if full else grid.fractions)
     if full and fractions != [1.0]:
         raise ConfigError(f"selector '{name}': keeps the full pool; leave its fractions out")
@@ -482,7 +481,8 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tup
             f"selector '{selector.name}': diversity {rank_options.diversity} is for curate alone; in a grid, "
             f"take the selector {rank_options.diversity}"
         )
-    if not _reads(rank_options):  # so that no model is fingerprinted, and models share the ranking
+    method = expansion.built(SELECTORS, rank_options.selector)
+    if not method.needs | method.uses:  # so that no model is fingerprinted, and models share the ranking
         rank_options = with_options(rank_options, model=None, safe=[], harmful=[], utility=[])
     rank = expansion.stage("rank", rank_options, chosen.seed, pool, selector.name, made={}, own_seed=selector.seed)
     asked: tuple[str, ...] = ()
@@ -505,9 +505,9 @@ def _selected(expansion: _Expansion, chosen: _Choice) -> tuple[Stage, Stage, tup
         "fractions",
         {"ranking": "-", "top": chosen.fraction, "fill": selector.fill},
     )
-    method = f"{selector.name} {chosen.fraction:g}"
+    title = f"{selector.name} {chosen.fraction:g}"
     made = {"ranking": (rank, "")}
-    select = expansion.stage("select", select_options, chosen.seed, pool, method, made=made, own_seed=selector.seed)
+    select = expansion.stage("select", select_options, chosen.seed, pool, title, made=made, own_seed=selector.seed)
     return select, rank, asked
 
 
@@ -523,15 +523,12 @@ def _labels(chosen: _Choice) -> dict[str, Any]:
         )
     if selector.labels == "all":
         return {"labels": pool.labels}
-    if selector.labels < 2 or selector.selector["name"] != "pharmacist":
+    if selector.labels < 2 or not SELECTORS.get(selector.selector["name"]).asks:
         raise ConfigError(
-            f"selector '{selector.name}', labels {selector.labels}: only the selector pharmacist asks, for 2 or more"
+            f"selector '{selector.name}', labels {selector.labels}: only a selector that asks for labels has some, "
+            "2 or more"
         )
     return {"to_label": selector.labels}
-
-
-def _reads(options: Any) -> bool:
-    return options.selector["name"] not in ("full", "random")
 
 
 def _check_references(expansion: _Expansion, chosen: _Choice, options: Any) -> None:
@@ -570,7 +567,7 @@ def _aligned(expansion: _Expansion, chosen: _Choice, select: Stage) -> Stage:
     strategy = expansion.built(DEFENSES, options.defense)
     if "align" not in strategy.stages:
         raise CompatibilityError(f"defense '{defense.name}': is not for alignment; name it under later_defenses")
-    if not set(strategy.streams) & HARMFUL_STREAMS:
+    if "harmful" not in strategy.needs:
         options = with_options(options, harmful=None)  # not read: it identifies nothing
     elif options.harmful is None and not _is_preference(chosen.pool.pool):
         raise ConfigError(
@@ -609,7 +606,9 @@ def _attacked(expansion: _Expansion, chosen: _Choice, align: Stage, select: Stag
             raise ConfigError(f"attack '{attack.name}' needs {need} rows: {place}")
     made = {"model": (align, "")}
     strategy = expansion.built(DEFENSES, options.defense)
-    if "safe" in strategy.streams and options.safe is None:
+    if "finetune" not in strategy.stages:
+        raise CompatibilityError(f"later defense '{later.name}': is not for fine-tuning; name it under defenses")
+    if "safe" in strategy.needs and options.safe is None:
         made["safe"] = (select, "selected.jsonl")  # the defender's own rows
     method = attack.name if during is not later.method else f"{attack.name}, {later.name}"
     return expansion.stage("attack", options, chosen.seed, chosen.pool, method, made=made)

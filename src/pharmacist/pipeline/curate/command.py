@@ -32,7 +32,7 @@ from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import SelectionContext, Selector
-from pharmacist.selectors.embeddings import pool_keys
+from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
@@ -90,62 +90,19 @@ def curate(options: CurateOptions) -> Ranking | None:
         return ranking
 
 
-def rank(
-    pool: Any,
-    *,
-    safe: Any = None,
-    harmful: Any = None,
-    utility: Any = None,
-    model: str | None = None,
-    selector: str | Mapping[str, Any] = "pharmacist",
-    columns: Mapping[str, str] | None = None,
-    output_dir: str | None = None,
-    **options: Any,
-) -> Ranking:
-    """Ranks a pool in one call; nothing is written unless asked for.
+def rank(options: CurateOptions) -> Ranking:
+    """Ranks a pool; nothing is written but partial state.
 
-    Args:
-        pool: Rows to rank: a path, a hub id, a ``datasets.Dataset`` or a list of dicts.
-        safe: Safe references, likewise.
-        harmful: Harmful references, likewise.
-        utility: Utility references, likewise.
-        model: Folder or hub id of the model that reads the pool.
-        selector: Name, or ``{"name": ..., **options}``.
-        columns: Other column names, ``{"prompt": "question"}``.
-        output_dir: Where partial state lies, so that an interrupted ranking resumes; a temporary folder by default.
-        **options: Further fields of `CurateOptions`, such as ``seed`` or ``device``.
-
-    Returns:
-        The ranking; `Ranking.select` gives the core subset.
+    Raises:
+        PharmacistError: Bad options or input.
     """
-    sources = open_sources(pool, {"safe": _several(safe), "harmful": _several(harmful), "utility": _several(utility)})
-    choice = {"name": selector} if isinstance(selector, str) else dict(selector)
-    scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="pharmacist-")
-    named: dict[str, Any] = {"pool": sources["pool"].label}
-    for name in REFERENCES:
-        named[name] = [source.label for key, source in sources.items() if key.split()[0] == name]
-    settings = CurateOptions(
-        output_dir=output_dir or scratch.name,  # type: ignore[union-attr]
-        model=model,
-        selector=choice,
-        columns=",".join(f"{k}={v}" for k, v in columns.items()) if columns else None,
-        **named,
-        **options,
-    )
-    chosen = SELECTORS.build_from(choice)
-    inputs = fingerprints(sources, settings)
-    with RANK.open(settings, inputs=inputs, methods={"selector": chosen}) as run:
-        ranking = _rank(sources, chosen, settings, run)
+    sources = open_sources(options.pool, {name: getattr(options, name) for name in REFERENCES})
+    selector = SELECTORS.build_from(options.selector)
+    with RANK.open(options, inputs=fingerprints(sources, options), methods={"selector": selector}) as run:
+        ranking = _rank(sources, selector, options, run)
+        ranking._scratch, run.temporary = run.temporary, None  # its rows lie there
     ranking.manifest = run.manifest.model_dump(mode="json")
-    ranking._scratch = scratch
     return ranking
-
-
-def _several(given: Any) -> list[Any]:
-    """What is given for one kind of references: a list of rows is one source, one of files or datasets are as many."""
-    if isinstance(given, list | tuple) and not all(isinstance(item, Mapping) for item in given):
-        return list(given)
-    return [] if given is None else [given]
 
 
 def _rank(
@@ -193,7 +150,7 @@ def _rank(
     context.labels = labels_of_pool(pool, options)
     points = None
     if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
-        points = context.points, pool_keys(context)
+        points = pool_points(context), pool_keys(context)
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])

@@ -106,9 +106,9 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
     if "embedder" in selector.needs and options.model is None and options.embedder is None:
         asks = f"selector '{options.selector['name']}' compares rows by a model"
         raise ConfigError(f"{asks}; give --model, or --embedder")
-    if options.diversity in SPREAD and options.selector["name"] in {"full", *SPREAD}:
+    if options.diversity in SPREAD and (selector.keeps_all or selector.covers):
         name = options.selector["name"]
-        does = "ranks nothing" if name == "full" else "covers the pool by itself"
+        does = "ranks nothing" if selector.keeps_all else "covers the pool by itself"
         raise ConfigError(f"--diversity {options.diversity}: selector '{name}' {does}; leave one of the two out")
     if options.diversity in SPREAD and options.model is None and options.embedder is None:
         raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")

@@ -49,16 +49,17 @@ _WORTH_LISTENING = 0.7
 _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASONS.values())))}
 
 
-class Pharmacist(Selector):
+class PharmacistSelector(Selector):
     """Ranks an alignment pool by what its rows are and, where asked for, by what training on them does."""
 
     Config = PharmacistConfig
+    name = "pharmacist"
     needs = frozenset({"safe"})
+    uses = frozenset({"harmful", "utility", "model"})
+    asks = True
     paper = "arXiv 2510.10085; the questions of the evidence and the closed form are this project's own"
 
-    def __init__(self, config: PharmacistConfig) -> None:
-        self.config = config
-        self._ranking: _Ranking | None = None
+    _ranking: "_Ranking | None" = None
 
     def notice(self, given: Collection[str]) -> str | None:
         """Says that the twins fall back to SEAL's contrast where there are no harmful references."""

@@ -1,0 +1,96 @@
+"""What selectors, defenses, attacks, repairs, judges, graders and engines have in common."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pharmacist.core.console import without_credentials
+from pharmacist.core.typed import Given
+
+
+@dataclasses.dataclass
+class NoOptions:
+    """No options."""
+
+
+class Method:
+    """Base of all methods.
+
+    A subclass declares its options once, as the dataclass `Config`; they are its keyword arguments, what ``help()``
+    shows, what ``repr()`` writes and what the command line and YAML files offer. State is prepared in
+    ``__post_init__``, which runs after `config` is set.
+
+    Args:
+        config: Options of type `Config`, instead of keyword arguments.
+        **options: Fields of `Config`; those left out keep their defaults.
+
+    Attributes:
+        Config: Dataclass of the options.
+        config: The options in use.
+        name: As registries, manifests and model cards call it; by default the class's name in lower case, words
+            joined by hyphens.
+        needs: Inputs without which the method cannot work, such as ``safe``, ``harmful`` or ``model``; those of an
+            instance may depend on its options.
+        paper: Source, for docs and model cards.
+
+    Raises:
+        TypeError: An option that the method does not have.
+        ConfigError: A value out of range.
+
+    >>> from pharmacist.attacks.identity import IdentityAttack
+    >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")
+    IdentityAttack(before_prompt='AOA: ', before_completion='Sure: ')
+    """
+
+    Config: ClassVar[type[Any]] = NoOptions
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    needs: frozenset[str] = frozenset()
+    config: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.Config).replace(return_annotation=inspect.Signature.empty)
+        cls.__signature__ = signature  # type: ignore[attr-defined]
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    def __init__(self, config: Any = None, /, **options: Any) -> None:
+        if config is not None and options:
+            raise TypeError(f"{type(self).__name__}: give a config or its fields, not both")
+        self.config = self.Config(**options) if config is None else config
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Prepares what follows from the options."""
+
+    def identity(self) -> dict[str, Any]:
+        """The options that can change a result; all of them, unless a method knows better (a batch size, say)."""
+        return dataclasses.asdict(self.config)
+
+    def choice(self) -> "Choice":
+        """``{"name": ..., **options}``, the form in which options files and manifests hold a method."""
+        return Choice({"name": self.name, **dataclasses.asdict(self.config)}, type(self))
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        shown = (f"{name}={_shown(value)!r}" for name, value in values.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Choice(Given, dict[str, Any]):
+    """A method's name and options; a registry builds it from these also where it does not know the class by name.
+
+    Attributes:
+        method: The class.
+    """
+
+    def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
+        super().__init__(options)
+        self.method = method
+
+
+def _shown(value: Any) -> Any:
+    return without_credentials(value) if isinstance(value, str) and "://" in value else value

@@ -1,0 +1,257 @@
+"""The Python interface of objects: results as by files, nothing of the caller's changed, nothing left behind."""
+
+import dataclasses
+import inspect
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+
+import pharmacist as ph
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.training.options import LoraOptions, train_options
+from pharmacist.training.strategy import GradientStrategy
+from pharmacist.worlds import BASE_MODEL, World
+from tests.cli.world import write_rows
+
+
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+ARGS = TrainingArguments(**STEPS, use_cpu=True, seed=0, report_to="none", lr_scheduler_type="linear")
+TRAIN = STEPS | {"lr_scheduler_type": "linear", "num_train_epochs": 3.0, "warmup_steps": 0, "weight_decay": 0.0}
+"""What `ARGS` say over the defaults of the stages."""
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+SHAPE = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+WORLD = World(3)
+SETS: dict[str, list[dict[str, Any]]] = {
+    "pool": WORLD.pool(40)[0],
+    "safe": WORLD.safe(16),
+    "harmful": WORLD.harmful(16),
+    "task": WORLD.task_train(60),
+    "test": WORLD.task_test(8),
+    "prompts": WORLD.eval_prompts(8),
+    "judge-safe": WORLD.judge_references(40)["safe"],
+    "judge-harmful": WORLD.judge_references(40)["harmful"],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    return {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in SETS.items()}
+
+
+@pytest.fixture
+def untouched(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The caller's model is as before, and no temporary folder is left, whatever the test does."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = {name: (value.detach().clone(), value.requires_grad) for name, value in model.named_parameters()}
+    yield
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and not model.training
+    assert all(
+        torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in before.items()
+    )
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def same(model: Any, folder: Path) -> bool:
+    """Whether an adapter is the one that was written, bit for bit."""
+    own, written = get_peft_model_state_dict(model), load_file(folder / "adapter" / "adapter_model.safetensors")
+    return own.keys() == written.keys() and all(torch.equal(own[name], value) for name, value in written.items())
+
+
+def aligned(model: Any, data: Any = SETS["pool"], **options: Any) -> Any:
+    return ph.align(model, data, args=ARGS, peft_config=LORA, **options)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_objects_give_what_files_give(model: PreTrainedModel, files: dict[str, str], tmp_path: Path) -> None:
+    by_files = {"train": TRAIN, "device": "cpu", "quiet": True}
+    options = ph.AlignOptions(
+        data=files["pool"],
+        model=str(BASE_MODEL),
+        defense={"name": "vaccine", "rho": 0.5},
+        lora=LoraOptions(**SHAPE),
+        output_dir=str(tmp_path / "aligned"),
+        **by_files,
+    )
+    assert ph.align(options).folder == tmp_path / "aligned"
+    ours = aligned(model, datasets.Dataset.from_list(SETS["pool"]), defense=ph.Vaccine(rho=0.5))
+    assert isinstance(ours, PeftModel) and same(ours, tmp_path / "aligned")
+    assert not same(aligned(model), tmp_path / "aligned"), "the comparison can tell"
+
+    ph.attack(
+        ph.AttackOptions(
+            model=str(tmp_path / "aligned"),
+            task=files["task"],
+            harmful=files["harmful"],
+            poison_ratio=0.25,
+            samples=16,
+            lora=LoraOptions(**SHAPE),
+            output_dir=str(tmp_path / "attacked"),
+            **by_files,
+        )
+    )
+    given = {"task": SETS["task"], "harmful": SETS["harmful"], "poison_ratio": 0.25, "samples": 16}
+    weights = {name: value.clone() for name, value in ours.state_dict().items()}
+    attacked = ph.attack(ours, **given, args=ARGS, peft_config=LORA)
+    assert all(torch.equal(value, weights[name]) for name, value in ours.state_dict().items())
+    stacked = ph.attack(str(tmp_path / "aligned"), **given, args=ARGS, peft_config=LORA)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = [it.eval()(ids).logits for it in (attacked, stacked, ours)]
+    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2])
+
+    judged = {"judge": ph.ProbeJudge(threshold=0.4), "max_new_tokens": 4}
+    own = ph.evaluate(
+        attacked,
+        prompts=SETS["prompts"],
+        task=SETS["test"],
+        safe=SETS["judge-safe"],
+        harmful=SETS["judge-harmful"],
+        **judged,
+    )
+    theirs = ph.evaluate(
+        ph.EvaluateOptions(
+            model=str(tmp_path / "attacked"),
+            prompts=files["prompts"],
+            task=files["test"],
+            safe=files["judge-safe"],
+            harmful=files["judge-harmful"],
+            judge=ph.ProbeJudge(threshold=0.4).choice(),
+            max_new_tokens=4,
+            device="cpu",
+            quiet=True,
+            output_dir=str(tmp_path / "scores"),
+        )
+    )
+    assert own.metrics == theirs.metrics and [x["answer"] for x in own.items()] == [
+        x["answer"] for x in theirs.items()
+    ]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_ranking_of_objects(model: PreTrainedModel, files: dict[str, str]) -> None:
+    given = {"selector": ph.EmbeddingSelector(nearest=2), "device": "cpu"}
+    own = ph.rank(datasets.Dataset.from_list(SETS["pool"]), safe=[SETS["safe"]], model=model, **given)
+    by_files = ph.rank(files["pool"], safe=files["safe"], model=str(BASE_MODEL), **given)
+    assert own.table.equals(by_files.table) and len(own.select(fraction=0.5)) == 20
+    other = ph.rank(SETS["pool"], safe=SETS["safe"], model=model, selector={"name": "embedding", "nearest": 0})
+    assert not other.table.equals(own.table)
+    del own, by_files, other  # their rows lie in temporary folders
+
+
+@pytest.mark.usefixtures("untouched")
+def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder, calls = tmp_path / "aligned", []
+
+    class Counted(GradientStrategy):
+        name = "counted"
+
+        def begin_update(self, update: int) -> None:
+            calls.append(update)
+
+    first = aligned(model, defense=Counted(), output_dir=str(folder))
+    assert calls == [0, 1] and same(first, folder) and (folder / "manifest.json").is_file()
+    config = json.loads((folder / "manifest.json").read_text())["config"]
+    assert config["defense"] == {"name": "counted"} and config["model"] == str(BASE_MODEL) and config["data"]
+    again = aligned(model, defense=Counted(), output_dir=str(folder))
+    assert calls == [0, 1] and same(again, folder)
+    with pytest.raises(ConfigError, match="a run with other content of data"):
+        aligned(model, SETS["pool"][:20], defense=Counted(), output_dir=str(folder))
+    attacked = ph.attack(
+        first,
+        task=SETS["task"],
+        kind=ph.BenignAttack(),
+        samples=8,
+        args=ARGS,
+        peft_config=LORA,
+        output_dir=str(tmp_path / "b"),
+    )
+    assert isinstance(attacked, PeftModel) and (tmp_path / "b" / "model").is_dir(), (
+        "no plain base holds the aligned model"
+    )
+    scores = ph.evaluate(attacked, prompts=SETS["prompts"], max_new_tokens=4, output_dir=str(tmp_path / "scores"))
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == scores.metrics
+
+
+@pytest.mark.usefixtures("untouched")
+def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> None:
+    whole = aligned(model, tuning="full")
+    assert not isinstance(whole, PeftModel)
+    assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    start = aligned(model)
+    given = {"task": SETS["task"], "kind": "benign", "samples": 8, "args": ARGS}
+    gone_on = ph.attack(start, adapter="continue", **given)
+    assert gone_on.peft_config["default"].r == LORA.r
+    with pytest.raises(ConfigError, match="holds no adapter"):
+        ph.attack(model, adapter="continue", **given)
+    repaired = ph.repair(gone_on, aligned=start, base=model, method=ph.SafeLora(threshold=1.0))
+    assert isinstance(repaired, PreTrainedModel) and repaired is not model
+    faded = ph.repair(gone_on, method=ph.Antidote(alpha=0.5), harmful=SETS["harmful"])
+    assert any(not torch.equal(a, b) for a, b in zip(faded.parameters(), model.parameters(), strict=True))
+
+
+def test_scores_show_themselves(model: PreTrainedModel) -> None:
+    scores = ph.evaluate(model, prompts=SETS["prompts"], task=SETS["test"], judge=ph.KeywordJudge(), max_new_tokens=4)
+    table = scores.to_pandas().set_index("metric")
+    harmful = scores.metrics["harmful_score"]
+    assert table.loc["harmful_score", ["low", "high"]].tolist() == harmful["ci95"]
+    assert table.loc["harmful_score", "n"] == 8 and table.loc["harmful_score", "by"] == harmful["judge"]
+    assert "<td>harmful score</td>" in scores._repr_html_() and "fine-tune accuracy" in scores._repr_html_()
+
+
+def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "name_or_path", "")
+    with pytest.raises(DataError, match="comes with no tokenizer .*; give tokenizer=TOKENIZER"):
+        aligned(model)
+    assert isinstance(aligned(model, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)), PeftModel)
+
+
+def test_arguments_of_transformers_become_options() -> None:
+    defaults = ph.AlignOptions.TRAIN_DEFAULTS
+    assert train_options(ARGS, defaults) == TRAIN
+    strange = TrainingArguments(use_cpu=True, optim="sgd", eval_strategy="steps")
+    assert train_options(strange, {})["optim"] == "sgd"
+    with pytest.raises(ConfigError, match="train.eval_strategy: is decided by another option"):
+        ph.align(str(BASE_MODEL), SETS["pool"], args=strange)
+
+
+OPTIONS: list[tuple[Callable[..., Any], type]] = [
+    (ph.rank, ph.CurateOptions),
+    (ph.align, ph.AlignOptions),
+    (ph.attack, ph.AttackOptions),
+    (ph.repair, ph.RepairOptions),
+    (ph.evaluate, ph.EvaluateOptions),
+]
+OTHERWISE = {"output_dir", "seed", "form"}
+"""A folder is not needed, and arguments of transformers bring a seed."""
+
+
+@pytest.mark.parametrize(("function", "options"), OPTIONS, ids=lambda value: value.__name__)
+def test_functions_and_commands_have_the_same_defaults(function: Callable[..., Any], options: type) -> None:
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    shared = inspect.signature(function).parameters.keys() & fields.keys() - OTHERWISE
+    assert len(shared) > 8
+    for name in shared:
+        field, own = fields[name], inspect.signature(function).parameters[name].default
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if own is inspect.Parameter.empty or default is dataclasses.MISSING or own is None:
+            assert own in (None, inspect.Parameter.empty) and default in (None, [], "", dataclasses.MISSING), name
+        else:
+            plain = default["name"] if isinstance(default, dict) else default
+            assert own == (tuple(plain) if isinstance(plain, list) else plain), name

@@ -1,0 +1,114 @@
+"""A user's own Trainer, and TRL's, with a strategy that draws from a second set of rows."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import pharmacist as ph
+from pharmacist.core.errors import CompatibilityError, DataError
+from tests.training.toy import Stop, rows, same
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+class MyTrainer(ph.StrategyMixin, SFTTrainer):
+    """All that a user writes for TRL."""
+
+
+def make(kind: str, model: Path, output: Path, strategy: Any, *callbacks: Any, **more: Any) -> Any:
+    """A trainer of either kind, on the same rows."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    given = {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    shared = {"strategy": strategy, "callbacks": list(callbacks), "processing_class": tokenizer} | more
+    if kind == "trl":
+        pairs = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows()]
+        arguments = SFTConfig(**given, max_length=64)
+        return MyTrainer(own, arguments, train_dataset=datasets.Dataset.from_list(pairs), peft_config=LORA, **shared)
+    return ph.StrategyTrainer(
+        get_peft_model(own, LORA),
+        TrainingArguments(**given),
+        train_dataset=ph.tokenize(rows().remove_columns("row"), tokenizer, max_length=64),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **shared,
+    )
+
+
+def harmful(model: Path) -> datasets.Dataset:
+    """Another dozen of rows in tokens."""
+    return ph.tokenize(rows(seed=1).remove_columns("row"), AutoTokenizer.from_pretrained(model), max_length=64)
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """What was trained."""
+    own = trainer.model.named_parameters()
+    return {name: value.detach().clone() for name, value in own if value.requires_grad}
+
+
+def test_rows_in_tokens_are_those_of_the_stages(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    own = [{"prompt": "a b", "chosen": "c", "rejected": "d e"}]
+    found, other = ph.tokenize(own, tokenizer), ph.tokenize(own, tokenizer, side="rejected")
+    assert found.column_names == ["input_ids", "labels"]
+    ids, labels = found[0]["input_ids"], found[0]["labels"]
+    targets = [label for label in labels if label != -100]
+    assert ids[-1] == tokenizer.eos_token_id and ids[-len(targets) :] == targets and len(targets) == 2
+    assert other[0]["input_ids"][: len(ids) - 2] == ids[:-2] and other[0]["input_ids"] != ids
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_a_strategy_acts_in_a_users_own_trainer_and_is_resumed(model: Path, tmp_path: Path, kind: str) -> None:
+    booster = {"strategy": ph.Booster(lam=5, alpha=0.1), "streams": {"harmful": harmful(model)}}
+    plain = make(kind, model, tmp_path / "plain", ph.SFT())
+    straight = make(kind, model, tmp_path / "straight", **booster)
+    for trainer in (plain, straight):
+        trainer.train()
+    assert not same(weights(plain), weights(straight))
+    losses = [line["harmful_loss"] for line in straight.state.log_history if "harmful_loss" in line]
+    assert len(losses) == 4 and all(loss > 0 for loss in losses)
+    cut = make(kind, model, tmp_path / "cut", booster["strategy"], Stop(3), streams=booster["streams"])
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = make(kind, model, tmp_path / "cut", **booster)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(resumed), weights(straight))
+
+
+def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match="booster draws from 'harmful' rows; give streams="):
+        make("transformers", model, tmp_path, ph.Booster())
+    with pytest.raises(DataError, match="'harmful' holds no tokenised rows; pharmacist.tokenize makes them"):
+        make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": rows()})
+
+
+def test_what_a_strategy_found_is_kept(model: Path, tmp_path: Path) -> None:
+    trainer = make(
+        "transformers",
+        model,
+        tmp_path,
+        ph.TVaccine(rho=0.5, layers=1, score_rows=2),
+        streams={"harmful": harmful(model)},
+    )
+    trainer.train()
+    assert trainer.found["sampled_at_a_time"] == 1
