@@ -17,9 +17,8 @@ from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
-from pharmacist.core.errors import DataError
-from pharmacist.core.files import read_json, read_json_lines, write_json
-from pharmacist.core.manifest import RunManifest, options_in, read_manifest
+from pharmacist.core.files import read_json, write_json
+from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
 from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
 from pharmacist.nn.distributed import from_main
@@ -28,11 +27,9 @@ from pharmacist.pipeline.bench.executors import Local
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
-from pharmacist.pipeline.ranking import read_table
+from pharmacist.pipeline.pages import demo_page, planted_pool
 from pharmacist.pipeline.stages.demo import DEMO, DemoOptions
-from pharmacist.report import render_demo
 from pharmacist.report.numbers import Figure
-from pharmacist.worlds import Planted, World
 
 
 ARMS = ("full", "random", "core")
@@ -99,33 +96,6 @@ def _grid(options: DemoOptions, grid: Mapping[str, Any]) -> BenchOptions:
     return from_mapping(BenchOptions, {**grid, **own, **shared}, where="demo.yaml")
 
 
-def _planted(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:
-    """The pool of a demo with these options, and the label of each row: in a clean pool the force of its refusal.
-
-    Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
-    """
-    rows = World(config["seed"]).labelled(config["rows"], config["mislabel"], config["pool"])
-    return rows, [row.kind if config["pool"] == "clean" else row.label for row in rows]
-
-
-def demo_page(folder: Path, manifest: RunManifest) -> None:
-    """Writes ``report.html`` of a demo.
-
-    Raises:
-        DataError: Something of it is missing, or its pool has changed.
-    """
-    config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
-    for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
-        if not (folder / name).is_file():
-            raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
-    read_table(folder / "rank" / "scores.parquet")
-    rows, labels = _planted(config)
-    found = read_json_lines(folder / "data" / "pool.jsonl")
-    if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != [row.row for row in rows]:
-        raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
-    render_demo(folder, labels=labels, categories=[[row.category] for row in rows])
-
-
 def _link(plan: Plan, root: Path, last: int) -> list[str]:
     """Links folders and files of the grid under names for people; returns the names in the demo's folder."""
     links = {f"data/{path.name.rpartition('-')[0]}.jsonl": path for path in plan.data.files}
@@ -146,7 +116,7 @@ def _link(plan: Plan, root: Path, last: int) -> list[str]:
 def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     """How well a ranking finds the planted labels."""
     table = pd.read_parquet(folder / "scores.parquet")
-    rows, known = _planted(vars(options))
+    rows, known = planted_pool(vars(options))
     labels = pd.Series(known, name="label")
     keep = [row.worth_keeping(options.pool) for row in rows]
     auc = float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None

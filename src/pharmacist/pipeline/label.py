@@ -10,7 +10,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.manifest import RunManifest
-from pharmacist.pipeline.ranking import ranking_manifest, read_table
+from pharmacist.pipeline.pages import ranking_manifest, read_table
 from pharmacist.pipeline.stages.label import LabelOptions
 from pharmacist.report import words
 from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, check_ordinary, read_json_lines
-from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
+from pharmacist.core.files import atomic_path, read_json_lines
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.where import conditions_for
 from pharmacist.evaluation.prompts import category_names
 from pharmacist.pipeline.choosing import Points, choose
+from pharmacist.pipeline.pages import ranking_manifest, read_table
 from pharmacist.pipeline.stages.curate import Diversity
 from pharmacist.report.html import render_ranking
 from pharmacist.selectors.labels import LABELS, labels_of
@@ -211,37 +211,6 @@ class Ranking:
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
-
-
-def ranking_manifest(folder: str | Path) -> RunManifest:
-    """The manifest of a finished ranking, whose files are as they were written.
-
-    Raises:
-        DataError: The folder holds none.
-    """
-    manifest = read_manifest(folder)
-    if manifest.stage != "curate":
-        raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
-    if manifest.status != "success":
-        raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
-    check_unchanged(folder, "scores.parquet", "to_label.jsonl")
-    return manifest
-
-
-def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A Parquet file of a run in which these columns must be.
-
-    Raises:
-        DataError: It cannot be read, or lacks one.
-    """
-    check_ordinary(path)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
-    return table
 
 
 def _categories(records: Records) -> list[list[str]] | None:

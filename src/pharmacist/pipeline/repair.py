@@ -141,7 +141,7 @@ def _repair(
             },
         )
         run.finish(
-            outputs=[*folders, *(["README.md"] if folders else []), "repair.json"],
+            outputs=[*folders, "repair.json", *(["README.md"] if folders else [])],
             metrics=metrics,
             device=str(loaded.device),
             extra={"form": form, **loaded.facts},

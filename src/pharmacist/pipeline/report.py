@@ -5,11 +5,9 @@ from pathlib import Path
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
 from pharmacist.core.progress import console
-from pharmacist.pipeline.bench.command import bench_page
-from pharmacist.pipeline.demo import demo_page
+from pharmacist.pipeline.pages import bench_page, demo_page, sweep_page
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.report import ReportOptions
-from pharmacist.pipeline.sweep import sweep_page
 
 
 def report(options: ReportOptions) -> str:

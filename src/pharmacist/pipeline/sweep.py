@@ -20,10 +20,10 @@ from rich.table import Table
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank, world_size
-from pharmacist.core.errors import ConfigError, DataError, DivergedError
+from pharmacist.core.errors import ConfigError, DivergedError
 from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
-from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console, hushed
 from pharmacist.core.rundir import RunDir
@@ -36,10 +36,11 @@ from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
+from pharmacist.pipeline.pages import sweep_page
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
 from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
-from pharmacist.report.sweep import attack_table, markdown, render_sweep, sentences
+from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
 
 
@@ -374,14 +375,3 @@ def _show(result: SweepResult) -> None:
     for line in sentences(summary):
         out.print(line, markup=False, soft_wrap=True)
     out.print(f"page {result.folder / 'report.html'}\nfigures {result.folder / 'sweep.json'}", soft_wrap=True)
-
-
-def sweep_page(folder: Path, manifest: RunManifest) -> None:
-    """Writes ``report.html`` of a sweep.
-
-    Raises:
-        DataError: ``sweep.json`` is missing.
-    """
-    if not (folder / "sweep.json").is_file():
-        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
-    render_sweep(folder, manifest=manifest.model_dump(mode="json"))

@@ -330,7 +330,7 @@ def finish_training(
             )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
         run.finish(
-            outputs=[*folders, *(["README.md"] if folders else []), "log.jsonl", *outputs],
+            outputs=[*folders, "log.jsonl", *(["README.md"] if folders else []), *outputs],
             counts=counts,
             device=str(loaded.device),
             metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},

@@ -10,21 +10,18 @@ from rich.table import Table
 
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import bar, console
-from pharmacist.core.registry import closest
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.costs import estimate
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
-from pharmacist.pipeline.bench.results import AXES, Result, collect, write_results
+from pharmacist.pipeline.bench.results import Result, collect, write_results
 from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
-from pharmacist.pipeline.ranking import read_table
-from pharmacist.report import render_benchmark
+from pharmacist.pipeline.pages import bench_page
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -143,20 +140,6 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
     if rows:
         bench_page(run.root, run.manifest)
     return rows
-
-
-def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
-    """Writes page and tables of a benchmark, of a partial one too.
-
-    Raises:
-        DataError: ``results.parquet`` cannot be used.
-        ConfigError: It has no selector of the baseline's name.
-    """
-    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
-    names = sorted(results["selector"].unique())
-    if baseline is not None and baseline not in names:
-        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
-    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
 
 
 def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFailed:

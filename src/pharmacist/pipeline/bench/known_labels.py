@@ -9,7 +9,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.ranking import ranking_manifest
+from pharmacist.pipeline.pages import ranking_manifest
 from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS, KnownLabelsOptions
 from pharmacist.selectors.labels import read_entries, write_labels
 

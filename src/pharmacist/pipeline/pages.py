@@ -1,0 +1,100 @@
+"""What finished runs have written, read again, and the pages that are made of it; no model, so no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import check_ordinary, read_json_lines
+from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
+from pharmacist.core.registry import closest
+from pharmacist.report import render_benchmark, render_demo
+from pharmacist.report.benchmark import AXES
+from pharmacist.report.sweep import render_sweep
+from pharmacist.worlds import World
+from pharmacist.worlds.potions import Planted
+
+
+def ranking_manifest(folder: str | Path) -> RunManifest:
+    """The manifest of a finished ranking, whose files are as they were written.
+
+    Raises:
+        DataError: The folder holds none.
+    """
+    manifest = read_manifest(folder)
+    if manifest.stage != "curate":
+        raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
+    if manifest.status != "success":
+        raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
+    check_unchanged(folder, "scores.parquet", "to_label.jsonl")
+    return manifest
+
+
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A Parquet file of a run in which these columns must be.
+
+    Raises:
+        DataError: It cannot be read, or lacks one.
+    """
+    check_ordinary(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
+    return table
+
+
+def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
+    """Writes page and tables of a benchmark, of a partial one too.
+
+    Raises:
+        DataError: ``results.parquet`` cannot be used.
+        ConfigError: It has no selector of the baseline's name.
+    """
+    results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
+    names = sorted(results["selector"].unique())
+    if baseline is not None and baseline not in names:
+        raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
+    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
+
+
+def planted_pool(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:
+    """The pool of a demo with these options, and the label of each row: in a clean pool the force of its refusal.
+
+    Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
+    """
+    rows = World(config["seed"]).labelled(config["rows"], config["mislabel"], config["pool"])
+    return rows, [row.kind if config["pool"] == "clean" else row.label for row in rows]
+
+
+def demo_page(folder: Path, manifest: RunManifest) -> None:
+    """Writes ``report.html`` of a demo.
+
+    Raises:
+        DataError: Something of it is missing, or its pool has changed.
+    """
+    config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
+    for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
+    read_table(folder / "rank" / "scores.parquet")
+    rows, labels = planted_pool(config)
+    found = read_json_lines(folder / "data" / "pool.jsonl")
+    if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != [row.row for row in rows]:
+        raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
+    render_demo(folder, labels=labels, categories=[[row.category] for row in rows])
+
+
+def sweep_page(folder: Path, manifest: RunManifest) -> None:
+    """Writes ``report.html`` of a sweep.
+
+    Raises:
+        DataError: ``sweep.json`` is missing.
+    """
+    if not (folder / "sweep.json").is_file():
+        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
+    render_sweep(folder, manifest=manifest.model_dump(mode="json"))
