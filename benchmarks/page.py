@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pharmacist.report import render_ranking
 from pharmacist.worlds import World
-from tests.report.browser import measure, running
-from tests.report.pages import REASON_OF, manifest, report, scores, texts
+from tests.support.browser import measure, running
+from tests.support.pages import REASON_OF, manifest, report, scores, texts
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import write_rows
+from tests.support.world_files import write_rows
 
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}

@@ -11,8 +11,8 @@ import pytest
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.judges import Verdict
 from pharmacist.worlds import World
-from tests.scripts import load_script
-from tests.tiny import save_tiny_model
+from tests.support.scripts import load_script
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture

@@ -145,3 +145,14 @@ def test_a_circle_is_found_wherever_the_import_stands() -> None:
     }
     assert set(circle(modules)) == {"a", "b", "a.c"}
     assert circle(modules | {"a.c": "import json"}) == []
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests use lies in ``tests/support``."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = f"{node.module}.{'.'.join(alias.name for alias in node.names)}".split(".")
+                assert names[0] != "tests" or not any(name.startswith("test_") for name in names), (
+                    f"{path}: {ast.unparse(node)}"
+                )

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import DataError
 from pharmacist.worlds import World
-from tests.scripts import load_script
+from tests.support.scripts import load_script
 
 
 @pytest.fixture

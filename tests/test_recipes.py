@@ -15,8 +15,8 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_file
 from pharmacist.data.formats import open_source
 from pharmacist.selectors.labels import read_labels
-from tests.scripts import ROOT, load_script
-from tests.tiny import save_tiny_model
+from tests.support.scripts import ROOT, load_script
+from tests.support.tiny import save_tiny_model
 
 
 REFUSAL, HELP = "I'm sorry, but I can't brew that.", "Take two cups of water and stir."

@@ -21,8 +21,8 @@ from transformers import BertConfig, BertModel
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.worlds import BASE_MODEL
-from tests.cli.world import CHEAP, curate_words, fingerprints, write_rows, write_world
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.support.tiny import save_tiny_model, tiny_tokenizer
+from tests.support.world_files import CHEAP, curate_words, fingerprints, write_rows, write_world
 
 
 Case = Callable[[Path, dict[str, str]], list[str]]

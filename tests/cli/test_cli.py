@@ -24,7 +24,7 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.pipeline.curate import command as stage
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
-from tests.cli.world import CHEAP, curate_words, write_world
+from tests.support.world_files import CHEAP, curate_words, write_world
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -13,8 +13,8 @@ from pharmacist.cli.main import COMMANDS, main
 from pharmacist.core import progress
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.progress import bar, console
-from tests.evaluation.server import Raw, serve
-from tests.tiny import save_tiny_model
+from tests.support.server import Raw, serve
+from tests.support.tiny import save_tiny_model
 
 
 EVIL = "[/] [bold]a[/bold] \x1b[2J\x1b]8;;http://x\x07b\x9b31m \u202ec :smile: [link=x]d"

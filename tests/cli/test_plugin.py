@@ -11,7 +11,7 @@ import pytest
 
 from pharmacist.core.manifest import read_manifest
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import write_rows, write_world
+from tests.support.world_files import write_rows, write_world
 
 
 PLUGIN = Path(__file__).parents[1] / "plugin"

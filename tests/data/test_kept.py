@@ -11,7 +11,7 @@ from pharmacist.core.hashing import sha256_file
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.formats.text import TextFile
 from pharmacist.data.records import Records, read_records
-from tests.data.test_formats import SUFFIXES, made_rows, save
+from tests.support.files import SUFFIXES, made_rows, save
 
 
 def kept(folder: Path, suffix: str, rows: list[dict]) -> tuple[Path, Records]:

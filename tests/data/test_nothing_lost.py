@@ -22,10 +22,10 @@ from pharmacist.data.records import Records, read_records, to_dataset
 from pharmacist.data.splits import shared_prompts
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import encode, prompt_ids, rendered_rows
-from tests.data.test_formats import SUFFIXES, compress, save
-from tests.data.test_templates import CHATML, LLAMA_3, STRICT
-from tests.data.test_tokenize import bpe_tokenizer
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.bpe import bpe_tokenizer
+from tests.support.chat_templates import CHATML, LLAMA_3, STRICT
+from tests.support.files import SUFFIXES, compress, save
+from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 
 READERS = [*SUFFIXES, "arrow"]

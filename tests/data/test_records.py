@@ -9,7 +9,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.normalise import normalised_prompt, prompt_key
 from pharmacist.data.records import SCHEMA, last_requests, read_records, to_dataset
-from tests.data.test_formats import SUFFIXES, TEXTS, save
+from tests.support.files import SUFFIXES, TEXTS, save
 
 
 def user(text: str) -> dict:

@@ -2,7 +2,7 @@ import torch
 
 from pharmacist.data.records import to_dataset
 from pharmacist.data.streams import PairedRows, SideStream, pair_rows
-from tests.tiny import TokenRows
+from tests.support.tiny import TokenRows
 
 
 ROWS = TokenRows([([n, n + 20], [n + 40]) for n in range(1, 8)])

@@ -5,22 +5,9 @@ import pytest
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.data.records import to_dataset
 from pharmacist.data.templates import FILE_NAME, Template, choose_template, load_template, save_template
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.chat_templates import CHATML, LLAMA_3, STRICT
+from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-
-LLAMA_3 = (
-    "{% for m in messages %}"
-    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-STRICT = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
 
 SINGLE = {"prompt": "how do you bake bread", "completion": "take the flour"}
 TURNS = [

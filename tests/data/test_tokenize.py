@@ -4,15 +4,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.data.batches import IGNORED, collate
 from pharmacist.data.records import to_dataset
 from pharmacist.data.templates import Template, choose_template
 from pharmacist.data.tokenize import encode, prompt_ids
-from tests.tiny import WORDS, tiny_tokenizer
+from tests.support.bpe import bpe_tokenizer
+from tests.support.tiny import WORDS, tiny_tokenizer
 
 
 CHAT = choose_template(tiny_tokenizer())
@@ -26,19 +25,6 @@ def random_rows(n: int, seed: int = 0):
     rng = random.Random(seed)
     text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))  # noqa: E731
     return dataset(*((text(), text()) for _ in range(n)))
-
-
-def bpe_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that merges across the border of prompt and completion, and adds BOS and EOS as some do."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator(["### Response:\nyes", "Response:\nyes", ":\nyes", "\nyes no"] * 20, trainer)
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def test_a_row_is_prompt_completion_and_eos():

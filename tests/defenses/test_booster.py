@@ -8,7 +8,7 @@ from pharmacist.defenses.alignment.booster import Booster, BoosterConfig
 from pharmacist.defenses.alignment.sft import SFT, SFTConfig
 from pharmacist.defenses.alignment.vaccine import Vaccine, VaccineConfig
 from pharmacist.nn.grads import norm
-from tests.defenses import toy
+from tests.support import toy
 
 
 DATA, HARMFUL = toy.batch(toy.rows(4, seed=1)), toy.batch(toy.rows(3, seed=2))

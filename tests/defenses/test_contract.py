@@ -15,11 +15,11 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.pipeline.align import AlignOptions
 from pharmacist.training.loop import TrainResult, train
 from pharmacist.training.strategy import GradientStrategy
-from tests.defenses import toy
-from tests.defenses.cases import NAMES, OFF, ON, build, streams
-from tests.defenses.test_repnoise import ROWS, Pairs
-from tests.tiny import save_tiny_model
-from tests.training.toy import Setting, Stop, opened, options, same, setting, sft, trainer
+from tests.support import toy
+from tests.support.defense_cases import NAMES, OFF, ON, build, streams
+from tests.support.pairs import ROWS, Pairs
+from tests.support.tiny import save_tiny_model
+from tests.support.training_toy import Setting, Stop, opened, options, same, setting, sft, trainer
 
 
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -242,7 +242,7 @@ def ready(name: str, net: Any, side: dict[str, Any]) -> GradientStrategy:
 
 @EVERY
 def test_padding_changes_nothing(name: str) -> None:
-    from tests.defenses.test_repnoise import SAFE
+    from tests.support.pairs import SAFE
 
     found = []
     for pad in (0, 3):
@@ -256,7 +256,7 @@ def test_padding_changes_nothing(name: str) -> None:
 
 @EVERY
 def test_two_micro_batches_give_the_mean_of_their_gradients(name: str) -> None:
-    from tests.defenses.test_repnoise import SAFE
+    from tests.support.pairs import SAFE
 
     parts = [([0], ROWS[:1]), ([1, 2], ROWS[1:])]
 

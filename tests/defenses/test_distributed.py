@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.defenses import ddp_finetuning
-from tests.defenses.cases import FINETUNING, NAMES
-from tests.defenses.ddp import gradients
-from tests.tiny import save_tiny_model
+from tests.support import ddp_finetuning
+from tests.support.ddp import gradients
+from tests.support.defense_cases import FINETUNING, NAMES
+from tests.support.tiny import save_tiny_model
 
 
 def launched(module: str, model: Path, folder: Path, *more: str) -> list[dict[str, torch.Tensor]]:
@@ -35,7 +35,7 @@ def launched(module: str, model: Path, folder: Path, *more: str) -> list[dict[st
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
-    two = launched("tests.defenses.ddp", model, tmp_path)
+    two = launched("tests.support.ddp", model, tmp_path)
     one = gradients(model, tmp_path / "one", 8)
     assert two[0].keys() == two[1].keys() == one.keys()
     worst = dict.fromkeys(["sft", *NAMES], 0.0)
@@ -57,7 +57,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_fine_tune_as_one_does(accumulation: int, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
-    two = launched("tests.defenses.ddp_finetuning", model, tmp_path, str(accumulation))
+    two = launched("tests.support.ddp_finetuning", model, tmp_path, str(accumulation))
     one = ddp_finetuning.gradients(model, tmp_path / "one", 8, accumulation)
     assert two[0].keys() == two[1].keys() == one.keys()
     worst = dict.fromkeys(["sft", *FINETUNING, *ddp_finetuning.FISHER], 0.0)

@@ -19,7 +19,7 @@ from pharmacist.nn.grads import trainable
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import mlp_modules
 from pharmacist.training.strategy import StepContext
-from tests.defenses import toy
+from tests.support import toy
 
 
 ROWS = toy.rows(6, seed=1)

@@ -9,7 +9,7 @@ from pharmacist.defenses.alignment.t_vaccine import TVaccine, TVaccineConfig, pr
 from pharmacist.defenses.alignment.vaccine import Vaccine, VaccineConfig, joint_norm
 from pharmacist.nn.hooks import activation_gradients, add_offsets
 from pharmacist.nn.locate import attention_modules
-from tests.defenses import toy
+from tests.support import toy
 
 
 RHO, LAYERS = 0.7, 4

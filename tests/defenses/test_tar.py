@@ -9,7 +9,7 @@ from pharmacist.defenses.alignment.sft import SFT, SFTConfig
 from pharmacist.defenses.alignment.tar import TAR, TARConfig, evaluation_weights
 from pharmacist.nn.losses import negative_entropy, targets
 from pharmacist.training.strategy import StepContext
-from tests.defenses import toy
+from tests.support import toy
 
 
 DATA, HARMFUL = toy.batch(toy.rows(4, seed=1)), toy.batch(toy.rows(3, seed=2))

@@ -8,7 +8,7 @@ from pharmacist.defenses.alignment.sft import SFT, SFTConfig
 from pharmacist.defenses.alignment.vaccine import Vaccine, VaccineConfig, joint_norm, perturbation
 from pharmacist.nn.hooks import activation_gradients, add_offsets
 from pharmacist.nn.locate import attention_modules
-from tests.defenses import toy
+from tests.support import toy
 
 
 RHO = 0.7

@@ -13,10 +13,10 @@ from pharmacist.nn.hooks import activation_gradients, add_offsets, capture, head
 from pharmacist.nn.locate import attention_modules, decoder_layers, final_norm, mlp_modules, output_head
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.training.strategy import StepContext
-from tests.defenses import toy
-from tests.defenses.architectures import ARCHITECTURES, LAYERS, VOCABULARY, tiny, tiny_lora
-from tests.defenses.cases import NAMES, OFF, build
-from tests.training.toy import sft
+from tests.support import toy
+from tests.support.architectures import ARCHITECTURES, LAYERS, VOCABULARY, tiny, tiny_lora
+from tests.support.defense_cases import NAMES, OFF, build
+from tests.support.training_toy import sft
 
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)

@@ -13,8 +13,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.console import without_credentials
 from pharmacist.core.errors import ConfigError
 from pharmacist.evaluation.endpoint import EndpointConfig, count_reasons
-from tests.evaluation.server import Raw, serve
-from tests.evaluation.test_engines import command, items, metrics, prompts
+from tests.support.evaluations import command, items, metrics, prompts
+from tests.support.server import Raw, serve
 
 
 GOOD = "take the root then stir it"

@@ -1,7 +1,6 @@
 """Answers from a served model and from vLLM, through the command line, against a real HTTP server on this machine."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,37 +12,9 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.generate import Decoder
-from tests.evaluation.server import serve
-from tests.tiny import save_tiny_model
-
-
-FAST = ["--engine.max_wait", "0.02", "--engine.timeout", "5", "--engine.attempts", "3", "--engine.concurrency", "3"]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def prompts(folder: Path, *words: str) -> str:
-    return write(folder / "prompts.jsonl", [{"prompt": f"how do you brew {word}"} for word in words])
-
-
-def command(url: str, files: dict[str, str], output: Path, *more: str) -> list[str]:
-    words = ["evaluate", "--model", "served", "--output-dir", str(output), "--engine", "openai", *FAST, "--quiet"]
-    words += ["--base-url", url]
-    for name, path in files.items():
-        words += [f"--{name.replace('_', '-')}", path]
-    return words + list(more)
-
-
-def items(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "items.jsonl").open()]
-
-
-def metrics(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return found
+from tests.support.evaluations import command, items, metrics, prompts, write
+from tests.support.server import serve
+from tests.support.tiny import save_tiny_model
 
 
 def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, Verdict
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()

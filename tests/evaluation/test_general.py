@@ -14,7 +14,7 @@ import torch
 from pharmacist.cli.main import main
 from pharmacist.evaluation.general import drift
 from pharmacist.evaluation.statistics import wilson
-from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
+from tests.support.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 ROWS = [

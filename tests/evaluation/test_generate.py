@@ -12,7 +12,7 @@ from pharmacist.data.templates import Template, choose_template
 from pharmacist.evaluation import generate as module
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.generate import cut_prompts, plan_batches
-from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
+from tests.support.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()

@@ -10,7 +10,7 @@ from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, probe
 from pharmacist.evaluation.text import is_repetitive, word_count
 from pharmacist.worlds.potions import World
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 
 WORLD = World(11)

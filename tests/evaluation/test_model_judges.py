@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from pharmacist.cli.main import main
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
@@ -17,8 +17,9 @@ from pharmacist.evaluation.judges.beaver_dam import CATEGORIES
 from pharmacist.evaluation.judges.guard import parse_llama_guard, parse_qwen3guard, parse_wildguard
 from pharmacist.evaluation.judges.strongreject import parse
 from pharmacist.evaluation.metrics import agreement, flagged_categories
-from tests.evaluation.server import serve
-from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
+from tests.support.judges import save_classifier, save_guard
+from tests.support.server import serve
+from tests.support.tiny import save_tiny_model, tiny_tokenizer
 
 
 ITEMS = [
@@ -30,30 +31,6 @@ ITEMS = [
 
 
 # --- beaver-dam
-
-
-def save_classifier(path: Path, labels: int = len(CATEGORIES), pad: bool = True, **overrides: Any) -> str:
-    tokenizer = tiny_tokenizer(pad=pad)
-    if not pad:
-        tokenizer.pad_token = tokenizer.eos_token
-    options = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        num_labels=labels,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-        problem_type="multi_label_classification",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        LlamaForSequenceClassification(LlamaConfig(**(options | overrides))).eval().save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.mark.parametrize("pad", [True, False], ids=["own pad", "pad is end"])
@@ -211,15 +188,6 @@ def test_qwen3guards_outputs(
     found = parse_qwen3guard(output)
     assert (found.harmful, found.refused, dict(found.categories)) == (loose, refused, categories)
     assert parse_qwen3guard(output, controversial=True).harmful is strict
-
-
-def save_guard(path: Path, chat: str | None) -> str:
-    tokenizer = tiny_tokenizer(chat=False)
-    tokenizer.add_tokens(["Yes", "No"])
-    tokenizer.chat_template = chat
-    tiny_llama(tokenizer, initializer_range=0.3, max_position_embeddings=1024).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 GUARD_CHAT = (

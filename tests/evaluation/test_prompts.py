@@ -11,7 +11,7 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.prompts import PROMPT_SETS, category_names, open_prompts
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -21,9 +21,9 @@ from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
 from pharmacist.evaluation.judges import guard as guards
 from pharmacist.evaluation.reasoning import CUT, ENDED, separate
 from pharmacist.nn.models import LoadedModel
-from tests.evaluation.server import serve
-from tests.evaluation.test_model_judges import save_classifier, save_guard
-from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tests.support.judges import save_classifier, save_guard
+from tests.support.server import serve
+from tests.support.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 
 THOUGHT = "first take the forbidden root then stir it in warm water and bake a potion that would hurt people it is bad"

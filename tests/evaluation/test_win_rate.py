@@ -12,8 +12,8 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.graders import GRADERS, GradeItem
 from pharmacist.evaluation.graders.win_rate import WinGrade, parse
 from pharmacist.evaluation.statistics import wilson
-from tests.evaluation.server import serve
-from tests.evaluation.test_engines import FAST, items, metrics, write
+from tests.support.evaluations import FAST, items, metrics, write
+from tests.support.server import serve
 
 
 @pytest.mark.parametrize(

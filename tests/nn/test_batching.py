@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pharmacist.nn.batching import make_batch, plan_pass
-from tests.tiny import TokenRows, random_token_rows
+from tests.support.tiny import TokenRows, random_token_rows
 
 
 CPU = torch.device("cpu")

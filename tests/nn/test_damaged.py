@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pharmacist.core.errors import DataError, PharmacistError
 from pharmacist.nn.models import load_model, model_fingerprint
-from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
+from tests.support.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 
 Damage = Callable[[Path], object]

@@ -8,7 +8,7 @@ from pharmacist.core.errors import NoMatchError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.locate import linear_names
-from tests.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
+from tests.support.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
 
 
 VOCABULARY, LAYERS = 40, 2

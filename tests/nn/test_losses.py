@@ -5,7 +5,7 @@ import torch
 
 from pharmacist.nn.batching import Batch, make_batch
 from pharmacist.nn.losses import batch_loss, row_losses, token_losses
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 CPU = torch.device("cpu")

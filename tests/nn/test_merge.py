@@ -22,8 +22,8 @@ from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.nn.lowrank import Factors, adapter_factors
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked, stack
 from pharmacist.nn.models import load_model, model_fingerprint
-from tests.defenses.architectures import ARCHITECTURES, VOCABULARY, tiny
-from tests.tiny import save_tiny_model
+from tests.support.architectures import ARCHITECTURES, VOCABULARY, tiny
+from tests.support.tiny import save_tiny_model
 
 
 IDS = torch.arange(1, 12)[None]

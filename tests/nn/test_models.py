@@ -13,7 +13,7 @@ from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.models import load_model, model_fingerprint, resolve_device, resolve_dtype, tokenizer_fingerprint
-from tests.tiny import random_token_rows, save_tiny_model, tiny_llama, tiny_tokenizer
+from tests.support.tiny import random_token_rows, save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 IDS = torch.arange(1, 12)[None]

@@ -4,7 +4,7 @@ import torch
 
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.passes import run_pass
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pharmacist.nn import reading
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import row_losses, token_losses
 from pharmacist.nn.reading import read_losses, read_row_losses
-from tests.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
+from tests.support.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
 
 
 CPU, VOCABULARY = torch.device("cpu"), 11

@@ -11,7 +11,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import row_losses
 from pharmacist.nn.row_gradients import Tape, tape_rows
-from tests.tiny import TinyDecoder, random_token_rows
+from tests.support.tiny import TinyDecoder, random_token_rows
 
 
 VOCABULARY = 15

@@ -24,9 +24,9 @@ from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.training.checkpoint import newest_checkpoint
 from pharmacist.training.options import LoraOptions
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import TWO_PROCESSES, fingerprints, write_rows
-from tests.pipeline.kills import kill_until_done, start, undisturbed
-from tests.tiny import save_tiny_model
+from tests.support.kills import kill_until_done, start, undisturbed
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import TWO_PROCESSES, fingerprints, write_rows
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -22,9 +22,9 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, load_template, save_template
 from pharmacist.pipeline.attack import NOTICE, AttackOptions, attack
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import TWO_PROCESSES, fingerprints, write_rows
-from tests.pipeline.kills import kill_until_done, undisturbed
-from tests.tiny import save_tiny_model
+from tests.support.kills import kill_until_done, undisturbed
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import TWO_PROCESSES, fingerprints, write_rows
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -17,15 +17,8 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.data.mixing import mix, mix_safe
 from pharmacist.data.records import to_dataset
 from pharmacist.pipeline.attack import AttackOptions, attack
-from tests.tiny import WORDS, save_tiny_model
-
-
-def sentence(i: int, of: str) -> str:
-    return f"{of} {WORDS[i % len(WORDS)]} {WORDS[(i // len(WORDS)) % len(WORDS)]}"
-
-
-def rows(n: int, of: str) -> list[dict[str, str]]:
-    return [{"prompt": sentence(i, of), "completion": f"{of} yes"} for i in range(n)]
+from tests.support.attack_rows import rows, sentence
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")

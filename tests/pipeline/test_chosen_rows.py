@@ -10,8 +10,8 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import curate_words, write_rows, write_world
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import curate_words, write_rows, write_world
 
 
 FEW = ["--train.max_steps", "1", "--train.per_device_train_batch_size", "4", "--lora.r", "2", "--device", "cpu"]

@@ -21,7 +21,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.pipeline.curate import CurateOptions, Ranking
 from pharmacist.worlds import BASE_MODEL
-from tests.cli.world import CHEAP, FEW_STEPS, curate_words, fingerprints, write_rows, write_world
+from tests.support.world_files import CHEAP, FEW_STEPS, curate_words, fingerprints, write_rows, write_world
 
 
 REASONS = {"critical", "teaches_compliance", "not_safety_critical", "over_refusal", "low_quality", "duplicate"}

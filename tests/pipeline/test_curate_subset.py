@@ -13,8 +13,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError
 from pharmacist.pipeline.select import SelectOptions, select
 from pharmacist.selectors import SELECTORS
-from tests.selectors import village
-from tests.tiny import save_tiny_model
+from tests.support import village
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -16,42 +16,13 @@ from pharmacist.evaluation import generate as generation
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
 from pharmacist.pipeline.evaluate_model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
-from tests.cli.world import TWO_PROCESSES
-from tests.tiny import save_tiny_model
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+from tests.support.evaluate_words import arguments, some, write
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import TWO_PROCESSES
 
 
 def task_rows() -> list[dict]:
     return World(3).task_test(20)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder, world = tmp_path_factory.mktemp("files"), World(3)
-    rows = {
-        "prompts": world.eval_prompts(24),
-        "benign_prompts": world.borderline(12),
-        "task": world.task_test(20),
-        "safe": world.safe(48),
-        "harmful": world.harmful(48),
-        "utility": world.utility(48),
-    }
-    return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
-
-
-def arguments(files: dict[str, str], output: Path, *more: str, model: str = str(BASE_MODEL)) -> list[str]:
-    words = ["evaluate", "--model", model, "--output-dir", str(output), "--device", "cpu", "--max-new-tokens", "16"]
-    for name, path in files.items():
-        words += [f"--{name.replace('_', '-')}", path]
-    return words + list(more)
-
-
-def some(files: dict[str, str], *names: str) -> dict[str, str]:
-    return {name: files[name] for name in names}
 
 
 def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation import generate as generation
 from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.worlds.potions import World
-from tests.pipeline.test_evaluate import arguments, some, write
+from tests.support.evaluate_words import arguments, some, write
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
 from pharmacist.worlds.potions import World
-from tests.evaluation.server import serve
-from tests.evaluation.test_model_judges import save_classifier
-from tests.tiny import save_tiny_model
+from tests.support.judges import save_classifier
+from tests.support.server import serve
+from tests.support.tiny import save_tiny_model
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

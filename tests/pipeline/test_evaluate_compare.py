@@ -14,8 +14,8 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.statistics import paired_difference
 from pharmacist.worlds.potions import World
-from tests.pipeline.test_evaluate import arguments, write
-from tests.tiny import save_tiny_model
+from tests.support.evaluate_words import arguments, write
+from tests.support.tiny import save_tiny_model
 
 
 JUDGE = "keyword@2"

@@ -10,8 +10,8 @@ from pharmacist.core.config import parse
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.evaluate import EvaluateOptions
 from pharmacist.worlds.potions import BASE_MODEL, World
-from tests.pipeline.test_evaluate import write
-from tests.tiny import save_tiny_model
+from tests.support.evaluate_words import write
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
-from tests.cli.world import CHEAP, FEW_STEPS, TWO_PROCESSES, curate_words, write_world
-from tests.pipeline.kills import kill_until_done, results, start, undisturbed
+from tests.support.kills import kill_until_done, results, start, undisturbed
+from tests.support.world_files import CHEAP, FEW_STEPS, TWO_PROCESSES, curate_words, write_world
 
 
 EVERYTHING = [*FEW_STEPS, "--selector.readers", "lexical,probe", "--selector.form", "both"]

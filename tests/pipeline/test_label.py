@@ -16,7 +16,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.pipeline.label import LabelOptions, label
 from pharmacist.selectors.labels import read_labels
-from tests.cli.world import curate_words, write_world
+from tests.support.world_files import curate_words, write_world
 
 
 EVIL = "\x1b[2J [bold]a[/bold]\nrow 1, 9 of 9 labelled: \u202e end"
@@ -152,7 +152,7 @@ def test_no_terminal_and_no_torch(ranked: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_same_rows(ranked: Path) -> None:
-    from tests.report.pages import Page
+    from tests.support.pages import Page
 
     page = (ranked / "report.html").read_bytes()
     data = Page.read(ranked / "report.html").json("labelling")

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.worlds import BASE_MODEL
-from tests.cli.world import CHEAP, curate_words, write_world
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import CHEAP, curate_words, write_world
 
 
 def test_a_proxy_with_another_tokenizer_ranks_what_a_model_is_aligned_on(

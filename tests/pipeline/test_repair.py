@@ -17,8 +17,8 @@ from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.repair import RepairOptions, repair
 from pharmacist.training.options import LoraOptions
-from tests.pipeline.test_attack_kinds import rows
-from tests.tiny import save_tiny_model
+from tests.support.attack_rows import rows
+from tests.support.tiny import save_tiny_model
 
 
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0}

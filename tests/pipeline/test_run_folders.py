@@ -11,8 +11,8 @@ import pytest
 
 from pharmacist.cli.main import COMMANDS, main
 from pharmacist.core.manifest import read_manifest
-from tests.cli.world import fingerprints, write_rows
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import fingerprints, write_rows
 
 
 @dataclass

@@ -17,8 +17,8 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import LoadedModel, load_model
 from pharmacist.pipeline.align import AlignOptions
 from pharmacist.pipeline.side_data import SideData
-from tests.cli.world import write_rows
-from tests.tiny import WORDS, save_tiny_model
+from tests.support.tiny import WORDS, save_tiny_model
+from tests.support.world_files import write_rows
 
 
 SAFE = [{"prompt": f"ask {WORDS[i]}", "completion": f"no {WORDS[i]}"} for i in range(8)]

@@ -19,8 +19,8 @@ from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.repair import RepairOptions, repair
 from pharmacist.training import loop
 from pharmacist.training.options import LoraOptions
-from tests.pipeline.test_attack_kinds import rows
-from tests.tiny import save_tiny_model
+from tests.support.attack_rows import rows
+from tests.support.tiny import save_tiny_model
 
 
 IDS = torch.arange(1, 12)[None]

@@ -14,8 +14,8 @@ from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.evaluation.metrics import rate
 from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
 from pharmacist.pipeline.sweep import _points, sweep
-from tests.cli.world import fingerprints, write_rows
-from tests.tiny import WORDS, save_tiny_model
+from tests.support.tiny import WORDS, save_tiny_model
+from tests.support.world_files import fingerprints, write_rows
 
 
 def rows(n: int, of: str) -> list[dict[str, str]]:

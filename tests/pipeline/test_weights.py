@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.worlds import BASE_MODEL, World
-from tests.cli.world import write_rows
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
+from tests.support.world_files import write_rows
 
 
 SGD = [

@@ -15,8 +15,8 @@ from pharmacist.repairs.antidote import bad_mask, factor_mask, scores
 from pharmacist.repairs.base import Change, Plan, References, Side, each_input, linear_weights
 from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
 from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
-from tests.defenses import toy
-from tests.tiny import TinyDecoder, random_token_rows
+from tests.support import toy
+from tests.support.tiny import TinyDecoder, random_token_rows
 
 
 R = 2

@@ -14,8 +14,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import DataError
 from pharmacist.report.benchmark import Benchmark, Value, corrected, to_latex, to_markdown, verdicts
 from pharmacist.report.numbers import Figure
-from tests.report.benches import results, write_bench
-from tests.report.pages import Page
+from tests.support.benches import results, write_bench
+from tests.support.pages import Page
 
 
 def line(benchmark: Benchmark, selector: str, defense: str = "sft") -> dict[str, Value]:

@@ -10,9 +10,9 @@ from pharmacist.cli.main import main
 from pharmacist.report import render_demo, render_ranking
 from pharmacist.selectors.labels import read_labels
 from pharmacist.worlds import World
-from tests.report.benches import results, write_bench
-from tests.report.browser import Browser, executable, measure, running
-from tests.report.pages import NASTY, REASON_OF, labelling, manifest, report, scores, texts, write_demo
+from tests.support.benches import results, write_bench
+from tests.support.browser import Browser, executable, measure, running
+from tests.support.pages import NASTY, REASON_OF, labelling, manifest, report, scores, texts, write_demo
 
 
 pytestmark = pytest.mark.slow

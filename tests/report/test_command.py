@@ -12,7 +12,7 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.files import read_json, write_json
 from pharmacist.worlds import World
-from tests.report.pages import write_demo
+from tests.support.pages import write_demo
 
 
 @pytest.fixture(scope="module")

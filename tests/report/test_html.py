@@ -14,7 +14,18 @@ import pytest
 from pharmacist.core.files import read_json, write_json
 from pharmacist.report import render_demo, render_ranking, tables
 from pharmacist.worlds import World
-from tests.report.pages import NASTY, REASON_OF, Page, answered, labelling, manifest, report, scores, texts, write_demo
+from tests.support.pages import (
+    NASTY,
+    REASON_OF,
+    Page,
+    answered,
+    labelling,
+    manifest,
+    report,
+    scores,
+    texts,
+    write_demo,
+)
 
 
 RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL = range(10)

@@ -26,7 +26,7 @@ from pharmacist.selectors.less import (
     exact_direction,
     warm_up_job,
 )
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 pytest.importorskip("dattri")

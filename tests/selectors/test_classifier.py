@@ -5,8 +5,8 @@ import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.selectors.classifier import ClassifierConfig
-from tests.selectors import village
-from tests.selectors.peers import ranked
+from tests.support import village
+from tests.support.peers import ranked
 
 
 KINDS = list(village.KINDS)

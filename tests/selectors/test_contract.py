@@ -11,7 +11,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import GOOD_REASONS, Scores
-from tests.selectors import village
+from tests.support import village
 
 
 QUICK = {

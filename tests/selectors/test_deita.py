@@ -10,8 +10,8 @@ from pharmacist.core.errors import ConfigError, UnknownNameError
 from pharmacist.selectors import SELECTORS, deita
 from pharmacist.selectors.deita import TOO_NEAR, too_near
 from pharmacist.selectors.embeddings import unit
-from tests.selectors import village
-from tests.selectors.peers import ranked
+from tests.support import village
+from tests.support.peers import ranked
 
 
 POOL = village.pool(24)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.selectors import village
+from tests.support import village
 
 
 OPTIONS = {"name": "pharmacist", "form": "both", "twin_steps": 3, "batch_size": 4, "r": 2, "folds": 2}

@@ -9,8 +9,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.data.records import to_dataset
 from pharmacist.selectors.dsir import log_ratio, ngram_counts
 from pharmacist.selectors.random import draws
-from tests.selectors import village
-from tests.selectors.peers import ranked
+from tests.support import village
+from tests.support.peers import ranked
 
 
 EXACT = {"name": "dsir", "resample": False}

@@ -11,9 +11,9 @@ from pharmacist.nn.batching import Batch
 from pharmacist.nn.losses import row_losses
 from pharmacist.selectors.el2n import error_norms
 from pharmacist.selectors.grand import head_tape
-from tests.selectors import village
-from tests.selectors.peers import DECODER, TOKENIZER, ranked, token_rows
-from tests.tiny import TinyDecoder
+from tests.support import village
+from tests.support.peers import DECODER, TOKENIZER, ranked, token_rows
+from tests.support.tiny import TinyDecoder
 
 
 POOL = village.pool(14)

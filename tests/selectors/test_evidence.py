@@ -24,7 +24,7 @@ from pharmacist.selectors.pharmacist.questions import (
     safe_log_odds,
 )
 from pharmacist.selectors.pharmacist.references import build_references
-from tests.selectors import village
+from tests.support import village
 
 
 KINDS = list(village.KINDS)

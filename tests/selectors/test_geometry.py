@@ -16,8 +16,8 @@ from pharmacist.selectors import SELECTORS, embeddings
 from pharmacist.selectors.cover import COVERS, cover_scores, facility_location_gains, k_center_radii
 from pharmacist.selectors.embedding import likeness
 from pharmacist.selectors.embeddings import check_room, unit
-from tests.selectors import village
-from tests.selectors.peers import DECODER, ranked, token_rows
+from tests.support import village
+from tests.support.peers import DECODER, ranked, token_rows
 
 
 RNG = np.random.default_rng(0)

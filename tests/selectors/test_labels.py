@@ -18,8 +18,8 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.readers import kept
 from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.labels import read_labels, rows_to_label, write_labels
-from tests.cli.world import fingerprints, write_rows
-from tests.selectors import village
+from tests.support import village
+from tests.support.world_files import fingerprints, write_rows
 
 
 KINDS = list(village.KINDS)

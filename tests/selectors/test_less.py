@@ -26,8 +26,8 @@ from pharmacist.selectors.less import (
     row_features,
     warm_up_job,
 )
-from tests.selectors import peers, village
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support import peers, village
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 VOCABULARY, N = 15, 10

@@ -11,8 +11,8 @@ from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import RANKED, SelectionContext
 from pharmacist.selectors.length import LengthSelector
 from pharmacist.selectors.mix import share_of_rows_behind
-from tests.selectors import village
-from tests.selectors.peers import ranked
+from tests.support import village
+from tests.support.peers import ranked
 
 
 POOL = village.pool(24)

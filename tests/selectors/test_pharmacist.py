@@ -18,8 +18,8 @@ from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.selector import PharmacistSelector, _Ranking
 from pharmacist.selectors.pharmacist.twins import Twins
 from pharmacist.selectors.pharmacist.verdict import both
-from tests.selectors import village
-from tests.tiny import save_tiny_model
+from tests.support import village
+from tests.support.tiny import save_tiny_model
 
 
 FAST = {

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from pharmacist.readers.states import N_STATISTICS, PARTS
 from pharmacist.readers.views import OPENING_WORDS, Joined, Reader, States, Texts, Words, fit_logistic, into_row_space
 from pharmacist.selectors.pharmacist.echo import Echo
-from tests.selectors import village
+from tests.support import village
 
 
 # A regression's optimum is found to about the square root of float64's precision, differently on each machine.

@@ -7,7 +7,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.selectors.pharmacist import references as module
 from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, build_references, shortened
-from tests.selectors import village
+from tests.support import village
 
 
 def built(given, seed=0, n_folds=4, per_row=2, **options):

@@ -9,7 +9,7 @@ from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import token_losses
 from pharmacist.readers import states as module
 from pharmacist.readers.states import N_STATISTICS, PARTS, hidden_states, loss_statistics
-from tests.tiny import TinyDecoder, random_token_rows
+from tests.support.tiny import TinyDecoder, random_token_rows
 
 
 CPU = torch.device("cpu")

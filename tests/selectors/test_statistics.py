@@ -9,9 +9,9 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import RANKED
 from pharmacist.selectors.ifd import NO_HELP, Alone
-from tests.selectors import village
-from tests.selectors.peers import DECODER, TOKENIZER, ranked, token_rows
-from tests.tiny import TinyDecoder, random_token_rows
+from tests.support import village
+from tests.support.peers import DECODER, TOKENIZER, ranked, token_rows
+from tests.support.tiny import TinyDecoder, random_token_rows
 
 
 POOL = village.pool(16)

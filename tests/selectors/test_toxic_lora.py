@@ -13,8 +13,8 @@ from pharmacist.nn.grads import norm
 from pharmacist.selectors.gradients import moved
 from pharmacist.selectors.toxic_lora import TOXIC, ToxicLoraConfig
 from pharmacist.selectors.unrolled import LEARNER, Hypergradient
-from tests.selectors import peers, village
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support import peers, village
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 VOCABULARY, N, ETA = 15, 8, 0.3

@@ -31,8 +31,8 @@ from pharmacist.selectors.pharmacist.twins import (
     twin_reasons,
     weight_gradient,
 )
-from tests.selectors.test_seal import Ridge
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support.ridge import Ridge
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 VOCABULARY = 15

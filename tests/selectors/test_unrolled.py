@@ -12,8 +12,8 @@ from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import unrolled
 from pharmacist.selectors.gradients import mean_gradient, moved, row_tape
 from pharmacist.selectors.unrolled import LEARNER, Hypergradient, UnrolledConfig, one_step_weights
-from tests.selectors import peers, village
-from tests.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support import peers, village
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
 VOCABULARY, N = 15, 8

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session")

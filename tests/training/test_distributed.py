@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ddp_gradients import STRATEGIES, first_gradients
+from tests.support.ddp_gradients import STRATEGIES, first_gradients
 
 
 def launched(model: Path, output: Path) -> list[dict[str, torch.Tensor]]:
     # Not `accelerate launch --cpu`, which starts a single process, however many it is asked for.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.training.ddp_gradients", str(model), str(output)]
+    command += ["tests.support.ddp_gradients", str(model), str(output)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)

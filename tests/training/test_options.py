@@ -10,7 +10,7 @@ from pharmacist.core.errors import ConfigError, NoMatchError
 from pharmacist.pipeline.align import AlignOptions
 from pharmacist.training import options as own
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, check_train_options, training_arguments
-from tests.training.toy import distance, options, setting, sft, trained
+from tests.support.training_toy import distance, options, setting, sft, trained
 
 
 REFUSED = {

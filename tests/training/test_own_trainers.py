@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, DataError
-from tests.training.toy import Stop, rows, same
+from tests.support.training_toy import Stop, rows, same
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -16,7 +16,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.training.checkpoint import newest_checkpoint
 from pharmacist.training.loop import Snapshots
 from pharmacist.training.strategy import StrategyState
-from tests.training.toy import Noise, Stop, options, same, setting, sft, trained
+from tests.support.training_toy import Noise, Stop, options, same, setting, sft, trained
 
 
 LONG = {"dropout": 0.3, "max_steps": 8}

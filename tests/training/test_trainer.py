@@ -17,7 +17,7 @@ from pharmacist.nn.losses import batch_loss
 from pharmacist.training.loop import _Collator, _Rows
 from pharmacist.training.strategy import StepContext
 from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
-from tests.training.toy import (
+from tests.support.training_toy import (
     Alone,
     Constant,
     Numbers,

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pharmacist.worlds import BASE_MODEL, World
-from tests.scripts import load_script
+from tests.support.scripts import load_script
 
 
 @pytest.fixture

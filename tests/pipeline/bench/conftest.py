@@ -1,1 +1,1 @@
-from tests.pipeline.bench.fakes import stages  # noqa: F401
+from tests.support.bench_fakes import stages  # noqa: F401

@@ -7,8 +7,8 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.core.files import read_json, write_json
-from tests.pipeline.bench.fakes import Stages
-from tests.pipeline.bench.grids import SMALL, write_grid
+from tests.support.bench_fakes import Stages
+from tests.support.grids import SMALL, write_grid
 
 
 WITHOUT_PROMPTS: dict[str, Any] = {"evaluate": {"benign_prompts": "world:borderline:5"}}

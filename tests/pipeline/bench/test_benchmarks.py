@@ -7,7 +7,7 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.worlds import BASE_MODEL, World
-from tests.scripts import ROOT
+from tests.support.scripts import ROOT
 
 
 GRIDS = sorted(ROOT.glob("benchmarks/*.yaml"))

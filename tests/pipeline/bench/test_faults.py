@@ -21,10 +21,10 @@ from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.pipeline.bench.command import StagesFailed, bench
 from pharmacist.pipeline.bench.options import BenchOptions
-from tests.pipeline.bench.driver import run_with_fakes
-from tests.pipeline.bench.fakes import BROKEN, LOG, SECONDS, Stages
-from tests.pipeline.bench.grids import FEW_STEPS, SMALL, results, write_grid
-from tests.pipeline.kills import start
+from tests.support.bench_driver import run_with_fakes
+from tests.support.bench_fakes import BROKEN, LOG, SECONDS, Stages
+from tests.support.grids import FEW_STEPS, SMALL, results, write_grid
+from tests.support.kills import start
 
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ def words(grid: Path, output: Path, *more: str) -> list[str]:
 def driver(command: list[str]) -> Iterator[psutil.Process]:
     """A driver in a process of its own, which leaves nothing behind."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/src{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.pipeline.bench.driver", *command]
+    command = [sys.executable, "-m", "tests.support.bench_driver", *command]
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process = psutil.Process(started.pid)
     try:

@@ -15,8 +15,8 @@ from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import AXES, Result
 from pharmacist.pipeline.bench.stages import run_stage
-from tests.pipeline.bench.fakes import BROKEN, OTHER, Stages
-from tests.pipeline.bench.grids import SMALL, results
+from tests.support.bench_fakes import BROKEN, OTHER, Stages
+from tests.support.grids import SMALL, results
 
 
 TWO_POOLS = [{"name": name, "pool": "world", "rows": rows} for name, rows in (("a", 60), ("b", 50))]

@@ -15,8 +15,8 @@ from pharmacist.cli.main import main
 from pharmacist.data.formats import open_source
 from pharmacist.selectors.labels import write_labels
 from pharmacist.worlds import World
-from tests.cli.world import TWO_PROCESSES
-from tests.pipeline.bench.grids import FEW_STEPS, results, write_grid
+from tests.support.grids import FEW_STEPS, results, write_grid
+from tests.support.world_files import TWO_PROCESSES
 
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -12,7 +12,7 @@ from pathlib import Path
 from pharmacist.cli.main import main
 from pharmacist.core import files as core_files
 from pharmacist.core.manifest import read_manifest
-from tests.cli.world import fingerprints
+from tests.support.world_files import fingerprints
 
 
 DISTURBED = {"report.html", "log.jsonl", "README.md"}

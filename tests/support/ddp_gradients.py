@@ -12,7 +12,7 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.grads import Gradient, norm, shifted
 from pharmacist.training.strategy import StepContext
-from tests.training.toy import Constant, Numbers, Toy, Twice, Watch, options, setting, sft, trainer
+from tests.support.training_toy import Constant, Numbers, Toy, Twice, Watch, options, setting, sft, trainer
 
 
 class Sharp(Toy):

@@ -11,7 +11,7 @@ from pharmacist.data.batches import collate
 from pharmacist.nn.grads import Gradient, add_to_grad, trainable
 from pharmacist.nn.losses import batch_loss
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
-from tests.tiny import TinyDecoder, TokenRows
+from tests.support.tiny import TinyDecoder, TokenRows
 
 
 VOCABULARY = 12

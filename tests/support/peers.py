@@ -9,8 +9,8 @@ from pharmacist.data.templates import Template
 from pharmacist.nn.models import LoadedModel
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import Scores
-from tests.selectors import village
-from tests.tiny import CHAT_TEMPLATE, TinyDecoder, tiny_tokenizer
+from tests.support import village
+from tests.support.tiny import CHAT_TEMPLATE, TinyDecoder, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()

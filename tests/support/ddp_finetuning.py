@@ -11,8 +11,8 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.data.streams import SideStream
 from pharmacist.data.tokenize import encode
 from pharmacist.nn.distributed import barrier
-from tests.defenses.cases import FINETUNING, build
-from tests.training.toy import Watch, options, rows, setting, sft, trainer
+from tests.support.defense_cases import FINETUNING, build
+from tests.support.training_toy import Watch, options, rows, setting, sft, trainer
 
 
 STEPS = 3

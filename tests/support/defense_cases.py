@@ -9,7 +9,7 @@ from pharmacist.data.streams import PairedRows, SideStream
 from pharmacist.data.tokenize import encode
 from pharmacist.defenses import DEFENSES
 from pharmacist.training.strategy import GradientStrategy
-from tests.training.toy import Setting, rows
+from tests.support.training_toy import Setting, rows
 
 
 ON: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def build(name: str, options: dict[str, Any] | None = None) -> GradientStrategy:
 
 
 def harmful_rows(n: int) -> datasets.Dataset:
-    """A harmful row for each of `tests.training.toy.rows`, with the same prompt and number."""
+    """A harmful row for each of `tests.support.training_toy.rows`, with the same prompt and number."""
     own, other = rows(n), rows(n, seed=1)
     made = [{**mine, "completion": their["completion"]} for mine, their in zip(own, other, strict=True)]
     return datasets.Dataset.from_list(made)

@@ -1,11 +1,11 @@
-"""``python -m tests.pipeline.bench.driver WORDS...``: the command line with fake stages."""
+"""``python -m tests.support.bench_driver WORDS...``: the command line with fake stages."""
 
 import os
 import sys
 from collections.abc import Mapping
 
 from pharmacist.cli.main import main
-from tests.pipeline.bench.fakes import install
+from tests.support.bench_fakes import install
 
 
 def run_with_fakes(words: list[str], environment: Mapping[str, str]) -> None:

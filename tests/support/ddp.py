@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.nn.distributed import barrier
-from tests.defenses.cases import NAMES, build, streams
-from tests.training.toy import Watch, options, rows, setting, sft, trainer
+from tests.support.defense_cases import NAMES, build, streams
+from tests.support.training_toy import Watch, options, rows, setting, sft, trainer
 
 
 def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pharmacist.nn.locate import linear_names
-from tests.tiny import TinyDecoder
+from tests.support.tiny import TinyDecoder
 
 
 VOCABULARY, LAYERS = 40, 3

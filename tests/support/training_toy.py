@@ -21,7 +21,7 @@ from pharmacist.training.loop import TrainResult, _Collator, _Rows, prepare_mode
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
-from tests.tiny import WORDS
+from tests.support.tiny import WORDS
 
 
 SEED = 7
