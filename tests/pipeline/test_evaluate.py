@@ -21,6 +21,20 @@ from tests.support.tiny import save_tiny_model
 from tests.support.world_files import TWO_PROCESSES
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder, world = tmp_path_factory.mktemp("files"), World(3)
+    rows = {
+        "prompts": world.eval_prompts(24),
+        "benign_prompts": world.borderline(12),
+        "task": world.task_test(20),
+        "safe": world.safe(48),
+        "harmful": world.harmful(48),
+        "utility": world.utility(48),
+    }
+    return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
+
+
 def task_rows() -> list[dict]:
     return World(3).task_test(20)
 

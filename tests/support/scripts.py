@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def load_script(path: str, patch: pytest.MonkeyPatch) -> ModuleType:
