@@ -77,18 +77,30 @@ def test_logits_that_the_model_caps_are_capped() -> None:
 
     model = Capped(VOCABULARY)
     output = model(BATCH.input_ids, BATCH.attention_mask)
+    real = BATCH.attention_mask[:, 1:].bool()
     for _ in range(2):
         losses, _ = read_losses(model, BATCH)
-        assert torch.equal(losses, token_losses(output.logits, BATCH.input_ids))
+        assert torch.equal(losses[real], token_losses(output.logits, BATCH.input_ids)[real])
 
 
-def test_gradients_and_small_vocabularies_see_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_come_from_the_logits_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TinyDecoder(VOCABULARY)
     counted = Counted(model.lm_head)
-    model.lm_head.weight.requires_grad_(True)
-    read_row_losses(model, BATCH).completion.sum().backward()
-    assert model.lm_head.weight.grad is not None
+    parameters = [parameter.requires_grad_() for parameter in model.parameters()]
+    loss = read_row_losses(model, BATCH, prompt=False).completion.sum()
+    assert counted.calls == [int((BATCH.lengths - BATCH.prompt_lengths).sum())]
+    few = torch.autograd.grad(loss, parameters)
+    monkeypatch.setattr(reading, "_LARGE", VOCABULARY + 1)
+    everything = torch.autograd.grad(read_row_losses(model, BATCH).completion.sum(), parameters)
+    for found, expected in zip(few, everything, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert expected.any()
+
+
+def test_small_vocabularies_see_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyDecoder(VOCABULARY)
+    counted = Counted(model.lm_head)
     monkeypatch.setattr(reading, "_LARGE", VOCABULARY + 1)
     with torch.inference_mode():
         read_losses(model, BATCH)
-    assert counted.calls == [BATCH.input_ids.numel()] * 2
+    assert counted.calls == [BATCH.input_ids.numel()]

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from pharmacist.core.errors import CompatibilityError, DataError, PharmacistError
+from pharmacist.nn import reading
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
 from pharmacist.training.loop import _Collator, _Rows
@@ -232,6 +233,31 @@ def test_weighted_rows_give_the_weighted_sum_of_their_gradients(
     assert drawn == again and distance(found, plain) > 1e-3
     ones, _ = first_gradient(model, tmp_path, size, accumulation, dict.fromkeys(WEIGHTS, 1.0))
     assert distance(ones, plain) < 1e-6
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_a_large_vocabulary_gives_logits_where_there_are_targets(
+    model: Path, tmp_path: Path, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reads(Toy):
+        def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+            assert outputs.logits.shape[:2] == step.batch["labels"].shape
+            return loss
+
+    expected, _ = first_gradient(model, tmp_path, 3, 2, weights)
+    seen: list[int] = []
+    monkeypatch.setattr(reading, "_LARGE", 1)
+
+    def watched(logits: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(logits.dim())
+        return batch_loss(logits, *given)
+
+    monkeypatch.setattr("pharmacist.training.trainer.batch_loss", watched)
+    found, _ = first_gradient(model, tmp_path, 3, 2, weights)
+    assert distance(found, expected) < 1e-6
+    found, _ = first_gradient(model, tmp_path, 3, 2, weights, strategy=Reads())
+    assert distance(found, expected) < 1e-6
+    assert seen == [2, 2, 3, 3]
 
 
 def test_a_strategys_own_pass_over_the_main_batch_is_weighted_likewise(model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, write_json
 from pharmacist.core.seeding import derive
+from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.losses import RowLosses
@@ -151,10 +152,10 @@ class AdapterBank:
             self._mark_trained()
 
     def row_losses(self, name: Names, batch: Batch) -> RowLosses:
-        """Losses of a batch under an adapter, several together, or the base alone."""
+        """Completion losses of a batch under an adapter, several together, or the base alone; `prompt` may be 0."""
         self.tokens += batch.tokens
-        with self.using(name) as model:
-            return read_row_losses(model, batch)
+        with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
+            return read_row_losses(model, batch, prompt=False)
 
     def train(
         self,

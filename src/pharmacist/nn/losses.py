@@ -83,7 +83,7 @@ def batch_loss(
     """Cross-entropy over all target tokens of a batch, as causal language models train.
 
     Args:
-        logits: Shape [rows, length, vocabulary].
+        logits: Shape [rows, length, vocabulary], or [targets, vocabulary] in the order of `targets`.
         labels: Shape [rows, length]; -100 where there is no target.
         n_targets: What the sum is divided by; by default the batch's own target tokens, which gives the mean.
         weights: Factor of each row's losses, shape [rows].
@@ -91,7 +91,11 @@ def batch_loss(
     Returns:
         A scalar; 0 with zero gradient where the batch has no target token.
     """
-    if weights is None:
+    if logits.dim() == 2:
+        keep, tokens = targets(labels)
+        losses = target_losses(logits, tokens)
+        total = (losses if weights is None else losses * weights.to(losses)[keep.nonzero()[:, 0]]).sum()
+    elif weights is None:
         total = _next_token_losses(logits, labels, "sum")
     else:
         losses = _next_token_losses(logits, labels, "none").view_as(labels)

@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.hooks import head_inputs
+from pharmacist.nn.hooks import head_at, head_inputs
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
 
@@ -35,11 +36,17 @@ def tokens_per_batch(model: Any, device: torch.device) -> int:
     return max(1024, min(TOKENS_PER_BATCH, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
+def large_head(model: nn.Module) -> nn.Module | None:
+    """The output head of a model, where its vocabulary is so large that logits without a target are worth a detour."""
+    head = output_head(model)
+    return None if head is None or int(getattr(head, "out_features", 0)) < _LARGE else head
+
+
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
     """Cross-entropy of each token given those before it, by one forward pass.
 
     Args:
-        model: A causal language model. Where gradients are wanted all logits are made, for they are kept anyway.
+        model: A causal language model.
         batch: The rows.
         prompt: Whether the losses of prompt tokens are read; where not, they may be 0.
         **options: Of the forward pass, such as ``output_hidden_states``.
@@ -52,11 +59,16 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     def forward() -> Any:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
 
-    head = output_head(model)
-    small = head is None or int(getattr(head, "out_features", 0)) < _LARGE
-    if head is None or small or torch.is_grad_enabled() or not _ENDS.get(head, True):
+    head = large_head(model)
+    if head is None:
         output = forward()
         return token_losses(output.logits, batch.input_ids), output
+    if torch.is_grad_enabled() or not _ENDS.get(head, True):
+        read = _read(batch, prompt)
+        with head_at(head, functional.pad(read, (0, 1))):
+            output = forward()
+        losses = target_losses(output.logits, batch.input_ids[:, 1:][read])
+        return losses.new_zeros(read.shape).masked_scatter(read, losses), output
     known = head in _ENDS
     with head_inputs(head, 0 if known else 1) as seen:
         output = forward()
@@ -68,12 +80,15 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     return _in_parts(head, states, batch, prompt), output
 
 
-def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
-    ids = batch.input_ids[:, 1:]
-    position = torch.arange(1, batch.input_ids.shape[1], device=ids.device)[None, :]
+def _read(batch: Batch, prompt: bool) -> torch.Tensor:
+    """Which losses are read, shape [rows, length - 1], bool."""
+    position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
     read = position < batch.lengths[:, None]
-    if not prompt:
-        read = read & (position >= batch.prompt_lengths[:, None])
+    return read if prompt else read & (position >= batch.prompt_lengths[:, None])
+
+
+def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
+    ids, read = batch.input_ids[:, 1:], _read(batch, prompt)
     width = int(getattr(head, "out_features", 1))
     sizes = [max(1, logits // width) for logits in _LOGITS[ids.device.type]]
     parts = [

@@ -1,7 +1,7 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +15,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError
 from pharmacist.core.seeding import derive
 from pharmacist.data.streams import EndlessRows
+from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import add_to_grad
+from pharmacist.nn.hooks import head_at
 from pharmacist.nn.losses import batch_loss, targets
+from pharmacist.nn.reading import large_head
 from pharmacist.training.checkpoint import Checkpoints, load_side_state
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
@@ -38,7 +41,7 @@ def token_mean_loss(
     So k accumulated micro-batches give the gradient of one batch k times as large.
 
     Args:
-        outputs: With ``logits`` of shape [rows, length, vocabulary].
+        outputs: With ``logits`` as in `batch_loss`.
         labels: Shape [rows, length]; -100 where there is no target.
         num_items_in_batch: Target tokens of all micro-batches of all processes.
         weights: Factor of each row's loss, shape [rows]; they do not change what the sum is divided by.
@@ -200,16 +203,17 @@ class StrategyMixin:
         )
         if self._micro == 0:
             self.strategy.begin_update(update)
-        extra = self.strategy.auxiliary(step)
-        if extra is not None:
-            add_to_grad(step.parameters, extra, step.scale)
-        self._step = step  # from here on the stock Trainer's loss is the strategy's too
-        try:
-            with self.strategy.around(step):
-                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        finally:
-            self._step = None
-        self.strategy.after_backward(step)
+        with quick_attention(trainer.model, inputs["input_ids"].shape[1]):
+            extra = self.strategy.auxiliary(step)
+            if extra is not None:
+                add_to_grad(step.parameters, extra, step.scale)
+            self._step = step  # from here on the stock Trainer's loss is the strategy's too
+            try:
+                with self.strategy.around(step):
+                    loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            finally:
+                self._step = None
+            self.strategy.after_backward(step)
         if trainer.accelerator.sync_gradients:
             # Before the clipping, which would turn a norm that overflows into a gradient of zeros.
             self._check("gradient", get_total_norm([p.grad for p in step.parameters.values() if p.grad is not None]))
@@ -231,14 +235,25 @@ class StrategyMixin:
             trainer.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
         own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
-        found = super().compute_loss(  # type: ignore[misc]
-            model, dict(inputs), return_outputs=own or return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        loss, outputs = found if own or return_outputs else (found, None)
+        wanted = own or return_outputs
+        with self._only_targets(inputs["labels"]) if not wanted else nullcontext():
+            found = super().compute_loss(  # type: ignore[misc]
+                model, dict(inputs), return_outputs=wanted, num_items_in_batch=num_items_in_batch
+            )
+        loss, outputs = found if wanted else (found, None)
         if step is not None:
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _only_targets(self, labels: torch.Tensor) -> AbstractContextManager[None]:
+        """A block in which a large output head gives logits to `token_mean_loss` where there are targets alone."""
+        trainer: Any = self
+        function = trainer.compute_loss_func
+        head = large_head(trainer.model)
+        if head is None or getattr(function, "func", function) is not token_mean_loss:
+            return nullcontext()
+        return head_at(head, targets(labels)[0])
 
     def _check(self, what: str, value: torch.Tensor) -> None:
         if not torch.isfinite(value):
