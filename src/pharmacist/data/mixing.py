@@ -62,10 +62,10 @@ def mix(
 def mix_safe(
     rows: datasets.Dataset, safe: datasets.Dataset, *, count: int, replace: bool, seed: int
 ) -> datasets.Dataset:
-    """Adds a defender's safe rows to a user's set.
+    """Adds so many of a defender's safe rows to a user's set (`mix`).
 
     Args:
-        rows: From `mix`.
+        rows: The set.
         safe: Canonical rows.
         count: Safe rows to add.
         replace: Leave as many benign rows out, so that the size stays.
@@ -73,9 +73,6 @@ def mix_safe(
 
     Returns:
         The rows, shuffled, with ``is_harmful`` and ``is_safe`` (bool).
-
-    Raises:
-        DataError: More safe rows are asked for than there are, or more benign rows than there are are to go.
     """
     if count > len(safe):
         raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")

@@ -23,9 +23,8 @@ from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
 from pharmacist.data.batches import without_middle
-from pharmacist.data.formats.base import named
+from pharmacist.data.formats.base import Row, named
 from pharmacist.data.records import Records
-from pharmacist.data.refusals import Refused
 from pharmacist.data.templates import Template, conversation, refusal
 
 
@@ -87,9 +86,8 @@ class Encoded(_Counts):
 
     def token_ids(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[np.int32]]:
         """The ids of the rows at these positions."""
-        positions = np.asarray(rows, dtype=np.int64)
+        positions, found = np.asarray(rows, dtype=np.int64), []
         where = np.searchsorted(self._starts, positions, side="right") - 1
-        found = []
         for position, chunk in zip(positions, where, strict=True):
             offsets, values = self._chunks[chunk]
             within = position - self._starts[chunk]
@@ -170,14 +168,7 @@ def rendered_rows(
 ) -> Records:
     """The rows that the chat template takes, for methods that need each of their rows in tokens.
 
-    Args:
-        records: The rows.
-        tokenizer: The model's.
-        template: Renders the prompts.
-        on_bad_row: As in `encode`; ``skip`` moves the others to `Records.refused`.
-
-    Raises:
-        DataError: Some are refused, under ``fail``; or all are.
+    `on_bad_row` is that of `encode`; ``skip`` moves the others to `Records.refused`.
     """
     texts, reasons = _Texts(tokenizer, template), dict[int, str]()
     for batch in _batches(records.dataset):
@@ -189,8 +180,8 @@ def rendered_rows(
     if on_bad_row != "skip" or len(reasons) == len(records):
         raise DataError(f"{where}: {refusal(reasons, _SKIP if on_bad_row != 'skip' else '')}")
     left = records.without(np.flatnonzero(np.isin(records.row_numbers, list(reasons))))
-    refused_too = [Refused(row, None, reason) for row, reason in reasons.items()]
-    return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.row))
+    refused_too = [Row(row, None, None, reason) for row, reason in reasons.items()]
+    return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.number))
 
 
 def _write(sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, cut: bool) -> _Counts:
@@ -241,13 +232,7 @@ def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
 def prompt_ids(
     rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", template: Template
 ) -> list[list[int]]:
-    """Token ids of prompts, exactly as `encode` puts them in front of a completion: what a model is to continue.
-
-    Args:
-        rows: Canonical rows; their completions are not read.
-        tokenizer: The model's.
-        template: Renders the prompts.
-    """
+    """Token ids of the prompts of canonical rows, exactly as `encode` puts them in front of a completion."""
     texts = _Texts(tokenizer, template)
     return texts.prompt_ids(template.render_many(list(map(texts.parted, rows)), tokenizer))
 
@@ -304,6 +289,6 @@ class _Texts:
     def prompt_ids(self, rendered: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts, after BOS where the tokenizer itself puts it in front of a text."""
         start: list[int] = []
-        if self.template.adds_special_tokens:  # what the tokenizer puts behind a text is left to EOS
+        if self.template.kind == "alpaca":  # a chat template holds its own; what comes behind a text is left to EOS
             start = [token for token in self.tokenizer("")["input_ids"][:1] if token == self.tokenizer.bos_token_id]
         return [start + row for row in self.ids(rendered)]

@@ -59,22 +59,14 @@ def decode_json(text: str) -> Any:
 
 
 def check_depth(value: Any, text: str) -> None:
-    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`.
+    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`, by a RecursionError."""
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise RecursionError
 
-    Raises:
-        RecursionError: It is.
-    """
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        containers = [
-            item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)
-        ]
-        level = [inner for container in containers for inner in container]
-        if not level:
-            return
-    raise RecursionError
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
