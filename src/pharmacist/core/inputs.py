@@ -4,35 +4,22 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json
 from pharmacist.core.typed import flag
 
 
-class Options(Protocol):
-    """A command's options: a dataclass.
-
-    Attributes:
-        NO_PLACES: Options whose text is a name, also where the output folder is called so; of base classes too.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    NO_PLACES: ClassVar[frozenset[str]]
-
-
-def check_outside(root: Path, options: Options, *, within: str = "") -> None:
-    """Refuses options that name something in a folder, or a model that rests on something in it.
+def check_outside(root: Path, options: Any, *, within: str = "") -> None:
+    """Refuses options that name something in a folder, or a model that rests on something in it, by a ConfigError.
 
     Args:
         root: The output folder; it need not exist.
-        options: Every text in them that is the path of something counts (also within ``NAME:PATH`` and
-            ``FOLDER:SPLIT``), so that no command has to say what it reads.
+        options: A dataclass. Every text in it that is the path of something counts (also within ``NAME:PATH`` and
+            ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the options in ``NO_PLACES``,
+            which are names also where the output folder is called so.
         within: Option of which these are the parts, such as ``evaluate.``.
-
-    Raises:
-        ConfigError: Which option it is.
     """
     folder = os.path.realpath(root)
     if not os.path.isdir(folder):
@@ -49,11 +36,7 @@ def check_outside(root: Path, options: Options, *, within: str = "") -> None:
 
 
 def refuse(what: str, root: Path) -> None:
-    """Says that an input lies in the output folder.
-
-    Raises:
-        ConfigError: Always.
-    """
+    """Says that an input lies in the output folder, by a ConfigError."""
     raise ConfigError(
         f"{what}: lies in the output folder {root}, where results go and which --overwrite empties; move it, or "
         "choose another --output-dir"
@@ -65,7 +48,7 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
     return os.path.exists(path) and _is_in(str(path), os.path.realpath(folder), itself=True)
 
 
-def _texts(options: Options, inner: bool) -> Iterator[tuple[str, str, bool]]:
+def _texts(options: Any, inner: bool) -> Iterator[tuple[str, str, bool]]:
     """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
     hints = get_type_hints(type(options))
     names = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))

@@ -90,7 +90,7 @@ class PairedRows:
         return len(self.partners)
 
     def batch(self, rows: Sequence[int]) -> tuple[list[int], dict[str, torch.Tensor] | None]:
-        """Which of some alignment rows have a partner (positions in `rows`), and the batch of these if there are any."""
+        """Which of some alignment rows have a partner (positions in `rows`), and the partners' batch if any has."""
         having = [position for position, row in enumerate(rows) if row in self.partners]
         partners = [self.partners[rows[position]] for position in having]
         return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
