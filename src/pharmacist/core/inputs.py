@@ -25,7 +25,8 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     if not os.path.isdir(folder):
         return
     # Among a method's options a text that is the folder's own path is more often a name, unless a model lies there.
-    inner = _holds_model(folder)
+    names = ("adapter", "model", "config.json", "adapter_config.json")
+    inner = any(os.path.exists(os.path.join(folder, name)) for name in names)
     for name, text, itself in _texts(options, inner):
         for place in _places(text):
             if _is_in(place, folder, itself=itself):
@@ -80,15 +81,8 @@ def _places(text: str) -> list[str]:
 def _is_in(path: str, folder: str, itself: bool) -> bool:
     parent, name = os.path.split(os.path.abspath(path))
     # A link in the folder would go, even though what it points to would stay.
-    for found in (os.path.realpath(path), os.path.join(os.path.realpath(parent), name)):
-        if (itself and found == folder) or found.startswith(os.path.join(folder, "")):
-            return True
-    return False
-
-
-def _holds_model(folder: str) -> bool:
-    names = ("adapter", "model", "config.json", "adapter_config.json")
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+    found = (os.path.realpath(path), os.path.join(os.path.realpath(parent), name))
+    return any((itself and one == folder) or one.startswith(os.path.join(folder, "")) for one in found)
 
 
 def _bases(place: str) -> Iterator[str]:

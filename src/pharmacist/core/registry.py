@@ -15,11 +15,11 @@ from pharmacist.core.method import Choice
 T = TypeVar("T")
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'random'?``, or the known names where none is close."""
+def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint such as ``; did you mean 'random'?``; the known names, or what else to do, where none is close."""
     known = sorted(known)
     match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known) or 'none'}"
+    return f"; did you mean '{match[0]}'?" if match else f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
 
 
 @cache
@@ -35,7 +35,7 @@ def imported(place: str) -> Any:
 
 
 def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
-    """An options dataclass from some of its fields; a ConfigError, on ``selector 'random'`` or the like, for others."""
+    """An options dataclass from some of its fields; a ConfigError, which names `whose` they are, for others."""
     known = {field.name for field in dataclasses.fields(config)}
     for key in params:
         if key not in known:

@@ -27,15 +27,10 @@ def mix(
 
     Returns:
         The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
-
-    Raises:
-        ConfigError: `n` or `poison_ratio` is out of range.
-        DataError: More rows are asked for than there are, or prompts are shared.
     """
-    if n < 1:
-        raise ConfigError(f"samples {n}: must be at least 1")
-    if not 0 <= poison_ratio <= 1:
-        raise ConfigError(f"poison ratio {poison_ratio}: must lie in [0, 1]")
+    if n < 1 or not 0 <= poison_ratio <= 1:
+        wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
+        raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
     n_benign = n - n_harmful
     for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):

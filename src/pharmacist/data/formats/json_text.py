@@ -47,12 +47,7 @@ def short(error: Exception) -> str:
 
 
 def decode_json(text: str) -> Any:
-    """Parses JSON strictly: no NaN, no key twice, no nesting that Python could not write back.
-
-    Raises:
-        ValueError: It is no such JSON.
-        RecursionError: It is nested too deeply.
-    """
+    """Parses JSON strictly: a ValueError on NaN and on keys that are there twice, a RecursionError on deep nesting."""
     value = DECODER.decode(text)
     check_depth(value, text)
     return value
@@ -93,9 +88,6 @@ def why_no_json(error: Exception) -> str:
     return f"is not usable JSON ({'nested too deeply' if isinstance(error, RecursionError) else error})"
 
 
-# --- JSON out -----------------------------------------------------------------------------------------------------
-
-
 def fits_json(kind: pa.DataType) -> bool:
     """Whether JSON holds every value of an Arrow type."""
     types = pa.types
@@ -108,11 +100,7 @@ def fits_json(kind: pa.DataType) -> bool:
 
 
 def json_line(value: Any) -> bytes:
-    """A row as one line of JSON, in which NaN and infinities are null.
-
-    Raises:
-        TypeError, RecursionError: JSON cannot hold it.
-    """
+    """A row as one line of JSON, with null for NaN and infinities; a TypeError or RecursionError on other values."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
