@@ -120,7 +120,7 @@ def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str =
     inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
         name, hint = prefix + item.name, hints_of(options)[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
+        if is_dataclass(hint):
             found |= _table(hint, (), f"{name}.")
             continue
         found[name] = _Option(name, hint, item, options)
@@ -274,8 +274,10 @@ def _parsed(
     missing = [flag(name) for name, option in table.items() if name not in values and option.default is MISSING]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
-    values = {name: option.default for name, option in table.items()} | values
-    return options(**_gathered(options, "", values, chosen))
+    tree: dict[str, Any] = {}
+    for name, option in table.items():
+        _put(tree, name, values[name] if name in values else option.default)
+    return _built(options, tree)
 
 
 def _chosen_methods(
@@ -338,31 +340,26 @@ def _add_line_values(
         words = [word for own in given for word in own]
         value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
         if head:
-            place = values[head] = copy.deepcopy(values.get(head) or table[head].default)
-            *path, last = name.removeprefix(f"{head}.").split(".")
-            for key in path:
-                place = place.setdefault(key, {})
-            place[last] = value
+            values[head] = copy.deepcopy(values.get(head) or table[head].default)
+            _put(values[head], name.removeprefix(f"{head}."), value)
         else:
             values[name] = value
 
 
-def _gathered(
-    options: Any, prefix: str, values: Mapping[str, Any], chosen: Mapping[str, str] | None
-) -> dict[str, Any]:
-    """Values by field: dataclasses within are built; those of a method, where `chosen` is None, stay mappings."""
-    found: dict[str, Any] = {}
-    for item in fields(options):
-        name, hint = prefix + item.name, hints_of(options)[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            own = _gathered(hint, f"{name}.", values, chosen if chosen is None else {})
-            found[item.name] = own if chosen is None else hint(**own)
-        elif chosen and item.name in chosen:
-            config = registry_of(item).config_type(chosen[item.name])
-            found[item.name] = {"name": chosen[item.name], **_gathered(config, f"{name}.", values, None)}
-        else:
-            found[item.name] = values[name]
-    return found
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Sets what a dotted name means in mappings of mappings."""
+    *path, last = name.split(".")
+    for key in path:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
+
+
+def _built(options: Any, tree: Mapping[str, Any]) -> Any:
+    """An options dataclass from its values, those within built too."""
+    hints = hints_of(options)
+    return options(
+        **{name: _built(hints[name], value) if is_dataclass(hints[name]) else value for name, value in tree.items()}
+    )
 
 
 def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, example: str) -> None:

@@ -133,8 +133,8 @@ def encode(
         raise DataError(about + refusal(encoded.not_rendered, "" if on_bad_row is None else _SKIP))
     if found := encoded.with_control:
         warn(
-            f"{about}{len(found)} of {len(rows)} rows ({named(found)}) have control tokens of the model in their text, "
-            "which are read as plain text"
+            f"{about}{len(found)} of {len(rows)} rows ({named(found)}) have control tokens of the model in their "
+            "text, which are read as plain text"
         )
     if (long := encoded.refused) and on_long_prompt == "fail":
         raise DataError(
