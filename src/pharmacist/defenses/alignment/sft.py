@@ -5,7 +5,7 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 class SFT(GradientStrategy):
-    """Mean cross-entropy over completion tokens and EOS; literally the stock Trainer."""
+    """Mean cross-entropy over completion tokens and EOS; the stock Trainer."""
 
     Config = SFTConfig
     name = "sft"
