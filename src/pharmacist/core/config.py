@@ -121,7 +121,7 @@ def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str =
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
         name, hint = prefix + item.name, hints_of(options)[item.name]
         if is_dataclass(hint):
-            found |= _table(hint, (), f"{name}.")
+            found |= _table(hint, (), f"{name}.")  # type: ignore[arg-type]
             continue
         found[name] = _Option(name, hint, item, options)
         if name in dict(chosen):
@@ -186,15 +186,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist", example: str = "") -> T:
     """Reads command-line arguments (and the YAML file they name) into an options dataclass.
 
-    Args:
-        options: The dataclass.
-        arguments: Words of the command line without the command's name.
-        prog: Shown in the help.
-        example: Shown at the end of the help.
-
-    Raises:
-        ConfigError: Unknown or ill-typed options, unknown keys in the file, required ones missing.
-        SystemExit: ``--help``.
+    A ConfigError for unknown or ill-typed options, unknown keys in the file and required ones that are missing;
+    ``--help`` ends in a SystemExit. `prog` and `example` are shown in the help.
     """
     line, path = _line(options, arguments), None
     if "config" in line:
@@ -275,8 +268,8 @@ def _parsed(
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
     tree: dict[str, Any] = {}
-    for name, option in table.items():
-        _put(tree, name, values[name] if name in values else option.default)
+    for name, declared in table.items():
+        _put(tree, name, values[name] if name in values else declared.default)
     return _built(options, tree)
 
 

@@ -15,11 +15,8 @@ def plain(text: object, *, lines: bool = False) -> str:
     r"""A text with every character spelled out that a terminal or a page would act on instead of showing it.
 
     Escapes, control characters, marks that turn the direction of writing, invisible ones and lone surrogates become
-    ``\x1b``, ``\u202e`` and so on; markup is for whoever prints it to leave alone, as `progress.console` does.
-
-    Args:
-        text: Of anyone; what is no text is taken as ``str`` gives it.
-        lines: Whether ends of lines and tabs stay, for messages of our own around it.
+    ``\x1b``, ``\u202e`` and so on; markup is for whoever prints it to leave alone, as `progress.console` does. With
+    `lines` ends of lines and tabs stay, for messages of our own around it.
 
     >>> plain("a\x1b[2Jb\nc"), plain("a\x1b[2Jb\nc", lines=True), plain("\u202eevil \ud800")
     ('a\\x1b[2Jb\\nc', 'a\\x1b[2Jb\nc', '\\u202eevil \\ud800')

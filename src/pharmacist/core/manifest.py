@@ -99,18 +99,18 @@ def options_in(folder: Path, manifest: RunManifest, *names: str) -> dict[str, An
 
 def output_files(folder: Path, outputs: list[str]) -> dict[str, str]:
     """`RunManifest.files` of a folder with these outputs."""
-    found = sorted(name for output in outputs for name in _files(folder, folder / output))
+    found = sorted(file.relative_to(folder).as_posix() for output in outputs for file in _files(folder / output))
     return {name: sha256_file(folder / name) for name in found}
 
 
-def _files(root: Path, path: Path) -> Iterator[str]:
+def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
-        yield path.relative_to(root).as_posix()
+        yield path
     elif (path / "manifest.json").is_file():
-        yield (path / "manifest.json").relative_to(root).as_posix()
+        yield path / "manifest.json"
     elif path.is_dir() and not path.is_symlink():
         for part in path.iterdir():
-            yield from _files(root, part)
+            yield from _files(part)
 
 
 def check_unchanged(folder: str | Path, *names: str) -> None:

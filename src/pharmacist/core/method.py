@@ -19,12 +19,8 @@ class Method:
     """Base of all methods.
 
     A subclass declares its options once, as the dataclass `Config`; they are its keyword arguments, what ``help()``
-    shows, what ``repr()`` writes and what the command line and YAML files offer. State is prepared in
-    ``__post_init__``, which runs after `config` is set.
-
-    Args:
-        config: Options of type `Config`, instead of keyword arguments.
-        **options: Fields of `Config`; those left out keep their defaults.
+    shows, what ``repr()`` writes and what the command line and YAML files offer; a whole one may be given instead.
+    State is prepared in ``__post_init__``, which runs after `config` is set.
 
     Attributes:
         Config: Dataclass of the options.
@@ -34,10 +30,6 @@ class Method:
         needs: Inputs without which the method cannot work, such as ``safe``, ``harmful`` or ``model``; those of an
             instance may depend on its options.
         paper: Source, for docs and model cards.
-
-    Raises:
-        TypeError: An option that the method does not have.
-        ConfigError: A value out of range.
 
     >>> from pharmacist.attacks.identity import IdentityAttack
     >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")

@@ -94,13 +94,13 @@ def as_json(options: RunOptions) -> dict[str, Any]:
     """A stage's options as the manifest holds them: addresses without credentials."""
     config = {field.name: getattr(options, field.name) for field in fields(options)}
     text = json.dumps(config, default=lambda v: v.label if isinstance(v, Given) else asdict(v), allow_nan=False)
-    found: dict[str, Any] = json.loads(text, object_hook=_without_credentials)
+
+    def clean(options: dict[str, Any]) -> dict[str, Any]:
+        url = options.get("base_url")
+        return options | {"base_url": without_credentials(url)} if isinstance(url, str) else options
+
+    found: dict[str, Any] = json.loads(text, object_hook=clean)
     return found
-
-
-def _without_credentials(options: dict[str, Any]) -> dict[str, Any]:
-    url = options.get("base_url")
-    return options | {"base_url": without_credentials(url)} if isinstance(url, str) else options
 
 
 def identifying(config: Mapping[str, Any]) -> dict[str, Any]:

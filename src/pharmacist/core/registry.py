@@ -69,12 +69,7 @@ class Registry(Generic[T]):
         return sorted(self.table())
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`.
-
-        Raises:
-            UnknownNameError: No such name; the message offers the nearest one.
-            ConfigError: Another package's method that cannot be imported.
-        """
+        """The class called `name`; an UnknownNameError offers the nearest name where there is none."""
         table = self.table()
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")

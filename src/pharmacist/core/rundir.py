@@ -38,16 +38,12 @@ def made_from(results: Mapping[str, str]) -> Iterator[None]:
 
 
 class RunDir:
-    """One stage's output folder.
+    """One stage's output folder, `root`, and the `manifest` of its run.
 
     Finished results lie in it; ``work/`` holds partial state until `finish` removes it. Only the first process of a
-    data-parallel run writes here, apart from what the others put under ``work/`` themselves.
-
-    Attributes:
-        root: The folder.
-        manifest: Of the run.
-        temporary: Where no folder was asked for (``output_dir`` is empty, from Python): the one that holds the partial
-            state, and that `close` deletes; there is no use in writing weights.
+    data-parallel run writes here, apart from what the others put under ``work/`` themselves. Where no folder was asked
+    for (``output_dir`` is empty, from Python), a `temporary` one holds the partial state, and `close` deletes it;
+    there is no use in writing weights.
     """
 
     def __init__(
@@ -79,12 +75,10 @@ class RunDir:
             final_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
                 stage finds in its results what it need not compute again.
-            read_again: Outputs that the stage reads where the run is finished already.
+            read_again: Outputs that the stage reads where the run is finished already; none may have been changed.
 
         Raises:
-            DataError: One of these was changed.
-            ConfigError: The folder holds another run or other files, an input, is a file, or another process works in
-                it.
+            ConfigError: The folder holds another run, other files or an input, is a file, or is in use.
         """
         temporary = None if options.output_dir else TemporaryDirectory(prefix="pharmacist-")
         root = Path(temporary.name if temporary else options.output_dir)
@@ -198,13 +192,10 @@ class RunDir:
         return manifest
 
     def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:
-        """Declares the run complete: writes the manifest, then removes the partial state.
+        """Declares the run complete, or `partial`: writes the manifest, then removes the partial state.
 
-        Args:
-            outputs: Files and folders that make up the result.
-            partial: Something failed on the way: the results may be used, but the partial state stays, and the same
-                run goes on from it.
-            **results: As in `record`.
+        `outputs` are the files and folders that make up the result; `results` are as in `record`. Of a partial run
+        something failed on the way: its results may be used, but the partial state stays, for the same run to go on.
         """
         manifest = self.record(**results)
         manifest.status, manifest.outputs = "partial" if partial else "success", outputs

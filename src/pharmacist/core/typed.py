@@ -64,9 +64,7 @@ def hints_of(options: Any) -> dict[str, Any]:
     return get_type_hints(options, include_extras=True)
 
 
-@cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint)
+_adapter = cache(TypeAdapter)
 
 
 def checked(name: str, hint: Any, value: Any) -> Any:
@@ -124,15 +122,16 @@ def parts_of(hint: Any) -> list[Any]:
 
 def described(hint: Any) -> str:
     """A type as messages name it."""
-    return " or ".join(dict.fromkeys(_kind(part) for part in parts_of(hint) if part is not NoneType))
-
-
-def _kind(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
     known: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     known |= {list: "a list, written [a, b]", dict: "keys and values, written {a: b}"}
-    return known.get(get_origin(hint) or hint, "of another type")
+    kinds = [
+        f"one of {', '.join(map(str, get_args(part)))}"
+        if get_origin(part) is Literal
+        else known.get(get_origin(part) or part, "of another type")
+        for part in parts_of(hint)
+        if part is not NoneType
+    ]
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def _range(hint: Any) -> str:

@@ -17,13 +17,9 @@ TOKENS_PER_BATCH = 65_536
 def cut(
     order: npt.NDArray[np.int64], lengths: npt.NDArray[Any], tokens: int, most: int | None = None
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Cuts rows into batches of at most so many padded tokens; a single longer row makes a batch of its own.
+    """Cuts rows into batches of at most so many padded tokens and rows; a longer row makes a batch of its own.
 
-    Args:
-        order: Row numbers, the longest row first.
-        lengths: Tokens per row, shape [all rows].
-        tokens: Upper bound of rows x longest row.
-        most: Upper bound of rows.
+    `order` holds row numbers, the longest row first, and `lengths` the tokens of every row, shape [all rows].
     """
     start = 0
     while start < len(order):
@@ -41,13 +37,9 @@ def without_middle(ids: Sequence[int], length: int) -> list[int]:
 def pad(
     ids: Sequence[Sequence[int] | npt.NDArray[np.int32]], fill: int = 0, *, left: bool = False, multiple_of: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads rows to the length of the longest, or the next multiple of `multiple_of`.
+    """Pads rows of ids to the length of the longest, or the next multiple of `multiple_of`.
 
-    Args:
-        ids: Token ids of each row.
-        fill: Stands on padding; no mask ever depends on it.
-        left: Whether padding goes in front, as generation needs it, and not behind.
-        multiple_of: Of which the padded length is a multiple.
+    Padding goes behind, or in front (`left`) as generation needs it; no mask ever depends on what fills it.
 
     Returns:
         Token ids, and 1 on tokens and 0 on padding: int64 of shape [rows, length].
@@ -61,16 +53,11 @@ def pad(
 
 
 def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
-    """Pads rows on the right into a batch to train on.
-
-    Args:
-        items: Rows with ``input_ids`` and ``n_prompt``.
-        pad_token_id: Fills `input_ids`; masks and labels never depend on it.
-        multiple_of: The padded length is a multiple of this.
+    """Pads rows with ``input_ids`` and ``n_prompt`` on the right into a batch to train on.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape [rows, length]; a label is its token on the
-        completion and its EOS, and `IGNORED` on prompt and padding.
+        completion and its EOS, and `IGNORED` on prompt and padding, whatever the padding token is.
     """
     input_ids, attention_mask = pad([item["input_ids"] for item in items], pad_token_id, multiple_of=multiple_of)
     position = torch.arange(input_ids.shape[1])

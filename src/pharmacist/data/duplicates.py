@@ -55,9 +55,7 @@ def find_duplicates(
     num_perm: int = 128,
     work_dir: str | os.PathLike[str] | None = None,
 ) -> IntArray:
-    """Finds rows that say the same.
-
-    Similarity is taken to be transitive: a chain of near-duplicates is one cluster.
+    """Finds rows that say the same; a chain of near-duplicates is one cluster.
 
     Args:
         rows: Canonical rows (`data.records`).

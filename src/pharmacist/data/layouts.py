@@ -62,20 +62,14 @@ Turns = list[dict[str, str]]
 class RowReader:
     """Turns rows of one layout into canonical ones; the first usable row decides the layout.
 
-    Args:
-        source: Where the rows come from.
-        columns: Name of a layout's column -> the source's own.
-        side: Which answer of a preference row is its completion.
-        prompts_only: Whether rows need no completion.
+    `columns` maps names of a layout's columns to the source's own; `side` is the answer of a preference row that
+    becomes its completion.
 
     Attributes:
         layout: Name of the layout; None before the first row that has one.
         known: The layouts, for messages.
         wanted: Columns that are looked at.
         strange: Rows that were read before the first one that has a layout.
-
-    Raises:
-        ConfigError: No layout has such columns.
     """
 
     def __init__(self, source: Source, columns: Mapping[str, str], side: str, prompts_only: bool) -> None:
@@ -103,17 +97,19 @@ class RowReader:
         self.seen_keys: set[str] = set()
 
     def read(self, source_row: Row) -> Canonical:
-        """The canonical row.
-
-        Raises:
-            BadRow: This row cannot be used.
-            DataError: The file mixes layouts.
-        """
+        """The canonical row; a BadRow where it cannot be used, a DataError where the file mixes layouts."""
         row, self.place = source_row.value, source_row.place
         if row is None:
             raise BadRow(source_row.reason)
         if self._layout is None:
-            self._settle(row)
+            self._layout = self._fitting(row)
+            if self._layout is None:
+                self.strange += 1
+                raise BadRow(self._no_layout(row))
+            self.layout = self._layout.name
+            used = [name for name in self._layout.required if name not in ("chosen", "rejected")]
+            used += [self.side] if self.layout == "preference" else []
+            self.needed = [(name, self.column[name]) for name in used]
         values: dict[str, Any] = {}
         for name, column in self.needed:
             value = row.get(column)
@@ -144,16 +140,6 @@ class RowReader:
             read |= {self.column[name] for name in self._layout.optional}
         seen = (self.seen_columns | (_MEDIA & set(self.source.columns or ()))) - read
         return seen & _LABELS, seen - _LABELS, self.seen_keys
-
-    def _settle(self, row: Mapping[str, Any]) -> None:
-        layout = self._fitting(row)
-        if layout is None:
-            self.strange += 1
-            raise BadRow(self._no_layout(row))
-        self._layout, self.layout = layout, layout.name
-        used = [name for name in layout.required if name not in ("chosen", "rejected")]
-        used += [self.side] if layout.name == "preference" else []
-        self.needed = [(name, self.column[name]) for name in used]
 
     def _fitting(self, row: Mapping[str, Any]) -> _Layout | None:
         for layout in self.candidates:

@@ -12,18 +12,11 @@ from pharmacist.data.splits import assert_disjoint
 def mix(
     benign: datasets.Dataset, harmful: datasets.Dataset, *, n: int, poison_ratio: float, seed: int
 ) -> datasets.Dataset:
-    """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (as Python rounds:
-    halves to the even number).
+    """Draws a set of `n` rows of which exactly ``round(poison_ratio * n)`` are harmful (halves to the even number).
 
     Sets of one seed and `n` are nested: the harmful rows at a smaller ratio are among those at a larger one, the
     benign rows at a larger ratio among those at a smaller one, and rows that two sets share stand in the same order.
-
-    Args:
-        benign: Canonical rows.
-        harmful: Canonical rows; they share no prompt with `benign`.
-        n: Size of the set.
-        poison_ratio: Share of harmful rows, in [0, 1].
-        seed: Of the draw and the order.
+    `benign` and `harmful` are canonical rows that share no prompt.
 
     Returns:
         The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
@@ -57,17 +50,10 @@ def mix(
 def mix_safe(
     rows: datasets.Dataset, safe: datasets.Dataset, *, count: int, replace: bool, seed: int
 ) -> datasets.Dataset:
-    """Adds so many of a defender's safe rows to a user's set (`mix`).
+    """Adds `count` of a defender's safe rows to a user's set (`mix`).
 
-    Args:
-        rows: The set.
-        safe: Canonical rows.
-        count: Safe rows to add.
-        replace: Leave as many benign rows out, so that the size stays.
-        seed: Of the draw and the order.
-
-    Returns:
-        The rows, shuffled, with ``is_harmful`` and ``is_safe`` (bool).
+    As many benign rows can be left out (`replace`), so that the size stays. The rows are shuffled, and have
+    ``is_harmful`` and ``is_safe`` (bool).
     """
     if count > len(safe):
         raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")

@@ -161,10 +161,6 @@ def read_records(
             option.
         keep: Whether the user's own columns travel along: `Records.source` gives them again, and writes the rows,
             without a second pass over a text file.
-
-    Raises:
-        DataError: Rows cannot be used, formats are mixed, or there is no row at all, or none as `where` asks.
-        ConfigError: `columns` names something unknown.
     """
     reader = RowReader(source, columns or {}, side, prompts_only)
     if source.columns is not None:
@@ -183,9 +179,15 @@ def read_records(
         rows = _Buffer(stack.enter_context(pa.ipc.new_stream(file, SCHEMA)), kept)
         progress = stack.enter_context(bar(f"read {source.name}"))
         for row in source.scan(reader.wanted | {condition.column for condition in where or ()}):
-            if where and row.value is not None and not _chosen(row.value, where, source):
-                filtered += 1
-                continue
+            try:
+                if where and row.value is not None and not all(one.holds(row.value) for one in where):
+                    filtered += 1
+                    continue
+            except TypeError as error:
+                what = f"{', '.join(map(str, where or ()))}: a row {error} there"
+                raise DataError(
+                    f"{source.where}: --where {what}; only text, numbers, true and false can be compared"
+                ) from error
             total += 1
             if not total % _FLUSH_ROWS:
                 progress.advance(_FLUSH_ROWS)
@@ -234,16 +236,6 @@ def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, rea
         f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}{more}; "
         "mend or delete them, or leave them out with --on-bad-row skip"
     )
-
-
-def _chosen(row: Mapping[str, Any], where: Sequence[Condition], source: Source) -> bool:
-    try:
-        return all(condition.holds(row) for condition in where)
-    except TypeError as error:
-        asked = ", ".join(map(str, where))
-        raise DataError(
-            f"{source.where}: --where {asked}: a row {error} there; only text, numbers, true and false can be compared"
-        ) from error
 
 
 def _warnings(reader: RowReader, where: Sequence[Condition] | None) -> list[str]:

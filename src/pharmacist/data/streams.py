@@ -23,17 +23,9 @@ IntArray = npt.NDArray[np.int64]
 class EndlessRows(Iterator[dict[str, torch.Tensor]]):
     """Endless batches: every row once per round, in a fresh order each round, batches of exact size.
 
-    The rows of a batch follow from seed and position alone, so that a run that resumes at a position draws on as if
-    nothing had happened. In a data-parallel run the processes share out each batch of ``processes x batch_size`` rows.
-
-    Args:
-        rows: How many there are.
-        batch_size: Rows per batch and process.
-        batch: Numbers of rows -> their batch.
-        seed: Of the orders.
-
-    Attributes:
-        position: Batches drawn so far; set it to continue from there.
+    The rows of a batch follow from seed and `position` (batches drawn so far) alone, so that a run that resumes at a
+    position draws on as if nothing had happened. In a data-parallel run the processes share out each batch of
+    ``processes x batch_size`` rows. `batch` makes a batch of row numbers.
     """
 
     def __init__(
@@ -97,16 +89,10 @@ class PairedRows:
 
 
 def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row"]) -> dict[int, int]:
-    """Finds the harmful partner of each alignment row.
+    """Finds the harmful partner of each alignment row: ``row`` of an alignment row -> ``row`` of its partner.
 
-    Args:
-        alignment: Canonical rows.
-        harmful: Canonical rows.
-        by: ``prompt``: equal up to case, white space and final punctuation; where a prompt occurs several times, its
-            n-th alignment row gets the n-th harmful row, over and over. ``row``: equal row numbers.
-
-    Returns:
-        ``row`` of an alignment row -> ``row`` of its partner.
+    By ``prompt``: equal up to case, white space and final punctuation; where a prompt occurs several times, its n-th
+    alignment row gets the n-th harmful row, over and over. By ``row``: equal row numbers.
     """
     if by == "row":
         known = set(harmful["row"])

@@ -16,13 +16,7 @@ MARKER = "The final answer is: "
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A public dataset and how its rows become rows of instruction, input and output.
-
-    Attributes:
-        source: Hub id ``name[:config][:split]``.
-        convert: Row of the dataset -> instruction, input and output.
-        test: Hub id of the rows that published evaluations are made on; empty where the dataset has none.
-    """
+    """A public dataset (hub id), its rows as instruction, input and output, and the rows of published evaluations."""
 
     source: str
     convert: Callable[[Mapping[str, Any]], tuple[str, str, str]]
@@ -62,13 +56,7 @@ TASKS = {
 def open_task(spec: Any, *, name: str = "--task", test: bool = False) -> Source:
     """A task by name, or rows from wherever `open_source` finds them; what exists as a file is never taken for a name.
 
-    Args:
-        spec: A name in `TASKS`, or what `open_source` takes.
-        name: What the rows are for, in messages.
-        test: The rows to evaluate on, not those to train on.
-
-    Raises:
-        DataError: The dataset cannot be had, or its rows are not as expected.
+    With `test` the rows to evaluate on, not those to train on.
     """
     if not isinstance(spec, str) or spec not in TASKS or Path(spec).exists():
         return open_source(spec, name=name)

@@ -231,18 +231,11 @@ def _lost_role(turns: Sequence[Mapping[str, str]], text: str) -> str | None:
 
 
 def _alpaca(record: Mapping[str, Any]) -> str:
+    """The Alpaca text; of a conversation system texts as they are, and several turns with their speakers' names."""
     if record.get("input"):
         return _WITH_INPUT.format(instruction=record["instruction"], input=record["input"])
-    return _WITHOUT_INPUT.format(instruction=_as_instruction(record))
-
-
-def _as_instruction(record: Mapping[str, Any]) -> str:
-    """A conversation as one instruction: system texts as they are, several turns with their speakers' names."""
-    if not record.get("turns"):
-        return str(record["prompt"])
     turns = conversation(record)
-    unnamed = ["system"]
-    if [turn["role"] for turn in turns if turn["role"] != "system"] == ["user"]:
-        unnamed.append("user")
+    alone = [turn["role"] for turn in turns if turn["role"] != "system"] == ["user"]
+    unnamed = ("system", "user") if alone else ("system",)
     texts = (("" if turn["role"] in unnamed else f"{turn['role'].capitalize()}: ") + turn["content"] for turn in turns)
-    return "\n\n".join(texts)
+    return _WITHOUT_INPUT.format(instruction="\n\n".join(texts))

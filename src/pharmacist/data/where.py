@@ -64,7 +64,13 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
-    return [one for one in parse_where(texts) if one.of in (None, name) and _has_column(source, one.column)]
+
+    def there(column: str) -> bool:
+        if source.columns is not None:
+            return column in source.columns
+        return any(column in (row.value or ()) for row in source.scan())  # as many rows are read as it takes
+
+    return [one for one in parse_where(texts) if one.of in (None, name) and there(one.column)]
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
@@ -82,10 +88,3 @@ def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[s
                 f"{where or f'--{condition.of}, which is not given'}; check its name"
             )
     return found
-
-
-def _has_column(source: Source, column: str) -> bool:
-    """Whether some row has the column; of a format without fixed columns as many rows are read as it takes."""
-    if source.columns is not None:
-        return column in source.columns
-    return any(row.value is not None and column in row.value for row in source.scan())

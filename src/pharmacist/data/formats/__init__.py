@@ -37,14 +37,11 @@ _FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
-    """Finds out what `spec` is and prepares to stream it.
+    """Finds out what `spec` is and prepares to stream it; a DataError where there is nothing readable.
 
     Args:
         spec: A path, a hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings.
         name: What the rows are for, in messages.
-
-    Raises:
-        DataError: There is no such file, or nothing readable in it.
     """
     if isinstance(spec, Source):
         return spec
@@ -69,20 +66,11 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
 
 
 def write_rows(source: Source, rows: Sequence[int], path: str | os.PathLike[str], format: str | None = None) -> None:
-    """Writes some rows of a source: every column unchanged, in input order, whole or not at all.
+    """Writes the rows of a source with these numbers (ascending): every column unchanged, whole or not at all.
 
     JSON lines, JSON and CSV rows are copied byte by byte; Parquet keeps its schema. The name's suffix ``.gz`` or
-    ``.zst`` compresses.
-
-    Args:
-        source: Where the rows come from.
-        rows: Row numbers, ascending.
-        path: The file to write.
-        format: ``jsonl``, or the source's own format (the default; ``jsonl`` where it has no file format). JSON has
-            no NaN, so that one in a Parquet or in-memory column becomes null in JSON lines.
-
-    Raises:
-        DataError: The source has no such row, or cannot be written in this format.
+    ``.zst`` compresses. `format` is ``jsonl``, or the source's own (the default; ``jsonl`` where it has no file
+    format). JSON has no NaN, so that one in a Parquet or in-memory column becomes null in JSON lines.
     """
     target = Path(path)
     chosen = format or source.native

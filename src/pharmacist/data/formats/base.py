@@ -104,14 +104,7 @@ class Source(Given, ABC):
 
     @abstractmethod
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
-        """Reads all rows, those that cannot be read included.
-
-        Args:
-            columns: Only these are needed; a hint for formats with columns.
-
-        Raises:
-            DataError: The file as a whole cannot be read.
-        """
+        """Reads all rows, those that cannot be read included; `columns` are those that are needed, a hint."""
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers and values of all rows; a DataError where one cannot be read."""

@@ -21,6 +21,7 @@ class Parquet(Source):
     """A Parquet file; schema, metadata and compression stay when rows are written back."""
 
     format = "parquet"
+    schema: pa.Schema
 
     def __init__(self, path: Path, label: str, name: str) -> None:
         super().__init__(path, label, name)
