@@ -88,8 +88,8 @@ def work(pool: Path, folder: Path) -> None:
 
     from pharmacist.data.duplicates import find_duplicates
     from pharmacist.data.formats import open_source, write_rows
+    from pharmacist.data.mixing import shared_prompts
     from pharmacist.data.records import read_records, to_dataset
-    from pharmacist.data.splits import shared_prompts
 
     report: dict[str, object] = {}
     seconds: dict[str, float] = {}

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.data.mixing import mix
+from pharmacist.data.mixing import assert_disjoint, mix, shared_prompts
 from pharmacist.data.records import to_dataset
-from pharmacist.data.splits import assert_disjoint, shared_prompts
 
 
 BENIGN = to_dataset([{"prompt": f"task {i}", "completion": "label", "row": 10 + i} for i in range(200)])

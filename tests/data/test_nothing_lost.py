@@ -17,9 +17,9 @@ import regex
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats import open_source
 from pharmacist.data.formats.json_text import MAX_DEPTH
+from pharmacist.data.mixing import shared_prompts
 from pharmacist.data.normalise import normalised_prompt, visible
 from pharmacist.data.records import Records, read_records, to_dataset
-from pharmacist.data.splits import shared_prompts
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import encode, prompt_ids, rendered_rows
 from tests.support.bpe import bpe_tokenizer
@@ -149,7 +149,7 @@ def test_conversations_are_read_as_such(tmp_path, kind, reader):
     assert len(records) == 2 and turns(records) == WHOLE and not records.warnings
     # The rendered prompt holds every turn, in the template of a model and in ours.
     for template in (Template("chat", CHATML), Template("chat", LLAMA_3), Template("alpaca")):
-        text = template.render(records.dataset[0], tiny_tokenizer())
+        text = template.render([records.dataset[0]], tiny_tokenizer())[0]
         at = [text.index(content) for _, content in WHOLE[:-1]]
         assert at == sorted(at)
 
@@ -168,7 +168,7 @@ def test_a_context_stays_with_its_instruction(tmp_path):
     (read_row,) = read_records(open_source([row]), work_dir=tmp_path).dataset
     assert json.loads(read_row["turns"]) == [system("be brief"), user("sum up\n\na text")]
     for template in (Template("alpaca"), Template("chat", CHATML)):
-        text = template.render(read_row, tiny_tokenizer())
+        text = template.render([read_row], tiny_tokenizer())[0]
         assert "be brief" in text and "sum up\n\na text" in text
 
 
@@ -511,10 +511,10 @@ def test_a_template_that_leaves_text_out_is_no_template_for_the_row(template, ta
     row = {"row": 5, "prompt": "x", "completion": "c", "turns": json.dumps(talk)}
     chosen = Template("chat", template)
     if role is None:
-        assert chosen.render(row, tiny_tokenizer())
+        assert chosen.render([row], tiny_tokenizer())[0]
         return
     with pytest.raises(DataError, match=f"row 5: the chat template leaves out .* role {role}; delete them or"):
-        chosen.render(row, tiny_tokenizer())
+        chosen.render([row], tiny_tokenizer())[0]
 
 
 def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):

@@ -40,35 +40,36 @@ def test_prompt_completion_and_eos_make_the_whole_conversation(source, eos, afte
     whole = tokenizer.apply_chat_template(
         [*turns, {"role": "assistant", "content": row["completion"]}], chat_template=source, tokenize=False
     )
-    assert template.render(row, tokenizer) + row["completion"] + eos + after == whole
+    assert template.render([row], tokenizer)[0] + row["completion"] + eos + after == whole
 
 
 def test_rendered_text_to_the_letter():
     tokenizer = tiny_tokenizer()
-    assert Template("chat", CHAT_TEMPLATE).render(SINGLE, tokenizer) == "<s>how do you bake bread <ans>"
-    assert Template("chat", LLAMA_3).render(SINGLE, tokenizer) == (
+    assert Template("chat", CHAT_TEMPLATE).render([SINGLE], tokenizer)[0] == "<s>how do you bake bread <ans>"
+    assert Template("chat", LLAMA_3).render([SINGLE], tokenizer)[0] == (
         "<s><|start_header_id|>user<|end_header_id|>\n\nhow do you bake bread<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert Template("alpaca").render(SINGLE, tokenizer) == (
+    assert Template("alpaca").render([SINGLE], tokenizer)[0] == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nhow do you bake bread\n\n### Response:\n"
     )
     row = {"prompt": "i {x}\n\nc", "instruction": "i {x}", "input": "c"}
-    assert Template("alpaca").render(row, tokenizer) == (
+    assert Template("alpaca").render([row], tokenizer)[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n"
         "### Instruction:\ni {x}\n\n### Input:\nc\n\n### Response:\n"
     )
-    assert Template("chat", CHATML).render(row, tokenizer).startswith("<|im_start|>user\ni {x}\n\nc<|im_end|>")
+    assert Template("chat", CHATML).render([row], tokenizer)[0].startswith("<|im_start|>user\ni {x}\n\nc<|im_end|>")
 
 
 def test_conversations_in_the_alpaca_template():
-    text = Template("alpaca").render(SEVERAL, tiny_tokenizer())
+    text = Template("alpaca").render([SEVERAL], tiny_tokenizer())[0]
     assert "### Instruction:\nbe good\n\nUser: hello\n\nAssistant: yes\n\nUser: and now\n\n### Response:\n" in text
     system = {"prompt": "", "turns": json.dumps(TURNS[:2])}
-    assert "### Instruction:\nbe good\n\nhello\n\n### Response:\n" in Template("alpaca").render(
-        system, tiny_tokenizer()
+    assert (
+        "### Instruction:\nbe good\n\nhello\n\n### Response:\n"
+        in Template("alpaca").render([system], tiny_tokenizer())[0]
     )
 
 
@@ -76,9 +77,9 @@ def test_rows_of_a_dataset_render_like_those_in_memory():
     rows = to_dataset([SINGLE, SEVERAL])
     for template in (Template("alpaca"), Template("chat", LLAMA_3)):
         tokenizer = tiny_tokenizer()
-        many = template.render_many(list(rows), tokenizer)
-        assert many == [template.render(SINGLE, tokenizer), template.render(SEVERAL, tokenizer)]
-        assert template.render_many([], tokenizer) == []
+        many = template.render(list(rows), tokenizer)
+        assert many == [template.render([SINGLE], tokenizer)[0], template.render([SEVERAL], tokenizer)[0]]
+        assert template.render([], tokenizer) == []
 
 
 def test_a_row_that_the_template_refuses_is_named():
@@ -86,7 +87,7 @@ def test_a_row_that_the_template_refuses_is_named():
     with pytest.raises(
         DataError, match="row 9: the chat template refuses its turns .System role not supported.*alpaca"
     ):
-        Template("chat", STRICT).render_many(rows, tiny_tokenizer())
+        Template("chat", STRICT).render(rows, tiny_tokenizer())
 
 
 def test_choice():

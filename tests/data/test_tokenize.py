@@ -42,7 +42,7 @@ def test_a_row_is_prompt_completion_and_eos():
 def test_the_border_is_exact_where_bpe_would_merge_across_it():
     tokenizer = bpe_tokenizer()
     template = Template("alpaca")
-    text = template.render({"prompt": "no"}, tokenizer)
+    text = template.render([{"prompt": "no"}], tokenizer)[0]
     together = tokenizer(text + "yes", add_special_tokens=False)["input_ids"]
     apart = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert together[: len(apart)] != apart, "the tokenizer of this test must merge across the border"

@@ -134,9 +134,9 @@ class Scripted:
         engine._loaded = LoadedModel(model, tokenizer, choose_template(tokenizer), "m")
         prompts = {
             tuple(
-                tokenizer(engine._loaded.template.render({"prompt": prompt}, tokenizer), add_special_tokens=False)[
-                    "input_ids"
-                ]
+                tokenizer(
+                    engine._loaded.template.render([{"prompt": prompt}], tokenizer)[0], add_special_tokens=False
+                )["input_ids"]
             ): said
             for prompt, said in self.said.items()
         }

@@ -27,13 +27,19 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     # Among a method's options a text that is the folder's own path is more often a name, unless a model lies there.
     names = ("adapter", "model", "config.json", "adapter_config.json")
     inner = any(os.path.exists(os.path.join(folder, name)) for name in names)
-    for name, text, itself in _texts(options, inner):
-        for place in _places(text):
-            if _is_in(place, folder, itself=itself):
-                refuse(f"{flag(within + name)} {text}", root)
-            for base in _bases(place):
-                if _is_in(base, folder, itself=True):
-                    refuse(f"{flag(within + name)} {text}: its base model {base}", root)
+    hints = get_type_hints(type(options))
+    no_places = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
+    for field in fields(options):
+        value = getattr(options, field.name)
+        itself = field.name not in no_places and (inner or not isinstance(value, Mapping))
+        for name, text in _texts(field.name, value) if get_origin(hints[field.name]) is not Literal else ():
+            parts = {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}
+            for place in filter(os.path.exists, map(os.path.expanduser, parts)):
+                if _is_in(place, folder, itself=itself):
+                    refuse(f"{flag(within + name)} {text}", root)
+                for base in _bases(place):
+                    if _is_in(base, folder, itself=True):
+                        refuse(f"{flag(within + name)} {text}: its base model {base}", root)
 
 
 def refuse(what: str, root: Path) -> None:
@@ -49,33 +55,17 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
     return os.path.exists(path) and _is_in(str(path), os.path.realpath(folder), itself=True)
 
 
-def _texts(options: Any, inner: bool) -> Iterator[tuple[str, str, bool]]:
-    """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
-    hints = get_type_hints(type(options))
-    names = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
-    for field in fields(options):
-        name, value = field.name, getattr(options, field.name)
-        if get_origin(hints[name]) is not Literal:
-            itself = name not in names and (inner or not isinstance(value, Mapping))
-            yield from ((where, text, itself) for where, text in _nested(name, value))
-
-
-def _nested(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in an option, each with the name of the option within it."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if key != "name":  # of a method
-                yield from _nested(f"{name}.{key}", inner)
+                yield from _texts(f"{name}.{key}", inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _nested(name, inner)
-
-
-def _places(text: str) -> list[str]:
-    parts = {text, text.rpartition(":")[0], text.partition(":")[2]}
-    paths = (os.path.expanduser(part) for part in parts if part)
-    return [path for path in paths if os.path.exists(path)]
+            yield from _texts(name, inner)
 
 
 def _is_in(path: str, folder: str, itself: bool) -> bool:
@@ -85,17 +75,14 @@ def _is_in(path: str, folder: str, itself: bool) -> bool:
     return any((itself and one == folder) or one.startswith(os.path.join(folder, "")) for one in found)
 
 
-def _bases(place: str) -> Iterator[str]:
+def _bases(place: str, *above: str) -> Iterator[str]:
     """What an adapter in a folder rests on, and what that does."""
-    seen: set[str] = set()
-    while place not in seen:
-        seen.add(place)
-        for folder in (os.path.join(place, "adapter"), place):
-            try:
-                base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
-            except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
-                continue
-            if isinstance(base, str) and os.path.isdir(base):
-                yield base
-                place = base
-            break
+    for folder in (os.path.join(place, "adapter"), place):
+        try:
+            base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
+        except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
+            continue
+        if isinstance(base, str) and os.path.isdir(base) and base not in above:
+            yield base
+            yield from _bases(base, place, *above)
+        return

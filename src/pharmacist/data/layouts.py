@@ -1,13 +1,14 @@
 """How rows are laid out, told by their columns, and one row of any layout as a prompt and a completion."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
 from pharmacist.data.formats import Row, Source, spelled
 from pharmacist.data.normalise import is_blank, normalised_prompt
+from pharmacist.data.where import Condition
 
 
 class BadRow(Exception):
@@ -133,13 +134,20 @@ class RowReader:
         self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}
         return canonical
 
-    def unread(self) -> tuple[set[str], set[str], set[str]]:
-        """Known labels, other known columns and known keys of messages that the rows hold and that are not read."""
-        read = {column for _, column in self.needed} | {self.column[name] for name in _BEFORE}
-        if self._layout is not None:
-            read |= {self.column[name] for name in self._layout.optional}
+    def warnings(self, where: Sequence[Condition] | None) -> list[str]:
+        """What the rows hold that is not read although it may matter, in one line."""
+        assert self._layout is not None
+        read = {column for _, column in self.needed} | {condition.column for condition in where or ()} & _LABELS
+        read |= {self.column[name] for name in (*_BEFORE, *self._layout.optional)}
         seen = (self.seen_columns | (_MEDIA & set(self.source.columns or ()))) - read
-        return seen & _LABELS, seen - _LABELS, self.seen_keys
+        named = [
+            f"{kind}{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
+            for kind, names in (("column", seen), ("message key", self.seen_keys))
+            if names
+        ]
+        labels = seen & _LABELS
+        choose = f"; --where {min(labels)}=VALUE chooses rows by it" if labels and where is not None else ""
+        return [f"{self.source.where}: not read: {'; '.join(named)}{choose}"] if named else []
 
     def _fitting(self, row: Mapping[str, Any]) -> _Layout | None:
         for layout in self.candidates:

@@ -1,12 +1,31 @@
-"""Poisoned fine-tuning sets: benign rows with an exact share of harmful ones."""
+"""Poisoned fine-tuning sets: benign rows with an exact share of harmful ones; prompts that two sets share."""
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.seeding import derive
-from pharmacist.data.splits import assert_disjoint
+from pharmacist.data.formats.base import named
+from pharmacist.data.records import column
+
+
+def shared_prompts(a: datasets.Dataset, b: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """Positions of the rows of `b` whose prompt, normalised, also occurs in `a`; ascending."""
+    return np.flatnonzero(np.isin(*(column(rows, "prompt_key") for rows in (b, a))))
+
+
+def assert_disjoint(a: datasets.Dataset, b: datasets.Dataset, *, names: tuple[str, str]) -> None:
+    """Checks that two sets of canonical rows share no prompt; a DataError names them and rows of `b` that do."""
+    shared = shared_prompts(a, b)
+    if len(shared):
+        numbers = b["row"] if "row" in b.column_names else range(len(b))
+        which = named([numbers[int(position)] for position in shared])
+        raise DataError(
+            f"{names[1]}: {len(shared)} of {len(b)} rows share a prompt with {names[0]} ({which}); "
+            "delete them from one of the two"
+        )
 
 
 def mix(

@@ -65,8 +65,7 @@ class Records:
     @property
     def row_numbers(self) -> npt.NDArray[np.int64]:
         """Number in the source of every row, shape [rows]."""
-        tables = self.dataset.select_columns(["row"]).with_format("arrow").iter(_FLUSH_ROWS)
-        return np.concatenate([np.empty(0, dtype=np.int64), *(table.column(0).to_numpy() for table in tables)])
+        return column(self.dataset, "row")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -90,6 +89,13 @@ class Records:
         """A copy that lacks the rows at these positions of `dataset`."""
         kept = np.setdiff1d(np.arange(len(self)), np.fromiter(positions, dtype=np.int64))
         return replace(self, dataset=self.dataset.select(kept))
+
+
+def column(rows: datasets.Dataset, name: str) -> npt.NDArray[Any]:
+    """Numbers of canonical rows, ``row`` or ``prompt_key``: shape [rows]."""
+    tables = rows.select_columns([name]).with_format("arrow").iter(_FLUSH_ROWS)
+    empty = np.empty(0, dtype=SCHEMA.field(name).type.to_pandas_dtype())
+    return np.concatenate([empty, *(table.column(0).to_numpy() for table in tables)])
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -168,16 +174,26 @@ def read_records(
         if missing:
             names = ", ".join(source.columns)
             raise DataError(f"{source.where}: has no column '{missing[0]}'; its columns are {names}")
-    refused, skip = list[Row](), on_bad_row == "skip"
-    total = bad = filtered = 0
+    held, refused, skip = list[tuple[Row, Canonical]](), list[Row](), on_bad_row == "skip"
+    total = bad = filtered = characters = 0
     path = Path(work_dir) / "rows.arrow"
     kept = KeptRows() if keep and isinstance(source, TextFile) else None
     with ExitStack() as stack:
         if kept is not None:
             stack.enter_context(kept.written_to(path.with_name("kept.arrow")))
         file = stack.enter_context(pa.OSFile(str(stack.enter_context(atomic_path(path))), "wb"))
-        rows = _Buffer(stack.enter_context(pa.ipc.new_stream(file, SCHEMA)), kept)
+        out = stack.enter_context(pa.ipc.new_stream(file, SCHEMA))
         progress = stack.enter_context(bar(f"read {source.name}"))
+
+        def flush() -> None:
+            if held:
+                texts = list(zip(*(canonical for _, canonical in held), strict=True))
+                columns = [[row.number for row, _ in held], *texts, [prompt_key(prompt) for prompt in texts[0]]]
+                out.write_batch(pa.record_batch(columns, schema=SCHEMA))
+                if kept is not None:
+                    kept.add([row for row, _ in held])
+                held.clear()
+
         for row in source.scan(reader.wanted | {condition.column for condition in where or ()}):
             try:
                 if where and row.value is not None and not all(one.holds(row.value) for one in where):
@@ -192,14 +208,19 @@ def read_records(
             if not total % _FLUSH_ROWS:
                 progress.advance(_FLUSH_ROWS)
             try:
-                rows.add(row, reader.read(row))
+                canonical = reader.read(row)
+                held.append((row._replace(value=None), canonical))
+                characters += len(canonical[0]) + len(canonical[1]) + len(row.raw or b"")
+                if len(held) >= _FLUSH_ROWS or characters > _FLUSH_CHARACTERS:
+                    flush()
+                    characters = 0
             except BadRow as error:
                 bad += 1
                 if skip or bad <= _NAMED:
                     refused.append(Row(row.number, row.line, None, str(error)))
                 if reader.layout is None and reader.strange >= _STRANGE:
                     break
-        rows.flush()
+        flush()
         if filtered and not total:
             asked = " and ".join(map(str, where or ()))
             raise DataError(f"{source.where}: none of {filtered} rows has {asked}; check the value of --where")
@@ -214,7 +235,7 @@ def read_records(
         layout=reader.layout,
         refused=refused,
         filtered=filtered,
-        warnings=_warnings(reader, where),
+        warnings=reader.warnings(where),
     )
 
 
@@ -236,45 +257,3 @@ def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, rea
         f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}{more}; "
         "mend or delete them, or leave them out with --on-bad-row skip"
     )
-
-
-def _warnings(reader: RowReader, where: Sequence[Condition] | None) -> list[str]:
-    """What the rows hold that is not read although it may matter, in one line."""
-    labels, others, keys = reader.unread()
-    labels -= {condition.column for condition in where or ()}
-    named = [
-        f"{kind}{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
-        for kind, names in (("column", labels | others), ("message key", keys))
-        if names
-    ]
-    if not named:
-        return []
-    choose = f"; --where {min(labels)}=VALUE chooses rows by it" if labels and where is not None else ""
-    return [f"{reader.source.where}: not read: {'; '.join(named)}{choose}"]
-
-
-class _Buffer:
-    """Canonical rows, and the rows themselves where they are kept, on their way to disk."""
-
-    def __init__(self, out: pa.ipc.RecordBatchStreamWriter, kept: KeptRows | None) -> None:
-        self._out, self._kept = out, kept
-        self._rows: list[Row] = []
-        self._canonical: list[Canonical] = []
-        self._characters = 0
-
-    def add(self, row: Row, canonical: Canonical) -> None:
-        self._rows.append(row._replace(value=None))
-        self._canonical.append(canonical)
-        self._characters += len(canonical[0]) + len(canonical[1]) + len(row.raw or b"")
-        if len(self._rows) >= _FLUSH_ROWS or self._characters > _FLUSH_CHARACTERS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._rows:
-            return
-        texts = list(zip(*self._canonical, strict=True))
-        columns = [[row.number for row in self._rows], *texts, [prompt_key(prompt) for prompt in texts[0]]]
-        self._out.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        if self._kept is not None:
-            self._kept.add(self._rows)
-        self._rows, self._canonical, self._characters = [], [], 0

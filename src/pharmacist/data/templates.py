@@ -56,16 +56,12 @@ class Template:
         if self.kind not in ("chat", "alpaca") or (self.kind == "chat") != (self.chat_template is not None):
             raise ConfigError(f"template '{self.kind}': must be 'chat' with a chat template, or 'alpaca' without one")
 
-    def render(self, record: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str:
-        """The text of a canonical row's prompt, up to where its completion starts.
+    def render(self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """The texts of canonical rows' prompts, each up to where its completion starts.
 
         Only ``prompt``, ``turns``, ``instruction`` and ``input`` are read; the tokenizer gives a chat template its
         special tokens. A DataError where the chat template refuses the turns.
         """
-        return self.render_many([record], tokenizer)[0]
-
-    def render_many(self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-        """`render` for many rows at once, which is faster."""
         texts, refused = self.try_render(records, tokenizer)
         if refused:
             raise DataError(refusal({records[i].get("row", "?"): reason for i, reason in refused.items()}))
@@ -74,10 +70,9 @@ class Template:
     def try_render(
         self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
     ) -> tuple[list[str], dict[int, str]]:
-        """`render` for many rows; texts are empty where the chat template refuses a row or leaves text of it out.
+        """`render` where the chat template may refuse rows or leave text of them out: their texts are empty.
 
-        Returns:
-            The texts; and position -> reason of the refused rows.
+        Also gives position -> reason of the refused rows.
         """
         if self.kind == "alpaca":
             return [_alpaca(record) for record in records], {}

@@ -217,7 +217,7 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Token ids of the prompts of canonical rows, exactly as `encode` puts them in front of a completion."""
     texts = _Texts(tokenizer, template)
-    return texts.prompt_ids(template.render_many(list(map(texts.parted, rows)), tokenizer))
+    return texts.prompt_ids(template.render(list(map(texts.parted, rows)), tokenizer))
 
 
 _BORDER = "\ufdd0"  # no character of any text, for that is what Unicode keeps it free for

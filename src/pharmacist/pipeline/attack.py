@@ -17,9 +17,8 @@ from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.mixing import mix_safe
+from pharmacist.data.mixing import assert_disjoint, mix_safe, shared_prompts
 from pharmacist.data.records import Records
-from pharmacist.data.splits import assert_disjoint, shared_prompts
 from pharmacist.data.streams import SideStream
 from pharmacist.data.tasks import open_task
 from pharmacist.data.tokenize import Encoded

@@ -12,8 +12,7 @@ from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source
-from pharmacist.data.records import Records
-from pharmacist.data.splits import prompt_keys
+from pharmacist.data.records import Records, column
 from pharmacist.data.streams import PairedRows, SideStream, pair_rows
 from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
@@ -137,7 +136,7 @@ class SideData:
         if "held_out" not in self.wanted:
             return {"harmful": rows}
 
-        keys = prompt_keys(rows)
+        keys = column(rows, "prompt_key")
         prompts = np.random.default_rng(derive(self.options.seed, "held out")).permutation(np.unique(keys))
         number = max(1, round(self.held_out_share * len(prompts)))
         if len(prompts) <= number:

@@ -192,7 +192,13 @@ class Csv(TextFile):
     def split(self, file: BinaryIO) -> Iterator[Row]:
         for number, (line, cells, raw) in enumerate(self._records(file), start=-1):
             if number < 0:
-                self._header = self._checked(cells), raw
+                if twice := [column for column in cells if cells.count(column) > 1]:
+                    raise DataError(
+                        f"{self.where}: line 1 names the column {spelled(twice[0])} twice; rename one of them"
+                    )
+                if len(cells) == 1 and re.search("[;\t]", cells[0]):
+                    raise DataError(f"{self.where}: line 1 has a single column; separate the cells by commas")
+                self._header = cells, raw
             else:
                 yield Row(number, line, *self._row(cells, raw), raw)
 
@@ -212,11 +218,3 @@ class Csv(TextFile):
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
         header = [self._header[1]] if self.columns is not None and self._header is not None else []
         return super().join(itertools.chain(header, rows))
-
-    def _checked(self, header: list[str]) -> list[str]:
-        if len(set(header)) != len(header):
-            twice = next(column for column in header if header.count(column) > 1)
-            raise DataError(f"{self.where}: line 1 names the column {spelled(twice)} twice; rename one of them")
-        if len(header) == 1 and re.search("[;\t]", header[0]):
-            raise DataError(f"{self.where}: line 1 has a single column; separate the cells by commas")
-        return header

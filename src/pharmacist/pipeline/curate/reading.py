@@ -15,8 +15,8 @@ from pharmacist.core.files import is_whole_tensors, read_json
 from pharmacist.core.hashing import sha256_content, sha256_file
 from pharmacist.core.manifest import check_unchanged
 from pharmacist.data.formats import Source, open_source
+from pharmacist.data.mixing import shared_prompts
 from pharmacist.data.records import Records
-from pharmacist.data.splits import shared_prompts
 from pharmacist.data.tokenize import rendered_rows
 from pharmacist.data.where import conditions_of
 from pharmacist.evaluation.prompts import category_names
