@@ -11,7 +11,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -61,37 +61,22 @@ def docs_of(options: Any) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
 class _Option:
     """One option: its name (dotted, with underscores), its type, its field and the dataclass that declares it."""
 
-    name: str
-    hint: Any
-    item: "Field[Any]"
-    owner: Any
+    def __init__(self, name: str, hint: Any, item: "Field[Any]", owner: Any) -> None:
+        self.name, self.hint, self.item, self.owner = name, hint, item, owner
+        self.several = "nargs" in item.metadata
+        self.is_method = "registry" in item.metadata
+        # It needs no value: --quiet or --no-quiet.
+        self.is_switch = hint is bool and "." not in name
+        # Keys of any name may follow, as --train.max_steps.
+        self.is_mapping = get_origin(hint) is dict and not self.is_method
 
     @property
     def default(self) -> Any:
         """`MISSING` where something must be given."""
         return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
-
-    @property
-    def several(self) -> bool:
-        return "nargs" in self.item.metadata
-
-    @property
-    def is_method(self) -> bool:
-        return "registry" in self.item.metadata
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether it needs no value: ``--quiet`` or ``--no-quiet``."""
-        return self.hint is bool and "." not in self.name
-
-    @property
-    def is_mapping(self) -> bool:
-        """Whether keys of any name may follow, as ``--train.max_steps``."""
-        return get_origin(self.hint) is dict and not self.is_method
 
     def help(self) -> str:
         """What it means, its type and its default."""
@@ -316,7 +301,7 @@ def _add_line_values(
     for name, given in line.items():
         name, given = (switches[name], [["false"]]) if name in switches else (name, given)
         head = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), "")
-        option = table.get(name) or (head and replace(table[head], name=name, hint=Any))
+        option = table.get(name) or (head and _Option(name, Any, table[head].item, table[head].owner))
         if not option:
             if inner := [known for known in table if known.startswith(f"{name}.")]:
                 raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")

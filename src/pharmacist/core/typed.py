@@ -138,7 +138,7 @@ def _range(hint: Any) -> str:
     """The range of a type as messages name it."""
     if get_origin(hint) is not Annotated:
         return next(filter(None, map(_range, get_args(hint))), "")
-    at = {type(limit): getattr(limit, type(limit).__name__.lower()) for limit in get_args(hint)[1:]}
+    at: dict[Any, Any] = {type(limit): getattr(limit, type(limit).__name__.lower()) for limit in get_args(hint)[1:]}
     if len(at) == 2:
         low, high = sorted(at.values())
         return f"must lie in {'[' if Ge in at else '('}{low}, {high}{']' if Le in at else ')'}"

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,10 +106,7 @@ def json_line(value: Any) -> bytes:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
         text = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
-    try:
-        return text.encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate, which JSON holds spelled out
-        return json.dumps(_without_nan(value), default=_plain).encode("ascii") + b"\n"
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +120,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
