@@ -20,8 +20,7 @@ from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
 from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply, linear_weights
-from pharmacist.training.card import model_card
-from pharmacist.training.loop import save_trained, writes_adapter
+from pharmacist.training.saving import Card, finish, say_done
 
 
 @dataclass
@@ -107,48 +106,38 @@ def _repair(
         plan = chosen.plan(tuned, references)
         changes = apply(tuned, plan)
     metrics = _metrics(changes)
-    if rank() == 0:
-        card = model_card(
-            title=f"{Path(loaded.name).name} repaired with {name}",
-            what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
-            "fine-tuning has cost.",
-            base_model=loaded.beneath.base or loaded.name,
-            tags=[name, "safety-repair"],
-            adapter=writes_adapter(loaded.model, loaded) and not options.merge,
-            template=loaded.template.kind,
-            facts={
-                "aligned model": options.aligned or "not used",
-                "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
-                "entries changed": f"{100 * metrics['share_changed']:.2f} %",
-                "seed": options.seed,
-            },
-            settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
-            intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
-        )
-        folders: list[str] = []
-        if run.temporary is None:
-            folders = save_trained(
-                loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
-            )
-        write_json(
-            run.path("repair.json"),
-            {
-                "method": name,
-                "form": form,
-                "continued": continued,
-                "findings": plan.findings,
-                "changes": [asdict(change) for change in changes],
-            },
-        )
-        run.finish(
-            outputs=[*folders, "repair.json", *(["README.md"] if folders else [])],
-            metrics=metrics,
-            device=str(loaded.device),
-            extra={"form": form, **loaded.facts},
-        )
-        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
-        if run.temporary is None:
-            _show(changes, metrics, name, run.root)
+    if rank() != 0:
+        return loaded.model
+    found = {"method": name, "form": form, "continued": continued, "findings": plan.findings}
+    write_json(run.path("repair.json"), found | {"changes": [asdict(change) for change in changes]})
+    card = Card(
+        title=f"repaired with {name}",
+        what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that fine-tuning "
+        "has cost.",
+        tags=[name, "safety-repair"],
+        facts={
+            "aligned model": options.aligned or "not used",
+            "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
+            "entries changed": f"{100 * metrics['share_changed']:.2f} %",
+            "seed": options.seed,
+        },
+        intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
+        settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
+    )
+    finish(
+        run,
+        options,
+        loaded.model,
+        loaded,
+        card,
+        trained_on=trained_on(options.model) or "",
+        outputs=["repair.json"],
+        metrics=metrics,
+        extra={"form": form},
+    )
+    if run.temporary is None:
+        _show(changes, metrics, name)
+        say_done(run, f"repaired: {run.root}")
     return loaded.model
 
 
@@ -229,7 +218,7 @@ def _metrics(changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def _show(changes: list[Change], metrics: Mapping[str, Any], name: str, root: Path) -> None:
+def _show(changes: list[Change], metrics: Mapping[str, Any], name: str) -> None:
     """Prints what was touched, summed over the layers."""
     groups: dict[str, list[Change]] = {}
     for change in changes:
@@ -248,9 +237,4 @@ def _show(changes: list[Change], metrics: Mapping[str, Any], name: str, root: Pa
             f"{own['norm_before']:.4g}",
             f"{own['norm_after']:.4g}",
         )
-    out = console()
-    out.print(table)
-    out.print(
-        f"repaired: {root}\nnext: pharmacist evaluate --model {root} --prompts PROMPTS --output-dir DIR",
-        soft_wrap=True,
-    )
+    console().print(table)
