@@ -7,10 +7,10 @@ from pharmacist.core.registry import Registry
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     {
-        "mix": "pharmacist.attacks.mix:MixAttack",
-        "harmful": "pharmacist.attacks.harmful:HarmfulAttack",
-        "benign": "pharmacist.attacks.benign:BenignAttack",
-        "identity": "pharmacist.attacks.identity:IdentityAttack",
+        "mix": "pharmacist.attacks.kinds:MixAttack",
+        "harmful": "pharmacist.attacks.kinds:HarmfulAttack",
+        "benign": "pharmacist.attacks.kinds:BenignAttack",
+        "identity": "pharmacist.attacks.kinds:IdentityAttack",
     },
     group="pharmacist.attacks",
 )

@@ -39,7 +39,7 @@ class Method:
         TypeError: An option that the method does not have.
         ConfigError: A value out of range.
 
-    >>> from pharmacist.attacks.identity import IdentityAttack
+    >>> from pharmacist.attacks.kinds import IdentityAttack
     >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")
     IdentityAttack(before_prompt='AOA: ', before_completion='Sure: ')
     """

@@ -53,7 +53,13 @@ def run_pass(
     work.mkdir(parents=True, exist_ok=True)
     tokens_per_batch = _fitting(sequences, measure, work, device, tokens_per_batch, rows)
     plan = plan_pass(sequences, tokens_per_batch, rows)
-    chunks = _chunks(plan.batches, rows_per_chunk)
+    chunks, size = list[list[IntArray]](), rows_per_chunk
+    for batch in plan.batches:
+        if size >= rows_per_chunk:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(batch)
+        size += len(batch)
     total = sum(len(batch) for batch in plan.batches)
     with bar(description, total) as progress, torch.inference_mode():
         for number, chunk in enumerate(chunks):
@@ -68,18 +74,6 @@ def run_pass(
             progress.advance(sum(len(batch) for batch in chunk) * world_size())
     barrier()
     return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
-
-
-def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]]:
-    chunks: list[list[IntArray]] = []
-    size = rows_per_chunk
-    for batch in batches:
-        if size >= rows_per_chunk:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(batch)
-        size += len(batch)
-    return chunks
 
 
 def _gather(
@@ -100,11 +94,11 @@ def _gather(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Gives rows what was measured of the row that was visited in their place; no second array of that size is made.
+    """Gives rows, in place, what was measured of the row that was visited in their place.
 
     Args:
-        values: First axis is the rows; changed in place.
-        representative: For each row the row that was visited in its place, itself for that one, shape [rows].
+        values: First axis is the rows; no second array of that size is made.
+        representative: As in `PassPlan`.
         rows: Rows that are given it.
     """
     copies = rows[representative[rows] != rows]

@@ -135,18 +135,6 @@ def _read(
     return records
 
 
-def _with_safe_rows(
-    rows: datasets.Dataset, safe: Records, strategy: GradientStrategy, options: AttackOptions, counts: dict[str, int]
-) -> datasets.Dataset:
-    """The rows that are trained on: the user's, with the safe rows that the defense mixes in."""
-    assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
-    count, replaces = strategy.mixed_in(len(rows))
-    counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
-    if not count:
-        return rows
-    return mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=derive(options.seed, "defense"))
-
-
 def _attack(
     sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
 ) -> Any:
@@ -155,7 +143,13 @@ def _attack(
         if rank() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
         safe = _read(sources, "safe", options, run) if "safe" in sources else None
-        trained = rows if safe is None else _with_safe_rows(rows, safe, strategy, options, counts)
+        if safe is not None:
+            assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
+            count, replaces = strategy.mixed_in(len(rows))
+            counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
+            if count:
+                seed = derive(options.seed, "defense")
+                rows = mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=seed)
     if options.build_only:
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
@@ -163,7 +157,7 @@ def _attack(
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
-        encoded = tokenise(trained, "tokens-ids", loaded, options, run)
+        encoded = tokenise(rows, "tokens-ids", loaded, options, run)
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:

@@ -15,11 +15,11 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
 from pharmacist.nn.merge import merge_adapter
-from pharmacist.nn.models import LoadedModel, base_of, load_model, model_fingerprint, trained_on
+from pharmacist.nn.models import LoadedModel, base_of, model_fingerprint, trained_on
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
-from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply, linear_weights
+from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply
 from pharmacist.training.saving import Card, finish, say_done
 
 
@@ -62,7 +62,6 @@ def repair(options: RepairOptions) -> RepairResult:
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
-
     name = options.method["name"]
     for needed in sorted(chosen.needs - {"base"}):
         if getattr(options, needed) is None:
@@ -157,7 +156,7 @@ def _references(
     """
     references = References(continued=continued, device=loaded.device, seed=options.seed)
     if "aligned" in chosen.needs:
-        references.aligned, references.update = _aligned(tuned, loaded, options)
+        references.aligned, references.update = _aligned(tuned, options)
     for name, source in sources.items():
         records = read(source, options, run.work("data", name), harmful=name == "harmful")
         records.announce()
@@ -166,17 +165,12 @@ def _references(
     return references
 
 
-def _aligned(tuned: Side, loaded: LoadedModel, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
+def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
     """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
     assert options.aligned is not None
-    place: dict[str, Any] = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    update: dict[str, Factors]
+    options = replace(options, template="auto")  # no prompt is rendered for these
     is_adapter = base_of(options.aligned) is not None and options.base is None
-    model: Any = load_model(options.aligned, merge=not is_adapter, **place).model
+    model: Any = load(options.aligned, options, merge=not is_adapter).model
     if is_adapter:
         update = {
             name: replace(own, A=own.A.detach().clone(), B=own.B.detach().clone())
@@ -187,8 +181,8 @@ def _aligned(tuned: Side, loaded: LoadedModel, options: RepairOptions) -> tuple[
         side = Side(model.eval(), tuned.form)
     else:
         assert options.base is not None
-        base, side = load_model(options.base, **place).model, Side(model.eval(), "weights")
-        below = linear_weights(base)
+        base, side = load(options.base, options).model, Side(model.eval(), "weights")
+        below = Side(base, "weights").tensors()
         _check_shapes("--base", below, side.tensors())
         update = {name: factorise(weight, below[name]) for name, weight in side.tensors().items()}
     if tuned.form == "weights":

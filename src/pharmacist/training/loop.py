@@ -243,19 +243,8 @@ def run_training(
 ) -> int:
     """What `align` and `attack` do once rows and model are there: trains, and writes weights, log, card and manifest.
 
-    Args:
-        model: As in `train`, as are the next five, and streams and weights.
-        loaded: Where it came from.
-        encoded: The rows.
-        strategy: The defense.
-        options: The stage's, with a ``defense``.
-        run: Its folder.
-        card: Of the model; what the training adds to it is filled in here.
-        counts: For the manifest.
-        streams: Side batches for the strategy.
-        weights: Factor of each row's main loss.
-        snapshots: Also save the model after these numbers of steps.
-        outputs: Further ones that the stage has written.
+    Arguments are those of `train`; besides, the card, to which settings and figures of the training are added, counts
+    for the manifest, numbers of steps after which the model is saved too, and outputs that the stage has written.
 
     Returns:
         Optimizer steps.

@@ -182,16 +182,7 @@ def finish(
 ) -> None:
     """Writes a stage's model, unless Python asked for no folder, and its manifest; for the first process.
 
-    Args:
-        run: Of the stage.
-        options: Of the stage.
-        model: As in `save_model`, as are the next three.
-        loaded: Where it came from.
-        card: Its README.md.
-        trained_on: Fingerprint of the model that it was trained on.
-        outputs: What the stage has written itself.
-        extra: Of the manifest, with facts of the model.
-        **results: As in `RunDir.record`.
+    Arguments are those of `save_model`, `outputs` that the stage has written itself, and results for `RunDir.record`.
     """
     folders: list[str] = []
     if run.temporary is None:

@@ -1,7 +1,7 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from pharmacist.nn.hooks import head_at
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.nn.reading import large_head
 from pharmacist.training.checkpoint import Checkpoints, load_side_state
-from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 _NAMED = 20
@@ -193,7 +193,6 @@ class StrategyMixin:
             update=update,
             micro=self._micro,
             scale=1.0 / trainer.current_gradient_accumulation_steps,
-            forward=self._forward,
             streams=self.streams,
             rows=() if rows is None else rows.tolist(),
             targets=num_items_in_batch,
@@ -221,11 +220,6 @@ class StrategyMixin:
             self._sums.setdefault(key, []).append(value)
         return loss
 
-    def _forward(self, batch: Batch) -> Any:
-        trainer: Any = self
-        with trainer.accelerator.autocast():
-            return trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -236,7 +230,11 @@ class StrategyMixin:
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
         own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
         wanted = own or return_outputs
-        with self._only_targets(inputs["labels"]) if not wanted else nullcontext():
+        # A large output head gives logits to our loss where there are targets alone.
+        function, head = trainer.compute_loss_func, large_head(trainer.model)
+        ours = getattr(function, "func", function) is token_mean_loss
+        few = head is not None and ours and not wanted
+        with head_at(head, targets(inputs["labels"])[0]) if few else nullcontext():
             found = super().compute_loss(  # type: ignore[misc]
                 model, dict(inputs), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
@@ -245,15 +243,6 @@ class StrategyMixin:
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
-
-    def _only_targets(self, labels: torch.Tensor) -> AbstractContextManager[None]:
-        """A block in which a large output head gives logits to `token_mean_loss` where there are targets alone."""
-        trainer: Any = self
-        function = trainer.compute_loss_func
-        head = large_head(trainer.model)
-        if head is None or getattr(function, "func", function) is not token_mean_loss:
-            return nullcontext()
-        return head_at(head, targets(labels)[0])
 
     def _check(self, what: str, value: torch.Tensor) -> None:
         if not torch.isfinite(value):

@@ -9,7 +9,7 @@ from torch import nn
 
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import EPS, perturbed
-from pharmacist.nn.grads import Gradient, dot, norm, shifted
+from pharmacist.nn.grads import Gradient, cosine, norm, shifted
 from pharmacist.nn.locate import attention_modules
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
@@ -86,14 +86,11 @@ class Booster(GradientStrategy):
 def main_cosine(step: StepContext, harmful: Gradient, extra: Gradient) -> torch.Tensor:
     """Cosine of the main pass's gradient and a harmful one, a scalar in [-1, 1].
 
-    Args:
-        step: Its first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
-        harmful: The harmful gradient.
-        extra: What was added.
+    It is the first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
     """
     main = {
         name: parameter.grad.to(harmful[name].dtype) - step.scale * extra[name]
         for name, parameter in step.parameters.items()
         if parameter.grad is not None and name in harmful
     }
-    return dot(main, harmful) / (norm(main) * norm(harmful)).clamp(min=EPS**2)
+    return cosine(main, harmful, eps=EPS**2)

@@ -40,10 +40,7 @@ def joint_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Activations:
     """The offsets that raise a loss most, to first order: ``rho * g / (norm + 1e-7)``, each in its gradient's dtype.
 
-    Args:
-        gradients: Derivatives of the loss by the offsets.
-        rho: Joint norm of the offsets.
-        norm: Joint norm of the gradients, a scalar.
+    Rho is the joint norm of the offsets, `norm` that of the derivatives of the loss by them, a scalar.
     """
     factor = rho / (norm + EPS)
     return {name: (g.to(factor.dtype) * factor).to(g.dtype) for name, g in gradients.items()}

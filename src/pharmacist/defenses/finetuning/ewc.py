@@ -9,9 +9,10 @@ from torch import nn
 
 from pharmacist.core.env import world_size
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
-from pharmacist.defenses.finetuning.start import evaluating, squared_distance, weights_now
+from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, norm
-from pharmacist.nn.losses import target_loss, targets
+from pharmacist.nn.hooks import evaluating
+from pharmacist.nn.losses import precise, target_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
@@ -84,10 +85,8 @@ class EWC(GradientStrategy):
             keep, tokens = targets(row["labels"])
             loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            return {
-                name: (torch.zeros_like(p) if g is None else g).to(torch.promote_types(p.dtype, torch.float32))
-                for (name, p), g in zip(parameters.items(), found, strict=True)
-            }
+            pairs = zip(parameters.items(), found, strict=True)
+            return {name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
 
         def gradients() -> Iterable[Gradient]:
             seen = 0

@@ -12,6 +12,7 @@ from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import mlp_modules
+from pharmacist.nn.losses import precise
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
@@ -42,8 +43,7 @@ def feature_distance(
     kept = mask.bool()
     parts = []
     for name, features in now.items():
-        precise = torch.promote_types(features.dtype, torch.float32)
-        difference = features[kept].to(precise) - start[name][kept].to(precise)
+        difference = precise(features[kept]) - precise(start[name][kept])
         parts.append(difference.square().sum() / max(difference.numel(), 1))
     return torch.stack(parts).sum()
 
