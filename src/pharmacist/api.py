@@ -165,7 +165,7 @@ def align(
         output_dir: Also writes adapter, log, card and manifest there, where an interrupted training resumes.
 
     Returns:
-        The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `AlignResult` for options.
+        The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
 
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
@@ -214,7 +214,7 @@ def attack(
         output_dir: Also writes set, weights, log, card and manifest there, where an interrupted training resumes.
 
     Returns:
-        The attacked model; `AttackResult` for options.
+        The attacked model; `ModelResult` for options.
 
     Raises:
         PharmacistError: Rows, models or options that cannot be used.
@@ -252,7 +252,7 @@ def repair(
         output_dir: Also writes weights, ``repair.json``, card and manifest there.
 
     Returns:
-        The repaired model; `RepairResult` for options.
+        The repaired model; `ModelResult` for options.
 
     Raises:
         PharmacistError: Models that do not belong together, or nothing to repair.

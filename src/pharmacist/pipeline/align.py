@@ -1,8 +1,6 @@
 """The stage `align`: train a model on an alignment set with an alignment-stage defense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pharmacist.core.errors import CompatibilityError
@@ -11,35 +9,17 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
-from pharmacist.nn.distributed import from_main
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.side_data import SideData
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
 from pharmacist.training.loop import prepare_model, run_training
-from pharmacist.training.saving import Card, say_done, writes_adapter
+from pharmacist.training.saving import Card, ModelResult, say_done, writes_adapter
 from pharmacist.training.strategy import GradientStrategy
 
 
-@dataclass
-class AlignResult:
-    """An aligned model.
-
-    Attributes:
-        folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
-        metrics: Of the manifest: steps, final loss.
-        seconds: Wall time of the training alone, over all resumes.
-        model: The trained model; None where the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    seconds: float
-    model: Any = None
-
-
-def align(options: AlignOptions) -> AlignResult:
+def align(options: AlignOptions) -> ModelResult:
     """Trains a model and writes adapter (or model), log, model card and manifest into the output folder.
 
     Interrupted, it continues from its last checkpoint.
@@ -57,8 +37,7 @@ def align(options: AlignOptions) -> AlignResult:
     inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
     with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
         model = None if run.complete else _align(sources, strategy, options, run)
-        manifest = from_main(run.manifest)
-        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds, model)
+        return ModelResult.of(run, model)
 
 
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:

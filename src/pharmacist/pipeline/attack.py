@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,18 @@ from pharmacist.data.streams import SideStream
 from pharmacist.data.tasks import open_task
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
-from pharmacist.nn.distributed import from_main
 from pharmacist.nn.models import base_of, model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.training.loop import prepare_model, run_training
-from pharmacist.training.saving import Card, say_done
+from pharmacist.training.saving import Card, ModelResult, say_done
 from pharmacist.training.strategy import GradientStrategy
 
 
 NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
 
 
-@dataclass
-class AttackResult:
-    """An attacked model.
-
-    Attributes:
-        folder: With ``attack_set.jsonl`` and ``adapter/`` or ``model/``; every command takes it as ``--model``.
-        metrics: Of the manifest: steps, final loss.
-        snapshots: Steps -> folder of the model at that point.
-        model: The attacked model; None where only the set was built, or the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    snapshots: dict[int, Path]
-    model: Any = None
-
-
-def attack(options: AttackOptions) -> AttackResult:
+def attack(options: AttackOptions) -> ModelResult:
     """Builds the poisoned set, fine-tunes on it, and writes set, adapter (or model), log, card and manifest.
 
     Interrupted, it continues from its last checkpoint.
@@ -67,8 +48,7 @@ def attack(options: AttackOptions) -> AttackResult:
     inputs |= {"model": model_fingerprint(options.model)}
     with ATTACK.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
         model = None if run.complete else _attack(sources, strategy, kind, options, run)
-        snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
-        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots, model)
+        return ModelResult.of(run, model, () if options.build_only else options.snapshots)
 
 
 def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:

@@ -1,8 +1,7 @@
 """The stage `repair`: take safety back that a user's fine-tuning has cost, without training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.table import Table
@@ -20,25 +19,10 @@ from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
 from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply
-from pharmacist.training.saving import Card, finish, say_done
+from pharmacist.training.saving import Card, ModelResult, finish, say_done
 
 
-@dataclass
-class RepairResult:
-    """A repaired model.
-
-    Attributes:
-        folder: With ``adapter/`` or ``model/`` and ``repair.json``; every command takes it as ``--model``.
-        metrics: Of the manifest: tensors and entries changed, norms.
-        model: The repaired model; None where the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    model: Any = None
-
-
-def repair(options: RepairOptions) -> RepairResult:
+def repair(options: RepairOptions) -> ModelResult:
     """Repairs a model and writes adapter (or model), ``repair.json``, card and manifest into the output folder.
 
     Raises:
@@ -58,7 +42,7 @@ def repair(options: RepairOptions) -> RepairResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()} | prints
     with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
         model = None if run.complete else _repair(sources, chosen, form, continued, options, run)
-        return RepairResult(run.root, run.manifest.metrics, model)
+        return ModelResult.of(run, model)
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:

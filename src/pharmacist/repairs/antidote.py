@@ -56,7 +56,6 @@ class Antidote(Repair):
     """
 
     Config = AntidoteConfig
-    name = "antidote"
     needs = frozenset({"harmful"})
     paper = "arXiv 2408.09600"
     config: AntidoteConfig

@@ -99,7 +99,6 @@ class NLSR(Repair):
     """
 
     Config = NLSRConfig
-    name = "nlsr"
     needs = frozenset({"aligned", "base", "safe"})
     paper = "arXiv 2412.12497"
     config: NLSRConfig

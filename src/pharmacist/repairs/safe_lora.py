@@ -57,7 +57,6 @@ class SafeLora(Repair):
     """
 
     Config = SafeLoraConfig
-    name = "safe-lora"
     needs = frozenset({"aligned", "base"})
     paper = "arXiv 2405.16833"
     config: SafeLoraConfig

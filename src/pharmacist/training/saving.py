@@ -1,5 +1,6 @@
 """What a stage writes that changes a model: weights with tokenizer and template, model card, manifest."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from pharmacist.core.files import atomic_folder, show_in, write_text
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.templates import save_template
+from pharmacist.nn.distributed import from_main
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, silent_library
 
@@ -59,6 +61,33 @@ _RENDERED = {
     "chat": "the tokenizer's chat template",
     "alpaca": "the Stanford Alpaca template, not by the tokenizer's chat template",
 }
+
+
+@dataclass
+class ModelResult:
+    """What a stage made that changes a model.
+
+    Attributes:
+        folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
+        metrics: Of the manifest, such as steps and final loss.
+        model: The new model; None where the run was complete already, or only an attack set was built.
+        seconds: Wall time of the training alone, over all resumes.
+        snapshots: Steps -> folder of the model at that point of an attack.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    model: Any
+    seconds: float
+    snapshots: dict[int, Path]
+
+    @classmethod
+    def of(cls, run: RunDir, model: Any, snapshots: Sequence[int] = ()) -> "ModelResult":
+        """The result of a run, the same on every process."""
+        manifest = from_main(run.manifest)
+        folders = {step: run.path("snapshots", f"step-{step}") for step in snapshots}
+        seconds = sum(phase.seconds for name, phase in manifest.phases.items() if name == "train")
+        return cls(run.root, manifest.metrics, model, seconds, folders)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,6 @@ class Booster(GradientStrategy):
     """
 
     Config = BoosterConfig
-    name = "booster"
     streams = ("harmful",)
     paper = "arXiv 2409.01586"
     config: BoosterConfig

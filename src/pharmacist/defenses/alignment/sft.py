@@ -6,6 +6,5 @@ from pharmacist.training.strategy import GradientStrategy
 class SFT(GradientStrategy):
     """Mean cross-entropy over completion tokens and EOS; literally the stock Trainer."""
 
-    name = "sft"
     stages = frozenset({"align", "finetune"})
     paper = "baseline"

@@ -144,7 +144,6 @@ class TAR(GradientStrategy):
     """
 
     Config = TARConfig
-    name = "tar"
     streams: tuple[str, ...] = ("harmful", "held_out", "retain")
     paper = "arXiv 2408.00761"
     reads_outputs = False

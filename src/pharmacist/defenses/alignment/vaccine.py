@@ -74,7 +74,6 @@ class Vaccine(GradientStrategy):
     """
 
     Config = VaccineConfig
-    name = "vaccine"
     paper = "arXiv 2402.01109"
     reads_outputs = False
     config: VaccineConfig

@@ -54,7 +54,6 @@ class ConstrainedSFT(GradientStrategy):
     """
 
     Config = ConstrainedSFTConfig
-    name = "constrained-sft"
     stages = frozenset({"finetune"})
     paper = "arXiv 2406.05946"
     config: ConstrainedSFTConfig

@@ -60,7 +60,6 @@ class EWC(GradientStrategy):
     """
 
     Config = EWCConfig
-    name = "ewc"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 1612.00796"

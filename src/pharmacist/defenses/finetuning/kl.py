@@ -48,7 +48,6 @@ class KL(GradientStrategy):
     """
 
     Config = KLConfig
-    name = "kl"
     stages = frozenset({"finetune"})
     paper = "arXiv 2402.01109"
     config: KLConfig

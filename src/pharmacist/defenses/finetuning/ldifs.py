@@ -72,7 +72,6 @@ class LDIFS(GradientStrategy):
     """
 
     Config = LDIFSConfig
-    name = "ldifs"
     stages = frozenset({"finetune"})
     paper = "arXiv 2308.13320"
     reads_outputs = False

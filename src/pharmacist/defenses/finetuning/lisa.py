@@ -48,7 +48,6 @@ class Lisa(GradientStrategy):
     """
 
     Config = LisaConfig
-    name = "lisa"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 2405.18641"

@@ -33,7 +33,6 @@ class VLGuard(GradientStrategy):
     """
 
     Config = VLGuardConfig
-    name = "vlguard"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 2402.02207"
