@@ -52,6 +52,14 @@ Choice: TypeAlias = str | Mapping[str, Any]
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Columns: TypeAlias = str | Mapping[str, str] | None
+_EXPLAINED = {
+    "tokenizer": "Of a loaded model; by default the one that lies where it was loaded from.",
+    "columns": 'Other column names, ``{"prompt": "question"}``.',
+    "args": "transformers' arguments, but for output folder, checkpoints, seeds, device and number format; by default "
+    "the protocol of the alignment-stage papers.",
+    "peft_config": "PEFT's configuration of the adapter; rank 8 on all linear layers by default.",
+}
+"""Arguments of several functions that are no options, or not the same."""
 
 
 def explained(options: type[Any]) -> Callable[[F], F]:
@@ -60,11 +68,11 @@ def explained(options: type[Any]) -> Callable[[F], F]:
     def complete(function: F) -> F:
         about, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
         own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
-        texts = {name: f"{name}: {(docs_of(options) | own)[name]}" for name in inspect.signature(function).parameters}
-        # What the command line calls --top-k is top_k here.
-        said = [re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text) for text in texts.values()]
-        lines = [textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in said]
-        function.__doc__ = "\n".join([about, "", "Args:", *lines, "", rest[rest.index("Returns:") :]])
+        docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
+        for name in inspect.signature(function).parameters:
+            text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), f"{name}: {docs[name]}")
+            lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
+        function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :]])
         return function
 
     return complete
@@ -109,13 +117,11 @@ def rank(
 
     Args:
         pool: Rows to rank.
-        tokenizer: Of a loaded model; by default the one that lies where it was loaded from.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
         top: Share of the pool that will be kept, in (0, 1]: where the cut of the ranking lies; 0.3 by default.
         top_k: Number of rows that will be kept, instead.
         min_score: Least score of the rows that will be kept, instead.
         to_label: How many rows to name whose label would teach most.
-        columns: Other column names, ``{"prompt": "question"}``.
         output_dir: Where partial state lies, so that an interrupted ranking resumes; a temporary folder by default.
 
     Returns:
@@ -155,12 +161,7 @@ def align(
     Args:
         model: The model; or `AlignOptions`, for the stage from files to files.
         data: Alignment set, such as `Ranking.select` gives it.
-        tokenizer: Of a loaded model; by default the one that lies where it was loaded from.
         defense: A defense, such as ``Vaccine(rho=2)``, or its name.
-        args: transformers' arguments. Output folder, checkpoints, seeds, device and number format are this function's;
-            without them the protocol of the alignment-stage papers is used.
-        peft_config: PEFT's configuration of the adapter; rank 8 on all linear layers by default.
-        columns: Other column names, ``{"prompt": "question"}``.
         seed: Of every random stream; by default that of `args`, else 0.
         output_dir: Also writes adapter, log, card and manifest there, where an interrupted training resumes.
 
@@ -206,11 +207,6 @@ def attack(
         task: Benign rows of the user's task, or the name of a public one, such as ``"sst2"``.
         kind: What the set is made of, such as ``IdentityAttack()``, or its name.
         defense: A fine-tuning-stage defense, such as ``Lisa(rho=1)``, or its name; ``sft`` is none.
-        tokenizer: As in `align`.
-        args: As in `align`.
-        peft_config: As in `align`.
-        columns: As in `align`.
-        seed: As in `align`.
         output_dir: Also writes set, weights, log, card and manifest there, where an interrupted training resumes.
 
     Returns:
@@ -247,8 +243,6 @@ def repair(
             weights are repaired, with all adapters merged.
         base: What the aligned model was made from; a loaded aligned model does not know it.
         method: A repair, such as ``SafeLora(threshold=0.4)``, or its name.
-        tokenizer: As in `align`.
-        columns: As in `align`.
         output_dir: Also writes weights, ``repair.json``, card and manifest there.
 
     Returns:
@@ -292,8 +286,6 @@ def evaluate(
         model: The model; or `EvaluateOptions`, for the stage from files to files.
         task_type: How answers to the task are graded, such as ``Exact()``, or its name; auto tells by the completions.
         judge: Who decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
-        tokenizer: As in `align`.
-        columns: As in `align`.
         output_dir: Also writes ``metrics.json``, ``items.jsonl`` and the manifest there, where it resumes.
 
     Returns:

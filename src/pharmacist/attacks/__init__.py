@@ -1,6 +1,6 @@
 """Kinds of attack: what a user's fine-tuning set is made of. A new kind is one file and one line in `ATTACKS`."""
 
-from pharmacist.attacks.base import Attack
+from pharmacist.attacks.kinds import Attack
 from pharmacist.core.registry import Registry
 
 

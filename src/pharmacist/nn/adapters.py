@@ -68,7 +68,14 @@ class AdapterBank:
                 self.model.add_adapter(name, self._config)
             self._parameters[name] = self._find(name)
             self.model.requires_grad_(False)
-        self._load(name, self._start if state is None else state)
+        parameters, state = self.parameters(name), self._start if state is None else state
+        if parameters.keys() != state.keys():
+            raise DataError(f"adapter '{name}': its tensors do not fit this model; it was made for another base")
+        for key, parameter in parameters.items():
+            if parameter.shape != state[key].shape:
+                raise DataError(f"adapter '{name}': tensor {key} has another shape; it was made for another base")
+            with torch.no_grad():
+                parameter.copy_(state[key])
 
     def _find(self, name: str) -> dict[str, nn.Parameter]:
         mark = f".{name}."
@@ -86,16 +93,6 @@ class AdapterBank:
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """A copy of an adapter's tensors."""
         return {n: p.detach().clone().contiguous() for n, p in self.parameters(name).items()}
-
-    def _load(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        parameters = self.parameters(name)
-        if parameters.keys() != state.keys():
-            raise DataError(f"adapter '{name}': its tensors do not fit this model; it was made for another base")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                if parameter.shape != state[key].shape:
-                    raise DataError(f"adapter '{name}': tensor {key} has another shape; it was made for another base")
-                parameter.copy_(state[key])
 
     def save(self, name: str, folder: Path) -> None:
         """Writes an adapter as a PEFT folder (safetensors and JSON)."""

@@ -22,14 +22,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
-    """The derivative of a loss by the parameters; touches no ``.grad``.
+    """The derivative of a scalar loss by the parameters, 0 for those that it does not reach; touches no ``.grad``.
 
     In a data-parallel run it is the mean over the processes, the same on each; all of them must call.
-
-    Args:
-        loss: A scalar.
-        parameters: Those that the loss does not reach get zeros.
-        retain_graph: Keep the graph for another call.
 
     Raises:
         DivergedError: Loss or gradient is NaN or infinite.

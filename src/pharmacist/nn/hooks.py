@@ -136,23 +136,6 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def head_inputs(head: nn.Module, few: int) -> Iterator[list[torch.Tensor]]:
-    """Collects the hidden states that the output head is given, and lets it see `few` of the first row alone.
-
-    Yields:
-        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, few, vocabulary].
-    """
-    seen: list[torch.Tensor] = []
-
-    def select(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        seen.append(args[0])
-        return (args[0][:1, :few], *args[1:]), kwargs
-
-    with hooked({"head": head}, select, before=True):
-        yield seen
-
-
-@contextmanager
 def replayed_rng(device: torch.device) -> Iterator[None]:
     """Leaves the random state as it was, so that the next pass draws the same dropout masks."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -52,19 +52,18 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 def row_losses(
     logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
 ) -> RowLosses:
-    """Averages token losses over prompt and completion, apart; padding never counts.
-
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Right-padded, shape [rows, length].
-        lengths: Tokens without padding, shape [rows].
-        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
-    """
+    """Averages `token_losses` over prompt and completion, apart; see `mean_losses`."""
     return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 
 
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
-    """`row_losses` from `token_losses`, shape [rows, length - 1]."""
+    """Averages token losses over prompt and completion, apart; padding, on the right, never counts.
+
+    Args:
+        losses: From `token_losses`, shape [rows, length - 1].
+        lengths: Tokens without padding, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+    """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     in_prompt = position < prompt_lengths[:, None]
     in_completion = ~in_prompt & (position < lengths[:, None])
@@ -105,14 +104,11 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a batch predicts a target token, and which.
-
-    Args:
-        labels: Shape [rows, length]; -100 where there is no target.
+    """Where a batch predicts a target token, and which, from labels that are -100 where there is none.
 
     Returns:
-        Bool of shape [rows, length], true at position t where token t + 1 is a target; and those tokens, in the same
-        order.
+        Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
+        in the same order.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     keep = following != _IGNORED

@@ -61,12 +61,7 @@ def column_basis(a: Factors) -> torch.Tensor:
 
 
 def factorise(after: torch.Tensor, before: torch.Tensor) -> Factors:
-    """The difference of two weights as factors, without the directions that rounding of the weights makes up.
-
-    Args:
-        after: Shape [out, in].
-        before: Shape [out, in].
-    """
+    """The difference of two weights of shape [out, in] as factors, without directions that are rounding alone."""
     size = float(after.detach().abs().max()) * (after.shape[0] ** 0.5 + after.shape[1] ** 0.5)
     noise = torch.finfo(after.dtype).eps * size
     u, singular, vh = torch.linalg.svd(after.detach().double() - before.detach().double(), full_matrices=False)

@@ -30,15 +30,9 @@ from pharmacist.nn.merge import Beneath, lora_factors, merge_adapter, read_stack
 
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PROMPTS = {
-    "PROMPT_TUNING": "prompt tuning",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
-    "P_TUNING": "P-tuning",
-    "PREFIX_TUNING": "prefix tuning",
-    "ADAPTION_PROMPT": "adaption prompt",
-    "CPT": "context-aware prompt tuning",
-    "CARTRIDGE": "cartridge",
-}
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"}
+_PROMPTS |= {"CPT", "CARTRIDGE"}
+"""Kinds of adapters that are no weights."""
 _FROM_BASE = " (its base model's)"
 _LARGE = 50_000_000
 """Parameters from which on `resolve_dtype` may take bfloat16 on a CPU."""
@@ -142,12 +136,9 @@ def resolve_dtype(
 
 
 def model_fingerprint(name: str | LoadedModel) -> str:
-    """sha256 of a local model's content (of its base too where it is an adapter); a hub id stands for itself.
+    """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one's weights.
 
-    Of a loaded model it is a hash of its weights.
-
-    Raises:
-        DataError: Neither a model folder nor what could be a hub id.
+    A hub id stands for itself; what can be neither folder nor hub id is a `DataError`.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128()
@@ -215,13 +206,7 @@ def load_model(
 def in_memory(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, template: str = "auto"
 ) -> LoadedModel:
-    """A model that the caller has loaded.
-
-    Args:
-        model: The model, or a PEFT model on it.
-        tokenizer: Its own; by default the one that lies where the model was loaded from.
-        template: ``auto`` (the one saved with the model, else chat where the tokenizer has a template, else Alpaca),
-            ``chat`` or ``alpaca``.
+    """A model that the caller has loaded; the tokenizer is by default the one that lies where it was loaded from.
 
     Raises:
         DataError: No tokenizer is given, and none lies there.
@@ -242,11 +227,8 @@ def in_memory(
 def again(loaded: LoadedModel, *, merge: bool = True) -> LoadedModel:
     """The same model for another use, which leaves the caller's own as it is.
 
-    Modules are new, weights are shared; those of an adapter, and all of a model that is merged, are copied.
-
-    Args:
-        loaded: The model.
-        merge: Merges the adapter of a PEFT model; False keeps it apart, trainable.
+    Modules are new, weights are shared; those of an adapter, and all of a model that is merged, are copied. Where
+    `merge` is false the adapter of a PEFT model stays apart, trainable.
     """
     model: Any = loaded.model
     if isinstance(model, PeftModel) and merge:
@@ -457,8 +439,8 @@ def _base_of(adapter: Path) -> str:
         raise DataError(f"{path}: names no kind of adapter (peft_type); save the adapter again")
     if kind in _PROMPTS:
         raise CompatibilityError(
-            f"{path}: this kind of adapter ({_PROMPTS[kind]}) has no weights that could be merged into its base "
-            "model; give a LoRA adapter or a whole model"
+            f"{path}: this kind of adapter ({kind.lower().replace('_', ' ')}) has no weights that could be merged "
+            "into its base model; give a LoRA adapter or a whole model"
         )
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

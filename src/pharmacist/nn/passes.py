@@ -40,7 +40,7 @@ def run_pass(
     Args:
         sequences: The rows.
         measure: Batch -> arrays whose first axis is the batch's rows.
-        work: Folder for finished chunks; shared by all processes.
+        work: Folder for finished chunks of at least `rows_per_chunk` rows; shared by all processes.
         device: Where batches go.
         tokens_per_batch: Padded tokens per batch; halved until the longest batch fits.
         description: For the progress bar.

@@ -56,7 +56,7 @@ def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor
     """Runs forward and backward once and records linear layers; no weight's gradient is formed.
 
     Args:
-        layers: Name of the weight -> its layer; the model uses each once, and its weight requires a gradient.
+        layers: Name of the weight, which requires a gradient, -> its layer.
         losses: Runs the model and returns one loss per row, shape [rows].
 
     Raises:

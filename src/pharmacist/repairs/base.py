@@ -83,12 +83,7 @@ class References:
 
 @dataclass
 class Plan:
-    """New values of tensors, and what was found on the way.
-
-    Attributes:
-        tensors: By name, as in `Side.tensors`.
-        findings: One dict per module or tensor (JSON): its name and figures of the method's own.
-    """
+    """New values of tensors as in `Side.tensors`, and what was found per module or tensor, for `repair.json`."""
 
     tensors: Tensors
     findings: list[dict[str, Any]]
@@ -159,16 +154,8 @@ def each_input(
 ) -> None:
     """Shows what every tensor of a model is multiplied with on some rows, by ordinary forward passes.
 
-    Args:
-        side: The model.
-        rows: Tokenised rows.
-        see: Called with a tensor's name and inputs of shape [tokens, in], padding left out.
-        device: Where the model is.
-        completion_only: Only positions of the completions.
-        rows_per_batch: Rows per forward pass.
-
-    Raises:
-        NoMatchError: A module was not run.
+    It calls `see` with a tensor's name and inputs of shape [tokens, in], padding (and prompts) left out, and raises
+    `NoMatchError` where a module was not run.
     """
     modules = side.modules()
     seen: set[str] = set()

@@ -79,19 +79,14 @@ class _Collator:
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
-    """Makes a model trainable: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
-
-    Args:
-        loaded: The model; its weights are shared with the result.
-        options: Tuning, adapter and seed.
+    """Makes a model trainable, in place: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
 
     Raises:
         NoMatchError: No module has one of the wanted names.
     """
-    model: nn.Module = loaded.model
+    model: Any = loaded.model
     if options.tuning == "full":
-        model = deepcopy(model) if loaded.shared else model
-        return model.float().requires_grad_(True)
+        return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return model
     lora = options.lora
@@ -106,15 +101,14 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init"))
         try:
-            model = get_peft_model(loaded.model, config)
+            model = get_peft_model(model, config)
         except ValueError as error:
             if "target modules" not in str(error).lower():
                 raise
             wanted = ", ".join(lora.target_modules or ["all linear layers"])
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
     # An adapter finds its base again by this name, from whatever folder it is loaded.
-    peft: Any = model
-    peft.peft_config["default"].base_model_name_or_path = loaded.beneath.base
+    model.peft_config["default"].base_model_name_or_path = loaded.beneath.base
     return model
 
 
@@ -204,12 +198,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class Snapshots(TrainerCallback):  # type: ignore[misc]
-    """Saves the model after given numbers of steps, for curves over an attack.
-
-    Args:
-        steps: After these.
-        save: Saves it.
-    """
+    """Saves the model after given numbers of steps, for curves over an attack."""
 
     def __init__(self, steps: Sequence[int], save: Callable[[int], None]) -> None:
         self.steps, self.save = frozenset(steps), save

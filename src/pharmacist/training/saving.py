@@ -20,42 +20,7 @@ from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
 from pharmacist.nn.models import LoadedModel, silent_library
 
 
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ what }}
-
-| | |
-|---|---|
-{% for name, value in facts.items() -%}
-| {{ name }} | {{ value }} |
-{% endfor %}
-## Loading
-
-In this folder:
-
-```python
-from {{ library }} import {{ loader }}
-model = {{ loader }}.from_pretrained(".")
-```
-
-Prompts are rendered by {{ template }}.
-
-## Settings
-
-```yaml
-{{ settings }}
-```
-
-## Intended use
-
-{{ intended_use }}
-
-Made with {{ versions }}.
-"""
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
 _NAMED = ("pharmacist", "torch", "transformers", "peft")
 _RENDERED = {
     "chat": "the tokenizer's chat template",
@@ -123,7 +88,7 @@ class Card:
         )
         card = ModelCard.from_template(
             data,
-            template_str=_TEMPLATE,
+            template_path=_TEMPLATE,
             title=f"{Path(loaded.name).name} {self.title}",
             what=self.what,
             facts={name: markdown(value) for name, value in self.facts.items()},

@@ -147,20 +147,20 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         finally:
             self.strategy.close()
 
+    @_options_told()
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
-        with _options_told():
-            return super().create_optimizer(*args, **kwargs)
+        return super().create_optimizer(*args, **kwargs)
 
+    @_options_told()
     def get_train_dataloader(self) -> Any:
         """The stock data loader, likewise."""
-        with _options_told():
-            return super().get_train_dataloader()
+        return super().get_train_dataloader()
 
+    @_options_told()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The stock scheduler, likewise."""
-        with _options_told():
-            return super().create_scheduler(*args, **kwargs)
+        return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The window of an optimizer step: the user's, or what the strategy puts in its place, tokens counted."""

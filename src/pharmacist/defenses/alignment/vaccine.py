@@ -1,7 +1,7 @@
 """Vaccine: train so that hidden embeddings may drift without the aligned answers being lost."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,9 @@ class Vaccine(GradientStrategy):
         self.modules = attention_modules(model)
         return {"attention_modules": list(self.modules)}
 
-    @contextmanager
-    def around(self, step: StepContext) -> Iterator[None]:
+    def around(self, step: StepContext) -> AbstractContextManager[None]:
         """Perturbs the main pass."""
-        with perturbed(step, self.modules, self.config.rho):
-            yield
+        return perturbed(step, self.modules, self.config.rho)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         """The perturbed loss as it is, logged."""

@@ -35,10 +35,7 @@ def feature_distance(
 ) -> torch.Tensor:
     """Sum over layers of the mean squared difference of their features, a scalar.
 
-    Args:
-        now: Layer -> features, shape [rows, length, width].
-        start: The same, of the model to stay close to.
-        mask: Shape [rows, length]; positions where it is 0 do not count.
+    Features have the shape [rows, length, width]; positions where the mask, [rows, length], is 0 do not count.
     """
     kept = mask.bool()
     parts = []

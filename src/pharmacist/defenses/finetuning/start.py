@@ -37,12 +37,8 @@ def squared_distance(
 ) -> torch.Tensor:
     """``sum_i w_i (p_i - a_i)^2`` over all entries of all tensors, a scalar in float32 or float64.
 
-    A sum of squares, never the square of a norm, whose gradient is not defined where nothing has moved.
-
-    Args:
-        parameters: By name.
-        anchor: Same names and shapes.
-        weight: Same names and shapes; 1 everywhere by default.
+    A sum of squares, never the square of a norm, whose gradient is not defined where nothing has moved. Weights are 1
+    by default.
     """
     parts = []
     for name, parameter in parameters.items():
