@@ -21,19 +21,22 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
-    """The derivative of a scalar loss by the parameters, 0 for those that it does not reach; touches no ``.grad``.
+def local_gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """The derivative of a scalar loss by the parameters, 0 for those that it does not reach; touches no ``.grad``."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), found, strict=True)
+    return {name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
 
-    In a data-parallel run it is the mean over the processes, the same on each; all of them must call.
+
+def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """The mean of `local_gradient` over the processes of a data-parallel run; all of them must call.
 
     Raises:
         DivergedError: Loss or gradient is NaN or infinite.
     """
     if not torch.isfinite(loss):
         raise DivergedError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
-    found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
-    pairs = zip(parameters.items(), found, strict=True)
-    result = averaged({name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs})
+    result = averaged(local_gradient(loss, parameters))
     if not torch.isfinite(norm(result)):
         raise DivergedError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
     return result

@@ -14,7 +14,7 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
 from pharmacist.nn.merge import merge_adapter
-from pharmacist.nn.models import LoadedModel, base_of, model_fingerprint, trained_on
+from pharmacist.nn.models import base_of, model_fingerprint, trained_on
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
@@ -84,7 +84,14 @@ def _repair(
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")
         tuned = Side(loaded.model.eval(), form)
-        references = _references(sources, chosen, tuned, continued, loaded, options, run)
+        references = References(continued=continued, device=loaded.device, seed=options.seed)
+        if "aligned" in chosen.needs:
+            references.aligned, references.update = _aligned(tuned, options)
+        for which, source in sources.items():
+            records = read(source, options, run.work("data", which), harmful=which == "harmful")
+            records.announce()
+            encoded = tokenise(records.dataset, f"{which}-ids", loaded, options, run, where=source.where)
+            setattr(references, which, encoded)
     with run.phase("repair"):
         plan = chosen.plan(tuned, references)
         changes = apply(tuned, plan)
@@ -124,33 +131,12 @@ def _repair(
     return loaded.model
 
 
-def _references(
-    sources: Mapping[str, Source],
-    chosen: Repair,
-    tuned: Side,
-    continued: bool,
-    loaded: LoadedModel,
-    options: RepairOptions,
-    run: RunDir,
-) -> References:
-    """Loads what the method reads besides the model.
+def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
+    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base.
 
     Raises:
         CompatibilityError: The aligned model or its base has other layers or shapes.
     """
-    references = References(continued=continued, device=loaded.device, seed=options.seed)
-    if "aligned" in chosen.needs:
-        references.aligned, references.update = _aligned(tuned, options)
-    for name, source in sources.items():
-        records = read(source, options, run.work("data", name), harmful=name == "harmful")
-        records.announce()
-        encoded = tokenise(records.dataset, f"{name}-ids", loaded, options, run, where=source.where)
-        setattr(references, name, encoded)
-    return references
-
-
-def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
-    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
     assert options.aligned is not None
     options = replace(options, template="auto")  # no prompt is rendered for these
     is_adapter = base_of(options.aligned) is not None and options.base is None

@@ -94,12 +94,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
             "folder, and the same command begins the training again"
         )
     if rank() == 0:
-        for path in found[: found.index(whole)] if whole is not None else found:
-            if path in complete:
-                said = f"{path}: is damaged; the training goes on from the checkpoint before it"
-                console().print(said, soft_wrap=True, markup=False)
-            remove(path)
-        for path in set(found) - set(complete):
+        damaged = complete[: complete.index(whole)] if whole is not None else []
+        for path in damaged:
+            console().print(f"{path}: is damaged; the training goes on from the checkpoint before it", soft_wrap=True)
+        for path in {*found} - {*complete} | {*damaged}:
             remove(path)
     barrier()
     return whole

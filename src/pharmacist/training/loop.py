@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
@@ -89,23 +89,14 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Modu
         return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return model
-    lora = options.lora
-    config = lora.given or LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        target_modules=lora.target_modules or "all-linear",
-    )
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init"))
         try:
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, options.lora.config())
         except ValueError as error:
             if "target modules" not in str(error).lower():
                 raise
-            wanted = ", ".join(lora.target_modules or ["all linear layers"])
+            wanted = ", ".join(options.lora.target_modules or ["all linear layers"])
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
     # An adapter finds its base again by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.beneath.base

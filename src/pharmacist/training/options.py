@@ -41,10 +41,13 @@ class LoraOptions(Checked):
         """A field as messages name it."""
         return f"lora.{field}"
 
-    @property
-    def given(self) -> Any:
-        """PEFT's configuration where one was given, from Python, instead of these options."""
-        return None
+    def config(self) -> "LoraConfig":
+        """PEFT's configuration of the adapter."""
+        from peft import LoraConfig
+
+        modules: Any = self.target_modules or "all-linear"
+        shape: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        return LoraConfig(**shape, bias="none", task_type="CAUSAL_LM", target_modules=modules)
 
 
 @dataclass
@@ -70,8 +73,7 @@ class GivenLora(LoraOptions):
         found._config = config
         return found
 
-    @property
-    def given(self) -> Any:
+    def config(self) -> "LoraConfig":
         """A copy, since PEFT notes in it where it was used."""
         return copy.copy(self._config)
 

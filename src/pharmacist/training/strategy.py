@@ -86,8 +86,9 @@ class StepContext:
 
     def output(self, batch: Batch, model: nn.Module | None = None) -> Any:
         """A plain forward pass, of another model where one is given."""
+        model = self.model if model is None else model
         with self.autocast():
-            return (model or self.model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     def logits(self, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
         """Logits where `keep`, bool of shape [rows, length], says, shape [positions, vocabulary]."""
@@ -146,9 +147,9 @@ class StepContext:
         if not all(bool(torch.isfinite(value)) for value in values):
             raise DivergedError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
 
-    def grads(self, loss: torch.Tensor, *, retain_graph: bool = False) -> Gradient:
+    def grads(self, loss: torch.Tensor) -> Gradient:
         """Gradient of a loss with respect to the trainable parameters; see `nn.grads.gradient`."""
-        return gradient(loss, self.parameters, retain_graph=retain_graph)
+        return gradient(loss, self.parameters)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Metrics of this step; the Trainer averages them between two log lines."""

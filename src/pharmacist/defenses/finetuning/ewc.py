@@ -10,9 +10,9 @@ from torch import nn
 from pharmacist.core.env import world_size
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
-from pharmacist.nn.grads import Gradient, averaged, norm
+from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
 from pharmacist.nn.hooks import evaluating
-from pharmacist.nn.losses import precise, target_loss, targets
+from pharmacist.nn.losses import target_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
@@ -78,14 +78,10 @@ class EWC(GradientStrategy):
             self.fisher = self._estimate(step)
 
     def _estimate(self, step: StepContext) -> Gradient:
-        parameters = step.parameters
-
         def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
             keep, tokens = targets(row["labels"])
             loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            pairs = zip(parameters.items(), found, strict=True)
-            return {name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
+            return local_gradient(loss, step.parameters)
 
         def gradients() -> Iterable[Gradient]:
             seen = 0
