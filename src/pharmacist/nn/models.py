@@ -219,9 +219,8 @@ def in_memory(
     name = place or type(model).__name__
     _check_tokenizer(name, own, model)
     base = place if place and not isinstance(model, PeftModel) and not _of_a_run(Path(place)) else None
-    saved = load_template(Path(place)) if template == "auto" and Path(place).is_dir() else None
     loaded = LoadedModel(model, own, Template("alpaca"), name, beneath=Beneath(base))
-    return _with_template(loaded, template, saved)
+    return _with_template(loaded, template, Path(place))
 
 
 def again(loaded: LoadedModel, *, merge: bool = True) -> LoadedModel:
@@ -288,8 +287,7 @@ def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedM
     model = model.to(how.device).eval().requires_grad_(False)
     base = name if not local else None if _of_a_run(folder) else str(Path(where).resolve())
     loaded = LoadedModel(model, tokenizer, Template("alpaca"), name, beneath=Beneath(base), dtype=dtype)
-    saved = load_template(folder) if local and how.template == "auto" else None
-    return _with_template(loaded, how.template, saved)
+    return _with_template(loaded, how.template, folder)
 
 
 def _load_adapter(
@@ -344,15 +342,15 @@ def _with_own_tokenizer(loaded: LoadedModel, folder: Path, adapter: Path, how: _
         except ValueError as error:
             raise DataError(f"{path}: is not UTF-8; delete it, or copy it from the original model") from error
         loaded.tokenizer.chat_template = own or below
-    saved = load_template(folder) if how.template == "auto" else None
-    if saved is None and own is None:
-        if how.template == "auto":
-            loaded.template_origin = loaded.template_origin.removesuffix(_FROM_BASE) + _FROM_BASE
-        return loaded
-    return _with_template(loaded, how.template, saved)
+    if own is not None or (how.template == "auto" and load_template(folder) is not None):
+        return _with_template(loaded, how.template, folder)
+    if how.template == "auto":
+        loaded.template_origin = loaded.template_origin.removesuffix(_FROM_BASE) + _FROM_BASE
+    return loaded
 
 
-def _with_template(loaded: LoadedModel, kind: str, saved: Template | None) -> LoadedModel:
+def _with_template(loaded: LoadedModel, kind: str, place: Path) -> LoadedModel:
+    saved = load_template(place) if kind == "auto" and place.is_dir() else None
     loaded.template = saved or choose_template(loaded.tokenizer, kind)
     chat = loaded.template.kind == "chat"
     if saved is not None:

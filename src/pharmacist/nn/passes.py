@@ -73,23 +73,17 @@ def run_pass(
                     save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
             progress.advance(sum(len(batch) for batch in chunk) * world_size())
     barrier()
-    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
-
-
-def _gather(
-    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
-) -> dict[str, npt.NDArray[np.float64]]:
+    everything = np.arange(len(sequences.lengths))
     result: dict[str, npt.NDArray[np.float64]] = {}
-    for number in range(chunks):
+    for number in range(len(chunks)):
         arrays = load_file(work / f"{number:06d}.safetensors")
         where = arrays.pop("rows")
         for key, values in arrays.items():
             if key not in result:
-                result[key] = np.full((total, *values.shape[1:]), np.nan, dtype=values.dtype)
+                result[key] = np.full((len(everything), *values.shape[1:]), np.nan, dtype=values.dtype)
             result[key][where] = values
-    asked = np.arange(total) if rows is None else rows
     for values in result.values():
-        copy_to_equals(values, representative, asked)
+        copy_to_equals(values, plan.representative, everything if rows is None else rows)
     return result
 
 

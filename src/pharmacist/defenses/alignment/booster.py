@@ -44,7 +44,6 @@ class Booster(GradientStrategy):
     config: BoosterConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the self-attention modules if they are to be perturbed."""
         self.modules = attention_modules(model) if self.config.rho else {}
         return {"attention_modules": list(self.modules)} if self.config.rho else {}
 
@@ -69,7 +68,6 @@ class Booster(GradientStrategy):
         return extra
 
     def around(self, step: StepContext) -> AbstractContextManager[None]:
-        """Perturbs the alignment pass in the perturbation-aware variant."""
         return perturbed(step, self.modules, self.config.rho) if self.config.rho else nullcontext()
 
     def after_backward(self, step: StepContext) -> None:

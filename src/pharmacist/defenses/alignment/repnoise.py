@@ -79,7 +79,6 @@ class RepNoise(GradientStrategy):
     config: RepNoiseConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds decoder layers, their feed-forward parts, the final normalisation and the output head."""
         layers = decoder_layers(model)
         self.first = dict([next(iter(layers.items()))])
         self.layers, self.mlps = layers, mlp_modules(model)

@@ -169,9 +169,7 @@ class TVaccine(Vaccine):
         return [p for number, owned in enumerate(self.owned) if number not in self.active for p in owned]
 
     def state(self) -> StrategyState:
-        """Probabilities and sampled layers."""
         return StrategyState(tensors={"p": self.p}, values={"active": self.active})
 
     def load_state(self, state: StrategyState) -> None:
-        """Goes on with the same layers."""
         self.p, self.active = state.tensors["p"], list(state.values["active"])

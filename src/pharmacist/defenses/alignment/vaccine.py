@@ -79,15 +79,12 @@ class Vaccine(GradientStrategy):
     config: VaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the self-attention modules."""
         self.modules = attention_modules(model)
         return {"attention_modules": list(self.modules)}
 
     def around(self, step: StepContext) -> AbstractContextManager[None]:
-        """Perturbs the main pass."""
         return perturbed(step, self.modules, self.config.rho)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The perturbed loss as it is, logged."""
         step.log(perturbed_loss=loss.detach() / step.scale)
         return loss

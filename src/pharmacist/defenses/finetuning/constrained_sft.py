@@ -59,7 +59,6 @@ class ConstrainedSFT(GradientStrategy):
     config: ConstrainedSFTConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.beta else {}
         return {"tensors": len(self.start)}
 

@@ -67,7 +67,6 @@ class EWC(GradientStrategy):
     config: EWCConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.lam else {}
         self.fisher: Gradient = {}
         return {"tensors": len(self.start)}
@@ -101,7 +100,6 @@ class EWC(GradientStrategy):
         return found
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the penalty."""
         if not self.config.lam:
             return loss
         penalty = self.config.lam * squared_distance(step.parameters, self.start, self.fisher)
@@ -113,5 +111,4 @@ class EWC(GradientStrategy):
         return StrategyState(dict(self.fisher))
 
     def load_state(self, state: StrategyState) -> None:
-        """Continues with the Fisher information of the start."""
         self.fisher = {name: value.to(self.start[name].device) for name, value in state.tensors.items()}

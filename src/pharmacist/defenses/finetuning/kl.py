@@ -53,7 +53,6 @@ class KL(GradientStrategy):
     config: KLConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.lam else {}
         return {"tensors": len(self.start)}
 
@@ -69,7 +68,6 @@ class KL(GradientStrategy):
         self._teacher = torch.empty(0)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the divergence."""
         if not self.config.lam:
             return loss
         if self.config.compat == "reference":

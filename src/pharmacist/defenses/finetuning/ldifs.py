@@ -75,7 +75,6 @@ class LDIFS(GradientStrategy):
     config: LDIFSConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the feed-forward parts and keeps the weights of the start."""
         self.modules = mlp_modules(model)
         self.start = weights_now(model) if self.config.lam else {}
         return {"mlp_modules": list(self.modules)}
@@ -95,7 +94,6 @@ class LDIFS(GradientStrategy):
         self._features = {}, {}
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the distance."""
         if not self.config.lam:
             return loss
         now, start = self._features
