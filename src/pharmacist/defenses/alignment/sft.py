@@ -4,7 +4,7 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 class SFT(GradientStrategy):
-    """Mean cross-entropy over completion tokens and EOS; literally the stock Trainer."""
+    """Mean cross-entropy over completion tokens and EOS; the stock Trainer."""
 
     stages = frozenset({"align", "finetune"})
     paper = "baseline"
