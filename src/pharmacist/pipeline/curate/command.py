@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,8 @@ def curate(options: CurateOptions) -> Ranking | None:
             write_text(run.path("to_label.jsonl"), "".join(json.dumps(row) + "\n" for row in ranking.asked()))
             outputs.append("to_label.jsonl")
         if ranking.records.refused:
-            refused = (json.dumps(asdict(one)) + "\n" for one in ranking.records.refused)
-            write_text(run.path("refused.jsonl"), "".join(refused))
+            refused = ({"row": one.number, "line": one.line, "reason": one.reason} for one in ranking.records.refused)
+            write_text(run.path("refused.jsonl"), "".join(json.dumps(one) + "\n" for one in refused))
             outputs.append("refused.jsonl")
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if selector.save(run.path("selector")):
