@@ -20,7 +20,6 @@ PRELOADED = (
     "evaluation.evaluator",
     "evaluation.judges.keyword",
     "pipeline.bench.grid",
-    "pipeline.bench.later",
 )
 
 

@@ -4,6 +4,7 @@ A series is a selector with its fraction; a setting is a choice on every axis bu
 pair where they differ in the series alone: same setting, same defense, same seed.
 """
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,11 +20,12 @@ from pharmacist.core.errors import DataError
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
+_SERIES = ("selector", "fraction")
 BASELINE = "full"
 """Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
 SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
 """Axes of a setting."""
-AXES = ("model", "pool", "attack", "later_defense", "task", "judge", "defense", "selector", "fraction")
+AXES = (*SETTING, "defense", *_SERIES)
 LEVEL = 0.05
 """Chance of one or more false differences among all comparisons of a metric, at most."""
 
@@ -149,7 +151,8 @@ class Benchmark:
 
     def series(self) -> list[tuple[str, float]]:
         """Selectors with their fractions."""
-        return list(dict.fromkeys(line.series for line in sorted(self.lines, key=self._series_place)))
+        found = {line.series for line in self.lines}
+        return [series for series in itertools.product(*(self.order[axis] for axis in _SERIES)) if series in found]
 
     def settings(self) -> list[tuple[Any, ...]]:
         """Choices on the axes of `SETTING` that occur."""
@@ -165,35 +168,28 @@ class Benchmark:
         """A setting by the axes on which it differs from others."""
         return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
 
-    def _series_place(self, line: Line) -> tuple[int, int]:
-        return tuple(self.order[axis].index(line.axes[axis]) for axis in ("selector", "fraction"))  # type: ignore[return-value]
-
     def _lines(self) -> Iterator[Line]:
         groups = [
             (dict(zip(AXES, key, strict=True)), group.set_index("seed"))
             for key, group in self.results.groupby(list(AXES), sort=False)
         ]
-        rest = [axis for axis in AXES if axis not in {"selector", "fraction"}]
         fractions = {axes["fraction"] for axes, _ in groups if axes["selector"] == self.baseline}
+        alike = [axis for axis in AXES if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
 
-        def paired(axes: Mapping[str, Any]) -> tuple[Any, ...]:
-            return (*(axes[axis] for axis in rest), axes["fraction"] if len(fractions) > 1 else None)
+        def pair(axes: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple(axes[axis] for axis in alike)
 
-        base = {paired(axes): group for axes, group in groups if axes["selector"] == self.baseline}
-        values: list[dict[str, Value]] = [{} for _ in groups]
+        base = {pair(axes): group for axes, group in groups if axes["selector"] == self.baseline}
+        by_metric = {}
         for metric in self.metrics:
-            found = []
+            values = []
             for axes, group in groups:
-                own = group[metric.name].dropna()
-                other = base.get(paired(axes))
-                compared = metric.compared and axes["selector"] != self.baseline and other is not None
-                differences = (own - other[metric.name]).dropna() if compared and other is not None else None
-                found.append(_value(metric, own, differences))
-            for place, value in zip(values, corrected(found, metric.better), strict=True):
-                if value is not None:
-                    place[metric.name] = value
-        for (axes, group), own_values in zip(groups, values, strict=True):
-            yield Line(axes, own_values, group)
+                other = base.get(pair(axes)) if metric.compared and axes["selector"] != self.baseline else None
+                values.append(_value(metric, group[metric.name], None if other is None else other[metric.name]))
+            by_metric[metric.name] = corrected(values, metric.better)
+        for at, (axes, group) in enumerate(groups):
+            own = {name: value for name, values in by_metric.items() if (value := values[at]) is not None}
+            yield Line(axes, own, group)
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
@@ -202,16 +198,18 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
+def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | None") -> Value | None:
+    """What was measured, beside the runs of the same seeds that it is compared with."""
+    own = own.dropna()
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
-    low, high = mean.interval or (None, None)
-    value = Value(mean.value, low, high, mean.n)
-    if differences is None or not len(differences):
+    value = Value(mean.value, *(mean.interval or (None, None)), mean.n)
+    differences = [] if other is None else (own - other).dropna().tolist()
+    if not differences:
         return value
-    found = metric.estimate(differences.tolist(), difference=True)
-    p = float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None
+    found = metric.estimate(differences, difference=True)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if found.interval else None
     return replace(value, difference=Figure.of(found), p=p)
 
 
@@ -226,13 +224,11 @@ def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
     found: list[Value | None] = []
     for value in values:
-        if value is None or value.difference is None:
-            found.append(value)
-            continue
-        p = next(after) if value.p is not None else None
-        real = p is not None and p < LEVEL
-        verdict = int(np.sign(value.difference.mean)) * better if real else 0
-        found.append(replace(value, p_corrected=p, verdict=verdict))
+        if value is not None and value.difference is not None:
+            p = next(after) if value.p is not None else None
+            real = p is not None and p < LEVEL
+            value = replace(value, p_corrected=p, verdict=int(np.sign(value.difference.mean)) * better * real)
+        found.append(value)
     return found
 
 
@@ -248,37 +244,30 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     overall = benchmark.over_defenses or benchmark
     alone = {line.series: line.values for line in overall.lines} if len(benchmark.settings()) == 1 else {}
     for series in benchmark.series():
-        lines = [line for line in benchmark.lines if line.series == series and series[0] != benchmark.baseline]
+        values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for metric in benchmark.metrics:
-            values = [line.values[metric.name] for line in lines if metric.name in line.values]
-            compared = [(value.verdict, value.difference.mean) for value in values if value.difference is not None]
+        for metric in (metric.name for metric in benchmark.metrics):
+            compared = [own[metric] for own in values if metric in own and own[metric].difference is not None]
             if compared:
-                pooled = alone.get(series, {}).get(metric.name)
-                found_alone = pooled.difference if pooled else None
-                by_metric[metric.name] = {
-                    "low": found_alone.low if found_alone else None,
-                    "high": found_alone.high if found_alone else None,
-                    "better": sum(verdict == 1 for verdict, _ in compared),
-                    "worse": sum(verdict == -1 for verdict, _ in compared),
-                    "open": sum(verdict == 0 for verdict, _ in compared),
+                signs = [value.verdict for value in compared]
+                pooled = alone[series][metric].difference if metric in alone.get(series, {}) else None
+                by_metric[metric] = {
+                    "low": pooled and pooled.low,
+                    "high": pooled and pooled.high,
+                    "better": signs.count(1),
+                    "worse": signs.count(-1),
+                    "open": signs.count(0),
                     "n": len(compared),
-                    "mean": float(np.mean([difference for _, difference in compared])),
+                    "mean": float(np.mean([value.difference.mean for value in compared if value.difference])),
                 }
+        saved = [
+            -100 * difference.mean / (own["alignment_seconds"].mean - difference.mean)
+            for own in values
+            if "alignment_seconds" in own and (difference := own["alignment_seconds"].difference)
+        ]
         if by_metric:
-            saved = [
-                -100 * value.difference.mean / (value.mean - value.difference.mean)
-                for line in lines
-                if (value := line.values.get("alignment_seconds")) and value.difference is not None
-            ]
-            found.append(
-                {
-                    "name": benchmark.name(series),
-                    "selector": series[0],
-                    "metrics": by_metric,
-                    "time_saved": float(np.mean(saved)) if saved else None,
-                }
-            )
+            own = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
+            found.append(own | {"time_saved": float(np.mean(saved)) if saved else None})
     return found
 
 
@@ -358,14 +347,8 @@ def to_latex(benchmark: Benchmark) -> str:
 
 
 _LATEX = str.maketrans(
-    {
-        **{special: f"\\{special}" for special in "&%$#_{}"},
-        "\\": "\\textbackslash{}",
-        "~": "\\textasciitilde{}",
-        "^": "\\textasciicircum{}",
-        "<": "$<$",
-        ">": "$>$",
-    }
+    {special: f"\\{special}" for special in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$"}
 )
 
 

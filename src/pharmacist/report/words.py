@@ -124,10 +124,5 @@ def ordered(values: Iterable[object], known: Iterable[str]) -> list[str]:
     return [name for name in known if name in present] + sorted(present.difference(known))
 
 
-def category(name: str | None) -> str:
-    """A category as pages name it; None stands for those beyond the largest."""
-    return "All others" if name is None else name
-
-
 def _plain(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").strip().capitalize() or "None"
