@@ -11,7 +11,7 @@ PRELOADED = (
     "pipeline.align",
     "pipeline.attack",
     "selectors.pharmacist",
-    "report",
+    "report.html",
     "data.tokenize",
     "training.loop",
     "training.card",

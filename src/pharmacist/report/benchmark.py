@@ -32,33 +32,22 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Value(Figure):
-    """A mean over seeds and what sets it apart from the baseline.
-
-    Attributes:
-        seeds: Number of seeds; with one, and where all seeds agree, there is no interval (Student's t).
-        difference: Mean of the paired differences to the baseline, in the metric's unit, with its 95 % interval, not
-            corrected; None without pairs.
-        p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
-        p_corrected: After Holm's correction over all comparisons of the metric.
-        verdict: 1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared.
-    """
+    """A mean over seeds, and what sets it apart from the baseline; one seed, or seeds that agree, give no interval."""
 
     seeds: int = 1
     difference: Figure | None = None
+    """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
     p: float | None = None
+    """Of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
+    """After Holm's correction over all comparisons of the metric."""
     verdict: int | None = None
+    """1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell of the grid over all its seeds.
-
-    Attributes:
-        axes: Value on each of `AXES`.
-        values: By metric; one that was not measured is missing.
-        runs: Its rows of the results.
-    """
+    """A cell of the grid over all its seeds: choices by axis, what was measured by metric, and its rows."""
 
     axes: Mapping[str, Any]
     values: Mapping[str, Value]
@@ -68,6 +57,11 @@ class Line:
     def setting(self) -> tuple[Any, ...]:
         """Its choice on the axes of `SETTING`."""
         return tuple(self.axes[axis] for axis in SETTING)
+
+    def figure(self, metric: Metric, difference: bool) -> Figure | None:
+        """The mean of a metric, or its difference to the baseline, as far as it is known."""
+        value = self.values.get(metric.name)
+        return value.difference if difference and value is not None else value
 
     @property
     def series(self) -> tuple[str, float]:
@@ -214,11 +208,8 @@ def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | N
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
-    """Holm's correction (Holm 1979) over the values that have a p, and a verdict for all that have a difference.
-
-    Args:
-        values: All of one metric.
-        better: 1 where higher is better, -1 where lower is.
+    """Holm's correction (Holm 1979) over the values of a metric that have a p, and a verdict for all that have a
+    difference; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
@@ -276,24 +267,18 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
 
 def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
     """The table as text: means with intervals, and differences, those that are real in `bold`."""
-    shown = [axis for axis in benchmark.several if axis not in {"selector", "fraction"}]
+    shown = [axis for axis in benchmark.several if axis not in _SERIES]
+    heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
+    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in benchmark.columns]
     rows = []
     for line in benchmark.lines:
-        row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): plain(line.axes[axis]) for axis in shown}
-        row["", "aligned on"] = plain(benchmark.name(line.series))
+        row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
         for metric, difference in benchmark.columns:
-            value = line.values.get(metric.name)
-            figure = value and (value.difference if difference else value)
+            figure = line.figure(metric, difference)
             text = "" if figure is None else figure.text(sign="+" if difference else "").replace("-", minus)
-            real = difference and value is not None and value.verdict
-            head = f"minus {benchmark.baseline}" if difference else "mean"
-            row[metric.head, head] = bold.format(text) if real else text
+            row.append(bold.format(text) if difference and figure and line.values[metric.name].verdict else text)
         rows.append(row)
-    heads = list(rows[0])
-    return pd.DataFrame([[row[head] for head in heads] for row in rows], columns=pd.MultiIndex.from_tuples(heads))
-
-
-_HEADS = {"later_defense": "later defense"}
+    return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
 
 
 def over_defenses_note(benchmark: Benchmark) -> str:

@@ -20,7 +20,6 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pent
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _BANDS = 6  # lines in a chart up to which bands can be told apart
 _CROWD = 15  # points from which on their intervals would hide them
-_TITLES = {"later_defense": "Later defense", "selector": "Aligned on"}
 
 
 def render_benchmark(
@@ -156,8 +155,8 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
         low and high, a difference one of difference, low, high, corrected p and verdict, both with None for nothing.
     """
     shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
-    columns = [{"title": _TITLES.get(axis, axis.capitalize()), "kind": "name"} for axis in shown]
-    columns.append({"title": _TITLES["selector"], "kind": "series"})
+    names = [axis.replace("_", " ").capitalize() for axis in shown]
+    columns = [{"title": name, "kind": "name"} for name in names] + [{"title": "Aligned on", "kind": "series"}]
     for metric, difference in benchmark.columns:
         title, kind = (f"minus {benchmark.baseline}", "difference") if difference else (metric.head, "mean")
         columns.append({"title": title, "kind": kind})
@@ -166,13 +165,8 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]
         row.append([benchmark.name(line.series), look.colors[line.axes["selector"]]])
         for metric, difference in benchmark.columns:
-            value = line.values.get(metric.name)
-            figure = value and (value.difference if difference else value)
+            figure, value = line.figure(metric, difference), line.values.get(metric.name)
             tested = [value.p_corrected, value.verdict] if difference and value is not None else []
             row.append(None if figure is None else [figure.mean, figure.low, figure.high, *tested])
         rows.append(row)
-    return {
-        "columns": columns,
-        "rows": rows,
-        "axes": [column["title"] for column in columns if column["kind"] == "name"],
-    }
+    return {"columns": columns, "rows": rows, "axes": names}

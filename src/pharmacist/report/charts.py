@@ -170,17 +170,7 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
-
-    Attributes:
-        name: In legend and under the pointer.
-        color: CSS value.
-        x: Where it was measured.
-        values: Harmful score there, with an interval or the range of the seeds.
-        dash: Of the line, so that colour is not all that tells it.
-        symbol: Of its points.
-        width: Of the line.
-    """
+    """A line of a chart: harmful score, with an interval or the range of the seeds, where it was measured."""
 
     name: str
     color: str
@@ -209,17 +199,10 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent over something.
+    """Harmful score in percent over `x`, intervals drawn as `spread` says.
 
-    Args:
-        found: The lines.
-        x: What it is over.
-        spread: How intervals are drawn.
-        height: In pixels.
-        legend: Whether there is one.
-        even: Draw the places at even distances: steps about double from one to the next, and evenly spaced they leave
-            the beginning of an attack legible.
-        **layout: Of plotly, over what is usual.
+    Places at `even` distances: steps about double from one to the next, and evenly spaced they leave the beginning of
+    an attack legible.
     """
     bands, lines = [], []
     for curve in found:
@@ -253,17 +236,7 @@ def curves(
 
 @dataclass(frozen=True)
 class Point:
-    """A model after an attack.
-
-    Attributes:
-        name: Under the pointer.
-        group: What it shares its colour with.
-        color: CSS value.
-        symbol: Of its marker.
-        accuracy: Fine-tune accuracy in percent.
-        score: Harmful score in percent.
-        size: Of its marker.
-    """
+    """A model after an attack, with its fine-tune accuracy and harmful score in percent; a group shares a colour."""
 
     name: str
     group: str
@@ -282,14 +255,9 @@ def trade_off(
     thickness: float = 1.2,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals.
+    """Harmful score over fine-tune accuracy, with intervals; the last of the groups of points lies in front.
 
-    Args:
-        points: The models.
-        groups: Of the points, those in front last.
-        legend: Name -> marker and colour.
-        thickness: Of the intervals.
-        **layout: Of plotly, over what is usual.
+    The legend has a marker and a colour for each of its names.
     """
     traces = []
     for group in groups:
@@ -333,13 +301,8 @@ def _span(values: Sequence[Figure]) -> list[float]:
 
 
 def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
-    """One bar per arm, its mean, with a point per seed.
-
-    Args:
-        values: Arm -> value per seed.
-        unit: Shown behind numbers; an axis of percent ends at 100.
-    """
-    own = [(words.arm(arm), seeds, float(np.mean(seeds))) for arm, seeds in reversed(values.items())]
+    """One bar per arm, its mean, with a point per seed; an axis of percent ends at 100."""
+    own = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in reversed(values.items())]
     bar = _bar(
         [word.title for word, _, _ in own],
         [mean for _, _, mean in own],
@@ -367,13 +330,7 @@ def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
 def cost(
     names: tuple[Sequence[str], Sequence[str]], colors: Sequence[str], parts: Mapping[str, Sequence[Figure | None]]
 ) -> Spec:
-    """Bars of seconds, made up of parts; the first is hatched.
-
-    Args:
-        names: Two levels of them, from below.
-        colors: One per bar.
-        parts: Title -> seconds per bar.
-    """
+    """Bars of seconds, with names on two levels, made up of parts, of which the first is hatched."""
     traces = [
         _bar(
             list(names),

@@ -92,13 +92,13 @@ def render_demo(
     }
     data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}
     curves = [
-        charts.Curve(words.arm(arm).title, words.arm(arm).css, summary["steps"], charts.over_seeds(seeds), *marks)
+        charts.Curve(words.ARMS[arm].title, words.ARMS[arm].css, summary["steps"], charts.over_seeds(seeds), *marks)
         for (arm, seeds), marks in zip(summary["curves"].items(), _MARKS, strict=True)
     ]
     data["figures"]["curves"] = charts.curves(curves, "attack steps", spread="band", height=430, legend=True)
     arms = [
         {
-            "word": words.arm(name),
+            "word": words.ARMS[name],
             "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},

@@ -35,15 +35,12 @@ _SHOWN = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusa
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the reasons of a ranking are worth.
-
-    Attributes:
-        judged: Whether the selector read the rows at all.
-        blind: Reasons that it could not give, for want of references.
-    """
+    """What the reasons of a ranking are worth."""
 
     judged: bool
+    """Whether the selector read the rows at all."""
     blind: tuple[str, ...]
+    """Reasons that it could not give, for want of references."""
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Judgement":
@@ -65,13 +62,7 @@ class Judgement:
 def composition(
     groups: Iterable[object], selected: "pd.Series[Any]", known: Iterable[str], word: Callable[[str], words.Word]
 ) -> list[dict[str, Any]]:
-    """How selected and other rows are made up.
-
-    Args:
-        groups: Reason or label per row.
-        selected: Per row.
-        known: Names in the order in which they are listed; others follow.
-        word: What a page calls a group.
+    """How selected and other rows are made up of reasons or labels, known ones first.
 
     Returns:
         Per group its ``name``, ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent

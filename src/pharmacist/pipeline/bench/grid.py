@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from pharmacist.attacks import ATTACKS
@@ -26,18 +27,7 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
-from pharmacist.pipeline.bench.options import (
-    AXES,
-    AttackEntry,
-    BenchOptions,
-    DefenseEntry,
-    JudgeEntry,
-    LaterEntry,
-    ModelEntry,
-    PoolEntry,
-    SelectorEntry,
-    TaskEntry,
-)
+from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
@@ -47,6 +37,8 @@ from pharmacist.selectors import SELECTORS
 
 
 T = TypeVar("T")
+_Choice = SimpleNamespace
+"""One entry of every axis, by its name, and the seed; a selector has one fraction, an attack one strength."""
 SEP = " / "
 SELECTED = "selected.jsonl"
 _MISSING = "-"
@@ -149,14 +141,14 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     graph.check_sections()
     axes = _axes(grid)
     for seed, *entries in itertools.product(grid.seeds, *axes.values()):
-        chosen = _Choice(seed, *entries)
+        chosen = _Choice(**dict(zip(axes, entries, strict=True)), seed=seed)
         if chosen.pool.name not in (chosen.selector.pools or [chosen.pool.name]):
             continue
         if chosen.selector.name not in (chosen.defense.selectors or [chosen.selector.name]):
             continue
         roles, curve = graph.cell(chosen)
         names = {axis: entry.name for axis, entry in zip(axes, entries, strict=True)}
-        names |= {"fraction": chosen.fraction}
+        names["fraction"] = chosen.selector.fractions[0]
         names |= {"poison_ratio": chosen.attack.poison_ratio, "samples": chosen.attack.samples}
         cells.append(Cell(names, seed, {role: stage.name for role, stage in roles.items()}, curve))
     names_of = {axis: list(dict.fromkeys(entry.name for entry in entries)) for axis, entries in axes.items()}
@@ -177,25 +169,6 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One entry of every axis, in their order; a selector has one fraction, an attack one strength."""
-
-    seed: int
-    model: ModelEntry
-    pool: PoolEntry
-    selector: SelectorEntry
-    defense: DefenseEntry
-    attack: AttackEntry
-    later: LaterEntry
-    task: TaskEntry
-    judge: JudgeEntry
-
-    @property
-    def fraction(self) -> float:
-        return self.selector.fractions[0]
 
 
 def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
@@ -317,8 +290,8 @@ class _Graph:
         return method
 
     def options(self, kind: str, where: str, *layers: Mapping[str, Any], model: ModelEntry | None = None) -> Any:
-        """Options of a kind of stage without inputs and seed, checked once: of the grid's section, then how the model is
-        loaded, then those of the layers; later ones win.
+        """Options of a kind of stage without inputs and seed, checked once: those of the grid's section, of the model,
+        and of the layers, of which later ones win.
         """
         known, loading = KINDS[kind], ("template", "trust_remote_code", "max_length")
         values: dict[str, Any] = {
@@ -364,7 +337,7 @@ class _Graph:
         roles = self.selected(chosen)
         roles["align"] = align = self.aligned(chosen, roles["select"])
         roles["attack"] = attack = self.attacked(chosen, align, roles["select"])
-        if chosen.later.method["name"] in REPAIRS.names():
+        if chosen.later_defense.method["name"] in REPAIRS.names():
             roles["repair"] = self.repaired(chosen, attack, align, roles["select"])
         roles["before"] = self.evaluated(chosen, align.output())
         curve: list[tuple[int, str]] = []
@@ -406,8 +379,8 @@ class _Graph:
             own = self.options("label", "labels", {"labels": pool.labels})
             roles["label"] = stage("label", own, ranking=roles["ask"].output())
             roles["rank"] = stage("rank", options, labels=roles["label"].output("labels.json"))
-        own = self.options("select", "fractions", {"top": chosen.fraction, "fill": selector.fill})
-        title = f"{selector.name} {chosen.fraction:g}"
+        own = self.options("select", "fractions", {"top": chosen.selector.fractions[0], "fill": selector.fill})
+        title = f"{selector.name} {chosen.selector.fractions[0]:g}"
         roles["select"] = stage("select", own, title, ranking=roles["rank"].output())
         return roles
 
@@ -433,7 +406,7 @@ class _Graph:
 
     def attacked(self, chosen: _Choice, align: Stage, select: Stage) -> Stage:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
-        attack, later, task = chosen.attack, chosen.later, chosen.task
+        attack, later, task = chosen.attack, chosen.later_defense, chosen.task
         defended = later.method["name"] in DEFENSES.names()
         given = {
             "task": task.train,
@@ -459,7 +432,7 @@ class _Graph:
 
     def repaired(self, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage:
         """The stage that repairs."""
-        later, who = chosen.later, f"later defense '{chosen.later.name}'"
+        later, who = chosen.later_defense, f"later defense '{chosen.later_defense.name}'"
         options = self.options("repair", who, later.options, {"method": later.method}, model=chosen.model)
         needs = self.method(REPAIRS, options.method).needs
         if _lacking(options, needs & {"harmful"}):
