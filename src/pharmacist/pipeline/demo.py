@@ -39,12 +39,7 @@ GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_t
 
 @dataclass
 class DemoResult:
-    """What the demo found.
-
-    Attributes:
-        summary: Content of ``demo.json``.
-        folder: Where the files are.
-    """
+    """What the demo found: the content of ``demo.json``, and the folder with all files."""
 
     summary: dict[str, Any]
     folder: Path
@@ -53,9 +48,7 @@ class DemoResult:
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     """Runs the demo and writes ``demo.json`` and ``report.html``.
 
-    Args:
-        options: The options.
-        grid: Content of a grid file with the selectors full, random and core, one pool and one model.
+    The grid has the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
@@ -98,7 +91,6 @@ def _link(plan: Plan, root: Path, last: int) -> list[str]:
     for cell in plan.cells:
         selector, arm = cell.axes["selector"], f"{cell.axes['selector']}-{cell.seed}"
         names = {f"{kind}/{arm}": cell.roles[kind] for kind in ("align", "attack")}
-        names |= {f"evaluate/{arm}/step-0": cell.roles["before"]}
         names |= {f"evaluate/{arm}/step-{last if step < 0 else step}": stage for step, stage in cell.curve}
         names |= {"rank" if selector == "core" else f"rank-{arm}": cell.roles["rank"]}
         links |= {link: plan.stages[name].folder for link, name in names.items()}

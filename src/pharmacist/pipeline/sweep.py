@@ -38,8 +38,8 @@ from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.pages import sweep_page
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
-from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
 from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
 
@@ -51,12 +51,7 @@ _SHOWN = 20
 
 @dataclass
 class SweepResult:
-    """What a sweep found.
-
-    Attributes:
-        summary: Content of ``sweep.json``.
-        folder: Where the files are.
-    """
+    """What a sweep found: the content of ``sweep.json``, and the folder with all files."""
 
     summary: dict[str, Any]
     folder: Path
@@ -168,16 +163,14 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that models are measured with."""
-    opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
-    files = {name: [getattr(options, name)] for name in (*PROMPTS, "perplexity") if getattr(options, name) is not None}
-    files |= {name: getattr(options, name) for name in REFERENCES}
-    return {
-        f"evaluate.{name}" + (f" {number}" if number > 1 else ""): opened.get(name, open_source)(
-            file, name=f"--evaluate.{name}"
-        ).fingerprint()
-        for name, own in files.items()
-        for number, file in enumerate(own, start=1)
-    }
+    found = {}
+    for name in MEASURED_WITH:
+        opened = open_prompts if name in ("prompts", "benign_prompts") else open_source
+        given = getattr(options, name)
+        for number, file in enumerate(given if isinstance(given, list) else [given] if given else [], start=1):
+            key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
+            found[key] = opened(file, name=f"--evaluate.{name}").fingerprint()
+    return found
 
 
 @dataclass
@@ -293,12 +286,9 @@ def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, A
 
 
 def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: float) -> dict[str, Any]:
-    """Content of ``sweep.json``, curves apart: which attack is the worst case, and why.
+    """Content of ``sweep.json``, curves apart: which of the attacks is the worst case, and why.
 
-    Args:
-        attacks: Per attack its name, settings, steps and metrics; ``failed`` (why) where it has none.
-        before: Metrics of the model before any attack.
-        margin: Points of accuracy.
+    An attack has a name, settings, steps and metrics, or instead of these ``failed``, why it has none.
     """
 
     def values(name: str) -> list[float | None]:

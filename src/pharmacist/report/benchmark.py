@@ -92,11 +92,18 @@ class Benchmark:
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
         results = results.reset_index(drop=True)
-        self.baseline = baseline
+        self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
         self.metrics = [it for it in METRICS.values() if it.name in results and results[it.name].notna().any()]
+        self.has_baseline = baseline in self.order["selector"]
+        self.columns = [
+            (metric, difference)
+            for metric in self.metrics
+            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
+        ]
+        """Of a table: each metric, and where it is compared, its difference to the baseline."""
         self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
         """Axes with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
@@ -105,43 +112,18 @@ class Benchmark:
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
         """Metric -> how many differences were tested: the family of Holm's correction."""
 
-    @property
-    def has_baseline(self) -> bool:
-        """Whether anything can be compared."""
-        return self.baseline in self.order["selector"]
-
-    @property
-    def columns(self) -> list[tuple[Metric, bool]]:
-        """Of a table: each metric, and where it is compared, its difference to the baseline."""
-        return [
-            (metric, difference)
-            for metric in self.metrics
-            for difference in (False, True)
-            if not difference or (metric.compared and self.has_baseline)
-        ]
-
-    @property
-    def baseline_title(self) -> str:
-        """The baseline in a sentence."""
-        return "the full dataset" if self.baseline == BASELINE else self.baseline
-
     @cached_property
     def over_defenses(self) -> "Benchmark | None":
         """The benchmark of means over all defenses, run by run; None with one defense.
 
         A mean is made only of runs that every defense of the setting has, so that defenses weigh alike everywhere.
         """
-        defenses = self.order["defense"]
-        if len(defenses) == 1 or not self.metrics:
+        if (n := len(self.order["defense"])) == 1 or not self.metrics:
             return None
-        rest = [axis for axis in AXES if axis != "defense"]
-        names = [metric.name for metric in self.metrics]
-        groups = self.results.groupby([*rest, "seed"], sort=False)[names]
-        means = groups.mean().where(groups.count() == len(defenses))
-        means = means.dropna(how="all").reset_index()
-        if not len(means):
-            return None
-        return Benchmark(means.assign(defense=f"all {len(defenses)}"), self.order, self.baseline)
+        rest = [axis for axis in (*AXES, "seed") if axis != "defense"]
+        groups = self.results.groupby(rest, sort=False)[[metric.name for metric in self.metrics]]
+        means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
+        return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
     def series(self) -> list[tuple[str, float]]:
         """Selectors with their fractions."""

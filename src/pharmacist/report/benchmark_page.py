@@ -25,13 +25,9 @@ _CROWD = 15  # points from which on their intervals would hide them
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> None:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` into a benchmark's folder.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, out of results and manifest.
 
-    Args:
-        folder: Of the benchmark.
-        results: Its ``results.parquet``.
-        manifest: Content of its ``manifest.json``.
-        baseline: Selector that the others are compared with; None for the full dataset.
+    Selectors are compared with the baseline, by default the full dataset.
 
     Raises:
         DataError: The results cannot be used.
@@ -73,11 +69,7 @@ def render_benchmark(
 
 
 class Look:
-    """The colour of each selector and the marker of each defense, as CSS and plotly call them: the same in all charts.
-
-    Args:
-        benchmark: Whose.
-    """
+    """Colour and dash of each selector, marker of each defense, as CSS and plotly call them: alike in all charts."""
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pharmacist.report.numbers import METRICS, Figure
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
 _MARKS = (("dash", "square"), ("dot", "diamond"), ("solid", "circle"))
 """Dashes and markers of the demo's arms."""
+_OF_A_QUESTION = ("yes", "no", "combined")  # what a selector reports of it; the rest are readers
 
 
 def render_ranking(
@@ -72,12 +74,9 @@ def render_ranking(
 def render_demo(
     folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
 ) -> None:
-    """Writes ``report.html`` into a demo's folder, out of the files in it.
+    """Writes ``report.html`` into a demo's folder, out of its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Args:
-        folder: Holds ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
-        labels: Planted label per row of the pool.
-        categories: Categories of each row.
+    Labels, the planted ones, and categories are per row of the pool.
     """
     summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
@@ -122,27 +121,19 @@ def _ranking(
         if found is not None and len(found) != len(scores):
             raise ValueError(f"{len(scores)} scores, but {len(found)} {name}")
     report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
-    judgement = tables.Judgement.of(report)
-
-    def reason(name: str) -> words.Word:
-        return words.reason(name, judgement.judged)
-
-    reasons = tables.composition(scores["reason"], selected, words.REASONS, reason)
-    rows = tables.Rows(scores, texts, labels, judgement)
+    judged, questions = bool(report), report.get("questions") or {}
+    reasons = tables.composition(scores["reason"], selected, words.REASONS, lambda name: words.reason(name, judged))
+    rows = tables.Rows(scores, texts, labels, report)
     table, pairs = tables.row_table(rows), tables.pairs(rows)
-    figures = {
-        "histogram": charts.score_histogram(scores, cut, judgement.judged),
-        "reasons": charts.composition(reasons),
-    }
+    figures = {"histogram": charts.score_histogram(scores, cut, judged), "reasons": charts.composition(reasons)}
     ranking: dict[str, Any] = {
         "selector": manifest["config"].get("selector", {}).get("name", ""),
         "report": report,
-        "judged": judgement.judged,
+        "judged": judged,
+        "questions": questions,
+        "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _OF_A_QUESTION],
         "reasons": reasons,
-        "cannot_see": [words.reason(name) for name in judgement.blind],
         "cut": cut,
-        "quality": tables.held_out_quality(report),
-        "make_up": tables.make_up(report),
         "labelling": None,
         "labels": None,
         "selected": int(selected.sum()),
@@ -156,7 +147,7 @@ def _ranking(
         figures["categories"] = charts.kept(ranking["categories"], 100 * float(selected.mean()))
     if labels is not None:
         ranking["labels"] = tables.composition(labels, selected, words.LABELS, words.label)
-        ranking["confusion"] = tables.confusion(labels, scores["reason"], judgement.judged)
+        ranking["confusion"] = tables.confusion(labels, scores["reason"], judged)
         figures["labels"] = charts.composition(ranking["labels"])
     return ranking, {"figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs}}
 
@@ -180,15 +171,7 @@ def _environment() -> Environment:
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
-    """Writes a page.
-
-    Args:
-        path: The HTML file.
-        template: Its template.
-        scripts: Its scripts, which run after ``page.js``.
-        data: What the scripts read, by name; ``figures`` are those of the template's charts.
-        **context: For the template.
-    """
+    """Writes a page with its own scripts after ``page.js``, and what they read by name; ``figures`` are its charts."""
     code = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", *scripts))]
     page = _environment().get_template(template)
     text = page.render(

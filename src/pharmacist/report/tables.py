@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -27,36 +26,9 @@ MOST_CATEGORIES = 20
 _EXCERPT = 1200  # characters of a text in pairs and examples
 _BEST, _AT_THE_CUT, _PER_REASON = 2, 3, 2  # examples
 _PROMPT, _COMPLETION = 5, 6  # places in a row
-_OF_A_QUESTION = ("yes", "no", "combined")  # the rest are readers
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
-_SHOWN = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the reasons of a ranking are worth."""
-
-    judged: bool
-    """Whether the selector read the rows at all."""
-    blind: tuple[str, ...]
-    """Reasons that it could not give, for want of references."""
-
-    @classmethod
-    def of(cls, report: Mapping[str, Any]) -> "Judgement":
-        """From a selector's report; a selector that reads rows always has something to report."""
-        return cls(bool(report), tuple(report.get("cannot_see", ())))
-
-    def veil(self, reason: str) -> int:
-        """Which texts of a row stay hidden until asked for: 0 none, 1 the completion, 3 the prompt too.
-
-        Where harmful answers could not be recognised, no reason says that a row is harmless.
-        """
-        if not self.judged or "teaches_compliance" in self.blind:
-            return 3
-        if reason in _SHOWN:
-            return 0
-        return 1 if reason == "low_quality" else 3
+_HARMLESS = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
 
 
 def composition(
@@ -97,48 +69,6 @@ def confusion(labels: Iterable[str], reasons: "pd.Series[Any]", judged: bool) ->
     }
 
 
-def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How well each question was answered for held-out references; None where the selector measured nothing.
-
-    Returns:
-        ``by`` ("prompt" or "source", what was held out together), ``readers`` and ``questions``: per question its
-        ``name``, the numbers of references to be answered by ``yes`` and ``no``, the ``auc`` and the shares
-        in percent ``yes_found`` and ``no_found`` of all readers together, and the AUC of each of ``readers`` (None
-        where it has no say); ``weakest``, the one of them with the least AUC.
-    """
-    found = report.get("questions")
-    if not found:
-        return None
-    readers = list(dict.fromkeys(name for answers in found.values() for name in answers if name not in _OF_A_QUESTION))
-    questions = [
-        {
-            "name": name,
-            "yes": answers["yes"],
-            "no": answers["no"],
-            "auc": answers["combined"]["auc"],
-            "yes_found": 100 * answers["combined"]["yes_found"],
-            "no_found": 100 * answers["combined"]["no_found"],
-            "readers": [answers[reader]["auc"] if reader in answers else None for reader in readers],
-        }
-        for name, answers in found.items()
-    ]
-    return {
-        "by": report.get("held_out_by", "prompt"),
-        "readers": readers,
-        "questions": questions,
-        "weakest": min(questions, key=lambda question: question["auc"]),
-    }
-
-
-def make_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per class its ``name``, number of ``references``, and estimated ``share`` of the pool in percent (or None)."""
-    references, shares = report.get("references", {}), report.get("shares", {})
-    return [
-        {"name": name, "references": references.get(name, 0), "share": 100 * shares[name] if name in shares else None}
-        for name in dict.fromkeys([*references, *shares])
-    ]
-
-
 def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
     """The lowest selected ``score``, and whether it is a ``clean`` line below all others; None if all are selected."""
     inside, outside = scores.loc[scores["selected"], "score"], scores.loc[~scores["selected"], "score"]
@@ -176,29 +106,35 @@ class Rows:
     """Rows of a ranking as the page's scripts take them.
 
     A row is a list: rank, score, reason, selected, label, prompt, completion, row, duplicate of, hidden texts; reason
-    and label by their position in `reasons` and `labels`, -1 for no label or no duplicate.
-
-    Attributes:
-        reasons: Names of the reasons.
-        labels: Names of the labels.
+    and label by their position in `reasons` and `labels`, -1 for no label or no duplicate. The selector's report is
+    empty where it did not read the rows.
     """
 
     def __init__(
-        self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, judgement: Judgement
+        self, scores: pd.DataFrame, texts: datasets.Dataset, labels: Sequence[str] | None, report: Mapping[str, Any]
     ) -> None:
-        self.scores, self.texts, self.known, self.judgement = scores, texts, labels, judgement
+        self.scores, self.texts, self.known, self.report = scores, texts, labels, report
         self.reasons = words.ordered(scores["reason"], words.REASONS)
         self.labels = words.ordered(labels, words.LABELS) if labels is not None else []
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
-    def pick(self, positions: "npt.NDArray[np.int64]", limit: int) -> tuple[list[list[Any]], int]:
+    def hidden(self, reason: str) -> int:
+        """Which texts of a row stay hidden until asked for: 0 none, 1 the completion, 3 the prompt too.
+
+        Where harmful answers could not be recognised, no reason says that a row is harmless.
+        """
+        if not self.report or "teaches_compliance" in self.report.get("cannot_see", ()):
+            return 3
+        return 0 if reason in _HARMLESS else 1 if reason == "low_quality" else 3
+
+    def pick(self, positions: npt.NDArray[np.int64], limit: int) -> tuple[list[list[Any]], int]:
         """Rows by their position in the scores, and how many of their texts were longer than `limit` characters."""
         if not len(positions):
             return [], 0
         table, picked = self.scores.iloc[positions], self.texts.select(positions)[:]
         prompts, completions = picked["prompt"], picked["completion"]
         reason = [self.reasons.index(str(name)) for name in table["reason"]]
-        veil = [self.judgement.veil(name) for name in self.reasons]
+        hidden = [self.hidden(name) for name in self.reasons]
         columns = (
             table["rank"].tolist(),
             [float(f"{score:.6g}") for score in table["score"]],
@@ -208,7 +144,7 @@ class Rows:
             *([text if len(text) <= limit else f"{text[:limit]}…" for text in own] for own in (prompts, completions)),
             table["row"].tolist(),
             table["duplicate_of"].tolist(),
-            [veil[at] for at in reason],
+            [hidden[at] for at in reason],
         )
         long = sum(len(text) > limit for own in (prompts, completions) for text in own)
         return [list(row) for row in zip(*columns, strict=True)], long
@@ -226,7 +162,7 @@ def row_table(rows: Rows) -> dict[str, Any]:
     limit = int(np.clip(TEXT_BUDGET // (2 * shown), SHORTEST, LONGEST))
     found, long = rows.pick(rows.by_rank[np.linspace(0, total - 1, shown).round().astype(np.int64)], limit)
     by_kind = {
-        "reasons": {name: words.reason(name, rows.judgement.judged) for name in rows.reasons},
+        "reasons": {name: words.reason(name, bool(rows.report)) for name in rows.reasons},
         "labels": {name: words.label(name) for name in rows.labels},
     }
     keys = {
@@ -252,9 +188,9 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     }
     behind = outside[_AT_THE_CUT:]
     for name in rows.reasons:
-        title = words.reason(name, rows.judgement.judged).title
+        title = words.reason(name, bool(rows.report)).title
         groups["left"].append((f"{title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
-    if not rows.judgement.judged:
+    if not rows.report:
         groups["left"] = groups["left"][:1]
     return {
         side: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in found if len(at)]

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
@@ -18,11 +19,7 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
 class Data:
-    """Finds what options name, and notes which made-up rows must be written before the grid runs.
-
-    Args:
-        root: Of the benchmark; made-up rows go to ``data/``.
-    """
+    """Finds what options name, and notes which made-up rows must be in ``data/`` before the grid runs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -32,7 +29,7 @@ class Data:
         """File of a made-up pool -> which of its rows are worth keeping, where some are and some are not."""
         self._contents: dict[str, str] = {}
 
-    def rows(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
+    def rows(self, spec: str, where: str, cell: Any) -> Input:
         """Rows that an option names: a path, a hub id, a name known to the stage (``sst2``, ``harmbench:FILE``), or a
         set of the made-up world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
 
@@ -41,7 +38,7 @@ class Data:
             ConfigError: There is no such set.
         """
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
-            return self._made_up(spec, where, seed, pool)
+            return self._made_up(spec, where, cell.pool, cell.seed)
         name, colon, file = spec.partition(":")
         path = Path(spec).expanduser()
         check_ordinary(path, f"{where} {spec}")
@@ -74,7 +71,7 @@ class Data:
             self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
         return self._contents[str(path)]
 
-    def _made_up(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
+    def _made_up(self, spec: str, where: str, pool: PoolEntry, seed: int) -> Input:
         _, _, rest = spec.partition(":")
         name, _, number = rest.partition(":")
         known = [*SETS, "answers"]

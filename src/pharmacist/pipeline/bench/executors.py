@@ -106,15 +106,14 @@ class Ray(Executor):
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
-        if self.config.address is None:  # a cluster may still grow
-            there = ray.cluster_resources()
-            for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
-                if wanted > there.get(name, 0):
-                    ray.shutdown()
-                    raise CompatibilityError(
-                        f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
-                        "stage could ever start; ask for fewer"
-                    )
+        there = ray.cluster_resources() if local else {}  # a cluster may still grow
+        for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
+            if local and wanted > there.get(name, 0):
+                ray.shutdown()
+                raise CompatibilityError(
+                    f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
+                    "stage could ever start; ask for fewer"
+                )
         return ray
 
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
@@ -36,7 +36,6 @@ from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 
 
-T = TypeVar("T")
 _Choice = SimpleNamespace
 """One entry of every axis, by its name, and the seed; a selector has one fraction, an attack one strength."""
 SEP = " / "
@@ -281,13 +280,12 @@ class _Graph:
             if section:
                 self.options(kind, known.name)
 
-    def method(self, registry: Registry[T], choice: Mapping[str, Any]) -> T:
+    def method(self, registry: Registry[Any], choice: Mapping[str, Any]) -> Any:
         """A method, for what it says about itself."""
         key = f"{registry.kind} {choice!r}"
         if key not in self._methods:
             self._methods[key] = registry.build_from(choice)
-        method: T = self._methods[key]
-        return method
+        return self._methods[key]
 
     def options(self, kind: str, where: str, *layers: Mapping[str, Any], model: ModelEntry | None = None) -> Any:
         """Options of a kind of stage without inputs and seed, checked once: those of the grid's section, of the model,
@@ -319,16 +317,13 @@ class _Graph:
         """
         options, known = with_options(options, seed=chosen.seed if seed is None else seed), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {**made}
-        for name in (*known.files, *known.models):
+        for name in (name for name in (*known.files, *known.models) if name not in made):
             spec, where = getattr(options, name), f"{known.name}: {name}"
-            if name in made or not spec:
-                continue
-            if name in known.models:
+            if spec and name in known.models:
                 inputs[name] = self.data.model(spec, where)
-            elif isinstance(spec, list):
-                inputs[name] = [self.data.rows(one, where, chosen.seed, chosen.pool) for one in spec]
-            else:
-                inputs[name] = self.data.rows(spec, where, chosen.seed, chosen.pool)
+            elif spec:
+                rows = [self.data.rows(one, where, chosen) for one in (spec if isinstance(spec, list) else [spec])]
+                inputs[name] = rows if isinstance(spec, list) else rows[0]
         stage = make_stage(self.data.root, kind, options, method, inputs)
         return self.stages.setdefault(stage.name, stage)
 
