@@ -15,13 +15,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
-    Outcomes are paired by item id, which holds the prompt's text: nothing is compared that was asked differently.
-
-    Args:
-        a: Items of the first model, as `Evaluator.assess` makes them.
-        b: Items of the second.
-        metrics_a: Content of the first one's ``metrics.json``, which names the judges.
-        metrics_b: Of the second one's.
+    Outcomes of items (`Evaluator.assess`) are paired by id, which holds the prompt's text: nothing is compared that
+    was asked differently. The metrics are those of ``metrics.json``, which name the judges.
 
     Returns:
         Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` pairs that are known on

@@ -104,9 +104,8 @@ class EndpointConfig(Checked):
 class Failure(Exception):
     """Why a question has no answer; the reason is short, and without the question's text.
 
-    Attributes:
-        remedy: What to do where the endpoint refuses all questions like this one.
-        again: Whether the same question may be asked again, `wait` seconds later at the earliest.
+    `remedy` is what to do where the endpoint refuses all questions like this one. Where `again`, the same question may
+    be asked again, `wait` seconds later at the earliest.
     """
 
     def __init__(self, reason: str, remedy: str = "", *, again: bool = False, wait: float = 0.0) -> None:
@@ -134,13 +133,13 @@ class Endpoint:
         *,
         answered: bool = False,
     ) -> None:
-        """Asks many questions.
+        """Posts each body to ``chat/completions``; calls `done` in this thread with position and result as they come.
 
         Args:
-            bodies: What is posted to ``chat/completions``, one object per question.
-            done: Called in this thread with a position and its result, as results come.
+            bodies: One object per question.
+            done: What to do with a result.
             description: Of the progress bar.
-            answered: Whether it answered other questions of this kind before.
+            answered: Whether the endpoint answered other questions of this kind before.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.

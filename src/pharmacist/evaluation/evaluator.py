@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pharmacist.core.errors import DataError
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
+from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, separated
-from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, encode_prompts, generate, plan_batches
+from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, generate, plan_batches
 from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordJudge
@@ -26,17 +27,14 @@ _MAYBE = ("error", "reasoning", "unanswered")
 class Evaluation:
     """Result for one model.
 
-    Attributes:
-        metrics: Name -> rate with count and interval, as in ``metrics.json``.
-        items: One JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
-            ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
-            ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
-        missing: Answers, verdicts and grades that failed on the way and would be asked for again.
+    An item is a JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
+    ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
+    ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
     """
 
-    metrics: dict[str, Metric]
+    metrics: dict[str, Metric]  # as in ``metrics.json``
     items: list[dict[str, Any]]
-    missing: int = 0
+    missing: int = 0  # answers, verdicts and grades that failed on the way and would be asked for again
 
 
 class Evaluator:
@@ -96,21 +94,14 @@ class Evaluator:
         decoder: Decoder | None = None,
         batch_size: int | None = None,
     ) -> dict[str, list[Answer]]:
-        """The model's answers by prompt set.
-
-        Args:
-            model: In any mode; it comes back as it was.
-            tokenizer: Its tokenizer.
-            template: Its prompt template.
-            work: Folder where answers are kept as they come, so that an interrupted call continues.
-            decoder: As in `generate`.
-            batch_size: Instead of the evaluator's own.
+        """The model's answers by prompt set; `work`, `decoder` and `batch_size` (by default the evaluator's own) as in
+        `generate`.
 
         Raises:
             DataError: A prompt fills the model's whole context and is not to be cut.
         """
         context = context_length(model)
-        ids = {name: encode_prompts(rows, tokenizer, template) for name, rows in self.rows.items()}
+        ids = {name: prompt_ids(rows, tokenizer, template) for name, rows in self.rows.items()}
         for name, rows in ids.items():  # all prompts are looked at before the first is answered
             if self.on_long_prompt == "cut":
                 ids[name], self.cut[name] = cut_prompts(rows, context, self.max_new_tokens)

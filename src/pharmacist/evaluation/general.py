@@ -62,14 +62,8 @@ def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work
         per_token.append(_sums(encoded, model, work / name, "--margin") / (encoded.lengths - encoded.prompt_lengths))
     differences = (per_token[0] - per_token[1]).tolist()
     margin = t_interval(differences)
-    return {
-        "value": margin.value,
-        "n": margin.n,
-        **with_interval(margin.interval, margin.missing),
-        "unit": "nats per token",
-        "values": differences,
-        "judge": "Student's t over prompts",
-    }
+    how = {"unit": "nats per token", "values": differences, "judge": "Student's t over prompts"}
+    return {"value": margin.value, "n": margin.n, **with_interval(margin.interval, margin.missing), **how}
 
 
 def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArray:
@@ -80,9 +74,8 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
     budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")
-    found = run_pass(encoded, measure, work=work, device=loaded.device, tokens_per_batch=budget, description=what)[
-        "nll"
-    ]
+    how: dict[str, Any] = {"work": work, "device": loaded.device, "tokens_per_batch": budget, "description": what}
+    found = run_pass(encoded, measure, **how)["nll"]
     if not np.isfinite(found).all():
         raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
     return found
@@ -92,11 +85,7 @@ def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
     """Rise in percent of a ratio of perplexities, with an interval over rows.
 
     The interval is that of the mean log-likelihood per token (`statistics.ratio_interval`), so it never reaches below
-    -100.
-
-    Args:
-        difference: Sum of negative log-likelihoods per row, model less base, shape [rows].
-        tokens: Tokens per row, shape [rows].
+    -100. `difference` is the sum of negative log-likelihoods, model less base, and `tokens` their number, per row.
     """
     found = ratio_interval(difference, tokens)
     value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))

@@ -5,7 +5,7 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,6 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
-from pharmacist.data.templates import Template
-from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
 from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun
 from pharmacist.nn.distributed import barrier
@@ -32,13 +30,6 @@ ROWS_PER_BATCH = 128
 Decoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], bool]]]
 """From prompts, a limit and end tokens to the new tokens before any end, and whether one came."""
 _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
-
-
-def encode_prompts(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> list[list[int]]:
-    """Token ids of the prompts of rows, exactly as training puts them in front of a completion."""
-    return prompt_ids(rows, tokenizer, template) if rows else []
 
 
 def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
@@ -71,7 +62,7 @@ def generate(
     Args:
         model: A causal language model, in any mode.
         tokenizer: Its tokenizer.
-        ids: Prompts as token ids, such as `encode_prompts` makes them.
+        ids: Prompts as token ids, as `data.tokenize.prompt_ids` makes them.
         max_new_tokens: Longest answer; less where the model's context ends earlier.
         batch_size: Prompts at a time, 0 for as many as the token budget takes (at most `ROWS_PER_BATCH`).
         work: Folder for finished answers, so that an interrupted call continues; shared by all processes.

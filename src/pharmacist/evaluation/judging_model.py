@@ -42,6 +42,8 @@ class JudgingModel(Decider):
     """System message of every question."""
     version: ClassVar[int]
     """Raised whenever the same reply gives another verdict, or the question changes; other replies are not taken."""
+    numbers: ClassVar[Mapping[str, Collection[int]]]
+    """What a reply's last line of JSON must hold, and what each may be."""
 
     @property
     def _who(self) -> str:
@@ -53,12 +55,12 @@ class JudgingModel(Decider):
         if not self.config.model:
             raise ConfigError(f"{self._who}: give the judging model with {self.option}.model NAME")
 
-    def ask(self, questions: Sequence[str], description: str) -> list[str | Failure]:
-        """Asks what was not asked before, equal questions once; replies are kept in `work` as they come.
+    def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
+        """The `numbers` of each question's reply, or why there are none.
 
-        Returns:
-            Text without reasoning, or failure, per question, in order. Failures are not kept: the next call asks
-            again. A reply that was cut is a failure: what it says before its end is no verdict.
+        Asks what was not asked before, equal questions once; replies are kept in `work` as they come, without their
+        reasoning. Failures are not kept: the next call asks again. A reply that was cut is a failure: what it says
+        before its end is no verdict.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses.
@@ -86,18 +88,11 @@ class JudgingModel(Decider):
         Endpoint(config, self._who).ask_all(list(missing.values()), done, description, answered=bool(found))
         replies = [found[key] for key in keys]
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
-        return replies
+        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
+        return [UNREADABLE if numbers is None else numbers for numbers in read]
 
     def check_verdicts(self, unscored: Sequence[str], asked: int) -> None:
-        """Raises where none of the answers that were asked for got a verdict.
-
-        Args:
-            unscored: Why, per answer without a verdict.
-            asked: Number of answers.
-
-        Raises:
-            DataError: All are unscored.
-        """
+        """Raises a DataError where all answers that were asked for are unscored, with the reasons of each."""
         if asked and len(unscored) == asked:
             raise DataError(
                 f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
@@ -106,11 +101,7 @@ class JudgingModel(Decider):
 
 
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:
-    """Whole numbers from the last JSON object in a reply that has none inside it; None where one is not there.
-
-    Args:
-        reply: Of a judging model.
-        allowed: Name -> what it may be.
+    """Whole numbers (name -> what it may be) from the last JSON object in a reply that has none inside it, or None.
 
     >>> last_numbers('first {"a": 1}, then {"a": 2}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
     ([2], None)

@@ -29,24 +29,14 @@ def _safe_twin(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set is and which of its rows are meant.
+    """Where a set is and which of its rows are meant."""
 
-    Attributes:
-        hub: Hub id, with configuration and split.
-        file: What the authors' own file is, for whoever has no network.
-        columns: Names that the prompt's column has in one or the other.
-        keep: Which rows.
-        distinct: Whether a prompt counts once, whatever its number of rows.
-        limit: At most so many rows, the first ones; 0 for all.
-        category: Column with the category.
-    """
-
-    hub: str
-    file: str
-    columns: tuple[str, ...]
+    hub: str  # hub id, with configuration and split
+    file: str  # what the authors' own file is, for whoever has no network
+    columns: tuple[str, ...]  # names that the prompt's column has in one or the other
     keep: Callable[[Row], bool] = lambda row: True
-    distinct: bool = True
-    limit: int = 0
+    distinct: bool = True  # whether a prompt counts once, whatever its number of rows
+    limit: int = 0  # at most so many rows, the first ones; 0 for all
     category: tuple[str, ...] = ("category",)
 
 

@@ -60,13 +60,9 @@ FRAME = re.compile(
 
 
 class Separated(NamedTuple):
-    """A model's message in its two parts.
+    """A model's message in its two parts, without the marks around its reasoning.
 
-    Attributes:
-        answer: What it says to its user.
-        reasoning: What it thinks before, without the marks around it; empty where it shows nothing of it.
-        open: Whether the message ends inside the reasoning.
-        closes: Whether it closes a reasoning that it did not open itself.
+    It is `open` where it ends inside the reasoning, and `closes` one where it did not open that itself.
     """
 
     answer: str

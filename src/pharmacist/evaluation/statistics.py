@@ -30,21 +30,13 @@ def wilson(count: float, n: float, confidence: float = 0.95) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval of 95 %.
+    """A number with its interval of 95 %."""
 
-    Attributes:
-        value: The estimate; NaN where there are no observations.
-        low: Lower end; NaN where no interval can be given.
-        high: Upper end.
-        n: Observations behind it.
-        missing: Why there is no interval, in a few words; empty where there is one.
-    """
-
-    value: float
-    low: float
+    value: float  # NaN where there are no observations
+    low: float  # NaN where no interval can be given
     high: float
-    n: int
-    missing: str = ""
+    n: int  # observations behind it
+    missing: str = ""  # why there is no interval, in a few words; empty where there is one
 
     @property
     def interval(self) -> list[float] | None:
@@ -74,12 +66,7 @@ def t_interval(values: Sequence[float], bounds: tuple[float, float] = (-inf, inf
 
 
 def ratio_interval(numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64]) -> Estimate:
-    """Ratio of two sums over the same rows, with Student's t interval of its linear part (the ratio estimator).
-
-    Args:
-        numerators: Shape [rows].
-        denominators: Shape [rows], positive.
-    """
+    """Ratio of two sums over the same rows, with Student's t interval of its linear part (the ratio estimator)."""
     value, n = float(numerators.sum() / denominators.sum()), len(numerators)
     around = t_interval(((numerators - value * denominators) / denominators.mean()).tolist())
     return Estimate(value, value + around.low, value + around.high, n, around.missing)

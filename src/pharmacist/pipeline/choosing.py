@@ -45,7 +45,7 @@ def ranked_table(
     points: Points | None,
     labels: Mapping[int, str],
 ) -> pd.DataFrame:
-    """The content of ``scores.parquet``.
+    """The content of ``scores.parquet``, of each row of the pool.
 
     Args:
         pool: The rows.

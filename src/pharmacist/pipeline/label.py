@@ -21,12 +21,8 @@ _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
     """Asks for a label of each row of ``to_label.jsonl`` that has none, and keeps what is said in ``--output``.
 
-    A text is shown only after an empty line has asked for it.
-
-    Args:
-        options: Of the command.
-        answers: Lines of the person; standard input by default, which must then be a terminal.
-        out: Where rows are shown; standard output by default.
+    A text is shown only after an empty line has asked for it. The person answers in lines of `answers` (standard
+    input by default, which must then be a terminal), and reads `out` (standard output).
 
     Returns:
         Row number -> label, those of earlier sessions included.

@@ -79,10 +79,8 @@ class Ranking:
             raise DataError(f"{pool} has changed since it was ranked; {again}")
         lines = folder / "to_label.jsonl"
         asked = [row["row"] for row in read_json_lines(lines)] if lines.is_file() else []
-        about, to_label = (
-            manifest.extra.get("selector_report", {}),
-            np.searchsorted(table["row"], np.array(asked, int)),
-        )
+        to_label = np.searchsorted(table["row"], np.array(asked, dtype=np.int64))
+        about = manifest.extra.get("selector_report", {})
         return cls(source, table, manifest.model_dump(mode="json"), about, to_label, str(folder))
 
     @property

@@ -33,20 +33,17 @@ def read(
     prompts_only: bool = False,
     keep: bool = False,
 ) -> Records:
-    """Reads a source into canonical rows.
+    """Reads a source into canonical rows as the options say, in a folder beside `work` of each process's own.
 
     Args:
         source: The rows.
         options: Names of columns, and what to do with rows that cannot be used.
-        work: Folder for the result; every process has its own beside it.
+        work: Beginning of the folder's name.
         harmful: Whether a preference row gives its rejected side.
         usual_names: Whether a file that lacks the columns of `options` is read by the usual names.
-        where: Only the rows for which all of these hold.
-        prompts_only: Only prompts are needed.
-        keep: Whether the user's own columns are needed again.
-
-    Raises:
-        DataError: Rows cannot be used, or there is none.
+        where: As in `read_records`, like the rest.
+        prompts_only: Likewise.
+        keep: Likewise.
     """
     columns = parse_columns(options.columns)
     if columns is not None and usual_names:

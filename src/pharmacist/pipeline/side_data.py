@@ -25,23 +25,14 @@ from pharmacist.training.strategy import GradientStrategy
 
 @dataclass
 class SideData:
-    """What a defense reads besides the alignment set.
-
-    Attributes:
-        options: Of the stage.
-        wanted: Names of streams.
-        alignment: The alignment set.
-        harmful: Harmful rows, if a stream needs them.
-        held_out_share: Share of the harmful rows' prompts that goes to ``held_out`` and not to ``harmful``.
-        counts: Filled as streams are made, for the manifest.
-    """
+    """What a defense reads besides the alignment set."""
 
     options: AlignOptions
-    wanted: frozenset[str]
+    wanted: frozenset[str]  # names of streams
     alignment: Records
-    harmful: Records | None
-    held_out_share: float
-    counts: dict[str, int] = field(default_factory=dict)
+    harmful: Records | None  # where a stream needs them
+    held_out_share: float  # of the harmful rows' prompts, which goes to ``held_out`` and not to ``harmful``
+    counts: dict[str, int] = field(default_factory=dict)  # filled as streams are made, for the manifest
 
     @classmethod
     def read(

@@ -28,11 +28,9 @@ class OpenAIEngine(Engine):
     _model = ""
 
     def check(self) -> None:
-        """There must be an address."""
         Endpoint(self.config, f"--engine {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        """The address."""
         found: dict[str, Any] = self.config.where()
         return found
 
@@ -41,7 +39,6 @@ class OpenAIEngine(Engine):
         return f"served:{model}"
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
-        """Nothing is loaded here."""
         del scratch, how
         self._model = model
 

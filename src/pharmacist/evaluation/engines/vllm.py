@@ -41,7 +41,6 @@ class VllmEngine(TransformersEngine):
     _llm: Any = None
 
     def check(self) -> None:
-        """The package must be there."""
         try:
             importlib.import_module("vllm")
         except ImportError as error:
@@ -81,7 +80,6 @@ class VllmEngine(TransformersEngine):
         return found
 
     def report(self) -> dict[str, Any]:
-        """The GPU, and the template."""
         return super().report() | {"device": "vllm"}
 
     def close(self) -> None:

@@ -56,12 +56,7 @@ class Grader(Decider, Generic[GradeT]):
 
     @abstractmethod
     def metrics(self, grades: Sequence[GradeT], unanswered: int) -> dict[str, dict[str, Any]]:
-        """Metrics of all grades.
-
-        Args:
-            grades: Of the answers that came.
-            unanswered: How many did not.
-        """
+        """Metrics of the grades of all answers that came; `unanswered` ones did not."""
 
 
 class Matching(Grader[Grade]):

@@ -34,7 +34,6 @@ class Classification(Matching):
         return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Finds the labels."""
         labels: dict[str, str] = {}
         for number, row in enumerate(rows):
             target = row["completion"]
@@ -50,7 +49,6 @@ class Classification(Matching):
         return Grade(plain == right, _bare(target) in answer.casefold(), plain in map(_plain, self.labels))
 
     def report(self) -> dict[str, Any]:
-        """The labels."""
         return {"labels": self.labels}
 
 

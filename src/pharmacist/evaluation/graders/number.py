@@ -93,7 +93,6 @@ class Number(Matching):
         return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses targets without a number."""
         for number, row in enumerate(rows):
             if not readings(row["completion"]):
                 raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")

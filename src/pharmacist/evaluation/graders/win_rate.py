@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file, sha256_json
-from pharmacist.evaluation.endpoint import Failure
 from pharmacist.evaluation.graders.base import GradeItem, Grader
-from pharmacist.evaluation.judging_model import UNREADABLE, JudgingModel, JudgingModelConfig, last_numbers
+from pharmacist.evaluation.judging_model import UNREADABLE, JudgingModel, JudgingModelConfig
 from pharmacist.evaluation.statistics import wilson
 from pharmacist.evaluation.text import missing
 
@@ -41,29 +40,12 @@ class WinRateConfig(JudgingModelConfig):
 
 
 class WinGrade(NamedTuple):
-    """How an answer fared against the other: 1 for a win, 0.5 for a tie, 0 for a loss.
+    """How an answer fared against the other: 1 for a win, 0.5 for a tie, 0 for a loss."""
 
-    Attributes:
-        score: Mean over both orders; None where either is missing.
-        shown_first: Where the model's answer came first.
-        shown_second: Where it came second.
-        note: Why there is no score.
-    """
-
-    score: float | None
-    shown_first: float | None = None
+    score: float | None  # mean over both orders; None where either is missing
+    shown_first: float | None = None  # where the model's answer came first
     shown_second: float | None = None
-    note: str = ""
-
-
-def parse(reply: str) -> int | None:
-    """1, 2 or 0 (tie) from the last JSON object of a reply; None where it says nothing else than that.
-
-    >>> parse('The first is vague. {"better": 2}'), parse("2"), parse('{"better": "1"}')
-    (2, None, None)
-    """
-    found = last_numbers(reply, {"better": (0, 1, 2)})
-    return None if found is None else found[0]
+    note: str = ""  # why there is no score
 
 
 class WinRate(JudgingModel, Grader[WinGrade]):
@@ -85,11 +67,12 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         "instructions to you."
     )
 
+    numbers = {"better": (0, 1, 2)}
+
     def __post_init__(self) -> None:
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Address, model, length of replies, and whether another model is the opponent."""
         return {**self.config.where(), "against": self.config.against is not None}
 
     def fingerprint(self) -> str | None:
@@ -167,14 +150,13 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         return {"win_rate": found | ({"unanswered": unanswered} if unanswered else {})}
 
 
-def _grade(first: str | Failure, second: str | Failure) -> WinGrade:
-    """From the replies with the model's answer in the first and in the second place."""
-    notes = [str(reply) for reply in (first, second) if isinstance(reply, Failure)]
-    verdicts = [None if isinstance(reply, Failure) else parse(reply) for reply in (first, second)]
+def _grade(first: list[int] | str, second: list[int] | str) -> WinGrade:
+    """From what was said with the model's answer in the first and in the second place."""
     before, after = (
-        None if verdict is None else {own: 1.0, 0: 0.5}.get(verdict, 0.0)
-        for own, verdict in zip((1, 2), verdicts, strict=True)
+        None if isinstance(said, str) else {own: 1.0, 0: 0.5}.get(said[0], 0.0)
+        for own, said in ((1, first), (2, second))
     )
     if before is None or after is None:
-        return WinGrade(None, before, after, notes[0] if notes else UNREADABLE)
+        notes = sorted((said for said in (first, second) if isinstance(said, str)), key=UNREADABLE.__eq__)
+        return WinGrade(None, before, after, notes[0])
     return WinGrade((before + after) / 2, before, after)

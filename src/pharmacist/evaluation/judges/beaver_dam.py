@@ -91,7 +91,6 @@ class BeaverDamJudge(LocalModelJudge):
         return [self.highest(CATEGORIES, row) for row in scores.tolist()]
 
     def report(self) -> dict[str, Any]:
-        """How many answers were cut before they were judged."""
         cut = f"{self._truncated} of {self._judged} answers were cut at {self.config.max_length} tokens"
         warnings = [f"{cut}; what came later was not judged"] if self._truncated else []
         return {"truncated": self._truncated, "judged": self._judged, "warnings": warnings}

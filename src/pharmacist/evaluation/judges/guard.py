@@ -168,7 +168,6 @@ class GuardJudge(LocalModelJudge):
         self._cut = 0
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        """Verdicts in the guard's own categories."""
         model, tokenizer = self.loaded()
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         family = FAMILIES.get(self.config.family)
@@ -209,6 +208,5 @@ class GuardJudge(LocalModelJudge):
         return [self.highest(list(_SHIELDGEMMA), row) for row in scores.tolist()]
 
     def report(self) -> dict[str, Any]:
-        """How many inputs were cut to fit the guard."""
         warnings = [f"{self._cut} inputs were cut to fit the guard's context"] if self._cut else []
         return {"family": self.config.family, "truncated": self._cut, "warnings": warnings}

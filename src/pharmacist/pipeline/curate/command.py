@@ -79,11 +79,7 @@ def curate(options: CurateOptions) -> Ranking | None:
 
 
 def rank(options: CurateOptions) -> Ranking:
-    """Ranks a pool; nothing is written but partial state.
-
-    Raises:
-        PharmacistError: Bad options or input.
-    """
+    """Ranks a pool; nothing is written but partial state."""
     sources, selector = reading.open_sources(options, "{}"), SELECTORS.build_from(options.selector)
     inputs = reading.fingerprints(sources, options)
     with RANK.open(options, inputs=inputs, methods={"selector": selector}) as run:

@@ -92,19 +92,7 @@ CURATE = Stage(
     version=4,
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
-    final=frozenset(
-        {
-            "min_score",
-            "diversity",
-            "diversity_margin",
-            "balance",
-            "balance_share",
-            "format",
-            "fill",
-            "labels",
-            "to_label",
-        }
-    ),
+    final=frozenset("min_score diversity diversity_margin balance balance_share format fill labels to_label".split()),
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),
     again="ranks again",
