@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
-from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, Texts, View
+from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
+from pharmacist.readers.views import under as under
 
 
 FAR = 0.9
@@ -91,8 +92,8 @@ class Question:
         """Calibrated log-odds of yes, shape [rows]."""
         return self.calibrated({name: reader.log_odds(texts) for name, reader in self.readers.items()})
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same question of."""
+    def state(self) -> State:
+        """What `load` makes the same question of."""
         states = {name: reader.state() for name, reader in self.readers.items()}
         tensors = {f"{name}.{key}": value for name, (found, _) in states.items() for key, value in found.items()}
         content = {name: content for name, (_, content) in states.items()}
@@ -104,15 +105,6 @@ class Question:
         for name, reader in self.readers.items():
             reader.load(under(f"{name}.", tensors), content["readers"][name])
         return self
-
-
-def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors whose names begin so, without that beginning.
-
-    >>> under("a.", {"a.x": 1, "b.x": 2})
-    {'x': 1}
-    """
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:

@@ -10,11 +10,9 @@ import numpy.typing as npt
 
 from pharmacist.core.progress import track
 from pharmacist.core.typed import AtLeast1, Checked
-from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
-
-FloatArray = npt.NDArray[np.float64]
 
 BLOCK = 2048
 """Rows compared with each other at most."""
@@ -30,17 +28,11 @@ class CoverConfig(Checked):
 
 
 def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:
-    """Farthest-first traversal: each point's distance from those before it when its turn comes.
+    """Farthest-first traversal: each point's distance from those before it when its turn comes, shape [points].
 
-    Begins with the point nearest to the mean; then always the point farthest from all before it, the first of equals.
-    The first k points lie within twice the least possible radius of everything (Gonzalez 1985).
-
-    Args:
-        points: Shape [points, dimensions].
-        weights: How many rows each stands for; a copy changes no distance, so they are not read.
-
-    Returns:
-        Shape [points]; the start has the largest distance of all, times 2. Decreasing along the traversal.
+    Begins with the point nearest to the mean, which gets twice the largest distance from it; then always the point
+    farthest from all before it, the first of equals. The first k points lie within twice the least possible radius of
+    everything (Gonzalez 1985). A copy changes no distance, so weights are not read.
     """
     norms = (points**2).sum(1)
 

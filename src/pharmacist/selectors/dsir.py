@@ -11,7 +11,7 @@ from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, Share
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.random import draws
+from pharmacist.selectors.baselines import draws
 
 
 if TYPE_CHECKING:

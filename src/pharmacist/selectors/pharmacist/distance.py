@@ -1,15 +1,13 @@
 """How far a pool lies from the references, and how much of what they teach holds there."""
 
 import numpy as np
-import numpy.typing as npt
 
 from pharmacist.readers.question import FAR, FEWEST_COMPARED, compared, told_apart
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import States, Texts, View, Words
+from pharmacist.selectors.base import FloatArray
 from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, WHOLE
 
-
-FloatArray = npt.NDArray[np.float64]
 
 NEAR = 0.75
 """AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""

@@ -31,6 +31,7 @@ from pharmacist.readers.views import (
     into_row_space,
     vectorizer,
 )
+from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist import requests
 from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
@@ -48,9 +49,6 @@ from pharmacist.selectors.pharmacist.questions import (
 )
 from pharmacist.selectors.pharmacist.references import References
 
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LABEL_WEIGHT = 3.0
 """What a labelled row of the pool counts against a reference, which comes from elsewhere."""
@@ -94,11 +92,6 @@ class Labels:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def without(self, positions: IntArray) -> "Labels":
-        """All but those at these positions of `rows`."""
-        kept = np.setdiff1d(np.arange(len(self)), positions)
-        return Labels(self.rows[kept], self.classes[kept])
-
 
 NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
@@ -129,10 +122,8 @@ class Answers:
 class Evidence:
     """Four questions, each with its own readers, references and calibration.
 
-    All but ``risky`` are learned from references (and labels) by logistic regressions whose log-odds, divided
-    by their spread on held-out references, are added up: all readers count the same. Weights fitted on held-out
-    references would favour the reader that knows their source best. ``risky`` is learned from references, labels and
-    the pool's own answers (`requests`).
+    All but ``risky`` are learned from references (and labels) by the readers of a `Question`; ``risky`` is learned
+    from references, labels and the pool's own answers (`requests`).
 
     Args:
         readers: Any of ``lexical`` and ``probe``.
@@ -233,14 +224,14 @@ class Evidence:
             labels: Rows whose class is known; with some, readers learn from them too.
         """
         # Regressions that differ in the labels they know: none, all, and all but those of some prompts.
-        known = [NO_LABELS]
+        known, held = [NO_LABELS], []
         if len(labels):
+            known.append(labels)
             groups = [normalised_prompt(pool.prompts[row]) for row in labels.rows]
             folds = min(_LABEL_FOLDS, len(set(groups)))
-            held = []
-            if folds > 1:
-                held = [test for _, test in GroupKFold(folds).split(groups, groups=groups)]
-            known += [labels, *(labels.without(positions) for positions in held)]
+            for rest, test in GroupKFold(folds).split(groups, groups=groups) if folds > 1 else ():
+                known.append(Labels(labels.rows[rest], labels.classes[rest]))
+                held.append(test)
         by_reader = {
             question: self._read(question, pool, known)
             for question, asked in self._questions.items()
@@ -273,14 +264,17 @@ class Evidence:
         self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
     ) -> tuple[FloatArray, FloatArray]:
         """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
-        rows = len(features) - len(self._known[RISKY])
-        log_odds = np.zeros((rows, len(QUESTIONS)))
-        for column, question in enumerate(QUESTIONS[1:], start=1):
-            log_odds[:, column] = self._calibrated(question, by_reader, variant, rows)
+        own = {
+            question: {name: values[:, variant] for name, values in readers.items()}
+            for question, readers in by_reader.items()
+        }
+        # A question that no reference answers by no is answered by yes for all.
+        log_odds = np.full((len(features) - len(self._known[RISKY]), len(QUESTIONS)), _SURE)
+        for column, question in enumerate(QUESTIONS):
+            if question in own:
+                log_odds[:, column] = self._questions[question].calibrated(own[question])
         log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
-        looks = {name: values[:, variant] for name, values in by_reader[TYPICAL].items()}
-        typical = self._questions[TYPICAL].combined(looks)
-        return log_odds, typical
+        return log_odds, self._questions[TYPICAL].combined(own[TYPICAL])
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
@@ -322,15 +316,6 @@ class Evidence:
         predicted = found.held_out[len(references) :].copy()
         predicted[labels.rows[told]] = found.fitted[where]
         return requests.log_odds(predicted)
-
-    def _calibrated(
-        self, question: str, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, n: int
-    ) -> FloatArray:
-        if question not in by_reader:
-            return np.full(n, _SURE)  # no reference answers it by no: yes for all
-        return self._questions[question].calibrated(
-            {name: values[:, variant] for name, values in by_reader[question].items()}
-        )
 
     # --- keeping -------------------------------------------------------------------------------------------------
 

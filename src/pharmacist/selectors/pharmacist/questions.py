@@ -5,14 +5,11 @@ Is the request harmful (``risky``)? Does the answer decline, or steer to safety 
 """
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import log_expit, logsumexp
 
+from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist.references import CLASSES
 
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 RISKY, REFUSES, WHOLE, PERTINENT = QUESTIONS = ("risky", "refuses", "whole", "pertinent")
 TYPICAL = "typical"

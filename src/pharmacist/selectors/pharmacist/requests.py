@@ -10,11 +10,9 @@ takes part in what is said of its own request.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pharmacist.selectors.base import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CHUNK = 16384
@@ -68,16 +66,10 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     for start in starts:
         own, rotated = slice(start, start + _CHUNK), design(start) @ vectors
         fitted_by[own], leverage_by[own] = rotated @ coefficients, rotated**2 @ inverse
-    best: tuple[float, LeaveOneOut] | None = None
-    for column, ridge in enumerate(RIDGES):
-        fitted = fitted_by[:, column]
-        leverage = (weights * leverage_by[:, column]).clip(max=1 - 1e-9)
-        held_out = targets - (targets - fitted) / (1 - leverage)
-        error = float(np.sum(weights * (targets - held_out) ** 2))
-        if best is None or error < best[0]:
-            best = error, LeaveOneOut(held_out, fitted, ridge)
-    assert best is not None
-    return best[1]
+    leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
+    held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
+    best = int(np.argmin([np.sum(weights * (targets - held_out) ** 2) for held_out in held_out_by.T]))
+    return LeaveOneOut(held_out_by[:, best], fitted_by[:, best], RIDGES[best])
 
 
 def standardised(features: FloatArray) -> FloatArray:

@@ -1,13 +1,14 @@
-"""The verdict: scores and reasons of a pool's rows from the answers to the questions."""
+"""The verdict: scores and reasons of a pool's rows from the answers to the questions, and how far to trust them."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
-from pharmacist.selectors.base import CRITICAL, Scores
-from pharmacist.selectors.pharmacist import trust
+from pharmacist.readers.question import FAR
+from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray, Scores
 from pharmacist.selectors.pharmacist.evidence import Answers, Labels
 from pharmacist.selectors.pharmacist.questions import (
     QUESTIONS,
@@ -22,10 +23,11 @@ from pharmacist.selectors.pharmacist.questions import (
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS
 
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
 _REASONS = np.array(list(REASONS.values()))
+_POOR = 0.8
+_FEW_CRITICAL = 0.1
+_FEWEST_TO_COMPARE = 5
+_STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
@@ -53,14 +55,23 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
         "distance": answers.distance,
         "near": answers.near,
-        "cannot_see": _unseen(learned),
+        # Reasons that cannot be given, since no reference answers their question by no.
+        "cannot_see": [] if WHOLE in learned["questions"] else [REASONS["corrupted"]],
     }
     if answers.labels_held_out is not None:
-        report["labels"] = trust.gain(*answers.labels_held_out, labels.classes == 0)
-    warnings = trust.warnings(report, reasons[inverse])
-    telling = _telling(answers.log_odds, labels)
-    of_rows = {name: values[inverse] for name, values in signals.items()}
-    return Scores(score[inverse], reasons[inverse], of_rows, report, warnings, telling[inverse])
+        report["labels"] = gain(*answers.labels_held_out, labels.classes == 0)
+    # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
+    doubt = expit(answers.log_odds).clip(1e-12, 1 - 1e-12)
+    telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
+    telling[labels.rows] = -1.0
+    return Scores(
+        score[inverse],
+        reasons[inverse],
+        {name: values[inverse] for name, values in signals.items()},
+        report,
+        warnings(report, reasons[inverse]),
+        telling[inverse],
+    )
 
 
 def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
@@ -114,21 +125,6 @@ def honoured(
     return score, reason
 
 
-def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:
-    """How much a label of each row would teach: the entropy of the answers, question by question, in nats; a row that
-    has a label teaches nothing more.
-    """
-    p = expit(log_odds).clip(1e-12, 1 - 1e-12)
-    entropy: FloatArray = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum(1)
-    entropy[labels.rows] = -1.0
-    return entropy
-
-
-def _unseen(learned: dict[str, Any]) -> list[str]:
-    """Reasons that cannot be given, since no reference answers their question by no."""
-    return [] if WHOLE in learned["questions"] else [REASONS["corrupted"]]
-
-
 def _standardised(values: FloatArray) -> FloatArray:
     if not len(values):
         return values
@@ -136,3 +132,75 @@ def _standardised(values: FloatArray) -> FloatArray:
     scale = sample.std()
     result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
     return result
+
+
+def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]:
+    """Sentences that a user must see.
+
+    Args:
+        report: Quality per question, ``distance``, ``shares`` and, with labels, ``labels``.
+        reasons: Of the pool's rows.
+    """
+    found = []
+    for question, quality in report["questions"].items():
+        auc = quality["combined"]["auc"]
+        if question in ("risky", "refuses") and auc < _POOR:
+            found.append(
+                f"held-out references answer '{question}' with an AUC of {auc:.2f} only: the references of different "
+                "kinds are too alike, or too few"
+            )
+    distance = report["distance"]
+    critical = float((reasons == CRITICAL).mean())
+    if distance is None:
+        found.append("too few rows look worth keeping to compare the pool with the safe references")
+    elif max(distance.values()) >= FAR:
+        sides = {"risky": "requests", "refuses": "answers"}
+        far = " and ".join(sides[name] for name, auc in distance.items() if auc >= FAR)
+        if "labels" not in report:
+            found.append(
+                f"the pool's {far} are told from those of the safe references with an AUC of "
+                f"{max(distance.values()):.2f}: they come from another source, so quality on held-out references says "
+                "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
+            )
+    if critical < _FEW_CRITICAL:
+        found.append(f"only {critical:.1%} of the rows look safety-critical; check that the references suit this pool")
+    return found
+
+
+def gain(before: FloatArray, after: FloatArray, good: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """What labels changed on the labelled rows themselves, each judged by a ranking that did not know its label.
+
+    Args:
+        before: Scores without any labels, shape [labels].
+        after: Scores with the labels of other prompts; NaN where all labels have one prompt, shape [labels].
+        good: Whether a row is worth keeping, shape [labels].
+
+    Returns:
+        ``labels``, ``good``, ``auc_before``, ``auc_after`` (None where they cannot be told), ``standard_error`` of an
+        AUC of that many labels, and ``advice``.
+    """
+    n, n_good = len(good), int(good.sum())
+    result: dict[str, Any] = {"labels": n, "good": n_good}
+    result |= dict.fromkeys(("auc_before", "auc_after", "standard_error"))
+    if min(n_good, n - n_good) < _FEWEST_TO_COMPARE or np.isnan(after).any():
+        result["advice"] = (
+            f"too few labels of one kind ({n_good} good, {n - n_good} others) to tell what they changed; label more"
+        )
+        return result
+    a, b = float(roc_auc_score(good, before)), float(roc_auc_score(good, after))
+    error = _standard_error(b, n_good, n - n_good)
+    result |= {"auc_before": a, "auc_after": b, "standard_error": error}
+    if b - a > _STILL_GAINING:
+        result["advice"] = "the labels help, and more would go on helping"
+    elif b < 0.9:
+        result["advice"] = "the labels have changed little yet; the ranking is not good on them, so label more"
+    else:
+        result["advice"] = "more labels would hardly help"
+    return result
+
+
+def _standard_error(auc: float, n_yes: int, n_no: int) -> float:
+    """Of an AUC (Hanley and McNeil 1982)."""
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (n_yes - 1) * (q1 - auc**2) + (n_no - 1) * (q2 - auc**2)
+    return float(np.sqrt(max(0.0, variance) / (n_yes * n_no)))
