@@ -38,9 +38,8 @@ class Texts:
     Attributes:
         prompts: The requests.
         completions: The answers.
-        states: Hidden states of the model that reads them (`states.hidden_states`), shape [rows, parts, width]; None
-            without a model.
-        statistics: `states.loss_statistics`, shape [rows, statistics]; None without a model.
+        states: As `states.hidden_states` gives them, shape [rows, parts, width]; None without a model.
+        statistics: Likewise, shape [rows, statistics].
     """
 
     prompts: Sequence[str]
@@ -170,10 +169,7 @@ class Words:
 class States:
     """Standardised hidden states of some parts of a row, and, where `statistics`, how well its text holds together.
 
-    Args:
-        parts: Of `states.PARTS`.
-        statistics: Also read `states.loss_statistics`, at a quarter of the variance, or thousands of states would
-            drown them.
+    `parts` are of `states.PARTS`; statistics get a quarter of the variance, or thousands of states would drown them.
     """
 
     regularisation: ClassVar[float] = 5.0  # scikit-learn's C for rows whose features have a total variance of 1
@@ -241,14 +237,8 @@ def fit_logistic(
 ) -> tuple[FloatArray, float]:
     """Logistic regression in which both answers weigh the same.
 
-    Args:
-        features: Shape [rows, features].
-        answers: 1 or 0, both of which occur, shape [rows].
-        weights: Of the rows, shape [rows].
-        regularisation: scikit-learn's C, for rows of a mean weight of 1.
-
-    Returns:
-        Coefficients, shape [features], and intercept.
+    Both answers (1 or 0) occur; scikit-learn's C is for rows of a mean weight of 1. Returns coefficients, shape
+    [features], and intercept.
     """
     total = np.array([weights[answers == 0].sum(), weights[answers == 1].sum()])
     balanced = weights * (len(weights) / 2 / total)[answers]

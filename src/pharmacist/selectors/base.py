@@ -200,10 +200,7 @@ class Selector(Method, ABC):
         """
 
     def notice(self, given: Collection[str]) -> str | None:
-        """What the selector does otherwise for want of references, in one sentence; None where it misses nothing.
-
-        Args:
-            given: The kinds of references that there are, all of `needs` among them.
+        """What it does otherwise for want of references, where these are given: a sentence, or None.
 
         Raises:
             ConfigError: Its options need others than those.
@@ -211,11 +208,7 @@ class Selector(Method, ABC):
         return None
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Refuses a pool that memory or disk cannot hold, before any work; most selectors take any.
-
-        Args:
-            rows: Of the pool.
-            folder: Of the run; it need not exist yet.
+        """Refuses more rows than memory, or the disk of the run's folder, can hold, before any work.
 
         Raises:
             ConfigError: It says how much would be needed.

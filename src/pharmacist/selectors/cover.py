@@ -60,12 +60,8 @@ def facility_location_gains(points: FloatArray, weights: FloatArray) -> FloatArr
     is below another's present one need not be asked. The first k points reach at least 1 - 1/e of the best possible
     sum of k (Nemhauser et al. 1978).
 
-    Args:
-        points: Of length 1, shape [points, dimensions].
-        weights: How many rows each stands for, shape [points].
-
-    Returns:
-        Shape [points]; decreasing along the greedy order, whose ties are broken by position.
+    Points have length 1, and each stands for so many rows. The gains, shape [points], decrease along the greedy order,
+    whose ties are broken by position.
     """
     similarity = (1 + (points @ points.T).clip(-1, 1)) / 2
     best = np.zeros(len(weights))
@@ -93,16 +89,7 @@ COVERS: dict[str, Cover] = {"k-center": k_center_radii, "facility-location": fac
 def cover_scores(points: FloatArray, keys: npt.NDArray[np.uint64], cover: Cover, block: int = BLOCK) -> FloatArray:
     """What every row adds to those before it, block by block; blocks depend on content alone.
 
-    Copies add nothing: the first of equal rows gets the score, the others 0.
-
-    Args:
-        points: Of length 1, shape [rows, dimensions].
-        keys: Equal for equal rows, shape [rows].
-        cover: (points, how many rows each stands for) -> what each adds.
-        block: Most rows that are compared with each other.
-
-    Returns:
-        Not negative, shape [rows].
+    Copies add nothing: the first of equal rows (by their keys) gets the score, the others 0. Points have length 1.
     """
     _, first, copies = np.unique(keys, return_index=True, return_counts=True)  # in the order of the keys
     score, blocks = np.zeros(len(keys)), -(-len(first) // block)

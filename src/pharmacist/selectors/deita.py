@@ -68,15 +68,9 @@ class DeitaSelector(Selector):
 
 
 def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray:
-    """Which points have a cosine above the threshold to a better point that is itself kept.
+    """Which points (of length 1) have a cosine above the threshold to a better point that is itself kept.
 
-    Args:
-        points: Of length 1, shape [points, dimensions].
-        order: Best first, shape [points].
-        threshold: From 1 on nothing is too near.
-
-    Returns:
-        Shape [points].
+    `order` is best first; from a threshold of 1 on nothing is too near.
     """
     near = np.zeros(len(points), dtype=np.bool_)
     if threshold >= 1:

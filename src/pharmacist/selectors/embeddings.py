@@ -60,13 +60,9 @@ def unit(vectors: FloatArray) -> FloatArray:
 
 
 def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
-    """Embeds rows, each distinct one once, and keeps what `finish` makes of them.
+    """Embeds canonical rows, each distinct one once, and keeps what `finish` makes of embeddings [rows, width].
 
-    Args:
-        context: Of the ranking; its embedder where there is one, else its model.
-        rows: Canonical rows (`data.records`).
-        name: Of what is kept; the same name means the same of the same rows.
-        finish: Embeddings of some rows, shape [rows, width] -> what is kept, first axis the same.
+    By the ranking's embedder where there is one, else by its model; the same name means the same of the same rows.
     """
     if context.embedder is not None:
         return _sentences(context, context.embedder, rows, name, finish)
@@ -87,9 +83,6 @@ def pool_points(context: SelectionContext) -> FloatArray:
     """The pool's rows as points of length 1 seen from its centre; made once, shape [rows, at most `DIMENSION`].
 
     Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
-
-    Raises:
-        ConfigError: They will not fit into memory or on the disk; raised before any row is read.
     """
     if context.points is not None:
         return context.points

@@ -107,14 +107,11 @@ def rows_to_label(
     one that has a label.
 
     Args:
-        telling: How much a label of each row would teach, negative where it has one, shape [rows].
-        reasons: Shape [rows].
-        prompts: Something that rows of one prompt share, shape [rows].
-        clusters: Near-duplicates share a number, shape [rows].
+        telling: How much a label of each row would teach, negative where it has one.
+        reasons: Of the rows.
+        prompts: Something that rows of one prompt share.
+        clusters: Near-duplicates share a number.
         n: How many, at most.
-
-    Returns:
-        Positions, the most telling of the first reason first.
     """
     prompts = list(prompts)
 

@@ -1,6 +1,5 @@
 """LESS: how far the optimizer's step on a row points the way that the safe references' gradients point."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from pharmacist.core.typed import AtLeast1, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
+from pharmacist.nn.passes import Measure
 from pharmacist.readers.views import under
 from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
@@ -71,16 +71,11 @@ class LessSelector(Selector):
             checkpoint = Checkpoint.load(folder / f"epoch{epoch}.safetensors")
             bank.add(LEARNER, checkpoint.weights)
             with bank_phase(context.run, "score", bank):
-                cosines = (
-                    _exact(bank, safe, checkpoint) if sketch is None else _projected(bank, safe, checkpoint, sketch)
-                )
-            found = read(
-                context,
-                pool,
-                lambda batch, cosines=cosines: {"cosine": cosines(batch)},  # type: ignore[misc]
-                f"less-cosines{epoch}",
-                backward=True,
-            )["cosine"]
+                if sketch is None:
+                    cosines = _exact(bank, safe, checkpoint)
+                else:
+                    cosines = _projected(bank, safe, checkpoint, sketch)
+            found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
             signals[f"cosine_{epoch}"] = found
             score += weight * found
         return Scores(score, np.full(len(score), RANKED), signals, {"warm_up_rows": len(rows)})
@@ -88,14 +83,7 @@ class LessSelector(Selector):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in training, with Adam's state.
-
-    Attributes:
-        weights: Of the adapter.
-        m: First moments.
-        v: Second moments.
-        step: Updates so far.
-    """
+    """An adapter's weights in training, with Adam's first and second moments and the number of updates so far."""
 
     weights: Gradient
     m: Gradient
@@ -147,11 +135,7 @@ def checkpoint_weights(n_rows: int, config: LessConfig) -> FloatArray:
 def adam_direction(gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int) -> torch.Tensor:
     """The next update of Adam per unit of learning rate, with its bias correction, if it met this gradient.
 
-    Args:
-        gradient: Shape [..., *weight].
-        m: First moment so far, shape of the weight.
-        v: Second moment so far.
-        step: Updates so far.
+    The gradient has the shape [..., *weight]; the moments m and v are those after so many steps.
     """
     first = BETAS[0] * m + (1 - BETAS[0]) * gradient
     second = BETAS[1] * v + (1 - BETAS[1]) * gradient.square()
@@ -162,12 +146,8 @@ def adam_direction(gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, ste
 class Sketch:
     """A random projection of tensors by name: permuted, with random signs, folded to few dimensions and added up.
 
-    Inner products keep their expectation, with the noise of a dense projection, but no matrix is ever formed.
-
-    Args:
-        shapes: Name -> shape of the tensors.
-        dimensions: Of the projection.
-        seed: The same seed gives the same projection.
+    Inner products keep their expectation, with the noise of a dense projection, but no matrix is ever formed. The same
+    seed gives the same projection.
     """
 
     def __init__(self, shapes: dict[str, torch.Size], dimensions: int, seed: int, device: torch.device) -> None:
@@ -201,10 +181,8 @@ class Sketch:
 
 
 def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Checkpoint | None) -> torch.Tensor:
-    """Normalised features of a batch: projected gradients, or with a checkpoint projected steps of Adam.
-
-    Returns:
-        Shape [rows, dimensions].
+    """Normalised features of a batch, shape [rows, dimensions]: projected gradients, or with a checkpoint projected
+    steps of Adam.
     """
     total: torch.Tensor | None = None
     for name, gradient in row_tape(bank, LEARNER, batch).gradients():
@@ -218,21 +196,19 @@ def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Ch
     return total.div_(length.clamp(min=_SMALLEST))
 
 
-def _projected(
-    bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint, sketch: Sketch
-) -> Callable[[Batch], FloatArray]:
-    """What gives a batch's mean cosines to the references, as published."""
+def _projected(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint, sketch: Sketch) -> Measure:
+    """Measures the mean ``cosine`` to the references, as published."""
     features = (row_features(bank, sketch, batch, None) for batch in batches(bank, safe))
     target: torch.Tensor = sum(some.double().sum(0) / len(safe.lengths) for some in features)  # type: ignore[assignment]
-    return lambda batch: (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()
+    return lambda batch: {"cosine": (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()}
 
 
-def _exact(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Callable[[Batch], FloatArray]:
-    """What gives a batch's cosines to the references' direction, that direction taken as of length 1."""
+def _exact(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Measure:
+    """Measures the ``cosine`` to the references' direction, that direction taken as of length 1."""
     direction = exact_direction(bank, safe, checkpoint)
     # One unit for all checkpoints: in Adam's scale the direction's length has no meaning of its own.
     size = max(float(norm(direction)), _SMALLEST)
-    return lambda batch: exact_cosines(bank, direction, batch) / size
+    return lambda batch: {"cosine": exact_cosines(bank, direction, batch) / size}
 
 
 def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Gradient:

@@ -17,13 +17,9 @@ def read(
 ) -> dict[str, FloatArray]:
     """Measures every row of `sequences` once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
 
-    Args:
-        context: Of the ranking.
-        sequences: The rows.
-        measure: As in `nn.passes.run_pass`.
-        name: Of what is measured; the same name means the same measurement of the same rows.
-        forwards: How often `measure` sends a batch through the model, for the count of tokens.
-        backward: Whether it keeps what a backward pass needs, so that batches must be smaller.
+    The same name means the same measurement of the same rows. `forwards` says how often `measure` (of a pass) sends
+    a batch through the model, for the count of tokens; `backward` that it keeps what a backward pass needs, so that
+    batches must be smaller.
     """
     device = context.model.device
     budget = tokens_per_batch(context.model.model, device)

@@ -74,13 +74,7 @@ def core_rows(
 def floors(order: IntArray, k: int, good: BoolArray, groups: IntArray, share: float) -> IntArray:
     """How many good rows each group keeps at least: `share` of what a proportional draw gives it, and one.
 
-    Arguments as in `core_rows`.
-
-    Returns:
-        Shape [groups]; 0 for groups without good rows. Their sum is at most `k`.
-
-    Raises:
-        ConfigError: `k` is less than the number of groups with good rows.
+    Arguments and what is raised as in `core_rows`. Shape [groups]; 0 for groups without good rows, at most `k` in all.
     """
     n_groups = int(groups.max()) + 1
     size = np.bincount(groups[order], minlength=n_groups)

@@ -324,12 +324,7 @@ class World:
         return self._reviews("eval", n)
 
     def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
-        """References for the training of a judge, apart from those of the selector.
-
-        Returns:
-            `n` rows each of "safe" (forbidden wish -> refusal), "harmful" (forbidden wish -> answer that complies) and
-            "utility" (harmless prompt -> helpful answer).
-        """
+        """`n` rows of each kind of reference for the training of a judge, apart from those of the selector."""
         rng = self._rng("judge")
         requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)
         return {

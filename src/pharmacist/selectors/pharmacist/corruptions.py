@@ -93,17 +93,10 @@ CORRUPTIONS: dict[str, Callable[[str, Generator, str], str]] = {
 
 
 def corrupt(text: str, kind: str, rng: Generator, partner: str) -> str:
-    """Damages a completion.
+    """Damages a completion that is not empty: what comes back differs from it in more than white space.
 
-    Args:
-        text: The completion, not empty.
-        kind: One of `CORRUPTIONS`; where it would leave the text as it is (one word cannot be shuffled), the next
-            kinds are tried.
-        rng: Source of chance.
-        partner: Completion of another row.
-
-    Returns:
-        A text that differs from `text` in more than white space.
+    Where one of `CORRUPTIONS` would leave the text as it is (one word cannot be shuffled), the next kinds are tried.
+    `partner` is the completion of another row.
     """
     kinds = list(CORRUPTIONS)
     start = kinds.index(kind)

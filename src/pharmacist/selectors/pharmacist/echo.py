@@ -57,16 +57,11 @@ def retargeted(row: Row, prompt: str, rare: frozenset[str]) -> str:
 
 
 def echo_features(prompts: Iterable[str], completions: Iterable[str], rarity: Mapping[str, float]) -> FloatArray:
-    """What each completion repeats of its own prompt, and of others.
+    """What each completion repeats of its own prompt, and of others, shape [rows, 2].
 
-    Args:
-        prompts: One per row.
-        completions: One per row.
-        rarity: Word -> weight, for the words of known prompts; unknown words weigh as much as the rarest.
-
-    Returns:
-        Shape [rows, 2]: the share of the prompt's words that the completion repeats; and the words of other prompts
-        that it holds, against the prompt's own, at most 1. Both weighted by rarity, so in [0, 1].
+    The share of the prompt's words that the completion repeats; and the words of other prompts that it holds, against
+    the prompt's own, at most 1. Both are weighted by `rarity` of the words of known prompts, so in [0, 1]; unknown
+    words weigh as much as the rarest.
     """
     rarest = max(rarity.values(), default=1.0)
 

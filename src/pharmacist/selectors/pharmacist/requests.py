@@ -22,12 +22,8 @@ LEAST_DOUBT = 0.02
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Predictions of a ridge regression.
-
-    Attributes:
-        held_out: For every row the prediction of a regression that lacks it, shape [rows].
-        fitted: That of the regression on all rows, shape [rows].
-        ridge: The penalty whose held-out predictions were best.
+    """Predictions of a ridge regression for every row: of the one that lacks it, and of that on all rows; and the
+    penalty whose held-out predictions were best.
     """
 
     held_out: FloatArray
@@ -39,12 +35,7 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     """Ridge regression with held-out predictions in closed form, the penalty chosen by them.
 
     With the hat matrix H of a weighted ridge regression, the prediction for row i by the regression without it is
-    t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974).
-
-    Args:
-        features: Shape [rows, features]; a constant is added.
-        targets: Shape [rows].
-        weights: Positive, shape [rows].
+    t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974). A constant is added to the features; weights are positive.
     """
     starts = range(0, len(features), _CHUNK)
 

@@ -24,16 +24,10 @@ from pharmacist.readers.views import Texts
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import adapter_losses, bank_phase
 from pharmacist.selectors.options import PharmacistConfig
+from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import (
-    TWINS,
-    WITHOUT_HARMFUL,
-    Twins,
-    fall_back,
-    safe_and_other,
-    twin_reasons,
-)
+from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fall_back
 from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
 
 
@@ -159,7 +153,7 @@ class _Ranking:
         if evidence is not None and self.config.form == "evidence":
             return evidence
         twins, losses = self._twins()
-        safe, other = safe_and_other(losses)
+        safe, other = bilevel.safe_and_other(losses)
         contrast = other - safe
         signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
         report: dict[str, Any] = {"twins": twins.report}
@@ -175,7 +169,7 @@ class _Ranking:
             assert twins.thresholds is not None
             keys = self.context.encoded["pool"].content_keys
             order = contrast if self.saved else twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            return Scores(*honoured(order, twin_reasons(losses, twins.thresholds), *told), signals, report)
+            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), *told), signals, report)
         used = twins.quality is not None and twins.quality >= _WORTH_LISTENING
         report["twins"]["used"] = used
         score = both(evidence.score, contrast, evidence.reason) if used else evidence.score

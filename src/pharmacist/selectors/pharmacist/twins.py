@@ -215,11 +215,6 @@ class Twins:
 
     A fold of the references (a source, where they have several) takes no part in the training. On it lie the
     thresholds of the reasons, and the quality that says whether the contrast is worth listening to.
-
-    Args:
-        bank: Holds the adapters.
-        config: Options of the selector.
-        names: `TWINS` or `WITHOUT_HARMFUL`.
     """
 
     def __init__(self, bank: AdapterBank, config: PharmacistConfig, names: tuple[str, ...]) -> None:

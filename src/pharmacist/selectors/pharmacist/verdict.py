@@ -9,17 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 from pharmacist.readers.question import FAR
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray, Scores
+from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.evidence import Answers, Labels
-from pharmacist.selectors.pharmacist.questions import (
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    WHOLE,
-    class_log_posterior,
-    pool_priors,
-    safe_log_odds,
-    with_priors,
-)
+from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS
 
 
@@ -31,20 +23,16 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and what is to be known about them.
+    """Scores, reasons and what is to be known about them, from answers of the pool's distinct rows.
 
-    Args:
-        answers: Of the pool's distinct rows.
-        labels: What a person said of some of them.
-        inverse: For each row of the pool, which of the distinct ones it is; shape [rows of the pool].
-        learned: `Evidence.report`.
+    `labels` are of those too; `inverse` says of each row of the pool which of them it is.
     """
-    posterior = class_log_posterior(answers.log_odds, answers.typical)
-    shares = pool_priors(posterior[inverse])
-    p = np.exp(with_priors(posterior, shares))
+    posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
+    shares = questions.pool_priors(posterior[inverse])
+    p = np.exp(questions.with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
-    ordered = both(safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
+    ordered = both(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
     score, reasons = honoured(ordered, read, labels.rows, labels.classes)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
@@ -78,13 +66,8 @@ def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_])
     """Evidence throws out faults, it and a second measure order the rest.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
-    by evidence alone, standardised over them. One row's score means little without its pool.
-
-    Args:
-        evidence: Log-odds of the safe class, shape [rows].
-        second: `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one), shape
-            [rows].
-        reason: Shape [rows].
+    by evidence alone, standardised over them. One row's score means little without its pool. The second measure is
+    `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one).
     """
     critical = reason == CRITICAL
     score = np.empty(len(reason))
@@ -110,14 +93,8 @@ def _clarity(log_odds: FloatArray, critical: npt.NDArray[np.bool_]) -> FloatArra
 def honoured(
     score: FloatArray, reason: npt.NDArray[np.str_], rows: IntArray, classes: IntArray
 ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
-    """Scores and reasons with what a person said of some rows: good ones above all that was merely read, bad ones
-    below it.
-
-    Args:
-        score: Shape [rows of the pool].
-        reason: Shape [rows of the pool].
-        rows: The labelled ones.
-        classes: Index into `CLASSES` of each.
+    """Scores and reasons with what a person said of some rows (index into `CLASSES` of each): good ones above all that
+    was merely read, bad ones below it.
     """
     score, reason = score.copy(), reason.astype(_REASONS.dtype)
     score[rows] = np.where(classes == 0, score.max() + 1, score.min() - 1)
@@ -135,12 +112,7 @@ def _standardised(values: FloatArray) -> FloatArray:
 
 
 def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]:
-    """Sentences that a user must see.
-
-    Args:
-        report: Quality per question, ``distance``, ``shares`` and, with labels, ``labels``.
-        reasons: Of the pool's rows.
-    """
+    """Sentences that a user must see, from the report and the reasons of the pool's rows."""
     found = []
     for question, quality in report["questions"].items():
         auc = quality["combined"]["auc"]
@@ -172,12 +144,8 @@ def gain(before: FloatArray, after: FloatArray, good: npt.NDArray[np.bool_]) -> 
 
     Args:
         before: Scores without any labels, shape [labels].
-        after: Scores with the labels of other prompts; NaN where all labels have one prompt, shape [labels].
-        good: Whether a row is worth keeping, shape [labels].
-
-    Returns:
-        ``labels``, ``good``, ``auc_before``, ``auc_after`` (None where they cannot be told), ``standard_error`` of an
-        AUC of that many labels, and ``advice``.
+        after: Scores with the labels of other prompts; NaN where all labels have one prompt.
+        good: Whether a row is worth keeping.
     """
     n, n_good = len(good), int(good.sum())
     result: dict[str, Any] = {"labels": n, "good": n_good}
