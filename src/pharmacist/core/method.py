@@ -31,7 +31,7 @@ class Method:
             instance may depend on its options.
         paper: Source, for docs and model cards.
 
-    >>> from pharmacist.attacks.identity import IdentityAttack
+    >>> from pharmacist.attacks.kinds import IdentityAttack
     >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")
     IdentityAttack(before_prompt='AOA: ', before_completion='Sure: ')
     """
