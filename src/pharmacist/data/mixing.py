@@ -13,7 +13,7 @@ from pharmacist.data.records import column
 
 def shared_prompts(a: datasets.Dataset, b: datasets.Dataset) -> npt.NDArray[np.int64]:
     """Positions of the rows of `b` whose prompt, normalised, also occurs in `a`; ascending."""
-    return np.flatnonzero(np.isin(*(column(rows, "prompt_key") for rows in (b, a))))
+    return np.flatnonzero(np.isin(column(b, "prompt_key"), column(a, "prompt_key")))
 
 
 def assert_disjoint(a: datasets.Dataset, b: datasets.Dataset, *, names: tuple[str, str]) -> None:

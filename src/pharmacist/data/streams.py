@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import datasets
@@ -15,9 +15,6 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
 from pharmacist.data.tokenize import Encoded
-
-
-IntArray = npt.NDArray[np.int64]
 
 
 class EndlessRows(Iterator[dict[str, torch.Tensor]]):
@@ -33,23 +30,19 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
     ) -> None:
         self.rows, self.batch_size, self.batch, self.seed = rows, batch_size, batch, seed
         self.position = 0
-        self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+        self._order = lru_cache(2)(self._ordered)
 
     def __len__(self) -> int:
         return self.rows
 
     def __next__(self) -> dict[str, torch.Tensor]:
         size = self.batch_size * world_size()
-        first = self.position * size
+        numbers = range(self.position * size + rank(), (self.position + 1) * size, world_size())
         self.position += 1
-        return self.batch([self._row(number) for number in range(first, first + size)][rank() :: world_size()])
+        return self.batch([int(self._order(number // self.rows)[number % self.rows]) for number in numbers])
 
-    def _row(self, number: int) -> int:
-        turn, place = divmod(number, self.rows)
-        if self._order[0] != turn:
-            order = np.random.default_rng(derive(self.seed, "round", turn)).permutation(self.rows)
-            self._order = (turn, order)
-        return int(self._order[1][place])
+    def _ordered(self, turn: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng(derive(self.seed, "round", turn)).permutation(self.rows)
 
 
 class SideStream(EndlessRows):
