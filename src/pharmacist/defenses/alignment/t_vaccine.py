@@ -60,9 +60,6 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
 
     Returns:
         Their numbers, ascending.
-
-    Raises:
-        DataError: Fewer than `count` layers have a chance.
     """
     if (known := int((p > 0).sum())) < count:
         raise DataError(
@@ -88,11 +85,7 @@ class TVaccine(Vaccine):
     config: TVaccineConfig  # type: ignore[assignment]
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds decoder layers and their self-attention modules.
-
-        Raises:
-            ConfigError: More layers are to be sampled than there are.
-        """
+        """Finds decoder layers and their self-attention modules."""
         self.modules = attention_modules(model)
         depth = len(self.modules)
         self.count = min(_LAYERS, depth) if self.config.layers is None else self.config.layers
