@@ -79,7 +79,7 @@ class _Collator:
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
-    """Makes a model trainable, in place: a fresh LoRA adapter on frozen weights, the one that it has, or all weights."""
+    """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the one that it has, or all weights."""
     model: Any = loaded.model
     if options.tuning == "full":
         return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)
