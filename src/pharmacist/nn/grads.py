@@ -54,7 +54,8 @@ def averaged(grads: Gradient) -> Gradient:
 def norm(grads: Gradient) -> torch.Tensor:
     """Euclidean norm over all tensors together, a scalar."""
     norms = [torch.linalg.vector_norm(value) for value in grads.values()]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    joint: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return joint
 
 
 def dot(a: Gradient, b: Gradient) -> torch.Tensor:

@@ -192,7 +192,8 @@ class NLSR(Repair):
         if tuned.form == "adapter":
 
             def kept(tensors: Mapping[str, torch.Tensor], name: str) -> Factors:
-                return Factors(*(tensors[part] * masks[part] for part in (f"{name}.lora_A", f"{name}.lora_B")))
+                a, b = f"{name}.lora_A", f"{name}.lora_B"
+                return Factors(tensors[a] * masks[a], tensors[b] * masks[b])
 
             return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
         assert references.update is not None
