@@ -129,8 +129,8 @@ def _repair(
 
 def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
     """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
-    assert options.aligned is not None
     options = replace(options, template="auto")  # no prompt is rendered for these
+    assert options.aligned is not None
     is_adapter = base_of(options.aligned) is not None and options.base is None
     model: Any = load(options.aligned, options, merge=not is_adapter).model
     if is_adapter:

@@ -78,7 +78,7 @@ class _Collator:
         return batch
 
 
-def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
+def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> Any:
     """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the one that it has, or all weights."""
     model: Any = loaded.model
     if options.tuning == "full":
