@@ -60,6 +60,7 @@ _EXPLAINED = {
     "peft_config": "PEFT's configuration of the adapter; rank 8 on all linear layers by default.",
 }
 """Arguments of several functions that are no options, or not the same."""
+_REFUSED = "Rows, models or options that cannot be used."
 
 
 def explained(options: type[Any]) -> Callable[[F], F]:
@@ -72,7 +73,8 @@ def explained(options: type[Any]) -> Callable[[F], F]:
         for name in inspect.signature(function).parameters:
             text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), f"{name}: {docs[name]}")
             lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
-        function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :]])
+        lines += ["", rest[rest.index("Returns:") :], "", "Raises:", f"    PharmacistError: {_REFUSED}"]
+        function.__doc__ = "\n".join(lines)
         return function
 
     return complete
@@ -126,9 +128,6 @@ def rank(
 
     Returns:
         The ranking; `Ranking.select` gives the core subset.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return RANK(_options(RANK, locals()))  # type: ignore[no-any-return]
 
@@ -167,9 +166,6 @@ def align(
 
     Returns:
         The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return _model_from(ALIGN, locals())
 
@@ -211,9 +207,6 @@ def attack(
 
     Returns:
         The attacked model; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return _model_from(ATTACK, locals())
 
@@ -247,9 +240,6 @@ def repair(
 
     Returns:
         The repaired model; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Models that do not belong together, or nothing to repair.
     """
     return _model_from(REPAIR, locals() | {"form": "auto" if isinstance(model, str) else "weights"})
 
@@ -290,9 +280,6 @@ def evaluate(
 
     Returns:
         The metrics, which show themselves in a notebook; `EvaluateResult.to_pandas` gives them as a table.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     given = locals()
     if isinstance(model, EvaluateOptions):
