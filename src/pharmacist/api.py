@@ -63,7 +63,7 @@ _EXPLAINED = {
 _REFUSED = "Rows, models or options that cannot be used."
 
 
-def explained(options: type[Any]) -> Callable[[F], F]:
+def explained(options: Any) -> Callable[[F], F]:
     """Explains those arguments of a function that its docstring leaves out, by what the options of that name say."""
 
     def complete(function: F) -> F:
@@ -347,7 +347,7 @@ def _options(stage: Stage, given: dict[str, Any]) -> Any:
         given["lora"] = GivenLora.of(lora)
     values: dict[str, Any] = {"output_dir": given.pop("output_dir") or ""}
     for item in fields(stage.options):
-        value = given.get(item.name)
+        value: Any = given.get(item.name)
         if value is None and item.name != "data":
             continue
         if item.name in stage.models and not isinstance(value, str):

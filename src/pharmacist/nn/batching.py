@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,12 +10,28 @@ import torch
 
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import cut, pad
-from pharmacist.data.tokenize import Encoded
 
 
 IntArray = npt.NDArray[np.int64]
-Sequences = Encoded
-"""What a pass reads."""
+
+
+class Sequences(Protocol):
+    """Tokenised rows: what a pass reads. `data.tokenize.Encoded` is one."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens per row, shape [rows]."""
+
+    @property
+    def prompt_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens before the completion, shape [rows]."""
+
+    def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
+        """The token ids of some rows."""
+
+    @property
+    def content_keys(self) -> npt.NDArray[np.uint64]:
+        """A 64-bit hash of each row's tokens and prompt length: equal rows have equal keys, shape [rows]."""
 
 
 @dataclass(frozen=True)
