@@ -20,13 +20,11 @@ class RowLosses(NamedTuple):
     Attributes:
         prompt: Mean over the prompt tokens that have a predecessor, shape [rows]; 0 where there are none.
         completion: Mean over completion tokens and the end-of-sequence token, shape [rows].
-        n_prompt: How many prompt tokens were averaged, shape [rows].
         n_completion: How many completion tokens were averaged, shape [rows].
     """
 
     prompt: torch.Tensor
     completion: torch.Tensor
-    n_prompt: torch.Tensor
     n_completion: torch.Tensor
 
 
@@ -67,11 +65,11 @@ def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: tor
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     in_prompt = position < prompt_lengths[:, None]
     in_completion = ~in_prompt & (position < lengths[:, None])
-    n_prompt, n_completion = in_prompt.sum(1), in_completion.sum(1)
+    n_completion = in_completion.sum(1)
     zero = losses.new_zeros(())
-    prompt = torch.where(in_prompt, losses, zero).sum(1) / n_prompt.clamp(min=1)
+    prompt = torch.where(in_prompt, losses, zero).sum(1) / in_prompt.sum(1).clamp(min=1)
     completion = torch.where(in_completion, losses, zero).sum(1) / n_completion
-    return RowLosses(prompt, completion, n_prompt, n_completion)
+    return RowLosses(prompt, completion, n_completion)
 
 
 def batch_loss(
