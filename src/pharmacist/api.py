@@ -67,6 +67,8 @@ def explained(options: Any) -> Callable[[F], F]:
     """Explains those arguments of a function that its docstring leaves out, by what the options of that name say."""
 
     def complete(function: F) -> F:
+        if not function.__doc__:  # under python -OO
+            return function
         about, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
         own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
         docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
