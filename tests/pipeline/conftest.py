@@ -11,7 +11,7 @@ PRELOADED = (
     "pipeline.align",
     "pipeline.attack",
     "selectors.pharmacist",
-    "report",
+    "report.html",
     "data.tokenize",
     "training.loop",
     "training.saving",
@@ -20,7 +20,6 @@ PRELOADED = (
     "evaluation.evaluator",
     "evaluation.judges.keyword",
     "pipeline.bench.grid",
-    "pipeline.bench.later",
 )
 
 

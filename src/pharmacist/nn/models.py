@@ -78,7 +78,7 @@ class LoadedModel(Given):
     def facts(self) -> dict[str, Any]:
         """For the manifest: how prompts are rendered, and what the model computes in."""
         return {
-            "template": self.template.to_json(),
+            "template": vars(self.template),
             "template_origin": self.template_origin,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
