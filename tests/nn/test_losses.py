@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 VOCABULARY = 11
 
 
-def by_hand(logits: list[list[float]], ids: list[int], n_prompt: int) -> tuple[float, float, int, int]:
-    """Mean cross-entropy of prompt and completion with Python floats; logits[t] predicts token t + 1."""
+def by_hand(logits: list[list[float]], ids: list[int], n_prompt: int) -> tuple[float, int]:
+    """Mean cross-entropy of the completion and its length, with Python floats; logits[t] predicts token t + 1."""
     losses = []
     for t in range(1, len(ids)):
         losses.append(math.log(math.fsum(map(math.exp, logits[t - 1]))) - logits[t - 1][ids[t]])
