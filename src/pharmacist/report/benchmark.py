@@ -180,7 +180,8 @@ def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | N
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
-    value = Value(mean.value, *(mean.interval or (None, None)), mean.n)
+    low, high = mean.interval or (None, None)
+    value = Value(mean.value, low, high, mean.n)
     differences = [] if other is None else (own - other).dropna().tolist()
     if not differences:
         return value

@@ -78,15 +78,12 @@ def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> list[dict[str, Any]]:
-    """How much of each category is kept, the largest first.
+    """How much of each category is kept, the largest first, those beyond the `MOST_CATEGORIES` largest as one.
 
-    Args:
-        groups: Categories per row; a row with several counts in each of them, one with none as "none".
-        selected: Per row.
+    A row with several categories counts in each of them, one with none as "none".
 
     Returns:
-        Per category its ``title``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent. What
-        is beyond the `MOST_CATEGORIES` largest comes last, as one group.
+        Per category its ``title``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent.
     """
     table = pd.DataFrame({"title": list(groups), "selected": selected.to_numpy(dtype=bool)}).explode("title")
     table["title"] = table["title"].fillna("none").astype(str)
@@ -151,11 +148,9 @@ class Rows:
 
 
 def row_table(rows: Rows) -> dict[str, Any]:
-    """The rows for the page's table, in rank order.
+    """The rows for the page's table, in rank order, with the words for their reasons and labels.
 
-    Returns:
-        ``total``, ``shown``, ``limit`` (characters per text), ``cut`` (texts that were longer), ``reasons`` and
-        ``labels`` (words) and ``rows``.
+    Texts have ``limit`` characters at most; ``cut`` of them were longer.
     """
     total = len(rows.scores)
     shown = min(total, MOST_ROWS)

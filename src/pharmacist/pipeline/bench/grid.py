@@ -27,7 +27,7 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
-from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
+from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
@@ -180,7 +180,12 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
                 if name not in known:
                     hint = closest(name, known)
                     raise ConfigError(f"{owner} '{entry.name}': there is no {axis} '{name}'{hint}")
-    axes["pool"] = [_with_references(pool) for pool in axes["pool"]]
+    for pool in axes["pool"]:
+        for name in REFERENCES:
+            if pool.pool == WORLD and getattr(pool, name) is None:
+                setattr(
+                    pool, name, f"{WORLD}:{name}"
+                )  # a made-up pool has its world's references, unless given others
     axes["selector"] = [
         replace(selector, fractions=[fraction])
         for selector in axes["selector"]
@@ -219,12 +224,6 @@ def _check_any(axis: str, given: Sequence[Any]) -> None:
 def _stem(place: str) -> str:
     """The name of a file without suffixes, or of a model."""
     return Path(place).name.partition(".jsonl")[0] if not Path(place).is_dir() else Path(place).resolve().name
-
-
-def _with_references(pool: PoolEntry) -> PoolEntry:
-    """A made-up pool with its world's references, unless it has others."""
-    missing = {name: f"{WORLD}:{name}" for name in REFERENCES if getattr(pool, name) is None}
-    return replace(pool, **missing) if pool.pool == WORLD else pool  # type: ignore[arg-type]
 
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:

@@ -230,5 +230,6 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether a stage's result is there, and is of its inputs as they are."""
     manifest = stage.manifest
-    finished = manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
-    return finished and missing_output(stage.folder, manifest) is None
+    if manifest is None or manifest.status != "success" or is_stale(stage, stages):
+        return False
+    return missing_output(stage.folder, manifest) is None
