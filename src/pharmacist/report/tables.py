@@ -89,13 +89,12 @@ def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> l
     table["title"] = table["title"].fillna("none").astype(str)
     counts = table.groupby("title")["selected"].agg(rows="size", selected="sum").reset_index()
     counts = counts.sort_values(["rows", "title"], ascending=[False, True], kind="stable")
-    found = [dict(zip(counts, line, strict=True)) for line in counts.itertuples(index=False, name=None)]
+    found = list(counts.itertuples(index=False, name=None))
     if rest := found[MOST_CATEGORIES:]:
-        others = {name: sum(group[name] for group in rest) for name in ("rows", "selected")}
-        found[MOST_CATEGORIES:] = [{"title": "All others", **others}]
+        found[MOST_CATEGORIES:] = [("All others", *(sum(group[at] for group in rest) for at in (1, 2)))]
     return [
-        group | {"left": group["rows"] - group["selected"], "kept": 100 * group["selected"] / group["rows"]}
-        for group in found
+        {"title": title, "rows": size, "selected": kept, "left": size - kept, "kept": 100 * kept / size}
+        for title, size, kept in found
     ]
 
 
