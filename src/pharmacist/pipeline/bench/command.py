@@ -229,5 +229,5 @@ def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> floa
     pool = plan.stages[select.parents[0]].options.pool
     for name, manifest in finished.items():
         if plan.stages[name].kind == "rank" and plan.stages[name].options.pool == pool:
-            return select.options.top * manifest.counts["ranked"] * float(train["num_train_epochs"])
+            return float(select.options.top) * manifest.counts["ranked"] * float(train["num_train_epochs"])
     return None
