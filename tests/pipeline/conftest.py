@@ -14,7 +14,7 @@ PRELOADED = (
     "report.html",
     "data.tokenize",
     "training.loop",
-    "training.card",
+    "training.saving",
     "defenses.alignment.sft",
     "pipeline.evaluate",
     "evaluation.evaluator",

@@ -22,11 +22,9 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.stage import Stage as Declaration
 from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
-from pharmacist.pipeline.stages.curate import CURATE
+from pharmacist.pipeline.stages.curate import CURATE, KNOWN_LABELS, SELECT
 from pharmacist.pipeline.stages.evaluate import EVALUATE
-from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS
 from pharmacist.pipeline.stages.repair import REPAIR
-from pharmacist.pipeline.stages.select import SELECT
 
 
 Options = TypeVar("Options", bound=RunOptions)
