@@ -48,13 +48,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its 95 % interval.
-
-    Attributes:
-        mean: The number: a mean over seeds, or a rate over prompts.
-        low: Lower end of its interval; None where there is none.
-        high: Upper end.
-    """
+    """A number, a mean over seeds or a rate over prompts, and the ends of its 95 % interval where it has one."""
 
     mean: float
     low: float | None = None
@@ -69,13 +63,7 @@ class Figure:
         return None if value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, sign: str = "", ends: str = "[{}, {}]") -> str:
-        """The number with one digit, and its interval where it has one.
-
-        Args:
-            unit: Behind the number, a space before it included.
-            sign: "+" to write one before a positive number too.
-            ends: How the interval is written.
-        """
+        """The number with one digit and its unit, and its interval where it has one; `sign` "+" writes a plus too."""
         mean = f"{self.mean:{sign}.1f}{unit}"
         if self.low is None or self.high is None:
             return mean

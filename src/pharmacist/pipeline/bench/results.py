@@ -75,14 +75,8 @@ class Result:
 
 def write_results(path: Path, rows: Sequence[Result]) -> None:
     """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
-    kinds: dict[Any, Any] = {
-        str: pa.string(),
-        int: pa.int64(),
-        float: pa.float64(),
-        float | None: pa.float64(),
-        list[int]: pa.list_(pa.int64()),
-        list[float]: pa.list_(pa.float64()),
-    }
+    kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
+    kinds |= {list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64())}
     schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
