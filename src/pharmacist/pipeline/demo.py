@@ -163,9 +163,8 @@ def _show(result: DemoResult) -> None:
     pool = summary["pool"]
     kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"
     table = Table(title=f"Pool of {pool['rows']} rows, {kind}; {len(summary['seeds'])} seeds, 95 % intervals")
-    table.add_column("aligned\non")
-    for name in ("HS over\nattack", "HS at\nend", "FA", "over-\nrefusal", "alignment\ntime"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("aligned\non", "HS over\nattack", "HS at\nend", "FA", "over-\nrefusal", "alignment\ntime"):
+        table.add_column(name, justify="right" if table.columns else "left", no_wrap=bool(table.columns))
     for arm in summary["arms"]:
         saved = summary["time_saved"].get(arm)
         table.add_row(
@@ -197,5 +196,5 @@ def _show(result: DemoResult) -> None:
 
 
 def _with_interval(interval: Mapping[str, Any]) -> str:
-    figure = Figure(interval["mean"], *(interval["ci95"] or ()))
-    return figure.text() if interval["ci95"] else f"{figure.text()} (no interval: {interval['no_ci95']})"
+    text = Figure(interval["mean"], *(interval["ci95"] or ())).text()
+    return text if interval["ci95"] else f"{text} (no interval: {interval['no_ci95']})"

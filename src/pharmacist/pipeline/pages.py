@@ -19,11 +19,7 @@ from pharmacist.worlds.potions import Planted
 
 
 def ranking_manifest(folder: str | Path) -> RunManifest:
-    """The manifest of a finished ranking, whose files are as they were written.
-
-    Raises:
-        DataError: The folder holds none.
-    """
+    """The manifest of a finished ranking, whose files are as they were written; else `DataError`."""
     manifest = read_manifest(folder)
     if manifest.stage != "curate":
         raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
@@ -34,11 +30,7 @@ def ranking_manifest(folder: str | Path) -> RunManifest:
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A Parquet file of a run in which these columns must be.
-
-    Raises:
-        DataError: It cannot be read, or lacks one.
-    """
+    """A Parquet file of a run in which these columns must be; `DataError` where it cannot be read, or lacks one."""
     check_ordinary(path)
     try:
         table = pd.read_parquet(path)
@@ -53,8 +45,7 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
     """Writes page and tables of a benchmark, of a partial one too.
 
     Raises:
-        DataError: ``results.parquet`` cannot be used.
-        ConfigError: It has no selector of the baseline's name.
+        PharmacistError: ``results.parquet`` cannot be used, or has no selector of the baseline's name.
     """
     results = read_table(folder / "results.parquet", "cell", "seed", *AXES)
     names = sorted(results["selector"].unique())
@@ -73,11 +64,7 @@ def planted_pool(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:
 
 
 def demo_page(folder: Path, manifest: RunManifest) -> None:
-    """Writes ``report.html`` of a demo.
-
-    Raises:
-        DataError: Something of it is missing, or its pool has changed.
-    """
+    """Writes ``report.html`` of a demo; `DataError` where something of it is missing, or its pool has changed."""
     config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
@@ -91,11 +78,7 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
 
 
 def sweep_page(folder: Path, manifest: RunManifest) -> None:
-    """Writes ``report.html`` of a sweep.
-
-    Raises:
-        DataError: ``sweep.json`` is missing.
-    """
+    """Writes ``report.html`` of a sweep; `DataError` where ``sweep.json`` is missing."""
     if not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
     render_sweep(folder, manifest=manifest.model_dump(mode="json"))

@@ -82,7 +82,11 @@ def sweep(options: SweepOptions) -> SweepResult:
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
     for within, own in {"": options, "evaluate.": measuring}.items():
         check_outside(Path(options.output_dir), own, within=within)
-    options = replace(options, disjoint_from=_disjoint(options))
+    measured_with = [
+        options.evaluate[name] for name in ("prompts", "task")
+    ]  # no attack set may share a prompt with it
+    files = [file for file in measured_with if str(file).partition(":")[0] not in PROMPT_SETS]
+    options = replace(options, disjoint_from=list(dict.fromkeys([*options.disjoint_from, *files])))
     points = _points(options, strategy)
     inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
     inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
@@ -94,13 +98,6 @@ def sweep(options: SweepOptions) -> SweepResult:
         if rank() == 0 and not options.quiet:
             _show(result)
         return result
-
-
-def _disjoint(options: SweepOptions) -> list[str]:
-    """The files that no attack set may share a prompt with: the user's, and what the attacks are measured with."""
-    own = [options.evaluate[name] for name in ("prompts", "task")]
-    files = [file for file in own if str(file).partition(":")[0] not in PROMPT_SETS]
-    return list(dict.fromkeys([*options.disjoint_from, *files]))
 
 
 def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:

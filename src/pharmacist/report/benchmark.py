@@ -70,12 +70,8 @@ class Line:
 
 
 class Benchmark:
-    """All lines of a benchmark, in the order of the grid.
-
-    Args:
-        results: ``results.parquet``.
-        order: Axis -> its names in the order of the grid; others follow, the full dataset first, then by name.
-        baseline: Selector that the others are compared with, at the same fraction where it has several.
+    """All lines of a benchmark, out of ``results.parquet``, on every axis in the grid's `order`; names that it lacks
+    follow, the full dataset first. The baseline is compared at the same fraction where it has several.
 
     Raises:
         DataError: A column is missing, there is no row, or two rows are of one cell and seed.
@@ -180,7 +176,8 @@ def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | N
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
-    value = Value(mean.value, *(mean.interval or (None, None)), mean.n)
+    low, high = mean.interval or (None, None)
+    value = Value(mean.value, low, high, mean.n)
     differences = [] if other is None else (own - other).dropna().tolist()
     if not differences:
         return value
@@ -209,9 +206,9 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     """How each series fares against the baseline over all settings and defenses.
 
     Returns:
-        Per series but the baseline's: ``name``, ``comparisons``, and by metric ``better``, ``worse``, ``open`` (not
-        shown), the ``mean`` of the differences over the comparisons, and ``low`` and ``high`` of its 95 % interval
-        over seeds, None where there are several settings or one seed; ``time_saved`` in percent of alignment time.
+        Per series but the baseline's: ``name``, ``selector``, and by metric in how many of ``n`` comparisons it is
+        ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
+        interval over seeds, None where there are several settings or one seed; ``time_saved`` in percent.
     """
     found = []
     overall = benchmark.over_defenses or benchmark
@@ -229,7 +226,6 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
                     "high": pooled and pooled.high,
                     "better": signs.count(1),
                     "worse": signs.count(-1),
-                    "open": signs.count(0),
                     "n": len(compared),
                     "mean": float(np.mean([value.difference.mean for value in compared if value.difference])),
                 }

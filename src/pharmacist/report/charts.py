@@ -302,7 +302,7 @@ def _span(values: Sequence[Figure]) -> list[float]:
 
 def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
     """One bar per arm, its mean, with a point per seed; an axis of percent ends at 100."""
-    own = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in reversed(values.items())]
+    own = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in list(values.items())[::-1]]
     bar = _bar(
         [word.title for word, _, _ in own],
         [mean for _, _, mean in own],

@@ -172,15 +172,18 @@ def _environment() -> Environment:
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
     """Writes a page with its own scripts after ``page.js``, and what they read by name; ``figures`` are its charts."""
-    code = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", *scripts))]
+    templates = files("pharmacist.report") / "templates"
+    tables_library = files("itables") / "html"  # brings DataTables for pages that work offline
+    code = [Markup(get_plotlyjs()), *(Markup((templates / name).read_text("utf-8")) for name in ("page.js", *scripts))]
+    packed = {**data, "datatables": (tables_library / "dt_bundle.js").read_text("utf-8")}
     page = _environment().get_template(template)
     text = page.render(
         **context,
         scripts=code,
         policy=_policy(code),
-        table_style=Markup(_datatables("css")),
-        style=Markup(_template_file("style.css")),
-        data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
+        table_style=Markup((tables_library / "dt_bundle.css").read_text("utf-8")),
+        style=Markup((templates / "style.css").read_text("utf-8")),
+        data={name: _packed(value) for name, value in packed.items()},
     )
     write_text(path, text)
 
@@ -189,15 +192,6 @@ def _packed(value: Any) -> str:
     """JSON, compressed and in letters that mean nothing to HTML: small, quick to load, and nothing to escape."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
-
-
-def _template_file(name: str) -> str:
-    return files("pharmacist.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _datatables(kind: str) -> str:
-    """The DataTables bundle that itables brings, for pages that work offline."""
-    return files("itables").joinpath("html", f"dt_bundle.{kind}").read_text(encoding="utf-8")
 
 
 def _policy(scripts: Sequence[str]) -> str:

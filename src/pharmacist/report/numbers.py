@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from pharmacist.evaluation.statistics import Estimate
+from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,8 @@ class Metric:
         """Title and unit."""
         return f"{self.title}, {self.unit}"
 
-    def estimate(self, values: Sequence[float], *, difference: bool = False) -> "Estimate":
+    def estimate(self, values: Sequence[float], *, difference: bool = False) -> Estimate:
         """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
-        from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval
-
         bounds = (RATE_DIFFERENCE if difference else RATE) if self.unit == "%" else (-inf if difference else 0.0, inf)
         return t_interval(values, bounds=bounds)
 
@@ -52,20 +48,14 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its 95 % interval.
-
-    Attributes:
-        mean: The number: a mean over seeds, or a rate over prompts.
-        low: Lower end of its interval; None where there is none.
-        high: Upper end.
-    """
+    """A number, a mean over seeds or a rate over prompts, and the ends of its 95 % interval where it has one."""
 
     mean: float
     low: float | None = None
     high: float | None = None
 
     @classmethod
-    def of(cls, found: "Estimate | Mapping[str, Any] | None") -> "Figure | None":
+    def of(cls, found: Estimate | Mapping[str, Any] | None) -> "Figure | None":
         """An estimate, or a figure of a JSON file with ``mean`` or ``value`` and ``ci95``; None without a value."""
         if not isinstance(found, Mapping):
             return None if found is None else cls(found.value, *(found.interval or ()))
@@ -73,13 +63,7 @@ class Figure:
         return None if value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, sign: str = "", ends: str = "[{}, {}]") -> str:
-        """The number with one digit, and its interval where it has one.
-
-        Args:
-            unit: Behind the number, a space before it included.
-            sign: "+" to write one before a positive number too.
-            ends: How the interval is written.
-        """
+        """The number with one digit and its unit, and its interval where it has one; `sign` "+" writes a plus too."""
         mean = f"{self.mean:{sign}.1f}{unit}"
         if self.low is None or self.high is None:
             return mean

@@ -20,21 +20,18 @@ _SETTINGS = {"learning_rate": "lr", "poison_ratio": "poison ratio"}
 """Names of settings in the head of the table, where they are others."""
 
 
-def group_of(attack: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Which of `GROUPS` an attack belongs to."""
-    if attack["name"] == summary["worst"]:
-        return "worst"
-    return "kept" if attack["within_margin"] else "lost"
-
-
 def ordered(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The worst case, then the others within the margin, then those without, by harmful score."""
+    """Attacks with their group: the worst case, the others within the margin, those without, by harmful score."""
 
     def order(attack: Mapping[str, Any]) -> tuple[int, float]:
         figure = Figure.of(attack.get("harmful_score"))
         return list(GROUPS).index(attack["group"]), 1.0 if figure is None else -figure.mean
 
-    return sorted(({**attack, "group": group_of(attack, summary)} for attack in summary["attacks"]), key=order)
+    found = []
+    for attack in summary["attacks"]:
+        kept = "kept" if attack["within_margin"] else "lost"
+        found.append(attack | {"group": "worst" if attack["name"] == summary["worst"] else kept})
+    return sorted(found, key=order)
 
 
 def _rate(metric: Mapping[str, Any] | None) -> str:

@@ -78,27 +78,23 @@ def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> list[dict[str, Any]]:
-    """How much of each category is kept, the largest first.
+    """How much of each category is kept, the largest first, those beyond the `MOST_CATEGORIES` largest as one.
 
-    Args:
-        groups: Categories per row; a row with several counts in each of them, one with none as "none".
-        selected: Per row.
+    A row with several categories counts in each of them, one with none as "none".
 
     Returns:
-        Per category its ``title``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent. What
-        is beyond the `MOST_CATEGORIES` largest comes last, as one group.
+        Per category its ``title``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent.
     """
     table = pd.DataFrame({"title": list(groups), "selected": selected.to_numpy(dtype=bool)}).explode("title")
     table["title"] = table["title"].fillna("none").astype(str)
     counts = table.groupby("title")["selected"].agg(rows="size", selected="sum").reset_index()
     counts = counts.sort_values(["rows", "title"], ascending=[False, True], kind="stable")
-    found = [dict(zip(counts, line, strict=True)) for line in counts.itertuples(index=False, name=None)]
+    found = list(counts.itertuples(index=False, name=None))
     if rest := found[MOST_CATEGORIES:]:
-        others = {name: sum(group[name] for group in rest) for name in ("rows", "selected")}
-        found[MOST_CATEGORIES:] = [{"title": "All others", **others}]
+        found[MOST_CATEGORIES:] = [("All others", *(sum(group[at] for group in rest) for at in (1, 2)))]
     return [
-        group | {"left": group["rows"] - group["selected"], "kept": 100 * group["selected"] / group["rows"]}
-        for group in found
+        {"title": title, "rows": size, "selected": kept, "left": size - kept, "kept": 100 * kept / size}
+        for title, size, kept in found
     ]
 
 
@@ -151,11 +147,9 @@ class Rows:
 
 
 def row_table(rows: Rows) -> dict[str, Any]:
-    """The rows for the page's table, in rank order.
+    """The rows for the page's table, in rank order, with the words for their reasons and labels.
 
-    Returns:
-        ``total``, ``shown``, ``limit`` (characters per text), ``cut`` (texts that were longer), ``reasons`` and
-        ``labels`` (words) and ``rows``.
+    Texts have ``limit`` characters at most; ``cut`` of them were longer.
     """
     total = len(rows.scores)
     shown = min(total, MOST_ROWS)

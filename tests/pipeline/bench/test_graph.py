@@ -13,8 +13,9 @@ from pharmacist.core.progress import set_quiet
 from pharmacist.pipeline.bench.command import BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
-from pharmacist.pipeline.bench.results import AXES, Result
+from pharmacist.pipeline.bench.results import Result
 from pharmacist.pipeline.bench.stages import run_stage
+from pharmacist.report.benchmark import AXES
 from tests.support.bench_fakes import BROKEN, OTHER, Stages
 from tests.support.grids import SMALL, results
 

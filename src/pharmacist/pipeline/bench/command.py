@@ -1,26 +1,30 @@
 """The command `bench`: runs what a grid still needs and writes the table of results."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import read_manifest
+from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import bar, console
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
-from pharmacist.pipeline.bench.costs import estimate
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect, write_results
 from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
 from pharmacist.pipeline.pages import bench_page
+
+
+_TRAINING = ("align", "attack")
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -134,7 +138,7 @@ def _one_line(error: Exception) -> str:
 
 def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    costs, out = estimate(plan, waiting), console()
+    costs, out = _costs(plan, waiting), console()
     table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
     for column in ("stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"):
         table.add_column(column, justify="left" if column in ("stage", "method") else "right")
@@ -160,3 +164,70 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
         )
     names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
+
+
+@dataclass
+class _Cost:
+    """Stages of one kind and method, and what those of them will take that are still to be run."""
+
+    kind: str
+    method: str
+    stages: int = 0
+    waiting: int = 0
+    seconds: float | None = None  # None where nothing like them was measured
+    tokens: int | None = None  # of training; None where that is unknown
+    tokens_per_second: float | None = None
+
+
+def _costs(plan: Plan, waiting: Iterable[Stage]) -> list[_Cost]:
+    """Cost by kind and method, in the order of the graph.
+
+    Training: rows that pass through the model (rows times epochs, or steps times batch), times the tokens per row and
+    over the tokens per second of finished stages of that kind and method, or of that kind with other methods where it
+    has none. All else: the mean time of such stages.
+    """
+    manifests = {name: stage.manifest for name, stage in plan.stages.items()}
+    finished = {name: found for name, found in manifests.items() if found is not None and found.status == "success"}
+    measured: dict[tuple[str, ...], list[tuple[float, int, float]]] = defaultdict(list)
+    for name, manifest in finished.items():
+        stage, phases = plan.stages[name], manifest.phases
+        if stage.kind in _TRAINING:
+            rows, phase = _rows(stage, plan, finished) or 0.0, phases["train"]
+            one = rows, phase.tokens, phase.seconds
+        else:
+            one = 0.0, 0, sum(phase.seconds for phase in phases.values())
+        measured[stage.kind, stage.method].append(one)
+        measured[stage.kind,].append(one)
+    names = {stage.name for stage in waiting}
+    costs: dict[tuple[str, str], _Cost] = {}
+    for stage in plan.stages.values():
+        cost = costs.setdefault((stage.kind, stage.method), _Cost(stage.kind, stage.method))
+        cost.stages += 1
+        cost.waiting += stage.name in names
+        known = measured[stage.kind, stage.method] or measured[stage.kind,]
+        if stage.name not in names or not known:
+            continue
+        all_rows, tokens, seconds = (sum(column) for column in zip(*known, strict=True))
+        if stage.kind not in _TRAINING:
+            cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
+        elif (own := _rows(stage, plan, finished)) is not None and all_rows and tokens and seconds:
+            expected, cost.tokens_per_second = own * tokens / all_rows, tokens / seconds
+            cost.tokens = (cost.tokens or 0) + round(expected)
+            cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
+    return list(costs.values())
+
+
+def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
+    """Rows that pass through the model in training; None where nobody has counted the pool yet."""
+    train: Mapping[str, Any] = stage.options.effective_train
+    if int(train.get("max_steps", 0)) > 0:
+        batch = int(train["per_device_train_batch_size"]) * int(train.get("gradient_accumulation_steps", 1))
+        return float(int(train["max_steps"]) * batch)
+    if stage.kind == "attack":
+        return float(stage.options.samples) * float(train["num_train_epochs"])
+    select = plan.stages[stage.parents[0]]
+    pool = plan.stages[select.parents[0]].options.pool
+    for name, manifest in finished.items():
+        if plan.stages[name].kind == "rank" and plan.stages[name].options.pool == pool:
+            return float(select.options.top) * manifest.counts["ranked"] * float(train["num_train_epochs"])
+    return None

@@ -27,7 +27,7 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
-from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
+from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
 from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
@@ -180,7 +180,12 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
                 if name not in known:
                     hint = closest(name, known)
                     raise ConfigError(f"{owner} '{entry.name}': there is no {axis} '{name}'{hint}")
-    axes["pool"] = [_with_references(pool) for pool in axes["pool"]]
+    for pool in axes["pool"]:
+        for name in REFERENCES:
+            if pool.pool == WORLD and getattr(pool, name) is None:
+                setattr(
+                    pool, name, f"{WORLD}:{name}"
+                )  # a made-up pool has its world's references, unless given others
     axes["selector"] = [
         replace(selector, fractions=[fraction])
         for selector in axes["selector"]
@@ -219,12 +224,6 @@ def _check_any(axis: str, given: Sequence[Any]) -> None:
 def _stem(place: str) -> str:
     """The name of a file without suffixes, or of a model."""
     return Path(place).name.partition(".jsonl")[0] if not Path(place).is_dir() else Path(place).resolve().name
-
-
-def _with_references(pool: PoolEntry) -> PoolEntry:
-    """A made-up pool with its world's references, unless it has others."""
-    missing = {name: f"{WORLD}:{name}" for name in REFERENCES if getattr(pool, name) is None}
-    return replace(pool, **missing) if pool.pool == WORLD else pool  # type: ignore[arg-type]
 
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:
@@ -310,7 +309,7 @@ class _Graph:
         return self._checked[key]
 
     def stage(
-        self, kind: str, options: Any, chosen: _Choice, method: str, seed: int | None = None, **made: Input
+        self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
     ) -> Stage:
         """The stage with these options, and in the others' place what other stages make; the one that is there already
         if it is the same. Its seed is the cell's unless another is given.
@@ -366,7 +365,7 @@ class _Graph:
             options = with_options(options, model=None, safe=[], harmful=[], utility=[])
 
         def stage(kind: str, options: Any, method: str = selector.name, **made: Input) -> Stage:
-            return self.stage(kind, options, chosen, method, selector.seed, **made)
+            return self.stage(kind, options, chosen, method, made, selector.seed)
 
         roles = {"rank": stage("rank", options)}
         if selector.labels not in (0, "all"):
@@ -397,7 +396,7 @@ class _Graph:
         made = {"data": select.output(SELECTED)}
         if chosen.selector.weighted:
             made["weights"] = select.output(WEIGHTS)
-        return self.stage("align", options, chosen, defense.name, **made)
+        return self.stage("align", options, chosen, defense.name, made)
 
     def attacked(self, chosen: _Choice, align: Stage, select: Stage) -> Stage:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
@@ -423,7 +422,7 @@ class _Graph:
         if _lacking(options, strategy.needs & {"safe"}):
             made["safe"] = select.output(SELECTED)  # the defender's own rows
         method = f"{attack.name}, {later.name}" if defended else attack.name
-        return self.stage("attack", options, chosen, method, **made)
+        return self.stage("attack", options, chosen, method, made)
 
     def repaired(self, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage:
         """The stage that repairs."""
@@ -435,7 +434,7 @@ class _Graph:
         made = {"model": attack.output(), "aligned": align.output()}
         if _lacking(options, needs & {"safe"}):
             made["safe"] = select.output(SELECTED)
-        return self.stage("repair", options, chosen, later.name, **made)
+        return self.stage("repair", options, chosen, later.name, made)
 
     def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> Stage:
         """The stage that evaluates a model; one that asks the same for another judge has the answers of the first."""
@@ -449,7 +448,7 @@ class _Graph:
             raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
         if prompts_only:
             options = with_options(options, benign_prompts=None, task=None)
-        stage = self.stage("evaluate", options, chosen, judge.name, model=model)
+        stage = self.stage("evaluate", options, chosen, judge.name, {"model": model})
         asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
         first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)
         if first not in (stage.name, stage.like):

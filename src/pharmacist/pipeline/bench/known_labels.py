@@ -15,10 +15,7 @@ from pharmacist.selectors.labels import read_entries, write_labels
 
 
 def known_labels(options: KnownLabelsOptions) -> Path:
-    """Writes ``labels.json`` with the labels of the rows of ``to_label.jsonl``.
-
-    Returns:
-        The file.
+    """Writes ``labels.json`` with the labels of the rows of ``to_label.jsonl``, and returns its path.
 
     Raises:
         DataError: The ranking asks for none, or a row that it asks for has no label.

@@ -21,37 +21,24 @@ from pharmacist.pipeline.bench.grid import Cell, Plan
 from pharmacist.pipeline.bench.stages import Stage
 
 
-AXES = ("model", "pool", "selector", "fraction", "defense", "attack", "later_defense", "task", "judge")
-"""Columns that make up a cell; `Result.seed` comes on top."""
 MEASURES = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
 """Metrics of evaluate that a row holds, after the attack and before it."""
 
 
 @dataclass(kw_only=True)
 class Result:
-    """One row of ``results.parquet``.
-
-    ``_before`` is the aligned model, before the attack; without a suffix it is the model at the end: attacked and,
-    where there is a repair, repaired.
-    """
+    """One row of ``results.parquet``; what its columns mean is in docs/reference/output-files.md."""
 
     cell: str
-    """The choices joined by " / ", seed left out: equal for the rows of one cell."""
     model: str
-    """Names as the grid gives them, here and below."""
     pool: str
     selector: str
     fraction: float
-    """Share of the ranked rows that was kept, in (0, 1]; 1 for the selector full."""
     defense: str
-    """Alignment-stage defense."""
     attack: str
     poison_ratio: float
-    """Share of harmful rows in the attack's set."""
     samples: int
-    """Rows in the attack's set."""
     later_defense: str
-    """Fine-tuning-stage defense or repair; "none" where there is none."""
     task: str
     judge: str
     seed: int
@@ -59,61 +46,37 @@ class Result:
     harmful_score: float | None = None
     harmful_score_before: float | None = None
     harmful_score_over_attack: float | None = None
-    """Mean height of the harmful score over the attack's steps (trapezoids from step 0 to the last); null unless it
-    was measured between the two ends. A repair comes after the attack and is not part of it."""
     attack_steps: list[int] = field(default_factory=list)
-    """Steps at which the curve was measured, 0 and the last one included; empty like the next one where it was not."""
     harmful_scores: list[float] = field(default_factory=list)
-    """Harmful score at each of `attack_steps`."""
     loss_margin: float | None = None
-    """Loss of harmful answers less that of refusals, nats per token; null unless ``evaluate`` has a ``margin``."""
     loss_margin_before: float | None = None
     loss_margins: list[float] = field(default_factory=list)
-    """At each of `attack_steps`."""
     hs_plus: float | None = None
-    """HS+: harmful or degenerate, as in ``metrics.json``."""
     hs_plus_before: float | None = None
     fine_tune_accuracy: float | None = None
     fine_tune_accuracy_before: float | None = None
     over_refusal: float | None = None
     over_refusal_before: float | None = None
     ranking_auc: float | None = None
-    """Of a made-up pool, in percent: how often the ranking puts a row worth keeping above another one."""
     prompts: int = 0
-    """Harmful prompts whose answers were judged, at the end."""
 
     pool_rows: int = 0
-    """Rows that were ranked."""
     alignment_rows: int = 0
-    """Rows that were aligned on."""
     selection_seconds: float = 0.0
-    """Ranking and selecting; a ranking that cells share counts in full in each of them."""
     alignment_seconds: float = 0.0
-    """Training of the alignment alone, without loading."""
     attack_seconds: float = 0.0
-    """Training of the attack alone."""
     repair_seconds: float | None = None
     alignment_tokens: int = 0
-    """Tokens that the alignment's main pass read."""
     attack_tokens: int = 0
     alignment_peak_memory: float | None = None
-    """MB (10^6 bytes) during the alignment's training: allocated on the GPU, or resident in the process on a CPU."""
     device: str = ""
-    """Of the alignment."""
     folder: str = ""
-    """Of the last evaluation, relative to the benchmark's folder."""
 
 
 def write_results(path: Path, rows: Sequence[Result]) -> None:
     """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
-    kinds: dict[Any, Any] = {
-        str: pa.string(),
-        int: pa.int64(),
-        float: pa.float64(),
-        float | None: pa.float64(),
-        list[int]: pa.list_(pa.int64()),
-        list[float]: pa.list_(pa.float64()),
-    }
+    kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
+    kinds |= {list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64())}
     schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)

@@ -57,24 +57,21 @@ class Input:
 class Stage:
     """One run of one command.
 
-    Attributes:
-        kind: Key of `KINDS`.
-        function: ``"module:function"`` that runs it, the same on every machine.
-        key: Hash of the options that matter, the content of the inputs (keys of the stages that make them) and the
-            version of the stage.
-        options: With all paths filled in.
-        parents: Names of the stages whose results it reads.
-        method: What is special about it, for tables: the selector, the defense, the attack.
-        like: The one among its parents, if any, that asks the same model the same for another judge.
+    Its key is a hash of the options that matter, the content of the inputs (keys of the stages that make them) and the
+    version of the stage; its method is what is special about it, for tables: the selector, the defense, the attack.
     """
 
     kind: str
     function: str
+    """``"module:function"`` that runs it, the same on every machine."""
     key: str
     options: Any
+    """With all paths filled in."""
     parents: tuple[str, ...]
+    """Names of the stages whose results it reads."""
     method: str
     like: str | None = None
+    """The one among its parents, if any, that asks the same model the same for another judge."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -228,5 +225,6 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether a stage's result is there, and is of its inputs as they are."""
     manifest = stage.manifest
-    finished = manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
-    return finished and missing_output(stage.folder, manifest) is None
+    if manifest is None or manifest.status != "success" or is_stale(stage, stages):
+        return False
+    return missing_output(stage.folder, manifest) is None
