@@ -33,12 +33,9 @@ _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning 
 
 
 def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """Takes tokens out of the middle of prompts that fill a model's whole context, so that their frame stays whole.
+    """Prompts without the middle of those that fill a model's whole context, and how many were cut.
 
     Room is made for an answer of `max_new_tokens`, but for at most half of the context.
-
-    Returns:
-        The prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
     too_long = [len(row) >= context for row in ids]
@@ -60,7 +57,7 @@ def generate(
     """Answers prompts greedily.
 
     Args:
-        model: A causal language model, in any mode.
+        model: A causal language model, in any mode; it comes back as it was.
         tokenizer: Its tokenizer.
         ids: Prompts as token ids, as `data.tokenize.prompt_ids` makes them.
         max_new_tokens: Longest answer; less where the model's context ends earlier.
