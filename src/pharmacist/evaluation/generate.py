@@ -56,8 +56,10 @@ def generate(
 ) -> list[Answer]:
     """Answers prompts greedily.
 
+    The model comes back in the mode in which it was. Answers do not depend on the batch size, up to rounding.
+
     Args:
-        model: A causal language model, in any mode; it comes back as it was.
+        model: A causal language model.
         tokenizer: Its tokenizer.
         ids: Prompts as token ids, as `data.tokenize.prompt_ids` makes them.
         max_new_tokens: Longest answer; less where the model's context ends earlier.
@@ -65,9 +67,6 @@ def generate(
         work: Folder for finished answers, so that an interrupted call continues; shared by all processes.
         description: Of the progress bar.
         decoder: Takes the place of Hugging Face ``generate``.
-
-    Returns:
-        One answer per prompt, in order. Answers do not depend on the batch size, up to rounding.
 
     Raises:
         DataError: A prompt fills the model's whole context.

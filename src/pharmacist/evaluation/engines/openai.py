@@ -80,7 +80,6 @@ class OpenAIEngine(Engine):
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
-        """No device of ours, and the server's own template."""
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
 
 
