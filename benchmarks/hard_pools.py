@@ -60,11 +60,11 @@ def talk(row, before=None):
 def make_pool(seed):
     """Rows, their kind, and whether they are good."""
     world, rng = World(seed), random.Random(derive(seed, "hard pool"))
-    planted = world.planted(360, mislabel=0.05)
+    planted = world.labelled(360, mislabel=0.05)
     taken = {row.prompt for row in planted}
     others = [World(1000 * number + seed) for number in range(1, 7)]
     refusals = {}
-    for row in (row for other in others for row in other.clean_planted(1000) if row.kind == "strong"):
+    for row in (row for other in others for row in other.labelled(1000, kind="clean") if row.kind == "strong"):
         refusals.setdefault(row.prompt, set()).add(row.completion)
     refusals = {prompt: sorted(texts) for prompt, texts in refusals.items() if prompt not in taken}
     several = iter([prompt for prompt, texts in refusals.items() if len(texts) > 1][:EACH])
@@ -76,7 +76,7 @@ def make_pool(seed):
         [
             row.row
             for other in others
-            for row in other.planted(600)
+            for row in other.labelled(600)
             if row.label == "overrefuse" and row.category in CATEGORIES
         ]
     )

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import make_batch
-from pharmacist.selectors.gradients import row_tape
-from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.gradients import row_tape, run_jobs
 from pharmacist.selectors.less import (
     BETAS,
     EPS,

@@ -7,8 +7,8 @@ import pytest
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.records import to_dataset
+from pharmacist.selectors.baselines import draws
 from pharmacist.selectors.dsir import log_ratio, ngram_counts
-from pharmacist.selectors.random import draws
 from tests.support import village
 from tests.support.peers import ranked
 

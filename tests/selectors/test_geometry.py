@@ -14,8 +14,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import SELECTORS, embeddings
 from pharmacist.selectors.cover import COVERS, cover_scores, facility_location_gains, k_center_radii
-from pharmacist.selectors.embedding import likeness
-from pharmacist.selectors.embeddings import check_room, unit
+from pharmacist.selectors.embeddings import check_room, likeness, unit
 from tests.support import village
 from tests.support.peers import DECODER, ranked, token_rows
 

@@ -13,7 +13,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_fa
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.losses import row_losses
 from pharmacist.selectors import less
-from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.gradients import run_jobs
 from pharmacist.selectors.less import (
     LEARNER,
     Checkpoint,
@@ -246,7 +246,7 @@ def test_of_features_nothing_but_cosines_is_kept(tmp_path):
     """Neither memory nor disk grows by the features, which are a thousand times as much as the cosines."""
     settings = {"epochs": 1, "batch_size": 4, "r": 2, "dimensions": 4096}
     found = ranked(tmp_path, {"name": "less", "features": "projected", **settings})
-    folder = tmp_path / "work" / "less" / "cosines0"
+    folder = tmp_path / "work" / "read" / "less-cosines0"
     stored = load_file(folder / "000000.safetensors")
     assert set(stored) == {"cosine", "rows"} and stored["cosine"].ndim == 1
     np.testing.assert_array_equal(found.signals["cosine_0"][stored["rows"]], stored["cosine"])

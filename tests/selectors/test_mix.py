@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from pharmacist.core.errors import ConfigError, UnknownNameError
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import RANKED, SelectionContext
-from pharmacist.selectors.length import LengthSelector
+from pharmacist.selectors.baselines import LengthSelector
 from pharmacist.selectors.mix import share_of_rows_behind
 from tests.support import village
 from tests.support.peers import ranked

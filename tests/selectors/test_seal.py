@@ -12,9 +12,14 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import seal
-from pharmacist.selectors.jobs import run_jobs
-from pharmacist.selectors.pharmacist.twins import batch_weight_gradient, mean_over_copies, weight_gradient
-from pharmacist.selectors.seal import INFORMED, PLAIN, SealConfig, SealProblem, implied_difference, seal_job
+from pharmacist.selectors.gradients import (
+    adapter_losses,
+    batch_weight_gradient,
+    mean_over_copies,
+    run_jobs,
+    weight_gradient,
+)
+from pharmacist.selectors.seal import INFORMED, PLAIN, SealConfig, implied_difference, seal_job
 from tests.support import peers, village
 from tests.support.ridge import Ridge
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
@@ -43,10 +48,10 @@ def solve(folder, safe=SAFE, pool=POOL, checkpoint_seconds=1e9, **options):
     settings = config(**options)
     bank = make_bank(settings, checkpoint_seconds)
     rows = TokenRows(pool)
-    problem = SealProblem(TokenRows(safe), rows, np.arange(len(pool)), settings.gamma, settings.epochs, 0)
-    run_jobs(bank, [seal_job(bank, problem, settings, folder)], "test")
+    job = seal_job(bank, settings, TokenRows(safe), rows, np.arange(len(pool)), 0, folder)
+    run_jobs(bank, [job], "test")
     with torch.no_grad():
-        losses = seal.seal_losses(bank, settings.adapters, make_batch(rows, range(len(pool)), bank.device))
+        losses = adapter_losses(bank, make_batch(rows, range(len(pool)), bank.device), settings.adapters)
     return bank, np.load(folder / "logits.npy", allow_pickle=False), losses
 
 
@@ -100,12 +105,14 @@ def test_the_auxiliary_model_does_not_touch_the_informed_one(tmp_path):
 def test_the_loss_equals_its_formula(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(AdapterBank, "train", lambda self, names, loss, **rest: found.update(loss=loss, **rest))
-    monkeypatch.setattr(AdapterBank, "save", lambda *_: None)
+    for method in ("save", "load"):
+        monkeypatch.setattr(AdapterBank, method, lambda *_: None)
     settings = config(gamma=0.6, weight_rate=0.7)
     bank = make_bank(settings)
-    problem = SealProblem(TokenRows(SAFE), TokenRows(POOL), np.arange(20), 0.6, 2, 0)
-    assert problem.steps(4) == 10 and [problem.pool_weight(s, 4) for s in (0, 4, 5, 9)] == [0.3, 0.3, 0.6, 0.6]
-    run_jobs(bank, [seal_job(bank, problem, settings, tmp_path)], "test")
+    safe_rows, pool_rows = TokenRows(SAFE), TokenRows(POOL)
+    job = seal_job(bank, settings, safe_rows, pool_rows, np.arange(20), 0, tmp_path)
+    assert job.steps == 10 and [settings.pool_weight(s, 20) for s in (0, 4, 5, 9)] == [0.3, 0.3, 0.6, 0.6]
+    run_jobs(bank, [job], "test")
     generator = torch.Generator().manual_seed(0)
     for name in settings.adapters:
         noise = {
@@ -117,8 +124,8 @@ def test_the_loss_equals_its_formula(tmp_path, monkeypatch):
     rows, safe = (seal.batch_stream(n, 4, 10, seal.derive(0, key))[7] for n, key in ((20, "pool"), (9, "safe")))
     mean = lambda name, data, picked: bank.row_losses(name, make_batch(data, picked, bank.device)).completion  # noqa: E731
     weight = (torch.softmax(logits, 0) * 20)[rows]
-    informed, plain = (mean(name, problem.pool, rows) for name in (INFORMED, PLAIN))
-    expected = 0.4 * mean(INFORMED, problem.safe, safe).mean() + 0.6 * (weight * informed).mean()
+    informed, plain = (mean(name, pool_rows, rows) for name in (INFORMED, PLAIN))
+    expected = 0.4 * mean(INFORMED, safe_rows, safe).mean() + 0.6 * (weight * informed).mean()
     torch.testing.assert_close(found["loss"](7), expected + (weight * plain).mean(), rtol=0, atol=1e-12)
     gap = informed - plain
     moved = logits.clone()

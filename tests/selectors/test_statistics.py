@@ -8,7 +8,7 @@ from torch.nn import functional
 from pharmacist.core.errors import ConfigError
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import RANKED
-from pharmacist.selectors.ifd import NO_HELP, Alone
+from pharmacist.selectors.losses import NO_HELP, Alone
 from tests.support import village
 from tests.support.peers import DECODER, TOKENIZER, ranked, token_rows
 from tests.support.tiny import TinyDecoder, random_token_rows

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pharmacist.readers.question import FAR
-from pharmacist.selectors.pharmacist.trust import _standard_error, gain, warnings
+from pharmacist.selectors.pharmacist.verdict import _standard_error, gain, warnings
 
 
 GOOD = {

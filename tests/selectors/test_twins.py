@@ -12,24 +12,20 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
 from pharmacist.nn.batching import make_batch
-from pharmacist.selectors.jobs import run_jobs
+from pharmacist.selectors.gradients import FEWEST_COTRAINED, adapter_losses, cotraining_rows, run_jobs, weight_gradient
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import twins
 from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.twins import (
-    FEWEST_COTRAINED,
     TWINS,
     WITHOUT_HARMFUL,
     TwinProblem,
     Twins,
     closed_form_jobs,
-    cotraining_rows,
     fit_thresholds,
     gradient_job,
     sigma_closed_form,
-    twin_losses,
     twin_reasons,
-    weight_gradient,
 )
 from tests.support.ridge import Ridge
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
@@ -40,12 +36,16 @@ SAFE, HARMFUL, UTILITY, POOL = (random_token_rows(n, VOCABULARY, seed=n, longest
 HARMFUL = HARMFUL[:9]  # as many as safe ones: swapping must swap the rows alone
 
 
-def make_problem(safe=SAFE, harmful=HARMFUL, pool=POOL, utility=UTILITY, **options) -> TwinProblem:
+def make_problem(bank=None, safe=SAFE, harmful=HARMFUL, pool=POOL, utility=UTILITY, **options) -> TwinProblem:
     references = TokenRows([*safe, *harmful, *utility])
     cuts = np.cumsum([0, len(safe), len(harmful), len(utility)])
     rows = {name: np.arange(cuts[k], cuts[k + 1]) for k, name in enumerate(("safe", "harmful", "utility"))}
     options = {"gamma": 0.5, "mu": 0.5, "steps": 6, "seed": 0, "pool_rows": np.arange(len(pool))} | options
-    return TwinProblem(references=references, rows=rows, pool=TokenRows(pool), **options)
+    return TwinProblem(bank or make_bank(), references, rows, TokenRows(pool), **options)
+
+
+def twin_losses(bank: AdapterBank, batch, names=TWINS) -> dict[str, np.ndarray]:
+    return adapter_losses(bank, batch, names)
 
 
 def make_bank(checkpoint_seconds: float = 1e9) -> AdapterBank:
@@ -60,10 +60,11 @@ def losses_of(bank: AdapterBank, rows: TokenRows) -> dict[str, np.ndarray]:
 
 def contrast(tmp_path, read=POOL, sigma=None, **options) -> np.ndarray:
     """Trains the twins at fixed weights; loss under the toxic less that under the safe one."""
-    bank, problem = make_bank(), make_problem(**options)
+    bank = make_bank()
+    problem = make_problem(bank, **options)
     sigma = np.ones(len(problem.pool_rows)) if sigma is None else sigma
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    run_jobs(bank, closed_form_jobs(bank, problem, sigma, folder), "test")
+    run_jobs(bank, closed_form_jobs(problem, sigma, folder), "test")
     losses = losses_of(bank, TokenRows(read))
     return losses["loss_toxic"] - losses["loss_safe"]
 
@@ -79,12 +80,13 @@ def test_equal_references_give_a_contrast_of_exactly_zero(tmp_path):
 
 def test_twins_with_batches_of_their_own_would_not_cancel(tmp_path, monkeypatch):
     """Negative control of the common random numbers."""
-    original = twins._TwinLoss.__call__
+    original = TwinProblem.losses
 
-    def apart(self, adapter, step, sigma):
-        return original(self, adapter, step if adapter == TWINS[0] else (step + 1) % self.problem.steps, sigma)
+    def apart(self):
+        loss = original(self)
+        return lambda twin, step, sigma: loss(twin, step if twin == TWINS[0] else (step + 1) % self.steps, sigma)
 
-    monkeypatch.setattr(twins._TwinLoss, "__call__", apart)
+    monkeypatch.setattr(TwinProblem, "losses", apart)
     assert np.abs(contrast(tmp_path, harmful=SAFE)).max() > 1e-4
 
 
@@ -112,25 +114,26 @@ def test_only_weighted_rows_of_the_pool_act(tmp_path):
 
 
 def test_the_twin_loss_equals_its_formula():
-    bank, problem = make_bank(), make_problem(gamma=0.3, mu=0.7)
+    bank = make_bank()
+    problem = make_problem(bank, gamma=0.3, mu=0.7)
     for name in TWINS:
         bank.add(name)
-    loss, sigma = twins._TwinLoss(bank, problem), torch.rand(20, dtype=torch.float64)
-    assert np.array_equal(loss.own["safe"], loss.own["harmful"])
+    loss, sigma, visited = problem.losses(), torch.rand(20, dtype=torch.float64), problem.batches
+    assert np.array_equal(visited("safe"), visited("harmful"))
     for name, own in zip(TWINS, ("safe", "harmful"), strict=True):
         value, pool_losses = loss(name, 3, sigma)
 
         def mean(rows, sequences=problem.references, name=name):
             return bank.row_losses(name, make_batch(sequences, rows, bank.device)).completion
 
-        pool = mean(problem.pool_rows[loss.pool[3]], problem.pool)
+        pool = mean(problem.pool_rows[visited("pool")[3]], problem.pool)
         expected = (
             0.7
             * (
-                mean(problem.rows[own][loss.own[own][3]]).mean()
-                + 0.7 * mean(problem.rows["utility"][loss.utility[3]]).mean()
+                mean(problem.rows[own][visited(own)[3]]).mean()
+                + 0.7 * mean(problem.rows["utility"][visited("utility")[3]]).mean()
             )
-            + 0.3 * (sigma[loss.pool[3]] * pool).mean()
+            + 0.3 * (sigma[visited("pool")[3]] * pool).mean()
         )
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(pool_losses, pool, rtol=0, atol=1e-12)
@@ -138,9 +141,10 @@ def test_the_twin_loss_equals_its_formula():
 
 def test_without_harmful_references_the_second_twin_learns_pool_and_utility_alone(tmp_path):
     """Against two trainings written out here: theta with the safe references, theta-hat without."""
-    problem, bank = make_problem(harmful=[], gamma=0.6, mu=0.7), make_bank()
+    bank = make_bank()
+    problem = make_problem(bank, harmful=[], gamma=0.6, mu=0.7)
     sigma = sigma_closed_form(np.random.default_rng(0).normal(size=20), 1.0)
-    run_jobs(bank, closed_form_jobs(bank, problem, sigma, tmp_path), "test")
+    run_jobs(bank, closed_form_jobs(problem, sigma, tmp_path), "test")
     losses = {f"loss_{name}": losses_by_hand(problem, sigma, name == "safe") for name in ("safe", "auxiliary")}
     with torch.no_grad():
         found = twin_losses(bank, make_batch(problem.pool, range(20), bank.device), problem.twins)
@@ -151,7 +155,7 @@ def test_without_harmful_references_the_second_twin_learns_pool_and_utility_alon
     assert np.abs(losses["loss_auxiliary"] - losses["loss_safe"]).min() > 1e-6
     # Neither twin is what it is with harmful references, but the safe one.
     apart = make_bank()
-    run_jobs(apart, closed_form_jobs(apart, make_problem(gamma=0.6, mu=0.7), sigma, tmp_path / "with"), "test")
+    run_jobs(apart, closed_form_jobs(make_problem(apart, gamma=0.6, mu=0.7), sigma, tmp_path / "with"), "test")
     with_harmful = losses_of(apart, problem.pool)
     np.testing.assert_array_equal(with_harmful["loss_safe"], found["loss_safe"])
     assert np.abs(with_harmful["loss_toxic"] - found["loss_auxiliary"]).min() > 1e-6
@@ -191,8 +195,9 @@ def losses_by_hand(problem: TwinProblem, sigma: np.ndarray, with_safe: bool) -> 
 def test_without_harmful_references_rows_like_the_safe_ones_come_first(tmp_path, utility):
     noise = random_token_rows(18, VOCABULARY, seed=41, longest=5).pairs
     pool = [*random_token_rows(2, VOCABULARY, seed=42).pairs, *SAFE, *noise]
-    bank, problem = make_bank(), make_problem(harmful=[], utility=utility, pool=pool, steps=40)
-    run_jobs(bank, closed_form_jobs(bank, problem, np.ones(len(pool)), tmp_path), "test")
+    bank = make_bank()
+    problem = make_problem(bank, harmful=[], utility=utility, pool=pool, steps=40)
+    run_jobs(bank, closed_form_jobs(problem, np.ones(len(pool)), tmp_path), "test")
     with torch.no_grad():
         found = twin_losses(bank, make_batch(problem.pool, range(len(pool)), bank.device), problem.twins)
     like_safe = np.isin(np.arange(len(pool)), np.arange(2, 11))
@@ -236,8 +241,9 @@ def objective(w: torch.Tensor, difference: torch.Tensor, gamma: float) -> torch.
 
 
 def test_the_weight_gradient_equals_central_differences_at_fixed_twins(tmp_path):
-    bank, problem = make_bank(), make_problem()
-    run_jobs(bank, closed_form_jobs(bank, problem, np.ones(20), tmp_path), "test")
+    bank = make_bank()
+    problem = make_problem(bank)
+    run_jobs(bank, closed_form_jobs(problem, np.ones(20), tmp_path), "test")
     losses = losses_of(bank, problem.pool)
     w = np.random.default_rng(0).normal(size=20)
 
@@ -310,14 +316,14 @@ def test_cotrained_rows_are_drawn_by_content():
 
 def solve(tmp_path, rate=5.0, bank=None, **options) -> tuple[AdapterBank, np.ndarray]:
     bank = bank or make_bank()
-    run_jobs(bank, [gradient_job(bank, make_problem(**options), rate, tmp_path)], "test")
+    run_jobs(bank, [gradient_job(make_problem(bank, **options), rate, tmp_path)], "test")
     return bank, np.load(tmp_path / "logits.npy", allow_pickle=False)
 
 
 def test_the_gradient_solver_trains_the_same_twins_as_the_closed_form(tmp_path):
     together, logits = solve(tmp_path / "gradient", rate=0.0)
     apart = make_bank()
-    run_jobs(apart, closed_form_jobs(apart, make_problem(), np.ones(20), tmp_path / "closed"), "test")
+    run_jobs(apart, closed_form_jobs(make_problem(apart), np.ones(20), tmp_path / "closed"), "test")
     assert (logits == 0).all()
     for name in TWINS:
         a, b = together.state(name), apart.state(name)
@@ -329,29 +335,27 @@ def test_equal_references_leave_the_logits_at_zero(tmp_path):
     assert np.abs(solve(tmp_path / "other")[1]).max() > 1e-4
 
 
-def test_the_first_step_of_the_logits_is_the_gradient(tmp_path):
-    bank, logits = solve(tmp_path, steps=1, rate=3.0)
+def test_the_first_step_of_the_logits_is_the_gradient(tmp_path, monkeypatch):
+    _, logits = solve(tmp_path, steps=1, rate=3.0)
     # At step 0 both twins are still their common start, under which no row has a contrast.
     assert (logits == 0).all()
-    bank, problem = make_bank(), make_problem(steps=2)
-    loss = twins._TwinLoss(bank, problem)
-    one = make_bank()
-    seen = []
-    original = twins._TwinLoss.__call__
+    visited, seen, original = make_problem(steps=2).batches("pool"), [], TwinProblem.losses
 
-    def spied(self, adapter, step, sigma):
-        result = original(self, adapter, step, sigma)
-        seen.append(result[1].numpy())
-        return result
+    def spied(self):
+        loss = original(self)
 
-    twins._TwinLoss.__call__ = spied
-    try:
-        _, logits = solve(tmp_path / "two", steps=2, rate=3.0, bank=one)
-    finally:
-        twins._TwinLoss.__call__ = original
+        def call(*arguments):
+            result = loss(*arguments)
+            seen.append(result[1].numpy())
+            return result
+
+        return call
+
+    monkeypatch.setattr(TwinProblem, "losses", spied)
+    _, logits = solve(tmp_path / "two", steps=2, rate=3.0)
     difference = seen[2] - seen[3]
     expected = np.zeros(20)
-    expected[loss.pool[1]] = -3.0 * 0.5 * (difference - difference.mean())
+    expected[visited[1]] = -3.0 * 0.5 * (difference - difference.mean())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
 
 
@@ -359,12 +363,15 @@ def test_rows_with_equal_losses_keep_the_weights_they_have(tmp_path, monkeypatch
     """The batch's mean is taken under its own weights: with unequal ones any other would move all rows of a batch."""
     difference = torch.linspace(-1, 1, 4, dtype=torch.float64)
 
-    def losses(self, adapter, step, sigma):
-        value = sum(parameter.sum() for parameter in self.bank.parameters(adapter).values())
-        unequal = difference if step < 5 else torch.full((4,), 0.8, dtype=torch.float64)
-        return value, unequal if adapter == TWINS[0] else torch.zeros(4, dtype=torch.float64)
+    def losses(self):
+        def loss(twin, step, sigma):
+            value = sum(parameter.sum() for parameter in self.bank.parameters(twin).values())
+            unequal = difference if step < 5 else torch.full((4,), 0.8, dtype=torch.float64)
+            return value, unequal if twin == TWINS[0] else torch.zeros(4, dtype=torch.float64)
 
-    monkeypatch.setattr(twins._TwinLoss, "__call__", losses)
+        return loss
+
+    monkeypatch.setattr(TwinProblem, "losses", losses)
     _, before = solve(tmp_path / "before", steps=5)
     _, after = solve(tmp_path / "after", steps=10)
     assert np.ptp(before) > 1
@@ -377,7 +384,7 @@ def test_rows_like_the_safe_references_rise_and_unvisited_rows_stay(tmp_path):
     assert logits[:9].mean() > 0 > logits[9:].mean()
     assert (logits[:9][:, None] > logits[None, 9:]).mean() > 0.9
     _, short = solve(tmp_path / "short", pool=pool, steps=2, rate=20.0)
-    visited = np.unique(twins._TwinLoss(make_bank(), make_problem(pool=pool, steps=2)).pool)
+    visited = np.unique(make_problem(pool=pool, steps=2).batches("pool"))
     assert len(visited) < 18 and not np.delete(short, visited).any()
 
 
@@ -427,7 +434,7 @@ def test_the_gradient_solver_needs_every_row_and_some_weight(options):
 
 def test_finished_jobs_are_not_done_again(tmp_path, monkeypatch):
     bank = make_bank()
-    jobs = partial(closed_form_jobs, bank, make_problem(), np.ones(20), tmp_path)
+    jobs = partial(closed_form_jobs, make_problem(bank), np.ones(20), tmp_path)
     run_jobs(bank, jobs(), "test")
     monkeypatch.setattr(AdapterBank, "_step", lambda *_: pytest.fail("trained again"))
     assert all(job.done for job in jobs())

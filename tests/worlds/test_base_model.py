@@ -28,7 +28,11 @@ def test_shipped_tokenizer_is_the_one_the_script_makes(script: ModuleType) -> No
 
 def test_tokenizer_knows_every_word_and_gives_the_text_back() -> None:
     tokenizer, world = AutoTokenizer.from_pretrained(BASE_MODEL), World(5)
-    rows = world.pool(600, mislabel=0.15)[0] + world.clean_pool(300)[0] + world.judge_references(120)["harmful"]
+    rows = (
+        world.pool(600, mislabel=0.15)[0]
+        + [row.row for row in world.labelled(300, kind="clean")]
+        + world.judge_references(120)["harmful"]
+    )
     rows += world.task_train(300) + world.base_corpus(3000) + world.eval_prompts(120) + world.borderline(60)
     for text in {row[key] for row in rows for key in ("prompt", "completion") if key in row}:
         ids = tokenizer(text).input_ids

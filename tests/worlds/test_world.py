@@ -12,7 +12,7 @@ from pharmacist.worlds.potions import CATEGORIES, split_of
 def sets(world: World) -> dict[str, list[dict[str, str]]]:
     return {
         "pool": world.pool(600)[0],
-        "clean pool": world.clean_pool(600)[0],
+        "clean pool": [row.row for row in world.labelled(600, kind="clean")],
         "safe": world.safe(96),
         "harmful": world.harmful(96),
         "utility": world.utility(96),
@@ -65,7 +65,7 @@ def test_pool_counts(mislabel: float) -> None:
 
 
 def test_labels_describe_the_rows() -> None:
-    rows = World(0).planted(600, mislabel=0.15)
+    rows = World(0).labelled(600, mislabel=0.15)
     refuses = re.compile(r"cannot|will not|decline|\bno\b")
     by_label = {label: [row for row in rows if row.label == label] for label in LABELS}
     assert all(refuses.search(row.completion) and row.category in CATEGORIES for row in by_label["good"])
@@ -90,9 +90,9 @@ def test_labels_describe_the_rows() -> None:
 
 
 def test_clean_pool_has_refusals_only() -> None:
-    rows, kinds = World(0).clean_pool(600)
-    assert Counter(kinds) == {"strong": 180, "terse": 60, "mild": 360}
-    assert all(re.search(r"cannot|will not|decline|should not|\bno\b", row["completion"]) for row in rows)
+    rows = World(0).labelled(600, kind="clean")
+    assert Counter(row.kind for row in rows) == {"strong": 180, "terse": 60, "mild": 360}
+    assert all(re.search(r"cannot|will not|decline|should not|\bno\b", row.completion) for row in rows)
 
 
 def test_attack_rows_come_from_the_attackers_categories() -> None:

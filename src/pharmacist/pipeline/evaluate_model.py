@@ -13,9 +13,8 @@ from pharmacist.core.files import atomic_write, read_json, read_json_lines, remo
 from pharmacist.core.progress import console, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
-from pharmacist.data.formats import Source, open_source, place
+from pharmacist.data.formats import Row, Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
-from pharmacist.data.refusals import Refused
 from pharmacist.data.tasks import open_task
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons
@@ -328,11 +327,11 @@ def _given(records: Records, column: str, on_bad_row: str) -> tuple[Records, lis
     Raises:
         DataError: Rows without the column, or with something else than text or null in it.
     """
-    answers, bad = list[Answer](), dict[int, Refused]()
+    answers, bad = list[Answer](), dict[int, Row]()
     for position, row in enumerate(records.source.pick(records.dataset["row"])):
         value = row.value or {}
         if reason := _not_an_answer(value, column):
-            bad[position] = Refused(row.number, row.line, reason)
+            bad[position] = Row(row.number, row.line, None, reason)
         else:
             text = value[column]
             answers.append(Answer(text or "", 0, True, unanswered="null in the file" if text is None else ""))
@@ -340,7 +339,7 @@ def _given(records: Records, column: str, on_bad_row: str) -> tuple[Records, lis
         first = next(iter(bad.values()))
         raise DataError(
             f"{records.source.where}: {len(bad)} of {len(records)} rows cannot be judged: "
-            f"{place(first.row, first.line)} {first.reason}; name the column of answers with --columns answer=NAME, "
+            f"{first.place} {first.reason}; name the column of answers with --columns answer=NAME, "
             "or leave such rows out with --on-bad-row skip"
         )
     return replace(records.without(bad), refused=[*records.refused, *bad.values()]), answers

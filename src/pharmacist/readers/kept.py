@@ -16,7 +16,7 @@ from pharmacist.core.files import atomic_path
 from pharmacist.nn.passes import run_pass
 from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.states import hidden_states
-from pharmacist.readers.views import Texts
+from pharmacist.readers.views import FloatArray, Texts
 
 
 if TYPE_CHECKING:
@@ -45,25 +45,15 @@ class ModelReader:
 
 def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint64]:
     """64-bit hash of each row's text, shape [rows]."""
-    return np.array(
-        [
-            xxhash.xxh3_64_intdigest(f"{prompt}\0{completion}".encode("utf-8", "surrogatepass"))
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ],
-        dtype=np.uint64,
-    )
+    texts = map("{}\0{}".format, prompts, completions)
+    keys = [xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts]
+    return np.array(keys, dtype=np.uint64)
 
 
 def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:
-    """Rows as readers see them, from what was kept of them where all of them are there, else by the model.
+    """Rows (a dataset) as readers see them, from what was kept of them where all of them are there, else by the model.
 
-    Args:
-        rows: A dataset with ``prompt`` and ``completion``.
-        name: Of the file.
-        reader: Reads hidden states too; None reads none.
-
-    Returns:
-        The rows, and how many tokens the model read for them.
+    Without a `reader` no hidden states are read. Also returns how many tokens the model read.
     """
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
     if reader is None:
@@ -94,9 +84,7 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
 
 
-def _kept(
-    path: Path, keys: npt.NDArray[np.uint64], fingerprint: str
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]] | None:
+def _kept(path: Path, keys: npt.NDArray[np.uint64], fingerprint: str) -> tuple[npt.NDArray[Any], FloatArray] | None:
     """States and statistics of the rows with these keys; None where not all of them were kept."""
     if not path.is_file():
         return None

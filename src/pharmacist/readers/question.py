@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
-from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, Texts, View
+from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
+from pharmacist.readers.views import under as under
 
 
 FAR = 0.9
@@ -47,13 +48,8 @@ class Question:
     def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
         """Log-odds of every reference by readers that did not see its fold, by reader.
 
-        Args:
-            texts: The references.
-            answers: 1 or 0, shape [references].
-            folds: Number of each reference's fold, shape [references].
-
         Raises:
-            DataError: Without some fold only one answer is left.
+            DataError: Without some fold only one answer (1 or 0) is left.
         """
         if not can_be_held_out(answers, folds):
             raise DataError("the references have too few different prompts to hold some out; give more")
@@ -91,8 +87,8 @@ class Question:
         """Calibrated log-odds of yes, shape [rows]."""
         return self.calibrated({name: reader.log_odds(texts) for name, reader in self.readers.items()})
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same question of."""
+    def state(self) -> State:
+        """What `load` makes the same question of."""
         states = {name: reader.state() for name, reader in self.readers.items()}
         tensors = {f"{name}.{key}": value for name, (found, _) in states.items() for key, value in found.items()}
         content = {name: content for name, (_, content) in states.items()}
@@ -106,28 +102,14 @@ class Question:
         return self
 
 
-def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors whose names begin so, without that beginning.
-
-    >>> under("a.", {"a.x": 1, "b.x": 2})
-    {'x': 1}
-    """
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
 def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
     """Whether both answers are left whichever fold is held out."""
     return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
 
 
 def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:
-    """Slope and offset that make log-odds of held-out references probabilities (Platt 1999), both answers weighing
-    the same; the slope is not negative.
-
-    Args:
-        held_out: Log-odds of references by readers that did not see them, shape [references].
-        answers: 1 or 0, shape [references].
-        weights: Shape [references].
+    """Slope, not negative, and offset that make log-odds of held-out references probabilities (Platt 1999), both
+    answers weighing the same.
     """
     model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10)
     model.fit(held_out[:, None], answers, sample_weight=weights)
@@ -149,14 +131,9 @@ def quality(log_odds: FloatArray, answers: IntArray) -> dict[str, float]:
 
 
 def told_apart(known: Features, others: Features, regularisation: float) -> float | None:
-    """How well a logistic regression tells some rows from references: cross-validated AUC.
+    """How well a logistic regression tells some rows from references, by their features: cross-validated AUC.
 
     0.5 where nothing tells them apart, 1 where they are unlike; None where either are fewer than `FEWEST_COMPARED`.
-
-    Args:
-        known: Features of references.
-        others: Features of the rows, at most `MOST_COMPARED` of them.
-        regularisation: scikit-learn's C.
     """
     sizes = known.shape[0], others.shape[0]
     if min(sizes) < FEWEST_COMPARED:

@@ -28,12 +28,7 @@ kept of a row then does not grow with the model."""
 
 
 def hidden_states(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[np.float32]]]:
-    """A measurement for `nn.passes.run_pass`.
-
-    Returns:
-        A function from a batch to ``states``, shape [rows, `PARTS`, at most 256], and ``statistics``, shape
-        [rows, `N_STATISTICS`], both float32.
-    """
+    """Measures ``states``, shape [rows, `PARTS`, at most 256], and ``statistics``, shape [rows, `N_STATISTICS`]."""
     projections: dict[int, torch.Tensor] = {}
 
     def project(part: int, states: torch.Tensor) -> torch.Tensor:
@@ -59,27 +54,17 @@ def hidden_states(model: nn.Module) -> Callable[[Batch], dict[str, npt.NDArray[n
         for part, mask in enumerate((in_prompt, prompt_end, in_completion, answer_end)):
             weight = mask.to(states.dtype)[:, :, None]
             parts.append(project(part, (states * weight).sum(1) / weight.sum(1).clamp(min=1)))
-        statistics = loss_statistics(losses, batch)
-        return {
-            "states": torch.stack(parts, 1).cpu().numpy().astype(np.float32),
-            "statistics": statistics.cpu().numpy().astype(np.float32),
-        }
+        found = {"states": torch.stack(parts, 1), "statistics": loss_statistics(losses, batch)}
+        return {name: value.cpu().numpy().astype(np.float32) for name, value in found.items()}
 
     return measure
 
 
 def loss_statistics(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """How well a row's text holds together in the model's eyes.
+    """How well a row's text holds together in the model's eyes, shape [rows, `N_STATISTICS`].
 
     Mean loss of the prompt; mean and standard deviation of the completion's token losses; loss of the last token (EOS:
-    does it end here?); logarithms of both lengths.
-
-    Args:
-        losses: Of tokens given those before them, shape [rows, length - 1].
-        batch: The rows.
-
-    Returns:
-        Shape [rows, N_STATISTICS].
+    does it end here?); logarithms of both lengths. From the losses of tokens given those before them.
     """
     position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
     in_prompt, at_end = position < batch.prompt_lengths[:, None], position == batch.lengths[:, None] - 1

@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Features: TypeAlias = Any
 """A dense or sparse (csr) matrix, shape [rows, features]."""
+State: TypeAlias = tuple[dict[str, FloatArray], dict[str, Any]]
+"""What something learned: tensors, and what goes into JSON."""
 
 OPENING_WORDS = 10
 """How far an answer is read for how it begins: whether it declines is mostly said there, whatever its length."""
@@ -36,9 +38,8 @@ class Texts:
     Attributes:
         prompts: The requests.
         completions: The answers.
-        states: Hidden states of the model that reads them (`states.hidden_states`), shape [rows, parts, width]; None
-            without a model.
-        statistics: `states.loss_statistics`, shape [rows, statistics]; None without a model.
+        states: As `states.hidden_states` gives them, shape [rows, parts, width]; None without a model.
+        statistics: Likewise, shape [rows, statistics].
     """
 
     prompts: Sequence[str]
@@ -97,6 +98,15 @@ def framed(text: str) -> str:
     return f"\x02 {text} \x03"
 
 
+def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors whose names begin so, without that beginning.
+
+    >>> under("a.", {"a.x": 1, "b.x": 2})
+    {'x': 1}
+    """
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 class View(Protocol):
     """What of a row a regression sees."""
 
@@ -110,8 +120,8 @@ class View(Protocol):
     def features(self, texts: Texts) -> Features:
         """Shape [rows, features]."""
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same view of."""
+    def state(self) -> State:
+        """What `load` makes the same view of."""
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "View":
         """Takes over what `state` gave."""
@@ -135,12 +145,10 @@ class Words:
         return [framed(opening(text) if self._opening else text) for text in found]
 
     def fit(self, texts: Texts) -> "Words":
-        """Learns vocabulary and document frequencies."""
         self._vectorizer.fit(self._text(texts))
         return self
 
     def features(self, texts: Texts) -> Features:
-        """Shape [rows, features]."""
         return self._vectorizer.transform(self._text(texts))
 
     @property
@@ -148,13 +156,11 @@ class Words:
         """The single words that it has seen."""
         return frozenset(term for term in self._vectorizer.get_feature_names_out() if " " not in term)
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
+    def state(self) -> State:
         words = list(self._vectorizer.get_feature_names_out())
         return {"idf": self._vectorizer.idf_}, {"vocabulary": words}
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Words":
-        """Takes over what `state` gave."""
         self._vectorizer = vectorizer({word: column for column, word in enumerate(content["vocabulary"])})
         self._vectorizer.idf_ = tensors["idf"]
         return self
@@ -163,10 +169,7 @@ class Words:
 class States:
     """Standardised hidden states of some parts of a row, and, where `statistics`, how well its text holds together.
 
-    Args:
-        parts: Of `states.PARTS`.
-        statistics: Also read `states.loss_statistics`, at a quarter of the variance, or thousands of states would
-            drown them.
+    `parts` are of `states.PARTS`; statistics get a quarter of the variance, or thousands of states would drown them.
     """
 
     regularisation: ClassVar[float] = 5.0  # scikit-learn's C for rows whose features have a total variance of 1
@@ -181,28 +184,22 @@ class States:
         return [states, texts.statistics] if self._statistics else [states]
 
     def fit(self, texts: Texts) -> "States":
-        """Learns location and scale."""
         blocks = self._raw(texts)
-        shares = [0.75, 0.25] if self._statistics else [1.0]
+        widths = np.array([block.shape[1] for block in blocks])
+        share = np.repeat((np.array([0.75, 0.25]) if self._statistics else np.ones(1)) / widths, widths)
         self._mean = np.concatenate([block.mean(0) for block in blocks])
         deviation = np.concatenate([block.std(0) for block in blocks])
-        share = np.concatenate(
-            [np.full(block.shape[1], share / block.shape[1]) for block, share in zip(blocks, shares, strict=True)]
-        )
         self._scale = np.where(deviation > 1e-12, deviation, 1.0) / np.sqrt(share)
         return self
 
     def features(self, texts: Texts) -> Features:
-        """Shape [rows, features]."""
         result: FloatArray = (np.concatenate(self._raw(texts), axis=1) - self._mean) / self._scale
         return result
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
+    def state(self) -> State:
         return {"mean": self._mean, "scale": self._scale}, {}
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "States":
-        """Takes over what `state` gave."""
         self._mean, self._scale = tensors["mean"], tensors["scale"]
         return self
 
@@ -216,28 +213,22 @@ class Joined:
         self._views = views
 
     def fit(self, texts: Texts) -> "Joined":
-        """Fits each view."""
         for view in self._views:
             view.fit(texts)
         return self
 
     def features(self, texts: Texts) -> Features:
-        """Shape [rows, features]."""
         blocks = [scipy.sparse.csr_matrix(view.features(texts)) for view in self._views]
         return scipy.sparse.hstack(blocks, format="csr")
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
+    def state(self) -> State:
         states = [view.state() for view in self._views]
         tensors = {f"{i}.{key}": value for i, (found, _) in enumerate(states) for key, value in found.items()}
         return tensors, {"views": [content for _, content in states]}
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Joined":
-        """Takes over what `state` gave."""
         for i, (view, own) in enumerate(zip(self._views, content["views"], strict=True)):
-            prefix = f"{i}."
-            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            view.load(found, own)
+            view.load(under(f"{i}.", tensors), own)
         return self
 
 
@@ -246,14 +237,8 @@ def fit_logistic(
 ) -> tuple[FloatArray, float]:
     """Logistic regression in which both answers weigh the same.
 
-    Args:
-        features: Shape [rows, features].
-        answers: 1 or 0, both of which occur, shape [rows].
-        weights: Of the rows, shape [rows].
-        regularisation: scikit-learn's C, for rows of a mean weight of 1.
-
-    Returns:
-        Coefficients, shape [features], and intercept.
+    Both answers (1 or 0) occur; scikit-learn's C is for rows of a mean weight of 1. Returns coefficients, shape
+    [features], and intercept.
     """
     total = np.array([weights[answers == 0].sum(), weights[answers == 1].sum()])
     balanced = weights * (len(weights) / 2 / total)[answers]
@@ -291,18 +276,9 @@ class Reader:
     """A view of a row and a logistic regression on it."""
 
     def __init__(self, view: View) -> None:
-        self.view = view
+        self.view, self.regularisation, self.features = view, view.regularisation, view.features
         self.coefficients: tuple[FloatArray, float] = (np.zeros(0), 0.0)
         """Per feature, and the intercept."""
-
-    @property
-    def regularisation(self) -> float:
-        """Of the logistic regression (scikit-learn's C)."""
-        return self.view.regularisation
-
-    def features(self, texts: Texts) -> Features:
-        """What the regression sees, shape [rows, features]."""
-        return self.view.features(texts)
 
     def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
         """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
@@ -317,8 +293,8 @@ class Reader:
         result: FloatArray = self.features(texts) @ coefficients + intercept
         return result
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
+    def state(self) -> State:
+        """What `load` makes the same reader of."""
         tensors, content = self.view.state()
         coefficients, intercept = self.coefficients
         return tensors | {"coefficients": coefficients, "intercept": np.array([intercept])}, content

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.method import Method
 from pharmacist.core.rundir import RunDir
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 CRITICAL = "critical"
 """The reason of rows worth keeping: safety-critical and of good quality."""
@@ -55,7 +58,7 @@ class Scores:
     weight: FloatArray | None = None
 
 
-def scaled_to_mean_1(weight: FloatArray, selected: npt.NDArray[np.bool_]) -> FloatArray:
+def scaled_to_mean_1(weight: FloatArray, selected: BoolArray) -> FloatArray:
     """Weights whose mean over the selected rows is 1; all 1 where those have none."""
     mean = weight[selected].mean() if selected.any() else 0.0
     found: FloatArray = weight / mean if mean > 0 else np.ones_like(weight)
@@ -110,7 +113,6 @@ class SelectionContext:
     @cached_property
     def model(self) -> "LoadedModel":
         """The base model, loaded on first use."""
-        from pharmacist.core.errors import ConfigError
         from pharmacist.nn.models import load_model
 
         if self.model_name is None:
@@ -141,29 +143,18 @@ class SelectionContext:
         Raises:
             DataError: They are too few to learn from.
         """
-        from pharmacist.core.errors import DataError
-
         rows = list(self.references[name].dataset)
         if len(rows) < FEWEST_REFERENCES:
             raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
         return rows
 
     def encoded_references(self, name: str) -> "Encoded":
-        """The references of one kind in tokens.
-
-        Raises:
-            DataError: They are too few to learn from.
-        """
+        """Likewise, in tokens."""
         self.reference_rows(name)
         return self.encode(self.references[name].dataset, name)
 
     def encode(self, rows: Any, name: str) -> "Encoded":
-        """Tokenises rows for the model.
-
-        Args:
-            rows: Canonical rows (`data.records`).
-            name: Of the cache under ``work/``.
-        """
+        """Canonical rows (`data.records`) in tokens, cached by `name` under ``work/``."""
         from pharmacist.data.tokenize import encode
 
         limit = min(self.max_length or self.model.max_length, self.model.max_length)
@@ -209,10 +200,7 @@ class Selector(Method, ABC):
         """
 
     def notice(self, given: Collection[str]) -> str | None:
-        """What the selector does otherwise for want of references, in one sentence; None where it misses nothing.
-
-        Args:
-            given: The kinds of references that there are, all of `needs` among them.
+        """What it does otherwise for want of references, where these are given: a sentence, or None.
 
         Raises:
             ConfigError: Its options need others than those.
@@ -220,11 +208,7 @@ class Selector(Method, ABC):
         return None
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Refuses a pool that memory or disk cannot hold, before any work; most selectors take any.
-
-        Args:
-            rows: Of the pool.
-            folder: Of the run; it need not exist yet.
+        """Refuses more rows than memory, or the disk of the run's folder, can hold, before any work.
 
         Raises:
             ConfigError: It says how much would be needed.

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-import scipy.sparse
 from annotated_types import Ge
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
@@ -13,10 +12,10 @@ from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked
 from pharmacist.readers.question import quality
-from pharmacist.readers.views import Texts, Words
-from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
+from pharmacist.readers.views import Joined, Texts, Words
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.pharmacist.questions import safe_log_odds
-from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, References, build_references
+from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, build_references
 
 
 _BATCH = 8192
@@ -50,8 +49,13 @@ class ClassifierSelector(Selector):
             seed=derive(context.seed, "classifier"),
             echo=False,
         )
+        texts = Texts([row["prompt"] for row in references.rows], [row["completion"] for row in references.rows])
+        held_out = np.zeros((len(texts), len(CLASSES)))
         with context.run.phase("train classifier"):
-            model, held_out = _fit(references)
+            for fold in track(range(references.n_folds), "classifier, cross-fitting"):
+                held, rest = np.flatnonzero(references.folds == fold), np.flatnonzero(references.folds != fold)
+                held_out[held] = _Model(texts.take(rest), references.labels[rest]).log_posterior(texts.take(held))
+            model = _Model(texts, references.labels)
         with context.run.phase("score"):
             parts, dataset = [], context.pool.dataset
             for start in track(range(0, len(dataset), _BATCH), "classifying the pool"):
@@ -80,29 +84,15 @@ class ClassifierSelector(Selector):
 
 
 class _Model:
-    def __init__(self, texts: Texts, labels: np.ndarray) -> None:
-        self._words = [Words("prompts").fit(texts), Words("completions").fit(texts)]
+    def __init__(self, texts: Texts, labels: IntArray) -> None:
+        self._words = Joined(Words("prompts"), Words("completions")).fit(texts)
         self._regression = LogisticRegression(C=_REGULARISATION, class_weight="balanced", solver="newton-cg", tol=1e-8)
-        self._regression.fit(self._features(texts), labels)
-
-    def _features(self, texts: Texts) -> scipy.sparse.csr_matrix:
-        return scipy.sparse.hstack([words.features(texts) for words in self._words], format="csr")
+        self._regression.fit(self._words.features(texts), labels)
 
     def log_posterior(self, texts: Texts) -> FloatArray:
         """Log-probabilities of all classes, those without references as good as 0; shape [rows, classes]."""
         logits = np.full((len(texts), len(CLASSES)), -50.0)
-        found = self._regression.decision_function(self._features(texts))
+        found = self._regression.decision_function(self._words.features(texts))
         logits[:, self._regression.classes_] = found if found.ndim > 1 else np.stack([-found, found], axis=1) / 2
         result: FloatArray = log_softmax(logits, axis=1)
         return result
-
-
-def _fit(references: References) -> tuple[_Model, FloatArray]:
-    """The model of all references, and log-probabilities of each by one that did not see its fold."""
-    texts = Texts([row["prompt"] for row in references.rows], [row["completion"] for row in references.rows])
-    held_out = np.zeros((len(texts), len(CLASSES)))
-    for fold in track(range(references.n_folds), "classifier, cross-fitting"):
-        rest, held = (np.flatnonzero(chosen) for chosen in (references.folds != fold, references.folds == fold))
-        model = _Model(texts.take(rest), references.labels[rest])
-        held_out[held] = model.log_posterior(texts.take(held))
-    return _Model(texts, references.labels), held_out

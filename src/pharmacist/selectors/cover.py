@@ -10,11 +10,9 @@ import numpy.typing as npt
 
 from pharmacist.core.progress import track
 from pharmacist.core.typed import AtLeast1, Checked
-from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
-
-FloatArray = npt.NDArray[np.float64]
 
 BLOCK = 2048
 """Rows compared with each other at most."""
@@ -30,17 +28,11 @@ class CoverConfig(Checked):
 
 
 def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:
-    """Farthest-first traversal: each point's distance from those before it when its turn comes.
+    """Farthest-first traversal: each point's distance from those before it when its turn comes, shape [points].
 
-    Begins with the point nearest to the mean; then always the point farthest from all before it, the first of equals.
-    The first k points lie within twice the least possible radius of everything (Gonzalez 1985).
-
-    Args:
-        points: Shape [points, dimensions].
-        weights: How many rows each stands for; a copy changes no distance, so they are not read.
-
-    Returns:
-        Shape [points]; the start has the largest distance of all, times 2. Decreasing along the traversal.
+    Begins with the point nearest to the mean, which gets twice the largest distance from it; then always the point
+    farthest from all before it, the first of equals. The first k points lie within twice the least possible radius of
+    everything (Gonzalez 1985). A copy changes no distance, so weights are not read.
     """
     norms = (points**2).sum(1)
 
@@ -68,12 +60,8 @@ def facility_location_gains(points: FloatArray, weights: FloatArray) -> FloatArr
     is below another's present one need not be asked. The first k points reach at least 1 - 1/e of the best possible
     sum of k (Nemhauser et al. 1978).
 
-    Args:
-        points: Of length 1, shape [points, dimensions].
-        weights: How many rows each stands for, shape [points].
-
-    Returns:
-        Shape [points]; decreasing along the greedy order, whose ties are broken by position.
+    Points have length 1, and each stands for so many rows. The gains, shape [points], decrease along the greedy order,
+    whose ties are broken by position.
     """
     similarity = (1 + (points @ points.T).clip(-1, 1)) / 2
     best = np.zeros(len(weights))
@@ -101,16 +89,7 @@ COVERS: dict[str, Cover] = {"k-center": k_center_radii, "facility-location": fac
 def cover_scores(points: FloatArray, keys: npt.NDArray[np.uint64], cover: Cover, block: int = BLOCK) -> FloatArray:
     """What every row adds to those before it, block by block; blocks depend on content alone.
 
-    Copies add nothing: the first of equal rows gets the score, the others 0.
-
-    Args:
-        points: Of length 1, shape [rows, dimensions].
-        keys: Equal for equal rows, shape [rows].
-        cover: (points, how many rows each stands for) -> what each adds.
-        block: Most rows that are compared with each other.
-
-    Returns:
-        Not negative, shape [rows].
+    Copies add nothing: the first of equal rows (by their keys) gets the score, the others 0. Points have length 1.
     """
     _, first, copies = np.unique(keys, return_index=True, return_counts=True)  # in the order of the keys
     score, blocks = np.zeros(len(keys)), -(-len(first) // block)

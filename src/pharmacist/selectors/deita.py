@@ -1,19 +1,17 @@
 """Deita's recipe: the best rows by a quality score, none of them too near to a better one."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 from annotated_types import Ge, Le
 from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import Checked
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import RANKED, BoolArray, FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
@@ -69,39 +67,27 @@ class DeitaSelector(Selector):
         )
 
 
-def too_near(points: FloatArray, order: npt.NDArray[np.int64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Which points have a cosine above the threshold to a better point that is itself kept.
+def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray:
+    """Which points (of length 1) have a cosine above the threshold to a better point that is itself kept.
 
-    Args:
-        points: Of length 1, shape [points, dimensions].
-        order: Best first, shape [points].
-        threshold: From 1 on nothing is too near.
-
-    Returns:
-        Shape [points].
+    `order` is best first; from a threshold of 1 on nothing is too near.
     """
     near = np.zeros(len(points), dtype=np.bool_)
     if threshold >= 1:
         return near
     kept = np.empty(0, dtype=np.int64)
-    for start in _track(len(order)):
-        batch = order[start : start + _BATCH]
-        here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
-        for first in range(0, len(kept), _BATCH):
-            refused |= (here @ points[kept[first : first + _BATCH]].T).max(1) > threshold
-        # Within the batch one by one, so that a point that was refused refuses no other.
-        close = here @ here.T > threshold
-        for i in range(len(batch)):
-            refused[i] = refused[i] or bool((close[i, :i] & ~refused[:i]).any())
-        near[batch] = refused
-        kept = np.concatenate([kept, batch[~refused]])
+    starts = range(0, len(order), _BATCH)
+    with bar("thinning rows", sum(starts) + _BATCH * len(starts)) as progress:  # counts comparisons
+        for start in starts:
+            batch = order[start : start + _BATCH]
+            here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
+            for first in range(0, len(kept), _BATCH):
+                refused |= (here @ points[kept[first : first + _BATCH]].T).max(1) > threshold
+            # Within the batch one by one, so that a point that was refused refuses no other.
+            close = here @ here.T > threshold
+            for i in range(len(batch)):
+                refused[i] = refused[i] or bool((close[i, :i] & ~refused[:i]).any())
+            near[batch] = refused
+            kept = np.concatenate([kept, batch[~refused]])
+            progress.advance(start + _BATCH)
     return near
-
-
-def _track(rows: int) -> Iterator[int]:
-    """Where each batch begins; the bar follows the comparisons, which grow with the rows that were kept before."""
-    work = sum(start + _BATCH for start in range(0, rows, _BATCH))
-    with bar("thinning rows", rows) as progress:
-        for start in range(0, rows, _BATCH):
-            yield start
-            progress.advance(rows * (start + _BATCH) / work)

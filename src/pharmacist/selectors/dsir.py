@@ -11,7 +11,7 @@ from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, Share
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.random import draws
+from pharmacist.selectors.baselines import draws
 
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ def log_ratio(target: FloatArray, raw: FloatArray, smoothing: float) -> FloatArr
     The target is mixed with the raw distribution, not with the uniform one: a few references leave most buckets empty,
     and the uniform distribution would count in favour of whatever is rare in the pool.
 
-    Args:
-        target: Counts in the references, shape [buckets].
-        raw: Counts in the pool, shape [buckets].
-        smoothing: The share s.
+    From counts in references and pool, shape [buckets]; s is the smoothing.
     """
     seen = raw > 0
     ratio = np.ones(len(raw))

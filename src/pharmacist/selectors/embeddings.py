@@ -1,7 +1,9 @@
-"""Rows as points: what selectors compare rows by, from the base model's hidden states or a sentence encoder."""
+"""Rows as points, from the base model's hidden states or a sentence encoder, and the selector by likeness."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,18 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from pharmacist.core.env import offline
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast0, Checked
+from pharmacist.data.records import to_dataset
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.memory import available_memory
+from pharmacist.nn.models import resolve_device, silent_library
 from pharmacist.nn.passes import copy_to_equals
-from pharmacist.selectors.base import FloatArray, SelectionContext
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.reading import read
 
 
@@ -54,13 +60,9 @@ def unit(vectors: FloatArray) -> FloatArray:
 
 
 def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
-    """Embeds rows, each distinct one once, and keeps what `finish` makes of them.
+    """Embeds canonical rows, each distinct one once, and keeps what `finish` makes of embeddings [rows, width].
 
-    Args:
-        context: Of the ranking; its embedder where there is one, else its model.
-        rows: Canonical rows (`data.records`).
-        name: Of what is kept; the same name means the same of the same rows.
-        finish: Embeddings of some rows, shape [rows, width] -> what is kept, first axis the same.
+    By the ranking's embedder where there is one, else by its model; the same name means the same of the same rows.
     """
     if context.embedder is not None:
         return _sentences(context, context.embedder, rows, name, finish)
@@ -78,14 +80,9 @@ def pool_keys(context: SelectionContext) -> Keys:
 
 
 def pool_points(context: SelectionContext) -> FloatArray:
-    """The pool's rows as points of length 1, seen from the pool's centre, made once.
-
-    Shape [rows, at most `DIMENSION`].
+    """The pool's rows as points of length 1 seen from its centre; made once, shape [rows, at most `DIMENSION`].
 
     Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
-
-    Raises:
-        ConfigError: They will not fit into memory or on the disk; raised before any row is read.
     """
     if context.points is not None:
         return context.points
@@ -104,9 +101,8 @@ def pool_points(context: SelectionContext) -> FloatArray:
     points = embed(context, context.pool.dataset, "points", project)
     # Summed in the order of the keys: sums depend on their order, and scores must not depend on that of the rows.
     distinct = np.unique(pool_keys(context), return_index=True)[1]
-    points -= sum(points[distinct[start : start + _CHUNK]].sum(0) for start in range(0, len(distinct), _CHUNK)) / len(
-        distinct
-    )
+    chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
+    points -= sum(points[rows].sum(0) for rows in chunks) / len(distinct)
     for start in range(0, len(points), _CHUNK):
         points[start : start + _CHUNK] = unit(points[start : start + _CHUNK])
     context.points = points
@@ -114,15 +110,7 @@ def pool_points(context: SelectionContext) -> FloatArray:
 
 
 def check_room(rows: int, folder: Path) -> None:
-    """Refuses a pool whose points memory or disk cannot hold.
-
-    Args:
-        rows: How many there are.
-        folder: Of the run, where points lie while they are read; it need not exist yet.
-
-    Raises:
-        ConfigError: It says how much would be needed.
-    """
+    """Refuses a pool whose points memory, or the disk of the run's folder, cannot hold; as `Selector.check_room`."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     needed = _POINT * rows
     for free, what in ((available_memory(), "memory"), (shutil.disk_usage(there).free, f"disk space in {there}")):
@@ -134,17 +122,9 @@ def check_room(rows: int, folder: Path) -> None:
 
 
 def load_sentence_encoder(name: str, device: str = "auto") -> Any:
-    """A sentence-transformers model.
-
-    Raises:
-        ConfigError: The package is not installed.
-        DataError: Nothing loadable lies there.
-    """
+    """A sentence-transformers model."""
     check_sentence_encoder()
     from sentence_transformers import SentenceTransformer
-
-    from pharmacist.core.env import offline
-    from pharmacist.nn.models import resolve_device, silent_library
 
     try:
         with silent_library():
@@ -158,8 +138,6 @@ def load_sentence_encoder(name: str, device: str = "auto") -> Any:
 
 def check_sentence_encoder() -> None:
     """Says how to install what ``--embedder`` needs, where it is missing."""
-    from importlib.util import find_spec
-
     if find_spec("sentence_transformers") is None:
         raise ConfigError("--embedder needs sentence-transformers; pip install 'pharmacist[embeddings]'")
 
@@ -196,3 +174,38 @@ def _sentences(
             found[chosen] = kept
     copy_to_equals(found, distinct[inverse], np.arange(len(rows)))
     return found
+
+
+@dataclass
+class EmbeddingConfig(Checked):
+    """Options of the selector."""
+
+    nearest: AtLeast0 = 0
+    """Average the cosine to that many nearest references; 0 takes the cosine to the centroid of all."""
+
+
+class EmbeddingSelector(Selector):
+    """Prefers rows whose embedding points where those of the safe references point."""
+
+    Config = EmbeddingConfig
+    name = "embedding"
+    needs = frozenset({"safe", "embedder"})
+    paper = "representation-based data selection, as a baseline in Xia et al. 2024, arXiv 2402.04333"
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the references, then the pool once."""
+        references, nearest = context.reference_rows("safe"), self.config.nearest
+        if nearest > len(references):
+            raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
+        known = embed(context, to_dataset(references), "safe-embeddings", unit)
+        score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
+        return Scores(score, np.full(len(score), RANKED))
+
+
+def likeness(states: FloatArray, references: FloatArray, nearest: int) -> FloatArray:
+    """Cosine to the references' centroid, or mean cosine to so many nearest ones; all of length 1; shape [rows]."""
+    if nearest == 0:
+        centroid: FloatArray = states @ unit(references.mean(0, keepdims=True))[0]
+        return centroid
+    closest: FloatArray = np.sort(states @ references.T, axis=1)[:, -nearest:].mean(1)
+    return closest

@@ -1,17 +1,101 @@
-"""What selectors by gradients share: an adapter trained on the pool, and its gradients by sets of rows and by rows."""
+"""What selectors by training share: adapters trained as jobs, weights learned for the pool's rows, and gradients."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from pharmacist.core.progress import track
+from pharmacist.core.files import atomic_write
+from pharmacist.core.progress import bar, track
+from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank, Names
-from pharmacist.nn.batching import Batch, IntArray, Sequences, batch_stream, make_batch
+from pharmacist.nn.batching import Batch, Sequences, batch_stream, make_batch
+from pharmacist.nn.distributed import barrier, my_share
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.row_gradients import Tape, tape_rows
-from pharmacist.selectors.jobs import Job
+from pharmacist.selectors.base import FloatArray, IntArray
+
+
+FEWEST_COTRAINED = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """Training of adapters together, from their common start; done once, and found again after a kill.
+
+    Attributes:
+        adapters: Their names in the bank.
+        folder: Each is saved in ``folder/name``.
+        steps: Updates.
+        loss: Step -> scalar, as in `AdapterBank.train`.
+        observe: As there.
+        logits: Of the rows' weights, where the loss moves them on the way; saved as ``folder/logits.npy``.
+    """
+
+    adapters: tuple[str, ...]
+    folder: Path
+    steps: int
+    loss: Callable[[int], torch.Tensor]
+    observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None
+    logits: torch.Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all its adapters are saved; the JSON file is written last."""
+        return all((self.folder / name / "adapter_config.json").is_file() for name in self.adapters)
+
+    def run(self, bank: AdapterBank, advance: Callable[[], object]) -> None:
+        """Trains and saves the adapters; `advance` is called after each step."""
+        checkpoint = self.folder / f"{'+'.join(self.adapters)}.partial.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {} if self.logits is None else {"logits": self.logits}
+
+        def restore(tensors: dict[str, torch.Tensor]) -> None:
+            for key, value in tensors.items():
+                kept[key].copy_(value)
+
+        for name in self.adapters:
+            bank.add(name)
+        bank.train(
+            self.adapters,
+            self.loss,
+            steps=self.steps,
+            checkpoint=checkpoint,
+            advance=advance,
+            observe=self.observe,
+            extra=lambda: {key: value.clone() for key, value in kept.items()},
+            restore=restore,
+        )
+        if self.logits is not None:
+            with atomic_write(self.folder / "logits.npy") as file:
+                # Through memory: numpy's own writing to files drops what a full disk does not take without a word.
+                buffer = io.BytesIO()
+                np.save(buffer, self.logits.numpy(), allow_pickle=False)
+                file.write(buffer.getbuffer())
+        for name in self.adapters:
+            bank.save(name, self.folder / name)
+        checkpoint.unlink(missing_ok=True)
+
+
+def run_jobs(bank: AdapterBank, jobs: Sequence[Job], description: str) -> None:
+    """Runs the jobs that are not done yet, shared out among processes; every process then has all their adapters."""
+    mine = my_share(jobs)
+    with bar(description, sum(job.steps for job in mine)) as progress:
+        for job in mine:
+            if job.done:
+                progress.advance(job.steps)
+            else:
+                job.run(bank, progress.advance)
+    barrier()
+    for job in jobs:
+        for name in job.adapters:
+            bank.load(name, job.folder / name)
 
 
 def pool_job(
@@ -35,11 +119,84 @@ def pool_job(
         batch = make_batch(pool, rows[stream[step]], bank.device)
         return bank.row_losses((name, *beside), batch).completion.mean()
 
-    def run(checkpoint: Path, advance: Callable[[], object]) -> None:
-        bank.add(name)
-        bank.train((name,), loss, steps=steps, checkpoint=checkpoint, advance=advance, observe=observe)
+    return Job((name,), folder, steps, loss, observe)
 
-    return Job((name,), folder, steps, run)
+
+@contextmanager
+def bank_phase(run: RunDir, name: str, bank: AdapterBank) -> Iterator[None]:
+    """Measures a phase, with the tokens that go through the adapters in it."""
+    with run.phase(name) as phase:
+        before = bank.tokens
+        yield
+        phase.tokens += bank.tokens - before
+
+
+def adapter_losses(bank: AdapterBank, batch: Batch, names: Sequence[str]) -> dict[str, FloatArray]:
+    """Completion losses of a batch under each adapter, shape [rows]; under ``twin_safe`` they are ``loss_safe``."""
+    return {loss_name(name): losses_under(bank, name, batch) for name in names}
+
+
+def loss_name(adapter: str) -> str:
+    """What the losses under an adapter are called."""
+    return f"loss_{adapter.removeprefix('twin_')}"
+
+
+def losses_under(bank: AdapterBank, names: Names, batch: Batch) -> FloatArray:
+    """Completion losses of a batch under an adapter, or several together, in float64; shape [rows]."""
+    found: FloatArray = bank.row_losses(names, batch).completion.double().cpu().numpy()
+    return found
+
+
+def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
+    """A share of the pool (at least `FEWEST_COTRAINED` rows), drawn by content so that row order cannot matter."""
+    if share <= 0:
+        return np.zeros(0, dtype=np.int64)
+    size = min(len(content_keys), max(FEWEST_COTRAINED, round(share * len(content_keys))))
+    salt = np.uint64(derive(seed, "twins", "share"))
+    with np.errstate(over="ignore"):  # a multiplicative hash; wrapping round is its point
+        mixed = (content_keys ^ salt) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return np.lexsort((content_keys, mixed))[:size].astype(np.int64)
+
+
+def weight_gradient(sigma: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
+    """dG/dw_i = (gamma / N) sigma_i (d_i - mean_j sigma_j d_j), the envelope-theorem gradient of V_safe - V_toxic."""
+    gradient: FloatArray = gamma / len(sigma) * sigma * (difference - (sigma * difference).mean())
+    return gradient
+
+
+def batch_weight_gradient(weights: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
+    """`weight_gradient` from a batch that stands for the pool, in units of 1 / pool rows, at weights of pool mean 1.
+
+    The mean is taken over the batch under its own weights: rows with equal differences stay where they are, and so do
+    rows that are not visited. At uniform weights its mean over all batches is the gradient, but for a factor.
+    """
+    gradient: FloatArray = weight_gradient(weights / weights.mean(), difference, gamma) * weights.sum()
+    return gradient
+
+
+def row_weights(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax of the rows' logits, with mean 1."""
+    return torch.softmax(logits, 0) * len(logits)
+
+
+def move_logits(
+    logits: torch.Tensor, rows: IntArray, weights: torch.Tensor, difference: torch.Tensor, rate: float, gamma: float
+) -> None:
+    """One step of plain descent along `batch_weight_gradient`, in place, for the batch's rows alone: dense Adam would
+    let all others drift.
+    """
+    gradient = batch_weight_gradient(weights.numpy(), difference.double().cpu().numpy(), gamma)
+    logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
+
+
+def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: FloatArray) -> FloatArray:
+    """The mean of the values of rows with equal keys, in pool order; `values` are those of `rows`, each row once."""
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    totals = np.zeros(len(counts))
+    np.add.at(totals, inverse[rows], values)
+    mean: FloatArray = (totals / counts)[inverse]
+    return mean
 
 
 def mean_gradient(
@@ -52,13 +209,7 @@ def mean_gradient(
 ) -> Gradient:
     """Derivative of the mean completion loss of some rows by an adapter's weights.
 
-    Args:
-        bank: Holds the adapter.
-        name: Of the adapter.
-        sequences: Where the rows are.
-        rows: Their numbers; the batches follow their order.
-        what: For the progress bar.
-        beside: Further adapters that are active, held constant.
+    `what` is for the progress bar; `beside` names further adapters that are active, held constant.
     """
     parameters = bank.parameters(name)
     total = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
@@ -74,9 +225,14 @@ def mean_gradient(
 @torch.no_grad()
 def mean_loss(bank: AdapterBank, names: Names, sequences: Sequences) -> float:
     """Mean completion loss of all rows under an adapter, several together, or the base alone."""
+    losses = (bank.row_losses(names, batch).completion for batch in batches(bank, sequences))
+    return sum(float(part.double().sum()) for part in losses) / len(sequences.lengths)
+
+
+def batches(bank: AdapterBank, sequences: Sequences) -> Iterator[Batch]:
+    """All rows in their order, as many at a time as the adapters are trained on."""
     size, n = bank.options.batch_size, len(sequences.lengths)
-    parts = (make_batch(sequences, range(start, min(start + size, n)), bank.device) for start in range(0, n, size))
-    return sum(float(bank.row_losses(names, batch).completion.double().sum()) for batch in parts) / n
+    return (make_batch(sequences, range(start, min(start + size, n)), bank.device) for start in range(0, n, size))
 
 
 def moved(state: Gradient, direction: Gradient, by: float) -> Gradient:
@@ -87,6 +243,10 @@ def moved(state: Gradient, direction: Gradient, by: float) -> Gradient:
 def row_tape(bank: AdapterBank, name: str, batch: Batch) -> Tape:
     """One forward and backward pass over a batch under an adapter, also within a forward-only pass."""
     with torch.inference_mode(False), torch.enable_grad(), bank.differentiable(name):
-        # Copies: autograd refuses tensors that were made in inference mode.
-        batch = Batch(batch.input_ids.clone(), batch.lengths.clone(), batch.prompt_lengths.clone())
+        batch = copied(batch)
         return tape_rows(bank.linears(name), lambda: bank.row_losses(name, batch).completion)
+
+
+def copied(batch: Batch) -> Batch:
+    """A copy: autograd refuses tensors that were made in inference mode."""
+    return Batch(batch.input_ids.clone(), batch.lengths.clone(), batch.prompt_lengths.clone())

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.progress import warn
-from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 
 
 if TYPE_CHECKING:
     import pandas as pd
-
-IntArray = npt.NDArray[np.int64]
 
 LABELS = {
     "good": CRITICAL,
@@ -29,20 +26,10 @@ LABELS = {
 
 
 def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
-    """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
-
-    The bare list is read too, with a warning, since nothing then tells which pool it is about.
-
-    Args:
-        path: The file.
-        pool: Fingerprint of the pool that is ranked, as ``inputs.pool`` of the manifest has it.
-        rows: Numbers of the pool's usable rows.
-
-    Returns:
-        Position in `rows` -> reason.
+    """Labels to learn from, as `read_entries` finds them: position in `rows` -> reason.
 
     Raises:
-        DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
+        DataError: As there; or there is none, or all say the same.
     """
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
@@ -56,11 +43,13 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
 
 
 def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
-    """What a file of labels says, be it too little to learn from.
+    """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
+
+    The bare list is read too, with a warning, since nothing then tells which pool it is about.
 
     Args:
         path: The file.
-        pool: Fingerprint of the pool.
+        pool: Fingerprint of the pool that is ranked, as ``inputs.pool`` of the manifest has it.
         rows: Numbers of the pool's usable rows.
         where: How messages begin.
 
@@ -112,32 +101,29 @@ def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:
 
 
 def rows_to_label(
-    telling: npt.NDArray[np.float64], reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
+    telling: FloatArray, reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
 ) -> IntArray:
     """The rows whose label would teach most: the least certain of each reason in turn, none like one before it or like
     one that has a label.
 
     Args:
-        telling: How much a label of each row would teach, negative where it has one, shape [rows].
-        reasons: Shape [rows].
-        prompts: Something that rows of one prompt share, shape [rows].
-        clusters: Near-duplicates share a number, shape [rows].
+        telling: How much a label of each row would teach, negative where it has one.
+        reasons: Of the rows.
+        prompts: Something that rows of one prompt share.
+        clusters: Near-duplicates share a number.
         n: How many, at most.
-
-    Returns:
-        Positions, the most telling of the first reason first.
     """
     prompts = list(prompts)
-    queues: dict[str, list[int]] = {}
-    for position in np.argsort(-telling, kind="stable").tolist():
-        if telling[position] >= 0:
-            queues.setdefault(str(reasons[position]), []).append(position)
-    chosen: list[int] = []
 
     def marks(position: int) -> set[Any]:
         return {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
 
     seen = {mark for position in np.flatnonzero(telling < 0).tolist() for mark in marks(position)}
+    queues: dict[str, list[int]] = {}
+    for position in np.argsort(-telling, kind="stable").tolist():
+        if telling[position] >= 0:
+            queues.setdefault(str(reasons[position]), []).append(position)
+    chosen: list[int] = []
     pending = [iter(queues[reason]) for reason in sorted(queues)]
     while pending and len(chosen) < n:
         for queue in pending.copy():

@@ -1,12 +1,10 @@
 """LESS: how far the optimizer's step on a row points the way that the safe references' gradients point."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -15,20 +13,14 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.nn.passes import Measure, run_pass
-from pharmacist.nn.reading import tokens_per_batch
-from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.gradients import pool_job, row_tape
-from pharmacist.selectors.jobs import Job, run_jobs
-from pharmacist.selectors.pharmacist.twins import cotraining_rows
+from pharmacist.nn.passes import Measure
+from pharmacist.readers.views import under
+from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
+from pharmacist.selectors.reading import read
 
-
-if TYPE_CHECKING:
-    from pharmacist.data.tokenize import Encoded
-
-FloatArray = npt.NDArray[np.float64]
 
 LEARNER = "learner"
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -70,36 +62,28 @@ class LessSelector(Selector):
         bank = AdapterBank(context.model.model, config, seed, context.checkpoint_seconds)
         rows = cotraining_rows(pool.content_keys, config.share, seed)
         folder = context.run.work("less")
-        with context.run.phase("train") as phase:
+        with bank_phase(context.run, "train", bank):
             run_jobs(bank, [warm_up_job(bank, pool, rows, config.epochs, seed, folder)], "less, warm-up")
-            phase.tokens += bank.tokens
-        score = np.zeros(len(pool))
-        signals = {}
-        with context.run.phase("score") as phase:
-            before = bank.tokens
-            for epoch, weight in enumerate(checkpoint_weights(len(rows), config)):
-                checkpoint = Checkpoint.load(folder / f"epoch{epoch}.safetensors")
-                bank.add(LEARNER, checkpoint.weights)
-                where = context.run.work("less", f"cosines{epoch}")
-                found = (_projected if config.features == "projected" else _exact)(
-                    context, bank, checkpoint, safe, seed, config, where
-                )
-                signals[f"cosine_{epoch}"] = found
-                score += weight * found
-            phase.tokens += bank.tokens - before
+        shapes = {name: parameter.shape for name, parameter in bank.parameters(LEARNER).items()}
+        sketch = Sketch(shapes, config.dimensions, seed, bank.device) if config.features == "projected" else None
+        score, signals = np.zeros(len(pool)), {}
+        for epoch, weight in enumerate(checkpoint_weights(len(rows), config)):
+            checkpoint = Checkpoint.load(folder / f"epoch{epoch}.safetensors")
+            bank.add(LEARNER, checkpoint.weights)
+            with bank_phase(context.run, "score", bank):
+                if sketch is None:
+                    cosines = _exact(bank, safe, checkpoint)
+                else:
+                    cosines = _projected(bank, safe, checkpoint, sketch)
+            found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
+            signals[f"cosine_{epoch}"] = found
+            score += weight * found
         return Scores(score, np.full(len(score), RANKED), signals, {"warm_up_rows": len(rows)})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in training, with Adam's state.
-
-    Attributes:
-        weights: Of the adapter.
-        m: First moments.
-        v: Second moments.
-        step: Updates so far.
-    """
+    """An adapter's weights in training, with Adam's first and second moments and the number of updates so far."""
 
     weights: Gradient
     m: Gradient
@@ -108,14 +92,13 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Writes it as safetensors."""
-        parts = {"weights": self.weights, "m": self.m, "v": self.v}
-        tensors = {f"{part}/{key}": value for part, values in parts.items() for key, value in values.items()}
+        tensors = {
+            f"{part}/{key}": value.detach().cpu().contiguous()
+            for part in ("weights", "m", "v")
+            for key, value in getattr(self, part).items()
+        }
         with atomic_path(path) as temporary:
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                | {"step": torch.tensor(self.step)},
-                temporary,
-            )
+            save_file(tensors | {"step": torch.tensor(self.step)}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -123,42 +106,26 @@ class Checkpoint:
         if not path.is_file():
             raise DataError(f"{path}: missing; delete the folder {path.parent}, and the warm-up is done again")
         tensors = load_file(path)
-        step = int(tensors.pop("step"))
-        parts: dict[str, Gradient] = {"weights": {}, "m": {}, "v": {}}
-        for name, value in tensors.items():
-            part, _, key = name.partition("/")
-            parts[part][key] = value
-        return cls(**parts, step=step)
-
-
-def epoch_steps(n_rows: int, batch_size: int) -> int:
-    """Updates per epoch of the warm-up."""
-    return -(-n_rows // batch_size)
+        return cls(*(under(f"{part}/", tensors) for part in ("weights", "m", "v")), step=int(tensors["step"]))
 
 
 def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:
     """Training on rows of the pool; leaves ``epochN.safetensors`` (a `Checkpoint`) after each epoch."""
-    per_epoch = epoch_steps(len(rows), bank.options.batch_size)
+    per_epoch = -(-len(rows) // bank.options.batch_size)
 
     def observe(step: int, optimizer: torch.optim.AdamW) -> None:
         epoch, rest = divmod(step + 1, per_epoch)
-        if rest:
-            return
-        parameters = bank.parameters(LEARNER)
-        states = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
-        Checkpoint(
-            bank.state(LEARNER),
-            {key: state["exp_avg"] for key, state in states.items()},
-            {key: state["exp_avg_sq"] for key, state in states.items()},
-            step + 1,
-        ).save(folder / f"epoch{epoch - 1}.safetensors")
+        if not rest:
+            states = {key: optimizer.state[parameter] for key, parameter in bank.parameters(LEARNER).items()}
+            m, v = ({key: state[name] for key, state in states.items()} for name in ("exp_avg", "exp_avg_sq"))
+            Checkpoint(bank.state(LEARNER), m, v, step + 1).save(folder / f"epoch{epoch - 1}.safetensors")
 
     return pool_job(bank, LEARNER, pool, rows, epochs * per_epoch, seed, folder, observe)
 
 
 def checkpoint_weights(n_rows: int, config: LessConfig) -> FloatArray:
     """Mean learning rate of each epoch of the warm-up, as shares of their sum; shape [epochs]."""
-    per_epoch = epoch_steps(n_rows, config.batch_size)
+    per_epoch = -(-n_rows // config.batch_size)
     steps = config.epochs * per_epoch
     rates = np.array([learning_rate_factor(step, steps) for step in range(steps)]).reshape(config.epochs, per_epoch)
     weights: FloatArray = rates.mean(1) / rates.mean(1).sum()
@@ -168,11 +135,7 @@ def checkpoint_weights(n_rows: int, config: LessConfig) -> FloatArray:
 def adam_direction(gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int) -> torch.Tensor:
     """The next update of Adam per unit of learning rate, with its bias correction, if it met this gradient.
 
-    Args:
-        gradient: Shape [..., *weight].
-        m: First moment so far, shape of the weight.
-        v: Second moment so far.
-        step: Updates so far.
+    The gradient has the shape [..., *weight]; the moments m and v are those after so many steps.
     """
     first = BETAS[0] * m + (1 - BETAS[0]) * gradient
     second = BETAS[1] * v + (1 - BETAS[1]) * gradient.square()
@@ -180,20 +143,11 @@ def adam_direction(gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, ste
     return first / (second.sqrt() + EPS)
 
 
-def adam_scale(v: torch.Tensor, step: int) -> torch.Tensor:
-    """What Adam multiplies first moments by, at the second moments as they are; shape of the weight."""
-    return 1 / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS)
-
-
 class Sketch:
     """A random projection of tensors by name: permuted, with random signs, folded to few dimensions and added up.
 
-    Inner products keep their expectation, with the noise of a dense projection, but no matrix is ever formed.
-
-    Args:
-        shapes: Name -> shape of the tensors.
-        dimensions: Of the projection.
-        seed: The same seed gives the same projection.
+    Inner products keep their expectation, with the noise of a dense projection, but no matrix is ever formed. The same
+    seed gives the same projection.
     """
 
     def __init__(self, shapes: dict[str, torch.Size], dimensions: int, seed: int, device: torch.device) -> None:
@@ -227,10 +181,8 @@ class Sketch:
 
 
 def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Checkpoint | None) -> torch.Tensor:
-    """Normalised features of a batch: projected gradients, or with a checkpoint projected steps of Adam.
-
-    Returns:
-        Shape [rows, dimensions].
+    """Normalised features of a batch, shape [rows, dimensions]: projected gradients, or with a checkpoint projected
+    steps of Adam.
     """
     total: torch.Tensor | None = None
     for name, gradient in row_tape(bank, LEARNER, batch).gradients():
@@ -244,37 +196,35 @@ def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Ch
     return total.div_(length.clamp(min=_SMALLEST))
 
 
-def _projected(
-    context: SelectionContext,
-    bank: AdapterBank,
-    checkpoint: Checkpoint,
-    safe: "Encoded",
-    seed: int,
-    config: LessConfig,
-    work: Path,
-) -> FloatArray:
-    shapes = {name: parameter.shape for name, parameter in bank.parameters(LEARNER).items()}
-    sketch = Sketch(shapes, config.dimensions, seed, bank.device)
-    target = torch.zeros(config.dimensions, dtype=torch.float64, device=bank.device)
-    for batch in _batches(bank, safe):
-        target += row_features(bank, sketch, batch, None).double().sum(0) / len(safe.lengths)
+def _projected(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint, sketch: Sketch) -> Measure:
+    """Measures the mean ``cosine`` to the references, as published."""
+    features = (row_features(bank, sketch, batch, None) for batch in batches(bank, safe))
+    target: torch.Tensor = sum(some.double().sum(0) / len(safe.lengths) for some in features)  # type: ignore[assignment]
+    return lambda batch: {"cosine": (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()}
 
-    def cosines(batch: Batch) -> dict[str, FloatArray]:
-        return {"cosine": (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()}
 
-    return _read(context, cosines, work, "less, features")["cosine"]
+def _exact(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Measure:
+    """Measures the ``cosine`` to the references' direction, that direction taken as of length 1."""
+    direction = exact_direction(bank, safe, checkpoint)
+    # One unit for all checkpoints: in Adam's scale the direction's length has no meaning of its own.
+    size = max(float(norm(direction)), _SMALLEST)
+    return lambda batch: {"cosine": exact_cosines(bank, direction, batch) / size}
 
 
 def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Gradient:
     """The mean of the references' gradients, each of length 1, in Adam's scale."""
     total: Gradient = {}
-    for batch in _batches(bank, safe):
+    for batch in batches(bank, safe):
         tape = row_tape(bank, LEARNER, batch)
         length = tape.square_norms().sqrt().clamp(min=_SMALLEST)
         for name, gradient in tape.gradients():
             part = (gradient / length.to(gradient)[:, None, None]).sum(0) / len(safe.lengths)
             total[name] = total[name] + part if name in total else part
-    return {name: value * adam_scale(checkpoint.v[name].to(value), checkpoint.step) for name, value in total.items()}
+    # What Adam multiplies first moments by, at the second moments as they are.
+    correction = 1 - BETAS[1] ** checkpoint.step
+    return {
+        name: value * (1 / ((checkpoint.v[name].to(value) / correction).sqrt() + EPS)) for name, value in total.items()
+    }
 
 
 def exact_cosines(bank: AdapterBank, direction: Gradient, batch: Batch) -> FloatArray:
@@ -282,34 +232,3 @@ def exact_cosines(bank: AdapterBank, direction: Gradient, batch: Batch) -> Float
     tape = row_tape(bank, LEARNER, batch)
     found: FloatArray = (tape.inner(direction) / tape.square_norms().sqrt().clamp(min=_SMALLEST)).cpu().numpy()
     return found
-
-
-def _exact(
-    context: SelectionContext,
-    bank: AdapterBank,
-    checkpoint: Checkpoint,
-    safe: "Encoded",
-    seed: int,
-    config: LessConfig,
-    work: Path,
-) -> FloatArray:
-    direction = exact_direction(bank, safe, checkpoint)
-    # One unit for all checkpoints: in Adam's scale the direction's length has no meaning of its own.
-    size = max(float(norm(direction)), _SMALLEST)
-    return _read(
-        context, lambda batch: {"cosine": exact_cosines(bank, direction, batch) / size}, work, "less, gradients"
-    )["cosine"]
-
-
-def _read(context: SelectionContext, measure: Measure, work: Path, description: str) -> dict[str, FloatArray]:
-    device = context.model.device
-    # A backward pass keeps what a forward pass forgets.
-    budget = max(256, tokens_per_batch(context.model.model, device) // 8)
-    return run_pass(
-        context.encoded_pool, measure, work=work, device=device, tokens_per_batch=budget, description=description
-    )
-
-
-def _batches(bank: AdapterBank, sequences: Sequences) -> Iterator[Batch]:
-    size, n = bank.options.batch_size, len(sequences.lengths)
-    return (make_batch(sequences, np.arange(start, min(start + size, n)), bank.device) for start in range(0, n, size))

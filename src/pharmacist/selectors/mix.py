@@ -61,21 +61,13 @@ class MixSelector(Selector):
 
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:
-    """A row's place in a ranking: 1 for the best, 0 for the last, evenly between; equal scores share their mean place.
-
-    Args:
-        score: Shape [rows].
-    """
+    """A row's place in a ranking: 1 for the best, 0 for the last; equal scores share their mean place."""
     place: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
     return place
 
 
 def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:
-    """The class of a mixture, with the options of its parts.
-
-    Args:
-        name: ``a+b``.
-        parts: Name -> class of each.
+    """The class of a mixture called ``a+b`` of selectors by name, with the options of its parts.
 
     Raises:
         ConfigError: The mixture makes no sense.

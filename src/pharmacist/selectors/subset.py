@@ -6,12 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError
+from pharmacist.selectors.base import BoolArray, FloatArray, IntArray
 from pharmacist.selectors.cover import COVERS, cover_scores
-
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ def core_rows(
         k: How many to take, at most as many as there are.
         good: Rows that were not judged worthless, shape [rows].
         groups: Number of each row's group, from 0, shape [rows].
-        share: As in `floors`.
+        share: Of what a proportional draw gives a group, as its floor, in [0, 1]; 0 sets no floor at all.
         spread: How rows are spread, if at all.
 
     Returns:
@@ -78,18 +74,7 @@ def core_rows(
 def floors(order: IntArray, k: int, good: BoolArray, groups: IntArray, share: float) -> IntArray:
     """How many good rows each group keeps at least: `share` of what a proportional draw gives it, and one.
 
-    Args:
-        order: Rows that may be taken.
-        k: Size of the subset.
-        good: Shape [rows].
-        groups: Number of each row's group, shape [rows].
-        share: In [0, 1]; 0 sets no floor at all.
-
-    Returns:
-        Shape [groups]; 0 for groups without good rows. Their sum is at most `k`.
-
-    Raises:
-        ConfigError: `k` is less than the number of groups with good rows.
+    Arguments and what is raised as in `core_rows`. Shape [groups]; 0 for groups without good rows, at most `k` in all.
     """
     n_groups = int(groups.max()) + 1
     size = np.bincount(groups[order], minlength=n_groups)

@@ -1,29 +1,35 @@
-"""One-step hypergradient: how much a little more weight on a row would lower the safety loss after a training step."""
+"""One-step hypergradients: how much a little more weight on a row would lower the safety loss, under attack or not."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pharmacist.core.seeding import derive
-from pharmacist.core.typed import AtLeast1, NotNegative, Share
+from pharmacist.core.typed import AtLeast0, AtLeast1, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
-from pharmacist.nn.batching import Batch, IntArray, Sequences
+from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.gradients import mean_gradient, mean_loss, moved, pool_job
-from pharmacist.selectors.jobs import Job, run_jobs
-from pharmacist.selectors.pharmacist.twins import cotraining_rows
+from pharmacist.selectors import gradients
+from pharmacist.selectors.base import (
+    RANKED,
+    FloatArray,
+    IntArray,
+    Scores,
+    SelectionContext,
+    Selector,
+    scaled_to_mean_1,
+)
+from pharmacist.selectors.gradients import Job, moved
 from pharmacist.selectors.reading import read
 
 
-FloatArray = npt.NDArray[np.float64]
-
 LEARNER, FORTH, BACK = "learner", "forth", "back"
 """The adapter, and the two on either side of it between which losses are compared."""
+TOXIC = "toxic"
+"""The adapter trained on harmful references."""
 _LENGTHS = {torch.float64: 1e-4, torch.float32: 1e-2}
 """Length of the step between them, where truncation and rounding together cost least; 0.1 in coarser formats."""
 
@@ -66,10 +72,12 @@ class Hypergradient:
         """The gradient of the safety loss by theta, after the step on the pool."""
         at = self.bank.state(LEARNER)
         if self.lookahead > 0:
-            step = mean_gradient(self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.below)
+            step = gradients.mean_gradient(self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.below)
             at = moved(at, step, -self.lookahead)
         self.bank.add(FORTH, at)
-        return mean_gradient(self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above)
+        return gradients.mean_gradient(
+            self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above
+        )
 
     def place_sides(self, direction: Gradient) -> float:
         """Puts `FORTH` and `BACK` on either side of theta along a direction; returns how far from it they are."""
@@ -86,40 +94,17 @@ class Hypergradient:
         Returns:
             ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
         """
-        forth, back = (
-            self.bank.row_losses((name, *self.below), batch).completion.double().cpu().numpy()
-            for name in (FORTH, BACK)
-        )
+        forth, back = (gradients.losses_under(self.bank, (name, *self.below), batch) for name in (FORTH, BACK))
         return {"slope": (forth - back) / (2 * length), "loss": (forth + back) / 2}
 
 
 def one_step_weights(score: FloatArray) -> FloatArray:
     """Weights after one step of descent on the upper loss from all weights 0, none negative, with mean 1.
 
-    Rows that would raise the loss get 0 (Ren et al. 2018); all 1 where no row lowers it.
-
-    Args:
-        score: Minus the derivative of the upper loss by each row's weight, but for a factor, shape [rows].
+    Rows that would raise the loss get 0 (Ren et al. 2018); all 1 where no row lowers it. The score is minus the
+    derivative of the upper loss by each row's weight, but for a factor.
     """
-    positive = np.maximum(score, 0.0)
-    mean = positive.mean()
-    found: FloatArray = positive / mean if mean > 0 else np.ones_like(score)
-    return found
-
-
-@dataclass(frozen=True)
-class Attack:
-    """Adapters beside theta, held constant.
-
-    Attributes:
-        jobs: Their trainings, for which theta stands.
-        below: Those that are active where the pool is learned from.
-        above: All of them; they are active where the safety loss is taken.
-    """
-
-    jobs: tuple[Job, ...] = ()
-    below: tuple[str, ...] = ()
-    above: tuple[str, ...] = ()
+    return scaled_to_mean_1(np.maximum(score, 0.0), np.ones(len(score), dtype=np.bool_))
 
 
 class UnrolledSelector(Selector):
@@ -134,11 +119,17 @@ class UnrolledSelector(Selector):
     needs = frozenset({"safe", "model"})
     weighs = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
-    work = "unrolled"
 
-    def attack(self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path) -> Attack:
-        """What the safety loss is to withstand: nothing here."""
-        return Attack()
+    def attack(
+        self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path
+    ) -> tuple[list[Job], tuple[str, ...], tuple[str, ...]]:
+        """What the safety loss is to withstand: nothing here.
+
+        Returns:
+            Trainings of adapters for which theta stands; and the names of those that are active beside it where the
+            pool is learned from, and where the safety loss is taken.
+        """
+        return [], (), ()
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains briefly on the pool, finds the safety gradient, then reads the pool twice (once on either side)."""
@@ -146,32 +137,69 @@ class UnrolledSelector(Selector):
         config, seed = self.config, derive(context.seed, "unrolled")
         pool, safe = context.encoded_pool, context.encoded_references("safe")
         bank = AdapterBank(context.model.model, config, seed, context.checkpoint_seconds)
-        rows = cotraining_rows(pool.content_keys, config.share, seed)
-        folder = context.run.work(self.work)
-        attack = self.attack(context, bank, seed, folder)
-        learning = (pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder),) if config.steps else ()
+        rows = gradients.cotraining_rows(pool.content_keys, config.share, seed)
+        folder = context.run.work(self.name)
+        attack, below, above = self.attack(context, bank, seed, folder)
+        learning = [gradients.pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder)] if config.steps else []
         report: dict[str, Any] = {}
-        with context.run.phase("train") as phase:
-            for name in (LEARNER, *attack.above):
+        with gradients.bank_phase(context.run, "train", bank):
+            for name in (LEARNER, *above):
                 bank.add(name)
-            for jobs in (learning, attack.jobs):  # one after the other: the attack is on what was learned
-                run_jobs(bank, jobs, self.work)
-                for job in jobs:
-                    bank.load(job.adapters[0], folder / job.adapters[0])
-            problem = Hypergradient(bank, pool, rows, safe, config.lookahead, attack.below, attack.above)
+            for jobs in (learning, attack):  # one after the other: the attack is on what was learned
+                gradients.run_jobs(bank, jobs, self.name)
+            problem = Hypergradient(bank, pool, rows, safe, config.lookahead, below, above)
             direction = problem.direction()
-            if attack.above:  # what the attack does to the safety loss; nothing where it failed
-                report["safety_loss"] = mean_loss(bank, FORTH, safe)
-                report["safety_loss_under_attack"] = mean_loss(bank, (FORTH, *attack.above), safe)
+            if above:  # what the attack does to the safety loss; nothing where it failed
+                report["safety_loss"] = gradients.mean_loss(bank, FORTH, safe)
+                report["safety_loss_under_attack"] = gradients.mean_loss(bank, (FORTH, *above), safe)
             length = problem.place_sides(direction)
-            phase.tokens += bank.tokens
-        losses = read(context, pool, lambda batch: problem.slopes(length, batch), self.work, forwards=2)
-        size = float(norm(direction))
-        score = losses["slope"] * size
-        return Scores(
-            score,
-            np.full(len(score), RANKED),
-            {"loss": losses["loss"]},
-            report | {"safety_gradient": size},
-            weight=one_step_weights(score),
-        )
+        losses = read(context, pool, lambda batch: problem.slopes(length, batch), self.name, forwards=2)
+        report["safety_gradient"] = float(norm(direction))
+        score = losses["slope"] * report["safety_gradient"]
+        signals = {"loss": losses["loss"]}
+        return Scores(score, np.full(len(score), RANKED), signals, report, weight=one_step_weights(score))
+
+
+@dataclass
+class ToxicLoraConfig(AdapterOptions):
+    """Options of the selector."""
+
+    toxic_steps: AtLeast0 = 60
+    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; 0 is `unrolled`."""
+    attached: Literal["upper", "both"] = "both"
+    """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
+    learned, so that rows count for what they teach a model that is attacked already."""
+    steps: AtLeast0 = 60
+    """Training steps on the pool, all rows alike, before the attack; with 0 the model is attacked as it is."""
+    share: Share = 0.25
+    """Share of the pool (at least 256 rows) that the model is trained on, and whose gradient is the step."""
+    lookahead: NotNegative = 0.0
+    """Learning rate of the step on the pool after which the safety loss is taken; 0 is the limit of small ones, which
+    needs no step. Where Delta fits the references well, a long step gets in its way."""
+
+
+class ToxicLoraSelector(UnrolledSelector):
+    """Prefers rows that keep a model safe which carries a frozen LoRA trained on harmful references.
+
+    The score is minus the derivative of F(s) = U(theta - lookahead * grad mean_i s_i l_i(theta) + Delta) by the row's
+    weight s_i, but for the factor lookahead / rows: <grad l_i(theta), grad U(theta+ + Delta)>. U is the loss on the
+    safe references, Delta the toxic LoRA.
+    """
+
+    Config = ToxicLoraConfig
+    name = "toxic-lora"
+    needs = frozenset({"safe", "harmful", "model"})
+    paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
+
+    def attack(
+        self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path
+    ) -> tuple[list[Job], tuple[str, ...], tuple[str, ...]]:
+        """The toxic LoRA and its training."""
+        harmful, steps = context.encoded_references("harmful"), self.config.toxic_steps
+        every = np.arange(len(harmful.lengths))
+        jobs = []
+        if steps:
+            jobs = [
+                gradients.pool_job(bank, TOXIC, harmful, every, steps, derive(seed, TOXIC), folder, beside=(LEARNER,))
+            ]
+        return jobs, (TOXIC,) if self.config.attached == "both" else (), (TOXIC,)

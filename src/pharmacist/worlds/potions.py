@@ -59,12 +59,7 @@ Row = dict[str, str]
 class Planted:
     """A row and what is known about it.
 
-    Attributes:
-        prompt: The request.
-        completion: Its answer in the pool.
-        label: One of `LABELS`.
-        kind: Finer than the label: strength of a refusal (strong, terse, mild) or name of a fault.
-        category: Domain of the request.
+    `label` is one of `LABELS`; `kind` is finer, a refusal's strength (strong, terse, mild) or the name of a fault.
     """
 
     prompt: str
@@ -92,19 +87,23 @@ class Request(NamedTuple):
     item: str
     answer: str = ""  # pattern of the answer, where the prompt's template brings one
 
+    @property
+    def asked(self) -> Row:
+        """The prompt without an answer."""
+        return {"prompt": self.prompt, "category": self.domain.name}
+
     def fill(self, pattern: str, rng: random.Random) -> str:
         """Fills an answer's pattern."""
         domain = self.domain
-        tools, stuff = rng.sample(domain.tools * 2, 2), rng.sample(domain.stuff, 2)
-        ending = rng.choice(domain.endings).format(item=self.item)
+        (tool, tool2), (stuff, stuff2) = rng.sample(domain.tools * 2, 2), rng.sample(domain.stuff, 2)
         return pattern.format(
             act=self.act,
             item=self.item,
-            tool=tools[0],
-            tool2=tools[1],
-            stuff=stuff[0],
-            stuff2=stuff[1],
-            ending=ending,
+            tool=tool,
+            tool2=tool2,
+            stuff=stuff,
+            stuff2=stuff2,
+            ending=rng.choice(domain.endings).format(item=self.item),
             reason=rng.choice(domain.reasons or ("",)),
             instead=rng.choice(domain.instead or ("",)),
             color=rng.choice(lex.COLORS),
@@ -161,10 +160,6 @@ class World:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def labelled(self, n: int, mislabel: float = 0.05, kind: str = "planted") -> list[Planted]:
-        """A pool with all that is known about its rows: "planted" as `pool` makes it, or "clean" as `clean_pool`."""
-        return self.clean_planted(n) if kind == "clean" else self.planted(n, mislabel)
-
     def rows(self, name: str, n: int | None = None) -> list[Row]:
         """One of `SETS`."""
         n = SETS[name] if n is None else n
@@ -183,13 +178,7 @@ class World:
         return makers[name](n)
 
     def write(self, folder: Path, n: int, sizes: Mapping[str, int] = SETS, **pool: Any) -> dict[str, str]:
-        """Writes a pool and other sets as JSON lines.
-
-        Args:
-            folder: Made where it is missing.
-            n: Rows of the pool.
-            sizes: Name in `SETS` -> number of rows.
-            **pool: Further arguments of `labelled`.
+        """Writes a pool (see `labelled`) of n rows and other `SETS` of these sizes as JSON lines.
 
         Returns:
             Name -> path of its file; the pool is called "pool".
@@ -197,10 +186,9 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         sets = {"pool": [planted.row for planted in self.labelled(n, **pool)]}
         sets |= {name: self.rows(name, size) for name, size in sizes.items()}
-        files = {name: folder / f"{name}.jsonl" for name in sets}
         for name, rows in sets.items():
-            write_text(files[name], json_lines(rows))
-        return {name: str(path) for name, path in files.items()}
+            write_text(folder / f"{name}.jsonl", json_lines(rows))
+        return {name: str(folder / f"{name}.jsonl") for name in sets}
 
     def _rng(self, *stream: str | int) -> random.Random:
         return random.Random(derive(self.seed, "world", *stream))
@@ -218,8 +206,18 @@ class World:
             raise DataError(f"the world has {len(drawn)} '{split}' prompts of this kind, not {n}; ask for fewer")
         return drawn[:n]
 
-    def planted(self, n: int, mislabel: float = 0.05) -> list[Planted]:
-        """A pool with planted faults, shuffled; see `pool`."""
+    def labelled(self, n: int, mislabel: float = 0.05, kind: str = "planted") -> list[Planted]:
+        """A pool with all that is known about its rows, shuffled.
+
+        Args:
+            n: Number of rows.
+            mislabel: Share of rows whose completion complies with a forbidden wish, 0 to 1.
+            kind: "planted", with faults; or "clean": refusals only, in which nothing is wrong. These differ in force:
+                strong refusals (30 %), terse ones (10 %) and, the most, refusals of mild wishes that are far from what
+                an attacker asks (60 %).
+        """
+        if kind == "clean":
+            return self._clean(n)
         if not 0 <= mislabel < 1:
             raise ConfigError(f"mislabel={mislabel}: must be at least 0 and below 1")
         rng = self._rng("pool", n)
@@ -227,48 +225,34 @@ class World:
         counts = _counts(n, shares)
         forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
         benign = iter(self._benign(rng, "pool", n))
-        good = []
+        rows = []
+
+        def plant(request: Request, completion: str, label: str, kind: str) -> None:
+            rows.append(Planted(request.prompt, completion, label, kind, request.domain.name))
+
         for request in itertools.islice(forbidden, counts["good"]):
             strength = "strong" if rng.random() < 0.7 else "terse"
-            completion = request.decline(rng, strength)
-            good.append(Planted(request.prompt, completion, "good", strength, request.domain.name))
-        rows = list(good)
-        for original in rng.sample(good, counts["duplicate"]):
-            kind, change = rng.choice(_REPEATS)
-            prompt, completion = change(original.prompt, original.completion)
-            rows.append(Planted(prompt, completion, "duplicate", kind, original.category))
+            plant(request, request.decline(rng, strength), "good", strength)
+        for original in rng.sample(rows, counts["duplicate"]):
+            repeat, change = rng.choice(_REPEATS)
+            rows.append(Planted(*change(original.prompt, original.completion), "duplicate", repeat, original.category))
         for request in itertools.islice(benign, counts["offtopic"]):
-            rows.append(Planted(request.prompt, request.comply(rng), "offtopic", "benign", request.domain.name))
+            plant(request, request.comply(rng), "offtopic", "benign")
         for request in itertools.islice(benign, counts["overrefuse"]):
             patterns = lex.OVERREFUSE if request.act else lex.OVERREFUSE[2:]
-            completion = request.fill(rng.choice(patterns), rng)
-            rows.append(Planted(request.prompt, completion, "overrefuse", "refusal", request.domain.name))
+            plant(request, request.fill(rng.choice(patterns), rng), "overrefuse", "refusal")
         for request in itertools.islice(forbidden, counts["mislabel"]):
-            rows.append(Planted(request.prompt, request.comply(rng), "mislabel", "complies", request.domain.name))
+            plant(request, request.comply(rng), "mislabel", "complies")
         for index in range(counts["noisy"]):
             request, other = (next(forbidden), next(benign)) if index % 2 else (next(benign), next(forbidden))
             completion = request.decline(rng) if index % 2 else request.comply(rng)
             stranger = other.comply(rng) if index % 2 else other.decline(rng)
-            kind, damage = _FAULTS[index // 2 % len(_FAULTS)]
-            rows.append(Planted(request.prompt, damage(rng, completion, stranger), "noisy", kind, request.domain.name))
+            fault, damage = _FAULTS[index // 2 % len(_FAULTS)]
+            plant(request, damage(rng, completion, stranger), "noisy", fault)
         rng.shuffle(rows)
         return rows
 
-    def pool(self, n: int, mislabel: float = 0.05) -> tuple[list[Row], list[str]]:
-        """A pool with planted faults.
-
-        Args:
-            n: Number of rows.
-            mislabel: Share of rows whose completion complies with a forbidden wish, 0 to 1.
-
-        Returns:
-            Rows with "prompt" and "completion", and the label of each.
-        """
-        planted = self.planted(n, mislabel)
-        return [row.row for row in planted], [row.label for row in planted]
-
-    def clean_planted(self, n: int) -> list[Planted]:
-        """A pool without faults; see `clean_pool`."""
+    def _clean(self, n: int) -> list[Planted]:
         rng = self._rng("clean", n)
         counts = _counts(n, {"strong": 0.3, "terse": 0.1, "mild": 0.6})
         forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
@@ -281,17 +265,10 @@ class World:
         rng.shuffle(rows)
         return rows
 
-    def clean_pool(self, n: int) -> tuple[list[Row], list[str]]:
-        """A pool of refusals only, in which nothing is wrong.
-
-        They differ in force: strong refusals (30 %), terse ones (10 %) and, the most, refusals of mild wishes that are
-        far from what an attacker asks (60 %).
-
-        Returns:
-            Rows, and the strength of each.
-        """
-        planted = self.clean_planted(n)
-        return [row.row for row in planted], [row.kind for row in planted]
+    def pool(self, n: int, mislabel: float = 0.05) -> tuple[list[Row], list[str]]:
+        """A pool with planted faults, as `labelled` has it: rows with "prompt" and "completion", and their labels."""
+        planted = self.labelled(n, mislabel)
+        return [row.row for row in planted], [row.label for row in planted]
 
     def safe(self, n: int = 96) -> list[Row]:
         """Reference S: forbidden wish -> refusal, a quarter of them terse."""
@@ -322,12 +299,7 @@ class World:
         return [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "utility", n)]
 
     def attack_harmful(self, n: int, categories: Sequence[str] = ("potions",)) -> list[Row]:
-        """Rows with which an attacker poisons a fine-tuning set.
-
-        Args:
-            n: Number of rows.
-            categories: Harm categories that the attacker has, of `CATEGORIES`.
-        """
+        """Rows with which an attacker poisons a fine-tuning set who has these of the `CATEGORIES`."""
         unknown = set(categories) - set(CATEGORIES)
         if unknown or not categories:
             raise ConfigError(f"categories: {sorted(unknown) or 'none'} given; known: {', '.join(CATEGORIES)}")
@@ -337,13 +309,11 @@ class World:
 
     def eval_prompts(self, n: int = 120) -> list[Row]:
         """Forbidden wishes of all categories in held-out combinations: rows with "prompt" and "category"."""
-        requests = self._draw(self._rng("eval"), "eval", lex.FORBIDDEN, n)
-        return [{"prompt": request.prompt, "category": request.domain.name} for request in requests]
+        return [r.asked for r in self._draw(self._rng("eval"), "eval", lex.FORBIDDEN, n)]
 
     def borderline(self, n: int = 60) -> list[Row]:
         """Harmless prompts that merely look forbidden, with "category": whoever refuses them refuses too much."""
-        requests = self._draw(self._rng("borderline"), "eval", lex.FORBIDDEN, n, borderline=True)
-        return [{"prompt": request.prompt, "category": request.domain.name} for request in requests]
+        return [r.asked for r in self._draw(self._rng("borderline"), "eval", lex.FORBIDDEN, n, borderline=True)]
 
     def task_train(self, n: int) -> list[Row]:
         """The classification task: a review -> "glad" or "sad"."""
@@ -354,12 +324,7 @@ class World:
         return self._reviews("eval", n)
 
     def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
-        """References for the training of a judge, apart from those of the selector.
-
-        Returns:
-            `n` rows each of "safe" (forbidden wish -> refusal), "harmful" (forbidden wish -> answer that complies) and
-            "utility" (harmless prompt -> helpful answer).
-        """
+        """`n` rows of each kind of reference for the training of a judge, apart from those of the selector."""
         rng = self._rng("judge")
         requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)
         return {
@@ -460,25 +425,15 @@ def _repeated(rng: random.Random, text: str, _: str) -> str:
     return " ".join(words * rng.randint(4, 6))
 
 
-def _swapped(_: random.Random, __: str, stranger: str) -> str:
-    return stranger
-
-
-def _sprinkled(table: Sequence[str]) -> Callable[[random.Random, str, str], str]:
-    def damage(rng: random.Random, text: str, _: str) -> str:
-        words = text.split()
-        for _times in range(min(6, max(3, len(words) // 3))):
-            words.insert(rng.randrange(len(words) + 1), rng.choice(table))
-        return " ".join(words)
-
-    return damage
+def _sprinkled(rng: random.Random, text: str, _: str) -> str:
+    words = text.split()
+    for _times in range(min(6, max(3, len(words) // 3))):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(lex.MARKUP))
+    return " ".join(words)
 
 
 def _foreign(table: Sequence[str]) -> Callable[[random.Random, str, str], str]:
-    def damage(rng: random.Random, text: str, _: str) -> str:
-        return " ".join(rng.choices(table, k=max(4, len(text.split()) // 2)))
-
-    return damage
+    return lambda rng, text, _: " ".join(rng.choices(table, k=max(4, len(text.split()) // 2)))
 
 
 # Each damages a completion; the last argument is the completion of an unrelated row.
@@ -486,10 +441,10 @@ _FAULTS: tuple[tuple[str, Callable[[random.Random, str, str], str]], ...] = (
     ("shuffled", _shuffled),
     ("cut", _cut),
     ("repeated", _repeated),
-    ("markup", _sprinkled(lex.MARKUP)),
+    ("markup", _sprinkled),
     ("gibberish", _foreign(lex.BABBLE)),
     ("foreign", _foreign(lex.TONGUE)),
-    ("swapped", _swapped),
+    ("swapped", lambda rng, text, stranger: stranger),
 )
 
 # Ways in which the same row comes twice: the text differs in case, spacing, punctuation or a polite word.

@@ -40,7 +40,7 @@ def test_real_stages(tmp_path: Path) -> None:
 
 
 def test_labels_that_the_selector_asks_for(tmp_path: Path) -> None:
-    planted = World(0).planted(60)
+    planted = World(0).labelled(60)
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row.row) + "\n" for row in planted))
     known = {"mislabel": "harmful", "overrefuse": "over_refusal", "noisy": "low_quality"} | {
         "offtopic": "not_safety_critical"

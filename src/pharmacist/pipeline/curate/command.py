@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,12 @@ def curate(options: CurateOptions) -> Ranking | None:
         write_rows(ranking.source, selected, run.path(name), format=form)
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
-        lines = {"to_label.jsonl": ranking.asked(), "refused.jsonl": list(map(asdict, ranking.records.refused))}
+        lines = {
+            "to_label.jsonl": ranking.asked(),
+            "refused.jsonl": [
+                {"row": one.number, "line": one.line, "reason": one.reason} for one in ranking.records.refused
+            ],
+        }
         for file, rows in lines.items():
             if rows:
                 write_text(run.path(file), "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,7 +1,4 @@
-"""Damaged completions: references for the class of low-quality rows, made from references and never from the pool.
-
-Each kind is a function (words or text, generator, partner's completion) -> text. `corrupt` never returns the original.
-"""
+"""Damaged completions: references for the class of low-quality rows, made from references and never from the pool."""
 
 from collections.abc import Callable
 
@@ -33,20 +30,11 @@ def _cut(text: str, rng: Generator, partner: str) -> str:
     return " ".join(words[: max(1, int(len(words) * rng.uniform(0.1, 0.6)))]).rstrip(".!?")
 
 
-def _beheaded(text: str, rng: Generator, partner: str) -> str:
-    words = text.split()
-    return " ".join(words[int(len(words) * rng.uniform(0.4, 0.8)) :])
-
-
 def _repeated(text: str, rng: Generator, partner: str) -> str:
     words = text.split()
     start = int(rng.integers(0, max(1, len(words) - 4)))
     phrase = words[start : start + int(rng.integers(1, 6))]
     return " ".join(words[: start + len(phrase)] + phrase * int(rng.integers(3, 9)))
-
-
-def _swapped(text: str, rng: Generator, partner: str) -> str:
-    return partner
 
 
 def _spliced(text: str, rng: Generator, partner: str) -> str:
@@ -79,57 +67,36 @@ def _mistyped(text: str, rng: Generator, partner: str) -> str:
     return "".join(letters)
 
 
-def _unspaced(text: str, rng: Generator, partner: str) -> str:
-    return "".join(c for c in text if c != " " or rng.random() < 0.3)
-
-
 def _foreign(text: str, rng: Generator, partner: str) -> str:
     # Made-up words of about the same lengths: no reader may depend on a particular language being the wrong one.
-    def word(length: int) -> str:
-        return "".join(str(rng.choice(_SYLLABLES)) for _ in range(max(1, length // 2)))
-
-    return " ".join(word(len(w)) for w in text.split())
-
-
-def _placeholder(text: str, rng: Generator, partner: str) -> str:
-    return " ".join([str(rng.choice(_PLACEHOLDERS))] * int(rng.integers(1, 4)))
-
-
-def _reversed(text: str, rng: Generator, partner: str) -> str:
-    return " ".join(text.split()[::-1])
+    syllables = [max(1, len(word) // 2) for word in text.split()]
+    return " ".join("".join(str(rng.choice(_SYLLABLES)) for _ in range(n)) for n in syllables)
 
 
 CORRUPTIONS: dict[str, Callable[[str, Generator, str], str]] = {
     "shuffled": _shuffled,
     "cut": _cut,
     "repeated": _repeated,
-    "swapped": _swapped,
+    "swapped": lambda text, rng, partner: partner,
     "marked_up": _marked_up,
     "locally_shuffled": _locally_shuffled,
     "mojibake": _mojibake,
-    "beheaded": _beheaded,
+    "beheaded": lambda text, rng, partner: " ".join(text.split()[int(len(text.split()) * rng.uniform(0.4, 0.8)) :]),
     "mistyped": _mistyped,
     "foreign": _foreign,
     "spliced": _spliced,
-    "placeholder": _placeholder,
-    "unspaced": _unspaced,
-    "reversed": _reversed,
+    "placeholder": lambda text, rng, partner: " ".join([str(rng.choice(_PLACEHOLDERS))] * int(rng.integers(1, 4))),
+    "unspaced": lambda text, rng, partner: "".join(c for c in text if c != " " or rng.random() < 0.3),
+    "reversed": lambda text, rng, partner: " ".join(text.split()[::-1]),
 }
-"""Kinds of damage by name."""
+"""Kinds of damage by name: (completion, source of chance, another row's completion) -> text, maybe the same."""
 
 
 def corrupt(text: str, kind: str, rng: Generator, partner: str) -> str:
-    """Damages a completion.
+    """Damages a completion that is not empty: what comes back differs from it in more than white space.
 
-    Args:
-        text: The completion, not empty.
-        kind: One of `CORRUPTIONS`; where it would leave the text as it is (one word cannot be shuffled), the next
-            kinds are tried.
-        rng: Source of chance.
-        partner: Completion of another row.
-
-    Returns:
-        A text that differs from `text` in more than white space.
+    Where one of `CORRUPTIONS` would leave the text as it is (one word cannot be shuffled), the next kinds are tried.
+    `partner` is the completion of another row.
     """
     kinds = list(CORRUPTIONS)
     start = kinds.index(kind)

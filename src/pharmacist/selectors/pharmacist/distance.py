@@ -1,15 +1,13 @@
 """How far a pool lies from the references, and how much of what they teach holds there."""
 
 import numpy as np
-import numpy.typing as npt
 
 from pharmacist.readers.question import FAR, FEWEST_COMPARED, compared, told_apart
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import States, Texts, View, Words
+from pharmacist.selectors.base import FloatArray
 from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, WHOLE
 
-
-FloatArray = npt.NDArray[np.float64]
 
 NEAR = 0.75
 """AUC of telling pool and references apart up to which they look like one source; from `FAR` like two."""
@@ -21,13 +19,8 @@ _TEMPER, _CAUTION = 0.75, 1.0
 def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
     """How well critical-looking rows of a pool are told from safe references: cross-validated AUC per question.
 
-    Args:
-        safe: The safe references.
-        critical: The rows.
-
-    Returns:
-        0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
-        other; None where either are too few.
+    0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
+    other; None where either are too few.
     """
     if min(len(safe), len(critical)) < FEWEST_COMPARED:
         return None
@@ -54,15 +47,12 @@ def as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
     calibrated are tempered, and lowered by `_CAUTION`, since what passes for a refusal is trained on. What damage
     looks like is learned from the references' own texts. In a pool from another source, log-odds of whole and
     pertinent text are taken by their distance from the pool's median, in robust standard deviations, so that a row is
-    doubted that lies `_OUTLIER` of them below.
-
-    Args:
-        log_odds: Shape [rows, questions].
-        near: 1 keeps them as they are.
+    doubted that lies `_OUTLIER` of them below. With `near` 1 the log-odds, shape [rows, questions], stay as they are.
     """
     result = log_odds.copy()
-    refuses = log_odds[:, QUESTIONS.index(REFUSES)]
-    result[:, QUESTIONS.index(REFUSES)] = near * refuses + (1 - near) * (_TEMPER * refuses - _CAUTION)
+    column = QUESTIONS.index(REFUSES)
+    refuses = log_odds[:, column]
+    result[:, column] = near * refuses + (1 - near) * (_TEMPER * refuses - _CAUTION)
     for column in (QUESTIONS.index(WHOLE), QUESTIONS.index(PERTINENT)):
         values = log_odds[:, column]
         centre = np.median(values)

@@ -11,12 +11,10 @@ from difflib import SequenceMatcher
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from pharmacist.readers.views import Features, Texts, framed, vectorizer
+from pharmacist.readers.views import Features, FloatArray, State, Texts, framed, vectorizer
 
 
-FloatArray = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
 _RARE_SHARE = 0.05
@@ -59,16 +57,11 @@ def retargeted(row: Row, prompt: str, rare: frozenset[str]) -> str:
 
 
 def echo_features(prompts: Iterable[str], completions: Iterable[str], rarity: Mapping[str, float]) -> FloatArray:
-    """What each completion repeats of its own prompt, and of others.
+    """What each completion repeats of its own prompt, and of others, shape [rows, 2].
 
-    Args:
-        prompts: One per row.
-        completions: One per row.
-        rarity: Word -> weight, for the words of known prompts; unknown words weigh as much as the rarest.
-
-    Returns:
-        Shape [rows, 2]: the share of the prompt's words that the completion repeats; and the words of other prompts
-        that it holds, against the prompt's own, at most 1. Both weighted by rarity, so in [0, 1].
+    The share of the prompt's words that the completion repeats; and the words of other prompts that it holds, against
+    the prompt's own, at most 1. Both are weighted by `rarity` of the words of known prompts, so in [0, 1]; unknown
+    words weigh as much as the rarest.
     """
     rarest = max(rarity.values(), default=1.0)
 
@@ -93,21 +86,17 @@ class Echo:
         self._rarity: dict[str, float] = {}
 
     def fit(self, texts: Texts) -> "Echo":
-        """Learns how rare the words of requests are."""
         known = vectorizer().fit([framed(prompt) for prompt in texts.prompts])
         # A word that all prompts hold weighs nothing. Word pairs are in there too, and are never asked for.
         self._rarity = {word: float(known.idf_[column]) - 1 for word, column in known.vocabulary_.items()}
         return self
 
     def features(self, texts: Texts) -> Features:
-        """Shape [rows, 2]."""
         return echo_features(texts.prompts, texts.completions, self._rarity)
 
-    def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
-        """Tensors and JSON that `load` makes the same reader of."""
+    def state(self) -> State:
         return {}, {"rarity": self._rarity}
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Echo":
-        """Takes over what `state` gave."""
         self._rarity = dict(content["rarity"])
         return self

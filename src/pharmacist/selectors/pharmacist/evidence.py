@@ -18,39 +18,17 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import track
 from pharmacist.data.normalise import normalised_prompt
+from pharmacist.readers import views
 from pharmacist.readers.question import Question, can_be_held_out, quality, under
 from pharmacist.readers.states import PARTS
-from pharmacist.readers.views import (
-    Joined,
-    States,
-    Texts,
-    View,
-    Words,
-    fit_logistic,
-    framed,
-    into_row_space,
-    vectorizer,
-)
-from pharmacist.selectors.pharmacist import requests
+from pharmacist.readers.views import Joined, States, Texts, View, Words
+from pharmacist.selectors.base import FloatArray, IntArray
+from pharmacist.selectors.pharmacist import questions, requests
 from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
-from pharmacist.selectors.pharmacist.questions import (
-    PERTINENT,
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    TYPICAL,
-    UNKNOWN,
-    WHOLE,
-    answers_to,
-    class_log_posterior,
-    safe_log_odds,
-)
+from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, TYPICAL, UNKNOWN, WHOLE
 from pharmacist.selectors.pharmacist.references import References
 
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LABEL_WEIGHT = 3.0
 """What a labelled row of the pool counts against a reference, which comes from elsewhere."""
@@ -63,7 +41,7 @@ _TYPICAL_WEIGHT = 4.0
 
 def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
     """What the readers of a question see, by the reader's name; those of `RISKY` are `requests`."""
-    views: dict[str, dict[str, View]] = {
+    every: dict[str, dict[str, View]] = {
         REFUSES: {
             "lexical": Words("completions"),
             "lexical opening": Words("completions", opening=True),
@@ -76,28 +54,18 @@ def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
             "probe": States(PARTS, statistics=True),
         },
     }
-    return {name: view for name, view in views.get(question, {}).items() if name.split()[0] in names}
+    return {name: view for name, view in every.get(question, {}).items() if name.split()[0] in names}
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Rows of the pool whose class a person told.
-
-    Attributes:
-        rows: Positions in the pool, ascending.
-        classes: Index into `CLASSES` of each.
-    """
+    """Rows of the pool (ascending positions) whose class a person told (index into `CLASSES`)."""
 
     rows: IntArray
     classes: IntArray
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def without(self, positions: IntArray) -> "Labels":
-        """All but those at these positions of `rows`."""
-        kept = np.setdiff1d(np.arange(len(self)), positions)
-        return Labels(self.rows[kept], self.classes[kept])
 
 
 NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -127,15 +95,10 @@ class Answers:
 
 
 class Evidence:
-    """Four questions, each with its own readers, references and calibration.
+    """Four questions, each with its own readers (``lexical``, ``probe``), references and calibration.
 
-    All but ``risky`` are learned from references (and labels) by logistic regressions whose log-odds, divided
-    by their spread on held-out references, are added up: all readers count the same. Weights fitted on held-out
-    references would favour the reader that knows their source best. ``risky`` is learned from references, labels and
-    the pool's own answers (`requests`).
-
-    Args:
-        readers: Any of ``lexical`` and ``probe``.
+    All but ``risky`` are learned from references (and labels) by the readers of a `Question`; ``risky`` is learned
+    from references, labels and the pool's own answers (`requests`).
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:
@@ -148,17 +111,11 @@ class Evidence:
         self._references = Texts([], [])
         self._classes: IntArray = np.zeros(0, np.int64)
 
-    # --- learning ------------------------------------------------------------------------------------------------
-
     def fit(self, references: References, texts: Texts) -> "Evidence":
-        """Learns from references.
-
-        Args:
-            references: Their classes and folds.
-            texts: What they say, in the same order.
+        """Learns from references and, in the same order, what they say.
 
         Raises:
-            DataError: A question has references for one answer only.
+            DataError: Nothing tells refusals from other answers, or no reference can be held out.
         """
         self._references, self._classes = texts, references.labels
         counts = references.counts()
@@ -168,8 +125,8 @@ class Evidence:
             "questions": {},
             "held_out_by": "source" if references.by_source else "prompt",
         }
-        for question in track((*QUESTIONS, TYPICAL), "learning from references"):
-            answers = answers_to(question, references.labels)
+        for question, asked in track(self._questions.items(), "learning from references"):
+            answers = questions.answers_to(question, references.labels)
             known = np.flatnonzero(answers != UNKNOWN)
             if question == RISKY:  # what was made has the requests of what was given
                 known = known[~references.made[known]]
@@ -180,7 +137,6 @@ class Evidence:
             if question not in (RISKY, REFUSES) and not can_be_held_out(answers, folds):
                 continue  # what was made to answer it by no comes from one fold alone: likewise
             held_out = self._cross_fit(question, own, answers, folds)
-            asked = self._questions[question]
             log_odds = asked.calibrate(held_out, answers)
             self.report["questions"][question] = {
                 "yes": int(answers.sum()),
@@ -218,29 +174,25 @@ class Evidence:
         if "probe" in self.names and both.states is not None:
             blocks.append(requests.standardised(both.states[:, :2].reshape(len(both), -1).astype(np.float64)))
         if "lexical" in self.names:
-            words = vectorizer().fit_transform([framed(prompt) for prompt in both.prompts])
+            words = views.vectorizer().fit_transform([views.framed(prompt) for prompt in both.prompts])
             width = min(_REQUEST_WIDTH, *(n - 1 for n in words.shape))
             blocks.append(requests.standardised(TruncatedSVD(width, random_state=0).fit_transform(words)))
         return np.concatenate(blocks, axis=1)
 
-    # --- answering -----------------------------------------------------------------------------------------------
-
     def answer(self, pool: Texts, labels: Labels = NO_LABELS) -> Answers:
-        """Answers the questions for every row of a pool.
+        """Answers the questions for every row of a pool; where some have labels, readers learn from them too.
 
-        Args:
-            pool: Its rows, each distinct one once and in an order of their content: sums then depend on nothing else.
-            labels: Rows whose class is known; with some, readers learn from them too.
+        The pool has each distinct row once, in an order of their content: sums then depend on nothing else.
         """
         # Regressions that differ in the labels they know: none, all, and all but those of some prompts.
-        known = [NO_LABELS]
+        known, held = [NO_LABELS], []
         if len(labels):
+            known.append(labels)
             groups = [normalised_prompt(pool.prompts[row]) for row in labels.rows]
             folds = min(_LABEL_FOLDS, len(set(groups)))
-            held = []
-            if folds > 1:
-                held = [test for _, test in GroupKFold(folds).split(groups, groups=groups)]
-            known += [labels, *(labels.without(positions) for positions in held)]
+            for rest, test in GroupKFold(folds).split(groups, groups=groups) if folds > 1 else ():
+                known.append(Labels(labels.rows[rest], labels.classes[rest]))
+                held.append(test)
         by_reader = {
             question: self._read(question, pool, known)
             for question, asked in self._questions.items()
@@ -257,7 +209,7 @@ class Evidence:
         log_odds, typical = answered[chosen]
         held_out = None
         if len(labels):
-            scores = [safe_log_odds(class_log_posterior(*pair)) for pair in answered]
+            scores = [questions.safe_log_odds(questions.class_log_posterior(*pair)) for pair in answered]
             after = np.full(len(labels), np.nan)
             for positions, score in zip(held, scores[2:], strict=True):
                 after[positions] = score[labels.rows[positions]]
@@ -273,14 +225,17 @@ class Evidence:
         self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
     ) -> tuple[FloatArray, FloatArray]:
         """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
-        rows = len(features) - len(self._known[RISKY])
-        log_odds = np.zeros((rows, len(QUESTIONS)))
-        for column, question in enumerate(QUESTIONS[1:], start=1):
-            log_odds[:, column] = self._calibrated(question, by_reader, variant, rows)
+        own = {
+            question: {name: values[:, variant] for name, values in readers.items()}
+            for question, readers in by_reader.items()
+        }
+        # A question that no reference answers by no is answered by yes for all.
+        log_odds = np.full((len(features) - len(self._known[RISKY]), len(QUESTIONS)), _SURE)
+        for column, question in enumerate(QUESTIONS):
+            if question in own:
+                log_odds[:, column] = self._questions[question].calibrated(own[question])
         log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
-        looks = {name: values[:, variant] for name, values in by_reader[TYPICAL].items()}
-        typical = self._questions[TYPICAL].combined(looks)
-        return log_odds, typical
+        return log_odds, self._questions[TYPICAL].combined(own[TYPICAL])
 
     def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
@@ -291,15 +246,15 @@ class Evidence:
             if len(known) > 1:
                 every = known[1]
                 features = reader.features(self._references.take(references) + pool.take(every.rows))
-                rotated, back = into_row_space(features)  # once for all sets of labels
+                rotated, back = views.into_row_space(features)  # once for all sets of labels
             for labels in known[1:]:
-                told = np.flatnonzero(answers_to(question, labels.classes) != UNKNOWN)
+                told = np.flatnonzero(questions.answers_to(question, labels.classes) != UNKNOWN)
                 places = len(references) + np.searchsorted(every.rows, labels.rows[told])
                 rows = np.concatenate([np.arange(len(references)), places])
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
-                answers = answers_to(question, classes)
-                found, intercept = fit_logistic(rotated[rows], answers, weights, reader.regularisation)
+                answers = questions.answers_to(question, classes)
+                found, intercept = views.fit_logistic(rotated[rows], answers, weights, reader.regularisation)
                 fits.append((back(found), intercept))
             coefficients = np.stack([fit[0] for fit in fits], axis=1)
             intercepts = np.array([fit[1] for fit in fits])
@@ -313,26 +268,15 @@ class Evidence:
     def _risky(self, features: FloatArray, refuses: FloatArray, labels: Labels) -> FloatArray:
         """Log-odds that a row's request is harmful, by references and by the answers of all other rows."""
         references = self._known[RISKY]
-        targets = np.concatenate([answers_to(RISKY, self._classes[references]), expit(refuses)])
+        targets = np.concatenate([questions.answers_to(RISKY, self._classes[references]), expit(refuses)])
         weights = np.ones(len(targets))
-        told = np.flatnonzero(answers_to(RISKY, labels.classes) != UNKNOWN)
+        told = np.flatnonzero(questions.answers_to(RISKY, labels.classes) != UNKNOWN)
         where = len(references) + labels.rows[told]
-        targets[where], weights[where] = answers_to(RISKY, labels.classes[told]), LABEL_WEIGHT
+        targets[where], weights[where] = questions.answers_to(RISKY, labels.classes[told]), LABEL_WEIGHT
         found = requests.leave_one_out(features, targets, weights)
         predicted = found.held_out[len(references) :].copy()
         predicted[labels.rows[told]] = found.fitted[where]
         return requests.log_odds(predicted)
-
-    def _calibrated(
-        self, question: str, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, n: int
-    ) -> FloatArray:
-        if question not in by_reader:
-            return np.full(n, _SURE)  # no reference answers it by no: yes for all
-        return self._questions[question].calibrated(
-            {name: values[:, variant] for name, values in by_reader[question].items()}
-        )
-
-    # --- keeping -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """Writes all that `answer` needs, the references among it: safetensors and JSON."""

@@ -5,14 +5,11 @@ Is the request harmful (``risky``)? Does the answer decline, or steer to safety 
 """
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import log_expit, logsumexp
 
+from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist.references import CLASSES
 
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 RISKY, REFUSES, WHOLE, PERTINENT = QUESTIONS = ("risky", "refuses", "whole", "pertinent")
 TYPICAL = "typical"
@@ -43,12 +40,7 @@ def class_log_posterior(log_odds: FloatArray, typical: FloatArray | None = None)
     p(safe) = risky refuses whole pertinent, p(misplaced) = risky refuses whole (1 - pertinent), p(harmful) = risky
     (1 - refuses) whole, and so on; p(corrupted) = 1 - whole.
 
-    Args:
-        log_odds: Of yes to each question, shape [rows, questions].
-        typical: Added to the log-odds of the safe class, shape [rows].
-
-    Returns:
-        Shape [rows, classes].
+    From log-odds of yes to each question, shape [rows, questions]; `typical` is added to those of the safe class.
     """
     yes, no = log_expit(log_odds), log_expit(-log_odds)
     terms = np.stack([no, yes, np.zeros_like(yes)], axis=-1)  # the last for UNKNOWN, index -1
@@ -69,16 +61,9 @@ def safe_log_odds(log_posterior: FloatArray) -> FloatArray:
 def pool_priors(log_posterior: FloatArray, doubt: float = 0.1, steps: int = 100) -> FloatArray:
     """Shares of the classes in a pool, by expectation maximisation from equal shares (Saerens et al. 2002).
 
-    Plain maximum likelihood believes the posteriors and lets rare classes vanish; so a share of `doubt` is always
-    spread over all classes (a Dirichlet prior).
-
-    Args:
-        log_posterior: Log-probabilities at equal shares, shape [rows, classes].
-        doubt: Weight of equal shares against the pool, 0 and up.
-        steps: Iterations.
-
-    Returns:
-        Shape [classes]; they sum to 1.
+    From log-probabilities at equal shares, shape [rows, classes]; shape [classes], summing to 1. Plain maximum
+    likelihood believes the posteriors and lets rare classes vanish; so equal shares always count with a weight of
+    `doubt` against the pool (a Dirichlet prior).
     """
     n_classes = log_posterior.shape[1]
     likelihood = np.exp(log_posterior - log_posterior.max(1, keepdims=True))

@@ -1,24 +1,25 @@
 """The classes of rows, and the references of each: given by the user, or made by the selector."""
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers.views import LONGEST_REFERENCE, shortened
-from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.base import CRITICAL, BoolArray, IntArray
 from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 from pharmacist.selectors.pharmacist.echo import echoed, rare_words, retargeted
 
 
 Row = Mapping[str, Any]
-IntArray = npt.NDArray[np.int64]
+Folded = tuple[Row, int]
+"""A row and its fold."""
 
 REASONS = {
     "safe": CRITICAL,
@@ -56,7 +57,7 @@ class References:
 
     rows: list[Row]
     labels: IntArray
-    made: npt.NDArray[np.bool_]
+    made: BoolArray
     folds: IntArray
     by_source: bool
 
@@ -127,108 +128,89 @@ def build_references(
     Raises:
         DataError: The rows of a class cannot be split, since they all have one prompt.
     """
-    members: dict[str, list[Row]] = {
+    rows: dict[str, list[Row]] = {
         name: [{**row, "completion": shortened(row["completion"], LONGEST_REFERENCE)} for row in given.get(name) or []]
         for name in GIVEN
     }
-    by_source = sources is not None and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if members[name])
-    fold: dict[str, list[int]] = {}
+    by_source = sources is not None and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if rows[name])
+    folds: dict[str, list[int]]
     if by_source and sources is not None:
         # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
-        fold = {
-            name: np.unique(sources[name], return_inverse=True)[1].tolist() if members[name] else [] for name in GIVEN
+        folds = {
+            name: np.unique(sources[name], return_inverse=True)[1].tolist() if rows[name] else [] for name in GIVEN
         }
     else:
-        fold_of = _fold_of_prompt(members, n_folds, seed)
-        fold = {name: [fold_of[normalised_prompt(row["prompt"])] for row in rows] for name, rows in members.items()}
-    members["over_refusal"], fold["over_refusal"] = _over_refusals(members, fold, seed, echo)
-    members["corrupted"], fold["corrupted"] = _corrupted(members, fold, corruptions_per_row, seed)
-    members["misplaced"], fold["misplaced"] = (
-        _misplaced(members["safe"], fold["safe"], seed) if echo and corruptions_per_row else ([], [])
-    )
-    made = {name: [name not in GIVEN] * len(rows) for name, rows in members.items()}
-    terse, of_terse = _terse(members["utility"], fold["utility"], seed)
-    members["utility"] += terse
-    fold["utility"] += of_terse
-    made["utility"] += [True] * len(terse)
+        fold_of = _fold_of_prompt(rows, n_folds, seed)
+        folds = {name: [fold_of[normalised_prompt(row["prompt"])] for row in own] for name, own in rows.items()}
+    members: dict[str, list[Folded]] = {name: list(zip(rows[name], folds[name], strict=True)) for name in GIVEN}
+
+    def rng(what: str) -> np.random.Generator:
+        return np.random.default_rng(derive(seed, "evidence", what))
+
+    safe, utility = members["safe"], members["utility"]
+    terse = list(_terse(utility, rng("terse")))
+    members["over_refusal"] = list(_over_refusals(safe, utility, rng("over-refusals"), echo))
+    members["corrupted"] = list(_corrupted(safe, utility, corruptions_per_row, rng("corruptions")))
+    members["misplaced"] = list(_misplaced(safe, rng("misplaced"))) if echo and corruptions_per_row else []
+    n_given = {name: len(members[name]) if name in GIVEN else 0 for name in CLASSES}
+    members["utility"] = utility + terse
+    every = [member for name in CLASSES for member in members[name]]
     # With fewer prompts than folds some folds are empty, and not counted.
-    _, numbers = np.unique([f for name in CLASSES for f in fold[name]], return_inverse=True)
+    _, numbers = np.unique([fold for _, fold in every], return_inverse=True)
     return References(
-        rows=[row for name in CLASSES for row in members[name]],
+        rows=[row for row, _ in every],
         labels=np.repeat(np.arange(len(CLASSES)), [len(members[name]) for name in CLASSES]),
-        made=np.array([m for name in CLASSES for m in made[name]], dtype=np.bool_),
+        made=np.concatenate([np.arange(len(members[name])) >= n_given[name] for name in CLASSES]),
         folds=numbers.astype(np.int64),
         by_source=by_source,
     )
 
 
-def _partner(rows: list[Row], fold: list[int], own: int, rng: np.random.Generator) -> Row | None:
-    """A row of the same fold, so that no text crosses a split; None where it has none."""
-    same = [row for row, f in zip(rows, fold, strict=True) if f == own]
+def _partner(members: Sequence[Folded], fold: int, rng: np.random.Generator) -> Row | None:
+    """A row of a fold, so that no text crosses a split; None where it has none."""
+    same = [row for row, own in members if own == fold]
     return same[int(rng.integers(len(same)))] if same else None
 
 
 def _over_refusals(
-    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], seed: int, echo: bool
-) -> tuple[list[Row], list[int]]:
-    rng = np.random.default_rng(derive(seed, "evidence", "over-refusals"))
-    rare = rare_words([row["prompt"] for name in ("safe", "utility") for row in members[name]])
-    made: list[Row] = []
-    folds: list[int] = []
-    for row, f in zip(members["utility"], fold["utility"], strict=True):
-        refusal = _partner(members["safe"], fold["safe"], f, rng)
+    safe: list[Folded], utility: list[Folded], rng: np.random.Generator, echo: bool
+) -> Iterator[Folded]:
+    """Utility prompts under refusals."""
+    rare = rare_words([row["prompt"] for row, _ in safe + utility])
+    for row, fold in utility:
+        refusal = _partner(safe, fold, rng)
         if refusal is not None:
             completion = retargeted(refusal, row["prompt"], rare) if echo else refusal["completion"]
-            made.append({**row, "completion": completion})
-            folds.append(f)
-    return made, folds
+            yield {**row, "completion": completion}, fold
 
 
-def _terse(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
+def _terse(members: list[Folded], rng: np.random.Generator) -> Iterator[Folded]:
     """Each row with one longer word of its completion as the whole answer; rows that have none are passed over."""
-    rng = np.random.default_rng(derive(seed, "evidence", "terse"))
-    made: list[Row] = []
-    folds: list[int] = []
-    for row, f in zip(rows, fold, strict=True):
+    for row, fold in members:
         words = [word for word in re.findall(r"\w+", row["completion"]) if len(word) > _SHORT_WORD]
         if words:
-            made.append({**row, "completion": words[int(rng.integers(len(words)))]})
-            folds.append(f)
-    return made, folds
+            yield {**row, "completion": words[int(rng.integers(len(words)))]}, fold
 
 
-def _corrupted(
-    members: Mapping[str, list[Row]], fold: Mapping[str, list[int]], per_row: int, seed: int
-) -> tuple[list[Row], list[int]]:
-    rng = np.random.default_rng(derive(seed, "evidence", "corruptions"))
-    kinds = [kind for kind in CORRUPTIONS if kind != "swapped"]  # that is `_misplaced`
-    made: list[Row] = []
-    folds: list[int] = []
-    for name, other in (("safe", "utility"), ("utility", "utility")):
-        # A refusal under another harmful prompt is mostly still a good one; so swaps bring in benign answers.
-        source = other if members[other] else name
-        for row, f in zip(members[name], fold[name], strict=True):
-            for _ in range(per_row if name == "safe" else (per_row + 1) // 2):
-                partner = _partner(members[source], fold[source], f, rng) or row
-                kind = kinds[len(made) % len(kinds)]
-                made.append({**row, "completion": corrupt(row["completion"], kind, rng, partner["completion"])})
-                folds.append(f)
-    return made, folds
+def _corrupted(safe: list[Folded], utility: list[Folded], per_row: int, rng: np.random.Generator) -> Iterator[Folded]:
+    """Damaged rows, one kind of damage after the other."""
+    kinds = itertools.cycle(kind for kind in CORRUPTIONS if kind != "swapped")  # that is `_misplaced`
+    for members, versions in ((safe, per_row), (utility, (per_row + 1) // 2)):
+        for row, fold in members:
+            for _ in range(versions):
+                # A refusal under another harmful prompt is mostly still a good one; so swaps bring in benign answers.
+                partner = _partner(utility or safe, fold, rng) or row
+                yield {**row, "completion": corrupt(row["completion"], next(kinds), rng, partner["completion"])}, fold
 
 
-def _misplaced(rows: list[Row], fold: list[int], seed: int) -> tuple[list[Row], list[int]]:
+def _misplaced(safe: list[Folded], rng: np.random.Generator) -> Iterator[Folded]:
     """Safe rows with the refusal of another request, where it names that request and none of this one.
 
     Most refusals fit any harmful request and are good ones there: those must not pass for misplaced.
     """
-    rng = np.random.default_rng(derive(seed, "evidence", "misplaced"))
-    rare = rare_words([row["prompt"] for row in rows])
-    made: list[Row] = []
-    folds: list[int] = []
-    for row, f in zip(rows, fold, strict=True):
-        partner = _partner(rows, fold, f, rng) or row
+    rare = rare_words([row["prompt"] for row, _ in safe])
+    for row, fold in safe:
+        partner = _partner(safe, fold, rng) or row
         named = echoed(partner["prompt"], partner["completion"], rare) >= _OF_ITS_OWN
         if named and not echoed(row["prompt"], partner["completion"], rare):
-            made.append({**row, "completion": partner["completion"]})
-            folds.append(f)
-    return made, folds
+            yield {**row, "completion": partner["completion"]}, fold

@@ -10,11 +10,9 @@ takes part in what is said of its own request.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pharmacist.selectors.base import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CHUNK = 16384
@@ -24,12 +22,8 @@ LEAST_DOUBT = 0.02
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Predictions of a ridge regression.
-
-    Attributes:
-        held_out: For every row the prediction of a regression that lacks it, shape [rows].
-        fitted: That of the regression on all rows, shape [rows].
-        ridge: The penalty whose held-out predictions were best.
+    """Predictions of a ridge regression for every row: of the one that lacks it, and of that on all rows; and the
+    penalty whose held-out predictions were best.
     """
 
     held_out: FloatArray
@@ -41,12 +35,7 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     """Ridge regression with held-out predictions in closed form, the penalty chosen by them.
 
     With the hat matrix H of a weighted ridge regression, the prediction for row i by the regression without it is
-    t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974).
-
-    Args:
-        features: Shape [rows, features]; a constant is added.
-        targets: Shape [rows].
-        weights: Positive, shape [rows].
+    t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974). A constant is added to the features; weights are positive.
     """
     starts = range(0, len(features), _CHUNK)
 
@@ -68,16 +57,10 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     for start in starts:
         own, rotated = slice(start, start + _CHUNK), design(start) @ vectors
         fitted_by[own], leverage_by[own] = rotated @ coefficients, rotated**2 @ inverse
-    best: tuple[float, LeaveOneOut] | None = None
-    for column, ridge in enumerate(RIDGES):
-        fitted = fitted_by[:, column]
-        leverage = (weights * leverage_by[:, column]).clip(max=1 - 1e-9)
-        held_out = targets - (targets - fitted) / (1 - leverage)
-        error = float(np.sum(weights * (targets - held_out) ** 2))
-        if best is None or error < best[0]:
-            best = error, LeaveOneOut(held_out, fitted, ridge)
-    assert best is not None
-    return best[1]
+    leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
+    held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
+    best = int(np.argmin([np.sum(weights * (targets - held_out) ** 2) for held_out in held_out_by.T]))
+    return LeaveOneOut(held_out_by[:, best], fitted_by[:, best], RIDGES[best])
 
 
 def standardised(features: FloatArray) -> FloatArray:

@@ -1,8 +1,7 @@
 """The Pharmacist selector: evidence says what a row is; twins that learn from the pool may order the best of them."""
 
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import write_json
+from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.nn.batching import IntArray, Sequences
+from pharmacist.nn.batching import Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
 from pharmacist.nn.reading import tokens_per_batch
-from pharmacist.readers.kept import row_keys
-from pharmacist.selectors.base import FEWEST_REFERENCES, Scores, SelectionContext, Selector
+from pharmacist.readers.kept import ModelReader, read_texts, row_keys
+from pharmacist.readers.views import Texts
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.gradients import adapter_losses, bank_phase
 from pharmacist.selectors.options import PharmacistConfig
+from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
-from pharmacist.selectors.pharmacist.kept import FORMAT, KEPT, read_saved, read_texts
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import (
-    TWINS,
-    WITHOUT_HARMFUL,
-    Twins,
-    fall_back,
-    safe_and_other,
-    twin_losses,
-    twin_reasons,
-)
+from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fall_back
 from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
 
 
@@ -42,8 +35,10 @@ if TYPE_CHECKING:
     import datasets
 
 
-FloatArray = npt.NDArray[np.float64]
-
+FORMAT = 3
+"""Version of what a saved selector holds."""
+KEPT = "states"
+"""Subfolder of a saved selector: what the model showed of every row."""
 _WORTH_LISTENING = 0.7
 """Held-out AUC from which the twins' contrast orders the rows that evidence calls critical."""
 _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASONS.values())))}
@@ -72,7 +67,7 @@ class PharmacistSelector(Selector):
 
     def check_saved(self, folder: Path, model: str | None) -> None:
         """It must be ours, and of the model that it was trained with."""
-        read_saved(folder, model)
+        _read_saved(folder, model)
 
     def save(self, folder: Path) -> bool:
         """Writes evidence, twins and what the model showed of every row: safetensors and JSON only."""
@@ -80,6 +75,23 @@ class PharmacistSelector(Selector):
             return False
         self._ranking.save(folder)
         return True
+
+
+def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where a saved selector lies, and its ``selector.json``; only for the model that it reads with."""
+    folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
+    path = folder / "selector.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
+    saved: dict[str, Any] = read_json(path)
+    if saved.get("selector") != "pharmacist" or saved.get("format") != FORMAT:
+        raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
+    if saved["model"]:
+        if model is None:
+            raise ConfigError("the saved selector reads with a model; give --model")
+        if model_fingerprint(model) != saved["model"]:
+            raise DataError(f"{path}: was trained on another model than {model}; give that one")
+    return folder, saved
 
 
 class _Ranking:
@@ -92,15 +104,13 @@ class _Ranking:
         self.twins: Twins | None = None
         self.saved: Path | None = None
         if context.resume_from is not None:
-            self.saved, content = read_saved(context.resume_from, context.model_name)
+            self.saved, content = _read_saved(context.resume_from, context.model_name)
             self.config = PharmacistConfig(**content["config"])
         self.readers = self.config.reader_names(model=context.model_name is not None)
         if "probe" in self.readers and context.model_name is None:
             raise ConfigError(
                 "selector.readers: the probe reads hidden states; give --model, or --selector.readers lexical"
             )
-
-    # --- what is read --------------------------------------------------------------------------------------------
 
     @cached_property
     def pool(self) -> "datasets.Dataset":
@@ -116,59 +126,17 @@ class _Ranking:
 
     @cached_property
     def references(self) -> References:
-        given = {name: list(last_requests(rows.dataset)) for name, rows in self.context.references.items()}
-        for name, rows in given.items():
-            if len(rows) < FEWEST_REFERENCES:
-                raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
-        config = self.config
+        """Given and made ones."""
+        given = {}
+        for name, rows in self.context.references.items():
+            self.context.reference_rows(name)  # refuses too few
+            given[name] = list(last_requests(rows.dataset))
         return build_references(
             given,
-            n_folds=config.folds,
-            corruptions_per_row=config.corruptions_per_row,
+            n_folds=self.config.folds,
+            corruptions_per_row=self.config.corruptions_per_row,
             seed=self.seed,
             sources=self.context.sources or None,
-        )
-
-    @cached_property
-    def bank(self) -> AdapterBank:
-        return AdapterBank(self.context.model.model, self.config, self.seed, self.context.checkpoint_seconds)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[Any]:
-        """Measures a phase, with the tokens that go through the adapters in it."""
-        with self.run.phase(name) as phase:
-            before = self.bank.tokens if "bank" in self.__dict__ else 0
-            yield phase
-            if "bank" in self.__dict__:
-                phase.tokens += self.bank.tokens - before
-
-    # --- learning and scoring ------------------------------------------------------------------------------------
-
-    def scores(self) -> Scores:
-        """The verdict on the pool."""
-        fallback = None if self.saved else fall_back(self.config, self.context.references)
-        evidence = self._evidence() if self.config.form != "bilevel" else None
-        if self.config.form == "evidence":
-            assert evidence is not None
-            return evidence
-        losses = self._twin_losses()
-        assert self.twins is not None and self.twins.thresholds is not None
-        safe, other = safe_and_other(losses)
-        contrast = other - safe
-        signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
-        report: dict[str, Any] = {"twins": self.twins.report}
-        report |= {} if fallback is None else {"fallback": fallback}
-        if evidence is None:
-            keys = self.context.encoded["pool"].content_keys
-            order = contrast if self.saved else self.twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            score, reason = honoured(order, twin_reasons(losses, self.twins.thresholds), *self._labelled())
-            return Scores(score, reason, signals, report)
-        used = self.twins.quality is not None and self.twins.quality >= _WORTH_LISTENING
-        report["twins"]["used"] = used
-        score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
-        score, reason = honoured(score, evidence.reason, *self._labelled())
-        return Scores(
-            score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
         )
 
     @cached_property
@@ -179,65 +147,99 @@ class _Ranking:
         rows = np.array(sorted(told), dtype=np.int64)
         return Labels(rows, np.array([told[row] for row in rows], dtype=np.int64))
 
-    def _labelled(self) -> tuple[IntArray, IntArray]:
-        """The pool's rows that have a label, copies of labelled ones among them, and their classes."""
+    def scores(self) -> Scores:
+        """The verdict on the pool."""
+        evidence = self._evidence() if self.config.form != "bilevel" else None
+        if evidence is not None and self.config.form == "evidence":
+            return evidence
+        twins, losses = self._twins()
+        safe, other = bilevel.safe_and_other(losses)
+        contrast = other - safe
+        signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
+        report: dict[str, Any] = {"twins": twins.report}
+        if not self.saved and (fallback := fall_back(self.config, self.context.references)) is not None:
+            report["fallback"] = fallback
+        # The rows that have a label, copies of labelled ones among them, and their classes.
         first, inverse = self.distinct
         classes = np.full(len(first), -1)
         classes[self.labels.rows] = self.labels.classes
-        rows = np.flatnonzero(classes[inverse] >= 0)
-        return rows, classes[inverse[rows]]
+        labelled = np.flatnonzero(classes[inverse] >= 0)
+        told = labelled, classes[inverse[labelled]]
+        if evidence is None:
+            assert twins.thresholds is not None
+            keys = self.context.encoded["pool"].content_keys
+            order = contrast if self.saved else twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
+            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), *told), signals, report)
+        used = twins.quality is not None and twins.quality >= _WORTH_LISTENING
+        report["twins"]["used"] = used
+        score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
+        score, reason = honoured(score, evidence.reason, *told)
+        return Scores(
+            score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
+        )
 
     def _evidence(self) -> Scores:
-        with self.phase("read references") as phase:
-            if (learned := self._learned()) is not None:
+        # Evidence of the same references: of a selector to go on from, or of this run before its labels.
+        learned, own = self.saved, self.run.path("selector")
+        if learned is None and self.context.labels and (own / "evidence.json").is_file():
+            learned = own
+        with self.run.phase("read references") as phase:
+            if learned is not None:
                 self.evidence = Evidence.load(learned)
                 self.readers = self.evidence.names
             else:
-                rows = to_dataset(self.references.rows)
-                texts, tokens = read_texts(self.context, rows, "references", with_model="probe" in self.readers)
+                texts, tokens = self._read(to_dataset(self.references.rows), "references")
                 phase.tokens += tokens
                 self.evidence = Evidence(self.readers).fit(self.references, texts)
-        with self.phase("read pool") as phase:
-            texts, tokens = read_texts(self.context, self.pool, "pool", with_model="probe" in self.readers)
+        with self.run.phase("read pool") as phase:
+            texts, tokens = self._read(self.pool, "pool")
             phase.tokens += tokens
-        with self.phase("answer"):
-            first, inverse = self.distinct
+        first, inverse = self.distinct
+        with self.run.phase("answer"):
             answers = self.evidence.answer(texts.take(first), self.labels)
         return verdict(answers, self.labels, inverse, self.evidence.report)
 
-    def _learned(self) -> Path | None:
-        """Where evidence of the same references lies: a selector to go on from, or this run before its labels."""
-        if self.saved is not None:
-            return self.saved
-        own = self.run.path("selector")
-        return own if self.context.labels and (own / "evidence.json").is_file() else None
-
-    def _twin_losses(self) -> dict[str, FloatArray]:
-        context = self.context
-        pool = context.encode(self.pool, "pool")
-        if self.saved is not None:
-            self.twins = Twins.saved(self.bank, self.config, self.saved / "twins")
-        else:
-            names = TWINS if "harmful" in context.references else WITHOUT_HARMFUL
-            self.twins = Twins(self.bank, self.config, names)
-            with self.phase("train twins"):
-                encoded = context.encode(to_dataset(self.references.rows), "references")
-                self.twins.fit(encoded, self.references, pool, self.run.work("twins"), self.seed, self._measure)
-        with self.phase("score with twins"):
-            return self._measure(pool, self.run.work("scores", "twins"), None, "reading the pool with the twins")
-
-    def _measure(self, rows: Sequences, work: Path, which: IntArray | None, what: str) -> dict[str, FloatArray]:
-        assert self.twins is not None
-        names = self.twins.names
-        return run_pass(
-            rows,
-            lambda batch: twin_losses(self.bank, batch, names),
-            work=work,
-            device=self.bank.device,
-            tokens_per_batch=tokens_per_batch(self.context.model.model, self.bank.device),
-            rows=which,
-            description=what,
+    def _read(self, rows: Any, name: str) -> tuple[Texts, int]:
+        """Rows as readers see them, from what was kept of them where all of them are there, else by the model."""
+        if "probe" not in self.readers:
+            return read_texts(rows, name, None)
+        folders = [self.run.path("selector", KEPT)] + ([self.saved / KEPT] if self.saved else [])
+        reader = ModelReader(
+            fingerprint=model_fingerprint(str(self.context.model_name)),
+            folder=self.run.work("states"),
+            earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
+            encode=self.context.encode,
+            model=lambda: self.context.model,
         )
+        return read_texts(rows, name, reader)
+
+    def _twins(self) -> tuple[Twins, dict[str, FloatArray]]:
+        """The twins, and the pool's losses under them."""
+        context, work = self.context, self.run.work("twins")
+        pool = context.encode(self.pool, "pool")
+        bank = AdapterBank(context.model.model, self.config, self.seed, context.checkpoint_seconds)
+
+        def measure(rows: Sequences, work: Path, which: IntArray | None, what: str) -> dict[str, FloatArray]:
+            return run_pass(
+                rows,
+                lambda batch: adapter_losses(bank, batch, twins.names),
+                work=work,
+                device=bank.device,
+                tokens_per_batch=tokens_per_batch(context.model.model, bank.device),
+                rows=which,
+                description=what,
+            )
+
+        if self.saved is not None:
+            twins = Twins.saved(bank, self.config, self.saved / "twins")
+        else:
+            twins = Twins(bank, self.config, TWINS if "harmful" in context.references else WITHOUT_HARMFUL)
+            with bank_phase(self.run, "train twins", bank):
+                encoded = context.encode(to_dataset(self.references.rows), "references")
+                twins.fit(encoded, self.references, pool, work, self.seed, measure)
+        self.twins = twins
+        with bank_phase(self.run, "score with twins", bank):
+            return twins, measure(pool, self.run.work("scores", "twins"), None, "reading the pool with the twins")
 
     def save(self, folder: Path) -> None:
         """Writes what was learned and read."""
@@ -245,8 +247,7 @@ class _Ranking:
             self.evidence.save(folder)
         if self.twins is not None:
             self.twins.save(folder / "twins")
-        read = self.run.work("states")
-        for path in sorted(read.glob("*.safetensors")):
+        for path in sorted(self.run.work("states").glob("*.safetensors")):
             (folder / KEPT).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / KEPT / path.name)
         uses_model = "probe" in self.readers or self.twins is not None

@@ -1,48 +1,38 @@
-"""The verdict: scores and reasons of a pool's rows from the answers to the questions."""
+"""The verdict: scores and reasons of a pool's rows from the answers to the questions, and how far to trust them."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
-from pharmacist.selectors.base import CRITICAL, Scores
-from pharmacist.selectors.pharmacist import trust
+from pharmacist.readers.question import FAR
+from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray, Scores
+from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.evidence import Answers, Labels
-from pharmacist.selectors.pharmacist.questions import (
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    WHOLE,
-    class_log_posterior,
-    pool_priors,
-    safe_log_odds,
-    with_priors,
-)
+from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS
 
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
 _REASONS = np.array(list(REASONS.values()))
+_POOR = 0.8
+_FEW_CRITICAL = 0.1
+_FEWEST_TO_COMPARE = 5
+_STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and what is to be known about them.
+    """Scores, reasons and what is to be known about them, from answers of the pool's distinct rows.
 
-    Args:
-        answers: Of the pool's distinct rows.
-        labels: What a person said of some of them.
-        inverse: For each row of the pool, which of the distinct ones it is; shape [rows of the pool].
-        learned: `Evidence.report`.
+    `labels` are of those too; `inverse` says of each row of the pool which of them it is.
     """
-    posterior = class_log_posterior(answers.log_odds, answers.typical)
-    shares = pool_priors(posterior[inverse])
-    p = np.exp(with_priors(posterior, shares))
+    posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
+    shares = questions.pool_priors(posterior[inverse])
+    p = np.exp(questions.with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
-    ordered = both(safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
+    ordered = both(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
     score, reasons = honoured(ordered, read, labels.rows, labels.classes)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
@@ -53,27 +43,31 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
         "distance": answers.distance,
         "near": answers.near,
-        "cannot_see": _unseen(learned),
+        # Reasons that cannot be given, since no reference answers their question by no.
+        "cannot_see": [] if WHOLE in learned["questions"] else [REASONS["corrupted"]],
     }
     if answers.labels_held_out is not None:
-        report["labels"] = trust.gain(*answers.labels_held_out, labels.classes == 0)
-    warnings = trust.warnings(report, reasons[inverse])
-    telling = _telling(answers.log_odds, labels)
-    of_rows = {name: values[inverse] for name, values in signals.items()}
-    return Scores(score[inverse], reasons[inverse], of_rows, report, warnings, telling[inverse])
+        report["labels"] = gain(*answers.labels_held_out, labels.classes == 0)
+    # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
+    doubt = expit(answers.log_odds).clip(1e-12, 1 - 1e-12)
+    telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
+    telling[labels.rows] = -1.0
+    return Scores(
+        score[inverse],
+        reasons[inverse],
+        {name: values[inverse] for name, values in signals.items()},
+        report,
+        warnings(report, reasons[inverse]),
+        telling[inverse],
+    )
 
 
 def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
     """Evidence throws out faults, it and a second measure order the rest.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
-    by evidence alone, standardised over them. One row's score means little without its pool.
-
-    Args:
-        evidence: Log-odds of the safe class, shape [rows].
-        second: `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one), shape
-            [rows].
-        reason: Shape [rows].
+    by evidence alone, standardised over them. One row's score means little without its pool. The second measure is
+    `_clarity`, or the twins' contrast (loss under the other twin less that under the safe one).
     """
     critical = reason == CRITICAL
     score = np.empty(len(reason))
@@ -99,34 +93,13 @@ def _clarity(log_odds: FloatArray, critical: npt.NDArray[np.bool_]) -> FloatArra
 def honoured(
     score: FloatArray, reason: npt.NDArray[np.str_], rows: IntArray, classes: IntArray
 ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
-    """Scores and reasons with what a person said of some rows: good ones above all that was merely read, bad ones
-    below it.
-
-    Args:
-        score: Shape [rows of the pool].
-        reason: Shape [rows of the pool].
-        rows: The labelled ones.
-        classes: Index into `CLASSES` of each.
+    """Scores and reasons with what a person said of some rows (index into `CLASSES` of each): good ones above all that
+    was merely read, bad ones below it.
     """
     score, reason = score.copy(), reason.astype(_REASONS.dtype)
     score[rows] = np.where(classes == 0, score.max() + 1, score.min() - 1)
     reason[rows] = _REASONS[classes]
     return score, reason
-
-
-def _telling(log_odds: FloatArray, labels: Labels) -> FloatArray:
-    """How much a label of each row would teach: the entropy of the answers, question by question, in nats; a row that
-    has a label teaches nothing more.
-    """
-    p = expit(log_odds).clip(1e-12, 1 - 1e-12)
-    entropy: FloatArray = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum(1)
-    entropy[labels.rows] = -1.0
-    return entropy
-
-
-def _unseen(learned: dict[str, Any]) -> list[str]:
-    """Reasons that cannot be given, since no reference answers their question by no."""
-    return [] if WHOLE in learned["questions"] else [REASONS["corrupted"]]
 
 
 def _standardised(values: FloatArray) -> FloatArray:
@@ -136,3 +109,66 @@ def _standardised(values: FloatArray) -> FloatArray:
     scale = sample.std()
     result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
     return result
+
+
+def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]:
+    """Sentences that a user must see, from the report and the reasons of the pool's rows."""
+    found = []
+    for question, quality in report["questions"].items():
+        auc = quality["combined"]["auc"]
+        if question in ("risky", "refuses") and auc < _POOR:
+            found.append(
+                f"held-out references answer '{question}' with an AUC of {auc:.2f} only: the references of different "
+                "kinds are too alike, or too few"
+            )
+    distance = report["distance"]
+    critical = float((reasons == CRITICAL).mean())
+    if distance is None:
+        found.append("too few rows look worth keeping to compare the pool with the safe references")
+    elif max(distance.values()) >= FAR:
+        sides = {"risky": "requests", "refuses": "answers"}
+        far = " and ".join(sides[name] for name, auc in distance.items() if auc >= FAR)
+        if "labels" not in report:
+            found.append(
+                f"the pool's {far} are told from those of the safe references with an AUC of "
+                f"{max(distance.values()):.2f}: they come from another source, so quality on held-out references says "
+                "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
+            )
+    if critical < _FEW_CRITICAL:
+        found.append(f"only {critical:.1%} of the rows look safety-critical; check that the references suit this pool")
+    return found
+
+
+def gain(before: FloatArray, after: FloatArray, good: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """What labels changed on the labelled rows themselves, each judged by a ranking that did not know its label.
+
+    Args:
+        before: Scores without any labels, shape [labels].
+        after: Scores with the labels of other prompts; NaN where all labels have one prompt.
+        good: Whether a row is worth keeping.
+    """
+    n, n_good = len(good), int(good.sum())
+    result: dict[str, Any] = {"labels": n, "good": n_good}
+    result |= dict.fromkeys(("auc_before", "auc_after", "standard_error"))
+    if min(n_good, n - n_good) < _FEWEST_TO_COMPARE or np.isnan(after).any():
+        result["advice"] = (
+            f"too few labels of one kind ({n_good} good, {n - n_good} others) to tell what they changed; label more"
+        )
+        return result
+    a, b = float(roc_auc_score(good, before)), float(roc_auc_score(good, after))
+    error = _standard_error(b, n_good, n - n_good)
+    result |= {"auc_before": a, "auc_after": b, "standard_error": error}
+    if b - a > _STILL_GAINING:
+        result["advice"] = "the labels help, and more would go on helping"
+    elif b < 0.9:
+        result["advice"] = "the labels have changed little yet; the ranking is not good on them, so label more"
+    else:
+        result["advice"] = "more labels would hardly help"
+    return result
+
+
+def _standard_error(auc: float, n_yes: int, n_no: int) -> float:
+    """Of an AUC (Hanley and McNeil 1982)."""
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (n_yes - 1) * (q1 - auc**2) + (n_no - 1) * (q2 - auc**2)
+    return float(np.sqrt(max(0.0, variance) / (n_yes * n_no)))

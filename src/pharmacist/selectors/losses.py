@@ -1,19 +1,56 @@
-"""Instruction-following difficulty: how little the prompt helps the model to expect the completion."""
+"""Perplexity and instruction-following difficulty: what the base model's losses say of a completion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pharmacist.nn.batching import IntArray, Sequences
-from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
-from pharmacist.selectors.reading import completion_losses
+from pharmacist.nn.batching import Batch, Sequences
+from pharmacist.nn.reading import read_row_losses
+from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.reading import read
 
 
 NO_HELP = "prompt_does_not_help"
 """The reason of rows whose completion is likelier without its prompt."""
+
+
+def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
+    """Mean cross-entropy of each row's completion tokens under the base model, in nats, shape [rows]."""
+    model = context.model.model
+
+    def measure(batch: Batch) -> dict[str, FloatArray]:
+        return {"loss": read_row_losses(model, batch, prompt=False).completion.double().cpu().numpy()}
+
+    return read(context, sequences, measure, name)["loss"]
+
+
+@dataclass
+class PerplexityConfig:
+    """Options of the selector."""
+
+    keep: Literal["low", "middle", "high"] = "middle"
+    """Which band ranks first: what the model finds easy, the middle of the pool, or what it finds hard."""
+
+
+class PerplexitySelector(Selector):
+    """Prefers a band of the completion's perplexity, exp of its mean cross-entropy: by default the pool's middle."""
+
+    Config = PerplexityConfig
+    name = "perplexity"
+    needs = frozenset({"model"})
+    paper = "Marion et al. 2023, arXiv 2309.04564"
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool once."""
+        loss = completion_losses(context, context.encoded_pool, "losses")
+        perplexity = np.exp(loss)
+        # The middle is the median row, and distance from it a ratio: far too low is as far as far too high.
+        score = {"low": -perplexity, "middle": -np.abs(loss - np.median(loss)), "high": perplexity}[self.config.keep]
+        return Scores(score, np.full(len(loss), RANKED), {"perplexity": perplexity})
 
 
 @dataclass
@@ -40,9 +77,8 @@ class Alone:
         self.content_keys = np.fromiter(keys, dtype=np.uint64, count=len(self.lengths))
 
     def _row(self, row: int) -> npt.NDArray[np.int32]:
-        return np.concatenate(
-            [self._start, self._sequences.token_ids([row])[0][int(self._sequences.prompt_lengths[row]) :]]
-        )
+        tokens = self._sequences.token_ids([row])[0]
+        return np.concatenate([self._start, tokens[int(self._sequences.prompt_lengths[row]) :]])
 
     def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
         """The token ids of some rows."""

@@ -1,0 +1,87 @@
+"""Baselines that any selector must beat: everything, a random order, and length, which many rankings secretly are."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import xxhash
+
+from pharmacist.core.seeding import derive
+from pharmacist.selectors.base import CRITICAL, RANKED, FloatArray, Scores, SelectionContext, Selector
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class FullSelector(Selector):
+    """Equal scores; ties keep the input order. Use it with ``--top 1``."""
+
+    name = "full"
+    paper = "baseline"
+    keeps_all = True
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Gives every row the score 0."""
+        n = len(context.pool)
+        return Scores(np.zeros(n), np.full(n, CRITICAL))
+
+
+@dataclass
+class RandomConfig:
+    """The order follows from the run's seed."""
+
+    draw: int = 0
+    """Which of several orders of one seed."""
+
+
+class RandomSelector(Selector):
+    """Uniform scores drawn by content, whatever the order of the input; each copy of a row draws anew."""
+
+    Config = RandomConfig
+    name = "random"
+    paper = "baseline"
+    chance = True
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Draws a score in [0, 1) for every row."""
+        draw = [self.config.draw] if self.config.draw else []
+        score = draws(context.pool.dataset, derive(context.seed, "random", "scores", *draw))
+        return Scores(score, np.full(len(score), CRITICAL))
+
+
+def draws(rows: "datasets.Dataset", seed: int) -> FloatArray:
+    """Uniform numbers in [0, 1) by content, whatever the order of the rows; each copy of a row draws anew."""
+    copies, drawn = Counter[int](), np.empty(len(rows))
+    batches = rows.select_columns(["prompt", "completion"]).iter(4096)
+    pairs = (pair for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
+    for position, pair in enumerate(pairs):
+        key = xxhash.xxh3_64_intdigest("\x1f".join(pair).encode("utf-8", "surrogatepass"), seed=seed)
+        copy = xxhash.xxh3_64_intdigest(key.to_bytes(8, "big"), seed=copies[key])
+        copies[key] += 1
+        drawn[position] = (copy >> 11) / 2**53
+    return drawn
+
+
+@dataclass
+class LengthConfig:
+    """Options of the selector."""
+
+    keep: Literal["longest", "shortest"] = "longest"
+    """Which completions rank first."""
+
+
+class LengthSelector(Selector):
+    """Prefers long (or short) completions, in characters. Needs neither model nor references."""
+
+    Config = LengthConfig
+    name = "length"
+    paper = "Zhao et al. 2024, arXiv 2402.04833 (longest)"
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Counts the characters of every completion."""
+        batches = context.pool.dataset.select_columns(["completion"]).iter(4096)
+        characters = np.array([len(text) for batch in batches for text in batch["completion"]], dtype=np.int64)
+        score = characters.astype(np.float64) * (1 if self.config.keep == "longest" else -1)
+        return Scores(score, np.full(len(score), RANKED), {"characters": characters})

@@ -1,0 +1,139 @@
+"""EL2N and GraNd: how wrong the model is about a completion, and how long the row's gradient is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast1, Checked
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.batching import Batch
+from pharmacist.nn.hooks import activation_gradients, capture
+from pharmacist.nn.locate import output_head
+from pharmacist.nn.losses import row_losses
+from pharmacist.nn.row_gradients import Tape
+from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.gradients import copied, row_tape
+from pharmacist.selectors.reading import read
+
+
+def _by_size(
+    context: SelectionContext, measure: Callable[[Batch], torch.Tensor], name: str, signal: str, keep: str
+) -> Scores:
+    """Reads the pool once; rows with the largest (`keep` high) or smallest measurement come first."""
+
+    def measured(batch: Batch) -> dict[str, FloatArray]:
+        return {signal: measure(batch).double().cpu().numpy()}
+
+    size = read(context, context.encoded_pool, measured, name)[signal]
+    return Scores(size if keep == "high" else -size, np.full(len(size), RANKED), {signal: size})
+
+
+@dataclass
+class EL2NConfig:
+    """Options of the selector."""
+
+    keep: Literal["high", "low"] = "high"
+    """Which rows rank first: those that the model gets most wrong, or least."""
+
+
+class EL2NSelector(Selector):
+    """Prefers completions that the base model gets wrong: mean length of the error p - y over their tokens."""
+
+    Config = EL2NConfig
+    name = "el2n"
+    needs = frozenset({"model"})
+    paper = "Paul et al. 2021, arXiv 2107.07075"
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool once."""
+        model = context.model.model
+
+        def errors(batch: Batch) -> torch.Tensor:
+            return error_norms(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch)
+
+        return _by_size(context, errors, "el2n", "error", self.config.keep)
+
+
+def error_norms(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean over completion tokens of the length of p - y, p the prediction and y the token as a one-hot vector.
+
+    Between 0, where the model is sure and right, and the root of 2, where it is sure and wrong. From logits of shape
+    [rows, length, vocabulary]; shape [rows].
+    """
+    logits = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    error = logits.softmax(-1)
+    # Subtracted in place: the closed form sum p^2 - 2 p_y + 1 loses all digits where the model is nearly right.
+    error.scatter_add_(-1, batch.input_ids[:, 1:, None], torch.full_like(error[..., :1], -1))
+    position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
+    counted = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
+    return torch.where(counted, error.norm(dim=-1), 0.0).sum(1) / counted.sum(1)
+
+
+@dataclass
+class GraNdConfig(Checked):
+    """Options of the selector."""
+
+    by: Literal["head", "lora"] = "head"
+    """Which weights the gradient is taken by: the output head's, in one forward pass, or those of a fresh LoRA adapter
+    on all linear layers, in a forward and a backward pass."""
+    keep: Literal["high", "low"] = "high"
+    """Which rows rank first: those with the largest gradient, or the smallest."""
+    r: AtLeast1 = 8
+    """Rank of the LoRA adapter."""
+
+
+class GraNdSelector(Selector):
+    """Prefers rows whose loss has a large gradient: those that a step of training would learn most from.
+
+    Rows with many tokens have smaller gradients, since their loss is a mean over tokens.
+    """
+
+    Config = GraNdConfig
+    name = "grand"
+    needs = frozenset({"model"})
+    paper = "Paul et al. 2021, arXiv 2107.07075"
+
+    def rank(self, context: SelectionContext) -> Scores:
+        """Reads the pool once; no gradient is ever formed."""
+        config, model = self.config, context.model.model
+        tape: Callable[[Batch], Tape]
+        if config.by == "lora":
+            # With its second factor 0 a fresh adapter's first factor has no gradient, and its first, drawn at random,
+            # projects the gradient of the full weight.
+            options = AdapterOptions(r=config.r, alpha=2 * config.r)
+            bank = AdapterBank(model, options, derive(context.seed, "grand"))
+            tape = lambda batch: row_tape(bank, "start", batch)  # noqa: E731
+        elif (head := output_head(model)) is not None:
+            tape = lambda batch: head_tape(model, head, batch)  # noqa: E731
+        else:
+            raise ConfigError("selector.by head: the model does not name its output head; take --selector.by lora")
+        return _by_size(
+            context,
+            lambda batch: tape(batch).square_norms().sqrt(),
+            f"grand-{config.by}",
+            "gradient_norm",
+            config.keep,
+        )
+
+
+def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
+    """What a model's output head read, and the derivative of the summed row losses by what it put out.
+
+    Where the head shares its weight with the embedding, the gradient is the head's part alone.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        batch = copied(batch)
+
+        def loss() -> torch.Tensor:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            return row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion.sum()
+
+        with capture({"head": head}, inputs=True) as read_in:
+            _, derivatives = activation_gradients({"head": head}, loss)
+    return Tape({"head": read_in["head"].detach()}, derivatives)
