@@ -154,7 +154,7 @@ def test_a_peft_model_answers_in_memory() -> None:
 
 
 def test_no_prompts_no_answers(tmp_path: Path) -> None:
-    assert generate(tiny_llama(TOKENIZER), [], work=tmp_path) == []
+    assert module.generate(tiny_llama(TOKENIZER), TOKENIZER, [], work=tmp_path) == []
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, run: object) -> None:

@@ -37,52 +37,36 @@ class Evaluation:
     missing: int = 0  # answers, verdicts and grades that failed on the way and would be asked for again
 
 
+@dataclass(kw_only=True)
 class Evaluator:
     """Evaluates models on the same prompts, with the same judges, which are trained before.
 
-    Args:
-        prompts: Harmful prompts: rows with ``prompt`` (canonical rows, or plain mappings).
-        benign_prompts: Benign prompts that look harmful, likewise.
-        task: Rows with ``prompt`` and ``completion`` of the fine-tuning task.
-        judge: For the first two; trained already where it needs training.
-        grader: For the third; `Grader.prepare` is called here.
-        second_judge: Judges the same answers again, for the agreement of the two.
-        categories: Categories of the harmful prompts, in their order, for the harmful score of each.
-        max_new_tokens: Longest answer.
-        batch_size: Prompts at a time, 0 for as many as fit.
-        on_long_prompt: What to do with a prompt that fills a model's whole context: ``fail``, or ``cut`` its middle.
-
-    Attributes:
-        cut: Prompts that were cut for the last model, by prompt set.
+    Rows are canonical ones, or plain mappings with ``prompt`` and, of the task, ``completion``.
     """
 
-    def __init__(
-        self,
-        *,
-        prompts: Iterable[Mapping[str, Any]] = (),
-        benign_prompts: Iterable[Mapping[str, Any]] = (),
-        task: Iterable[Mapping[str, Any]] = (),
-        judge: Judge | None = None,
-        grader: Grader[Any] | None = None,
-        second_judge: Judge | None = None,
-        categories: Sequence[Sequence[str]] = (),
-        max_new_tokens: int = 512,
-        batch_size: int = 0,
-        on_long_prompt: Literal["fail", "cut"] = "fail",
-    ) -> None:
-        given = {"prompts": list(prompts), "benign_prompts": list(benign_prompts), "task": list(task)}
+    prompts: Iterable[Mapping[str, Any]] = ()  # harmful ones
+    benign_prompts: Iterable[Mapping[str, Any]] = ()  # those that look harmful
+    task: Iterable[Mapping[str, Any]] = ()  # of the fine-tuning
+    judge: Judge | None = None  # for the first two; trained already where it needs training
+    grader: Grader[Any] | None = None  # for the third; `Grader.prepare` is called here
+    second_judge: Judge | None = None  # judges the same answers again, for the agreement of the two
+    categories: Sequence[Sequence[str]] = ()  # of the harmful prompts, in their order, for the harmful score of each
+    max_new_tokens: int = 512  # longest answer
+    batch_size: int = 0  # prompts at a time, 0 for as many as fit
+    on_long_prompt: Literal["fail", "cut"] = "fail"  # for a prompt that fills a model's whole context
+
+    def __post_init__(self) -> None:
+        given = {name: list(getattr(self, name)) for name in ("prompts", "benign_prompts", "task")}
         self.rows = {name: rows for name, rows in given.items() if rows}
-        if judge is None and self.rows.keys() & {"prompts", "benign_prompts"}:
+        self.cut: dict[str, int] = {}  # prompts that were cut for the last model, by prompt set
+        if self.judge is None and self.rows.keys() & {"prompts", "benign_prompts"}:
             raise ValueError("an Evaluator with prompts needs a judge")
-        if grader is None and "task" in self.rows:
+        if self.grader is None and "task" in self.rows:
             raise ValueError("an Evaluator with a task needs a grader")
-        self.judge, self.grader, self.second_judge = judge, grader, second_judge
-        self.categories = list(categories)
-        self.max_new_tokens, self.batch_size, self.on_long_prompt = max_new_tokens, batch_size, on_long_prompt
-        self.cut: dict[str, int] = {}
-        self._refusals = KeywordJudge() if judge is not None and not judge.tells_refusals else judge
-        if grader is not None and "task" in self.rows:
-            grader.prepare(self.rows["task"])
+        told = self.judge is None or self.judge.tells_refusals
+        self._refusals = self.judge if told else KeywordJudge()
+        if self.grader is not None and "task" in self.rows:
+            self.grader.prepare(self.rows["task"])
 
     def answers(
         self,

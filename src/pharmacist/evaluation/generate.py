@@ -33,12 +33,9 @@ _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning 
 
 
 def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """Takes tokens out of the middle of prompts that fill a model's whole context, so that their frame stays whole.
+    """Prompts without the middle of those that fill a model's whole context, and how many were cut.
 
     Room is made for an answer of `max_new_tokens`, but for at most half of the context.
-
-    Returns:
-        The prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
     too_long = [len(row) >= context for row in ids]
@@ -59,8 +56,10 @@ def generate(
 ) -> list[Answer]:
     """Answers prompts greedily.
 
+    The model comes back in the mode in which it was. Answers do not depend on the batch size, up to rounding.
+
     Args:
-        model: A causal language model, in any mode.
+        model: A causal language model.
         tokenizer: Its tokenizer.
         ids: Prompts as token ids, as `data.tokenize.prompt_ids` makes them.
         max_new_tokens: Longest answer; less where the model's context ends earlier.
@@ -68,9 +67,6 @@ def generate(
         work: Folder for finished answers, so that an interrupted call continues; shared by all processes.
         description: Of the progress bar.
         decoder: Takes the place of Hugging Face ``generate``.
-
-    Returns:
-        One answer per prompt, in order. Answers do not depend on the batch size, up to rounding.
 
     Raises:
         DataError: A prompt fills the model's whole context.

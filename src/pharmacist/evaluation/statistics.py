@@ -106,15 +106,10 @@ def paired_difference(pairs: Iterable[tuple[bool, bool]]) -> Estimate:
     return Estimate(value, max(low, RATE_DIFFERENCE[0]), min(high, RATE_DIFFERENCE[1]), n)
 
 
-def curve_area(steps: Sequence[float], values: Sequence[float], *, log_steps: bool = False) -> float:
+def curve_area(steps: Sequence[float], values: Sequence[float]) -> float:
     """Area under a curve over training steps, divided by the steps' span: its mean height, in the values' unit.
 
-    Trapezoids between the points, so that unevenly spaced checkpoints weigh what they span.
-
-    Args:
-        steps: Ascending, at least two.
-        values: Height at each step, such as the harmful score in percent.
-        log_steps: Measure steps as ``log(1 + step)``, which weighs the first steps of an attack more.
+    Trapezoids between the points (ascending, at least two), so that unevenly spaced checkpoints weigh what they span.
 
     >>> curve_area([0, 10, 40], [0.0, 20.0, 20.0])
     17.5
@@ -122,5 +117,4 @@ def curve_area(steps: Sequence[float], values: Sequence[float], *, log_steps: bo
     x = np.asarray(steps, dtype=np.float64)
     if len(x) < 2 or len(x) != len(values) or not (np.diff(x) > 0).all():
         raise ValueError("curve_area needs at least two ascending steps, and as many values")
-    x = np.log1p(x) if log_steps else x
     return float(np.trapezoid(np.asarray(values, dtype=np.float64), x) / (x[-1] - x[0]))

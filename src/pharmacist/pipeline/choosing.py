@@ -45,16 +45,10 @@ def ranked_table(
     points: Points | None,
     labels: Mapping[int, str],
 ) -> pd.DataFrame:
-    """The content of ``scores.parquet``, of each row of the pool.
+    """The content of ``scores.parquet``, a row per row of the pool.
 
-    Args:
-        pool: The rows.
-        scores: What the selector says of them.
-        clusters: Number of each row's cluster of near-duplicates.
-        options: Of the stage.
-        groups: Each row's value of the column to balance by.
-        points: For a diversity that needs to know how near rows are.
-        labels: Position -> reason that a person gave the row.
+    `clusters` number the near-duplicates, `groups` are values of the column to balance by, `points` are for a
+    diversity that needs to know how near rows are, and `labels` is position -> reason that a person gave the row.
     """
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))

@@ -84,13 +84,16 @@ class _Asked:
                 check_lm_eval(options.lm_eval)
                 if world_size() > 1:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
-        openers: dict[str, Callable[..., Source]] = dict.fromkeys(("prompts", "benign_prompts"), open_prompts)
-        openers["task"] = partial(open_task, test=True)
-        self.sources: dict[str, Source] = {
-            name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
-            for name in ("answers", *PROMPTS, "perplexity", "margin")
-            if getattr(options, name) is not None
+        openers: dict[str, Callable[..., Source]] = {
+            "answers": open_source,
+            "prompts": open_prompts,
+            "benign_prompts": open_prompts,
+            "task": partial(open_task, test=True),
+            "perplexity": open_source,
+            "margin": open_source,
         }
+        given = {name: getattr(options, name) for name in openers if getattr(options, name) is not None}
+        self.sources: dict[str, Source] = {name: openers[name](rows, name=flag(name)) for name, rows in given.items()}
         for kind in REFERENCES:
             self.sources |= open_several(kind, getattr(options, kind), flag(kind))
         self.columns = _columns(self.sources, options.columns)

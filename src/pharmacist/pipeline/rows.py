@@ -33,17 +33,10 @@ def read(
     prompts_only: bool = False,
     keep: bool = False,
 ) -> Records:
-    """Reads a source into canonical rows as the options say, in a folder beside `work` of each process's own.
+    """Reads a source into canonical rows as the options say, beside `work` in a folder of each process's own.
 
-    Args:
-        source: The rows.
-        options: Names of columns, and what to do with rows that cannot be used.
-        work: Beginning of the folder's name.
-        harmful: Whether a preference row gives its rejected side.
-        usual_names: Whether a file that lacks the columns of `options` is read by the usual names.
-        where: As in `read_records`, like the rest.
-        prompts_only: Likewise.
-        keep: Likewise.
+    Where `harmful`, a preference row gives its rejected side; where `usual_names`, a file that lacks the columns of
+    the options is read by the usual names. The rest is as in `read_records`.
     """
     columns = parse_columns(options.columns)
     if columns is not None and usual_names:

@@ -79,6 +79,9 @@ class SideData:
         def endless(name: str, rows: Encoded) -> SideStream:
             return SideStream(rows, size, seed=derive(self.options.seed, "stream", name), **place)
 
+        def tokens(name: str, rows: datasets.Dataset) -> Encoded:
+            return tokenise(rows, f"tokens-{name}", loaded, self.options, run, where="--harmful")
+
         found: dict[str, Any] = {}
         if "retain" in self.wanted:
             found["retain"] = endless("retain", encoded)
@@ -87,11 +90,11 @@ class SideData:
         self.counts["harmful_rows"] = len(self.harmful)
         parts = self._split(self.harmful.dataset)
         for name in sorted(self.wanted & parts.keys()):
-            found[name] = endless(name, self._encode(parts[name], name, loaded, run))
+            found[name] = endless(name, tokens(name, parts[name]))
             self.counts[f"{name}_rows"] = len(parts[name])
         if "paired" in self.wanted:
             by = self.options.pair_by
-            harmful = self._encode(self.harmful.dataset, "paired", loaded, run)
+            harmful = tokens("paired", self.harmful.dataset)
             position = {row: number for number, row in enumerate(harmful.dataset["row"])}
             pairs = pair_rows(self.alignment.dataset, self.harmful.dataset, by)
             kept = set(encoded.dataset["row"])
@@ -118,9 +121,3 @@ class SideData:
             raise DataError(f"--harmful: {len(prompts)} prompts are too few to hold out a share {self.held_out_share}")
         held_out = np.isin(keys, prompts[:number])
         return {"harmful": rows.select(np.flatnonzero(~held_out)), "held_out": rows.select(np.flatnonzero(held_out))}
-
-    def _encode(self, rows: datasets.Dataset, name: str, loaded: LoadedModel, run: RunDir) -> Encoded:
-        try:
-            return tokenise(rows, f"tokens-{name}", loaded, self.options, run)
-        except DataError as error:
-            raise DataError(f"--harmful: {error}") from error

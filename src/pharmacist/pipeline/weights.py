@@ -34,7 +34,7 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     Args:
         path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
         data: The alignment set.
-        rows: How many it has, refused ones included.
+        rows: Its length, refused rows included.
 
     Raises:
         DataError: The weights are of other rows, or no weights.

@@ -9,7 +9,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.data.templates import conversation
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
-from pharmacist.evaluation.engines.base import Engine
+from pharmacist.evaluation.engines import Engine
 
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ class OpenAIEngine(Engine):
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
-        """No device of ours, and the server's own template."""
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
 
 

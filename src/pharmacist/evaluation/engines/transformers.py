@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.evaluation.answers import Answer
-from pharmacist.evaluation.engines.base import Engine
+from pharmacist.evaluation.engines import Engine
 from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.nn.models import LoadedModel, load_model, model_fingerprint
 

@@ -18,7 +18,6 @@ class Exact(Matching):
         return True
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses empty targets, which every answer would contain."""
         for number, row in enumerate(rows):
             if not row["completion"].strip():
                 raise DataError(f"--task: row {number} has an empty target; mend or delete it")

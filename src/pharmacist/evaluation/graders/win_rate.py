@@ -76,16 +76,13 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         return {**self.config.where(), "against": self.config.against is not None}
 
     def fingerprint(self) -> str | None:
-        """Of the other model's answers."""
         return None if self.config.against is None else sha256_file(Path(self.config.against) / "items.jsonl")
 
     @property
     def revision(self) -> str:
-        """Version of the question, the judging model, and a hash of what else decides."""
         return f"{self.version}+{self.config.model}+{sha256_json([self.identity(), self.fingerprint()])[:8]}"
 
     def check(self) -> None:
-        """There must be an address, a judging model, and the opponent's folder where one is named."""
         super().check()
         if self.config.against is not None and not (Path(self.config.against) / "items.jsonl").is_file():
             raise DataError(
@@ -94,7 +91,6 @@ class WinRate(JudgingModel, Grader[WinGrade]):
             )
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Finds the other model's answer to every prompt."""
         if self.config.against is None:
             return
         items = [item for item in read_json_lines(Path(self.config.against) / "items.jsonl") if item["set"] == "task"]

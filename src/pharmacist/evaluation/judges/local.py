@@ -78,7 +78,6 @@ class LocalModelJudge(Judge):
             ) from error
 
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Model and tokenizer."""
         if self._loaded is None:
             device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
             model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)

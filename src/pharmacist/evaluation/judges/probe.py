@@ -93,7 +93,6 @@ class ProbeJudge(Judge):
             self._load(Path(self.config.folder))
 
     def identity(self) -> dict[str, Any]:
-        """All but where the model runs."""
         return {name: value for name, value in vars(self.config).items() if name != "device"}
 
     def fingerprint(self) -> str | None:
@@ -111,8 +110,7 @@ class ProbeJudge(Judge):
     def fit(self, references: Mapping[str, Rows]) -> None:
         """Trains on ``safe``, ``harmful`` and, where given, ``utility`` rows; a loaded probe stays as it is.
 
-        Args:
-            references: Kind -> rows with ``prompt``, ``completion`` and, where there are several sources, ``source``.
+        Rows have ``prompt``, ``completion`` and, where there are several sources, the number of theirs in ``source``.
 
         Raises:
             DataError: Too few rows, or nothing that tells safe from harmful.
@@ -198,7 +196,6 @@ class ProbeJudge(Judge):
         return self._report | {"unlike": unlike, "warnings": [*self._report["warnings"], *warnings]}
 
     def save(self, folder: Path) -> bool:
-        """Writes ``judge.json`` and ``judge.safetensors``."""
         if self._trained is None:
             return False
         tensors, questions = self._trained.state()

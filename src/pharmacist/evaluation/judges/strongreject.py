@@ -63,7 +63,6 @@ class StrongRejectJudge(JudgingModel, Judge):
 
     @property
     def revision(self) -> str:
-        """Version of the rubric, the judging model, and a hash of what else decides."""
         return f"{self.version}+{self.config.model or 'none'}+{sha256_json(self.identity())[:8]}"
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:

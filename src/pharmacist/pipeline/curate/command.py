@@ -27,6 +27,9 @@ from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
+_OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
+
+
 def curate(options: CurateOptions) -> Ranking | None:
     """Ranks a pool and writes everything that the contract names into the output folder.
 
@@ -121,17 +124,10 @@ def _rank(
         pool=pool,
         references=records,
         model_name=options.model,
-        seed=options.seed,
         fraction=fraction_of(options, len(pool)),
-        device=options.device,
-        dtype=options.dtype,
-        template=options.template,
-        max_length=options.max_length,
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
-        trust_remote_code=options.trust_remote_code,
-        checkpoint_seconds=options.checkpoint_seconds,
-        embedder=options.embedder,
         sources=of_source,
+        **{name: getattr(options, name) for name in _OF_CONTEXT},
     )
     if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
         pool, groups = reading.rendered(context, groups, options)

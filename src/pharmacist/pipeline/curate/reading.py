@@ -1,9 +1,10 @@
 """What `curate` reads; whatever can be wrong with pool, references, labels and models is told before the work."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -44,17 +45,15 @@ def open_sources(options: CurateOptions, option: str) -> dict[str, Source]:
 
 def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[str, str]:
     """Fingerprint per input."""
+    hashes: dict[str, Callable[[Any], str]] = {
+        "model": model_fingerprint,
+        "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
+        "labels": sha256_file,
+        "resume_selector": sha256_content,
+    }
+    given = {name: getattr(options, name) for name in hashes if getattr(options, name) is not None}
     found = {name: source.fingerprint() for name, source in sources.items()}
-    if options.model is not None:
-        found["model"] = model_fingerprint(options.model)
-    if options.embedder is not None:
-        local = Path(options.embedder).is_dir()
-        found["embedder"] = sha256_content(options.embedder) if local else f"hub:{options.embedder}"
-    if options.labels is not None:
-        found["labels"] = sha256_file(options.labels)
-    if options.resume_selector is not None:
-        found["resume_selector"] = sha256_content(options.resume_selector)
-    return found
+    return found | {name: hashes[name](what) for name, what in given.items()}
 
 
 def read_inputs(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path) -> Inputs:

@@ -10,6 +10,17 @@ from pharmacist.pipeline.stage import Stage
 from pharmacist.training.options import TrainingStageOptions
 
 
+PROTOCOL = {
+    "num_train_epochs": 20.0,
+    "per_device_train_batch_size": 10,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.1,
+}
+"""Of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs)."""
+
+
 @dataclass(kw_only=True)
 class AlignOptions(TrainingStageOptions):
     """Train a model on an alignment set with an alignment-stage defense."""
@@ -29,15 +40,7 @@ class AlignOptions(TrainingStageOptions):
     pair_by: Literal["prompt", "row"] = "prompt"
     """How repnoise finds the harmful row of an alignment row: equal prompts, or equal row numbers."""
 
-    # The protocol of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs).
-    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0,
-        "per_device_train_batch_size": 10,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.1,
-    }
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = PROTOCOL
 
 
 ALIGN = Stage(

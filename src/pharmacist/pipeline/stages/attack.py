@@ -8,6 +8,7 @@ from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.typed import AtLeast1, Fraction
 from pharmacist.pipeline.stage import Stage
+from pharmacist.pipeline.stages.align import PROTOCOL
 from pharmacist.training.options import TrainingStageOptions
 
 
@@ -39,15 +40,7 @@ class AttackOptions(TrainingStageOptions):
     build_only: bool = False
     """Write attack_set.jsonl and stop there."""
 
-    # The fine-tuning protocol of the alignment-stage papers.
-    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "num_train_epochs": 20.0,
-        "per_device_train_batch_size": 10,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.1,
-    }
+    TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = PROTOCOL | {"learning_rate": 1e-5}  # as the papers fine-tune
 
     def __post_init__(self) -> None:
         super().__post_init__()

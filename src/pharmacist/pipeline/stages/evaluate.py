@@ -1,6 +1,6 @@
 """The stage `evaluate`, and the two further forms that it has."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
@@ -120,24 +120,19 @@ EVALUATE = Stage(
     again="evaluates again",
     by_axes=frozenset({"judge", "task", *REFERENCES, "compare"}),
 )
-COMPARE = replace(
-    EVALUATE,
+COMPARE = Stage(
     name="compare",
-    run="pharmacist.pipeline.compare:compare_runs",
+    options=EvaluateOptions,
+    run="pharmacist.pipeline.evaluate_several:compare_runs",
     version=2,
-    unidentifying=frozenset(),
-    final=frozenset(),
-    final_inputs=frozenset(),
-    reopens=False,
     read_again=("metrics.json",),
-    costly=(),
+    again="evaluates again",
 )
-EVALUATE_MODELS = replace(
-    COMPARE,
+EVALUATE_MODELS = Stage(
     name="evaluate-models",
-    run="pharmacist.pipeline.side_by_side:evaluate_models",
+    options=EvaluateOptions,
+    run="pharmacist.pipeline.evaluate_several:evaluate_models",
     version=1,
     unidentifying=frozenset({"show_harmful"}),
-    read_again=(),
     again="",
 )

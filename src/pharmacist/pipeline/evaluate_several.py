@@ -1,4 +1,4 @@
-"""``evaluate --models A B C``: several models against the same prompts, judge and task, side by side."""
+"""Evaluations of several models: side by side (``evaluate --models A B C``), or as differences (``--compare A B``)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,22 @@ from typing import Any
 from rich.table import Table
 
 from pharmacist.core.console import plain
-from pharmacist.core.files import write_json
-from pharmacist.core.manifest import read_manifest
+from pharmacist.core.errors import DataError
+from pharmacist.core.files import read_json, read_json_lines, write_json
+from pharmacist.core.hashing import sha256_file, sha256_json
+from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
 from pharmacist.core.progress import console
+from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.evaluate_model import evaluate_model
 from pharmacist.pipeline.evaluate_summary import count_of
-from pharmacist.pipeline.stages.evaluate import EVALUATE_MODELS, EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
+_FILES = ("metrics.json", "items.jsonl")
 _SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
-"""Metrics that are printed; all are in ``metrics.json``."""
+"""Metrics that are printed side by side; all are in ``metrics.json``."""
 
 
 def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
@@ -79,3 +83,57 @@ def _cell(metric: Mapping[str, Any]) -> str:
         return "-"
     interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.0f}" for end in metric["ci95"])
     return f"{metric['value']:.1f}\n{count_of(metric)}{interval}"
+
+
+def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
+    """Writes ``metrics.json`` with the differences and the manifest; see `evaluation.comparison.compare`.
+
+    Raises:
+        DataError: A folder holds no finished evaluation, or the two cannot be compared.
+    """
+    folders = [Path(folder) for folder in options.compare or ()]
+    models = [_model(folder) for folder in folders]
+    inputs = {
+        name: sha256_json([sha256_file(folder / file) for file in _FILES])
+        for name, folder in zip(("first", "second"), folders, strict=True)
+    }
+    with COMPARE.open(options, inputs=inputs) as run:
+        found: dict[str, Any]
+        if run.complete:
+            found = read_json(run.path("metrics.json"))
+        else:
+            a, b = (read_json_lines(folder / "items.jsonl") for folder in folders)
+            found = compare(a, b, *(read_json(folder / "metrics.json") for folder in folders))
+            write_json(run.path("metrics.json"), found)
+            run.finish(outputs=["metrics.json"], metrics=found, extra={"models": models})
+        if not options.quiet:
+            _show_differences(found, models)
+        return found
+
+
+def _model(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    check_unchanged(folder, *_FILES)
+    if (lost := missing_output(folder, manifest)) is not None:
+        raise DataError(f"--compare {folder}: {lost} is no longer there; run that evaluation again")
+    if manifest.stage != "evaluate" or manifest.status == "started":
+        raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
+    return str(manifest.config["model"] or manifest.config.get("answers"))
+
+
+def _show_differences(found: Mapping[str, Any], models: list[str]) -> None:
+    if console().quiet:
+        return
+    table = Table(title=plain(f"{models[0]} less {models[1]}"))
+    for column in ("metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, metric in found.items():
+        value, p, counts = metric["value"], metric["mcnemar_p"], metric["counts"]
+        table.add_row(
+            NAMES[name],
+            "-" if value is None else f"{value:+.1f}",
+            " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
+            *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),
+            "-" if p is None else f"{p:.2g}",
+        )
+    console().print(table)
