@@ -57,10 +57,10 @@ class DeitaSelector(Selector):
         scored = self._scorer.rank(context)
         with context.run.phase("order"):
             near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)
-        # Places, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
-        place = rankdata(scored.score) / len(near)
+        # Ranks, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
+        rank = rankdata(scored.score) / len(near)
         return Scores(
-            np.where(near, place, 1 + place),
+            np.where(near, rank, 1 + rank),
             np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
             {"quality": scored.score, "too_near": near, **scored.signals},
             scored.report,

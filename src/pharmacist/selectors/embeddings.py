@@ -111,7 +111,7 @@ def pool_points(context: SelectionContext) -> FloatArray:
 
 def check_room(rows: int, folder: Path) -> None:
     """Refuses a pool whose points memory, or the disk of the run's folder, cannot hold; as `Selector.check_room`."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     needed = _POINT * rows
     for free, what in ((available_memory(), "memory"), (shutil.disk_usage(there).free, f"disk space in {there}")):
         if needed > free:

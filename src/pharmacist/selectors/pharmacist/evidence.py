@@ -249,8 +249,8 @@ class Evidence:
                 rotated, back = views.into_row_space(features)  # once for all sets of labels
             for labels in known[1:]:
                 told = np.flatnonzero(questions.answers_to(question, labels.classes) != UNKNOWN)
-                places = len(references) + np.searchsorted(every.rows, labels.rows[told])
-                rows = np.concatenate([np.arange(len(references)), places])
+                own = len(references) + np.searchsorted(every.rows, labels.rows[told])
+                rows = np.concatenate([np.arange(len(references)), own])
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
                 answers = questions.answers_to(question, classes)

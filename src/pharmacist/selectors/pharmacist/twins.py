@@ -67,7 +67,7 @@ class TwinProblem:
         return TWINS if len(self.rows["harmful"]) else WITHOUT_HARMFUL
 
     def batches(self, name: str) -> IntArray:
-        """The batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as places among them; shape [steps, n].
+        """Batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as positions among them; shape [steps, n].
 
         One stream for both twins' own references: swapping S and H must swap the twins and nothing else.
         """

@@ -126,8 +126,8 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
     if distance is None:
         found.append("too few rows look worth keeping to compare the pool with the safe references")
     elif max(distance.values()) >= FAR:
-        sides = {"risky": "requests", "refuses": "answers"}
-        far = " and ".join(sides[name] for name, auc in distance.items() if auc >= FAR)
+        compared = {"risky": "requests", "refuses": "answers"}
+        far = " and ".join(compared[name] for name, auc in distance.items() if auc >= FAR)
         if "labels" not in report:
             found.append(
                 f"the pool's {far} are told from those of the safe references with an AUC of "
