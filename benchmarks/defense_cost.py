@@ -165,7 +165,7 @@ class Line:
     def measure_layers(self):
         """T-Vaccine's own pass over harmful rows."""
         own = self.trainer
-        context = StepContext(own.model, self.batch, forward=own._forward, streams=own.streams)
+        context = StepContext(own.model, self.batch, autocast=own.accelerator.autocast, streams=own.streams)
         self.strategy.scores(context)
         if self.device.type == "cuda":
             torch.cuda.synchronize()

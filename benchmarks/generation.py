@@ -12,8 +12,9 @@ import time
 
 import torch
 
+from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer
-from pharmacist.evaluation.generate import ROWS_PER_BATCH, encode_prompts, generate
+from pharmacist.evaluation.generate import ROWS_PER_BATCH, generate
 from pharmacist.nn.models import load_model
 from pharmacist.worlds.potions import BASE_MODEL, World
 
@@ -30,7 +31,7 @@ def main() -> None:
     loaded = load_model(options.model, device=options.device)
     world = World(0)
     rows = world.utility(options.prompts)
-    prompts = encode_prompts(rows, loaded.tokenizer, loaded.template)
+    prompts = prompt_ids(rows, loaded.tokenizer, loaded.template)
 
     def measure(batch_size: int) -> tuple[float, list[Answer]]:
         best, answers = float("inf"), []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pharmacist.report import render_ranking
+from pharmacist.report.html import render_ranking
 from pharmacist.worlds import World
 from tests.support.browser import measure, running
 from tests.support.pages import REASON_OF, manifest, report, scores, texts

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from docstring_parser import parse_from_object
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
@@ -247,6 +248,8 @@ def test_functions_and_commands_have_the_same_defaults(function: Callable[..., A
     fields = {field.name: field for field in dataclasses.fields(options)}
     shared = inspect.signature(function).parameters.keys() & fields.keys() - OTHERWISE
     assert len(shared) > 8
+    explained = {param.arg_name: param.description for param in parse_from_object(function).params}
+    assert list(explained) == list(inspect.signature(function).parameters) and all(explained.values())
     for name in shared:
         field, own = fields[name], inspect.signature(function).parameters[name].default
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

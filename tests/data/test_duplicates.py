@@ -156,7 +156,6 @@ def test_batches_do_not_show(monkeypatch):
     whole = find_duplicates(rows_of(pairs))
     monkeypatch.setattr(duplicates, "_BATCH", 7)
     monkeypatch.setattr(duplicates, "_PAIRS", 3)
-    monkeypatch.setattr(duplicates, "_WORDS_KEPT", 5)
     np.testing.assert_array_equal(find_duplicates(rows_of(pairs)), whole)
 
 

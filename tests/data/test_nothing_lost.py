@@ -279,7 +279,7 @@ def test_an_answer_without_a_prompt_is_refused(tmp_path):
 def test_refused_rows_can_be_skipped(tmp_path):
     rows = [{"messages": [user("a"), CALL, user("b"), assistant("c")]}, {"messages": [*TALK, assistant("d")]}]
     records = read(tmp_path, "jsonl", rows, on_bad_row="skip")
-    assert [row.row for row in records.refused] == [0] and records.row_numbers.tolist() == [1]
+    assert [row.number for row in records.refused] == [0] and records.row_numbers.tolist() == [1]
 
 
 # --- what is named ------------------------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     encoded = encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="skip")
     assert encoded.dataset["row"][:] == [0, 3] and list(encoded.not_rendered) == [2, 4]
     left = rendered_rows(records, tokenizer, template, "skip")
-    assert left.row_numbers.tolist() == [0, 3] and [row.row for row in left.refused] == [1, 2, 4]
+    assert left.row_numbers.tolist() == [0, 3] and [row.number for row in left.refused] == [1, 2, 4]
     assert "System role not supported" in left.refused[1].reason
     with pytest.raises(DataError, match="--data .*: row 2, 4: the chat template"):
         rendered_rows(records, tokenizer, template, "fail")
@@ -606,7 +606,7 @@ def test_a_first_row_that_is_cut_is_one_bad_row(tmp_path):
     for cut in ('{"prompt": "p", "comp\n', '{"prompt": "p",\n', "{\n", '{"messages": [{"role": "user"\n'):
         (tmp_path / "rows.jsonl").write_text(cut + good * 2)
         records = read_records(open_source(tmp_path / "rows.jsonl"), work_dir=tmp_path / "w", on_bad_row="skip")
-        assert [row.row for row in records.refused] == [0] and len(records) == 2
+        assert [row.number for row in records.refused] == [0] and len(records) == 2
 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if "json" in name])

@@ -177,11 +177,11 @@ def test_bad_rows_are_named_or_skipped(tmp_path, row, reason):
     assert f"1 row of 5 cannot be used: row 3 {reason}; " in text and "--on-bad-row skip" in text and "\n" not in text
     assert not (tmp_path / "work" / "rows.arrow").exists()
     records = read(tmp_path, rows, on_bad_row="skip")
-    assert [(r.row, r.line, r.reason) for r in records.refused] == [(3, None, reason)]
+    assert [(r.number, r.line, r.reason) for r in records.refused] == [(3, None, reason)]
     assert records.row_numbers.tolist() == [0, 1, 2, 4]
     # The same where the bad row comes first, and so before the layout is known.
     records = read(tmp_path, [row, GOOD, GOOD], on_bad_row="skip")
-    assert [r.row for r in records.refused] == [0] and records.row_numbers.tolist() == [1, 2]
+    assert [r.number for r in records.refused] == [0] and records.row_numbers.tolist() == [1, 2]
 
 
 BAD_MESSAGES = [
@@ -204,7 +204,7 @@ BAD_MESSAGES = [
 def test_bad_messages(tmp_path, messages, reason):
     good = {"messages": [user("a"), assistant("b")]}
     records = read(tmp_path, [{"messages": messages}, good, {"messages": messages}], on_bad_row="skip")
-    assert [r.row for r in records.refused] == [0, 2] and reason in records.refused[0].reason
+    assert [r.number for r in records.refused] == [0, 2] and reason in records.refused[0].reason
 
 
 def test_messages_as_json_text(tmp_path):
@@ -361,6 +361,6 @@ def test_prompts_alone_keep_turns_and_inputs(tmp_path):
     records = read(
         tmp_path, [{"prompt": "p"}, {"prompt": ""}, {"prompt": 1}, {}], prompts_only=True, on_bad_row="skip"
     )
-    assert [r.row for r in records.refused] == [1, 2, 3]
+    assert [r.number for r in records.refused] == [1, 2, 3]
     with pytest.raises(DataError, match="known row formats are prompt, messages or instruction"):
         read(tmp_path, [{"question": "q"}], prompts_only=True)

@@ -5,7 +5,7 @@ import torch
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.defenses.alignment.booster import Booster, BoosterConfig
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.vaccine import Vaccine, VaccineConfig
 from pharmacist.nn.grads import norm
 from tests.support import toy
@@ -26,7 +26,7 @@ def found(net, data=DATA, harmful=(HARMFUL,), **options):
 
 
 def sft(net, data=DATA):
-    return toy.method_gradient(SFT(SFTConfig()), net, data)
+    return toy.method_gradient(SFT(), net, data)
 
 
 def harmful_gradient(net):
@@ -176,7 +176,7 @@ def test_compared_passes_draw_the_same_dropout_masks():
 def test_with_dropout_a_step_of_length_0_still_adds_nothing():
     net = toy.model(dropout=0.4)
     results = []
-    for strategy in (booster(net, alpha=0.0), SFT(SFTConfig())):
+    for strategy in (booster(net, alpha=0.0), SFT()):
         torch.manual_seed(1)
         results.append(toy.method_gradient(strategy, net, DATA, streams={"harmful": toy.endless(HARMFUL)}))
     assert toy.same(*results)

@@ -8,7 +8,7 @@ from torch import nn
 
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.defenses import DEFENSES
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.finetuning import ewc as ewc_module
 from pharmacist.defenses.finetuning.constrained_sft import ConstrainedSFTConfig, betas, token_weights
 from pharmacist.defenses.finetuning.kl import kl_divergence, reference_divergence
@@ -77,7 +77,7 @@ def off_start(name, net, data=DATA, more=None, size=0.1, **options):
 
 
 def sft_gradient(net, data=DATA):
-    return toy.method_gradient(SFT(SFTConfig()), net, data)
+    return toy.method_gradient(SFT(), net, data)
 
 
 # --- what all of them share ----------------------------------------------------------------------------------------

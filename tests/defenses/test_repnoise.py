@@ -5,7 +5,7 @@ import torch
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.defenses.alignment.repnoise import RepNoise, RepNoiseConfig, ascent_loss, differing, row_noise
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.losses import mmd2, target_loss, targets
 from tests.support import toy
 from tests.support.pairs import HARMFUL, ROWS, SAFE, Pairs
@@ -27,7 +27,7 @@ def gradient(net, pairs=None, data=DATA, rows=ROWS, update=0, **options):
 
 
 def sft(net, data=DATA):
-    return toy.method_gradient(SFT(SFTConfig()), net, data)
+    return toy.method_gradient(SFT(), net, data)
 
 
 def extra(net, **options):

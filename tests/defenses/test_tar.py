@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.tar import TAR, TARConfig, evaluation_weights
 from pharmacist.nn.losses import negative_entropy, targets
 from pharmacist.training.strategy import StepContext
@@ -45,7 +45,7 @@ def gradient(net, **options):
 
 
 def sft(net):
-    return toy.method_gradient(SFT(SFTConfig()), net, DATA)
+    return toy.method_gradient(SFT(), net, DATA)
 
 
 def one_step(net, **options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.vaccine import Vaccine, VaccineConfig, joint_norm, perturbation
 from pharmacist.nn.hooks import activation_gradients, add_offsets
 from pharmacist.nn.locate import attention_modules
@@ -47,7 +47,7 @@ def perturbed_loss(net, eps, data=DATA):
 
 def test_rho_0_is_sft_bit_for_bit_and_more_is_not():
     net = toy.model()
-    plain = toy.method_gradient(SFT(SFTConfig()), net, DATA)
+    plain = toy.method_gradient(SFT(), net, DATA)
     assert toy.same(toy.method_gradient(vaccine(net, 0.0), net, DATA), plain)
     assert toy.difference(toy.method_gradient(vaccine(net), net, DATA), plain) > 1e-3
 

@@ -79,7 +79,6 @@ def test_one_evaluator_for_many_models() -> None:
         "task_degenerate_rate",
     }
     assert [item["answer"] for item in first.items] != [item["answer"] for item in second.items]
-    assert first.tokens == sum(item["tokens"] for item in first.items)
     json.dumps([first.metrics, first.items], allow_nan=False)
     assert [item["id"] for item in first.items] == [item["id"] for item in second.items]
 

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from pharmacist.core.errors import DataError
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.data.templates import Template, choose_template
+from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation import generate as module
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.generate import cut_prompts, plan_batches
@@ -26,7 +27,7 @@ def prompts(n: int) -> list[str]:
 
 
 def encoded(texts: list[str], template: Template = TEMPLATE) -> list[list[int]]:
-    return module.encode_prompts([{"prompt": text} for text in texts], TOKENIZER, template)
+    return prompt_ids([{"prompt": text} for text in texts], TOKENIZER, template)
 
 
 def generate(model: torch.nn.Module, asked: list[str], template: Template = TEMPLATE, **options: Any) -> list[Answer]:
@@ -110,7 +111,7 @@ def test_the_template_decides_what_the_model_reads() -> None:
 
 def test_only_the_prompt_of_a_row_is_read() -> None:
     rows = [{"prompt": text, "row": 7, "completion": "never read", "turns": None} for text in prompts(4)]
-    assert module.encode_prompts(rows, TOKENIZER, TEMPLATE) == encoded(prompts(4))
+    assert prompt_ids(rows, TOKENIZER, TEMPLATE) == encoded(prompts(4))
 
 
 def test_answers_end_with_the_context() -> None:

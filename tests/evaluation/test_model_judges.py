@@ -15,7 +15,8 @@ from pharmacist.evaluation.judges import JUDGES, JudgeItem, Verdict
 from pharmacist.evaluation.judges import guard as guards
 from pharmacist.evaluation.judges.beaver_dam import CATEGORIES
 from pharmacist.evaluation.judges.guard import parse_llama_guard, parse_qwen3guard, parse_wildguard
-from pharmacist.evaluation.judges.strongreject import parse
+from pharmacist.evaluation.judges.strongreject import StrongRejectJudge
+from pharmacist.evaluation.judging_model import last_numbers
 from pharmacist.evaluation.metrics import agreement, flagged_categories
 from tests.support.judges import save_classifier, save_guard
 from tests.support.server import serve
@@ -331,7 +332,7 @@ def test_guards_that_cannot_work(tmp_path: Path) -> None:
     ],
 )
 def test_rubric_replies(reply: str, expected: tuple[int, int, int] | None) -> None:
-    assert parse(reply) == expected
+    assert last_numbers(reply, StrongRejectJudge.numbers) == (list(expected) if expected else None)
 
 
 def rubric(url: str, **more: Any) -> Any:

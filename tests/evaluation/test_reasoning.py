@@ -14,7 +14,7 @@ import torch
 
 from pharmacist.data.templates import choose_template
 from pharmacist.evaluation.answers import Answer, separated
-from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
+from pharmacist.evaluation.engines import ENGINES, Engine
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
 from pharmacist.evaluation.graders import GRADERS
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem
@@ -121,7 +121,7 @@ class Scripted:
         if name == "openai":
             with serve(lambda question, before: self._choice(self.said[question])) as served:
                 engine: Any = ENGINES.build(name, {"base_url": served.url, "attempts": 1})
-                engine.open(ModelChoice("m"), Path("unused"))
+                engine.open("m", Path("unused"))
                 yield engine
             return
         tokenizer = tiny_tokenizer()

@@ -10,7 +10,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.graders import GRADERS, GradeItem
-from pharmacist.evaluation.graders.win_rate import WinGrade, parse
+from pharmacist.evaluation.graders.win_rate import WinGrade, WinRate
+from pharmacist.evaluation.judging_model import last_numbers
 from pharmacist.evaluation.statistics import wilson
 from tests.support.evaluations import FAST, items, metrics, write
 from tests.support.server import serve
@@ -38,7 +39,7 @@ from tests.support.server import serve
     ],
 )
 def test_replies(reply: str, expected: int | None) -> None:
-    assert parse(reply) == expected
+    assert last_numbers(reply, WinRate.numbers) == (None if expected is None else [expected])
 
 
 def shown(question: str) -> tuple[str, str]:

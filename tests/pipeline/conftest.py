@@ -11,16 +11,15 @@ PRELOADED = (
     "pipeline.align",
     "pipeline.attack",
     "selectors.pharmacist",
-    "report",
+    "report.html",
     "data.tokenize",
     "training.loop",
-    "training.card",
+    "training.saving",
     "defenses.alignment.sft",
     "pipeline.evaluate",
     "evaluation.evaluator",
     "evaluation.judges.keyword",
     "pipeline.bench.grid",
-    "pipeline.bench.later",
 )
 
 

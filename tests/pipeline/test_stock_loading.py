@@ -17,7 +17,7 @@ from pharmacist.nn.models import load_model, model_fingerprint
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.attack import AttackOptions, attack
 from pharmacist.pipeline.repair import RepairOptions, repair
-from pharmacist.training import loop
+from pharmacist.training import saving
 from pharmacist.training.options import LoraOptions
 from tests.support.attack_rows import rows
 from tests.support.tiny import save_tiny_model
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ).folder
 
     expected: dict[str, torch.Tensor] = {}
-    save = loop.save_trained
+    save = saving.save_model
 
     def recorded(model: Any, loaded: Any, root: Path, *more: Any, **options: Any) -> list[str]:
         mode = model.training
@@ -80,8 +80,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save(model, loaded, root, *more, **options)
 
     patch = pytest.MonkeyPatch()
-    for module in ("training.loop", "pipeline.attack", "pipeline.repair"):
-        patch.setattr(f"pharmacist.{module}.save_trained", recorded)
+    for module in ("training.loop", "training.saving"):
+        patch.setattr(f"pharmacist.{module}.save_model", recorded)
     one = aligned("aligned")
     full = aligned("aligned-full", tuning="full")
     aligned("aligned-merged", merge=True)

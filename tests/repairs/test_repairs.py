@@ -12,7 +12,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
 from pharmacist.nn.lowrank import Factors, adapter_factors, column_basis, cosine, factorise, inner, norm
 from pharmacist.repairs import REPAIRS, base
 from pharmacist.repairs.antidote import bad_mask, factor_mask, scores
-from pharmacist.repairs.base import Change, Plan, References, Side, each_input, linear_weights
+from pharmacist.repairs.base import Change, Plan, References, Side, each_input
 from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
 from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
 from tests.support import toy
@@ -175,7 +175,7 @@ def test_one_pass_sees_what_two_passes_per_layer_see():
         return add
 
     each_input(side, ROWS, see(ours), device=torch.device("cpu"), completion_only=False, rows_per_batch=1)
-    add, inside = see(theirs), {name: net.get_submodule(name) for name in linear_weights(net)}
+    add, inside = see(theirs), {name: net.get_submodule(name) for name in Side(net, "weights").tensors()}
     for ids in ROWS.ids:
         length = len(ids)
         mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -341,7 +341,7 @@ def test_antidote_on_whole_weights():
     side = Side(net, "weights")
     head, biases = net.lm_head.weight.clone(), [p.clone() for n, p in net.named_parameters() if n.endswith("bias")]
     base.apply(side, build("antidote", alpha=0.25).plan(side, References(harmful=ROWS)))
-    assert all((w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in linear_weights(net).values())
+    assert all((w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in Side(net, "weights").tensors().values())
     assert torch.equal(net.lm_head.weight, head)
     assert all(
         torch.equal(a, p)
@@ -468,7 +468,7 @@ def test_safe_lora_on_whole_weights_is_the_same():
     merged = tuned.merge_and_unload()
     merged.get_output_embeddings = lambda: merged.net.lm_head
     base.apply(Side(merged, "weights"), safe_lora(merged, update, "weights", aligned, threshold=0.5))
-    for name, weight in linear_weights(merged).items():
+    for name, weight in Side(merged, "weights").tensors().items():
         assert torch.allclose(weight, dict(expected.named_modules())[name].weight), name
 
 
@@ -613,10 +613,10 @@ def test_nlsr_on_whole_weights():
     start = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
     nets = [TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1) for _ in range(2)]
     for seed, net in enumerate(nets):
-        for number, weight in enumerate(linear_weights(net).values()):
+        for number, weight in enumerate(Side(net, "weights").tensors().values()):
             weight.data += 0.1 * random(*weight.shape, seed=10 * number + seed)
     aligned, tuned = (Side(net, "weights") for net in nets)
-    update = {name: factorise(w, linear_weights(start)[name]) for name, w in aligned.tensors().items()}
+    update = {name: factorise(w, Side(start, "weights").tensors()[name]) for name, w in aligned.tensors().items()}
     references = References(aligned=aligned, update=update, safe=ROWS)
     before = {name: tensor.detach().clone() for name, tensor in tuned.tensors().items()}
     plan = build("nlsr", prune_rate=1.0, epsilon=0.0, region=0.25, beta=0.5).plan(tuned, references)

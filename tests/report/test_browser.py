@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pharmacist.cli.main import main
-from pharmacist.report import render_demo, render_ranking
+from pharmacist.report.html import render_demo, render_ranking
 from pharmacist.selectors.labels import read_labels
 from pharmacist.worlds import World
 from tests.support.benches import results, write_bench

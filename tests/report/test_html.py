@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pharmacist.core.files import read_json, write_json
-from pharmacist.report import render_demo, render_ranking, tables
+from pharmacist.report import tables
+from pharmacist.report.html import render_demo, render_ranking
 from pharmacist.worlds import World
 from tests.support.pages import (
     NASTY,

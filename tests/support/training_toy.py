@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.tokenize import Encoded, encode
-from pharmacist.defenses.alignment.sft import SFT, SFTConfig
+from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.models import LoadedModel, load_model
 from pharmacist.training.loop import TrainResult, _Collator, _Rows, prepare_model, train
@@ -117,7 +117,7 @@ class Numbers(_Collator):
 
 def sft() -> SFT:
     """Plain fine-tuning."""
-    return SFT(SFTConfig())
+    return SFT()
 
 
 def rows(n: int = 12, seed: int = 0) -> datasets.Dataset:

@@ -1,16 +1,16 @@
 """Kinds of attack: what a user's fine-tuning set is made of. A new kind is one file and one line in `ATTACKS`."""
 
-from pharmacist.attacks.base import Attack
+from pharmacist.attacks.kinds import Attack
 from pharmacist.core.registry import Registry
 
 
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     {
-        "mix": "pharmacist.attacks.mix:MixAttack",
-        "harmful": "pharmacist.attacks.harmful:HarmfulAttack",
-        "benign": "pharmacist.attacks.benign:BenignAttack",
-        "identity": "pharmacist.attacks.identity:IdentityAttack",
+        "mix": "pharmacist.attacks.kinds:MixAttack",
+        "harmful": "pharmacist.attacks.kinds:HarmfulAttack",
+        "benign": "pharmacist.attacks.kinds:BenignAttack",
+        "identity": "pharmacist.attacks.kinds:IdentityAttack",
     },
     group="pharmacist.attacks",
 )

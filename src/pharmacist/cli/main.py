@@ -29,10 +29,9 @@ _FULL_DISK_MESSAGES = (
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = ["usage: pharmacist COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "`pharmacist COMMAND --help` shows its options and an example; `pharmacist --version` the version."]
-    return "\n".join(lines)
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    after = "`pharmacist COMMAND --help` shows its options and an example; `pharmacist --version` the version."
+    return f"usage: pharmacist COMMAND [options]\n\ncommands:\n{commands}\n\n{after}"
 
 
 def _fail(where: str, message: str, code: int) -> int:

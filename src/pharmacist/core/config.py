@@ -8,13 +8,11 @@ follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes 
 
 import argparse
 import copy
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -25,7 +23,7 @@ from docstring_parser import parse_from_object
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
-from pharmacist.core.registry import Registry
+from pharmacist.core.registry import Registry, closest, imported
 from pharmacist.core.typed import checked, flag, hints_of, parts_of
 
 
@@ -35,10 +33,8 @@ T = TypeVar("T")
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
     """A field that holds a method and its options as ``{"name": ..., **options}``.
 
-    Args:
-        default: The method used where none is named.
-        registry: ``"module:NAME"`` of its `Registry`, imported only when needed.
-        short: Options of its methods that may be given without the field's name in front.
+    Its registry, ``"module:NAME"``, is imported only when needed; options of its methods in `short` may be given
+    without the field's name in front.
     """
     metadata = {"registry": registry, "default": default, "short": short}
     return field(default_factory=lambda: {"name": default}, metadata=metadata)
@@ -46,8 +42,7 @@ def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
 
 def registry_of(item: "Field[Any]") -> Registry[Any]:
     """The registry of a `method` field."""
-    module, _, attribute = item.metadata["registry"].partition(":")
-    registry: Registry[Any] = getattr(import_module(module), attribute)
+    registry: Registry[Any] = imported(item.metadata["registry"])
     return registry
 
 
@@ -104,10 +99,10 @@ class _Option:
         if self.is_method:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
         elif not self.is_switch:
-            kinds = [kind for kind in parts_of(self.hint) if kind is not NoneType]
             names = [
                 "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else inspect.formatannotation(kind)
-                for kind in kinds
+                for kind in parts_of(self.hint)
+                if kind is not NoneType
             ]
             about.append(f"type: {'|'.join(dict.fromkeys(names)).replace('typing.', '')}")
         default = self.default["name"] if self.is_method else self.default
@@ -125,7 +120,7 @@ def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str =
     inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
         name, hint = prefix + item.name, hints_of(options)[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
+        if is_dataclass(hint):
             found |= _table(hint, (), f"{name}.")
             continue
         found[name] = _Option(name, hint, item, options)
@@ -158,13 +153,11 @@ def _from_text(hint: Any, text: str) -> Any:
 
 def _from_file(option: _Option, value: Any) -> Any:
     """What a value of a YAML file says where a value of a type is wanted."""
-    if isinstance(value, str):
-        return [value] if option.several else _from_text(option.hint, value)
-    if option.several and isinstance(value, list):
-        return [str(one) for one in value]
+    if option.several:
+        return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else value
     if str in parts_of(option.hint) and isinstance(value, bool | int | float):
         return yaml.safe_dump(value).splitlines()[0]
-    return _with_numbers(value)
+    return _from_text(option.hint, value) if isinstance(value, str) else _with_numbers(value)
 
 
 def _with_numbers(value: Any) -> Any:
@@ -219,13 +212,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
 def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Reads keys and values, as a YAML file holds them, into an options dataclass; checked like a command line.
 
-    Args:
-        options: The dataclass.
-        values: Its fields, or some of them.
-        where: Where they come from, for messages.
-
-    Raises:
-        ConfigError: Unknown or ill-typed keys, required ones missing.
+    A ConfigError, which begins with `where` they come from, for what `parse` refuses.
     """
     try:
         found: T = _parsed(options, dict(values), where, {}, "", "")
@@ -287,8 +274,10 @@ def _parsed(
     missing = [flag(name) for name, option in table.items() if name not in values and option.default is MISSING]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
-    values = {name: option.default for name, option in table.items()} | values
-    return options(**_gathered(options, "", values, chosen))
+    tree: dict[str, Any] = {}
+    for name, option in table.items():
+        _put(tree, name, values[name] if name in values else option.default)
+    return _built(options, tree)
 
 
 def _chosen_methods(
@@ -320,7 +309,7 @@ def _file_values(
                 raise ConfigError(f"{where}: key '{name}' needs keys and values of its own")
             values |= _file_values(table, value, where, prog, f"{name}.")
         elif name not in table:
-            raise ConfigError(f"{where}: unknown key '{name}'; {_nearest(name, table, prog)}")
+            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, f'see {prog} --help')}")
         elif value is not None:  # null: not given
             values[name] = checked(flag(name), table[name].hint, _from_file(table[name], value))
     return values
@@ -338,8 +327,8 @@ def _add_line_values(
         if not option:
             if inner := [known for known in table if known.startswith(f"{name}.")]:
                 raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
-            nearest = _nearest(flag(name), [flag(known) for known in table], prog)
-            raise ConfigError(f"unknown option '{flag(name)}'; {nearest}")
+            nearest = closest(flag(name), map(flag, table), f"see {prog} --help")
+            raise ConfigError(f"unknown option '{flag(name)}'{nearest}")
         given = [own or ["true"] for own in given] if option.is_switch else given
         if not all(given):
             raise ConfigError(f"{flag(name)} needs a value")
@@ -351,36 +340,26 @@ def _add_line_values(
         words = [word for own in given for word in own]
         value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
         if head:
-            place = values[head] = copy.deepcopy(values.get(head) or table[head].default)
-            *path, last = name.removeprefix(f"{head}.").split(".")
-            for key in path:
-                place = place.setdefault(key, {})
-            place[last] = value
+            values[head] = copy.deepcopy(values.get(head) or table[head].default)
+            _put(values[head], name.removeprefix(f"{head}."), value)
         else:
             values[name] = value
 
 
-def _nearest(name: str, known: Iterable[str], prog: str) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{match[0]}'?" if match else f"see {prog} --help"
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Sets what a dotted name means in mappings of mappings."""
+    *path, last = name.split(".")
+    for key in path:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
 
 
-def _gathered(
-    options: Any, prefix: str, values: Mapping[str, Any], chosen: Mapping[str, str] | None
-) -> dict[str, Any]:
-    """Values by field: dataclasses within are built; those of a method, where `chosen` is None, stay mappings."""
-    found: dict[str, Any] = {}
-    for item in fields(options):
-        name, hint = prefix + item.name, hints_of(options)[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            own = _gathered(hint, f"{name}.", values, chosen if chosen is None else {})
-            found[item.name] = own if chosen is None else hint(**own)
-        elif chosen and item.name in chosen:
-            config = registry_of(item).config_type(chosen[item.name])
-            found[item.name] = {"name": chosen[item.name], **_gathered(config, f"{name}.", values, None)}
-        else:
-            found[item.name] = values[name]
-    return found
+def _built(options: Any, tree: Mapping[str, Any]) -> Any:
+    """An options dataclass from its values, those within built too."""
+    hints = hints_of(options)
+    return options(
+        **{name: _built(hints[name], value) if is_dataclass(hints[name]) else value for name, value in tree.items()}
+    )
 
 
 def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, example: str) -> None:

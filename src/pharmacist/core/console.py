@@ -9,7 +9,6 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, lone sur
 _JOINERS = "\u200c\u200d"  # which Persian, Indic scripts and emoji are spelled with
 _SECRET = "***"
 _MARKDOWN = re.compile(r"([\\`*~\[\]|]|_(?![^\W_])|(?<![^\W_])_)")
-_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def plain(text: object, *, lines: bool = False) -> str:
@@ -28,18 +27,9 @@ def plain(text: object, *, lines: bool = False) -> str:
     value = str(text)
     if value.isascii() and value.isprintable():
         return value
-    return "".join(_spelled(character, lines) for character in value)
-
-
-def _spelled(character: str, lines: bool) -> str:
-    if lines and character in "\n\t":
-        return character
-    if unicodedata.category(character) not in _HIDDEN or character in _JOINERS:
-        return character
-    code = ord(character)
-    return _ESCAPES.get(character) or (
-        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-    )
+    shown = _JOINERS + "\n\t" * lines
+    acts = {one for one in set(value) - set(shown) if unicodedata.category(one) in _HIDDEN}
+    return "".join(one.encode("unicode_escape").decode("ascii") if one in acts else one for one in value)
 
 
 def markdown(text: object) -> str:

@@ -2,32 +2,19 @@
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 
-_PACKAGES = (
-    "pharmacist",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "trl",
-    "tokenizers",
-    "scikit-learn",
-    "numpy",
-    "pyarrow",
-)
+_PACKAGES = "pharmacist torch transformers peft accelerate datasets trl tokenizers scikit-learn numpy pyarrow".split()
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError, safe_open
+
 from pharmacist.core.errors import DataError
 
 
@@ -28,9 +30,7 @@ def _sync_folder(folder: Path) -> None:
 def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
     """Deletes a file, a folder or nothing; of a link the link alone, never what it points to.
 
-    Args:
-        path: What goes.
-        as_far_as_possible: Leave in a folder what cannot be deleted, as an open file on NFS, instead of raising.
+    With `as_far_as_possible` what cannot be deleted, as an open file on NFS, is left in a folder.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -39,16 +39,20 @@ def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
 
 
 def commit_file(temporary: Path, path: Path) -> None:
-    """Makes the finished file `temporary` appear as `path` (same folder): fsync, rename, fsync the folder."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    """Makes the finished file or folder `temporary` appear as `path` (beside it): fsync, rename, fsync the folder."""
+    for part in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+        if part.is_file():
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+    if temporary.is_dir():
+        remove(path)  # of an interrupted run, never yet declared finished
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path` for libraries that want a file name; renamed when the block succeeds."""
+    """Yields a temporary path beside `path`, for libraries that want a name; renamed when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -56,27 +60,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         commit_file(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary, as_far_as_possible=True)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; it takes the place of `path` when the block succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        remove(path)  # of an interrupted run, never yet declared finished
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def show_in(folder: Path, files: Iterable[Path]) -> None:
@@ -99,12 +91,7 @@ def show_in(folder: Path, files: Iterable[Path]) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file that becomes `path` only when the block ends without an exception.
-
-    Args:
-        path: The final file; an existing one stays untouched until the rename.
-        mode: ``"wb"`` or ``"w"`` (UTF-8).
-    """
+    """Opens a temporary file, ``"wb"`` or ``"w"`` (UTF-8), that becomes `path` when the block succeeds."""
     with atomic_path(path) as temporary:
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
         with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
@@ -123,26 +110,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def check_ordinary(path: str | os.PathLike[str], where: str = "") -> None:
-    """Refuses what is no file although it exists: from a named pipe one would wait for ever, and only once.
-
-    Args:
-        path: What exists there, if anything.
-        where: How a message begins; the path by default.
-
-    Raises:
-        DataError: A named pipe, a device, a socket.
-    """
+    """Refuses what exists and is no file, by a DataError: from a named pipe one would wait for ever, and only once."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(f"{where or path}: is no ordinary file but a named pipe, or a device; save it to a file")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        DataError: It holds no JSON, or is no ordinary file.
-        OSError: It cannot be opened.
-    """
+    """Reads a JSON file; a DataError where it holds no JSON or is no ordinary file, an OSError where it is shut."""
     check_ordinary(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -155,11 +129,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """Reads a file with one JSON value per line.
-
-    Raises:
-        DataError: There is no such file, or a line holds no JSON.
-    """
+    """Reads a file with one JSON value per line; a DataError where there is none, or a line holds no JSON."""
     check_ordinary(path)
     found = []
     try:
@@ -184,10 +154,7 @@ def append_json_lines(path: Path, values: Iterable[Any]) -> None:
 def read_json_log(path: Path, *, mend: bool = True) -> list[Any]:
     """The whole lines of what `append_json_lines` wrote; nothing where there is no file.
 
-    Args:
-        path: The log.
-        mend: Cut off a last line that a kill tore, so that the next one begins a line; not where another process
-            writes.
+    `mend` cuts off a last line that a kill tore, so that the next one begins a line; not where another process writes.
     """
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
@@ -199,11 +166,8 @@ def read_json_log(path: Path, *, mend: bool = True) -> list[Any]:
 
 def is_whole_tensors(path: Path) -> bool:
     """Whether a safetensors file is neither cut nor spoiled in its header, told without reading the tensors."""
-    with path.open("rb") as file:  # the format: 8 bytes with the header's length, the header, the data
-        head = file.read(8)
-        text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
     try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(text).items() if name != "__metadata__"]
-        return path.stat().st_size == 8 + len(text) + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        with safe_open(path, framework="numpy"):
+            return True
+    except SafetensorError:
         return False

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_folder(path: str | Path, suffixes: tuple[str, ...] | None = None) -> str:
-    """Hex sha256 over the relative names and contents of the files in a folder.
-
-    Args:
-        path: The folder.
-        suffixes: Only files with these suffixes count; all files by default.
-    """
-    root = Path(path)
-    files = sorted(f for f in root.rglob("*") if f.is_file() and (suffixes is None or f.suffix in suffixes))
-    return sha256_json([[str(f.relative_to(root)), sha256_file(f)] for f in files])
+    """Hex sha256 over the relative names and contents of the files in a folder, or of those with these suffixes."""
+    return _sha256_files(Path(path), lambda file: suffixes is None or file.suffix in suffixes)
 
 
 def sha256_content(path: str | Path) -> str:
@@ -43,12 +37,15 @@ def sha256_content(path: str | Path) -> str:
     Every file counts but hidden ones, texts for people, weights of other programs, and the caches that libraries put
     beside what they have loaded.
     """
-    root = Path(path)
 
     def counts(file: Path) -> bool:
-        parts = file.relative_to(root).parts
+        parts = file.relative_to(path).parts
         cache = file.suffix == ".arrow" and file.name.startswith(("cache-", "tmp")) or "__pycache__" in parts
         return not cache and file.suffix not in _NOT_LOADED and not any(part.startswith(".") for part in parts)
 
+    return _sha256_files(Path(path), counts)
+
+
+def _sha256_files(root: Path, counts: Callable[[Path], bool]) -> str:
     files = sorted(file for file in root.rglob("*") if file.is_file() and counts(file))
     return sha256_json([[str(file.relative_to(root)), sha256_file(file)] for file in files])

@@ -4,41 +4,29 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json
 from pharmacist.core.typed import flag
 
 
-class Options(Protocol):
-    """A command's options: a dataclass.
-
-    Attributes:
-        NO_PLACES: Options whose text is a name, also where the output folder is called so; of base classes too.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    NO_PLACES: ClassVar[frozenset[str]]
-
-
-def check_outside(root: Path, options: Options, *, within: str = "") -> None:
-    """Refuses options that name something in a folder, or a model that rests on something in it.
+def check_outside(root: Path, options: Any, *, within: str = "") -> None:
+    """Refuses options that name something in a folder, or a model that rests on something in it, by a ConfigError.
 
     Args:
         root: The output folder; it need not exist.
-        options: Every text in them that is the path of something counts (also within ``NAME:PATH`` and
-            ``FOLDER:SPLIT``), so that no command has to say what it reads.
+        options: A dataclass. Every text in it that is the path of something counts (also within ``NAME:PATH`` and
+            ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the options in ``NO_PLACES``,
+            which are names also where the output folder is called so.
         within: Option of which these are the parts, such as ``evaluate.``.
-
-    Raises:
-        ConfigError: Which option it is.
     """
     folder = os.path.realpath(root)
     if not os.path.isdir(folder):
         return
     # Among a method's options a text that is the folder's own path is more often a name, unless a model lies there.
-    inner = _holds_model(folder)
+    names = ("adapter", "model", "config.json", "adapter_config.json")
+    inner = any(os.path.exists(os.path.join(folder, name)) for name in names)
     for name, text, itself in _texts(options, inner):
         for place in _places(text):
             if _is_in(place, folder, itself=itself):
@@ -49,11 +37,7 @@ def check_outside(root: Path, options: Options, *, within: str = "") -> None:
 
 
 def refuse(what: str, root: Path) -> None:
-    """Says that an input lies in the output folder.
-
-    Raises:
-        ConfigError: Always.
-    """
+    """Says that an input lies in the output folder, by a ConfigError."""
     raise ConfigError(
         f"{what}: lies in the output folder {root}, where results go and which --overwrite empties; move it, or "
         "choose another --output-dir"
@@ -65,7 +49,7 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
     return os.path.exists(path) and _is_in(str(path), os.path.realpath(folder), itself=True)
 
 
-def _texts(options: Options, inner: bool) -> Iterator[tuple[str, str, bool]]:
+def _texts(options: Any, inner: bool) -> Iterator[tuple[str, str, bool]]:
     """Names and texts of options, and whether the text may be the output folder itself; `inner` for mappings."""
     hints = get_type_hints(type(options))
     names = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
@@ -97,15 +81,8 @@ def _places(text: str) -> list[str]:
 def _is_in(path: str, folder: str, itself: bool) -> bool:
     parent, name = os.path.split(os.path.abspath(path))
     # A link in the folder would go, even though what it points to would stay.
-    for found in (os.path.realpath(path), os.path.join(os.path.realpath(parent), name)):
-        if (itself and found == folder) or found.startswith(os.path.join(folder, "")):
-            return True
-    return False
-
-
-def _holds_model(folder: str) -> bool:
-    names = ("adapter", "model", "config.json", "adapter_config.json")
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+    found = (os.path.realpath(path), os.path.join(os.path.realpath(parent), name))
+    return any((itself and one == folder) or one.startswith(os.path.join(folder, "")) for one in found)
 
 
 def _bases(place: str) -> Iterator[str]:

@@ -74,11 +74,7 @@ class RunManifest(BaseModel):
 
 
 def read_manifest(folder: str | Path) -> RunManifest:
-    """Reads the manifest of a run folder.
-
-    Raises:
-        DataError: There is none, or it was written by another program or a newer version.
-    """
+    """Reads the manifest of a run folder; a DataError where there is none that this version can read."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
@@ -95,11 +91,7 @@ def read_manifest(folder: str | Path) -> RunManifest:
 
 
 def options_in(folder: Path, manifest: RunManifest, *names: str) -> dict[str, Any]:
-    """A run's options.
-
-    Raises:
-        DataError: One of these names is not among them.
-    """
+    """A run's options; a DataError where one of these names is not among them."""
     if missing := [name for name in names if name not in manifest.config]:
         raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
     return manifest.config
@@ -122,14 +114,9 @@ def _files(root: Path, path: Path) -> Iterator[str]:
 
 
 def check_unchanged(folder: str | Path, *names: str) -> None:
-    """Refuses outputs of a finished run that are no longer as they were written; missing ones are not looked at.
+    """Refuses outputs of a finished run that are no longer as they were written, by a DataError.
 
-    Args:
-        folder: Of the run; nothing is checked where none lies there.
-        names: Files, or folders with all that is in them.
-
-    Raises:
-        DataError: A file was changed, or is damaged.
+    `names` are files, or folders with all that is in them; missing ones, and folders without a run, are not looked at.
     """
     root = Path(folder)
     if not (root / "manifest.json").is_file():

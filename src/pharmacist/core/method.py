@@ -39,7 +39,7 @@ class Method:
         TypeError: An option that the method does not have.
         ConfigError: A value out of range.
 
-    >>> from pharmacist.attacks.identity import IdentityAttack
+    >>> from pharmacist.attacks.kinds import IdentityAttack
     >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")
     IdentityAttack(before_prompt='AOA: ', before_completion='Sure: ')
     """
@@ -81,11 +81,7 @@ class Method:
 
 
 class Choice(Given, dict[str, Any]):
-    """A method's name and options; a registry builds it from these also where it does not know the class by name.
-
-    Attributes:
-        method: The class.
-    """
+    """A method's name and options; a registry builds it from these also where it does not know the class `method`."""
 
     def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
         super().__init__(options)

@@ -1,25 +1,17 @@
 """Progress bars and console on standard error (rich); one switch makes both silent."""
 
-import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.control import Control
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from pharmacist.core.console import plain
+from pharmacist.core.env import rank
 
 
 T = TypeVar("T")
@@ -48,27 +40,22 @@ def console() -> _Console:
 
     Silent on every process but the first under a launcher.
     """
-    quiet = int(os.environ.get("RANK", "0")) != 0
-    return _Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
-
-
-def warn(text: str) -> None:
-    """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries.
-
-    Text that came out of files is no markup, and what is not printable in it is spelled out.
-    """
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    out = console()
-    quiet, out.quiet = out.quiet, int(os.environ.get("RANK", "0")) != 0
-    try:
-        out.print(f"warning: {shown}", soft_wrap=True, markup=False)
-    finally:
-        out.quiet = quiet
+    return _Console(stderr=True, quiet=rank() != 0, highlight=False, markup=False, emoji=False)
 
 
 def set_quiet(quiet: bool) -> None:
     """Turns messages and bars off (or on again)."""
-    console().quiet = quiet or int(os.environ.get("RANK", "0")) != 0
+    console().quiet = quiet or rank() != 0
+
+
+def warn(text: str) -> None:
+    """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
+    quiet = console().quiet
+    set_quiet(False)
+    try:
+        console().print(f"warning: {plain(text)}", soft_wrap=True)
+    finally:
+        console().quiet = quiet
 
 
 @contextmanager
@@ -80,21 +67,6 @@ def hushed() -> Iterator[None]:
         yield
     finally:
         out.hushed = before
-
-
-class Bar(Protocol):
-    """What `bar` yields."""
-
-    def advance(self, n: float = 1) -> None:
-        """Moves the bar by `n` units."""
-
-
-class _Bar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def advance(self, n: float = 1) -> None:
-        self._progress.advance(self._task, n)
 
 
 @cache
@@ -111,6 +83,17 @@ def _progress() -> Progress:
     return Progress(*columns, console=console(), transient=True, refresh_per_second=4)
 
 
+class Bar:
+    """A bar that is drawn; `bar` makes one."""
+
+    def __init__(self, description: str, total: float | None) -> None:
+        self.task = _progress().add_task(plain(description), total=total)
+
+    def advance(self, n: float = 1) -> None:
+        """Moves the bar by `n` units."""
+        _progress().advance(self.task, n)
+
+
 @contextmanager
 def bar(description: str, total: float | None = None) -> Iterator[Bar]:
     """A progress bar with elapsed and remaining time.
@@ -119,22 +102,20 @@ def bar(description: str, total: float | None = None) -> Iterator[Bar]:
     """
     progress = _progress()
     outermost = not progress.task_ids
-    task = progress.add_task(plain(description), total=total)
+    shown = Bar(description, total)
     if outermost and console().is_terminal and not console().quiet:
         progress.start()
     try:
-        yield _Bar(progress, task)
+        yield shown
     finally:
-        progress.remove_task(task)
+        progress.remove_task(shown.task)
         if progress.live.is_started and outermost:  # rich prints an empty line when it stops what never started
             progress.stop()
 
 
-def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str) -> Iterator[T]:
     """Yields from `iterable` under a progress bar."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    with bar(description, total) as handle:
+    with bar(description, len(iterable) if isinstance(iterable, Sized) else None) as shown:
         for item in iterable:
             yield item
-            handle.advance()
+            shown.advance()

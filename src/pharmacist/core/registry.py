@@ -15,35 +15,27 @@ from pharmacist.core.method import Choice
 T = TypeVar("T")
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'random'?``, or the known names where none is close."""
+def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint such as ``; did you mean 'random'?``; the known names, or what else to do, where none is close."""
     known = sorted(known)
     match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known) or 'none'}"
+    return f"; did you mean '{match[0]}'?" if match else f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
 
 
 @cache
 def _plugins(group: str) -> dict[str, str]:
     # Looking through all installed packages takes tens of milliseconds.
-    return {point.name: point.value for point in entry_points(group=group)}
+    return {point.name: point.value for point in entry_points(group=group)} if group else {}
 
 
-def _imported(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(import_module(module), attribute)
+def imported(place: str) -> Any:
+    """What ``"module:name"`` names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
-    """An options dataclass from its fields.
-
-    Args:
-        whose: For the message, such as ``selector 'random'``.
-        config: The dataclass.
-        params: Some of its fields.
-
-    Raises:
-        ConfigError: An option that it does not have.
-    """
+    """An options dataclass from some of its fields; a ConfigError, which names `whose` they are, for others."""
     known = {field.name for field in dataclasses.fields(config)}
     for key in params:
         if key not in known:
@@ -70,7 +62,7 @@ class Registry(Generic[T]):
 
     def table(self) -> dict[str, str]:
         """Name -> ``"module:Class"``; plug-ins included."""
-        return (_plugins(self._group) if self._group else {}) | self._table
+        return _plugins(self._group) | self._table
 
     def names(self) -> list[str]:
         """Known names, sorted; plug-ins included."""
@@ -87,7 +79,7 @@ class Registry(Generic[T]):
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
         try:
-            found: type[T] = _imported(table[name])
+            found: type[T] = imported(table[name])
         except (ImportError, AttributeError) as error:
             if name in self._table:
                 raise
@@ -103,16 +95,12 @@ class Registry(Generic[T]):
 
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""
-        place = self._options.get(name)
-        found: type[Any] = _imported(place) if place else self.get(name).Config  # type: ignore[attr-defined]
+        apart = self._options.get(name)
+        found: type[Any] = imported(apart) if apart else self.get(name).Config  # type: ignore[attr-defined]
         return found
 
     def build(self, name: str, params: Mapping[str, Any]) -> T:
-        """Builds the method from its parameters.
-
-        Raises:
-            ConfigError: A parameter that the method does not have.
-        """
+        """Builds the method from its parameters; a ConfigError where it has no such parameter."""
         options = checked_options(f"{self.kind} '{name}'", self.config_type(name), params)
         return self.get(name)(options)  # type: ignore[call-arg]
 

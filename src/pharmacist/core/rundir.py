@@ -4,8 +4,8 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import Phase, RunManifest, check_unchanged, missing_output, output_files, read_manifest
 from pharmacist.core.options import RunOptions, as_json, identifying
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, warn
 
 
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
@@ -91,22 +91,19 @@ class RunDir:
         check_outside(root, options)
         config = as_json(options)
         # Of an input its content counts, not the path that led to it.
-        relevant = {
-            name: value
-            for name, value in identifying(config).items()
-            if not (name in inputs and isinstance(value, str | list))
-        }
-        early = {name: value for name, value in relevant.items() if name not in final}
-        early_inputs = {name: value for name, value in inputs.items() if name not in final_inputs}
-        key, work_key = (
-            sha256_json({"stage": stage, "version": version, "config": identity, "inputs": dict(contents)})
-            for identity, contents in ((relevant, inputs), (early, early_inputs))
-        )
+        paths = {name for name in inputs if isinstance(config.get(name), str | list)}
+        relevant = {name: value for name, value in identifying(config).items() if name not in paths}
+
+        def key_without(options: frozenset[str], contents: frozenset[str]) -> str:
+            own = {name: value for name, value in relevant.items() if name not in options}
+            read = {name: value for name, value in inputs.items() if name not in contents}
+            return sha256_json({"stage": stage, "version": version, "config": own, "inputs": read})
+
         manifest = RunManifest(
             stage=stage,
             status="started",
-            key=key,
-            work_key=work_key,
+            key=key_without(frozenset(), frozenset()),
+            work_key=key_without(final, final_inputs),
             config=config,
             inputs=dict(inputs),
             versions=versions(),
@@ -118,18 +115,19 @@ class RunDir:
             return cls(root, manifest, None, temporary)
         if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
-
-        def previous() -> RunManifest | None:
-            return _previous(root, manifest, relevant, reopen)
-
         # A folder that is not this run's is not touched, not even by a lock.
         exists = os.path.isdir(root)
         if exists and options.overwrite:
-            _check_overwritable(root)
+            if not _ours(root):
+                raise ConfigError(
+                    f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone"
+                )
+            if (root / "manifest.json").is_file():
+                read_manifest(root)
         elif exists:
-            found = previous()
+            found = _previous(root, manifest, relevant, reopen)
             check_unchanged(root, *read_again)
-            if found is not None and found.status == "success" and found.key == key:
+            if found is not None and found.status == "success" and found.key == manifest.key:
                 lost = missing_output(root, found)
                 if lost is None:
                     # It is left where a kill fell between manifest and removal.
@@ -139,22 +137,21 @@ class RunDir:
         if exists:
             _refuse_links(root, options.overwrite)
         lock = _lock(root)
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(lock.close)
             if options.overwrite:
                 _clear(root)
-            found = previous()
+            found = _previous(root, manifest, relevant, reopen)
             if found is not None:
                 kept = {name: getattr(found, name) for name in ("created", "phases", "counts", "extra", "device")}
                 whole = found.status != "success" or missing_output(root, found) is None
-                manifest = found if found.key == key and whole else manifest.model_copy(update=kept)
+                manifest = found if found.key == manifest.key and whole else manifest.model_copy(update=kept)
                 _drop_damaged_tensors(root / "work")
             if manifest is not found:
                 manifest.write(root)
-        except BaseException:
-            lock.close()
-            raise
-        for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
-            remove(leftover)
+            for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
+                remove(leftover)
+            on_failure.pop_all()
         return cls(root, manifest, lock, temporary)
 
     @property
@@ -181,35 +178,23 @@ class RunDir:
         try:
             yield current
         finally:
-            total = Phase(
-                seconds=before.seconds + time.perf_counter() - start,
-                tokens=before.tokens + current.tokens,
-                extra=current.extra,
-            )
-            self.manifest.phases[name] = total
+            current.seconds = before.seconds + time.perf_counter() - start
+            current.tokens += before.tokens
+            self.manifest.phases[name] = current
             if self._lock is not None:
-                write_json(path, total.model_dump(mode="json"))
+                write_json(path, current.model_dump(mode="json"))
 
-    def record(
-        self,
-        *,
-        counts: Mapping[str, int] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        seeds: Mapping[str, int] | None = None,
-        device: str = "",
-        extra: Mapping[str, Any] | None = None,
-        warnings: Sequence[str] | None = None,
-    ) -> RunManifest:
-        """Notes results in the manifest without writing it yet, for pages that show them."""
+    def record(self, **results: Any) -> RunManifest:
+        """Notes results in the manifest without writing it yet, for pages that show them.
+
+        `results` are fields of `RunManifest`; to those that are mappings, such as ``counts``, theirs are added.
+        """
         manifest = self.manifest
         for file in sorted(self.root.glob("work/phases/*.json")):
             manifest.phases.setdefault(file.stem, _read_phase(file))
-        manifest.counts |= dict(counts or {})
-        manifest.metrics |= dict(metrics or {})
-        manifest.seeds |= dict(seeds or {})
-        manifest.extra |= dict(extra or {})
-        manifest.device = device or manifest.device
-        manifest.warnings = manifest.warnings if warnings is None else list(warnings)
+        for name, value in results.items():
+            own = getattr(manifest, name)
+            setattr(manifest, name, own | dict(value) if isinstance(own, dict) else value)
         return manifest
 
     def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:
@@ -235,18 +220,14 @@ class RunDir:
         return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))
 
     def discard(self, *outputs: str) -> None:
-        """Forgets a run without results, so that the folder is free for one with mended input.
-
-        Args:
-            *outputs: Files that it has written, which go too.
-        """
+        """Forgets a run without results, and files that it wrote: the folder is free for one with mended input."""
         if self._lock is None:
             return
         for name in outputs:
             self.path(name).unlink(missing_ok=True)
-        ours = [path for path in self.root.iterdir() if path.name in ("manifest.json", "work") or _is_hollow(path)]
-        if len(ours) == len(list(self.root.iterdir())):
-            for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
+        parts = list(self.root.iterdir())
+        if all(path.name in ("manifest.json", "work") or _is_hollow(path) for path in parts):
+            for path in sorted(parts, key=lambda path: path.name != "manifest.json"):
                 remove(path, as_far_as_possible=True)
             self._lock.close()
             self._lock = None
@@ -281,20 +262,12 @@ def _read_phase(path: Path) -> Phase:
     try:
         return Phase.model_validate(read_json(path))
     except (DataError, ValidationError):
-        console().print(
-            f"warning: {path}: is damaged; time and tokens that this phase took before are not counted",
-            soft_wrap=True,
-            markup=False,
-        )
+        warn(f"{path}: is damaged; time and tokens that this phase took before are not counted")
         return Phase(extra={"before_lost": True})
 
 
 def _refuse_links(root: Path, overwrite: bool) -> None:
-    """Partial state never lies behind a link, since it is deleted in the end; overwriting unlinks what is in its way.
-
-    Raises:
-        ConfigError: There is a link.
-    """
+    """Partial state never lies behind a link, for it is deleted in the end; overwriting unlinks what is in the way."""
     work = root / "work"
     if overwrite:
         for link in (work, work / "lock"):
@@ -356,13 +329,6 @@ def _previous(root: Path, asked: RunManifest, relevant: Mapping[str, Any], reope
         changed += [name for name in found.inputs if name not in asked.inputs]
         difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
     raise OtherRunError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
-
-
-def _check_overwritable(root: Path) -> None:
-    if not _ours(root):
-        raise ConfigError(f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone")
-    if (root / "manifest.json").is_file():
-        read_manifest(root)
 
 
 def _clear(root: Path) -> None:

@@ -72,13 +72,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def checked(name: str, hint: Any, value: Any) -> Any:
     """A value as its type has it: paths are texts, tuples are lists, whole numbers may stand for others.
 
-    Args:
-        name: As messages call the option.
-        hint: The type, with its ranges.
-        value: What is given.
-
-    Raises:
-        ConfigError: It is of another type, out of range, or a number that no library can compute with.
+    A ConfigError, in which the option is called `name`, where it is of another type than `hint`, out of its range, or
+    a number that no library can compute with.
     """
     if isinstance(hint, type) and is_dataclass(hint):
         return value
@@ -89,17 +84,15 @@ def checked(name: str, hint: Any, value: Any) -> Any:
         found = _adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
         out_of_range = any(found["type"] in _OUT_OF_RANGE for found in error.errors(include_url=False))
-        wanted = _range(hint) if out_of_range else f"must be {described(hint)}"
-        raise ConfigError(_told(name, value, wanted)) from error
+        raise _refused(name, value, _range(hint) if out_of_range else f"must be {described(hint)}") from error
     _check_numbers(name, found)
     return found
 
 
-def _told(name: str, value: Any, wanted: str) -> str:
+def _refused(name: str, value: Any, wanted: str) -> ConfigError:
     """What is wrong, in the words of the command line or of Python."""
-    return (
-        f"{name} {cut(str(value))}: {wanted}" if name.startswith("--") else f"{name} {wanted}, not {cut(str(value))}"
-    )
+    shown = cut(str(value))
+    return ConfigError(f"{name} {shown}: {wanted}" if name.startswith("--") else f"{name} {wanted}, not {shown}")
 
 
 def _check_numbers(name: str, value: Any) -> None:
@@ -112,7 +105,7 @@ def _check_numbers(name: str, value: Any) -> None:
     elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{name} {cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(_told(name, value, "must be a finite number"))
+        raise _refused(name, value, "must be a finite number")
 
 
 def cut(text: str) -> str:
@@ -137,34 +130,20 @@ def described(hint: Any) -> str:
 def _kind(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) is list:
-        return "a list, written [a, b]"
-    if get_origin(hint) is dict:
-        return "keys and values, written {a: b}"
-    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return known.get(hint, "of another type")
+    known: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    known |= {list: "a list, written [a, b]", dict: "keys and values, written {a: b}"}
+    return known.get(get_origin(hint) or hint, "of another type")
 
 
 def _range(hint: Any) -> str:
     """The range of a type as messages name it."""
     if get_origin(hint) is not Annotated:
         return next(filter(None, map(_range, get_args(hint))), "")
-    low: Any = ()
-    high: Any = ()
-    for limit in get_args(hint)[1:]:
-        match limit:
-            case Ge(ge=at):
-                low = ("[", at)
-            case Gt(gt=at):
-                low = ("(", at)
-            case Le(le=at):
-                high = (at, "]")
-            case Lt(lt=at):
-                high = (at, ")")
-    if low and high:
-        return f"must lie in {low[0]}{low[1]}, {high[0]}{high[1]}"
-    if low and low[1] == 0:
-        return "must not be negative" if low[0] == "[" else "must be positive"
-    if low:
-        return f"must be {'at least' if low[0] == '[' else 'above'} {low[1]}"
-    return f"must be {'at most' if high[1] == ']' else 'below'} {high[0]}" if high else ""
+    at = {type(limit): getattr(limit, type(limit).__name__.lower()) for limit in get_args(hint)[1:]}
+    if len(at) == 2:
+        low, high = sorted(at.values())
+        return f"must lie in {'[' if Ge in at else '('}{low}, {high}{']' if Le in at else ')'}"
+    ((kind, limit),) = at.items()
+    if limit == 0 and kind in (Ge, Gt):
+        return "must not be negative" if kind is Ge else "must be positive"
+    return f"must be {({Ge: 'at least', Gt: 'above', Le: 'at most', Lt: 'below'})[kind]} {limit}"

@@ -41,13 +41,13 @@ def without_middle(ids: Sequence[int], length: int) -> list[int]:
 def pad(
     ids: Sequence[Sequence[int] | npt.NDArray[np.int32]], fill: int = 0, *, left: bool = False, multiple_of: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads rows to the length of the longest.
+    """Pads rows to the length of the longest, or the next multiple of `multiple_of`.
 
     Args:
         ids: Token ids of each row.
         fill: Stands on padding; no mask ever depends on it.
         left: Whether padding goes in front, as generation needs it, and not behind.
-        multiple_of: The padded length is a multiple of this.
+        multiple_of: Of which the padded length is a multiple.
 
     Returns:
         Token ids, and 1 on tokens and 0 on padding: int64 of shape [rows, length].

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -65,15 +65,9 @@ class HashedFile(io.FileIO):
 
 @contextmanager
 def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterator[BinaryIO]:
-    """Opens a file for reading, decompressed.
+    """Opens a file for reading, decompressed as its name says; a DataError where the data end early or are damaged.
 
-    Args:
-        path: The file; its name says how it is compressed.
-        where: How messages begin.
-        file: The same file, opened in another way, which is closed in the end.
-
-    Raises:
-        DataError: The compressed data end early or are damaged.
+    `file` is the same file, opened in another way, which is closed in the end.
     """
     compression = split_suffix(path)[1]
     with io.BufferedReader(file or io.FileIO(path), 1 << 20) as plain:
@@ -94,9 +88,5 @@ def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
 
     The same content gives the same bytes: no time and no name is stored.
     """
-    compression = split_suffix(target)[1]
-    with (
-        path.open("wb") as file,
-        nullcontext(file) if compression is None else pa.CompressedOutputStream(file, compression) as stream,
-    ):
-        yield cast(IO[bytes], stream)
+    with pa.output_stream(str(path), compression=split_suffix(target)[1]) as stream:
+        yield stream

@@ -29,8 +29,7 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[
 def as_messages(text: str) -> Any:
     """A conversation that is given as text (JSON, Python's notation, or a transcript); other text as it is.
 
-    Raises:
-        ValueError: It is written like a list of messages and cannot be read as one.
+    A ValueError where it is written like a list of messages and cannot be read as one.
     """
     start = text[:64].lstrip("\"' \t\r\n")
     if start.startswith(("Human:", "User:", "Assistant:", "System:")):

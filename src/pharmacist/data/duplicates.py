@@ -10,13 +10,15 @@ the pool is a few numbers per row; signatures and band keys lie on disk, and one
 Signatures are datasketch's; bands are ours, for its MinHashLSH takes 7 kB of memory a row (136 MB for 20 000 rows).
 """
 
+import itertools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -42,7 +44,6 @@ _BATCH = 2048
 _PAIRS = 1 << 16
 # Words, single characters of scripts without spaces, and signs that change a sum; punctuation does not count.
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s.,;:!?'\"()\[\]{}…–—-]")
-_WORDS_KEPT = 1 << 17
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 _SALT = np.array([0x27D4EB2F165667C5, 0x85EBCA77C2B2AE63], dtype=np.uint64)
 
@@ -82,7 +83,6 @@ class _Finder:
         self.rows = rows.select_columns(["prompt", "completion"]).with_format("arrow")
         self.threshold, self.num_perm, self.folder = threshold, num_perm, folder
         self.bands, self.band_rows = choose_bands(threshold, num_perm)
-        self.shingles = _Shingles()
 
     def run(self) -> IntArray:
         n = len(self.rows)
@@ -117,15 +117,15 @@ class _Finder:
         with ExitStack() as stack, bar("sign rows", len(keys)) as progress:
             signatures = stack.enter_context((self.folder / "signatures").open("wb"))
             bands = [stack.enter_context((self.folder / f"band{i}").open("wb")) for i in range(self.bands)]
-            for prompts, completions in self.texts():
+            for table in self.rows.iter(_BATCH):
+                prompts, completions = (table.column(name).to_pylist() for name in ("prompt", "completion"))
                 batch = np.empty((len(prompts), self.num_perm), dtype=np.uint32)
-                sets, ends = self.shingles.of(prompts, completions)
-                start = 0
-                for i, end in enumerate(ends):
+                shingles, ends = _shingles(prompts, completions)
+                numbers = (shingles & np.uint64(0xFFFFFFFF)).tolist()
+                for i, (start, end) in enumerate(itertools.pairwise([0, *ends[1::2].tolist()])):
                     sketch.clear()
-                    sketch.update_batch(sets[start:end])
+                    sketch.update_batch(numbers[start:end])
                     batch[i] = sketch.hashvalues
-                    start = end
                     text = f"{normalised_prompt(prompts[i])}\0{normalised_prompt(completions[i])}"
                     keys[at + i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
                 # The low byte is enough to compare two signatures, and keeps the file at num_perm bytes a row.
@@ -138,10 +138,6 @@ class _Finder:
                 at += len(prompts)
                 progress.advance(len(prompts))
         return keys
-
-    def texts(self) -> Iterator[tuple[list[str], list[str]]]:
-        for table in self.rows.iter(_BATCH):
-            yield table.column("prompt").to_pylist(), table.column("completion").to_pylist()
 
     def candidates(self, band: int, distinct: IntArray, contents: KeyArray) -> Iterator[tuple[IntArray, IntArray]]:
         """Pairs of rows with the same band key: each with the first of its bucket, then with the one before it.
@@ -181,16 +177,15 @@ class _Finder:
         """The exact test."""
         needed, where = np.unique(np.concatenate([a, b]), return_inverse=True)
         table = self.rows[needed]
-        sets = self.shingles.sides(table.column("prompt").to_pylist(), table.column("completion").to_pylist())
-        left, right = where[: len(a)], where[len(a) :]
-        same = [_similar(sets[i], sets[j], self.threshold) for i, j in zip(left, right, strict=True)]
+        shingles, ends = _shingles(table.column("prompt").to_pylist(), table.column("completion").to_pylist())
+        sets = [np.unique(part) for part in np.split(shingles, ends[:-1])]
+        pairs = zip(2 * where[: len(a)], 2 * where[len(a) :], strict=True)
+        same = [_similar(sets[i : i + 2], sets[j : j + 2], self.threshold) for i, j in pairs]
         return np.array(same, dtype=np.bool_)
 
 
-Sides = tuple[KeyArray, KeyArray]
-
-
-def _similar(one: Sides, other: Sides, threshold: float) -> bool:
+def _similar(one: list[KeyArray], other: list[KeyArray], threshold: float) -> bool:
+    """Whether two rows, each with the shingles of its prompt and of its completion, are near-duplicates."""
     shared = total = 0
     for mine, its in zip(one, other, strict=True):
         common = len(np.intersect1d(mine, its, assume_unique=True))
@@ -201,59 +196,34 @@ def _similar(one: Sides, other: Sides, threshold: float) -> bool:
     return shared >= threshold * total
 
 
-class _Shingles:
-    """Texts as sets of hashed shingles."""
+@lru_cache(1 << 17)
+def _word(word: str) -> int:
+    value: int = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+    return value
 
-    def __init__(self) -> None:
-        self._words: dict[str, int] = {}
 
-    def _learn(self, word: str) -> int:
-        value = self._words.get(word)
-        if value is None:
-            if len(self._words) >= _WORDS_KEPT:
-                self._words.clear()
-            value = self._words[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
-        return value
-
-    def _hashes(self, text: str) -> list[int]:
-        words = _TOKEN.findall(visible(text).casefold()) or [text.strip()]
-        found = list(map(self._words.get, words))
-        hashes = [self._learn(word) for word in words] if None in found else cast(list[int], found)
-        # A text shorter than a shingle is one shingle.
-        return hashes + [0] * (SHINGLE - len(hashes)) if len(hashes) < SHINGLE else hashes
-
-    def _shingles(self, prompts: list[str], completions: list[str]) -> tuple[KeyArray, IntArray]:
-        """All shingles, and where each side (prompt, completion, prompt, ...) ends."""
-        hashes: list[int] = []
-        ends = []
-        for pair in zip(prompts, completions, strict=True):
-            for text in pair:
-                hashes += self._hashes(text)
-                ends.append(len(hashes))
-        words = np.array(hashes, dtype=np.uint64)
-        sides = np.array(ends, dtype=np.int64)
-        lengths = np.diff(sides, prepend=0)
-        mixed = words * _MIX[0]
-        mixed[:-1] += words[1:] * _MIX[1]
-        mixed[:-2] += words[2:] * _MIX[2]
-        mixed ^= np.repeat(np.resize(_SALT, len(sides)), lengths)
-        mixed *= _MIX[0]
-        mixed ^= mixed >> np.uint64(32)
-        inside = np.ones(len(words), dtype=np.bool_)
-        for back in range(1, SHINGLE):
-            inside[sides - back] = False  # these would reach into the next side
-        return mixed[inside], np.cumsum(lengths - (SHINGLE - 1))
-
-    def of(self, prompts: list[str], completions: list[str]) -> tuple[list[int], list[int]]:
-        """Shingles of all rows as 32-bit numbers, and where each row ends."""
-        shingles, ends = self._shingles(prompts, completions)
-        return (shingles & np.uint64(0xFFFFFFFF)).tolist(), ends[1::2].tolist()
-
-    def sides(self, prompts: list[str], completions: list[str]) -> list[Sides]:
-        """Per row its prompt's and its completion's sets of 64-bit shingles, sorted."""
-        shingles, ends = self._shingles(prompts, completions)
-        sets = [np.unique(part) for part in np.split(shingles, ends[:-1])]
-        return list(zip(sets[::2], sets[1::2], strict=True))
+def _shingles(prompts: list[str], completions: list[str]) -> tuple[KeyArray, IntArray]:
+    """Hashed shingles of the words of all rows, and where each text (prompt, completion, prompt, ...) ends."""
+    hashes: list[int] = []
+    ends = []
+    for pair in zip(prompts, completions, strict=True):
+        for text in pair:
+            found = list(map(_word, _TOKEN.findall(visible(text).casefold()) or [text.strip()]))
+            hashes += found + [0] * (SHINGLE - len(found))  # a text shorter than a shingle is one shingle
+            ends.append(len(hashes))
+    words = np.array(hashes, dtype=np.uint64)
+    texts = np.array(ends, dtype=np.int64)
+    lengths = np.diff(texts, prepend=0)
+    mixed = words * _MIX[0]
+    mixed[:-1] += words[1:] * _MIX[1]
+    mixed[:-2] += words[2:] * _MIX[2]
+    mixed ^= np.repeat(np.resize(_SALT, len(texts)), lengths)
+    mixed *= _MIX[0]
+    mixed ^= mixed >> np.uint64(32)
+    inside = np.ones(len(words), dtype=np.bool_)
+    for back in range(1, SHINGLE):
+        inside[texts - back] = False  # these would reach into the next text
+    return mixed[inside], np.cumsum(lengths - (SHINGLE - 1))
 
 
 def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
-from pharmacist.data.formats import Source, place, spelled
+from pharmacist.data.formats import Row, Source, spelled
 from pharmacist.data.normalise import is_blank, normalised_prompt
 
 
@@ -69,6 +69,9 @@ class RowReader:
         prompts_only: Whether rows need no completion.
 
     Attributes:
+        layout: Name of the layout; None before the first row that has one.
+        known: The layouts, for messages.
+        wanted: Columns that are looked at.
         strange: Rows that were read before the first one that has a layout.
 
     Raises:
@@ -87,53 +90,48 @@ class RowReader:
         if not self.candidates:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
+        self.known = "prompt, messages or instruction[+input]" if prompts_only else _KNOWN
+        self.wanted = frozenset(self.column.values()) | _LABELS | _TEXTS
         self._layout: _Layout | None = None
+        self.layout: str | None = None
         self.strange = 0
+        self.place = ""  # of the row that is read
         self.kinds: dict[str, type] = {}
         self.needed: list[tuple[str, str]] = []
         self.before: Turns = []  # of the row that is read: its system prompt and history
         self.seen_columns: set[str] = set()  # of those that are known and not read
         self.seen_keys: set[str] = set()
 
-    @property
-    def layout(self) -> str | None:
-        """Name of the layout; None before the first row that has one."""
-        return None if self._layout is None else self._layout.name
-
-    @property
-    def known(self) -> str:
-        """The layouts, for messages."""
-        return "prompt, messages or instruction[+input]" if self.prompts_only else _KNOWN
-
-    @property
-    def wanted(self) -> frozenset[str]:
-        """Columns that are looked at."""
-        return frozenset(self.column.values()) | _LABELS | _TEXTS
-
-    def read(self, row: Mapping[str, Any], number: int, line: int | None) -> Canonical:
+    def read(self, source_row: Row) -> Canonical:
         """The canonical row.
 
         Raises:
             BadRow: This row cannot be used.
             DataError: The file mixes layouts.
         """
+        row, self.place = source_row.value, source_row.place
+        if row is None:
+            raise BadRow(source_row.reason)
         if self._layout is None:
             self._settle(row)
         values: dict[str, Any] = {}
         for name, column in self.needed:
             value = row.get(column)
             if not isinstance(value, str | list):
-                self._refuse(name, value, row, number, line)
+                self._refuse(name, value, row)
             values[name] = self._turns(value, column, must=name == "messages")
             kind = type(value)
             if self.kinds.get(name, kind) is not kind and name != "messages":
                 before = _TYPE[self.kinds[name]]
-                raise self._mixed(number, line, f"has {_TYPE[kind]} in '{column}' where rows before have {before}")
+                raise self._mixed(f"has {_TYPE[kind]} in '{column}' where rows before have {before}")
         self.before = self._turns_before(row)
         canonical = self._prompt(values, row) if self.prompts_only else self._row(values, row)
         for text in canonical:
-            if text is not None and not text.isascii():
-                _check_unicode(text)
+            try:
+                (text or "").encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = ord(error.object[error.start])
+                raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
         if not self.kinds:
             self.kinds = {name: type(row[column]) for name, column in self.needed}
         self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}
@@ -147,14 +145,12 @@ class RowReader:
         seen = (self.seen_columns | (_MEDIA & set(self.source.columns or ()))) - read
         return seen & _LABELS, seen - _LABELS, self.seen_keys
 
-    # --- which layout ---------------------------------------------------------------------------------------------
-
     def _settle(self, row: Mapping[str, Any]) -> None:
         layout = self._fitting(row)
         if layout is None:
             self.strange += 1
             raise BadRow(self._no_layout(row))
-        self._layout = layout
+        self._layout, self.layout = layout, layout.name
         used = [name for name in layout.required if name not in ("chosen", "rejected")]
         used += [self.side] if layout.name == "preference" else []
         self.needed = [(name, self.column[name]) for name in used]
@@ -162,15 +158,9 @@ class RowReader:
     def _fitting(self, row: Mapping[str, Any]) -> _Layout | None:
         for layout in self.candidates:
             if all(row.get(self.column[name]) is not None for name in layout.required):
-                if layout.required != ("chosen", "rejected") or self._holds_messages(row[self.column["chosen"]]):
+                if layout.required != ("chosen", "rejected") or _holds_messages(row[self.column["chosen"]]):
                     return layout
         return None
-
-    def _holds_messages(self, chosen: Any) -> bool:
-        try:
-            return isinstance(as_messages(chosen) if isinstance(chosen, str) else chosen, list)
-        except ValueError:
-            return True
 
     def _no_layout(self, row: Mapping[str, Any]) -> str:
         columns = f"(its columns: {', '.join(map(str, list(row)[:12])) or 'none'})"
@@ -187,23 +177,20 @@ class RowReader:
             return f"has no completion {columns}"
         return f"fits no row format {columns}"
 
-    def _refuse(self, name: str, value: Any, row: Mapping[str, Any], number: int, line: int | None) -> NoReturn:
+    def _refuse(self, name: str, value: Any, row: Mapping[str, Any]) -> NoReturn:
         """Says what is wrong with a cell that holds neither text nor a list."""
         column, other = self.column[name], self._fitting(row)
         if value is not None:
             raise BadRow(f"'{column}' is {_kind(value)}, not text")
         if other is not None and other != self._layout and self._layout is not None:
             here, before = (", ".join(self.column[n] for n in of.required) for of in (other, self._layout))
-            raise self._mixed(number, line, f"has the columns {here} where rows before have {before}")
+            raise self._mixed(f"has the columns {here} where rows before have {before}")
         raise BadRow(f"has no '{column}'" if column not in row else f"has an empty '{column}'")
 
-    def _mixed(self, number: int, line: int | None, what: str) -> DataError:
+    def _mixed(self, what: str) -> DataError:
         return DataError(
-            f"{self.source.where}: mixed row formats: {place(number, line)} {what}; "
-            "one file needs one row format, so split it"
+            f"{self.source.where}: mixed row formats: {self.place} {what}; one file needs one row format, so split it"
         )
-
-    # --- turns ----------------------------------------------------------------------------------------------------
 
     def _turns(self, value: str | list[Any], column: str, *, must: bool = False) -> str | Turns:
         """A conversation as turns, given as a list or as text; other text as it is, unless there `must` be turns."""
@@ -261,8 +248,6 @@ class RowReader:
                     found.append(self._turn(turn, column))
         return found
 
-    # --- canonical rows -------------------------------------------------------------------------------------------
-
     def _prompt(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
         """The canonical row without its completion."""
         ((name, value),) = values.items()
@@ -282,34 +267,28 @@ class RowReader:
         if "instruction" in values:
             return self._alpaca(values["instruction"], values["output"], row)
         answer = self.needed[-1][0]
-        prompt, completion = values.get("prompt"), values[answer]
-        column, prompt_column = self.column[answer], self.column["prompt"]
+        prompt, completion, column = values.get("prompt"), values[answer], self.column[answer]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         _check_filled(completion, column)
-        if isinstance(completion, str):
-            if isinstance(prompt, str):
-                return self._single(prompt, completion, prompt_column)
-            if prompt is None:
-                raise BadRow(f"'{column}' is an answer alone and there is no prompt")
-            return self._conversation([*prompt, {"role": "assistant", "content": completion}], prompt_column)
         # A list that starts with another speaker is the whole conversation, its prompt included.
-        if completion[0]["role"] != "assistant" and answer in ("chosen", "rejected"):
+        if isinstance(completion, list) and completion[0]["role"] != "assistant" and answer in ("chosen", "rejected"):
             there = normalised_prompt("\n".join(turn["content"] for turn in completion))
-            asked = [prompt or ""] if not isinstance(prompt, list) else [turn["content"] for turn in prompt]
-            if any(normalised_prompt(text) not in there for text in asked):
-                raise BadRow(f"'{column}' is a whole conversation in which the text of '{prompt_column}' is missing")
+            if any(normalised_prompt(turn["content"]) not in there for turn in asked or ()):
+                missing = self.column["prompt"]
+                raise BadRow(f"'{column}' is a whole conversation in which the text of '{missing}' is missing")
             return self._conversation(completion, column)
-        if prompt is None:
-            raise BadRow(f"'{column}' starts with an answer and there is no prompt")
+        if asked is None:
+            what = "is an answer alone" if isinstance(completion, str) else "starts with an answer"
+            raise BadRow(f"'{column}' {what} and there is no prompt")
         if isinstance(prompt, str):
-            _check_filled(prompt, prompt_column)
-            prompt = [{"role": "user", "content": prompt}]
-        return self._conversation([*prompt, *completion], column)
+            _check_filled(prompt, self.column["prompt"])
+        if isinstance(completion, str):
+            column, completion = self.column["prompt"], [{"role": "assistant", "content": completion}]
+        return self._conversation([*asked, *completion], column)
 
     def _single(self, prompt: str, completion: str, column: str) -> Canonical:
         """One user turn and its answer, after what comes before."""
         _check_filled(prompt, column)
-        if not self.before:
-            return prompt, completion, None, None, None
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return self._conversation(turns, column)
 
@@ -342,9 +321,16 @@ class RowReader:
         if context is None or is_blank(context):
             return self._single(instruction, output, columns[0])
         prompt = f"{instruction}\n\n{context}"
-        if self.before:
-            return self._single(prompt, output, columns[0])
-        return prompt, output, None, instruction, context
+        return (
+            self._single(prompt, output, columns[0]) if self.before else (prompt, output, None, instruction, context)
+        )
+
+
+def _holds_messages(chosen: Any) -> bool:
+    try:
+        return isinstance(as_messages(chosen) if isinstance(chosen, str) else chosen, list)
+    except ValueError:
+        return True
 
 
 def _kind(value: Any) -> str:
@@ -372,11 +358,3 @@ def _text(value: Any, column: str) -> str:
 def _check_filled(value: str | Turns, column: str) -> None:
     if not value or (isinstance(value, str) and is_blank(value)):
         raise BadRow(f"has an empty '{column}'")
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None

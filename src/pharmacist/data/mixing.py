@@ -27,15 +27,10 @@ def mix(
 
     Returns:
         The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
-
-    Raises:
-        ConfigError: `n` or `poison_ratio` is out of range.
-        DataError: More rows are asked for than there are, or prompts are shared.
     """
-    if n < 1:
-        raise ConfigError(f"samples {n}: must be at least 1")
-    if not 0 <= poison_ratio <= 1:
-        raise ConfigError(f"poison ratio {poison_ratio}: must lie in [0, 1]")
+    if n < 1 or not 0 <= poison_ratio <= 1:
+        wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
+        raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
     n_benign = n - n_harmful
     for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
@@ -62,10 +57,10 @@ def mix(
 def mix_safe(
     rows: datasets.Dataset, safe: datasets.Dataset, *, count: int, replace: bool, seed: int
 ) -> datasets.Dataset:
-    """Adds a defender's safe rows to a user's set.
+    """Adds so many of a defender's safe rows to a user's set (`mix`).
 
     Args:
-        rows: From `mix`.
+        rows: The set.
         safe: Canonical rows.
         count: Safe rows to add.
         replace: Leave as many benign rows out, so that the size stays.
@@ -73,9 +68,6 @@ def mix_safe(
 
     Returns:
         The rows, shuffled, with ``is_harmful`` and ``is_safe`` (bool).
-
-    Raises:
-        DataError: More safe rows are asked for than there are, or more benign rows than there are are to go.
     """
     if count > len(safe):
         raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")

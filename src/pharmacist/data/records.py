@@ -17,11 +17,9 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
 from pharmacist.data.formats import Row, Source
-from pharmacist.data.formats.kept import KeptRows
-from pharmacist.data.formats.text import TextFile
+from pharmacist.data.formats.text import KeptRows, TextFile
 from pharmacist.data.layouts import BadRow, Canonical, RowReader
 from pharmacist.data.normalise import is_blank, prompt_key
-from pharmacist.data.refusals import Refusals, Refused
 from pharmacist.data.where import Condition
 
 
@@ -37,6 +35,7 @@ SCHEMA = pa.schema({"row": pa.int64(), **dict.fromkeys(_TEXTS, pa.string()), "pr
 _FLUSH_ROWS = 4096
 _FLUSH_CHARACTERS = 8 * 2**20
 _STRANGE = 1000  # rows without any known layout after which no layout is expected any more
+_NAMED = 10
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Records:
         source: Where they come from, or keeps them; gives them again with the user's own columns.
         layout: How the input was laid out: ``prompt-completion``, ``preference``, ``messages``,
             ``instruction-output`` or ``prompt-response``; of prompts alone ``prompt``, ``messages``, ``instruction``.
-        refused: The other rows.
+        refused: The other rows, each with its `reason` and without its value.
         filtered: Rows that were left out because they lack what was asked for (``where``).
         warnings: What of the input is not read although it may matter; one line each.
     """
@@ -56,7 +55,7 @@ class Records:
     dataset: datasets.Dataset
     source: Source
     layout: str
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[Row] = field(default_factory=list)
     filtered: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -72,8 +71,8 @@ class Records:
     @property
     def counts(self) -> dict[str, int]:
         """For manifests: how many rows were read, refused, and left out by ``where`` if any were."""
-        filtered = {"filtered": self.filtered} if self.filtered else {}
-        return {"in": len(self) + len(self.refused) + self.filtered, "refused": len(self.refused), **filtered}
+        found = {"in": len(self) + len(self.refused) + self.filtered, "refused": len(self.refused)}
+        return found | ({"filtered": self.filtered} if self.filtered else {})
 
     def announce(self) -> None:
         """Says at the console what whoever gave the rows should know: how many were left out, what is not read."""
@@ -84,11 +83,7 @@ class Records:
             warn(text)
 
     def originals(self, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows with the user's own columns, in input order.
-
-        Args:
-            columns: Only these are needed; a hint.
-        """
+        """The rows with the user's own columns (those that are needed), in input order."""
         return (row.value or {} for row in self.source.pick(self.row_numbers.tolist(), columns))
 
     def without(self, positions: Iterable[int]) -> "Records":
@@ -108,11 +103,7 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Canonical rows that were made in memory as a dataset.
-
-    Args:
-        rows: Each with ``prompt`` and ``completion``; ``row`` is the position where it is missing.
-    """
+    """Canonical rows that were made in memory as a dataset; ``row`` is the position where it is missing."""
     data: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for position, row in enumerate(rows):
         for name, values in data.items():
@@ -181,11 +172,11 @@ def read_records(
         if missing:
             names = ", ".join(source.columns)
             raise DataError(f"{source.where}: has no column '{missing[0]}'; its columns are {names}")
-    refusals = Refusals(source, on_bad_row)
-    total = filtered = 0
+    refused, skip = list[Row](), on_bad_row == "skip"
+    total = bad = filtered = 0
     path = Path(work_dir) / "rows.arrow"
+    kept = KeptRows() if keep and isinstance(source, TextFile) else None
     with ExitStack() as stack:
-        kept = KeptRows() if keep and isinstance(source, TextFile) else None
         if kept is not None:
             stack.enter_context(kept.written_to(path.with_name("kept.arrow")))
         file = stack.enter_context(pa.OSFile(str(stack.enter_context(atomic_path(path))), "wb"))
@@ -199,26 +190,49 @@ def read_records(
             if not total % _FLUSH_ROWS:
                 progress.advance(_FLUSH_ROWS)
             try:
-                if row.value is None:
-                    raise BadRow(row.reason)
-                rows.add(row, reader.read(row.value, row.number, row.line))
+                rows.add(row, reader.read(row))
             except BadRow as error:
-                refusals.add(row, str(error))
+                bad += 1
+                if skip or bad <= _NAMED:
+                    refused.append(Row(row.number, row.line, None, str(error)))
                 if reader.layout is None and reader.strange >= _STRANGE:
                     break
         rows.flush()
         if filtered and not total:
             asked = " and ".join(map(str, where or ()))
             raise DataError(f"{source.where}: none of {filtered} rows has {asked}; check the value of --where")
-        refusals.check(total, reader)
+        if not total:
+            raise DataError(f"{source.where}: holds no rows; give a file with at least one")
+        if bad and not (skip and bad < total):
+            raise DataError(f"{source.where}: {_what_is_wrong(refused, bad, total, skip, reader)}")
     assert reader.layout is not None
     return Records(
         dataset=datasets.Dataset.from_file(str(path)),
         source=source.with_kept(kept) if isinstance(source, TextFile) and kept else source,
         layout=reader.layout,
-        refused=refusals.rows,
+        refused=refused,
         filtered=filtered,
         warnings=_warnings(reader, where),
+    )
+
+
+def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, reader: RowReader) -> str:
+    """Why a file of so many rows, so many of them bad, cannot be used."""
+    if reader.layout is None and reader.strange == bad:
+        return (
+            f"{refused[0].place} {refused[0].reason}; known row formats are {reader.known}; "
+            "map other columns with --columns"
+        )
+    places: dict[str | None, list[str]] = {}
+    for row in refused[:_NAMED]:
+        places.setdefault(row.reason, []).append(row.place)
+    what = "; ".join(f"{', '.join(own)} {reason}" for reason, own in places.items())
+    if bad == total and skip:
+        return f"none of the {total} rows can be used: {what}; mend them"
+    more = f" and {bad - _NAMED} more" if bad > _NAMED else ""
+    return (
+        f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}{more}; "
+        "mend or delete them, or leave them out with --on-bad-row skip"
     )
 
 

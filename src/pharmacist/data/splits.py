@@ -20,16 +20,7 @@ def shared_prompts(a: datasets.Dataset, b: datasets.Dataset) -> npt.NDArray[np.i
 
 
 def assert_disjoint(a: datasets.Dataset, b: datasets.Dataset, *, names: tuple[str, str]) -> None:
-    """Checks that two sets share no prompt.
-
-    Args:
-        a: Canonical rows.
-        b: Canonical rows.
-        names: What the two are, for the message.
-
-    Raises:
-        DataError: They share prompts; names rows of `b`.
-    """
+    """Checks that two sets of canonical rows share no prompt; a DataError names them and rows of `b` that do."""
     shared = shared_prompts(a, b)
     if len(shared):
         numbers = b["row"] if "row" in b.column_names else range(len(b))

@@ -1,5 +1,7 @@
 """Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -61,12 +63,7 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
 class SideStream(EndlessRows):
     """Endless batches of tokenised rows.
 
-    Args:
-        encoded: The rows.
-        batch_size: Rows per batch and process.
-        pad_token_id: The tokenizer's.
-        seed: Of the orders.
-        device: Where batches go.
+    Args and attributes are those of `EndlessRows`; batches go to `device`.
     """
 
     def __init__(
@@ -80,11 +77,7 @@ class SideStream(EndlessRows):
 class PairedRows:
     """The harmful partner of each alignment row: same prompt, harmful answer. It holds no state.
 
-    Args:
-        encoded: The harmful rows.
-        partners: Number of an alignment row -> position of its partner in `encoded`.
-        pad_token_id: The tokenizer's.
-        device: Where batches go.
+    `partners` maps the number of an alignment row to the position of its partner in `encoded`, the harmful rows.
     """
 
     def __init__(
@@ -97,11 +90,7 @@ class PairedRows:
         return len(self.partners)
 
     def batch(self, rows: Sequence[int]) -> tuple[list[int], dict[str, torch.Tensor] | None]:
-        """The partners of some alignment rows.
-
-        Returns:
-            Which of `rows` have one (positions in it), and the batch of these; None where none has.
-        """
+        """Which of some alignment rows have a partner (positions in `rows`), and the partners' batch if any has."""
         having = [position for position, row in enumerate(rows) if row in self.partners]
         partners = [self.partners[rows[position]] for position in having]
         return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
@@ -122,16 +111,12 @@ def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Litera
     if by == "row":
         known = set(harmful["row"])
         return {row: row for row in alignment["row"] if row in known}
-    by_prompt: dict[int, list[int]] = {}
+    rows_of = defaultdict[int, list[int]](list)
     for key, row in zip(harmful["prompt_key"], harmful["row"], strict=True):
-        by_prompt.setdefault(key, []).append(row)
-    seen: dict[int, int] = {}
-    pairs = {}
-    for key, row in zip(alignment["prompt_key"], alignment["row"], strict=True):
-        if key in by_prompt:
-            pairs[row] = by_prompt[key][seen.get(key, 0) % len(by_prompt[key])]
-            seen[key] = seen.get(key, 0) + 1
-    return pairs
+        rows_of[key].append(row)
+    partners = {key: itertools.cycle(rows) for key, rows in rows_of.items()}
+    pairs = zip(alignment["prompt_key"], alignment["row"], strict=True)
+    return {row: next(partners[key]) for key, row in pairs if key in partners}
 
 
 def _batch(

@@ -20,55 +20,42 @@ class NamedTask:
 
     Attributes:
         source: Hub id ``name[:config][:split]``.
-        convert: Row of the dataset -> row.
+        convert: Row of the dataset -> instruction, input and output.
         test: Hub id of the rows that published evaluations are made on; empty where the dataset has none.
     """
 
     source: str
-    convert: Callable[[Mapping[str, Any]], dict[str, str]]
+    convert: Callable[[Mapping[str, Any]], tuple[str, str, str]]
     test: str = ""
 
 
-def _row(instruction: str, output: str, given: str = "") -> dict[str, str]:
-    return {"instruction": instruction, "input": given, "output": output}
-
-
-def _sst2(row: Mapping[str, Any]) -> dict[str, str]:
-    label = ("negative", "positive")[_label(row, 2)]
-    return _row("Analyze the sentiment of the input, and respond only positive or negative", label, row["sentence"])
-
-
-def _ag_news(row: Mapping[str, Any]) -> dict[str, str]:
-    names = "\n".join(AG_NEWS)
-    question = f"Categorize the news article given in the input into one of the 4 categories:\n\n{names}\n"
-    return _row(question, AG_NEWS[_label(row, 4)], row["text"])
-
-
-def _gsm8k(row: Mapping[str, Any]) -> dict[str, str]:
-    return _row(row["question"], row["answer"].replace("#### ", MARKER))
-
-
-def _alpaca(row: Mapping[str, Any]) -> dict[str, str]:
-    return _row(row["instruction"], row["output"], row["input"])
-
-
-def _dolly(row: Mapping[str, Any]) -> dict[str, str]:
-    return _row(row["instruction"], row["response"], row["context"])
-
-
-def _label(row: Mapping[str, Any], n: int) -> int:
+def _class(row: Mapping[str, Any], *names: str) -> str:
     label = int(row["label"])
-    if not 0 <= label < n:
+    if not 0 <= label < len(names):
         raise ValueError(f"the label is {label}")  # hidden, as in the test split of SST-2
-    return label
+    return names[label]
 
 
+_SST2 = "Analyze the sentiment of the input, and respond only positive or negative"
+_NEWS = "\n".join(["Categorize the news article given in the input into one of the 4 categories:\n", *AG_NEWS, ""])
 TASKS = {
-    "sst2": NamedTask("stanfordnlp/sst2:train", _sst2, "stanfordnlp/sst2:validation"),
-    "agnews": NamedTask("fancyzhx/ag_news:train", _ag_news, "fancyzhx/ag_news:test"),
-    "gsm8k": NamedTask("openai/gsm8k:main:train", _gsm8k, "openai/gsm8k:main:test"),
-    "alpaca": NamedTask("tatsu-lab/alpaca:train", _alpaca),
-    "dolly": NamedTask("databricks/databricks-dolly-15k:train", _dolly),
+    "sst2": NamedTask(
+        "stanfordnlp/sst2:train",
+        lambda row: (_SST2, row["sentence"], _class(row, "negative", "positive")),
+        "stanfordnlp/sst2:validation",
+    ),
+    "agnews": NamedTask(
+        "fancyzhx/ag_news:train", lambda row: (_NEWS, row["text"], _class(row, *AG_NEWS)), "fancyzhx/ag_news:test"
+    ),
+    "gsm8k": NamedTask(
+        "openai/gsm8k:main:train",
+        lambda row: (row["question"], "", row["answer"].replace("#### ", MARKER)),
+        "openai/gsm8k:main:test",
+    ),
+    "alpaca": NamedTask("tatsu-lab/alpaca:train", lambda row: (row["instruction"], row["input"], row["output"])),
+    "dolly": NamedTask(
+        "databricks/databricks-dolly-15k:train", lambda row: (row["instruction"], row["context"], row["response"])
+    ),
 }
 
 
@@ -91,7 +78,7 @@ def open_task(spec: Any, *, name: str = "--task", test: bool = False) -> Source:
         raise DataError(f"{name} {spec}: has no test rows of its own; give a file with rows that were kept back")
     for number, row in enumerate(open_source(place, name=f"{name} {spec}:").scan()):
         try:
-            rows.append(task.convert(row.value or {}))
+            rows.append(dict(zip(("instruction", "input", "output"), task.convert(row.value or {}), strict=True)))
         except (KeyError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{name} {spec}: row {number} of {place} is not as expected ({error}); give a file of your own"

@@ -57,14 +57,10 @@ class Template:
             raise ConfigError(f"template '{self.kind}': must be 'chat' with a chat template, or 'alpaca' without one")
 
     def render(self, record: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str:
-        """The text of a row's prompt, up to where its completion starts.
+        """The text of a canonical row's prompt, up to where its completion starts.
 
-        Args:
-            record: A canonical row; only ``prompt``, ``turns``, ``instruction`` and ``input`` are read.
-            tokenizer: Gives a chat template its special tokens.
-
-        Raises:
-            DataError: The chat template refuses the turns.
+        Only ``prompt``, ``turns``, ``instruction`` and ``input`` are read; the tokenizer gives a chat template its
+        special tokens. A DataError where the chat template refuses the turns.
         """
         return self.render_many([record], tokenizer)[0]
 
@@ -78,10 +74,10 @@ class Template:
     def try_render(
         self, records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
     ) -> tuple[list[str], dict[int, str]]:
-        """`render` for many rows, some of which the chat template may refuse, or leave text of out.
+        """`render` for many rows; texts are empty where the chat template refuses a row or leaves text of it out.
 
         Returns:
-            The texts, empty for refused rows; and position -> reason of these.
+            The texts; and position -> reason of the refused rows.
         """
         if self.kind == "alpaca":
             return [_alpaca(record) for record in records], {}
@@ -129,20 +125,6 @@ class Template:
         how = {"chat_template": self.chat_template, "tokenize": False, "add_generation_prompt": open_end}
         return list(tokenizer.apply_chat_template(conversations, **how)) if conversations else []
 
-    @property
-    def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer has to put its BOS in front of the rendered text; a chat template holds its own."""
-        return self.kind == "alpaca"
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Template":
-        """The inverse of `to_json`."""
-        return cls(kind=value["kind"], chat_template=value.get("chat_template"))
-
 
 def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
     """The message for rows that a chat template refuses: row number -> reason."""
@@ -155,15 +137,7 @@ def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") -> Template:
-    """The template for a model: its own chat template where it has one, else Alpaca.
-
-    Args:
-        tokenizer: The model's.
-        kind: ``auto``, ``chat`` or ``alpaca``.
-
-    Raises:
-        CompatibilityError: ``chat``, but the tokenizer has no chat template.
-    """
+    """The template for a model: with ``auto`` the tokenizer's own chat template where it has one, else Alpaca."""
     if kind not in ("auto", "chat", "alpaca"):
         raise ConfigError(f"template '{kind}': must be auto, chat or alpaca")
     own = tokenizer.chat_template
@@ -182,9 +156,6 @@ def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", nam
     """Refuses a chat template with which nothing can be rendered: damaged, or without end.
 
     One that merely refuses these turns is left to the rows.
-
-    Raises:
-        CompatibilityError: It is such a template.
     """
     if template.kind != "chat":
         return
@@ -219,7 +190,7 @@ def _processor_time(seconds: float) -> Iterator[None]:
 
 def save_template(folder: str | os.PathLike[str], template: Template) -> None:
     """Puts a template beside a model."""
-    write_json(Path(folder) / FILE_NAME, template.to_json())
+    write_json(Path(folder) / FILE_NAME, asdict(template))
 
 
 def load_template(folder: str | os.PathLike[str]) -> Template | None:
@@ -228,7 +199,8 @@ def load_template(folder: str | os.PathLike[str]) -> Template | None:
         path = candidate / FILE_NAME
         if path.is_file():
             try:
-                return Template.from_json(read_json(path))
+                found = read_json(path)
+                return Template(found["kind"], found.get("chat_template"))
             except (ValueError, KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
                 raise DataError(f"{path}: is no template; delete it, or copy it from the original model") from error
     return None
@@ -269,10 +241,8 @@ def _as_instruction(record: Mapping[str, Any]) -> str:
     if not record.get("turns"):
         return str(record["prompt"])
     turns = conversation(record)
-    spoken = [turn for turn in turns if turn["role"] != "system"]
-    if len(spoken) == 1 and spoken[0]["role"] == "user":
-        return "\n\n".join(turn["content"] for turn in turns)
-    return "\n\n".join(
-        turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}"
-        for turn in turns
-    )
+    unnamed = ["system"]
+    if [turn["role"] for turn in turns if turn["role"] != "system"] == ["user"]:
+        unnamed.append("user")
+    texts = (("" if turn["role"] in unnamed else f"{turn['role'].capitalize()}: ") + turn["content"] for turn in turns)
+    return "\n\n".join(texts)

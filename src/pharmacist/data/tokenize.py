@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,9 +23,8 @@ from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
 from pharmacist.data.batches import without_middle
-from pharmacist.data.formats.base import named
+from pharmacist.data.formats.base import Row, named
 from pharmacist.data.records import Records
-from pharmacist.data.refusals import Refused
 from pharmacist.data.templates import Template, conversation, refusal
 
 
@@ -39,57 +38,47 @@ _BATCH = 1024
 _SKIP = ", leave them out with --on-bad-row skip"
 
 
-@dataclass(kw_only=True)
-class _Counts:
-    truncated: int = 0
-    lost_eos: int = 0
-    refused: list[int] = field(default_factory=list)
-    not_rendered: dict[int, str] = field(default_factory=dict)
-    with_control: list[int] = field(default_factory=list)
-    cut_prompts: list[int] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class Encoded(_Counts):
+class Encoded:
     """Tokenised rows.
 
     Attributes:
         dataset: Columns ``row`` (number in the source), ``input_ids`` (int32) and ``n_prompt`` (tokens before the
             completion), memory-mapped.
+        lengths: Tokens per row, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows]; always less than `lengths`.
+        content_keys: 64-bit hash of a row's ids and prompt length, shape [rows].
         truncated: Rows whose completion was cut on the right to fit the length.
         lost_eos: Rows that end without EOS for that reason.
         refused: ``row`` of those left out because their prompt alone fills the length.
         not_rendered: ``row`` -> reason of those left out because the chat template refuses them.
         with_control: ``row`` of those with control tokens of the model in their text, which are read as plain text.
         cut_prompts: ``row`` of those whose prompt was shortened to fit the length.
-        lengths: Tokens per row, shape [rows].
-        prompt_lengths: Tokens before the completion, shape [rows]; always less than `lengths`.
-        content_keys: 64-bit hash of a row's ids and prompt length, shape [rows].
     """
 
-    dataset: datasets.Dataset
-    lengths: npt.NDArray[np.int32]
-    prompt_lengths: npt.NDArray[np.int32]
-    content_keys: npt.NDArray[np.uint64]
-    _table: pa.Table = field(repr=False)
+    def __init__(self) -> None:
+        self.truncated = self.lost_eos = 0
+        self.refused: list[int] = []
+        self.not_rendered: dict[int, str] = {}
+        self.with_control: list[int] = []
+        self.cut_prompts: list[int] = []
 
-    def __post_init__(self) -> None:
-        column = self._table.column("input_ids")
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+    def _open(self, table: pa.Table) -> None:
+        self.dataset = datasets.Dataset(table.drop_columns(["content_key"]))
+        self.prompt_lengths: npt.NDArray[np.int32] = table.column("n_prompt").to_numpy()
+        self.content_keys: npt.NDArray[np.uint64] = table.column("content_key").to_numpy()
+        chunks = table.column("input_ids").chunks
         # Views into the memory map: nothing is read before it is asked for.
-        self._chunks = [
-            (chunk.offsets.to_numpy(zero_copy_only=False), chunk.values.to_numpy(zero_copy_only=False))
-            for chunk in column.chunks
-        ]
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks]).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def token_ids(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[np.int32]]:
         """The ids of the rows at these positions."""
-        positions = np.asarray(rows, dtype=np.int64)
+        positions, found = np.asarray(rows, dtype=np.int64), []
         where = np.searchsorted(self._starts, positions, side="right") - 1
-        found = []
         for position, chunk in zip(positions, where, strict=True):
             offsets, values = self._chunks[chunk]
             within = position - self._starts[chunk]
@@ -128,41 +117,34 @@ def encode(
     """
     if max_length < 2:
         raise DataError(f"max_length {max_length}: a row needs at least 2 tokens")
-    texts, cut = _Texts(tokenizer, template), on_long_prompt == "cut"
+    encoded, texts, cut = Encoded(), _Texts(tokenizer, template), on_long_prompt == "cut"
     if work_dir is None:
         sink = pa.BufferOutputStream()
-        counts = _write(sink, rows, texts, max_length, cut)
+        _write(encoded, sink, rows, texts, max_length, cut)
         written = sink.getvalue()
     else:
         path = Path(work_dir) / "tokens.arrow"
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-            counts = _write(file, rows, texts, max_length, cut)
+            _write(encoded, file, rows, texts, max_length, cut)
         written = pa.memory_map(str(path))
     table = pa.ipc.open_stream(written).read_all()
     about = f"{name}: " if name else ""
-    if counts.not_rendered and (on_bad_row != "skip" or not len(table)):
-        raise DataError(about + refusal(counts.not_rendered, "" if on_bad_row is None else _SKIP))
-    if counts.with_control:
+    if encoded.not_rendered and (on_bad_row != "skip" or not len(table)):
+        raise DataError(about + refusal(encoded.not_rendered, "" if on_bad_row is None else _SKIP))
+    if found := encoded.with_control:
         warn(
-            f"{about}{len(counts.with_control)} of {len(rows)} rows ({named(counts.with_control)}) have control "
-            "tokens of the model in their text, which are read as plain text"
+            f"{about}{len(found)} of {len(rows)} rows ({named(found)}) have control tokens of the model in their "
+            "text, which are read as plain text"
         )
-    if counts.refused and on_long_prompt == "fail":
+    if (long := encoded.refused) and on_long_prompt == "fail":
         raise DataError(
-            f"{about}the prompt alone fills all {max_length} tokens in {len(counts.refused)} rows "
-            f"({named(counts.refused)}); shorten or delete them, or raise max_length where the model allows it"
+            f"{about}the prompt alone fills all {max_length} tokens in {len(long)} rows ({named(long)}); "
+            "shorten or delete them, or raise max_length where the model allows it"
         )
     if not len(table):
         raise DataError(f"{about}no row is left to work on")
-    lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table.column("input_ids").chunks])
-    return Encoded(
-        dataset=datasets.Dataset(table.drop_columns(["content_key"])),
-        lengths=lengths.astype(np.int32),
-        prompt_lengths=table.column("n_prompt").to_numpy(),
-        content_keys=table.column("content_key").to_numpy(),
-        _table=table,
-        **vars(counts),
-    )
+    encoded._open(table)
+    return encoded
 
 
 def rendered_rows(
@@ -170,14 +152,7 @@ def rendered_rows(
 ) -> Records:
     """The rows that the chat template takes, for methods that need each of their rows in tokens.
 
-    Args:
-        records: The rows.
-        tokenizer: The model's.
-        template: Renders the prompts.
-        on_bad_row: As in `encode`; ``skip`` moves the others to `Records.refused`.
-
-    Raises:
-        DataError: Some are refused, under ``fail``; or all are.
+    `on_bad_row` is that of `encode`; ``skip`` moves the others to `Records.refused`.
     """
     texts, reasons = _Texts(tokenizer, template), dict[int, str]()
     for batch in _batches(records.dataset):
@@ -189,15 +164,15 @@ def rendered_rows(
     if on_bad_row != "skip" or len(reasons) == len(records):
         raise DataError(f"{where}: {refusal(reasons, _SKIP if on_bad_row != 'skip' else '')}")
     left = records.without(np.flatnonzero(np.isin(records.row_numbers, list(reasons))))
-    refused_too = [Refused(row, None, reason) for row, reason in reasons.items()]
-    return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.row))
+    refused_too = [Row(row, None, None, reason) for row, reason in reasons.items()]
+    return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.number))
 
 
-def _write(sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, cut: bool) -> _Counts:
+def _write(counts: Encoded, sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, cut: bool) -> None:
+    """Writes the rows' ids, and counts what becomes of them."""
     eos = texts.tokenizer.eos_token_id
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
-    counts = _Counts()
     with pa.ipc.new_stream(sink, _SCHEMA) as out, bar("tokenise", len(rows)) as progress:
         for batch in _batches(rows):
             parted = list(map(texts.parted, batch))
@@ -226,7 +201,6 @@ def _write(sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, 
             if kept:
                 out.write_batch(pa.record_batch(list(map(list, zip(*kept, strict=True))), schema=_SCHEMA))
             progress.advance(len(batch))
-    return counts
 
 
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
@@ -241,13 +215,7 @@ def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
 def prompt_ids(
     rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", template: Template
 ) -> list[list[int]]:
-    """Token ids of prompts, exactly as `encode` puts them in front of a completion: what a model is to continue.
-
-    Args:
-        rows: Canonical rows; their completions are not read.
-        tokenizer: The model's.
-        template: Renders the prompts.
-    """
+    """Token ids of the prompts of canonical rows, exactly as `encode` puts them in front of a completion."""
     texts = _Texts(tokenizer, template)
     return texts.prompt_ids(template.render_many(list(map(texts.parted, rows)), tokenizer))
 
@@ -304,6 +272,6 @@ class _Texts:
     def prompt_ids(self, rendered: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts, after BOS where the tokenizer itself puts it in front of a text."""
         start: list[int] = []
-        if self.template.adds_special_tokens:  # what the tokenizer puts behind a text is left to EOS
+        if self.template.kind == "alpaca":  # a chat template holds its own; what comes behind a text is left to EOS
             start = [token for token in self.tokenizer("")["input_ids"][:1] if token == self.tokenizer.bos_token_id]
         return [start + row for row in self.ids(rendered)]

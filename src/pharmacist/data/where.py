@@ -13,12 +13,9 @@ _SOURCES = frozenset({"pool", "safe", "harmful", "utility", "data", "task"})
 
 @dataclass(frozen=True)
 class Condition:
-    """What a column has to hold.
+    """What a column has to hold: `value` as it was given, that is true, false, a number or a text.
 
-    Attributes:
-        column: Name of the column.
-        value: As given: true, false, a number or a text.
-        of: The only source that it is meant for (``harmful`` for ``--harmful``); None for all that have the column.
+    `of` is the only source that it is meant for (``harmful`` for ``--harmful``); None for all that have the column.
     """
 
     column: str
@@ -29,11 +26,7 @@ class Condition:
         return f"{self.column}={self.value}"
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the value; a row without the column has not.
-
-        Raises:
-            TypeError: The row holds a list or an object there, which equals no value that can be given.
-        """
+        """Whether a row has the value; a TypeError where it holds a list or an object, which no value equals."""
         found = row.get(self.column)
         if found is None:
             return self.value.lower() in ("null", "none")
@@ -57,11 +50,7 @@ def _number(text: str) -> float | None:
 
 
 def parse_where(texts: Iterable[str]) -> list[Condition]:
-    """Conditions from ``COLUMN=VALUE`` or ``SOURCE:COLUMN=VALUE``.
-
-    Raises:
-        ConfigError: A text of another form.
-    """
+    """Conditions from ``COLUMN=VALUE`` or ``SOURCE:COLUMN=VALUE``; a ConfigError for other texts."""
     found = []
     for text in texts:
         column, _, value = (part.strip() for part in text.partition("="))
@@ -75,19 +64,13 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
-    return [
-        condition
-        for condition in parse_where(texts)
-        if condition.of in (None, name) and _has_column(source, condition.column)
-    ]
+    return [one for one in parse_where(texts) if one.of in (None, name) and _has_column(source, one.column)]
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
     """`conditions_for` each source that a command reads, of which several may be of one kind (``safe``, ``safe 2``).
 
-    Raises:
-        ConfigError: A text of another form.
-        DataError: No source has the column.
+    A DataError where no source has the column.
     """
     found = {name: conditions_for(texts, name.split()[0], source) for name, source in sources.items()}
     used = {condition for conditions in found.values() for condition in conditions}

@@ -25,5 +25,5 @@ DEFENSES: "Registry[GradientStrategy]" = Registry(
         "vlguard": "pharmacist.defenses.finetuning.vlguard:VLGuard",
     },
     group="pharmacist.defenses",
-    options={"sft": "pharmacist.defenses.options:SFTConfig"},
+    options={"sft": "pharmacist.core.method:NoOptions"},
 )

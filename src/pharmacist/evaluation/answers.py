@@ -45,14 +45,12 @@ def separated(answers: Sequence[Answer]) -> list[Answer]:
     parts = [separate(answer.text) for answer in answers]
     template_opens = any(part.closes for part in parts)
     found = []
-    for answer, part in zip(answers, parts, strict=True):
-        text, reasoning, is_open = part.answer, part.reasoning, part.open
+    for answer, (text, reasoning, is_open, _) in zip(answers, parts, strict=True):
         if template_opens and not answer.finished and not (reasoning or is_open or answer.reasoning):
             text, reasoning, is_open = "", text, True
         reasoning = "\n\n".join(filter(None, (answer.reasoning, reasoning)))
-        ended = not text.strip() and (is_open or bool(reasoning.strip()))
-        own = replace(answer, text=text, reasoning=reasoning, unanswered=ENDED if ended else "")
-        found.append(answer if answer.missing else own)
+        ended = ENDED if not text.strip() and (is_open or reasoning.strip()) else ""
+        found.append(answer if answer.missing else replace(answer, text=text, reasoning=reasoning, unanswered=ended))
     return found
 
 
@@ -62,12 +60,7 @@ def append_answers(log: Path, answers: Mapping[int, Answer]) -> None:
 
 
 def read_answers(logs: Iterable[Path], own: Path | None = None) -> dict[int, Answer]:
-    """Answers by row of earlier calls.
-
-    Args:
-        logs: Of all processes.
-        own: The one that this process writes to.
-    """
+    """Answers by row of earlier calls, out of the logs of all processes, of which this one writes to `own`."""
     found: dict[int, Answer] = {}
     for log in logs:
         for value in read_json_log(log, mend=log == own):

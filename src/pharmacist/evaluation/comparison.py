@@ -1,7 +1,4 @@
-"""Two finished evaluations of the same prompts: differences with intervals, counts and a paired test.
-
-Outcomes are paired by item id, which holds the prompt's text, so that nothing is compared that was asked differently.
-"""
+"""Two finished evaluations of the same prompts: differences with intervals, counts and a paired test."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,11 +15,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
-    Args:
-        a: Items of the first model, as `Evaluator.assess` makes them.
-        b: Items of the second.
-        metrics_a: Its ``metrics.json``, which names the judges.
-        metrics_b: Likewise.
+    Outcomes of items (`Evaluator.assess`) are paired by id, which holds the prompt's text: nothing is compared that
+    was asked differently. The metrics are those of ``metrics.json``, which name the judges.
 
     Returns:
         Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` pairs that are known on
@@ -41,15 +35,14 @@ def compare(
                 "one of the folders again with the other's --judge, which generates nothing"
             )
         kind = METRICS.get(name)
-        if kind is None or kind.outcome is None or not kind.compared:
+        if kind is None or not kind.compared:
             continue
-        prompts, outcome = kind.prompts, kind.outcome
-        first, second = ({item["id"]: item for item in items if item["set"] == prompts} for items in (a, b))
+        first, second = ({item["id"]: item for item in items if item["set"] == kind.prompts} for items in (a, b))
         ids = [key for key in first if key in second]
         if not ids:
-            raise DataError(f"--compare: the two evaluations share none of their {prompts.replace('_', ' ')}")
+            raise DataError(f"--compare: the two evaluations share none of their {kind.prompts.replace('_', ' ')}")
         judge = str(metrics_a[name].get("judge"))
-        pairs = [(outcome(first[key], judge), outcome(second[key], judge)) for key in ids]
+        pairs = [(kind.happened(first[key], judge), kind.happened(second[key], judge)) for key in ids]
         known = [(x, y) for x, y in pairs if x is not None and y is not None]
         found[name] = _difference(known) | {
             "unscored": len(pairs) - len(known),
@@ -62,17 +55,18 @@ def compare(
 
 
 def _difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    counts = dict(zip(("both", "only_a", "only_b", "neither"), four_counts(pairs), strict=True))
+    both, only_a, only_b, neither = four_counts(pairs)
+    counts = {"both": both, "only_a": only_a, "only_b": only_b, "neither": neither}
     n = len(pairs)
     if not n:
         return {"value": None, "ci95": None, "n": 0, "rates": None, "counts": counts, "mcnemar_p": None}
     estimate = paired_difference(pairs)
-    table = [[counts["both"], counts["only_a"]], [counts["only_b"], counts["neither"]]]
+    test = mcnemar([[both, only_a], [only_b, neither]], exact=True) if only_a + only_b else None
     return {
         "value": estimate.value,
         **with_interval(estimate.interval, estimate.missing),
         "n": n,
-        "rates": [100 * sum(x for x, _ in pairs) / n, 100 * sum(y for _, y in pairs) / n],
+        "rates": [100 * (both + only_a) / n, 100 * (both + only_b) / n],
         "counts": counts,
-        "mcnemar_p": float(mcnemar(table, exact=True).pvalue) if counts["only_a"] + counts["only_b"] else 1.0,
+        "mcnemar_p": float(test.pvalue) if test else 1.0,
     }

@@ -1,15 +1,13 @@
 """Questions to an OpenAI-compatible endpoint: bounded concurrency, retries with back-off, failures by name.
 
-httpx does the talking, tenacity the waiting, and anyio bounds the time that a reply may take as a whole. A question
-that stays without an answer is a `Failure`, never an empty answer, and no reply, however broken, ends the run; an
-endpoint that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
+A question that stays without an answer is a `Failure`, never an empty answer, and no reply, however broken, ends the
+run; an endpoint that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
 
 The package ``openai`` (tried: 3.57) bounds neither the time nor the size of a whole reply, does not repeat malformed
-ones, follows redirects with the prompt, and fixes its longest pause; what it would save is the loop of retries.
+ones, follows redirects with the prompt, and fixes its longest pause.
 """
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -28,7 +26,8 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative, Positive
 from pharmacist.evaluation.answers import Answer
-from pharmacist.evaluation.reasoning import CUT, ENDED
+from pharmacist.evaluation.reasoning import CUT, ENDED, REASONING_FIELDS
+from pharmacist.evaluation.text import writable
 
 
 _REFUSED = {
@@ -102,21 +101,12 @@ class EndpointConfig(Checked):
         return {name: value for name, value in sent.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a question has no answer.
+class Failure(Exception):
+    """Why a question has no answer; the reason is short, and without the question's text.
 
-    Attributes:
-        reason: Short, and without the question's text.
-        remedy: What to do where the endpoint refuses all questions like this one.
+    `remedy` is what to do where the endpoint refuses all questions like this one. Where `again`, the same question may
+    be asked again, `wait` seconds later at the earliest.
     """
-
-    reason: str
-    remedy: str = ""
-
-
-class _Failed(Exception):
-    """Why a try failed, whether the same question may be asked again, and how long to wait before that."""
 
     def __init__(self, reason: str, remedy: str = "", *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -124,12 +114,7 @@ class _Failed(Exception):
 
 
 class Endpoint:
-    """Asks one endpoint.
-
-    Args:
-        config: Its options.
-        name: Who asks, in messages (``--engine openai``).
-    """
+    """Asks one endpoint; `name` says in messages who asks, such as ``--engine openai``."""
 
     def __init__(self, config: EndpointConfig, name: str) -> None:
         if not config.base_url:
@@ -138,7 +123,7 @@ class Endpoint:
         self.config, self.name = config, name
         self._key = os.environ.get(config.api_key_env, "")
         base = httpx.URL(config.base_url)
-        self._address = base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
+        self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
     def ask_all(
         self,
@@ -148,13 +133,13 @@ class Endpoint:
         *,
         answered: bool = False,
     ) -> None:
-        """Asks many questions.
+        """Posts each body to ``chat/completions``; calls `done` in this thread with position and result as they come.
 
         Args:
-            bodies: What is posted to ``chat/completions``, one object per question.
-            done: Called in this thread with a position and its result, in the order in which they come.
-            description: For the progress bar.
-            answered: Whether it answered other questions of this kind before.
+            bodies: One object per question.
+            done: What to do with a result.
+            description: Of the progress bar.
+            answered: Whether the endpoint answered other questions of this kind before.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.
@@ -170,9 +155,7 @@ class Endpoint:
             portal.wrap_async_context_manager(client),
             bar(description, len(bodies)) as progress,
         ):
-            waiting = {
-                portal.start_task_soon(self._ask, client, turn, body): number for number, body in enumerate(bodies)
-            }
+            waiting = {portal.start_task_soon(self._ask, client, turn, body): n for n, body in enumerate(bodies)}
             refused = 0
             try:
                 for future in as_completed(waiting):
@@ -184,7 +167,7 @@ class Endpoint:
                         refused += 1
                         # One question may be barred; where no other is answered either, it is not the question.
                         if not answered and refused >= min(len(bodies), _PATIENCE):
-                            reason = f"{self.config.shown} refuses ({result.reason}); {result.remedy}"
+                            reason = f"{self.config.shown} refuses ({result}); {result.remedy}"
                             raise DataError(f"{self.name}: {reason}")
             except BaseException:
                 for future in waiting:
@@ -198,8 +181,8 @@ class Endpoint:
         backoff = tenacity.wait_random_exponential(multiplier=min(1.0, most), max=most)
 
         def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome is not None else None
-            return min(max(error.wait if isinstance(error, _Failed) else 0.0, backoff(state)), most)
+            error = state.outcome.exception() if state.outcome else None
+            return min(max(getattr(error, "wait", 0.0), backoff(state)), most)
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.config.attempts),
@@ -221,8 +204,8 @@ class Endpoint:
                 return Failure("timed out")
             except httpx.RequestError as error:
                 return Failure("malformed reply" if isinstance(error, httpx.DecodingError) else "connection dropped")
-            except _Failed as error:
-                return Failure(str(error), error.remedy)
+            except Failure as failure:  # without its traceback, which holds the reply
+                return Failure(str(failure), failure.remedy)
 
     async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
         content = bytearray()
@@ -231,44 +214,35 @@ class Endpoint:
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > _MOST_BYTES:
-                        raise _Failed(f"reply of more than {_MOST_BYTES >> 20} MiB")
+                        raise Failure(f"reply of more than {_MOST_BYTES >> 20} MiB")
         status = response.status_code
         if status == 200:
             return _reply(content)
         reason, filtered = self._reason(content, body) if 400 <= status < 500 else ("", False)
         told = f"HTTP {status}" + (f": {reason}" if reason else "")
         if filtered and status != 429:
-            raise _Failed(f"prompt filter of the endpoint ({told})")
+            raise Failure(f"prompt filter of the endpoint ({told})")
         remedy = _REFUSED.get(status, "").replace("${key}", f"${self.config.api_key_env}")
         if status == 401:  # which no question is to blame for
             raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
-        wait = _seconds(response.headers.get("retry-after", "0"))
-        raise _Failed(told, remedy, again=status in _TRANSIENT, wait=wait)
+        # A number of seconds; a date, or nonsense, is not waited for.
+        pause = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", response.headers.get("retry-after", ""))
+        raise Failure(told, remedy, again=status in _TRANSIENT, wait=float(pause[1]) if pause else 0.0)
 
     def _reason(self, content: bytearray, body: Mapping[str, Any]) -> tuple[str, bool]:
         """What a server says of a request that it refuses, and whether a filter of prompts does."""
         try:
             error: Any = json_object(_parsed(content))
             error = error.get("error") or error.get("detail") or error.get("message") or ""
-        except _Failed:
+        except Failure:
             error = content.decode("utf-8", "replace") if b"<" not in content[:200] else ""
         words = error.get("message") if isinstance(error, Mapping) else error
         words = words if isinstance(words, str) else json.dumps(words) if words else ""
-        secrets = (self._key, httpx.URL(self.config.base_url).password)
-        for hidden in (*filter(None, secrets), *(str(turn["content"]) for turn in body["messages"])):
-            words = words.replace(hidden, "***")  # neither a key nor the question's text
+        for hidden in (self._key, self._password, *(str(turn["content"]) for turn in body["messages"])):
+            words = words.replace(hidden, "***") if hidden else words  # neither a key nor the question's text
         filtered = _FILTER.search(words if isinstance(error, str) else json.dumps(error)) is not None
         words = " ".join(words.split())
         return plain(words[:_REASON_CHARACTERS] + ("..." if len(words) > _REASON_CHARACTERS else "")), filtered
-
-
-def _seconds(header: str) -> float:
-    """How long a server asks to wait; 0 where it says so in no number: a date, or nonsense."""
-    try:
-        pause = float(header)
-    except ValueError:
-        return 0.0
-    return pause if math.isfinite(pause) else 0.0
 
 
 def _parsed(content: bytearray) -> Any:
@@ -278,7 +252,7 @@ def _parsed(content: bytearray) -> Any:
     try:
         return json.loads(content, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
-        raise _Failed("malformed reply", again=True) from error
+        raise Failure("malformed reply", again=True) from error
 
 
 def _reply(content: bytearray) -> Answer:
@@ -288,31 +262,22 @@ def _reply(content: bytearray) -> Answer:
         choice = value["choices"][0]
         message, ended = choice["message"], str(choice.get("finish_reason")).lower()
         text, reasoning = _texts(message.get("content"))
-        thought = next(
-            (
-                message[name]
-                for name in ("reasoning_content", "reasoning", "thinking")
-                if isinstance(message.get(name), str)
-            ),
-            "",
-        )
+        thought = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), "")
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise _Failed("malformed reply", again=True) from error
+        raise Failure("malformed reply", again=True) from error
     if ended in _FILTERED:
-        raise _Failed("content filter of the endpoint")
+        raise Failure("content filter of the endpoint")
     if not 0 <= tokens <= _MOST_TOKENS or not isinstance(refusal, str | None):
-        raise _Failed("malformed reply", again=True)
+        raise Failure("malformed reply", again=True)
     reasoning = "\n\n".join(filter(None, (thought, reasoning)))
     text = text or refusal or text
     why = ""
     if not (text or "").strip():
         why = ENDED if reasoning.strip() else CUT if ended in _CUT else "no text in the reply" if text is None else ""
-    try:
-        (reasoning + (text or "")).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _Failed("reply with half a character (a lone surrogate)") from error
+    if not writable(reasoning + (text or "")):
+        raise Failure("reply with half a character (a lone surrogate)")
     return Answer(text or "", tokens, ended not in _CUT, reasoning=reasoning, unanswered=why)
 
 

@@ -10,31 +10,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pharmacist.core.errors import DataError
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
+from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, separated
-from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, encode_prompts, generate, plan_batches
+from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, generate, plan_batches
 from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
-from pharmacist.evaluation.judges.keyword import KeywordConfig, KeywordJudge
+from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
+
+
+_MAYBE = ("error", "reasoning", "unanswered")
+"""Fields of an answer that its item has where they say something."""
 
 
 @dataclass
 class Evaluation:
     """Result for one model.
 
-    Attributes:
-        metrics: Name -> rate with count and interval, as in ``metrics.json``.
-        items: One JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
-            ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
-            ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
-        tokens: New tokens generated.
-        missing: Answers, verdicts and grades that failed on the way and would be asked for again.
+    An item is a JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
+    ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
+    ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
     """
 
-    metrics: dict[str, Metric]
+    metrics: dict[str, Metric]  # as in ``metrics.json``
     items: list[dict[str, Any]]
-    tokens: int
-    missing: int = 0
+    missing: int = 0  # answers, verdicts and grades that failed on the way and would be asked for again
 
 
 class Evaluator:
@@ -70,8 +70,8 @@ class Evaluator:
         batch_size: int = 0,
         on_long_prompt: Literal["fail", "cut"] = "fail",
     ) -> None:
-        self.rows = {"prompts": list(prompts), "benign_prompts": list(benign_prompts), "task": list(task)}
-        self.rows = {name: rows for name, rows in self.rows.items() if rows}
+        given = {"prompts": list(prompts), "benign_prompts": list(benign_prompts), "task": list(task)}
+        self.rows = {name: rows for name, rows in given.items() if rows}
         if judge is None and self.rows.keys() & {"prompts", "benign_prompts"}:
             raise ValueError("an Evaluator with prompts needs a judge")
         if grader is None and "task" in self.rows:
@@ -80,9 +80,8 @@ class Evaluator:
         self.categories = list(categories)
         self.max_new_tokens, self.batch_size, self.on_long_prompt = max_new_tokens, batch_size, on_long_prompt
         self.cut: dict[str, int] = {}
-        self._refusals = KeywordJudge(KeywordConfig()) if judge is not None and not judge.tells_refusals else judge
-        self._targets = [row["completion"] for row in self.rows.get("task", ())]
-        if grader is not None and self._targets:
+        self._refusals = KeywordJudge() if judge is not None and not judge.tells_refusals else judge
+        if grader is not None and "task" in self.rows:
             grader.prepare(self.rows["task"])
 
     def answers(
@@ -95,21 +94,14 @@ class Evaluator:
         decoder: Decoder | None = None,
         batch_size: int | None = None,
     ) -> dict[str, list[Answer]]:
-        """The model's answers by prompt set.
-
-        Args:
-            model: In any mode; it comes back as it was.
-            tokenizer: Its tokenizer.
-            template: Its prompt template.
-            work: Folder where answers are kept as they come, so that an interrupted call continues.
-            decoder: As in `generate`.
-            batch_size: Instead of the evaluator's own.
+        """The model's answers by prompt set; `work`, `decoder` and `batch_size` (by default the evaluator's own) as in
+        `generate`.
 
         Raises:
             DataError: A prompt fills the model's whole context and is not to be cut.
         """
         context = context_length(model)
-        ids = {name: encode_prompts(rows, tokenizer, template) for name, rows in self.rows.items()}
+        ids = {name: prompt_ids(rows, tokenizer, template) for name, rows in self.rows.items()}
         for name, rows in ids.items():  # all prompts are looked at before the first is answered
             if self.on_long_prompt == "cut":
                 ids[name], self.cut[name] = cut_prompts(rows, context, self.max_new_tokens)
@@ -145,15 +137,13 @@ class Evaluator:
         if self.judge is not None and self.second_judge is not None:
             first, second = zip(*twice, strict=True)
             metrics["judge_agreement"] = agreement(first, second, (self.judge.label, self.second_judge.label))
-        every = [answer for found in answers.values() for answer in found]
         asked = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
-        missing = sum(bool(answer.error) for answer in every) + sum(one.missing for one in asked)
-        return Evaluation(metrics, items, sum(answer.tokens for answer in every), missing)
+        failed = sum(bool(answer.error) for found in answers.values() for answer in found)
+        return Evaluation(metrics, items, failed + sum(one.missing for one in asked))
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
-        number = row.get("row")
-        number = position if number is None else int(number)
+        number = position if row.get("row") is None else int(row["row"])
         # The id holds number and text, so that files of different prompt sets are never paired.
         item = {
             "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}",
@@ -166,8 +156,7 @@ class Evaluator:
         }
         if name == "prompts" and self.categories:
             item["categories"] = list(self.categories[position])
-        kept = {"error": answer.error, "reasoning": answer.reasoning, "unanswered": answer.unanswered}
-        return item | {name: text for name, text in kept.items() if text}
+        return item | {name: getattr(answer, name) for name in _MAYBE if getattr(answer, name)}
 
     def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
         """The answers that `assess` wrote into items, for another judge.
@@ -177,7 +166,7 @@ class Evaluator:
         """
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
         for item in items:
-            more = {name: item[name] for name in ("error", "reasoning", "unanswered") if name in item}
+            more = {name: item[name] for name in _MAYBE if name in item}
             answer = Answer(item["answer"], item["tokens"], item["finished"], **more)
             own = found.get(item["set"])
             if own is None or len(own) >= len(self.rows[item["set"]]):
@@ -196,21 +185,20 @@ class Evaluator:
         assert self.judge is not None and self._refusals is not None
         pairs = zip(items, answers, strict=True)
         given = [JudgeItem(item["prompt"], answer.text) for item, answer in pairs if not answer.missing]
-        missing = [answer.missing for answer in answers]
 
         def judged(judge: Judge) -> list[Verdict]:
             """Verdicts of the answers that came; the others are unscored, whatever the judge."""
-            found = iter(judge.judge(given))
-            return [Verdict(None, note=f"no answer: {why}") if why else next(found) for why in missing]
+            came = iter(judge.judge(given))
+            why = (answer.missing for answer in answers)
+            return [Verdict(None, note=f"no answer: {reason}") if reason else next(came) for reason in why]
 
         verdicts = judged(self.judge)
-        refusals = verdicts if self._refusals is self.judge else judged(self._refusals)
-        by_judge = {self.judge.label: verdicts} | ({} if refusals is verdicts else {self._refusals.label: refusals})
-        second: dict[str, Metric] = {}
+        by_judge = {self.judge.label: verdicts}
+        if self._refusals is not self.judge:
+            by_judge[self._refusals.label] = judged(self._refusals)
         if self.second_judge is not None:
             others = by_judge[self.second_judge.label] = judged(self.second_judge)
             twice += zip(verdicts, others, strict=True)
-            second["harmful_score_second"] = rate((other.harmful for other in others), self.second_judge.label)
         for position, item in enumerate(items):
             item["harmful"] = verdicts[position].harmful
             item["verdicts"] = {label: own[position].to_json() for label, own in by_judge.items()}
@@ -221,19 +209,22 @@ class Evaluator:
                 found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
             if flagged := flagged_categories(verdicts, self.judge.category_threshold):
                 found["harmful_score"]["flagged_categories"] = flagged
-            found |= second
-        unanswered = sum(map(bool, missing))
+            if self.second_judge is not None:
+                second = rate((other.harmful for other in others), self.second_judge.label)
+                found["harmful_score_second"] = second
+        unanswered = sum(bool(answer.missing) for answer in answers)
         for metric in found.values():  # of the unscored, how many were no answers at all
             if unanswered and "unscored" in metric:
                 metric["unanswered"] = unanswered
         return found
 
     def _grade(self, answers: Sequence[Answer], items: list[dict[str, Any]]) -> dict[str, Metric]:
+        """Metrics of answers to the task; targets and grades go into their items."""
         assert self.grader is not None
-        rows = list(zip(items, self._targets, answers, strict=True))
-        given = [GradeItem(item["prompt"], target, answer.text) for item, target, answer in rows if not answer.missing]
-        grades = self.grader.grade(given)
-        found = iter(grades)
-        for item, target, answer in rows:
-            item |= {"target": target, "grade": None if answer.missing else next(found)._asdict()}
+        for item, row in zip(items, self.rows["task"], strict=True):
+            item |= {"target": row["completion"], "grade": None}
+        came = [item for item, answer in zip(items, answers, strict=True) if not answer.missing]
+        grades = self.grader.grade([GradeItem(item["prompt"], item["target"], item["answer"]) for item in came])
+        for item, grade in zip(came, grades, strict=True):
+            item["grade"] = grade._asdict()
         return self.grader.metrics(grades, len(answers) - len(grades)) | rates("task", items, {})

@@ -22,16 +22,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, work: Path) -> Metric:
-    """How much the perplexity of completions rose over the base's, in percent.
+    """How much the perplexity of completions (of canonical rows) rose over the base's, in percent.
 
     Both models read the very same tokens: those of the first one's template. Perplexity is over all completion tokens
     together, end-of-sequence included, so that long rows weigh what they are.
-
-    Args:
-        rows: Canonical rows.
-        model: The one in question.
-        base: What it is compared with.
-        work: Folder for finished parts.
 
     Raises:
         CompatibilityError: Their tokenizers differ, so that per-token figures could not be compared.
@@ -59,13 +53,8 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
 def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work: Path) -> Metric:
     """Loss of a harmful answer less that of a refusal of the same prompt, in nats per token, mean over prompts.
 
-    Above 0 the model prefers to refuse. No judge is needed, and it moves before any greedy answer does.
-
-    Args:
-        refusals: Canonical rows.
-        harmful: Rows of the same prompts in the same order.
-        model: The model.
-        work: Folder for finished parts.
+    Above 0 the model prefers to refuse. No judge is needed, and it moves before any greedy answer does. Both sets are
+    canonical rows of the same prompts in the same order.
     """
     per_token = []
     for name, rows in (("harmful", harmful), ("refusal", refusals)):
@@ -73,14 +62,8 @@ def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work
         per_token.append(_sums(encoded, model, work / name, "--margin") / (encoded.lengths - encoded.prompt_lengths))
     differences = (per_token[0] - per_token[1]).tolist()
     margin = t_interval(differences)
-    return {
-        "value": margin.value,
-        "n": margin.n,
-        **with_interval(margin.interval, margin.missing),
-        "unit": "nats per token",
-        "values": differences,
-        "judge": "Student's t over prompts",
-    }
+    how = {"unit": "nats per token", "values": differences, "judge": "Student's t over prompts"}
+    return {"value": margin.value, "n": margin.n, **with_interval(margin.interval, margin.missing), **how}
 
 
 def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArray:
@@ -90,10 +73,9 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
         losses = read_row_losses(loaded.model, batch, prompt=False)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
-    budget = tokens_per_batch(loaded.model, loaded.device)
-    found = run_pass(
-        encoded, measure, work=work, device=loaded.device, tokens_per_batch=budget, description=flag.removeprefix("--")
-    )["nll"]
+    budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")
+    how: dict[str, Any] = {"work": work, "device": loaded.device, "tokens_per_batch": budget, "description": what}
+    found = run_pass(encoded, measure, **how)["nll"]
     if not np.isfinite(found).all():
         raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
     return found
@@ -103,11 +85,7 @@ def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
     """Rise in percent of a ratio of perplexities, with an interval over rows.
 
     The interval is that of the mean log-likelihood per token (`statistics.ratio_interval`), so it never reaches below
-    -100.
-
-    Args:
-        difference: Sum of negative log-likelihoods per row, model less base, shape [rows].
-        tokens: Tokens per row, shape [rows].
+    -100. `difference` is the sum of negative log-likelihoods, model less base, and `tokens` their number, per row.
     """
     found = ratio_interval(difference, tokens)
     value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))
@@ -115,20 +93,15 @@ def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
 
 
 def check_lm_eval(tasks: str) -> list[str]:
-    """The names of the tasks; refuses at once where the harness is missing.
-
-    Raises:
-        CompatibilityError: lm-eval is not installed.
-    """
+    """The names of the tasks; refuses at once where the harness is missing."""
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise ConfigError(f"--lm-eval {tasks}: give names with commas between them, such as mmlu,arc_easy")
     try:
         importlib.import_module("lm_eval")
     except ImportError as error:
-        raise CompatibilityError(
-            "--lm-eval: the harness is not installed; pip install 'pharmacist[lm-eval]'"
-        ) from error
+        how = "pip install 'pharmacist[lm-eval]'"
+        raise CompatibilityError(f"--lm-eval: the harness is not installed; {how}") from error
     return names
 
 
@@ -141,29 +114,19 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
     harness, models = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.models.huggingface"))
     model = models.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 8)
     try:
-        found = harness.simple_evaluate(
-            model=model,
-            tasks=names,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            log_samples=False,
-        )
+        seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
+        found = harness.simple_evaluate(model=model, tasks=names, log_samples=False, **seeds)
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"--lm-eval {','.join(names)}: the harness cannot run them ({reason})") from error
-    version = getattr(harness, "__version__", "unknown")
-    return {f"lm_eval_{name}": _harness_metric(found, name, str(version)) for name in found["results"]}
+    judge = f"lm-eval@{getattr(harness, '__version__', 'unknown')}"
+    return {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
 
 
-def _harness_metric(found: dict[str, Any], name: str, version: str) -> Metric:
+def _harness_metric(found: dict[str, Any], name: str, judge: str) -> Metric:
     scores = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
-    for wanted in ("acc", "exact_match"):
-        key = next((key for key in scores if key.split(",")[0] == wanted), None)
-        if key is not None:
-            break
-    else:
+    key = next((key for wanted in ("acc", "exact_match") for key in scores if key.split(",")[0] == wanted), None)
+    if key is None:
         raise DataError(f"--lm-eval {name}: reports neither acc nor exact_match, but {', '.join(scores)}")
     metric, _, filtered = key.partition(",")
     error, rate = scores.get(f"{metric}_stderr,{filtered}"), scores[key]
@@ -177,6 +140,6 @@ def _harness_metric(found: dict[str, Any], name: str, version: str) -> Metric:
         "n": n,
         **with_interval(ends, "the harness reports no error"),
         "measure": key,
-        "judge": f"lm-eval@{version}",
+        "judge": judge,
         "all": scores,
     }

@@ -5,11 +5,11 @@ Hugging Face ``generate`` does the decoding. A minimal loop of our own was measu
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
-from pharmacist.data.templates import Template
-from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
-from pharmacist.evaluation.reasoning import FRAME, MARKER, begun
+from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun
 from pharmacist.nn.distributed import barrier
 
 
@@ -34,20 +32,10 @@ Decoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], bool
 _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
 
 
-def encode_prompts(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> list[list[int]]:
-    """Token ids of the prompts of rows, exactly as training puts them in front of a completion."""
-    return prompt_ids(rows, tokenizer, template) if rows else []
-
-
 def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
     """Takes tokens out of the middle of prompts that fill a model's whole context, so that their frame stays whole.
 
-    Args:
-        ids: Prompts.
-        context: Longest sequence of the model.
-        max_new_tokens: Room to make for an answer; at most half of the context is made.
+    Room is made for an answer of `max_new_tokens`, but for at most half of the context.
 
     Returns:
         The prompts, and how many were cut.
@@ -74,11 +62,11 @@ def generate(
     Args:
         model: A causal language model, in any mode.
         tokenizer: Its tokenizer.
-        ids: Prompts as token ids, such as `encode_prompts` makes them.
+        ids: Prompts as token ids, as `data.tokenize.prompt_ids` makes them.
         max_new_tokens: Longest answer; less where the model's context ends earlier.
         batch_size: Prompts at a time, 0 for as many as the token budget takes (at most `ROWS_PER_BATCH`).
         work: Folder for finished answers, so that an interrupted call continues; shared by all processes.
-        description: For the progress bar.
+        description: Of the progress bar.
         decoder: Takes the place of Hugging Face ``generate``.
 
     Returns:
@@ -102,24 +90,23 @@ def generate(
         bar(description, sum(len(batch.rows) for batch in mine)) as progress,
         nullcontext(decoder) if decoder is not None else _greedy(model, tokenizer, ends) as decode,
     ):
-        for batch in mine:
+        for rows, new_tokens in mine:
             # A batch is repeated as a whole, so that a resumed run computes what an undisturbed one does.
-            if not all(row in found for row in batch.rows):
-                prompts = [list(ids[row]) for row in batch.rows]
-                answers = _answers(tokenizer, prompts, decode(prompts, batch.new_tokens, ends))
-                fresh = {row: answer for row, answer in zip(batch.rows, answers, strict=True) if row not in found}
+            if not all(row in found for row in rows):
+                prompts = [list(ids[row]) for row in rows]
+                answers = _answers(tokenizer, prompts, decode(prompts, new_tokens, ends))
+                fresh = {row: answer for row, answer in zip(rows, answers, strict=True) if row not in found}
                 if own is not None:
                     append_answers(own, fresh)
                 found |= fresh
-            progress.advance(len(batch.rows))
+            progress.advance(len(rows))
     if work is not None:
         barrier()
         found = read_answers(sorted(work.glob(f"{name}-*.jsonl")), own)
     return [found[row] for row in range(len(ids))]
 
 
-@dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(NamedTuple):
     """Prompts that are answered together, and how long their answers may be."""
 
     rows: list[int]
@@ -127,13 +114,10 @@ class PromptBatch:
 
 
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batch_size: int = 0) -> list[PromptBatch]:
-    """Groups prompts of similar length, the longest first.
+    """Groups prompts (lengths in tokens) of similar length, the longest first; near the context's end by room left.
 
-    Args:
-        lengths: Tokens per prompt.
-        max_new_tokens: Longest answer.
-        context: Longest sequence of the model; prompts near it are grouped by the room that is left.
-        batch_size: Most prompts per batch, 0 for `ROWS_PER_BATCH`.
+    Raises:
+        DataError: A prompt fills the whole context.
     """
     for row, length in enumerate(lengths):
         if length >= context:
@@ -166,14 +150,14 @@ def _answers(
     marks = {token for token, own in added.items() if MARKER.fullmatch(own.content)}
     frame = {token for token, own in added.items() if FRAME.fullmatch(own.content)}
     lost = {token for token, own in added.items() if own.special} - marks - frame
-    template = getattr(tokenizer, "response_template", None)
     plain = tokenizer.batch_decode([row for row, _ in new], skip_special_tokens=True)
     found = []
     for prompt, (row, finished), text in zip(ids, new, plain, strict=True):
         if marks.intersection(row):
             text = tokenizer.decode([token for token in row if token not in lost])
         answer = Answer(begun(tokenizer.decode(list(prompt[-_PROMPT_END:]))) + text, len(row), finished)
-        found.append(answer if template is None else _parsed(tokenizer, prompt, row, answer))
+        has_template = getattr(tokenizer, "response_template", None) is not None
+        found.append(_parsed(tokenizer, prompt, row, answer) if has_template else answer)
     return found
 
 
@@ -184,7 +168,7 @@ def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequ
     except (ValueError, AttributeError, TypeError, KeyError):
         return answer  # no message in the template's form, such as one that the limit cut
     said = parts.get("content")
-    thought = next((parts[name] for name in ("reasoning_content", "reasoning", "thinking") if parts.get(name)), "")
+    thought = next((parts[name] for name in REASONING_FIELDS if parts.get(name)), "")
     if not isinstance(thought, str) or not isinstance(said, str | None):
         return answer
     why = "" if said or not parts.get("tool_calls") else "calls a tool instead of answering"
@@ -221,15 +205,9 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
 def _decode_batch(
     model: PreTrainedModel, fill: int, ids: list[list[int]], new_tokens: int, ends: list[int]
 ) -> list[tuple[list[int], bool]]:
-    input_ids, attention_mask = pad(ids, fill, left=True)
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-    )
+    input_ids, mask = (tensor.to(model.device) for tensor in pad(ids, fill, left=True))
+    how: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
+    output = model.generate(input_ids=input_ids, attention_mask=mask, **how)
     return [until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
 
 

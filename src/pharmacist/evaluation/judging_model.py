@@ -4,16 +4,19 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.decider import Decider
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
+
+
+UNREADABLE = "verdict cannot be read"
 
 
 @dataclass
@@ -30,49 +33,43 @@ class JudgingModelConfig(EndpointConfig):
         return super().where() | {"model": self.model, "max_tokens": self.max_tokens}
 
 
-class JudgingModel:
-    """Asks a judging model.
+class JudgingModel(Decider):
+    """A judge or grader that asks a judging model; its options are a `JudgingModelConfig`."""
 
-    Args:
-        config: Its options.
-        option: Who asks, as messages name it (``--judge strongreject``).
-        system: System message of every question.
-        version: Of the questions: replies to other ones are not taken.
-    """
+    option: ClassVar[str]
+    """Of the command line, by which it is chosen: ``--judge``."""
+    system: ClassVar[str]
+    """System message of every question."""
+    version: ClassVar[int]
+    """Raised whenever the same reply gives another verdict, or the question changes; other replies are not taken."""
+    numbers: ClassVar[Mapping[str, Collection[int]]]
+    """What a reply's last line of JSON must hold, and what each may be."""
 
-    def __init__(self, config: JudgingModelConfig, option: str, system: str, version: int) -> None:
-        self.config, self.option, self.system, self.version = config, option, system, version
+    @property
+    def _who(self) -> str:
+        return f"{self.option} {self.name}"
 
     def check(self) -> None:
-        """Asks for what is missing before any answer is generated.
-
-        Raises:
-            ConfigError: There is no address or no model.
-        """
-        Endpoint(self.config, self.option)
+        """There must be an address and a model."""
+        Endpoint(self.config, self._who)
         if not self.config.model:
-            raise ConfigError(f"{self.option}: give the judging model with {self.option.split()[0]}.model NAME")
+            raise ConfigError(f"{self._who}: give the judging model with {self.option}.model NAME")
 
-    def ask(self, questions: Sequence[str], work: Path | None, description: str) -> list[str | Failure]:
-        """Asks what was not asked before, equal questions once; replies are kept as they come.
+    def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
+        """The `numbers` of each question's reply, or why there are none.
 
-        Args:
-            questions: One per reply.
-            work: Folder of the replies; None keeps nothing.
-            description: For the progress bar.
-
-        Returns:
-            Text without reasoning, or failure, per question, in order. Failures are not kept: the next call asks
-            again. A reply that was cut is a failure: what it says before its end is no verdict.
+        Asks what was not asked before, equal questions once; replies are kept in `work` as they come, without their
+        reasoning. Failures are not kept: the next call asks again. A reply that was cut is a failure: what it says
+        before its end is no verdict.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses.
         """
-        config = self.config
+        config: JudgingModelConfig = self.config
         turns = ([{"role": "system", "content": self.system}, {"role": "user", "content": text}] for text in questions)
         bodies = [config.request(config.model, messages, config.max_tokens) for messages in turns]
         keys = [sha256_json([self.version, EndpointConfig.where(config), body]) for body in bodies]
-        log = None if work is None else work / f"{self.option.split()[1]}.jsonl"
+        log = None if self.work is None else self.work / f"{self.name}.jsonl"
         found: dict[str, str | Failure] = {}
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -80,45 +77,31 @@ class JudgingModel:
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
         order = list(missing)
 
-        def done(position: int, result: Answer | Failure) -> None:
-            key, reply = order[position], result if isinstance(result, Failure) else _whole(result)
-            found[key] = reply
-            if log is not None and isinstance(reply, str):
-                append_json_lines(log, [{"key": key, "reply": reply}])
+        def done(position: int, reply: Answer | Failure) -> None:
+            key = order[position]
+            if isinstance(reply, Answer) and not reply.finished:
+                reply = Failure("reply cut at its limit of tokens; raise max_tokens")
+            found[key] = reply if isinstance(reply, Failure) else separate(reply.text).answer
+            if log is not None and isinstance(reply, Answer):
+                append_json_lines(log, [{"key": key, "reply": found[key]}])
 
-        Endpoint(config, self.option).ask_all(list(missing.values()), done, description, answered=bool(found))
-        return [found[key] for key in keys]
+        Endpoint(config, self._who).ask_all(list(missing.values()), done, description, answered=bool(found))
+        replies = [found[key] for key in keys]
+        self.missing += sum(isinstance(reply, Failure) for reply in replies)
+        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
+        return [UNREADABLE if numbers is None else numbers for numbers in read]
 
     def check_verdicts(self, unscored: Sequence[str], asked: int) -> None:
-        """Raises where no verdict came at all.
-
-        Args:
-            unscored: Why, per answer without a verdict.
-            asked: Number of answers.
-
-        Raises:
-            DataError: All are unscored.
-        """
+        """Raises a DataError where all answers that were asked for are unscored, with the reasons of each."""
         if asked and len(unscored) == asked:
             raise DataError(
-                f"{self.option}: {self.config.shown} gave no verdict on any of {asked} answers "
-                f"({count_reasons(unscored)}); mend it or take another {self.option.split()[0]}; the answers are kept"
+                f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
+                f"({count_reasons(unscored)}); mend it or take another {self.option}; the answers are kept"
             )
 
 
-def _whole(reply: Answer) -> str | Failure:
-    """A judging model's reply without its reasoning."""
-    if not reply.finished:
-        return Failure("reply cut at its limit of tokens; raise max_tokens")
-    return separate(reply.text).answer
-
-
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:
-    """Whole numbers from the last JSON object in a reply that has none inside it; None where one is not there.
-
-    Args:
-        reply: Of a judging model.
-        allowed: Name -> what it may be.
+    """Whole numbers (name -> what it may be) from the last JSON object in a reply that has none inside it, or None.
 
     >>> last_numbers('first {"a": 1}, then {"a": 2}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
     ([2], None)

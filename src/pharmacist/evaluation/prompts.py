@@ -1,12 +1,9 @@
-"""Prompt sets by name. A new one is one line in `PROMPT_SETS`.
-
-``--prompts harmbench`` takes the set from the hub; ``--prompts harmbench:FILE`` from a file of the set as its authors
-publish it, so that nothing needs the network. Any other file or hub id goes through `data.formats.open_source`.
-"""
+"""Prompt sets by name. A new one is one line in `PROMPT_SETS`."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def _unsafe(row: Row) -> bool:
-    return row.get("is_safe") is False or str(row.get("is_safe")).lower() == "false"
+    return str(row.get("is_safe")).lower() == "false"
 
 
 def _safe_twin(row: Row) -> bool:
@@ -32,40 +29,28 @@ def _safe_twin(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set is and which of its rows are meant.
+    """Where a set is and which of its rows are meant."""
 
-    Attributes:
-        hub: Hub id, with configuration and split.
-        file: What the authors' own file is, for whoever has no network.
-        columns: Names that the prompt's column has in one or the other.
-        keep: Which rows.
-        distinct: Whether a prompt counts once, whatever its number of rows.
-        limit: At most so many rows, the first ones; 0 for all.
-        category: Column with the category.
-    """
-
-    hub: str
-    file: str
-    columns: tuple[str, ...]
+    hub: str  # hub id, with configuration and split
+    file: str  # what the authors' own file is, for whoever has no network
+    columns: tuple[str, ...]  # names that the prompt's column has in one or the other
     keep: Callable[[Row], bool] = lambda row: True
-    distinct: bool = True
-    limit: int = 0
+    distinct: bool = True  # whether a prompt counts once, whatever its number of rows
+    limit: int = 0  # at most so many rows, the first ones; 0 for all
     category: tuple[str, ...] = ("category",)
 
 
-_BEAVERTAILS = "PKU-Alignment/BeaverTails:30k_test"
-_BEAVERTAILS_FILE = "the 30k_test split of PKU-Alignment/BeaverTails (prompt, is_safe, category)"
-
-
-def _first(limit: int) -> PromptSet:
-    """The first unsafe rows of BeaverTails, in which prompts repeat."""
-    return PromptSet(_BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe, distinct=False, limit=limit)
-
-
+_BEAVERTAILS = PromptSet(
+    "PKU-Alignment/BeaverTails:30k_test",
+    "the 30k_test split of PKU-Alignment/BeaverTails (prompt, is_safe, category)",
+    ("prompt",),
+    _unsafe,
+)
 PROMPT_SETS = {
-    "beavertails": PromptSet(_BEAVERTAILS, _BEAVERTAILS_FILE, ("prompt",), _unsafe),
-    "beavertails-first500": _first(500),  # as T-Vaccine takes them
-    "beavertails-first1000": _first(1000),  # as Booster, Antidote and NLSR do
+    "beavertails": _BEAVERTAILS,
+    # The first unsafe rows, in which prompts repeat: as T-Vaccine takes them, and as Booster, Antidote and NLSR do.
+    "beavertails-first500": replace(_BEAVERTAILS, distinct=False, limit=500),
+    "beavertails-first1000": replace(_BEAVERTAILS, distinct=False, limit=1000),
     "harmbench": PromptSet(
         "walledai/HarmBench:standard:train",
         "harmbench_behaviors_text_all.csv of the HarmBench repository",
@@ -92,11 +77,7 @@ PROMPT_SETS = {
 
 
 def open_prompts(spec: Any, name: str) -> Source:
-    """Opens a set by name, by ``name:FILE``, or whatever `open_source` takes.
-
-    Args:
-        spec: As given.
-        name: The option, for messages.
+    """Opens a set by name (from the hub), by ``name:FILE`` (its authors' file), or whatever `open_source` takes.
 
     Raises:
         DataError: It is not there, or holds no such prompts; the message says which file to provide.
@@ -114,30 +95,23 @@ def open_prompts(spec: Any, name: str) -> Source:
             raise
         why = "HF_HUB_OFFLINE forbids the hub" if offline() else "the hub cannot give it (network, or a gated set)"
         raise DataError(f"{name} {known}: {why}; download {chosen.file} and give {name} {known}:FILE") from error
-    rows = list(_rows(source, chosen))
+    rows = list(islice(_rows(source, chosen), chosen.limit or None))
     if not rows:
-        raise DataError(
-            f"{name} {spec}: holds none of the set's prompts (column {' or '.join(chosen.columns)}); "
-            f"give {chosen.file}"
-        )
+        column = f"column {' or '.join(chosen.columns)}"
+        raise DataError(f"{name} {spec}: holds none of the set's prompts ({column}); give {chosen.file}")
     return open_source(rows, name=name)
 
 
 def _rows(source: Source, chosen: PromptSet) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
-    count = 0
     for _, row in source.rows():
         text = next((row[column] for column in chosen.columns if isinstance(row.get(column), str)), "")
         if not text.strip() or not chosen.keep(row):
             continue
         key = prompt_key(text)
-        if chosen.distinct and key in seen:
-            continue
+        if not (chosen.distinct and key in seen):
+            yield {"prompt": text, "category": category_names(row, chosen.category)}
         seen.add(key)
-        yield {"prompt": text, "category": category_names(row, chosen.category)}
-        count += 1
-        if count == chosen.limit:
-            return
 
 
 def category_names(row: Row | None, columns: tuple[str, ...] = ("category", "categories")) -> list[str]:
@@ -149,14 +123,13 @@ def category_names(row: Row | None, columns: tuple[str, ...] = ("category", "cat
     for column in columns:
         value = (row or {}).get(column)
         if isinstance(value, str) and value.strip():
-            return [_writable(value.strip())]
-        if isinstance(value, Mapping):
-            return [_writable(str(name)) for name, true in value.items() if true is True]
-        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-            return [_writable(name) for name in value]
+            names = [value.strip()]
+        elif isinstance(value, Mapping):
+            names = [str(name) for name, true in value.items() if true is True]
+        elif isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+            names = value
+        else:
+            continue
+        # Lone surrogates, which no file can hold, are spelled out.
+        return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
     return []
-
-
-def _writable(name: str) -> str:
-    """The name with lone surrogates spelled out, which no file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,12 +1,9 @@
-r"""Reasoning and answer told apart: the one place, behind every engine and in front of every judge and task.
+r"""Reasoning and answer told apart, behind every engine and in front of every judge and task.
 
-What a model thinks is not what it tells its user: a refusal that comes after a page of thought is a refusal, and a
-thought that never ends is no answer. Known are tags (``<think>``, ``[THINK]``, ``<|START_THINKING|>`` and their kin),
-the channels of harmony (gpt-oss) and Gemma, and Granite's headings. A closing tag without an opening one means that
-the chat template had opened it; an opening one that is never closed, that the answer ended in its reasoning.
-
-What the tokenizer (its ``response_template``) or the endpoint (``reasoning_content``) told apart before comes through
-unchanged. Separating twice does no more than separating once.
+A refusal that comes after a page of thought is a refusal, and a thought that never ends is no answer. Known are tags
+(``<think>``, ``[THINK]``, ``<|START_THINKING|>`` and their kin), the channels of harmony (gpt-oss) and Gemma, and
+Granite's headings. A closing tag without an opening one means that the chat template had opened it; an opening one
+that is never closed, that the answer ended in its reasoning. Separating twice does no more than separating once.
 """
 
 import re
@@ -15,6 +12,8 @@ from typing import NamedTuple
 
 ENDED = "ended inside its reasoning"
 CUT = "cut before the answer began"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where endpoints and tokenizers put what they told apart themselves."""
 
 _NAME = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
 _OPEN = (
@@ -61,13 +60,9 @@ FRAME = re.compile(
 
 
 class Separated(NamedTuple):
-    """A model's message in its two parts.
+    """A model's message in its two parts, without the marks around its reasoning.
 
-    Attributes:
-        answer: What it says to its user.
-        reasoning: What it thinks before, without the marks around it; empty where it shows nothing of it.
-        open: Whether the message ends inside the reasoning.
-        closes: Whether it closes a reasoning that it did not open itself.
+    It is `open` where it ends inside the reasoning, and `closes` one where it did not open that itself.
     """
 
     answer: str
@@ -106,28 +101,21 @@ def begun(prompt: str) -> str:
 
 
 def _channels(text: str) -> Separated:
-    """Messages of harmony: those of the channel ``final`` are the answer, or what stands there in no channel."""
-    answer: list[str] = []
-    reasoning: list[str] = []
-    last = ""
+    """Messages of harmony: those of the channel ``final`` are the answer."""
     headers = list(_HEADER.finditer(text))
-    before = _MESSAGE_END.sub("", text[: headers[0].start()]).strip()
-    for header, end in zip(headers, [*(header.start() for header in headers[1:]), len(text)], strict=True):
-        last = header["channel"]
+    ends = [*(header.start() for header in headers[1:]), len(text)]
+    before = _MESSAGE_END.sub("", text[: headers[0].start()]).strip()  # the template may have opened the first one
+    answer, reasoning = list[str](), [before]
+    for header, end in zip(headers, ends, strict=True):
         message = _MESSAGE_END.sub("", text[header.end() : end]).strip()
-        (answer if last == "final" else reasoning).append(message)
-    # The template may have opened the first channel itself.
-    reasoning = [part for part in (before, *reasoning) if part]
-    is_open = last != "final" and not answer
-    return Separated("\n\n".join(answer), "\n\n".join(reasoning), is_open, bool(before))
+        (answer if header["channel"] == "final" else reasoning).append(message)
+    return Separated("\n\n".join(answer), "\n\n".join(filter(None, reasoning)), not answer, bool(before))
 
 
 def _tags(text: str) -> Separated:
-    answer: list[str] = []
-    reasoning: list[str] = []
+    answer, reasoning = list[str](), list[str]()
     place, opened, spoken, closes = 0, "", False, False
-    marks = sorted([*_OPENS.finditer(text), *_CLOSES.finditer(text)], key=lambda mark: mark.start())
-    for mark in marks:
+    for mark in sorted([*_OPENS.finditer(text), *_CLOSES.finditer(text)], key=lambda mark: mark.start()):
         part = text[place : mark.start()]
         if mark.re is _CLOSES:
             if opened and not (mark["rare"] and opened != "rare"):
@@ -146,14 +134,10 @@ def _tags(text: str) -> Separated:
             answer.append(part)
             opened, spoken = mark.lastgroup or "", False
         place = mark.end()
-    rest = text[place:]
-    if opened:
-        return _parts("".join(answer), [*reasoning, rest], is_open=True, closes=closes)
-    return _parts("".join([*answer, rest]), reasoning, closes=closes) if reasoning else Separated(text, "")
-
-
-def _parts(answer: str, reasoning: list[str], *, is_open: bool = False, closes: bool = False) -> Separated:
-    wrapped = _WRAPPED.fullmatch(answer.strip())
-    answer = wrapped[1] if wrapped else answer
-    thought = "\n\n".join(part for part in map(str.strip, reasoning) if part)
-    return Separated(answer.strip(), thought, is_open, closes)
+    if not opened and not reasoning:
+        return Separated(text, "")
+    (reasoning if opened else answer).append(text[place:])
+    whole = "".join(answer).strip()
+    wrapped = _WRAPPED.fullmatch(whole)
+    thought = "\n\n".join(filter(None, map(str.strip, reasoning)))
+    return Separated((wrapped[1] if wrapped else whole).strip(), thought, bool(opened), closes)

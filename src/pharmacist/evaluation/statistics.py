@@ -30,21 +30,13 @@ def wilson(count: float, n: float, confidence: float = 0.95) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval.
+    """A number with its interval of 95 %."""
 
-    Attributes:
-        value: The estimate; NaN where there are no observations.
-        low: Lower end; NaN where no interval can be given.
-        high: Upper end.
-        n: Observations behind it.
-        missing: Why there is no interval, in a few words; empty where there is one.
-    """
-
-    value: float
-    low: float
+    value: float  # NaN where there are no observations
+    low: float  # NaN where no interval can be given
     high: float
-    n: int
-    missing: str = ""
+    n: int  # observations behind it
+    missing: str = ""  # why there is no interval, in a few words; empty where there is one
 
     @property
     def interval(self) -> list[float] | None:
@@ -57,18 +49,11 @@ def with_interval(ends: list[float] | None, missing: str) -> dict[str, Any]:
     return {"ci95": ends} if ends is not None else {"ci95": None, "no_ci95": missing}
 
 
-def t_interval(
-    values: Sequence[float], confidence: float = 0.95, bounds: tuple[float, float] = (-inf, inf)
-) -> Estimate:
-    """Mean over seeds with Student's t interval, cut where the mean cannot lie.
+def t_interval(values: Sequence[float], bounds: tuple[float, float] = (-inf, inf)) -> Estimate:
+    """Mean with Student's t interval, cut at the least and greatest possible mean, such as `RATE`.
 
     A single value has no interval, and neither have values that are all the same: nothing in them tells how far
-    another seed would be off.
-
-    Args:
-        values: One per seed.
-        confidence: Coverage.
-        bounds: Least and greatest possible mean, such as `RATE`.
+    another one would be off.
     """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)
@@ -76,23 +61,14 @@ def t_interval(
         return Estimate(mean, nan, nan, n, "one value")
     if float(np.ptp(data)) <= 1e-9 * max(1.0, abs(mean)):  # but for rounding
         return Estimate(mean, nan, nan, n, f"all {n} values are the same")
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * data.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf(0.975, n - 1) * data.std(ddof=1) / np.sqrt(n))
     return Estimate(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), n)
 
 
-def ratio_interval(
-    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], confidence: float = 0.95
-) -> Estimate:
-    """Ratio of two sums over the same rows, with Student's t interval of its linear part (the ratio estimator).
-
-    Args:
-        numerators: Shape [rows].
-        denominators: Shape [rows], positive.
-        confidence: Coverage.
-    """
+def ratio_interval(numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64]) -> Estimate:
+    """Ratio of two sums over the same rows, with Student's t interval of its linear part (the ratio estimator)."""
     value, n = float(numerators.sum() / denominators.sum()), len(numerators)
-    shares = (numerators - value * denominators) / denominators.mean()
-    around = t_interval(shares.tolist(), confidence)
+    around = t_interval(((numerators - value * denominators) / denominators.mean()).tolist())
     return Estimate(value, value + around.low, value + around.high, n, around.missing)
 
 
@@ -102,15 +78,11 @@ def four_counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]
     return both, only_first, only_second, len(pairs) - both - only_first - only_second
 
 
-def paired_difference(pairs: Iterable[tuple[bool, bool]], confidence: float = 0.95) -> Estimate:
+def paired_difference(pairs: Iterable[tuple[bool, bool]]) -> Estimate:
     """Difference of two rates over the same prompts, first less second, in percentage points.
 
     The interval is Newcombe's from Wilson's intervals of the two rates and their correlation (Newcombe 1998, method
     10). It lies within [-100, 100] and has a width also where the two agree everywhere or nowhere.
-
-    Args:
-        pairs: What happened to each prompt, under the first and under the second.
-        confidence: Coverage.
     """
     pairs = [(bool(first), bool(second)) for first, second in pairs]
     n = len(pairs)
@@ -123,7 +95,7 @@ def paired_difference(pairs: Iterable[tuple[bool, bool]], confidence: float = 0.
     # With Newcombe's correction, which takes a weak positive correlation for none.
     correlation = (max(excess - n / 2, 0) if excess > 0 else excess) / sqrt(margins) if margins else 0.0
     value = 100 * (first - second) / n
-    (low_1, high_1), (low_2, high_2) = wilson(first, n, confidence), wilson(second, n, confidence)
+    (low_1, high_1), (low_2, high_2) = wilson(first, n), wilson(second, n)
 
     def half(own: float, other: float) -> float:
         return sqrt(max(own**2 - 2 * correlation * own * other + other**2, 0.0))
@@ -150,6 +122,5 @@ def curve_area(steps: Sequence[float], values: Sequence[float], *, log_steps: bo
     x = np.asarray(steps, dtype=np.float64)
     if len(x) < 2 or len(x) != len(values) or not (np.diff(x) > 0).all():
         raise ValueError("curve_area needs at least two ascending steps, and as many values")
-    if log_steps:
-        x = np.log1p(x)
+    x = np.log1p(x) if log_steps else x
     return float(np.trapezoid(np.asarray(values, dtype=np.float64), x) / (x[-1] - x[0]))

@@ -20,6 +20,11 @@ def missing(item: Mapping[str, Any]) -> str:
     return str(item.get("error") or item.get("unanswered") or "")
 
 
+def writable(text: str) -> bool:
+    """Whether files can hold a text: not where it has half a character (a lone surrogate)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def without_marks(text: str) -> str:
     """A text without the signs that combine with a letter (vowels of Thai and Hindi, accents), which end no word."""
     if text.isascii():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,7 +68,14 @@ class AdapterBank:
                 self.model.add_adapter(name, self._config)
             self._parameters[name] = self._find(name)
             self.model.requires_grad_(False)
-        self._load(name, self._start if state is None else state)
+        parameters, state = self.parameters(name), self._start if state is None else state
+        if parameters.keys() != state.keys():
+            raise DataError(f"adapter '{name}': its tensors do not fit this model; it was made for another base")
+        for key, parameter in parameters.items():
+            if parameter.shape != state[key].shape:
+                raise DataError(f"adapter '{name}': tensor {key} has another shape; it was made for another base")
+            with torch.no_grad():
+                parameter.copy_(state[key])
 
     def _find(self, name: str) -> dict[str, nn.Parameter]:
         mark = f".{name}."
@@ -85,16 +93,6 @@ class AdapterBank:
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """A copy of an adapter's tensors."""
         return {n: p.detach().clone().contiguous() for n, p in self.parameters(name).items()}
-
-    def _load(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        parameters = self.parameters(name)
-        if parameters.keys() != state.keys():
-            raise DataError(f"adapter '{name}': its tensors do not fit this model; it was made for another base")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                if parameter.shape != state[key].shape:
-                    raise DataError(f"adapter '{name}': tensor {key} has another shape; it was made for another base")
-                parameter.copy_(state[key])
 
     def save(self, name: str, folder: Path) -> None:
         """Writes an adapter as a PEFT folder (safetensors and JSON)."""
@@ -115,24 +113,20 @@ class AdapterBank:
     @contextmanager
     def using(self, name: Names) -> Iterator[nn.Module]:
         """Activates one adapter, several on top of each other, or none (the base alone), for the block."""
-        if name is not None:
-            self._activate([name] if isinstance(name, str) else list(name))
-            yield self.model
-            return
+        names = [name] if isinstance(name, str) else list(name or ())
         for layer in self._layers:
-            layer.enable_adapters(False)
+            if name is None:
+                layer.enable_adapters(False)
+            elif layer.active_adapters != names:
+                layer.set_adapter(names, inference_mode=True)
+        self._mark_trained()
         try:
             yield self.model
         finally:
-            for layer in self._layers:
-                layer.enable_adapters(True)
-            self._mark_trained()
-
-    def _activate(self, names: list[str]) -> None:
-        for layer in self._layers:
-            if layer.active_adapters != names:
-                layer.set_adapter(names, inference_mode=True)
-        self._mark_trained()
+            if name is None:
+                for layer in self._layers:
+                    layer.enable_adapters(True)
+                self._mark_trained()
 
     def _mark_trained(self) -> None:
         # PEFT's switches also set requires_grad; what trains here is decided by `train` alone.
@@ -191,7 +185,8 @@ class AdapterBank:
             last_saved = time.monotonic()
             for step in range(steps):
                 if step >= first:
-                    self._step(step, steps, loss, optimizer)
+                    optimizer.param_groups[0]["lr"] = self.options.learning_rate * learning_rate_factor(step, steps)
+                    self._step(step, loss, optimizer)
                     observe(step, optimizer)
                     if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
                         self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
@@ -199,19 +194,15 @@ class AdapterBank:
                 advance()
         optimizer.zero_grad(set_to_none=True)
 
-    def _step(
-        self, step: int, steps: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer
-    ) -> None:
-        optimizer.param_groups[0]["lr"] = self.options.learning_rate * learning_rate_factor(step, steps)
+    def _step(self, step: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
         value = loss(step)
-        if not torch.isfinite(value):
-            raise DataError(f"selector training: the loss is {value.item()} at step {step}; lower the learning rate")
         value.backward()  # type: ignore[no-untyped-call]
         # Each adapter by itself: training together must not couple them.
         norms = [nn.utils.clip_grad_norm_(self.parameters(name).values(), 1.0) for name in self._training]
-        if not torch.isfinite(torch.stack(norms)).all():
-            raise DataError(f"selector training: the gradient is not finite at step {step}; lower the learning rate")
+        for what, number in (("loss", value), ("gradient", torch.stack(norms).sum())):
+            if not torch.isfinite(number):
+                raise DataError(f"selector training: the {what} is not finite at step {step}; lower the learning rate")
         optimizer.step()
 
     @staticmethod
@@ -222,7 +213,7 @@ class AdapterBank:
         optimizer: torch.optim.Optimizer,
         extra: dict[str, torch.Tensor],
     ) -> None:
-        tensors: dict[str, torch.Tensor] = {f"extra/{key}": value for key, value in extra.items()}
+        tensors = {f"extra/{key}": value for key, value in extra.items()}
         for key, parameter in parameters.items():
             state = optimizer.state[parameter]
             tensors[f"weight/{key}"] = parameter.detach()
@@ -239,8 +230,6 @@ class AdapterBank:
     ) -> int:
         if not path.is_file():
             return 0
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as file:
             step = int(file.metadata()["step"])
             tensors: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -14,23 +14,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def _state() -> "PartialState":
-    import torch
-    from accelerate import PartialState
-
-    _leave_in_the_end()
-    # accelerate counts processes on CPUs only when it is told that this is a run on CPUs; else nobody would wait.
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
 @cache
-def _leave_in_the_end() -> None:
+def _state() -> "PartialState":
     import atexit
 
+    import torch
     import torch.distributed as dist
+    from accelerate import PartialState
 
     # What still holds connections at its exit can be aborted by their threads, after all its work is done.
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    # accelerate counts processes on CPUs only when it is told that this is a run on CPUs; else nobody would wait.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def barrier() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import DivergedError
 from pharmacist.nn.distributed import total
+from pharmacist.nn.losses import precise
 
 
 Gradient = dict[str, torch.Tensor]
@@ -20,34 +21,22 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def local_gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """The derivative of a scalar loss by the parameters, 0 for those that it does not reach; touches no ``.grad``."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), found, strict=True)
+    return {name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
 
 
-def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False) -> Gradient:
-    """The derivative of a loss by the parameters; touches no ``.grad``.
-
-    In a data-parallel run it is the mean over the processes, the same on each; all of them must call.
-
-    Args:
-        loss: A scalar.
-        parameters: Those that the loss does not reach get zeros.
-        retain_graph: Keep the graph for another call.
+def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """The mean of `local_gradient` over the processes of a data-parallel run; all of them must call.
 
     Raises:
         DivergedError: Loss or gradient is NaN or infinite.
     """
     if not torch.isfinite(loss):
         raise DivergedError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
-    found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
-    result = averaged(
-        {
-            name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            if value is None
-            else _precise(value.detach())
-            for (name, parameter), value in zip(parameters.items(), found, strict=True)
-        }
-    )
+    result = averaged(local_gradient(loss, parameters))
     if not torch.isfinite(norm(result)):
         raise DivergedError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")
     return result
@@ -64,16 +53,13 @@ def averaged(grads: Gradient) -> Gradient:
 
 def norm(grads: Gradient) -> torch.Tensor:
     """Euclidean norm over all tensors together, a scalar."""
-    total: torch.Tensor = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(value) for value in grads.values()])
-    )
-    return total
+    norms = [torch.linalg.vector_norm(value) for value in grads.values()]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def dot(a: Gradient, b: Gradient) -> torch.Tensor:
     """Inner product over all tensors together, a scalar."""
-    total: torch.Tensor = torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
-    return total
+    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
 
 
 def cosine(a: Gradient, b: Gradient, eps: float = 1e-12) -> torch.Tensor:
@@ -112,5 +98,5 @@ def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: flo
         with torch.no_grad():
             for name, value in direction.items():
                 parameter = parameters[name]
-                parameter.copy_(_precise(parameter) + by * value)
+                parameter.copy_(precise(parameter) + by * value)
         yield

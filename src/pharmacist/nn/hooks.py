@@ -6,6 +6,7 @@ again during backward.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,22 @@ from pharmacist.core.errors import CompatibilityError
 
 Activations = dict[str, torch.Tensor]
 """Module name -> the first tensor that it puts out, usually of shape [rows, length, width]."""
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
+    """Calls a hook for each module that runs in the block, as torch's own with the module's name in front.
+
+    Args:
+        modules: By name.
+        hook: ``(name, module, args, kwargs, output)``; what it returns, if anything, takes the output's place.
+        before: Before the module runs, as ``(name, module, args, kwargs)``; what it returns are new args and kwargs.
+    """
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(partial(hook, name), with_kwargs=True).remove)
+        yield
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -31,36 +48,18 @@ def _with_first(output: Any, value: torch.Tensor) -> Any:
 
 @contextmanager
 def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterator[Activations]:
-    """Collects what each module puts out the first time that it runs in the block.
-
-    Args:
-        modules: By name.
-        inputs: Collect what the modules are given instead.
+    """Collects what each module puts out, or is given, the first time that it runs in the block.
 
     Yields:
         Filled as the modules run; the tensors are part of the graph.
     """
     found: Activations = {}
 
-    def reader(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, *rest: Any) -> None:
-            if name not in found:
-                found[name] = _first(rest[-1])
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if name not in found:
+            found[name] = _first(output[0] if output else args or kwargs["hidden_states"])
 
-        def read_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in found:
-                found[name] = _first(args if args else kwargs["hidden_states"])
-
-        return read_input if inputs else read
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            handle = (
-                module.register_forward_pre_hook(reader(name), with_kwargs=True)
-                if inputs
-                else module.register_forward_hook(reader(name))
-            )
-            stack.callback(handle.remove)
+    with hooked(modules, read, before=inputs):
         yield found
 
 
@@ -73,18 +72,13 @@ def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Te
         offsets: Same shape as the module's output; cast to its dtype.
     """
 
-    def adder(offset: torch.Tensor) -> Callable[..., Any]:
-        def add(module: nn.Module, args: Any, output: Any) -> Any:
-            value = _first(output)
-            if value.shape != offset.shape:
-                raise CompatibilityError(f"an offset of shape {tuple(offset.shape)} meets {tuple(value.shape)}")
-            return _with_first(output, value + offset.to(value.dtype))
+    def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        value, offset = _first(output), offsets[name]
+        if value.shape != offset.shape:
+            raise CompatibilityError(f"an offset of shape {tuple(offset.shape)} meets {tuple(value.shape)}")
+        return _with_first(output, value + offset.to(value.dtype))
 
-        return add
-
-    with ExitStack() as stack:
-        for name, offset in offsets.items():
-            stack.callback(modules[name].register_forward_hook(adder(offset)).remove)
+    with hooked({name: modules[name] for name in offsets}, add):
         yield
 
 
@@ -104,28 +98,22 @@ def activation_gradients(
     """
     found: Activations = {}
 
-    def reader(name: str) -> Callable[..., Any]:
-        def read(module: nn.Module, args: Any, output: Any) -> Any:
-            if name in found:
-                return None
-            value = _first(output)
-            if not found:
-                value = value.detach().requires_grad_()
-                torch.set_grad_enabled(True)  # from here on; the block below sets it back
-            found[name] = value
-            return _with_first(output, value)
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if name in found:
+            return None
+        value = _first(output)
+        if not found:
+            value = value.detach().requires_grad_()
+            torch.set_grad_enabled(True)  # from here on; the block below sets it back
+        found[name] = value
+        return _with_first(output, value)
 
-        return read
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(reader(name)).remove)
-        with torch.no_grad():
-            value = loss()
-            missed = [name for name in modules if name not in found]
-            if missed:
-                raise CompatibilityError(f"{missed[0]}: did not run in the forward pass")
-            grads = torch.autograd.grad(value, list(found.values()))
+    with hooked(modules, read), torch.no_grad():
+        value = loss()
+        missed = [name for name in modules if name not in found]
+        if missed:
+            raise CompatibilityError(f"{missed[0]}: did not run in the forward pass")
+        grads = torch.autograd.grad(value, list(found.values()))
     return value.detach(), dict(zip(found, grads, strict=True))
 
 
@@ -140,38 +128,11 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
     if head is None:
         raise CompatibilityError("the model does not name its output head")
 
-    def select(module: nn.Module, args: Any) -> Any:
-        return (args[0][keep], *args[1:])
+    def select(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args[0][keep], *args[1:]), kwargs
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with hooked({"head": head}, select, before=True):
         yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def head_inputs(head: nn.Module, few: int) -> Iterator[list[torch.Tensor]]:
-    """Collects the hidden states that the output head is given, and lets it see some of the first row alone.
-
-    Args:
-        head: The output head.
-        few: How many it sees, 0 for none.
-
-    Yields:
-        Filled as the head runs, each of shape [rows, length, width]. Logits then have the shape [1, few, vocabulary].
-    """
-    seen: list[torch.Tensor] = []
-
-    def select(module: nn.Module, args: Any) -> Any:
-        seen.append(args[0])
-        return (args[0][:1, :few], *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -179,3 +140,15 @@ def replayed_rng(device: torch.device) -> Iterator[None]:
     """Leaves the random state as it was, so that the next pass draws the same dropout masks."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the block; every module's own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -18,11 +18,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of all linear layers but the output head, the usual targets of LoRA.
-
-    Raises:
-        NoMatchError: The model has none.
-    """
+    """Names of all linear layers but the output head, the usual targets of LoRA; `NoMatchError` without any."""
     head = output_head(model)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if not names:
@@ -34,10 +30,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers in order, by name: the list of modules of which each holds a self-attention module.
 
     Where there are several such lists (a vision tower), it is the one as long as the configuration says the text
-    model is deep, else the longest.
-
-    Raises:
-        NoMatchError: There is no such list.
+    model is deep, else the longest. `NoMatchError` where there is none.
     """
     lists = {
         name: module
@@ -46,17 +39,15 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
     if not lists:
         raise _nothing(model, "decoder layers (a list of modules, each with a self-attention module)")
-    depth = _depth(model)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(config, "num_hidden_layers", None)
     name = max(lists, key=lambda name: (len(lists[name]) == depth, len(lists[name])))
     return {f"{name}.{number}": layer for number, layer in enumerate(lists[name])}
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention module of each decoder layer, by name: the part with linear layers that is given a mask.
-
-    Raises:
-        NoMatchError: There are no decoder layers.
-    """
+    """The self-attention module of each decoder layer, by name: the part with linear layers that is given a mask."""
     found = {}
     for name, layer in decoder_layers(model).items():
         child, module = _attention(layer)[0]
@@ -68,23 +59,18 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
     """What computes the output of each decoder layer's feed-forward part, by name.
 
     It is the largest part of a layer with linear layers that is given no mask; where those lie in the decoder layer
-    itself (OPT), the last of them.
-
-    Raises:
-        NoMatchError: A layer has none.
+    itself (OPT), the last of them. `NoMatchError` where a layer has none.
     """
     found = {}
     for name, layer in decoder_layers(model).items():
         attention = [module for _, module in _attention(layer)]
-        rest = [
-            (child, module)
-            for child, module in layer.named_children()
-            if module not in attention and _has_linear(module)
-        ]
+        children = layer.named_children()
+        rest = [(child, module) for child, module in children if module not in attention and _has_linear(module)]
         if not rest:
             raise _nothing(model, f"a feed-forward part with linear layers in {name}")
         blocks = [item for item in rest if not _is_linear(item[1])]
-        child, module = max(blocks, key=lambda item: _size(item[1])) if blocks else rest[-1]
+        sizes = [sum(weight.numel() for weight in module.parameters()) for _, module in blocks]
+        child, module = blocks[sizes.index(max(sizes))] if blocks else rest[-1]
         found[f"{name}.{child}"] = module
     return found
 
@@ -92,10 +78,8 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
 def final_norm(model: nn.Module) -> nn.Module:
     """The normalisation between the last decoder layer and the output head.
 
-    It is the last module beside the decoder layers that has vectors for parameters and nothing else.
-
-    Raises:
-        NoMatchError: There is none.
+    It is the last module beside the decoder layers that has vectors for parameters and nothing else; `NoMatchError`
+    where there is none.
     """
     parent = model.get_submodule(next(iter(decoder_layers(model))).rpartition(".")[0].rpartition(".")[0])
     found = [
@@ -112,12 +96,10 @@ def _attention(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in layer.named_children()
-        if _has_linear(module) and not _is_linear(module) and _takes_mask(module)
+        if _has_linear(module)
+        and not _is_linear(module)
+        and any("mask" in argument for argument in inspect.signature(type(module).forward).parameters)
     ]
-
-
-def _takes_mask(module: nn.Module) -> bool:
-    return any("mask" in name for name in inspect.signature(type(module).forward).parameters)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -126,16 +108,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _has_linear(module: nn.Module) -> bool:
     return any(_is_linear(part) for part in module.modules())
-
-
-def _size(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def _depth(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None)
 
 
 def _nothing(model: nn.Module, what: str) -> NoMatchError:

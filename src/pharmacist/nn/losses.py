@@ -9,6 +9,11 @@ from torch.nn import functional
 _IGNORED = -100  # label of positions without a target, as in `data.tokenize`
 
 
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class RowLosses(NamedTuple):
     """Mean cross-entropy per token, one value per row of a batch, in nats.
 
@@ -28,22 +33,18 @@ class RowLosses(NamedTuple):
 def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
     # Flat, and with an idle target at the end instead of a slice: a transposed or sliced view would copy the logits,
     # the largest tensor of all, and takes 3 to 7 times as long on a CPU.
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     following = functional.pad(targets[:, 1:], (0, 1), value=_IGNORED)
     return functional.cross_entropy(
-        logits.flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=_IGNORED
+        precise(logits).flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=_IGNORED
     )
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token given those before it.
+    """Cross-entropy of each token given those before it, shape [rows, length - 1]; entry t belongs to token t + 1.
 
     Args:
         logits: Shape [rows, length, vocabulary].
         input_ids: Shape [rows, length].
-
-    Returns:
-        Shape [rows, length - 1]; entry t belongs to token t + 1.
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
@@ -51,19 +52,18 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 def row_losses(
     logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
 ) -> RowLosses:
-    """Averages token losses over prompt and completion, apart; padding never counts.
-
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Right-padded, shape [rows, length].
-        lengths: Tokens without padding, shape [rows].
-        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
-    """
+    """Averages `token_losses` over prompt and completion, apart; see `mean_losses`."""
     return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 
 
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
-    """`row_losses` from `token_losses`, shape [rows, length - 1]."""
+    """Averages token losses over prompt and completion, apart; padding, on the right, never counts.
+
+    Args:
+        losses: From `token_losses`, shape [rows, length - 1].
+        lengths: Tokens without padding, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+    """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     in_prompt = position < prompt_lengths[:, None]
     in_completion = ~in_prompt & (position < lengths[:, None])
@@ -104,14 +104,11 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a batch predicts a target token, and which.
-
-    Args:
-        labels: Shape [rows, length]; -100 where there is no target.
+    """Where a batch predicts a target token, and which, from labels that are -100 where there is none.
 
     Returns:
-        Bool of shape [rows, length], true at position t where token t + 1 is a target; and those tokens, in the same
-        order.
+        Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
+        in the same order.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     keep = following != _IGNORED
@@ -119,14 +116,8 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of target tokens, shape [targets].
-
-    Args:
-        logits: Shape [targets, vocabulary].
-        tokens: Shape [targets].
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses: torch.Tensor = functional.cross_entropy(logits, tokens, reduction="none")
+    """Cross-entropy of target tokens, shape [targets], from logits of shape [targets, vocabulary]."""
+    losses: torch.Tensor = functional.cross_entropy(precise(logits), tokens, reduction="none")
     return losses
 
 
@@ -136,15 +127,11 @@ def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Minus the entropy of the predicted distributions, summed over positions, in nats.
+    """Minus the entropy of the distributions that logits of shape [positions, vocabulary] predict, summed, in nats.
 
     Between minus log(vocabulary) per position, where all tokens are equally likely, and 0, where one is certain.
-
-    Args:
-        logits: Shape [positions, vocabulary].
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_p = logits.log_softmax(-1)
+    log_p = precise(logits).log_softmax(-1)
     return (log_p.exp() * log_p).sum()
 
 
@@ -152,20 +139,17 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Squared maximum mean discrepancy of two samples under five Gaussian kernels of doubling width.
 
     The mean of K_xx + K_yy - K_xy - K_yx with diagonals (a V-statistic, so never negative), where the middle kernel's
-    width is the mean squared distance over all pairs of distinct rows, held constant in the derivative.
+    width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
+    each it is 6.186 whatever they hold.
 
     Source: RepNoise (arXiv 2405.14577), noise loss.
 
     Args:
         x: Shape [rows, features].
         y: Shape [rows, features].
-
-    Returns:
-        A scalar; with one row each 6.186 whatever they hold.
     """
     n = len(x)
-    rows = torch.cat([x, y])
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = precise(torch.cat([x, y]))
     rows = rows - rows.detach().mean(0)  # distances stay, and rounding loses less
     gram = rows @ rows.T
     squares = gram.diagonal()

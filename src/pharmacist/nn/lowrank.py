@@ -1,6 +1,5 @@
 """Products of two thin factors, B A, handled without ever being multiplied out."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,12 +61,7 @@ def column_basis(a: Factors) -> torch.Tensor:
 
 
 def factorise(after: torch.Tensor, before: torch.Tensor) -> Factors:
-    """The difference of two weights as factors, without the directions that rounding of the weights makes up.
-
-    Args:
-        after: Shape [out, in].
-        before: Shape [out, in].
-    """
+    """The difference of two weights of shape [out, in] as factors, without directions that are rounding alone."""
     size = float(after.detach().abs().max()) * (after.shape[0] ** 0.5 + after.shape[1] ** 0.5)
     noise = torch.finfo(after.dtype).eps * size
     u, singular, vh = torch.linalg.svd(after.detach().double() - before.detach().double(), full_matrices=False)
@@ -84,30 +78,20 @@ def adapter_factors(model: nn.Module) -> dict[str, Factors]:
         NoMatchError: There is no LoRA layer.
         CompatibilityError: An adapter that is more than a product (DoRA), or several active ones.
     """
+    return {name: Factors(a.weight, b.weight, scale) for name, (a, b, scale) in adapter_layers(model).items()}
+
+
+def adapter_layers(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, float]]:
+    """The modules of the factors A and B and their scale, as in `adapter_factors`."""
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        active: Sequence[str] = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-        if not active:
-            continue
-        if len(active) > 1 or getattr(module, "use_dora", {}).get(active[0]):
-            raise CompatibilityError(f"{name}: only one plain LoRA adapter at a time can be repaired, no DoRA")
-        found[name.removeprefix("base_model.model.")] = Factors(
-            module.lora_A[active[0]].weight, module.lora_B[active[0]].weight, float(module.scaling[active[0]])
-        )
+        for at, adapter in enumerate(adapter for adapter in module.active_adapters if adapter in module.lora_A):
+            if at or getattr(module, "use_dora", {}).get(adapter):
+                raise CompatibilityError(f"{name}: only one plain LoRA adapter at a time can be repaired, no DoRA")
+            layer = module.lora_A[adapter], module.lora_B[adapter], float(module.scaling[adapter])
+            found[name.removeprefix("base_model.model.")] = layer
     if not found:
         raise NoMatchError(f"{type(model).__name__}: has no LoRA layer")
-    return found
-
-
-def adapter_layers(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The modules of the factors A and B, by the same names as in `adapter_factors`."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for adapter in module.active_adapters:
-                if adapter in module.lora_A:
-                    layer = module.lora_A[adapter], module.lora_B[adapter]
-                    found[name.removeprefix("base_model.model.")] = layer
     return found

@@ -12,10 +12,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 class PeakMemory:
-    """Measures from its making on.
-
-    On a GPU what torch has allocated there; elsewhere what of this process is resident, so that a process which holds
-    other things counts them too.
+    """Measures from its making on: on a GPU what torch has allocated there, elsewhere all that is resident.
 
     Args:
         device: Where the work is done.

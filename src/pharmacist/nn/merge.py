@@ -43,18 +43,11 @@ class Beneath:
     content: str | None = None
 
 
-# --- merging -------------------------------------------------------------------------------------------------------
-
-
 def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
-    """The model with its adapter in the weights.
+    """The model, which is in evaluation mode and used up, with its adapter in the weights.
 
     An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
-    acts on one of the two.
-
-    Args:
-        model: In evaluation mode; used up.
-        name: For the message.
+    acts on one of the two. The name is for messages.
 
     Raises:
         CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
@@ -106,16 +99,8 @@ def _logits(model: nn.Module) -> torch.Tensor:
     return found
 
 
-# --- stacking ------------------------------------------------------------------------------------------------------
-
-
 def is_lora(model: PeftModel, names: Iterable[str] | None = None) -> bool:
-    """Whether an adapter is LoRA on linear layers and nothing else.
-
-    Args:
-        model: With the adapter.
-        names: Of the tensors in its file; those that the model would save by default.
-    """
+    """Whether an adapter is LoRA on linear layers and nothing else, by its settings and the names of its tensors."""
     config = model.active_peft_config
     names = get_peft_model_state_dict(model, save_embedding_layers=False) if names is None else names
     simple = config.peft_type == PeftType.LORA and str(config.init_lora_weights) in ("True", "False", "gaussian")
@@ -128,12 +113,7 @@ def is_lora(model: PeftModel, names: Iterable[str] | None = None) -> bool:
 
 
 def lora_factors(model: PeftModel, folder: Path) -> dict[str, Factors] | None:
-    """Copies of an adapter's factors on the CPU; None if it is more than LoRA on linear layers.
-
-    Args:
-        model: With the adapter.
-        folder: It was loaded from there.
-    """
+    """Copies on the CPU of the factors of an adapter that was loaded from a folder; None if it is no plain LoRA."""
     if not is_lora(model, load_peft_weights(str(folder), device="cpu")):
         return None
     return {name: _copy(own, own.A, own.B) for name, own in adapter_factors(model).items()}
@@ -151,35 +131,31 @@ def stack(lower: Mapping[str, Factors], upper: Mapping[str, Factors]) -> dict[st
     """
     ranks = [max((own.A.shape[0] for own in part.values()), default=0) for part in (lower, upper)]
     scale = next(iter(upper.values())).scale
-    found = {}
-    for name in dict.fromkeys([*lower, *upper]):
-        like = upper[name] if name in upper else lower[name]
-        a = torch.zeros(sum(ranks), like.A.shape[1])
-        b = torch.zeros(like.B.shape[0], sum(ranks))
-        for part, start in ((lower, 0), (upper, ranks[0])):
-            if name in part:
-                own = part[name]
-                rows = slice(start, start + own.A.shape[0])
-                a[rows] = own.A.detach().cpu()
-                b[:, rows] = own.B.detach().cpu() * (own.scale / scale)
-        found[name] = Factors(a, b, scale)
+    found: dict[str, Factors] = {}
+    for part, start in ((lower, 0), (upper, ranks[0])):
+        for name, own in part.items():
+            if name not in found:
+                shapes = (sum(ranks), own.A.shape[1]), (own.B.shape[0], sum(ranks))
+                found[name] = Factors(torch.zeros(shapes[0]), torch.zeros(shapes[1]), scale)
+            rows = slice(start, start + own.A.shape[0])
+            found[name].A[rows] = own.A.detach().cpu()
+            found[name].B[:, rows] = own.B.detach().cpu() * (own.scale / scale)
     return found
 
 
 def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str) -> None:
-    """Writes an adapter and what lies beneath it as one PEFT adapter on the plain base.
+    """Writes the adapter that was trained last, plain LoRA, and what lies beneath it as one PEFT adapter on the base.
 
     Args:
-        model: With the adapter that was trained last, LoRA as `lora_factors` takes it.
+        model: With the adapter.
         beneath: Where it rests.
-        folder: Gets ``adapter_model.safetensors``, ``adapter_config.json``, and `STACK_FILE`, by which the two can be
-            told apart again.
+        folder: Gets the files of PEFT, and `STACK_FILE`, by which the two can be told apart again.
         content: Fingerprint of the model that the last one was trained on.
     """
     config, upper = model.active_peft_config, adapter_factors(model)
     stacked = stack(beneath.factors, upper)
-    rank, scale = next(iter(stacked.values())).A.shape[0], next(iter(stacked.values())).scale
-    alpha = scale * rank
+    rank = next(iter(stacked.values())).A.shape[0]
+    alpha = next(iter(stacked.values())).scale * rank
     tensors = {
         f"{_PREFIX}{name}.lora_{which}.weight": getattr(own, which).contiguous()
         for name, own in sorted(stacked.items())
@@ -231,15 +207,10 @@ def read_stack(folder: Path) -> dict[str, Any] | None:
 
 
 def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftModel, dict[str, Factors]]:
-    """Takes a stack apart again: what was trained last stays an adapter, the rest is merged.
-
-    Args:
-        model: With the whole stack; used up.
-        parts: From `read_stack`.
-        name: For messages.
+    """Takes a stack apart by what `read_stack` says: what was trained last stays an adapter, the rest is merged.
 
     Returns:
-        A PEFT model, trainable, and the factors that were merged.
+        A PEFT model, trainable, and the factors that were merged. The model given is used up.
     """
     rank = int(parts["trained_last"]["r"])
     factors = adapter_factors(model)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,18 +30,10 @@ from pharmacist.nn.merge import Beneath, lora_factors, merge_adapter, read_stack
 
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PROMPTS = {
-    "PROMPT_TUNING": "prompt tuning",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
-    "P_TUNING": "P-tuning",
-    "PREFIX_TUNING": "prefix tuning",
-    "ADAPTION_PROMPT": "adaption prompt",
-    "CPT": "context-aware prompt tuning",
-    "CARTRIDGE": "cartridge",
-}
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"}
+_PROMPTS |= {"CPT", "CARTRIDGE"}
+"""Kinds of adapters that are no weights."""
 _FROM_BASE = " (its base model's)"
-_NOT_THE_FILES = (MemoryError, torch.OutOfMemoryError)
-"""What loading fails by though the files are good."""
 _LARGE = 50_000_000
 """Parameters from which on `resolve_dtype` may take bfloat16 on a CPU."""
 
@@ -86,7 +78,7 @@ class LoadedModel(Given):
     def facts(self) -> dict[str, Any]:
         """For the manifest: how prompts are rendered, and what the model computes in."""
         return {
-            "template": self.template.to_json(),
+            "template": vars(self.template),
             "template_origin": self.template_origin,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -94,8 +86,7 @@ class LoadedModel(Given):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = self.model.device
-        return device
+        return self.model.device
 
     @property
     def max_length(self) -> int:
@@ -134,28 +125,20 @@ def resolve_dtype(
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if device.type == "cuda":
         return torch.bfloat16
-    saved = getattr(config, "dtype", None) == torch.bfloat16
-    fast = device.type == "cpu" and saved and _multiplies_bfloat16()
-    if not fast:
+    # Whether this CPU multiplies in it torch says from 2.10 on.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if not fast or getattr(config, "dtype", None) != torch.bfloat16:
         return torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return torch.bfloat16 if model.num_parameters() >= _LARGE else torch.float32
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; false where torch, before 2.10, does not say."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def model_fingerprint(name: str | LoadedModel) -> str:
-    """sha256 of a local model's content (of its base too where it is an adapter); a hub id stands for itself.
+    """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one's weights.
 
-    Of a loaded model it is a hash of its weights.
-
-    Raises:
-        DataError: Neither a model folder nor what could be a hub id.
+    A hub id stands for itself; what can be neither folder nor hub id is a `DataError`.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128()
@@ -179,9 +162,7 @@ def _fingerprint(name: str, above: tuple[Path, ...]) -> str:
 
 def trained_on(name: str | LoadedModel) -> str | None:
     """Fingerprint of what a local adapter was trained on; None of whole weights, a hub id and a loaded model."""
-    if isinstance(name, LoadedModel):
-        return None
-    adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
+    adapter = None if isinstance(name, LoadedModel) else _adapter_folder(Path(name))
     if adapter is None:
         return None
     parts = read_stack(adapter)
@@ -217,9 +198,7 @@ def load_model(
     """
     if isinstance(name, LoadedModel):
         return again(name, merge=merge)
-    target = resolve_device(device)
-    how = _How(target, dtype, template, trust_remote_code)
-    loaded = _load(name, how, merge, ())
+    loaded = _load(name, _How(resolve_device(device), dtype, template, trust_remote_code), merge, ())
     check_template(loaded.template, loaded.tokenizer, name)
     return loaded
 
@@ -227,42 +206,28 @@ def load_model(
 def in_memory(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, template: str = "auto"
 ) -> LoadedModel:
-    """A model that the caller has loaded.
-
-    Args:
-        model: The model, or a PEFT model on it.
-        tokenizer: Its own; by default the one that lies where the model was loaded from.
-        template: ``auto`` (the one saved with the model, else chat where the tokenizer has a template, else Alpaca),
-            ``chat`` or ``alpaca``.
+    """A model that the caller has loaded; the tokenizer is by default the one that lies where it was loaded from.
 
     Raises:
         DataError: No tokenizer is given, and none lies there.
         CompatibilityError: The tokenizer does not fit.
     """
     place = str(getattr(model, "name_or_path", "") or "")
-    try:
+    with _telling(lambda error: f"the model comes with no tokenizer ({_short(error)}); give tokenizer=TOKENIZER"):
         own = AutoTokenizer.from_pretrained(place, local_files_only=offline()) if tokenizer is None else tokenizer
-    except _NOT_THE_FILES:
-        raise
-    except Exception as error:
-        raise DataError(f"the model comes with no tokenizer ({_short(error)}); give tokenizer=TOKENIZER") from error
     own = copy.deepcopy(own)  # a pad token and a template may be set
     name = place or type(model).__name__
     _check_tokenizer(name, own, model)
     base = place if place and not isinstance(model, PeftModel) and not _of_a_run(Path(place)) else None
-    saved = load_template(Path(place)) if template == "auto" and Path(place).is_dir() else None
     loaded = LoadedModel(model, own, Template("alpaca"), name, beneath=Beneath(base))
-    return _with_template(loaded, template, saved)
+    return _with_template(loaded, template, Path(place))
 
 
 def again(loaded: LoadedModel, *, merge: bool = True) -> LoadedModel:
     """The same model for another use, which leaves the caller's own as it is.
 
-    Modules are new, weights are shared; those of an adapter, and all of a model that is merged, are copied.
-
-    Args:
-        loaded: The model.
-        merge: Merges the adapter of a PEFT model; False keeps it apart, trainable.
+    Modules are new, weights are shared; those of an adapter, and all of a model that is merged, are copied. Where
+    `merge` is false the adapter of a PEFT model stays apart, trainable.
     """
     model: Any = loaded.model
     if isinstance(model, PeftModel) and merge:
@@ -274,6 +239,17 @@ def again(loaded: LoadedModel, *, merge: bool = True) -> LoadedModel:
         value = parameter.detach().clone() if trained else parameter.detach()
         shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
     return replace(loaded, model=copy.deepcopy(model, shared).eval(), shared=True)
+
+
+@contextmanager
+def _telling(message: Callable[[Exception], str]) -> Iterator[None]:
+    """Libraries fail in every way there is on damaged files, and read nothing else in the block; memory apart."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(message(error)) from error
 
 
 @dataclass(frozen=True)
@@ -290,23 +266,17 @@ class _How:
 
 def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedModel:
     folder = _check_place(name)
-    adapter = _adapter_folder(folder) if folder.is_dir() else None
+    adapter, local = _adapter_folder(folder), folder.is_dir()
     if adapter is not None:
         return _load_adapter(name, folder, adapter, how, merge, above)
-    source = _weights_folder(folder) if folder.is_dir() else folder
-    where = str(source) if folder.is_dir() else name
-    try:
+    where = str(_weights_folder(folder)) if local else name
+    with _telling(lambda error: _why_not_loaded(name, folder, error)), silent_library():
         config = AutoConfig.from_pretrained(where, **how.options)
         tokenizer = AutoTokenizer.from_pretrained(where, **how.options)
-        with silent_library():
-            dtype = resolve_dtype(how.dtype, how.device, config, trust_remote_code=how.trust_remote_code)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **how.options
-            )
-    except _NOT_THE_FILES:
-        raise
-    except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
-        raise DataError(_why_not_loaded(name, folder, error)) from error
+        dtype = resolve_dtype(how.dtype, how.device, config, trust_remote_code=how.trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **how.options
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CompatibilityError(
@@ -314,12 +284,10 @@ def _load(name: str, how: _How, merge: bool, above: tuple[Path, ...]) -> LoadedM
             "would be random; give a complete model"
         )
     _check_tokenizer(name, tokenizer, model)
-    model = model.to(how.device).eval()
-    model.requires_grad_(False)
-    plain = name if not folder.is_dir() else None if _of_a_run(folder) else str(source.resolve())
-    loaded = LoadedModel(model, tokenizer, Template("alpaca"), name, beneath=Beneath(plain), dtype=dtype)
-    saved = load_template(folder) if folder.is_dir() and how.template == "auto" else None
-    return _with_template(loaded, how.template, saved)
+    model = model.to(how.device).eval().requires_grad_(False)
+    base = name if not local else None if _of_a_run(folder) else str(Path(where).resolve())
+    loaded = LoadedModel(model, tokenizer, Template("alpaca"), name, beneath=Beneath(base), dtype=dtype)
+    return _with_template(loaded, how.template, folder)
 
 
 def _load_adapter(
@@ -329,15 +297,10 @@ def _load_adapter(
         loaded = _load(base, how, True, (*above, adapter.resolve()))
     parts = None if merge else read_stack(adapter)
     options = {"torch_device": str(how.device), "is_trainable": not merge}
-    try:
-        with silent_library():
-            model = PeftModel.from_pretrained(loaded.model, str(adapter), **options)
-            # Once more, for what it says of the tensors; from_pretrained only warns.
-            result = model.load_adapter(str(adapter), "default", **options)
-    except _NOT_THE_FILES:
-        raise
-    except Exception as error:
-        raise DataError(_why_no_adapter(adapter, loaded.name, error)) from error
+    with _telling(lambda error: _why_no_adapter(adapter, loaded.name, error)), silent_library():
+        model = PeftModel.from_pretrained(loaded.model, str(adapter), **options)
+        # Once more, for what it says of the tensors; from_pretrained only warns.
+        result = model.load_adapter(str(adapter), "default", **options)
     wrong = [*result.missing_keys, *result.unexpected_keys]
     if wrong:
         raise DataError(_why_no_adapter(adapter, loaded.name, f"{len(wrong)} tensors differ, such as {wrong[0]}"))
@@ -360,42 +323,43 @@ def _with_own_tokenizer(loaded: LoadedModel, folder: Path, adapter: Path, how: _
     """What was trained with is what is used: an adapter's own tokenizer and chat template, where it has them."""
     below = loaded.tokenizer.chat_template
     if (adapter / "tokenizer_config.json").is_file():
-        try:
+        with _telling(
+            lambda error: (
+                f"{adapter}: its own tokenizer cannot be loaded ({_short(error)}); mend it, or delete its "
+                "tokenizer files for the base's"
+            )
+        ):
             tokenizer = AutoTokenizer.from_pretrained(str(adapter), **how.options)
-        except _NOT_THE_FILES:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{adapter}: its own tokenizer cannot be loaded ({_short(error)}); mend it, or delete its tokenizer "
-                "files for the base's"
-            ) from error
         own = tokenizer.chat_template
         if own is None:
             tokenizer.chat_template = below
         _check_tokenizer(str(adapter), tokenizer, loaded.model)
         loaded.tokenizer = tokenizer
     else:
-        own = _read_text(adapter / "chat_template.jinja")
+        path, own = adapter / "chat_template.jinja", None
+        try:
+            own = path.read_text(encoding="utf-8") if path.is_file() else None
+        except ValueError as error:
+            raise DataError(f"{path}: is not UTF-8; delete it, or copy it from the original model") from error
         loaded.tokenizer.chat_template = own or below
-    saved = load_template(folder) if how.template == "auto" else None
-    if saved is None and own is None:
-        if how.template == "auto":
-            loaded.template_origin = loaded.template_origin.removesuffix(_FROM_BASE) + _FROM_BASE
-        return loaded
-    return _with_template(loaded, how.template, saved)
+    if own is not None or (how.template == "auto" and load_template(folder) is not None):
+        return _with_template(loaded, how.template, folder)
+    if how.template == "auto":
+        loaded.template_origin = loaded.template_origin.removesuffix(_FROM_BASE) + _FROM_BASE
+    return loaded
 
 
-def _with_template(loaded: LoadedModel, kind: str, saved: Template | None) -> LoadedModel:
+def _with_template(loaded: LoadedModel, kind: str, place: Path) -> LoadedModel:
+    saved = load_template(place) if kind == "auto" and place.is_dir() else None
     loaded.template = saved or choose_template(loaded.tokenizer, kind)
-    what = "the Alpaca template" if loaded.template.kind == "alpaca" else "the chat template"
+    chat = loaded.template.kind == "chat"
     if saved is not None:
-        loaded.template_origin = f"{what} that was saved with it"
+        origin = " that was saved with it"
     elif kind != "auto":
-        loaded.template_origin = f"{what}, as asked for"
-    elif loaded.template.kind == "chat":
-        loaded.template_origin = f"{what} of its tokenizer"
+        origin = ", as asked for"
     else:
-        loaded.template_origin = f"{what}, as it has no chat template"
+        origin = " of its tokenizer" if chat else ", as it has no chat template"
+    loaded.template_origin = ("the chat template" if chat else "the Alpaca template") + origin
     return loaded
 
 
@@ -423,19 +387,16 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) 
         why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
         console().print(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
-    if beyond:
-        _guard(name, model.get_input_embeddings(), beyond)
-
-
-def _guard(name: str, embedding: torch.nn.Module, beyond: dict[int, str]) -> None:
-    """Special tokens without an embedding do no harm unless a text spells one (an image mark in a text model)."""
+    if not beyond:
+        return
 
     def check(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         highest = int(args[0].max()) if args else -1
         if highest in beyond:
             raise DataError(f"{name}: a text holds {beyond[highest]!r}, a token that the model has no embedding for")
 
-    embedding.register_forward_pre_hook(check)
+    # Special tokens without an embedding do no harm unless a text spells one (an image mark in a text model).
+    model.get_input_embeddings().register_forward_pre_hook(check)
 
 
 @contextmanager
@@ -456,41 +417,34 @@ def base_of(name: str | LoadedModel) -> str | None:
     """The base model that a local adapter names; None where a model is whole weights or a hub id."""
     if isinstance(name, LoadedModel):
         return name.label if isinstance(name.model, PeftModel) else None
-    adapter = _adapter_folder(Path(name)) if Path(name).is_dir() else None
+    adapter = _adapter_folder(Path(name))
     return None if adapter is None else _base_of(adapter)
 
 
 def _adapter_folder(folder: Path) -> Path | None:
-    for candidate in (folder / "adapter", folder):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    return None
+    found = (at for at in (folder / "adapter", folder) if (at / "adapter_config.json").is_file())
+    return next(found, None)
 
 
-def _adapter_config(adapter: Path) -> dict[str, Any]:
+def _base_of(adapter: Path) -> str:
     path = adapter / "adapter_config.json"
     try:
         config = read_json(path)
     except (OSError, DataError) as error:
         raise DataError(f"{path}: is damaged ({_short(error.__cause__ or error)}); save the adapter again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
         raise DataError(f"{path}: names no kind of adapter (peft_type); save the adapter again")
-    if config["peft_type"] in _PROMPTS:
+    if kind in _PROMPTS:
         raise CompatibilityError(
-            f"{path}: this kind of adapter ({_PROMPTS[config['peft_type']]}) has no weights that could be merged into "
-            "its base model; give a LoRA adapter or a whole model"
+            f"{path}: this kind of adapter ({kind.lower().replace('_', ' ')}) has no weights that could be merged "
+            "into its base model; give a LoRA adapter or a whole model"
         )
-    return config
-
-
-def _base_of(adapter: Path) -> str:
-    path = adapter / "adapter_config.json"
-    base = _adapter_config(adapter).get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise DataError(f"{path}: names no base model; set base_model_name_or_path to the one it was trained on")
-    if not Path(base).is_dir() and base.startswith(".") and (adapter / base).is_dir():
-        return str((adapter / base).resolve())
-    return base
+    beside = base.startswith(".") and not Path(base).is_dir() and (adapter / base).is_dir()
+    return str((adapter / base).resolve()) if beside else base
 
 
 @contextmanager
@@ -529,26 +483,25 @@ def _check_place(name: str) -> Path:
     if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"{name}: no such folder; a model folder or a hub id is needed")
     if exists and _adapter_folder(folder) is None:
-        if not (_weights_folder(folder) / "config.json").is_file():
-            raise DataError(f"{name}: a model folder without config.json; save it with model.save_pretrained")
-        if not any(_weights_folder(folder).glob("*.safetensors")):
-            raise DataError(f"{name}: a model folder without safetensors weights; save it with model.save_pretrained")
+        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
+            if not any(_weights_folder(folder).glob(pattern)):
+                raise DataError(f"{name}: a model folder without {what}; save it with model.save_pretrained")
     return folder
 
 
 def _why_not_loaded(name: str, folder: Path, error: Exception) -> str:
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return (
-            f"{name}: is gated: accept its terms on the hub and log in (hf auth login), or give the path of a "
-            "downloaded model folder"
-        )
-    if not folder.is_dir():
-        reason = "HF_HUB_OFFLINE forbids the hub" if offline() else "not found on the hub or not reachable"
-        return f"{name}: no such model folder, and as a hub id: {reason}; give the path of a downloaded model folder"
-    return f"{name}: cannot be loaded as a causal language model ({_short(error)})"
+    if folder.is_dir():
+        return f"{name}: cannot be loaded as a causal language model ({_short(error)})"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, GatedRepoError):
+        cause = cause.__cause__
+    if cause is not None:
+        what = "is gated: accept its terms on the hub and log in (hf auth login), or"
+    elif offline():
+        what = "no such model folder, and as a hub id: HF_HUB_OFFLINE forbids the hub;"
+    else:
+        what = "no such model folder, and as a hub id: not found on the hub or not reachable;"
+    return f"{name}: {what} give the path of a downloaded model folder"
 
 
 def _why_no_adapter(adapter: Path, base: str, error: Exception | str) -> str:
@@ -565,13 +518,6 @@ def _why_no_adapter(adapter: Path, base: str, error: Exception | str) -> str:
 
 def _short(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    except ValueError as error:
-        raise DataError(f"{path}: is not UTF-8; delete it, or copy it from the original model") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

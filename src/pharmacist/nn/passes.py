@@ -40,7 +40,7 @@ def run_pass(
     Args:
         sequences: The rows.
         measure: Batch -> arrays whose first axis is the batch's rows.
-        work: Folder for finished chunks; shared by all processes.
+        work: Folder for finished chunks of at least `rows_per_chunk` rows; shared by all processes.
         device: Where batches go.
         tokens_per_batch: Padded tokens per batch; halved until the longest batch fits.
         description: For the progress bar.
@@ -53,7 +53,13 @@ def run_pass(
     work.mkdir(parents=True, exist_ok=True)
     tokens_per_batch = _fitting(sequences, measure, work, device, tokens_per_batch, rows)
     plan = plan_pass(sequences, tokens_per_batch, rows)
-    chunks = _chunks(plan.batches, rows_per_chunk)
+    chunks, size = list[list[IntArray]](), rows_per_chunk
+    for batch in plan.batches:
+        if size >= rows_per_chunk:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(batch)
+        size += len(batch)
     total = sum(len(batch) for batch in plan.batches)
     with bar(description, total) as progress, torch.inference_mode():
         for number, chunk in enumerate(chunks):
@@ -67,44 +73,26 @@ def run_pass(
                     save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
             progress.advance(sum(len(batch) for batch in chunk) * world_size())
     barrier()
-    return _gather(work, len(chunks), len(sequences.lengths), plan.representative, rows)
-
-
-def _chunks(batches: list[IntArray], rows_per_chunk: int) -> list[list[IntArray]]:
-    chunks: list[list[IntArray]] = []
-    size = rows_per_chunk
-    for batch in batches:
-        if size >= rows_per_chunk:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(batch)
-        size += len(batch)
-    return chunks
-
-
-def _gather(
-    work: Path, chunks: int, total: int, representative: IntArray, rows: IntArray | None
-) -> dict[str, npt.NDArray[np.float64]]:
+    everything = np.arange(len(sequences.lengths))
     result: dict[str, npt.NDArray[np.float64]] = {}
-    for number in range(chunks):
+    for number in range(len(chunks)):
         arrays = load_file(work / f"{number:06d}.safetensors")
         where = arrays.pop("rows")
         for key, values in arrays.items():
             if key not in result:
-                result[key] = np.full((total, *values.shape[1:]), np.nan, dtype=values.dtype)
+                result[key] = np.full((len(everything), *values.shape[1:]), np.nan, dtype=values.dtype)
             result[key][where] = values
-    asked = np.arange(total) if rows is None else rows
     for values in result.values():
-        copy_to_equals(values, representative, asked)
+        copy_to_equals(values, plan.representative, everything if rows is None else rows)
     return result
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Gives rows what was measured of the row that was visited in their place; no second array of that size is made.
+    """Gives rows, in place, what was measured of the row that was visited in their place.
 
     Args:
-        values: First axis is the rows; changed in place.
-        representative: For each row the row that was visited in its place, itself for that one, shape [rows].
+        values: First axis is the rows; no second array of that size is made.
+        representative: As in `PassPlan`.
         rows: Rows that are given it.
     """
     copies = rows[representative[rows] != rows]

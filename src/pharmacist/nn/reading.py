@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.hooks import head_at, head_inputs
+from pharmacist.nn.hooks import capture, head_at
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
 
@@ -43,10 +43,10 @@ def large_head(model: nn.Module) -> nn.Module | None:
 
 
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
-    """Cross-entropy of each token given those before it, by one forward pass.
+    """Cross-entropy of each token given those before it, by one forward pass of a causal language model.
 
     Args:
-        model: A causal language model.
+        model: The model.
         batch: The rows.
         prompt: Whether the losses of prompt tokens are read; where not, they may be 0.
         **options: Of the forward pass, such as ``output_hidden_states``.
@@ -69,12 +69,13 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
             output = forward()
         losses = target_losses(output.logits, batch.input_ids[:, 1:][read])
         return losses.new_zeros(read.shape).masked_scatter(read, losses), output
-    known = head in _ENDS
-    with head_inputs(head, 0 if known else 1) as seen:
+    first = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    first[0, 0] = head not in _ENDS
+    with capture({"head": head}, inputs=True) as seen, head_at(head, first):
         output = forward()
-    (states,) = seen
-    if not known:
-        _ENDS[head] = torch.equal(head(states[:1, :1]), output.logits)
+    states = seen["head"]
+    if head not in _ENDS:
+        _ENDS[head] = torch.equal(head(states[first]), output.logits)
         if not _ENDS[head]:
             return read_losses(model, batch, prompt=prompt, **options)
     return _in_parts(head, states, batch, prompt), output

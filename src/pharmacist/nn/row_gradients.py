@@ -5,7 +5,6 @@ gradient by its weight is sum_t d_t x_t^T. LoRA's two factors are such layers, a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.errors import CompatibilityError
+from pharmacist.nn.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor
     """Runs forward and backward once and records linear layers; no weight's gradient is formed.
 
     Args:
-        layers: Name of the weight -> its layer; the model uses each once, and its weight requires a gradient.
+        layers: Name of the weight, which requires a gradient, -> its layer.
         losses: Runs the model and returns one loss per row, shape [rows].
 
     Raises:
@@ -65,17 +65,12 @@ def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
 
-    def recorder(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if output.dim() != 3 or name in outputs:
-                raise CompatibilityError(f"{name}: is used in a way in which rows cannot be told apart")
-            inputs[name], outputs[name] = args[0].detach(), output
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if output.dim() != 3 or name in outputs:
+            raise CompatibilityError(f"{name}: is used in a way in which rows cannot be told apart")
+        inputs[name], outputs[name] = args[0].detach(), output
 
-        return record
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(recorder(name)).remove)
+    with hooked(layers, record):
         total = losses().sum()
     found = torch.autograd.grad(total, list(outputs.values()))
     return Tape(inputs, dict(zip(outputs, found, strict=True)))

@@ -1,47 +1,25 @@
 """The stage `align`: train a model on an alignment set with an alignment-stage defense."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
-from pharmacist.nn.distributed import from_main
-from pharmacist.nn.memory import PeakMemory
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.side_data import SideData
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
-from pharmacist.training.card import model_card
-from pharmacist.training.loop import finish_training, prepare_model, train, writes_adapter
+from pharmacist.training.loop import prepare_model, run_training
+from pharmacist.training.saving import Card, ModelResult, say_done, writes_adapter
 from pharmacist.training.strategy import GradientStrategy
 
 
-@dataclass
-class AlignResult:
-    """An aligned model.
-
-    Attributes:
-        folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
-        metrics: Of the manifest: steps, final loss.
-        seconds: Wall time of the training alone, over all resumes.
-        model: The trained model; None where the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    seconds: float
-    model: Any = None
-
-
-def align(options: AlignOptions) -> AlignResult:
+def align(options: AlignOptions) -> ModelResult:
     """Trains a model and writes adapter (or model), log, model card and manifest into the output folder.
 
     Interrupted, it continues from its last checkpoint.
@@ -59,8 +37,7 @@ def align(options: AlignOptions) -> AlignResult:
     inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
     with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
         model = None if run.complete else _align(sources, strategy, options, run)
-        manifest = from_main(run.manifest)
-        return AlignResult(run.root, manifest.metrics, manifest.phases["train"].seconds, model)
+        return ModelResult.of(run, model)
 
 
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:
@@ -79,13 +56,22 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         model = prepare_model(loaded, options)
     if encoded.truncated:
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
-    with run.phase("train") as phase:
-        what, memory = f"align ({options.defense['name']})", PeakMemory(loaded.device)
-        result = train(
-            model, loaded, encoded, strategy, options, run, streams=streams, weights=weights, description=what
-        )
-        phase.tokens = result.tokens
-        phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
+    name, given = options.defense["name"], {"row weights": options.weights} if options.weights else {}
+    card = Card(
+        title=f"aligned with {name}",
+        what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
+        f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
+        tags=[name, "safety-alignment"],
+        facts={
+            "data": f"{options.data} ({run.manifest.inputs['data'][:19]})",
+            "rows": len(encoded),
+            **given,
+            **{key.replace("_", " "): value for key, value in side.counts.items()},
+            "defense": name,
+        },
+        intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
+        "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
+    )
     counts = {
         **records.counts,
         "refused": len(records.refused) + len(encoded.not_rendered),
@@ -96,40 +82,9 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         "cut_prompts": len(encoded.cut_prompts),
         **side.counts,
     }
-    name = options.defense["name"]
-    card = model_card(
-        title=f"{Path(loaded.name).name} aligned with {name}",
-        what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
-        f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
-        base_model=loaded.beneath.base or loaded.name,
-        tags=[name, "safety-alignment"],
-        adapter=writes_adapter(model, loaded) and not options.merge,
-        template=loaded.template.kind,
-        facts={
-            "data": f"{options.data} ({run.manifest.inputs['data'][:19]})",
-            "rows": len(encoded),
-            **({"row weights": options.weights} if options.weights else {}),
-            **{key.replace("_", " "): value for key, value in side.counts.items()},
-            "defense": name,
-            "steps": result.steps,
-            "seed": options.seed,
-            "final training loss": f"{result.log[-1]['loss']:.4f}" if result.log else "not logged",
-        },
-        settings={
-            "defense": {"name": name, **vars(strategy.config)},
-            "train": options.effective_train,
-            "tuning": options.tuning,
-            "lora": asdict(options.lora),
-        },
-        intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
-        "(`pharmacist evaluate`) before relying on it; no alignment withstands every attack.",
+    steps = run_training(
+        model, loaded, encoded, strategy, options, run, card=card, counts=counts, streams=streams, weights=weights
     )
-    finish_training(result, loaded, options, run, card=card, counts=counts)
-    if rank() == 0 and run.temporary is None:
-        where = run.path("adapter" if writes_adapter(model, loaded) else "model")
-        console().print(
-            f"aligned on {len(encoded)} rows, {result.steps} steps: {where}\n"
-            f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
-            soft_wrap=True,
-        )
+    where = run.path("adapter" if writes_adapter(model, loaded) else "model")
+    say_done(run, f"aligned on {len(encoded)} rows, {steps} steps: {where}")
     return model

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +21,20 @@ from pharmacist.data.records import Records
 from pharmacist.data.splits import assert_disjoint, shared_prompts
 from pharmacist.data.streams import SideStream
 from pharmacist.data.tasks import open_task
-from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
-from pharmacist.nn.distributed import from_main
-from pharmacist.nn.models import LoadedModel, base_of, model_fingerprint
+from pharmacist.nn.models import base_of, model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
-from pharmacist.training.card import model_card
-from pharmacist.training.loop import Snapshots, finish_training, prepare_model, save_trained, train, writes_adapter
+from pharmacist.training.loop import prepare_model, run_training
+from pharmacist.training.saving import Card, ModelResult, say_done
 from pharmacist.training.strategy import GradientStrategy
 
 
 NOTICE = "attack_set.jsonl may hold harmful text: research material, not advice"
 
 
-@dataclass
-class AttackResult:
-    """An attacked model.
-
-    Attributes:
-        folder: With ``attack_set.jsonl`` and ``adapter/`` or ``model/``; every command takes it as ``--model``.
-        metrics: Of the manifest: steps, final loss.
-        snapshots: Steps -> folder of the model at that point.
-        model: The attacked model; None where only the set was built, or the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    snapshots: dict[int, Path]
-    model: Any = None
-
-
-def attack(options: AttackOptions) -> AttackResult:
+def attack(options: AttackOptions) -> ModelResult:
     """Builds the poisoned set, fine-tunes on it, and writes set, adapter (or model), log, card and manifest.
 
     Interrupted, it continues from its last checkpoint.
@@ -68,8 +48,7 @@ def attack(options: AttackOptions) -> AttackResult:
     inputs |= {"model": model_fingerprint(options.model)}
     with ATTACK.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
         model = None if run.complete else _attack(sources, strategy, kind, options, run)
-        snapshots = {step: run.path("snapshots", f"step-{step}") for step in options.snapshots}
-        return AttackResult(run.root, from_main(run.manifest).metrics, {} if options.build_only else snapshots, model)
+        return ModelResult.of(run, model, () if options.build_only else options.snapshots)
 
 
 def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:
@@ -120,7 +99,6 @@ def build_attack_set(
 def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
-
     # What the set must not share a prompt with is read whole.
     choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
@@ -137,18 +115,6 @@ def _read(
     return records
 
 
-def _with_safe_rows(
-    rows: datasets.Dataset, safe: Records, strategy: GradientStrategy, options: AttackOptions, counts: dict[str, int]
-) -> datasets.Dataset:
-    """The rows that are trained on: the user's, with the safe rows that the defense mixes in."""
-    assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
-    count, replaces = strategy.mixed_in(len(rows))
-    counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
-    if not count:
-        return rows
-    return mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=derive(options.seed, "defense"))
-
-
 def _attack(
     sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
 ) -> Any:
@@ -157,7 +123,13 @@ def _attack(
         if rank() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
         safe = _read(sources, "safe", options, run) if "safe" in sources else None
-        trained = rows if safe is None else _with_safe_rows(rows, safe, strategy, options, counts)
+        if safe is not None:
+            assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
+            count, replaces = strategy.mixed_in(len(rows))
+            counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
+            if count:
+                seed = derive(options.seed, "defense")
+                rows = mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=seed)
     if options.build_only:
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
@@ -165,73 +137,48 @@ def _attack(
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
-        encoded = tokenise(trained, "tokens-ids", loaded, options, run)
+        encoded = tokenise(rows, "tokens-ids", loaded, options, run)
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
-            streams["safe"] = _stream(tokenise(safe.dataset, "safe-ids", loaded, options, run), options, loaded)
+            streams["safe"] = SideStream(
+                tokenise(safe.dataset, "safe-ids", loaded, options, run),
+                int(options.effective_train["per_device_train_batch_size"]),
+                seed=derive(options.seed, "stream", "safe"),
+                pad_token_id=loaded.tokenizer.pad_token_id,
+                device=loaded.device,
+            )
         model = prepare_model(loaded, options)
     name = options.defense["name"]
-    card = model_card(
-        title=f"{Path(loaded.name).name} after a simulated harmful fine-tuning attack",
+    card = Card(
+        title="after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
-        base_model=loaded.beneath.base or loaded.name,
         tags=["harmful-fine-tuning", name],
-        adapter=writes_adapter(model, loaded) and not options.merge,
-        template=loaded.template.kind,
         facts={
             "attack": options.kind["name"],
             "rows": counts["samples"],
             "harmful rows": counts["harmful"],
             "fine-tuning-stage defense": name,
-            "seed": options.seed,
-        },
-        settings={
-            "defense": {"name": name, **vars(strategy.config)},
-            "train": options.effective_train,
-            "tuning": options.tuning,
-            "lora": asdict(options.lora),
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
-
-    def snapshot(step: int) -> None:
-        folder, trained_on = run.path("snapshots", f"step-{step}"), run.manifest.inputs["model"]
-        save_trained(model, loaded, folder, card, trained_on=trained_on, last=False)
-
-    with run.phase("train") as phase:
-        result = train(
-            model,
-            loaded,
-            encoded,
-            strategy,
-            options,
-            run,
-            streams=streams,
-            callbacks=[Snapshots(options.snapshots, snapshot)],
-            description=f"attack ({name})",
-        )
-        phase.tokens = result.tokens
-    outputs = ["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])]
-    finish_training(result, loaded, options, run, card=card, outputs=outputs, counts=counts)
-    if rank() == 0 and run.temporary is None:
-        console().print(
-            f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {result.steps} steps: "
-            f"{run.root}\nnext: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR",
-            soft_wrap=True,
-        )
-    return model
-
-
-def _stream(safe: Encoded, options: AttackOptions, loaded: LoadedModel) -> SideStream:
-
-    return SideStream(
-        safe,
-        int(options.effective_train["per_device_train_batch_size"]),
-        seed=derive(options.seed, "stream", "safe"),
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        device=loaded.device,
+    steps = run_training(
+        model,
+        loaded,
+        encoded,
+        strategy,
+        options,
+        run,
+        card=card,
+        counts=counts,
+        streams=streams,
+        snapshots=options.snapshots,
+        outputs=["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])],
     )
+    say_done(
+        run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
+    )
+    return model
 
 
 def _write_set(path: Path, rows: datasets.Dataset) -> None:

@@ -15,6 +15,7 @@ from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions
 from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
 
 
+IntArray = npt.NDArray[np.int64]
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]
 """Where each row lies among the others, and a key per row that does not depend on their order; see `subset.Spread`."""
 
@@ -38,13 +39,13 @@ def _rows_of(fraction: float, n: int) -> int:
 def ranked_table(
     pool: Records,
     scores: Scores,
-    clusters: npt.NDArray[np.int64],
+    clusters: IntArray,
     options: CurateOptions,
     groups: npt.NDArray[np.str_] | None,
     points: Points | None,
     labels: Mapping[int, str],
 ) -> pd.DataFrame:
-    """The content of ``scores.parquet``.
+    """The content of ``scores.parquet``, of each row of the pool.
 
     Args:
         pool: The rows.
@@ -111,8 +112,8 @@ def choose(
     share: float = 0.0,
     points: Points | None = None,
     fill: bool = False,
-) -> npt.NDArray[np.int64]:
-    """Positions in `table` of the rows to select, ascending.
+) -> IntArray:
+    """Positions in `table` of the rows to select, ascending; the arguments are those of `Ranking.select`.
 
     A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
     that a person labelled bad is never selected.
@@ -129,29 +130,28 @@ def choose(
     if "label" in table:
         candidates = candidates[candidates["label"].isin(("", CRITICAL))]
     if min_score is not None:
-        chosen = candidates.index[candidates["score"] >= min_score]
+        chosen = candidates.index[candidates["score"] >= min_score].to_numpy()
         if not len(chosen):
             best = table["score"].max()
             raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
-    else:
-        if fraction is not None:
-            if not 0 < fraction <= 1:
-                raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
-            k = _rows_of(fraction, len(table))
-        if k is None or k < 1:
-            raise ConfigError(f"k {k}: must be at least 1")
-        if k > len(table):
-            raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
-        if not fill:
-            candidates = candidates[candidates["reason"].isin(GOOD_REASONS)]
-        order = candidates.sort_values("rank").index.to_numpy()
-        groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
-        good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
-        spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
-        if not len(order):
-            return np.zeros(0, dtype=np.int64)
-        chosen = pd.Index(core_rows(order, min(k, len(order)), good, groups, share, spread))
-    return np.sort(chosen.to_numpy())
+        return np.sort(chosen)
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
+        k = _rows_of(fraction, len(table))
+    if k is None or k < 1:
+        raise ConfigError(f"k {k}: must be at least 1")
+    if k > len(table):
+        raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
+    if not fill:
+        candidates = candidates[candidates["reason"].isin(GOOD_REASONS)]
+    order = candidates.sort_values("rank").index.to_numpy()
+    if not len(order):
+        return np.zeros(0, dtype=np.int64)
+    groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
+    good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
+    spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
+    return np.sort(core_rows(order, min(k, len(order)), good, groups, share, spread))
 
 
 def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
@@ -161,8 +161,8 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     k, selected = number_of(options, len(table)), int(table["selected"].sum())
     chosen = table["reason"][table["selected"]]
     bad = chosen[~chosen.isin(GOOD_REASONS)].value_counts()
-    named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
     if len(bad):
+        named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
         return [f"{int(bad.sum())} of the {selected} selected rows are so only to fill the quota: {named}"]
     if selected < k and not options.fill and options.diversity != "near-duplicates":
         few = f"{selected} rows are selected, not {k}: no others look worth keeping"
@@ -184,16 +184,13 @@ def changed_by_labels(table: pd.DataFrame, options: CurateOptions) -> dict[str, 
 def balance_counts(table: pd.DataFrame, options: CurateOptions) -> dict[str, dict[str, int]]:
     """Per group how many rows there are, are selected, and would be by rank alone; says where that matters."""
     best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
-    counts = {
-        str(group): {"rows": len(rows), "selected": int(rows["selected"].sum()), "by_rank": int(best.get(group, 0))}
-        for group, rows in table.groupby("group", observed=True)
-    }
-    for group, n in counts.items():
-        message = None
-        if n["selected"] == 0:
-            message = f"none of its {n['rows']} rows is selected, since none is judged worth keeping"
-        elif n["selected"] > n["by_rank"]:
-            message = f"{n['selected']} of {n['rows']} rows are selected; by rank alone it would be {n['by_rank']}"
-        if message is not None:
+    counts = {}
+    for group, rows in table.groupby("group", observed=True):
+        n, selected, by_rank = len(rows), int(rows["selected"].sum()), int(best.get(group, 0))
+        counts[str(group)] = {"rows": n, "selected": selected, "by_rank": by_rank}
+        message = f"{selected} of {n} rows are selected; by rank alone it would be {by_rank}"
+        if selected == 0:
+            message = f"none of its {n} rows is selected, since none is judged worth keeping"
+        if selected == 0 or selected > by_rank:
             console().print(f"--balance {options.balance}: {plain(group)}: {message}", soft_wrap=True, markup=False)
     return counts

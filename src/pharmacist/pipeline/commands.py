@@ -3,10 +3,9 @@
 from pharmacist.pipeline.bench.options import BENCH
 from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
-from pharmacist.pipeline.stages.curate import CURATE
+from pharmacist.pipeline.stages.curate import CURATE, LABEL
 from pharmacist.pipeline.stages.demo import DEMO
 from pharmacist.pipeline.stages.evaluate import EVALUATE
-from pharmacist.pipeline.stages.label import LABEL
 from pharmacist.pipeline.stages.repair import REPAIR
 from pharmacist.pipeline.stages.report import REPORT
 from pharmacist.pipeline.stages.sweep import SWEEP

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -38,12 +39,7 @@ GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_t
 
 @dataclass
 class DemoResult:
-    """What the demo found.
-
-    Attributes:
-        summary: Content of ``demo.json``.
-        folder: Where the files are.
-    """
+    """What the demo found: the content of ``demo.json``, and the folder with all files."""
 
     summary: dict[str, Any]
     folder: Path
@@ -52,9 +48,7 @@ class DemoResult:
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     """Runs the demo and writes ``demo.json`` and ``report.html``.
 
-    Args:
-        options: The options.
-        grid: Content of a grid file with the selectors full, random and core, one pool and one model.
+    The grid has the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
@@ -67,7 +61,7 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
             waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting()])]
             with run.phase("stages"):
                 plan.write()
-                for outcome in run_stages(plan.stages, waiting, Local(None), "demo"):
+                for outcome in run_stages(plan.stages, waiting, Local(), "demo"):
                     if outcome.error is not None:
                         raise outcome.error
             result = DemoResult(_summarise(options, plan, list(collect(plan))), run.root)
@@ -84,26 +78,21 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
 def _grid(options: DemoOptions, grid: Mapping[str, Any]) -> BenchOptions:
     """The grid with the options of the demo in it."""
     pool = {"rows": options.rows, "mislabel": options.mislabel, "kind": options.pool, "seed": options.seed}
-    selectors = [own if isinstance(own, str) else own | {"seed": options.seed} for own in grid["selectors"]]
-    shared = {
-        name: getattr(options, name) for name in ("output_dir", "device", "dtype", "quiet", "checkpoint_seconds")
-    }
-    own = {
-        "seeds": list(range(options.seed, options.seed + options.seeds)),
-        "pools": [grid["pools"][0] | pool],
-        "selectors": selectors,
-    }
-    return from_mapping(BenchOptions, {**grid, **own, **shared}, where="demo.yaml")
+    own = {name: getattr(options, name) for name in ("output_dir", "device", "dtype", "quiet", "checkpoint_seconds")}
+    own["seeds"] = list(range(options.seed, options.seed + options.seeds))
+    own["pools"] = [grid["pools"][0] | pool]
+    own["selectors"] = [one if isinstance(one, str) else one | {"seed": options.seed} for one in grid["selectors"]]
+    return from_mapping(BenchOptions, {**grid, **own}, where="demo.yaml")
 
 
 def _link(plan: Plan, root: Path, last: int) -> list[str]:
     """Links folders and files of the grid under names for people; returns the names in the demo's folder."""
-    links = {f"data/{path.name.rpartition('-')[0]}.jsonl": path for path in plan.data.files}
+    links = {f"data/{path.name.rpartition('-')[0]}.jsonl": path for path in plan.data.texts}
     for cell in plan.cells:
         selector, arm = cell.axes["selector"], f"{cell.axes['selector']}-{cell.seed}"
-        names = {f"align/{arm}": cell.align, f"attack/{arm}": cell.attack, f"evaluate/{arm}/step-0": cell.before}
+        names = {f"{kind}/{arm}": cell.roles[kind] for kind in ("align", "attack")}
         names |= {f"evaluate/{arm}/step-{last if step < 0 else step}": stage for step, stage in cell.curve}
-        names |= {"rank" if selector == "core" else f"rank-{arm}": cell.rank}
+        names |= {"rank" if selector == "core" else f"rank-{arm}": cell.roles["rank"]}
         links |= {link: plan.stages[name].folder for link, name in names.items()}
     for link, target in links.items():
         path = root.resolve() / link
@@ -117,18 +106,17 @@ def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     """How well a ranking finds the planted labels."""
     table = pd.read_parquet(folder / "scores.parquet")
     rows, known = planted_pool(vars(options))
-    labels = pd.Series(known, name="label")
+    table["label"] = known
     keep = [row.worth_keeping(options.pool) for row in rows]
-    auc = float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None
-    selected = labels[table["selected"].to_numpy()].value_counts()
-    reasons = table.groupby([labels, "reason"]).size().reset_index(name="rows")
+    selected = table.loc[table["selected"], "label"].value_counts()
+    reasons = table.groupby(["label", "reason"]).size().reset_index(name="rows")
     return {
-        "auc": auc,
+        "auc": float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None,
         "keep": "good and duplicate" if options.pool == "planted" else "strong",
         "selected": {str(label): int(count) for label, count in selected.items()},
         "reasons": [
-            {"label": str(found["label"]), "reason": str(found["reason"]), "rows": int(found["rows"])}
-            for found in reasons.to_dict("records")
+            {"label": label, "reason": str(reason), "rows": count}
+            for label, reason, count in reasons.itertuples(index=False, name=None)
         ],
     }
 
@@ -144,7 +132,9 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
         return {arm: [getattr(row, column) for row in rows if row.selector == arm] for arm in ARMS}
 
     areas, seconds = by_arm("harmful_score_over_attack"), by_arm("alignment_seconds")
-    rank_folder = next(plan.stages[cell.rank].folder for cell in plan.cells if cell.axes["selector"] == "core")
+    rank_folder = next(
+        plan.stages[cell.roles["rank"]].folder for cell in plan.cells if cell.axes["selector"] == "core"
+    )
     return {
         "pool": {"kind": options.pool, "rows": options.rows, "mislabel": options.mislabel},
         "arms": list(ARMS),
@@ -155,13 +145,13 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
         "over_refusal": by_arm("over_refusal"),
         "over_refusal_aligned": by_arm("over_refusal_before"),
         "alignment_seconds": seconds,
-        "auc": {arm: interval(areas[arm]) for arm in ARMS},
+        "auc": {arm: interval(own) for arm, own in areas.items()},
         "differences": {
             f"core - {arm}": interval([a - b for a, b in zip(areas["core"], areas[arm], strict=True)], RATE_DIFFERENCE)
             for arm in ("full", "random")
         },
-        "final_harmful_score": {arm: interval(by_arm("harmful_score")[arm]) for arm in ARMS},
-        "time_saved": {arm: 100 * (1 - _mean(seconds[arm]) / _mean(seconds["full"])) for arm in ("random", "core")},
+        "final_harmful_score": {arm: interval(own) for arm, own in by_arm("harmful_score").items()},
+        "time_saved": {arm: 100 * (1 - fmean(seconds[arm]) / fmean(seconds["full"])) for arm in ("random", "core")},
         "selection_seconds": sum(phase.seconds for phase in read_manifest(rank_folder).phases.values()),
         "ranking": _ranking_quality(options, rank_folder),
     }
@@ -182,9 +172,9 @@ def _show(result: DemoResult) -> None:
             arm,
             _with_interval(summary["auc"][arm]),
             f"{summary['final_harmful_score'][arm]['mean']:.1f}",
-            f"{_mean(summary['fine_tune_accuracy'][arm]):.1f}",
-            f"{_mean(summary['over_refusal_aligned'][arm]):.1f} / {_mean(summary['over_refusal'][arm]):.1f}",
-            f"{_mean(summary['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved is not None else ""),
+            f"{fmean(summary['fine_tune_accuracy'][arm]):.1f}",
+            f"{fmean(summary['over_refusal_aligned'][arm]):.1f} / {fmean(summary['over_refusal'][arm]):.1f}",
+            f"{fmean(summary['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved is not None else ""),
         )
     out.print(table)
     out.print(
@@ -209,7 +199,3 @@ def _show(result: DemoResult) -> None:
 def _with_interval(interval: Mapping[str, Any]) -> str:
     figure = Figure(interval["mean"], *(interval["ci95"] or ()))
     return figure.text() if interval["ci95"] else f"{figure.text()} (no interval: {interval['no_ci95']})"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -8,7 +8,8 @@ import pandas as pd
 
 from pharmacist.core.files import read_json_lines
 from pharmacist.evaluation.metrics import NAMES
-from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.evaluate_model import evaluate_model
+from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
 @dataclass
@@ -30,11 +31,8 @@ class EvaluateResult:
         return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
 
     def to_pandas(self) -> pd.DataFrame:
-        """The metrics as a table.
-
-        Returns:
-            A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
-            its 95 % interval in percent, ``count`` of ``n``, and ``by``, the judge or the matching of answers.
+        """A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
+        its 95 % interval in percent, ``count`` of ``n``, and ``by``, the judge or the matching of answers.
         """
         one = any("value" in metric for metric in self.metrics.values())
         rows = []
@@ -42,9 +40,8 @@ class EvaluateResult:
             for name, metric in metrics.items():
                 low, high = metric.get("ci95") or (None, None)
                 by = metric.get("judge") or metric.get("task_type") or metric.get("matching")
-                known = {"value": metric["value"], "low": low, "high": high, "count": metric.get("count")}
-                rows.append({"model": model, "metric": name} | known | {"n": metric["n"], "by": by})
-        table = pd.DataFrame(rows)
+                rows.append((model, name, metric["value"], low, high, metric.get("count"), metric["n"], by))
+        table = pd.DataFrame(rows, columns=["model", "metric", "value", "low", "high", "count", "n", "by"])
         return table.drop(columns="model") if one else table
 
     def _repr_html_(self) -> str:
@@ -63,10 +60,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     Raises:
         PharmacistError: Bad options or input.
     """
-    if options.compare is not None:
-        from pharmacist.pipeline.compare import compare_runs as run
-    elif options.models is not None:
-        from pharmacist.pipeline.side_by_side import evaluate_models as run
-    else:
-        from pharmacist.pipeline.evaluate_model import evaluate_model as run
+    several = EVALUATE_MODELS if options.models is not None else evaluate_model
+    run = COMPARE if options.compare is not None else several
     return EvaluateResult(run(options), Path(options.output_dir))

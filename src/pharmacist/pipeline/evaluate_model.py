@@ -13,13 +13,12 @@ from pharmacist.core.files import atomic_write, read_json, read_json_lines, remo
 from pharmacist.core.progress import console, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
-from pharmacist.data.formats import Source, open_source, place
+from pharmacist.data.formats import Row, Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
-from pharmacist.data.refusals import Refused
 from pharmacist.data.tasks import open_task
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons
-from pharmacist.evaluation.engines import ENGINES, Engine, ModelChoice
+from pharmacist.evaluation.engines import ENGINES, Engine
 from pharmacist.evaluation.engines.transformers import TransformersEngine
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
 from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, perplexity_drift
@@ -27,9 +26,11 @@ from pharmacist.evaluation.graders import GRADERS, Grader, detect_grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.reasoning import CUT, ENDED
+from pharmacist.evaluation.text import writable
 from pharmacist.nn.distributed import from_main
 from pharmacist.nn.models import load_model
 from pharmacist.pipeline.evaluate_summary import summarise
+from pharmacist.pipeline.rows import model_options, open_several
 from pharmacist.pipeline.stages.evaluate import EVALUATE, GENERAL, PROMPTS, REFERENCES, EvaluateOptions
 
 
@@ -41,14 +42,7 @@ _MORE_TOKENS = "; --max-new-tokens gives them more room"
 
 
 def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluates one model, or the answers of a file; see `evaluate`.
-
-    Returns:
-        Content of ``metrics.json``.
-
-    Raises:
-        PharmacistError: Bad options or input.
-    """
+    """Evaluates one model, or the answers of a file; returns the content of ``metrics.json``."""
     asked = _Asked(options)
     with EVALUATE.open(options, inputs=asked.fingerprints(), methods=asked.methods()) as run:
         if run.complete:
@@ -57,21 +51,17 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             return metrics
         found = _evaluate(asked, run)
         if rank() == 0:
-            _write(found, asked.judges.get("judge"), run)
+            with atomic_write(run.path("items.jsonl"), "w") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in found.items)
+            write_json(run.path("metrics.json"), found.metrics)
+            remove(run.path("judge"))  # of a judge before this one
+            learned = "judge" in asked.judges and asked.judges["judge"].save(run.path("judge"))
+            outputs = ["metrics.json", "items.jsonl", *(["judge"] if learned else [])]
+            run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             summarise(found.metrics, run.root, options)
             if found.missing:
                 console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
         return found.metrics
-
-
-def _write(found: Evaluation, judge: Judge | None, run: RunDir) -> None:
-    with atomic_write(run.path("items.jsonl"), "w") as file:
-        file.writelines(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in found.items)
-    write_json(run.path("metrics.json"), found.metrics)
-    remove(run.path("judge"))  # of a judge before this one
-    learned = judge is not None and judge.save(run.path("judge"))
-    outputs = ["metrics.json", "items.jsonl", *(["judge"] if learned else [])]
-    run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
 
 
 class _Asked:
@@ -87,17 +77,22 @@ class _Asked:
         self.grader: Grader[Any] | None = None if auto else GRADERS.build_from(options.task_type)
         if self.grader is not None and options.task is not None:
             self.grader.check()
-        self._check_general()
-        open_test: Callable[..., Source] = partial(open_task, test=True)
-        openers = {"prompts": open_prompts, "benign_prompts": open_prompts, "task": open_test}
+        if any(getattr(options, name) is not None for name in GENERAL):
+            if not isinstance(self.engine, TransformersEngine):
+                self.engine.local()  # says why not
+            if options.lm_eval is not None:
+                check_lm_eval(options.lm_eval)
+                if world_size() > 1:
+                    raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
+        openers: dict[str, Callable[..., Source]] = dict.fromkeys(("prompts", "benign_prompts"), open_prompts)
+        openers["task"] = partial(open_task, test=True)
         self.sources: dict[str, Source] = {
             name: openers.get(name, open_source)(getattr(options, name), name=flag(name))
             for name in ("answers", *PROMPTS, "perplexity", "margin")
             if getattr(options, name) is not None
         }
-        for kind in REFERENCES:  # the first file of a kind has its name, the others a number too
-            for number, file in enumerate(getattr(options, kind), start=1):
-                self.sources[kind if number == 1 else f"{kind} {number}"] = open_source(file, name=flag(kind))
+        for kind in REFERENCES:
+            self.sources |= open_several(kind, getattr(options, kind), flag(kind))
         self.columns = _columns(self.sources, options.columns)
         self.judges: dict[str, Judge] = {}
         second = options.second_judge["name"] != "none"
@@ -113,16 +108,6 @@ class _Asked:
                 who = f"{flag(which)} {judge.name}"
                 raise ConfigError(f"{who}: needs {need} references; give --{need} FILE or another judge")
 
-    def _check_general(self) -> None:
-        if all(getattr(self.options, name) is None for name in GENERAL):
-            return
-        if not isinstance(self.engine, TransformersEngine):
-            self.engine.local()  # says why not
-        if self.options.lm_eval is not None:
-            check_lm_eval(self.options.lm_eval)
-            if world_size() > 1:
-                raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
-
     def methods(self) -> dict[str, Any]:
         """Option -> the method that it names."""
         return {"engine": self.engine, **self.judges} | ({} if self.grader is None else {"task_type": self.grader})
@@ -131,10 +116,8 @@ class _Asked:
         """Input -> fingerprint of its content."""
         options = self.options
         found = {name: source.fingerprint() for name, source in self.sources.items()}
-        if options.answers is None:
-            found["model"] = self.engine.fingerprint(options.model)
-        if options.base is not None:
-            found["base"] = self.engine.fingerprint(options.base)
+        models = {"model": options.model if options.answers is None else None, "base": options.base}
+        found |= {name: self.engine.fingerprint(model) for name, model in models.items() if model is not None}
         files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in self.judges.items()}
         if self.grader is not None and options.task is not None:
             files["opponent"] = self.grader.fingerprint()
@@ -188,7 +171,7 @@ def _columns(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[
 
 
 def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
-    options, judges = asked.options, asked.judges
+    options, judges, grader = asked.options, asked.judges, asked.grader
     with run.phase("read"):
         records = asked.read(run)
     of = {name: flag(name) for name in records} | {"rejected": "--margin"}
@@ -204,23 +187,21 @@ def _evaluate(asked: _Asked, run: RunDir) -> Evaluation:
             run.record(counts={f"{name.replace(' ', '_')}_{what}": count})
 
     for name, own in records.items():
-        refused = len(own.refused)
-        tell(name, "refused", refused, f"{refused} rows cannot be used and are left out")
-    for name in [name for name in ("prompts", "benign_prompts") if name in records and given is None]:
-        keys = records[name].dataset["prompt_key"]
-        repeated = len(keys) - len(set(keys))
-        text = f"{repeated} rows repeat a prompt, so that the intervals are too narrow"
-        tell(name, "repeated", repeated, text)
+        tell(name, "refused", len(own.refused), f"{len(own.refused)} rows cannot be used and are left out")
+        if name in ("prompts", "benign_prompts") and given is None:
+            keys = own.dataset["prompt_key"]
+            repeated = len(keys) - len(set(keys))
+            text = f"{repeated} rows repeat a prompt, so that the intervals are too narrow"
+            tell(name, "repeated", repeated, text)
     references = _references(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
-        unused = ", ".join(references)
-        console().print(f"--judge {judges['judge'].name}: reads no references; {unused} not used", soft_wrap=True)
+        text = f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used"
+        console().print(text, soft_wrap=True)
     for judge in judges.values():
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
     known = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
-    grader = asked.grader
     if "task" in records:
         grader = grader or GRADERS.build(detect_grader(list(records["task"].dataset["completion"])), {})
         grader.work = run.work("verdicts")
@@ -290,22 +271,19 @@ def _answers(
             return kept
         console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
         before = run.manifest.phases["generate"].tokens
-    choice = ModelChoice(options.model, options.device, options.dtype, options.template, options.trust_remote_code)
+    how = model_options(options)
     with run.phase("load model"):
-        engine.open(choice, run.work("model"))
+        engine.open(options.model, run.work("model"), **how)
     with run.phase("generate") as phase:
         answers = engine.answers(evaluator, run.work("answers"))
         phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - before
     report = engine.report()
-    run.record(
-        device=report["device"],
-        extra={name: report.get(name) for name in ("template", "template_origin", "dtype")} | {"engine": engine.name},
-    )
+    extra = {name: report.get(name) for name in ("template", "template_origin", "dtype")}
+    run.record(device=report["device"], extra=extra | {"engine": engine.name})
     general: dict[str, Any] = {}
     if options.base is not None:
         with run.phase("perplexity"):
-            base = load_model(**vars(replace(choice, name=options.base)))
-            rows = records["perplexity"].dataset
+            base, rows = load_model(options.base, **how), records["perplexity"].dataset
             general["perplexity_drift"] = perplexity_drift(rows, engine.local(), base, work=run.work("perplexity"))
     if options.margin is not None:
         both = [records[name].dataset for name in ("margin", "rejected")]
@@ -314,8 +292,8 @@ def _answers(
         with run.phase("margin"):
             general["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
     if options.lm_eval is not None:
+        names = check_lm_eval(options.lm_eval)
         with run.phase("lm-eval"):
-            names = check_lm_eval(options.lm_eval)
             general |= lm_eval(names, engine.local(), batch_size=options.batch_size, seed=options.seed)
     if general:
         run.record(extra={"general": general})
@@ -327,13 +305,11 @@ def _references(records: Mapping[str, Records]) -> dict[str, list[dict[str, Any]
     """What judges learn from: kind -> rows, each with the number of its file."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, own in records.items():
-        kind = name.split()[0]
+        kind, _, number = name.partition(" ")
         if kind in REFERENCES:
-            number = len({row["source"] for row in found.setdefault(kind, [])})
-            found[kind] += [
-                {"prompt": prompt, "completion": completion, "source": number}
-                for prompt, completion in zip(own.dataset["prompt"], own.dataset["completion"], strict=True)
-            ]
+            pairs = zip(own.dataset["prompt"], own.dataset["completion"], strict=True)
+            source = int(number or 1)
+            found.setdefault(kind, []).extend({"prompt": p, "completion": c, "source": source} for p, c in pairs)
     return found
 
 
@@ -351,21 +327,19 @@ def _given(records: Records, column: str, on_bad_row: str) -> tuple[Records, lis
     Raises:
         DataError: Rows without the column, or with something else than text or null in it.
     """
-    answers: list[Answer] = []
-    bad: dict[int, Refused] = {}
+    answers, bad = list[Answer](), dict[int, Row]()
     for position, row in enumerate(records.source.pick(records.dataset["row"])):
         value = row.value or {}
-        reason = _not_an_answer(value, column)
-        if reason:
-            bad[position] = Refused(row.number, row.line, reason)
+        if reason := _not_an_answer(value, column):
+            bad[position] = Row(row.number, row.line, None, reason)
         else:
             text = value[column]
-            answers.append(Answer(text or "", 0, True, unanswered="" if text is not None else "null in the file"))
+            answers.append(Answer(text or "", 0, True, unanswered="null in the file" if text is None else ""))
     if bad and (on_bad_row == "fail" or not answers):
         first = next(iter(bad.values()))
         raise DataError(
             f"{records.source.where}: {len(bad)} of {len(records)} rows cannot be judged: "
-            f"{place(first.row, first.line)} {first.reason}; name the column of answers with --columns answer=NAME, "
+            f"{first.place} {first.reason}; name the column of answers with --columns answer=NAME, "
             "or leave such rows out with --on-bad-row skip"
         )
     return replace(records.without(bad), refused=[*records.refused, *bad.values()]), answers
@@ -377,8 +351,4 @@ def _not_an_answer(row: Mapping[str, Any], column: str) -> str:
         return f"has no '{column}'"
     if not isinstance(text, str | None):
         return f"has no text in '{column}'"
-    try:
-        (text or "").encode("utf-8")
-    except UnicodeEncodeError:
-        return f"has half a character (a lone surrogate) in '{column}'"
-    return ""
+    return "" if writable(text or "") else f"has half a character (a lone surrogate) in '{column}'"

@@ -21,13 +21,7 @@ _SHOWN_CHARACTERS = 100
 
 
 def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions) -> None:
-    """Prints the result of one model; answers that are not known to be harmless stay hidden unless asked for.
-
-    Args:
-        metrics: Content of ``metrics.json``.
-        folder: Where the files are.
-        options: Of the run.
-    """
+    """Prints the result of one model; answers that are not known to be harmless stay hidden unless asked for."""
     if options.quiet or console().quiet:
         return
     table = Table(title=plain(options.model or options.answers))
@@ -46,7 +40,7 @@ def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions
 
 def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
     by = plain(metric.get("judge") or metric.get("matching", ""))
-    lines: list[tuple[str, ...]] = [_line(name, metric, by)]
+    lines = [_line(name, metric, by)]
     if "base_perplexity" in metric:
         lines.append(("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}"))
     published = metric.get("published")

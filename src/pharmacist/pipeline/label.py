@@ -2,16 +2,15 @@
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
-from pharmacist.core.manifest import RunManifest
 from pharmacist.pipeline.pages import ranking_manifest, read_table
-from pharmacist.pipeline.stages.label import LabelOptions
+from pharmacist.pipeline.stages.curate import LabelOptions
 from pharmacist.report import words
 from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
 
@@ -22,12 +21,8 @@ _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
     """Asks for a label of each row of ``to_label.jsonl`` that has none, and keeps what is said in ``--output``.
 
-    A text is shown only after an empty line has asked for it.
-
-    Args:
-        options: Of the command.
-        answers: Lines of the person; standard input by default, which must then be a terminal.
-        out: Where rows are shown; standard output by default.
+    A text is shown only after an empty line has asked for it. The person answers in lines of `answers` (standard
+    input by default, which must then be a terminal), and reads `out` (standard output).
 
     Returns:
         Row number -> label, those of earlier sessions included.
@@ -37,7 +32,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
     folder, output = Path(options.run), Path(options.output)
-    manifest = ranking_manifest(folder)
+    pool = ranking_manifest(folder).inputs["pool"]
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
@@ -48,40 +43,33 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
             "--to-label 0"
         )
     asked = read_json_lines(folder / "to_label.jsonl")
-    labels = _earlier(folder, manifest, output)
-    if answers is None:
-        if not sys.stdin.isatty():
-            raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
-        answers = sys.stdin
-    talk = _Talk(answers, out or sys.stdout)
-    talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.", *_meanings(LABELS))
-
-    def keep() -> None:
-        write_labels(output, manifest.inputs["pool"], labels)
-
-    _ask(talk, asked, labels, keep=keep, names=tuple(LABELS))
-    if output.is_file():
-        talk.say(
-            f"{len(labels)} labels in {output}; give them to the command that made the ranking: --labels {output}"
-        )
-    else:
-        talk.say("nothing was written")
+    # Those that the ranking was made with, and those in the output, which count where both have one.
+    scores = read_table(folder / "scores.parquet", "row")
+    labels = labels_of(scores)
+    if output.exists():
+        labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
+    if answers is None and not sys.stdin.isatty():
+        raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
+    talk = _Talk(answers or sys.stdin, out or sys.stdout)
+    width = max(map(len, LABELS))
+    talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
+    talk.say(*(f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in LABELS.items()))
+    _ask(talk, asked, labels, keep=lambda: write_labels(output, pool, labels))
+    kept = f"{len(labels)} labels in {output}; give them to the command that made the ranking: --labels {output}"
+    talk.say(kept if output.is_file() else "nothing was written")
     return labels
 
 
-def _ask(talk: "_Talk", asked: list[Any], labels: dict[int, str], *, keep: Any, names: tuple[str, ...]) -> None:
+def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
     """Goes through the rows that have no label, in order; `keep` is called whenever `labels` has changed."""
     waiting = [row for row in asked if row["row"] not in labels]
-    past: list[tuple[int, bool]] = []  # places in `waiting`, and whether a label was given there
-    at, shown = 0, False
-    while at < len(waiting):
-        row = waiting[at]
-        done = sum(row["row"] in labels for row in asked)
-        if not shown:
-            prompt = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it, or skip, undo, quit > "
-        else:
-            prompt = f"{', '.join(names)}, or skip, undo, quit > "
-        said = talk.ask(prompt)
+    past: list[bool] = []  # whether a label was given, per row of `waiting` that is through
+    shown = False
+    while len(past) < len(waiting):
+        row = waiting[len(past)]
+        done = sum(one["row"] in labels for one in asked)
+        hidden = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it"
+        said = talk.ask(f"{', '.join(LABELS) if shown else hidden}, or skip, undo, quit > ")
         if said is None or (said and _QUIT.startswith(said)):
             return
         if not said:
@@ -92,40 +80,25 @@ def _ask(talk: "_Talk", asked: list[Any], labels: dict[int, str], *, keep: Any, 
             if not past:
                 talk.say("nothing to undo")
                 continue
-            at, labelled = past.pop()
             shown = False
-            if labelled:
-                del labels[waiting[at]["row"]]
+            if past.pop():
+                del labels[waiting[len(past)]["row"]]
                 keep()
         elif _SKIP.startswith(said):
-            past.append((at, False))
-            at, shown = at + 1, False
-        elif found := [name for name in names if name.startswith(said)]:
+            past.append(False)
+            shown = False
+        elif found := [name for name in LABELS if name.startswith(said)]:
             if not shown:
                 talk.say("not seen yet; Enter shows it")
                 continue
             labels[row["row"]] = found[0]
             keep()
-            past.append((at, True))
-            at, shown = at + 1, False
+            past.append(True)
+            shown = False
         else:
-            talk.say(f"'{plain(said)}' is none of {', '.join((*names, *_OTHERS))}")
-    skipped = sum(not labelled for _, labelled in past)
+            talk.say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
+    skipped = past.count(False)
     talk.say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
-
-
-def _earlier(folder: Path, manifest: RunManifest, output: Path) -> dict[int, str]:
-    """Labels that the ranking was made with, and those in the output, which count where both have one."""
-    scores = read_table(folder / "scores.parquet", "row")
-    labels = labels_of(scores)
-    if output.exists():
-        labels |= read_entries(output, manifest.inputs["pool"], scores["row"].to_numpy(), where=f"--output {output}")
-    return labels
-
-
-def _meanings(labels: Mapping[str, str]) -> Iterable[str]:
-    width = max(map(len, labels))
-    return [f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in labels.items()]
 
 
 class _Talk:
@@ -138,11 +111,10 @@ class _Talk:
         for line in lines:
             self._write(plain(line) + "\n")
 
-    def show(self, row: Mapping[str, Any]) -> None:
+    def show(self, row: Any) -> None:
         for name in ("prompt", "completion"):
-            self._write(f"{name}:\n")
-            for line in plain(row[name], lines=True).split("\n"):
-                self._write(f"  | {line}\n")
+            lines = plain(row[name], lines=True).split("\n")
+            self._write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
     def ask(self, prompt: str) -> str | None:
         """What was said, in small letters; None at the end of the input."""

@@ -10,8 +10,9 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary, read_json_lines
 from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
 from pharmacist.core.registry import closest
-from pharmacist.report import render_benchmark, render_demo
 from pharmacist.report.benchmark import AXES
+from pharmacist.report.benchmark_page import render_benchmark
+from pharmacist.report.html import render_demo
 from pharmacist.report.sweep import render_sweep
 from pharmacist.worlds import World
 from pharmacist.worlds.potions import Planted

@@ -59,10 +59,7 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Ranking":
-        """A ranking that `curate` has written, with the pool that it names.
-
-        Args:
-            folder: Of the run, finished.
+        """A ranking that `curate` has written into a folder, with the pool that it names.
 
         Raises:
             DataError: The folder holds no finished ranking, or the pool is not what it was when it was ranked.
@@ -72,31 +69,23 @@ class Ranking:
         if missing := [name for name in ("pool", "columns", "on_bad_row") if name not in config]:
             raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
+        pool = f"{folder}: the pool {config['pool']}"
         again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
         try:
             source = open_source(config["pool"], name="pool")
         except DataError as error:
-            raise DataError(f"{folder}: the pool {config['pool']} is no longer there; {again}") from error
+            raise DataError(f"{pool} is no longer there; {again}") from error
         if source.fingerprint() != manifest.inputs.get("pool"):
-            raise DataError(f"{folder}: the pool {config['pool']} has changed since it was ranked; {again}")
-        to_label = folder / "to_label.jsonl"
-        asked = [row["row"] for row in read_json_lines(to_label)] if to_label.is_file() else []
-        return cls(
-            source,
-            table,
-            manifest.model_dump(mode="json"),
-            about=manifest.extra.get("selector_report", {}),
-            to_label=np.searchsorted(table["row"], np.asarray(asked, dtype=np.int64)),
-            folder=str(folder),
-        )
+            raise DataError(f"{pool} has changed since it was ranked; {again}")
+        lines = folder / "to_label.jsonl"
+        asked = [row["row"] for row in read_json_lines(lines)] if lines.is_file() else []
+        to_label = np.searchsorted(table["row"], np.array(asked, dtype=np.int64))
+        about = manifest.extra.get("selector_report", {})
+        return cls(source, table, manifest.model_dump(mode="json"), about, to_label, str(folder))
 
     @property
     def records(self) -> Records:
-        """The rows that were ranked, in the order of `table`; those of a loaded ranking are read when asked for.
-
-        Raises:
-            DataError: The pool has other rows than the table.
-        """
+        """The rows that were ranked, in the order of `table`; those of a loaded ranking are read when asked for."""
         if self._records is None:
             config, self._scratch = self.manifest["config"], tempfile.TemporaryDirectory(prefix="pharmacist-")
             found = read_records(
@@ -170,17 +159,8 @@ class Ranking:
         Raises:
             ConfigError: The table has no such rows, or not what the choice needs to know.
         """
-        chosen = choose(
-            self.table,
-            fraction,
-            k,
-            min_score,
-            diversity,
-            margin=diversity_margin,
-            share=balance_share,
-            points=self._points,
-            fill=fill,
-        )
+        how: dict[str, Any] = {"margin": diversity_margin, "share": balance_share, "fill": fill}
+        chosen = choose(self.table, fraction, k, min_score, diversity, points=self._points, **how)
         return self.source.dataset(self.table["row"].to_numpy()[chosen])
 
     def to_parquet(self, path: str | Path) -> None:
@@ -189,21 +169,19 @@ class Ranking:
             self.table.to_parquet(temporary, index=False)
 
     def report(self, path: str | Path, labels: list[str] | None = None) -> None:
-        """Writes the page.
-
-        Args:
-            path: The HTML file.
-            labels: Known label per ranked row, where there is one (planted pools).
-        """
-        asked, known = self.asked(), labels_of(self.table)
+        """Writes the page, an HTML file; `labels` are the known label per ranked row of a planted pool."""
+        # A row may have no category, one, or several. A pool is long, and one without any is not read to its end.
+        names = map(category_names, self.records.originals({"category", "categories"}))
+        first = list(islice(names, _FIRST))
+        known, pool = labels_of(self.table), self.source.fingerprint()
         render_ranking(
             Path(path),
             scores=self.table,
             texts=self.records.dataset.select_columns(["prompt", "completion"]),
             manifest=self.manifest,
             labels=labels,
-            categories=_categories(self.records),
-            labelling={"pool": self.source.fingerprint(), "rows": asked, "labels": LABELS, "known": known},
+            categories=[*first, *names] if any(first) else None,
+            labelling={"pool": pool, "rows": self.asked(), "labels": LABELS, "known": known},
         )
 
     def asked(self) -> list[dict[str, Any]]:
@@ -211,14 +189,3 @@ class Ranking:
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
-
-
-def _categories(records: Records) -> list[list[str]] | None:
-    """Categories of every row, out of the pool's column ``category``; None where the pool has no such column.
-
-    A row may have no category, one, or several.
-    """
-    # A pool is long, and one without categories is not read to its end.
-    names = map(category_names, records.originals({"category", "categories"}))
-    first = list(islice(names, _FIRST))
-    return [*first, *names] if any(first) else None

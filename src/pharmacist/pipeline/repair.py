@@ -1,8 +1,7 @@
 """The stage `repair`: take safety back that a user's fine-tuning has cost, without training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.table import Table
@@ -15,31 +14,15 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
 from pharmacist.nn.merge import merge_adapter
-from pharmacist.nn.models import LoadedModel, base_of, load_model, model_fingerprint, trained_on
+from pharmacist.nn.models import base_of, model_fingerprint, trained_on
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
-from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply, linear_weights
-from pharmacist.training.card import model_card
-from pharmacist.training.loop import save_trained, writes_adapter
+from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply
+from pharmacist.training.saving import Card, ModelResult, finish, say_done
 
 
-@dataclass
-class RepairResult:
-    """A repaired model.
-
-    Attributes:
-        folder: With ``adapter/`` or ``model/`` and ``repair.json``; every command takes it as ``--model``.
-        metrics: Of the manifest: tensors and entries changed, norms.
-        model: The repaired model; None where the run was complete already.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    model: Any = None
-
-
-def repair(options: RepairOptions) -> RepairResult:
+def repair(options: RepairOptions) -> ModelResult:
     """Repairs a model and writes adapter (or model), ``repair.json``, card and manifest into the output folder.
 
     Raises:
@@ -59,11 +42,10 @@ def repair(options: RepairOptions) -> RepairResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()} | prints
     with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
         model = None if run.complete else _repair(sources, chosen, form, continued, options, run)
-        return RepairResult(run.root, run.manifest.metrics, model)
+        return ModelResult.of(run, model)
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
-
     name = options.method["name"]
     for needed in sorted(chosen.needs - {"base"}):
         if getattr(options, needed) is None:
@@ -102,92 +84,63 @@ def _repair(
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")
         tuned = Side(loaded.model.eval(), form)
-        references = _references(sources, chosen, tuned, continued, loaded, options, run)
+        references = References(continued=continued, device=loaded.device, seed=options.seed)
+        if "aligned" in chosen.needs:
+            references.aligned, references.update = _aligned(tuned, options)
+        for which, source in sources.items():
+            records = read(source, options, run.work("data", which), harmful=which == "harmful")
+            records.announce()
+            encoded = tokenise(records.dataset, f"{which}-ids", loaded, options, run, where=source.where)
+            setattr(references, which, encoded)
     with run.phase("repair"):
         plan = chosen.plan(tuned, references)
         changes = apply(tuned, plan)
     metrics = _metrics(changes)
-    if rank() == 0:
-        card = model_card(
-            title=f"{Path(loaded.name).name} repaired with {name}",
-            what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that "
-            "fine-tuning has cost.",
-            base_model=loaded.beneath.base or loaded.name,
-            tags=[name, "safety-repair"],
-            adapter=writes_adapter(loaded.model, loaded) and not options.merge,
-            template=loaded.template.kind,
-            facts={
-                "aligned model": options.aligned or "not used",
-                "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
-                "entries changed": f"{100 * metrics['share_changed']:.2f} %",
-                "seed": options.seed,
-            },
-            settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
-            intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
-        )
-        folders: list[str] = []
-        if run.temporary is None:
-            folders = save_trained(
-                loaded.model, loaded, run.root, card, trained_on=trained_on(options.model) or "", merge=options.merge
-            )
-        write_json(
-            run.path("repair.json"),
-            {
-                "method": name,
-                "form": form,
-                "continued": continued,
-                "findings": plan.findings,
-                "changes": [asdict(change) for change in changes],
-            },
-        )
-        run.finish(
-            outputs=[*folders, "repair.json", *(["README.md"] if folders else [])],
-            metrics=metrics,
-            device=str(loaded.device),
-            extra={"form": form, **loaded.facts},
-        )
-        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
-        if run.temporary is None:
-            _show(changes, metrics, name, run.root)
+    if rank() != 0:
+        return loaded.model
+    found = {"method": name, "form": form, "continued": continued, "findings": plan.findings}
+    write_json(run.path("repair.json"), found | {"changes": [asdict(change) for change in changes]})
+    card = Card(
+        title=f"repaired with {name}",
+        what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that fine-tuning "
+        "has cost.",
+        tags=[name, "safety-repair"],
+        facts={
+            "aligned model": options.aligned or "not used",
+            "tensors changed": f"{metrics['tensors_changed']} of {metrics['tensors']}",
+            "entries changed": f"{100 * metrics['share_changed']:.2f} %",
+            "seed": options.seed,
+        },
+        intended_use="Research on harmful fine-tuning. Measure it (`pharmacist evaluate`) before relying on it.",
+        settings={"method": {"name": name, **vars(chosen.config)}, "form": form},
+    )
+    finish(
+        run,
+        options,
+        loaded.model,
+        loaded,
+        card,
+        trained_on=trained_on(options.model) or "",
+        outputs=["repair.json"],
+        metrics=metrics,
+        extra={"form": form},
+    )
+    if run.temporary is None:
+        _show(changes, metrics, name)
+        say_done(run, f"repaired: {run.root}")
     return loaded.model
 
 
-def _references(
-    sources: Mapping[str, Source],
-    chosen: Repair,
-    tuned: Side,
-    continued: bool,
-    loaded: LoadedModel,
-    options: RepairOptions,
-    run: RunDir,
-) -> References:
-    """Loads what the method reads besides the model.
+def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
+    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base.
 
     Raises:
         CompatibilityError: The aligned model or its base has other layers or shapes.
     """
-    references = References(continued=continued, device=loaded.device, seed=options.seed)
-    if "aligned" in chosen.needs:
-        references.aligned, references.update = _aligned(tuned, loaded, options)
-    for name, source in sources.items():
-        records = read(source, options, run.work("data", name), harmful=name == "harmful")
-        records.announce()
-        encoded = tokenise(records.dataset, f"{name}-ids", loaded, options, run, where=source.where)
-        setattr(references, name, encoded)
-    return references
-
-
-def _aligned(tuned: Side, loaded: LoadedModel, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
-    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
     assert options.aligned is not None
-    place: dict[str, Any] = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    update: dict[str, Factors]
+    options = replace(options, template="auto")  # no prompt is rendered for these
     is_adapter = base_of(options.aligned) is not None and options.base is None
-    model: Any = load_model(options.aligned, merge=not is_adapter, **place).model
+    model: Any = load(options.aligned, options, merge=not is_adapter).model
     if is_adapter:
         update = {
             name: replace(own, A=own.A.detach().clone(), B=own.B.detach().clone())
@@ -198,8 +151,8 @@ def _aligned(tuned: Side, loaded: LoadedModel, options: RepairOptions) -> tuple[
         side = Side(model.eval(), tuned.form)
     else:
         assert options.base is not None
-        base, side = load_model(options.base, **place).model, Side(model.eval(), "weights")
-        below = linear_weights(base)
+        base, side = load(options.base, options).model, Side(model.eval(), "weights")
+        below = Side(base, "weights").tensors()
         _check_shapes("--base", below, side.tensors())
         update = {name: factorise(weight, below[name]) for name, weight in side.tensors().items()}
     if tuned.form == "weights":
@@ -229,7 +182,7 @@ def _metrics(changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def _show(changes: list[Change], metrics: Mapping[str, Any], name: str, root: Path) -> None:
+def _show(changes: list[Change], metrics: Mapping[str, Any], name: str) -> None:
     """Prints what was touched, summed over the layers."""
     groups: dict[str, list[Change]] = {}
     for change in changes:
@@ -248,9 +201,4 @@ def _show(changes: list[Change], metrics: Mapping[str, Any], name: str, root: Pa
             f"{own['norm_before']:.4g}",
             f"{own['norm_after']:.4g}",
         )
-    out = console()
-    out.print(table)
-    out.print(
-        f"repaired: {root}\nnext: pharmacist evaluate --model {root} --prompts PROMPTS --output-dir DIR",
-        soft_wrap=True,
-    )
+    console().print(table)

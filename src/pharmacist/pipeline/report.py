@@ -1,9 +1,10 @@
 """The command `report`: writes the page of a finished folder again, out of what lies in it and the pool it names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.manifest import RunManifest, check_unchanged, read_manifest
+from pharmacist.core.manifest import check_unchanged, read_manifest
 from pharmacist.core.progress import console
 from pharmacist.pipeline.pages import bench_page, demo_page, sweep_page
 from pharmacist.pipeline.ranking import Ranking
@@ -25,24 +26,22 @@ def report(options: ReportOptions) -> str:
     check_unchanged(folder, "scores.parquet", "to_label.jsonl", "demo.json", "data", "sweep.json", "results.parquet")
     if manifest.stage == "demo":
         check_unchanged(folder / "rank", "scores.parquet")
-    if manifest.stage not in _PAGES:
-        known = " or ".join(_PAGES)
+    pages: dict[str, Callable[[], None]] = {
+        "curate": lambda: Ranking.load(folder).report(folder / "report.html"),
+        "demo": lambda: demo_page(folder, manifest),
+        "sweep": lambda: sweep_page(folder, manifest),
+        "bench": lambda: bench_page(folder, manifest, baseline=options.baseline),
+    }
+    if manifest.stage not in pages:
+        known = " or ".join(pages)
         raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
-    if manifest.status != "success" and manifest.stage != "bench":  # of a grid, what is finished can be shown
-        raise DataError(f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it")
-    if manifest.stage == "bench":
-        bench_page(folder, manifest, baseline=options.baseline)
-    elif options.baseline is not None:
-        raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
-    else:
-        _PAGES[manifest.stage](folder, manifest)
+    if manifest.stage != "bench":  # of which what is finished can be shown
+        if manifest.status != "success":
+            raise DataError(
+                f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it"
+            )
+        if options.baseline is not None:
+            raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
+    pages[manifest.stage]()
     console().print(f"page {folder}/report.html", soft_wrap=True)
     return f"{folder}/report.html"
-
-
-def _curate_page(folder: Path, manifest: RunManifest) -> None:
-    del manifest
-    Ranking.load(folder).report(folder / "report.html")
-
-
-_PAGES = {"curate": _curate_page, "demo": demo_page, "sweep": sweep_page, "bench": bench_page}

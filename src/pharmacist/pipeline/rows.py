@@ -1,6 +1,6 @@
-"""Rows and models as a stage's options say: read, tokenised, loaded."""
+"""Rows and models as a stage's options say: opened, read, tokenised, loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,17 @@ import datasets
 from pharmacist.core.env import rank
 from pharmacist.core.options import RowOptions
 from pharmacist.core.rundir import RunDir
-from pharmacist.data.formats import Source
+from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
+
+
+def open_several(kind: str, given: Iterable[Any], name: str) -> dict[str, Source]:
+    """Files (or other rows) of one kind, as ``safe``, ``safe 2`` and so on; messages call each `name`."""
+    opened = (open_source(one, name=name) for one in given)
+    return {kind if number == 1 else f"{kind} {number}": source for number, source in enumerate(opened, start=1)}
 
 
 def read(
@@ -27,20 +33,17 @@ def read(
     prompts_only: bool = False,
     keep: bool = False,
 ) -> Records:
-    """Reads a source into canonical rows.
+    """Reads a source into canonical rows as the options say, in a folder beside `work` of each process's own.
 
     Args:
         source: The rows.
         options: Names of columns, and what to do with rows that cannot be used.
-        work: Folder for the result; every process has its own beside it.
+        work: Beginning of the folder's name.
         harmful: Whether a preference row gives its rejected side.
         usual_names: Whether a file that lacks the columns of `options` is read by the usual names.
-        where: Only the rows for which all of these hold.
-        prompts_only: Only prompts are needed.
-        keep: Whether the user's own columns are needed again.
-
-    Raises:
-        DataError: Rows cannot be used, or there is none.
+        where: As in `read_records`, like the rest.
+        prompts_only: Likewise.
+        keep: Likewise.
     """
     columns = parse_columns(options.columns)
     if columns is not None and usual_names:
@@ -58,30 +61,27 @@ def read(
     )
 
 
+def texts(records: Records) -> set[tuple[str, str]]:
+    """Prompts with their completions, which tell whether two files hold the same rows."""
+    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
+
+
+def model_options(options: Any) -> dict[str, Any]:
+    """How the options of a run say that models are loaded: keyword arguments of `load_model`."""
+    return {name: getattr(options, name) for name in ("device", "dtype", "template", "trust_remote_code")}
+
+
 def load(name: str, options: Any, *, merge: bool = True) -> LoadedModel:
     """Loads a model where and how the options of a run say; see `load_model`."""
-    return load_model(
-        name,
-        device=options.device,
-        dtype=options.dtype,
-        template=options.template,
-        trust_remote_code=options.trust_remote_code,
-        merge=merge,
-    )
+    return load_model(name, merge=merge, **model_options(options))
 
 
 def tokenise(
     rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str = ""
 ) -> Encoded:
-    """Canonical rows as a model reads them, on disk in the work folder of a run; see `encode`.
+    """Canonical rows as a model reads them, on disk in a folder `name` of a run's work; see `encode`.
 
-    Args:
-        rows: The rows.
-        name: Of the result's folder.
-        loaded: Tokenizer, template and greatest length.
-        options: Of the stage.
-        run: Its run.
-        where: What the rows are, for messages.
+    Messages call the rows `where`.
     """
     return encode(
         rows,

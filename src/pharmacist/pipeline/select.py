@@ -12,7 +12,7 @@ from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import choose
 from pharmacist.pipeline.ranking import Ranking
-from pharmacist.pipeline.stages.select import SELECT, SelectOptions
+from pharmacist.pipeline.stages.curate import SELECT, SelectOptions
 from pharmacist.selectors.base import scaled_to_mean_1
 
 
@@ -21,13 +21,10 @@ WEIGHTS = "weights.parquet"
 
 
 def select(options: SelectOptions) -> Path:
-    """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order.
+    """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order; returns that file.
 
     Near-duplicates are left out and groups balanced as the ranking was told to. Where the ranking has weights, those
     of the selected rows lie beside them, with mean 1.
-
-    Returns:
-        The file.
 
     Raises:
         DataError: The folder holds no finished ranking, or its pool has changed.
@@ -45,13 +42,11 @@ def select(options: SelectOptions) -> Path:
                 chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(ranking.source, rows.tolist(), path, format="jsonl")
-                outputs = [path.name]
                 if "weight" in table:
-                    own = table["weight"].to_numpy()[chosen]
-                    scaled = scaled_to_mean_1(own, np.ones(len(own), dtype=bool))
+                    own = scaled_to_mean_1(table["weight"].to_numpy()[chosen], np.ones(len(chosen), dtype=bool))
                     with atomic_path(run.path(WEIGHTS)) as temporary:
-                        pd.DataFrame({"row": rows, "weight": scaled}).to_parquet(temporary, index=False)
-                    outputs.append(WEIGHTS)
+                        pd.DataFrame({"row": rows, "weight": own}).to_parquet(temporary, index=False)
+            outputs = [path.name, *([WEIGHTS] if "weight" in table else [])]
             run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
         barrier()
         return path

@@ -18,30 +18,21 @@ from pharmacist.data.streams import PairedRows, SideStream, pair_rows
 from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
 from pharmacist.nn.models import LoadedModel
-from pharmacist.pipeline.rows import read, tokenise
+from pharmacist.pipeline.rows import read, texts, tokenise
 from pharmacist.pipeline.stages.align import AlignOptions
 from pharmacist.training.strategy import GradientStrategy
 
 
 @dataclass
 class SideData:
-    """What a defense reads besides the alignment set.
-
-    Attributes:
-        options: Of the stage.
-        wanted: Names of streams.
-        alignment: The alignment set.
-        harmful: Harmful rows, if a stream needs them.
-        held_out_share: Share of the harmful rows' prompts that goes to ``held_out`` and not to ``harmful``.
-        counts: Filled as streams are made, for the manifest.
-    """
+    """What a defense reads besides the alignment set."""
 
     options: AlignOptions
-    wanted: frozenset[str]
+    wanted: frozenset[str]  # names of streams
     alignment: Records
-    harmful: Records | None
-    held_out_share: float
-    counts: dict[str, int] = field(default_factory=dict)
+    harmful: Records | None  # where a stream needs them
+    held_out_share: float  # of the harmful rows' prompts, which goes to ``held_out`` and not to ``harmful``
+    counts: dict[str, int] = field(default_factory=dict)  # filled as streams are made, for the manifest
 
     @classmethod
     def read(
@@ -55,7 +46,7 @@ class SideData:
         """Reads the harmful rows if the defense needs any.
 
         Raises:
-            ConfigError: It does and there are none.
+            ConfigError: There are none.
             DataError: They are the alignment rows.
         """
         wanted, name, share = frozenset(strategy.streams), options.defense["name"], strategy.held_out
@@ -68,26 +59,16 @@ class SideData:
                 f"--defense {name} needs harmful rows: give --harmful FILE, or a --data file with prompt, chosen and "
                 "rejected"
             )
-        harmful = read(
-            sources.get("harmful", sources["data"]),
-            options,
-            run.work("data", "harmful"),
-            harmful=True,
-            usual_names=True,
-            where=conditions_of(options.where, sources)["harmful" if "harmful" in sources else "data"],
-        )
+        of = "harmful" if "harmful" in sources else "data"
+        where, work = conditions_of(options.where, sources)[of], run.work("data", "harmful")
+        harmful = read(sources[of], options, work, harmful=True, usual_names=True, where=where)
         harmful.announce()
-        if _texts(harmful) == _texts(alignment):
+        if texts(harmful) == texts(alignment):
             raise DataError("--data and --harmful hold the same rows; check the two files")
         return cls(options, wanted, alignment, harmful, share)
 
     def streams(self, encoded: Encoded, loaded: LoadedModel, run: RunDir) -> dict[str, Any]:
-        """The streams by name.
-
-        Args:
-            encoded: The alignment rows.
-            loaded: For its tokenizer.
-            run: Tokenised rows go to its work folder.
+        """The streams by name; `encoded` are the alignment rows.
 
         Raises:
             NoMatchError: No alignment row has a harmful partner.
@@ -100,43 +81,37 @@ class SideData:
             return SideStream(rows, size, seed=derive(self.options.seed, "stream", name), **place)
 
         found: dict[str, Any] = {}
-        if self.harmful is not None:
-            self.counts["harmful_rows"] = len(self.harmful)
         if "retain" in self.wanted:
             found["retain"] = endless("retain", encoded)
-        parts = self._split()
+        if self.harmful is None:
+            return found
+        self.counts["harmful_rows"] = len(self.harmful)
+        parts = self._split(self.harmful.dataset)
         for name in sorted(self.wanted & parts.keys()):
             found[name] = endless(name, self._encode(parts[name], name, loaded, run))
             self.counts[f"{name}_rows"] = len(parts[name])
         if "paired" in self.wanted:
-            assert self.harmful is not None
+            by = self.options.pair_by
             harmful = self._encode(self.harmful.dataset, "paired", loaded, run)
             position = {row: number for number, row in enumerate(harmful.dataset["row"])}
-            pairs = pair_rows(self.alignment.dataset, self.harmful.dataset, self.options.pair_by)
+            pairs = pair_rows(self.alignment.dataset, self.harmful.dataset, by)
             kept = set(encoded.dataset["row"])
             pairs = {a: position[h] for a, h in pairs.items() if a in kept and h in position}
             self.counts["pairs"] = len(pairs)
             if not pairs:
-                other = "row" if self.options.pair_by == "prompt" else "prompt"
                 raise NoMatchError(
-                    f"none of {len(encoded)} alignment rows has a harmful row with the same {self.options.pair_by}; "
-                    f"give harmful answers to the same prompts, or --pair-by {other}"
+                    f"none of {len(encoded)} alignment rows has a harmful row with the same {by}; give harmful "
+                    f"answers to the same prompts, or --pair-by {'row' if by == 'prompt' else 'prompt'}"
                 )
-            console().print(
-                f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner (same {self.options.pair_by})",
-                soft_wrap=True,
-            )
+            told = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner (same {by})"
+            console().print(told, soft_wrap=True)
             found["paired"] = PairedRows(harmful, pairs, **place)
         return found
 
-    def _split(self) -> dict[str, datasets.Dataset]:
+    def _split(self, rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
         """Harmful rows by stream; where some are held out, no prompt is in both parts."""
-        if self.harmful is None:
-            return {}
-        rows = self.harmful.dataset
         if "held_out" not in self.wanted:
             return {"harmful": rows}
-
         keys = prompt_keys(rows)
         prompts = np.random.default_rng(derive(self.options.seed, "held out")).permutation(np.unique(keys))
         number = max(1, round(self.held_out_share * len(prompts)))
@@ -150,7 +125,3 @@ class SideData:
             return tokenise(rows, f"tokens-{name}", loaded, self.options, run)
         except DataError as error:
             raise DataError(f"--harmful: {error}") from error
-
-
-def _texts(records: Records) -> set[tuple[str, str]]:
-    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))

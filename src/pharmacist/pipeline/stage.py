@@ -85,7 +85,11 @@ class Stage:
             if item.name in self.unidentifying
         }
         chosen = {
-            name: {"name": getattr(options, name)["name"], **_own_options(method)} for name, method in methods.items()
+            name: {
+                "name": getattr(options, name)["name"],
+                **(method.identity() if hasattr(method, "identity") else vars(method.config)),
+            }
+            for name, method in methods.items()
         }
         return replace(options, **defaults, **chosen)
 
@@ -135,8 +139,3 @@ class Stage:
             raise
         finally:
             run.close()
-
-
-def _own_options(method: Any) -> dict[str, Any]:
-    """A method's options that decide on results."""
-    return dict(method.identity() if hasattr(method, "identity") else vars(method.config))

@@ -38,8 +38,8 @@ from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.pages import sweep_page
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES, EvaluateOptions
-from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
 from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
 
@@ -51,12 +51,7 @@ _SHOWN = 20
 
 @dataclass
 class SweepResult:
-    """What a sweep found.
-
-    Attributes:
-        summary: Content of ``sweep.json``.
-        folder: Where the files are.
-    """
+    """What a sweep found: the content of ``sweep.json``, and the folder with all files."""
 
     summary: dict[str, Any]
     folder: Path
@@ -68,7 +63,7 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class _Point:
-    """One attack of the grid."""
+    """One attack of the grid: its folder's name, the settings that vary, and all options."""
 
     name: str
     settings: dict[str, Any]
@@ -120,38 +115,25 @@ def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
     }
     found = []
     for combination in itertools.product(*values.values()):
-        settings = dict(zip(values, combination, strict=True))
-        own = {name: getattr(options, name) for name in _names(AttackOptions)}
+        settings = {name: value for name, value in zip(values, combination, strict=True) if value is not None}
+        length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:g}"
+        name = f"lr-{settings['learning_rate']:g}_{length}_poison-{settings['poison_ratio']:g}"
+        own = {item.name: getattr(options, item.name) for item in fields(AttackOptions)}
+        own |= {"poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False}
         own["train"] = options.train | {"learning_rate": settings["learning_rate"]}
         if not by_steps:
             own["train"]["num_train_epochs"] = settings["epochs"]
-        if settings["rank"] is not None:
-            own["lora"] = replace(lora, r=settings["rank"], alpha=_alpha(lora.alpha, lora.r, settings["rank"]))
-        length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:g}"
-        parts = [f"lr-{settings['learning_rate']:g}", length, f"poison-{settings['poison_ratio']:g}"]
-        name = "_".join(parts + ([f"rank-{settings['rank']}"] if settings["rank"] is not None else []))
-        point = AttackOptions(
-            **own
-            | {
-                "poison_ratio": settings["poison_ratio"],
-                "overwrite": False,
-                "build_only": False,
-                "output_dir": str(Path(options.output_dir) / "attack" / name),
-            }
-        )
+        if (r := settings.get("rank")) is not None:
+            name += f"_rank-{r}"
+            if lora.alpha * r % lora.r:
+                raise ConfigError(
+                    f"--grid.rank {r}: gives no whole lora.alpha where alpha / r is {lora.alpha}/{lora.r}; change it"
+                )
+            own["lora"] = replace(lora, r=r, alpha=lora.alpha * r // lora.r)
+        point = AttackOptions(**own | {"output_dir": str(Path(options.output_dir) / "attack" / name)})
         point.snapshots = _snapshots(point, strategy, options)
-        found.append(_Point(name, {key: value for key, value in settings.items() if value is not None}, point))
+        found.append(_Point(name, settings, point))
     return found
-
-
-def _names(options: type[Any]) -> list[str]:
-    return [own.name for own in fields(options)]
-
-
-def _alpha(alpha: int, r: int, wanted: int) -> int:
-    if alpha * wanted % r:
-        raise ConfigError(f"--grid.rank {wanted}: gives no whole lora.alpha where alpha / r is {alpha}/{r}; change it")
-    return alpha * wanted // r
 
 
 def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepOptions) -> list[int]:
@@ -181,16 +163,14 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that models are measured with."""
-    opened = {"prompts": open_prompts, "benign_prompts": open_prompts}
-    files = {name: [getattr(options, name)] for name in (*PROMPTS, "perplexity") if getattr(options, name) is not None}
-    files |= {name: getattr(options, name) for name in REFERENCES}
-    return {
-        f"evaluate.{name}" + (f" {number}" if number > 1 else ""): opened.get(name, open_source)(
-            file, name=f"--evaluate.{name}"
-        ).fingerprint()
-        for name, own in files.items()
-        for number, file in enumerate(own, start=1)
-    }
+    found = {}
+    for name in MEASURED_WITH:
+        opened = open_prompts if name in ("prompts", "benign_prompts") else open_source
+        given = getattr(options, name)
+        for number, file in enumerate(given if isinstance(given, list) else [given] if given else [], start=1):
+            key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
+            found[key] = opened(file, name=f"--evaluate.{name}").fingerprint()
+    return found
 
 
 @dataclass
@@ -203,14 +183,15 @@ class _Sweep:
 
     def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
         """One attack or evaluation."""
-        folder, names = Path(options.output_dir), tuple(parent.name for parent in parents)
-        stage = make_stage(self.run.root, kind, options, {}, names, folder.name, folder=folder)
+        folder, names = Path(options.output_dir), [parent.name for parent in parents]
+        stage = make_stage(self.run.root, kind, options, folder.name, {}, parents=names, folder=folder)
         return self.stages.setdefault(stage.name, stage)
 
-    def evaluation(self, model: str, *place: str, after: Sequence[Stage] = (), curve: bool = False) -> Stage:
+    def evaluation(self, model: str, *place: str, after: Stage | None = None, curve: bool = False) -> Stage:
         """The evaluation of a model; on a curve the harmful score alone is measured."""
         folder = self.run.path("evaluate", *place)
-        return self.stage("evaluate", _evaluate_options(self.options, model, folder, curve=curve), *after)
+        options = _evaluate_options(self.options, model, folder, curve=curve)
+        return self.stage("evaluate", options, *([] if after is None else [after]))
 
     def execute(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Runs stages; gives those that diverged, with the reason."""
@@ -232,28 +213,24 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     before = sweep.evaluation(options.model, "before")
     with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
         sweep.execute([before])
-    attacks = [sweep.stage("attack", point.options) for point in points]
-    ends = [
-        sweep.evaluation(point.options.output_dir, point.name, "end", after=[attacked])
-        for point, attacked in zip(points, attacks, strict=True)
-    ]
+    attacks = {point.name: sweep.stage("attack", point.options) for point in points}
+    ends = {name: sweep.evaluation(own.options.output_dir, name, "end", after=own) for name, own in attacks.items()}
     with run.phase("attack"):
-        diverged = sweep.execute([stage for pair in zip(attacks, ends, strict=True) for stage in pair])
+        diverged = sweep.execute([stage for name in attacks for stage in (attacks[name], ends[name])])
     found = []
-    for point, attacked, end in zip(points, attacks, ends, strict=True):
-        entry: dict[str, Any] = {"name": point.name, "settings": point.settings, "attack": f"attack/{point.name}"}
+    for point in points:
+        name, attacked = point.name, attacks[point.name]
+        entry: dict[str, Any] = {"name": name, "settings": point.settings, "attack": f"attack/{name}"}
         if attacked.name in diverged:
             entry["failed"] = diverged[attacked.name]
         else:
-            metrics = _metrics(end)
-            entry |= {"steps": _metrics(attacked)["steps"]} | {
-                name: metrics[name] for name in RATES if name in metrics
-            }
-            entry |= {"evaluate": f"evaluate/{point.name}/end"}
+            metrics = _metrics(ends[name])
+            entry["steps"] = _metrics(attacked)["steps"]
+            entry |= {rate: metrics[rate] for rate in RATES if rate in metrics} | {"evaluate": f"evaluate/{name}/end"}
         found.append(entry)
     summary = summarise(found, _metrics(before), options.margin)
     with run.phase("curves"):
-        summary["curves"] = _curves(sweep, points, attacks, summary)
+        summary["curves"] = _curves(sweep, attacks, summary)
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)
@@ -273,51 +250,45 @@ def _metrics(stage: Stage) -> dict[str, Any]:
 
 def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     """Builds the set of every poison ratio, so that one that cannot be built stops the sweep before any training."""
-    for ratio in dict.fromkeys(point.settings["poison_ratio"] for point in points):
-        options = next(point.options for point in points if point.settings["poison_ratio"] == ratio)
+    first: dict[float, AttackOptions] = {}
+    for point in points:
+        first.setdefault(point.settings["poison_ratio"], point.options)
+    for ratio, options in first.items():
         attack(replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))))
 
 
-def _curves(
-    sweep: _Sweep, points: Sequence[_Point], attacks: Sequence[Stage], summary: Mapping[str, Any]
-) -> dict[str, Any]:
+def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Harmful score over the steps of an attack, per attack for which it is wanted."""
-    wanted = {"worst": [summary["worst"]], "all": [entry["name"] for entry in summary["attacks"]], "none": []}
-    measured: dict[str, list[tuple[int, Stage]]] = {}
-    for point, attacked, entry in zip(points, attacks, summary["attacks"], strict=True):
-        if point.name in wanted[sweep.options.curves] and "failed" not in entry:
-            models = {step: f"{point.options.output_dir}/snapshots/step-{step}" for step in point.options.snapshots}
-            measured[point.name] = [
-                (step, sweep.evaluation(model, point.name, f"step-{step}", after=[attacked], curve=True))
-                for step, model in models.items()
-            ]
-    sweep.execute([stage for stages in measured.values() for _, stage in stages])
-    curves: dict[str, Any] = {}
-    for entry in summary["attacks"]:
-        if (stages := measured.get(entry["name"])) is None:
-            continue
-        found = [(0, summary["before"]["harmful_score"])]
-        found += [(step, _metrics(stage)["harmful_score"]) for step, stage in stages]
-        found.append((entry["steps"], entry["harmful_score"]))
-        known = [(step, metric) for step, metric in found if metric["value"] is not None]
-        if not known:
-            continue
-        steps, values = [step for step, _ in known], [metric["value"] for _, metric in known]
-        curves[entry["name"]] = {
-            "steps": steps,
-            "harmful_score": [metric for _, metric in known],
-            "reached": [asdict(steps_to_reach(steps, values, level)) for level in LEVELS],
+    wanted = {"worst": {summary["worst"]}, "all": attacks.keys(), "none": set()}[sweep.options.curves]
+    entries = {entry["name"]: entry for entry in summary["attacks"] if entry["name"] in wanted}
+    measured: dict[str, dict[int, Stage]] = {
+        name: {
+            step: sweep.evaluation(
+                f"{own.options.output_dir}/snapshots/step-{step}", name, f"step-{step}", after=own, curve=True
+            )
+            for step in own.options.snapshots
         }
+        for name, own in attacks.items()
+        if name in entries and "failed" not in entries[name]
+    }
+    sweep.execute([stage for stages in measured.values() for stage in stages.values()])
+    curves: dict[str, Any] = {}
+    for name, stages in measured.items():
+        found = {0: summary["before"]["harmful_score"]}
+        found |= {step: _metrics(stage)["harmful_score"] for step, stage in stages.items()}
+        found[entries[name]["steps"]] = entries[name]["harmful_score"]
+        known = {step: metric for step, metric in found.items() if metric["value"] is not None}
+        if known:
+            steps, values = list(known), [metric["value"] for metric in known.values()]
+            reached = [asdict(steps_to_reach(steps, values, level)) for level in LEVELS]
+            curves[name] = {"steps": steps, "harmful_score": list(known.values()), "reached": reached}
     return curves
 
 
 def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: float) -> dict[str, Any]:
-    """Content of ``sweep.json``, curves apart: which attack is the worst case, and why.
+    """Content of ``sweep.json``, curves apart: which of the attacks is the worst case, and why.
 
-    Args:
-        attacks: Per attack its name, settings, steps and metrics; ``failed`` (why) where it has none.
-        before: Metrics of the model before any attack.
-        margin: Points of accuracy.
+    An attack has a name, settings, steps and metrics, or instead of these ``failed``, why it has none.
     """
 
     def values(name: str) -> list[float | None]:
@@ -343,12 +314,12 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
 
 def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
     """Writes ``sweep.parquet``."""
-    text, number, whole, yes = pa.string(), pa.float64(), pa.int64(), pa.bool_()
-    columns = {"name": text, "learning_rate": number, "epochs": number, "poison_ratio": number}
-    columns |= {"rank": whole, "steps": whole}
+    kinds = dict.fromkeys(("learning_rate", "epochs", "poison_ratio"), pa.float64())
+    columns: dict[str, Any] = {"name": pa.string(), **kinds, "rank": pa.int64(), "steps": pa.int64()}
     for name in RATES:
-        columns |= {name: number, f"{name}_low": number, f"{name}_high": number, f"{name}_n": whole}
-    columns |= {"within_margin": yes, "worst": yes, "failed": text, "attack": text, "evaluate": text}
+        columns |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), pa.float64()) | {f"{name}_n": pa.int64()}
+    columns |= {"within_margin": pa.bool_(), "worst": pa.bool_()}
+    columns |= dict.fromkeys(("failed", "attack", "evaluate"), pa.string())
     rows = []
     for entry in summary["attacks"]:
         row = entry | entry["settings"] | {"worst": entry["name"] == summary["worst"]}

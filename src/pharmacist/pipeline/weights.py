@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
@@ -48,25 +47,18 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
         raise DataError(
             f"--weights {path}: has no column 'weight'; selectors with weights write one (toxic-lora, unrolled, seal)"
         )
-    selected = table["selected"].to_numpy(dtype=bool) if "selected" in table else np.ones(len(table), dtype=bool)
-    if len(table) == rows:
-        whole = True
-    elif selected.sum() == rows:
-        whole, table = False, table[selected]
-    else:
-        chosen = f", {int(selected.sum())} of them selected" if "selected" in table else ""
+    whole = len(table) == rows
+    selected = table[table["selected"].astype(bool)] if "selected" in table else table
+    if not whole and len(selected) != rows:
+        chosen = f", {len(selected)} of them selected" if "selected" in table else ""
         raise DataError(
             f"--weights {path}: has {len(table)} rows{chosen}, but --data has {rows}; give the scores.parquet of the "
             "curate run that wrote --data"
         )
     _check_content(Path(path), data, whole)
+    table = table if whole else selected
     if "row" in table:
         table = table.sort_values("row", kind="stable")
-    weight = _numbers(path, table)
-    return dict(enumerate((weight / weight.mean()).tolist()))
-
-
-def _numbers(path: str, table: pd.DataFrame) -> npt.NDArray[np.float64]:
     weight = pd.to_numeric(table["weight"], errors="coerce").to_numpy(dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(weight) | (weight < 0))
     if len(bad):
@@ -74,23 +66,20 @@ def _numbers(path: str, table: pd.DataFrame) -> npt.NDArray[np.float64]:
         raise DataError(f"--weights {path}: the weight of row {bad[0]} is {str(found)[:40]!r}, not a number from 0 up")
     if not weight.any():
         raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")
-    return weight
+    return dict(enumerate((weight / weight.mean()).tolist()))
 
 
 def _check_content(path: Path, data: Source, whole: bool) -> None:
     """Equal numbers of rows do not make them the same rows: in a curate run's folder the manifest tells."""
-    if path.name != "scores.parquet" or not (path.parent / "manifest.json").is_file():
+    folder = path.parent
+    if path.name != "scores.parquet" or not (folder / "manifest.json").is_file():
         return
-    manifest = read_manifest(path.parent)
-    if manifest.stage != "curate":
+    manifest = read_manifest(folder)
+    if manifest.stage != "curate" or (whole and data.fingerprint() == manifest.inputs["pool"]):
         return
-    if whole and data.fingerprint() == manifest.inputs["pool"]:
-        return
-    for name in manifest.outputs:
-        file = path.parent / name
-        if name.startswith("selected.") and file.is_file():
-            if open_source(str(file), name="selected").fingerprint() == data.fingerprint():
-                return
+    for file in (folder / name for name in manifest.outputs if name.startswith("selected.")):
+        if file.is_file() and open_source(str(file), name="selected").fingerprint() == data.fingerprint():
+            return
     raise DataError(
         f"--weights {path}: belongs to other rows than --data {data.label}; give the selected rows (or the pool) of "
         f"that run, or copy the file elsewhere if its rows are the same in another form"

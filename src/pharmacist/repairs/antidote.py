@@ -21,12 +21,7 @@ class AntidoteConfig(Checked):
 
 
 def scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Wanda's score |W_ij| * |x_j|, shape [out, in].
-
-    Args:
-        weight: Shape [out, in].
-        squares: Sum of squares per input over all tokens, shape [in].
-    """
+    """Wanda's score |W_ij| * |x_j|, shape [out, in], by the sums of squares per input over all tokens, shape [in]."""
     return weight.detach().double().abs() * squares.double().sqrt()
 
 
@@ -61,7 +56,6 @@ class Antidote(Repair):
     """
 
     Config = AntidoteConfig
-    name = "antidote"
     needs = frozenset({"harmful"})
     paper = "arXiv 2408.09600"
     config: AntidoteConfig

@@ -12,21 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from pharmacist.core.errors import NoMatchError
 from pharmacist.core.method import Method
 from pharmacist.nn.batching import Sequences, make_batch
+from pharmacist.nn.hooks import evaluating, hooked
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.lowrank import Factors, adapter_factors, adapter_layers
 
 
 Form = Literal["adapter", "weights"]
 Tensors = dict[str, torch.Tensor]
-
-
-def linear_weights(model: nn.Module) -> Tensors:
-    """Weights of all linear layers but the output head, by name, as [out, in] views of the parameters."""
-    modules = dict(model.named_modules())
-    return {
-        name: modules[name].weight.T if isinstance(modules[name], Conv1D) else modules[name].weight
-        for name in linear_names(model)
-    }
 
 
 @dataclass
@@ -50,22 +42,20 @@ class Side:
 
         Of an adapter ``MODULE.lora_A`` and ``MODULE.lora_B``, else ``MODULE``.
         """
-        if self.form == "weights":
-            return linear_weights(self.model)
-        found: Tensors = {}
-        for name, own in self.factors().items():
-            found |= {f"{name}.lora_A": own.A, f"{name}.lora_B": own.B}
-        return found
+        return {name: _weight(module) for name, module in self.modules().items()}
 
     def modules(self) -> dict[str, nn.Module]:
         """The module of each of `tensors`, by the same name; its input is what the tensor is multiplied with."""
         if self.form == "weights":
-            modules = dict(self.model.named_modules())
-            return {name: modules[name] for name in linear_names(self.model)}
+            return {name: self.model.get_submodule(name) for name in linear_names(self.model)}
         found: dict[str, nn.Module] = {}
-        for name, (a, b) in adapter_layers(self.model).items():
+        for name, (a, b, _) in adapter_layers(self.model).items():
             found |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
         return found
+
+
+def _weight(module: Any) -> torch.Tensor:
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 @dataclass
@@ -93,12 +83,7 @@ class References:
 
 @dataclass
 class Plan:
-    """New values of tensors, and what was found on the way.
-
-    Attributes:
-        tensors: By name, as in `Side.tensors`.
-        findings: One dict per module or tensor (JSON): its name and figures of the method's own.
-    """
+    """New values of tensors as in `Side.tensors`, and what was found per module or tensor, for `repair.json`."""
 
     tensors: Tensors
     findings: list[dict[str, Any]]
@@ -122,17 +107,8 @@ class Repair(Method, ABC):
         needs: Of ``aligned``, ``base``, ``harmful`` and ``safe``, what must be given.
     """
 
-    def check(self, form: Form, *, continued: bool) -> None:
-        """Refuses what it cannot repair, before any model is loaded.
-
-        Args:
-            form: Of the fine-tuned model.
-            continued: Its adapter rests on the aligned model's base, not on the aligned model.
-
-        Raises:
-            CompatibilityError: It cannot.
-        """
-        del form, continued
+    def check(self, form: Form, *, continued: bool) -> None:  # noqa: B027
+        """Raises `CompatibilityError` on what it cannot repair, before any model is loaded; see `References`."""
 
     @abstractmethod
     def plan(self, tuned: Side, references: References) -> Plan:
@@ -176,34 +152,20 @@ def each_input(
     completion_only: bool,
     rows_per_batch: int = 16,
 ) -> None:
-    """Shows what every tensor of a model is multiplied with on some rows, by one ordinary forward pass.
+    """Shows what every tensor of a model is multiplied with on some rows, by ordinary forward passes.
 
-    Args:
-        side: The model.
-        rows: Tokenised rows.
-        see: Called with a tensor's name and inputs of shape [tokens, in], padding left out.
-        device: Where the model is.
-        completion_only: Only positions of the completions.
-        rows_per_batch: Rows per forward pass.
-
-    Raises:
-        NoMatchError: A module was not run.
+    It calls `see` with a tensor's name and inputs of shape [tokens, in], padding (and prompts) left out, and raises
+    `NoMatchError` where a module was not run.
     """
     modules = side.modules()
     seen: set[str] = set()
     keep = torch.empty(0)
 
-    def hook(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: Sequence[torch.Tensor]) -> None:
-            seen.add(name)
-            see(name, args[0][keep])
+    def read(name: str, module: nn.Module, args: Sequence[torch.Tensor], kwargs: Any) -> None:
+        seen.add(name)
+        see(name, args[0][keep])
 
-        return read
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    mode = side.model.training
-    side.model.eval()
-    try:
+    with hooked(modules, read, before=True), evaluating(side.model):
         for start in range(0, len(rows.lengths), rows_per_batch):
             batch = make_batch(rows, range(start, min(start + rows_per_batch, len(rows.lengths))), device)
             mask = batch.attention_mask
@@ -212,10 +174,6 @@ def each_input(
                 position = torch.arange(mask.shape[1], device=device)[None, :]
                 keep = keep & (position >= batch.prompt_lengths[:, None])
             side.model(input_ids=batch.input_ids, attention_mask=mask)
-    finally:
-        side.model.train(mode)
-        for handle in handles:
-            handle.remove()
     missed = modules.keys() - seen
     if missed:
         raise NoMatchError(f"{min(missed)}: did not run in the forward pass")

@@ -60,14 +60,9 @@ def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_o
 
 
 def safety_region(weight: torch.Tensor, basis: torch.Tensor, region: float) -> torch.Tensor:
-    """The largest entries of a matrix's projection onto some output directions, bool of its shape.
+    """The largest entries of a matrix's projection onto an `output_basis`, bool of its shape [out, in].
 
     Exactly ``round(region * entries)`` of them; of equal ones the first.
-
-    Args:
-        weight: Shape [out, in].
-        basis: From `output_basis`, shape [out, q].
-        region: Share of the entries.
     """
     size = (basis @ (basis.T @ weight)).abs().flatten()
     mask = torch.zeros_like(size, dtype=torch.bool)
@@ -81,11 +76,7 @@ def probabilities(
     """Probability per module, linear in its rank from ``prune_rate + epsilon`` for the least similar down to
     ``prune_rate - epsilon``, clipped to [0, 1]; modules without a similarity rank as least similar.
 
-    Args:
-        similarities: Cosine per module.
-        prune_rate: The mean.
-        epsilon: Half of the range.
-        inverted: As published: highest for the most similar one.
+    The similarity is a cosine; `inverted` is as published: highest for the most similar module.
     """
     n = len(similarities)
     if n == 1:
@@ -108,7 +99,6 @@ class NLSR(Repair):
     """
 
     Config = NLSRConfig
-    name = "nlsr"
     needs = frozenset({"aligned", "base", "safe"})
     paper = "arXiv 2412.12497"
     config: NLSRConfig
@@ -130,22 +120,18 @@ class NLSR(Repair):
         reference = self._amplified(aligned, references)
         masks = self._regions(aligned, reference, references)
         own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
-        names, similarities = self._similarities(tuned, aligned, own, reference, masks, references)
-        chances = probabilities(similarities, config.prune_rate, config.epsilon, inverted=config.compat == "reference")
-        drawn = np.random.default_rng(derive(references.seed, "nlsr")).random(len(names)) < chances
-        new = {}
-        for name in (name for name, picked in zip(names, drawn, strict=True) if picked):
+        similar = self._similarities(tuned, aligned, own, reference, masks, references)
+        published = config.compat == "reference"
+        chances = probabilities([*similar.values()], config.prune_rate, config.epsilon, inverted=published)
+        drawn = np.random.default_rng(derive(references.seed, "nlsr")).random(len(similar)) < chances
+        new, findings = {}, []
+        for (name, value), chance, picked in zip(similar.items(), chances, drawn.tolist(), strict=True):
+            similarity = None if math.isnan(value) else round(value, 6)
+            about = {"module": name, "similarity": similarity, "probability": round(chance, 6), "replaced": picked}
+            findings.append(about)
             for tensor in (f"{name}.lora_A", f"{name}.lora_B") if tuned.form == "adapter" else (name,):
-                new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
-        findings = [
-            {
-                "module": name,
-                "similarity": None if math.isnan(value) else round(value, 6),
-                "probability": round(chance, 6),
-                "replaced": bool(picked),
-            }
-            for name, value, chance, picked in zip(names, similarities, chances, drawn, strict=True)
-        ]
+                if picked:
+                    new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
         return Plan(new, findings)
 
     def _amplified(self, aligned: Side, references: References) -> Tensors:
@@ -201,32 +187,21 @@ class NLSR(Repair):
         reference: Tensors,
         masks: Tensors,
         references: References,
-    ) -> tuple[list[str], list[float]]:
+    ) -> dict[str, float]:
         """Cosine per module between what the fine-tuned and the reference model have in the safety region."""
-        names, values = [], []
         if tuned.form == "adapter":
-            for name in aligned.factors():
-                a, b = f"{name}.lora_A", f"{name}.lora_B"
-                names.append(name)
-                values.append(
-                    float(
-                        cosine(
-                            Factors(own[a] * masks[a], own[b] * masks[b]),
-                            Factors(reference[a] * masks[a], reference[b] * masks[b]),
-                        )
-                    )
-                )
-            return names, values
+
+            def kept(tensors: Mapping[str, torch.Tensor], name: str) -> Factors:
+                return Factors(*(tensors[part] * masks[part] for part in (f"{name}.lora_A", f"{name}.lora_B")))
+
+            return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
         assert references.update is not None
-        weights = {name: tensor.detach().double() for name, tensor in aligned.tensors().items()}
-        for name, value in own.items():
-            if name not in references.update:
-                continue
-            base = weights[name] - references.update[name].double().dense()
-            mine, theirs = ((tensor - base)[masks[name]] for tensor in (value, reference[name]))
-            names.append(name)
-            values.append(float(mine @ theirs / (mine.norm() * theirs.norm())))
-        return names, values
+        weights, found = aligned.tensors(), {}
+        for name in [name for name in own if name in references.update]:
+            base = weights[name].detach().double() - references.update[name].double().dense()
+            mine, theirs = ((tensor - base)[masks[name]] for tensor in (own[name], reference[name]))
+            found[name] = float(mine @ theirs / (mine.norm() * theirs.norm()))
+        return found
 
 
 def _check_common_basis(tuned: Mapping[str, Factors], aligned: Mapping[str, Factors]) -> None:

@@ -57,7 +57,6 @@ class SafeLora(Repair):
     """
 
     Config = SafeLoraConfig
-    name = "safe-lora"
     needs = frozenset({"aligned", "base"})
     paper = "arXiv 2405.16833"
     config: SafeLoraConfig
@@ -77,38 +76,33 @@ class SafeLora(Repair):
         names = [name for name in updates if name in references.update]
         if not names:
             raise NoMatchError("alignment and fine-tuning have no module in common, so there is nothing to project")
-        projected, cosines = [], []
+        projected, cosines = dict(updates), dict.fromkeys(names, math.nan)
         for name in names:
             own, alignment = updates[name], references.update[name].double()
-            if not float(norm(alignment)):
-                projected.append(own)
-                cosines.append(math.nan)
-                continue
-            moved = replace(own, B=project(alignment, own.B, self.config.projector))
-            projected.append(moved)
-            cosines.append(similarity(own, moved))
-        picked = chosen(cosines, self.config)
+            if float(norm(alignment)):
+                projected[name] = replace(own, B=project(alignment, own.B, self.config.projector))
+                cosines[name] = similarity(own, projected[name])
+        picked = [names[position] for position in chosen([*cosines.values()], self.config)]
         if not picked:
-            known = [value for value in cosines if not math.isnan(value)]
+            known = [value for value in cosines.values() if not math.isnan(value)]
             least = f"the lowest cosine is {min(known):.3f}" if known else "no update is other than 0"
             raise NoMatchError(f"safe-lora would project no module ({least}); raise --method.threshold")
         new = {}
-        for position in picked:
-            name, moved = names[position], projected[position]
+        for name in picked:
             if tuned.form == "adapter":
-                new[f"{name}.lora_B"] = moved.B
+                new[f"{name}.lora_B"] = projected[name].B
             else:
                 assert references.aligned is not None
-                new[name] = references.aligned.tensors()[name].detach().double() + moved.dense()
+                new[name] = references.aligned.tensors()[name].detach().double() + projected[name].dense()
         findings = [
             {
                 "module": name,
                 "cosine": None if math.isnan(cosine) else round(cosine, 6),
-                "projected": position in picked,
+                "projected": name in picked,
                 "update_norm": float(norm(updates[name])),
-                "kept_norm": float(norm(projected[position] if position in picked else updates[name])),
+                "kept_norm": float(norm((projected if name in picked else updates)[name])),
             }
-            for position, (name, cosine) in enumerate(zip(names, cosines, strict=True))
+            for name, cosine in cosines.items()
         ]
         return Plan(new, findings)
 

@@ -4,6 +4,7 @@ A series is a selector with its fraction; a setting is a choice on every axis bu
 pair where they differ in the series alone: same setting, same defense, same seed.
 """
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,44 +20,34 @@ from pharmacist.core.errors import DataError
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
+_SERIES = ("selector", "fraction")
 BASELINE = "full"
 """Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
 SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
 """Axes of a setting."""
-AXES = ("model", "pool", "attack", "later_defense", "task", "judge", "defense", "selector", "fraction")
+AXES = (*SETTING, "defense", *_SERIES)
 LEVEL = 0.05
 """Chance of one or more false differences among all comparisons of a metric, at most."""
 
 
 @dataclass(frozen=True)
 class Value(Figure):
-    """A mean over seeds and what sets it apart from the baseline.
-
-    Attributes:
-        seeds: Number of seeds; with one, and where all seeds agree, there is no interval (Student's t).
-        difference: Mean of the paired differences to the baseline, in the metric's unit, with its 95 % interval, not
-            corrected; None without pairs.
-        p: Of the paired t test; None where there is no spread to test against (one pair, or all the same).
-        p_corrected: After Holm's correction over all comparisons of the metric.
-        verdict: 1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared.
-    """
+    """A mean over seeds, and what sets it apart from the baseline; one seed, or seeds that agree, give no interval."""
 
     seeds: int = 1
     difference: Figure | None = None
+    """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
     p: float | None = None
+    """Of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
+    """After Holm's correction over all comparisons of the metric."""
     verdict: int | None = None
+    """1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell of the grid over all its seeds.
-
-    Attributes:
-        axes: Value on each of `AXES`.
-        values: By metric; one that was not measured is missing.
-        runs: Its rows of the results.
-    """
+    """A cell of the grid over all its seeds: choices by axis, what was measured by metric, and its rows."""
 
     axes: Mapping[str, Any]
     values: Mapping[str, Value]
@@ -66,6 +57,11 @@ class Line:
     def setting(self) -> tuple[Any, ...]:
         """Its choice on the axes of `SETTING`."""
         return tuple(self.axes[axis] for axis in SETTING)
+
+    def figure(self, metric: Metric, difference: bool) -> Figure | None:
+        """The mean of a metric, or its difference to the baseline, as far as it is known."""
+        value = self.values.get(metric.name)
+        return value.difference if difference and value is not None else value
 
     @property
     def series(self) -> tuple[str, float]:
@@ -96,11 +92,18 @@ class Benchmark:
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
         results = results.reset_index(drop=True)
-        self.baseline = baseline
+        self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
         self.metrics = [it for it in METRICS.values() if it.name in results and results[it.name].notna().any()]
+        self.has_baseline = baseline in self.order["selector"]
+        self.columns = [
+            (metric, difference)
+            for metric in self.metrics
+            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
+        ]
+        """Of a table: each metric, and where it is compared, its difference to the baseline."""
         self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
         """Axes with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
@@ -109,47 +112,23 @@ class Benchmark:
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
         """Metric -> how many differences were tested: the family of Holm's correction."""
 
-    @property
-    def has_baseline(self) -> bool:
-        """Whether anything can be compared."""
-        return self.baseline in self.order["selector"]
-
-    @property
-    def columns(self) -> list[tuple[Metric, bool]]:
-        """Of a table: each metric, and where it is compared, its difference to the baseline."""
-        return [
-            (metric, difference)
-            for metric in self.metrics
-            for difference in (False, True)
-            if not difference or (metric.compared and self.has_baseline)
-        ]
-
-    @property
-    def baseline_title(self) -> str:
-        """The baseline in a sentence."""
-        return "the full dataset" if self.baseline == BASELINE else self.baseline
-
     @cached_property
     def over_defenses(self) -> "Benchmark | None":
         """The benchmark of means over all defenses, run by run; None with one defense.
 
         A mean is made only of runs that every defense of the setting has, so that defenses weigh alike everywhere.
         """
-        defenses = self.order["defense"]
-        if len(defenses) == 1 or not self.metrics:
+        if (n := len(self.order["defense"])) == 1 or not self.metrics:
             return None
-        rest = [axis for axis in AXES if axis != "defense"]
-        names = [metric.name for metric in self.metrics]
-        groups = self.results.groupby([*rest, "seed"], sort=False)[names]
-        means = groups.mean().where(groups.count() == len(defenses))
-        means = means.dropna(how="all").reset_index()
-        if not len(means):
-            return None
-        return Benchmark(means.assign(defense=f"all {len(defenses)}"), self.order, self.baseline)
+        rest = [axis for axis in (*AXES, "seed") if axis != "defense"]
+        groups = self.results.groupby(rest, sort=False)[[metric.name for metric in self.metrics]]
+        means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
+        return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
     def series(self) -> list[tuple[str, float]]:
         """Selectors with their fractions."""
-        return list(dict.fromkeys(line.series for line in sorted(self.lines, key=self._series_place)))
+        found = {line.series for line in self.lines}
+        return [series for series in itertools.product(*(self.order[axis] for axis in _SERIES)) if series in found]
 
     def settings(self) -> list[tuple[Any, ...]]:
         """Choices on the axes of `SETTING` that occur."""
@@ -165,35 +144,28 @@ class Benchmark:
         """A setting by the axes on which it differs from others."""
         return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
 
-    def _series_place(self, line: Line) -> tuple[int, int]:
-        return tuple(self.order[axis].index(line.axes[axis]) for axis in ("selector", "fraction"))  # type: ignore[return-value]
-
     def _lines(self) -> Iterator[Line]:
         groups = [
             (dict(zip(AXES, key, strict=True)), group.set_index("seed"))
             for key, group in self.results.groupby(list(AXES), sort=False)
         ]
-        rest = [axis for axis in AXES if axis not in {"selector", "fraction"}]
         fractions = {axes["fraction"] for axes, _ in groups if axes["selector"] == self.baseline}
+        alike = [axis for axis in AXES if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
 
-        def paired(axes: Mapping[str, Any]) -> tuple[Any, ...]:
-            return (*(axes[axis] for axis in rest), axes["fraction"] if len(fractions) > 1 else None)
+        def pair(axes: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple(axes[axis] for axis in alike)
 
-        base = {paired(axes): group for axes, group in groups if axes["selector"] == self.baseline}
-        values: list[dict[str, Value]] = [{} for _ in groups]
+        base = {pair(axes): group for axes, group in groups if axes["selector"] == self.baseline}
+        by_metric = {}
         for metric in self.metrics:
-            found = []
+            values = []
             for axes, group in groups:
-                own = group[metric.name].dropna()
-                other = base.get(paired(axes))
-                compared = metric.compared and axes["selector"] != self.baseline and other is not None
-                differences = (own - other[metric.name]).dropna() if compared and other is not None else None
-                found.append(_value(metric, own, differences))
-            for place, value in zip(values, corrected(found, metric.better), strict=True):
-                if value is not None:
-                    place[metric.name] = value
-        for (axes, group), own_values in zip(groups, values, strict=True):
-            yield Line(axes, own_values, group)
+                other = base.get(pair(axes)) if metric.compared and axes["selector"] != self.baseline else None
+                values.append(_value(metric, group[metric.name], None if other is None else other[metric.name]))
+            by_metric[metric.name] = corrected(values, metric.better)
+        for at, (axes, group) in enumerate(groups):
+            own = {name: value for name, values in by_metric.items() if (value := values[at]) is not None}
+            yield Line(axes, own, group)
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
@@ -202,37 +174,34 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _value(metric: Metric, own: "pd.Series[float]", differences: "pd.Series[float] | None") -> Value | None:
+def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | None") -> Value | None:
+    """What was measured, beside the runs of the same seeds that it is compared with."""
+    own = own.dropna()
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
-    low, high = mean.interval or (None, None)
-    value = Value(mean.value, low, high, mean.n)
-    if differences is None or not len(differences):
+    value = Value(mean.value, *(mean.interval or (None, None)), mean.n)
+    differences = [] if other is None else (own - other).dropna().tolist()
+    if not differences:
         return value
-    found = metric.estimate(differences.tolist(), difference=True)
-    p = float(stats.ttest_1samp(differences.tolist(), 0.0).pvalue) if found.interval else None
+    found = metric.estimate(differences, difference=True)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if found.interval else None
     return replace(value, difference=Figure.of(found), p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
-    """Holm's correction (Holm 1979) over the values that have a p, and a verdict for all that have a difference.
-
-    Args:
-        values: All of one metric.
-        better: 1 where higher is better, -1 where lower is.
+    """Holm's correction (Holm 1979) over the values of a metric that have a p, and a verdict for all that have a
+    difference; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
     found: list[Value | None] = []
     for value in values:
-        if value is None or value.difference is None:
-            found.append(value)
-            continue
-        p = next(after) if value.p is not None else None
-        real = p is not None and p < LEVEL
-        verdict = int(np.sign(value.difference.mean)) * better if real else 0
-        found.append(replace(value, p_corrected=p, verdict=verdict))
+        if value is not None and value.difference is not None:
+            p = next(after) if value.p is not None else None
+            real = p is not None and p < LEVEL
+            value = replace(value, p_corrected=p, verdict=int(np.sign(value.difference.mean)) * better * real)
+        found.append(value)
     return found
 
 
@@ -248,37 +217,30 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     overall = benchmark.over_defenses or benchmark
     alone = {line.series: line.values for line in overall.lines} if len(benchmark.settings()) == 1 else {}
     for series in benchmark.series():
-        lines = [line for line in benchmark.lines if line.series == series and series[0] != benchmark.baseline]
+        values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for metric in benchmark.metrics:
-            values = [line.values[metric.name] for line in lines if metric.name in line.values]
-            compared = [(value.verdict, value.difference.mean) for value in values if value.difference is not None]
+        for metric in (metric.name for metric in benchmark.metrics):
+            compared = [own[metric] for own in values if metric in own and own[metric].difference is not None]
             if compared:
-                pooled = alone.get(series, {}).get(metric.name)
-                found_alone = pooled.difference if pooled else None
-                by_metric[metric.name] = {
-                    "low": found_alone.low if found_alone else None,
-                    "high": found_alone.high if found_alone else None,
-                    "better": sum(verdict == 1 for verdict, _ in compared),
-                    "worse": sum(verdict == -1 for verdict, _ in compared),
-                    "open": sum(verdict == 0 for verdict, _ in compared),
+                signs = [value.verdict for value in compared]
+                pooled = alone[series][metric].difference if metric in alone.get(series, {}) else None
+                by_metric[metric] = {
+                    "low": pooled and pooled.low,
+                    "high": pooled and pooled.high,
+                    "better": signs.count(1),
+                    "worse": signs.count(-1),
+                    "open": signs.count(0),
                     "n": len(compared),
-                    "mean": float(np.mean([difference for _, difference in compared])),
+                    "mean": float(np.mean([value.difference.mean for value in compared if value.difference])),
                 }
+        saved = [
+            -100 * difference.mean / (own["alignment_seconds"].mean - difference.mean)
+            for own in values
+            if "alignment_seconds" in own and (difference := own["alignment_seconds"].difference)
+        ]
         if by_metric:
-            saved = [
-                -100 * value.difference.mean / (value.mean - value.difference.mean)
-                for line in lines
-                if (value := line.values.get("alignment_seconds")) and value.difference is not None
-            ]
-            found.append(
-                {
-                    "name": benchmark.name(series),
-                    "selector": series[0],
-                    "metrics": by_metric,
-                    "time_saved": float(np.mean(saved)) if saved else None,
-                }
-            )
+            own = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
+            found.append(own | {"time_saved": float(np.mean(saved)) if saved else None})
     return found
 
 
@@ -287,24 +249,18 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
 
 def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
     """The table as text: means with intervals, and differences, those that are real in `bold`."""
-    shown = [axis for axis in benchmark.several if axis not in {"selector", "fraction"}]
+    shown = [axis for axis in benchmark.several if axis not in _SERIES]
+    heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
+    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in benchmark.columns]
     rows = []
     for line in benchmark.lines:
-        row: dict[tuple[str, str], str] = {("", _HEADS.get(axis, axis)): plain(line.axes[axis]) for axis in shown}
-        row["", "aligned on"] = plain(benchmark.name(line.series))
+        row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
         for metric, difference in benchmark.columns:
-            value = line.values.get(metric.name)
-            figure = value and (value.difference if difference else value)
+            figure = line.figure(metric, difference)
             text = "" if figure is None else figure.text(sign="+" if difference else "").replace("-", minus)
-            real = difference and value is not None and value.verdict
-            head = f"minus {benchmark.baseline}" if difference else "mean"
-            row[metric.head, head] = bold.format(text) if real else text
+            row.append(bold.format(text) if difference and figure and line.values[metric.name].verdict else text)
         rows.append(row)
-    heads = list(rows[0])
-    return pd.DataFrame([[row[head] for head in heads] for row in rows], columns=pd.MultiIndex.from_tuples(heads))
-
-
-_HEADS = {"later_defense": "later defense"}
+    return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
 
 
 def over_defenses_note(benchmark: Benchmark) -> str:
@@ -358,14 +314,8 @@ def to_latex(benchmark: Benchmark) -> str:
 
 
 _LATEX = str.maketrans(
-    {
-        **{special: f"\\{special}" for special in "&%$#_{}"},
-        "\\": "\\textbackslash{}",
-        "~": "\\textasciitilde{}",
-        "^": "\\textasciicircum{}",
-        "<": "$<$",
-        ">": "$>$",
-    }
+    {special: f"\\{special}" for special in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$"}
 )
 
 

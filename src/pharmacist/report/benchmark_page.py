@@ -14,61 +14,40 @@ from pharmacist.report.html import write_page
 from pharmacist.report.numbers import Figure
 
 
-_COLORS = {"full": "--full", "random": "--random", "pharmacist": "--core"}
-_FURTHER = (
-    "--compliance",
-    "--critical",
-    "--over-refusal",
-    "--low-quality",
-    "--strong",
-    "--duplicate",
-    "--terse",
-    "--mild",
-)
+_COLORS = {"full": "full", "random": "random", "pharmacist": "core"}
+_FURTHER = ("compliance", "critical", "over-refusal", "low-quality", "strong", "duplicate", "terse", "mild")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon", "triangle-down", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _BANDS = 6  # lines in a chart up to which bands can be told apart
 _CROWD = 15  # points from which on their intervals would hide them
-_TITLES = {"later_defense": "Later defense", "selector": "Aligned on"}
 
 
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> None:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` into a benchmark's folder.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, out of results and manifest.
 
-    Args:
-        folder: Of the benchmark.
-        results: Its ``results.parquet``.
-        manifest: Content of its ``manifest.json``.
-        baseline: Selector that the others are compared with; None for the full dataset.
+    Selectors are compared with the baseline, by default the full dataset.
 
     Raises:
         DataError: The results cannot be used.
     """
-    benchmark = Benchmark(results, manifest.get("extra", {}).get("axes"), baseline or BASELINE)
-    settings, defenses = benchmark.settings(), benchmark.order["defense"]
-    look = Look(benchmark)
+    benchmark = Benchmark(results, manifest["extra"].get("axes"), baseline or BASELINE)
+    settings, defenses, look = benchmark.settings(), benchmark.order["defense"], Look(benchmark)
     measured = {metric.name for metric in benchmark.metrics}
-    figures: dict[str, list[charts.Spec]] = {}
-
-    def per_setting(name: str, figure: Callable[[list[Line]], charts.Spec], keep: Callable[[Line], bool]) -> None:
-        figures[name] = [
-            figure([line for line in benchmark.lines if line.setting == setting and keep(line)])
-            for setting in settings
-        ]
-
-    if {"harmful_score", "fine_tune_accuracy"} <= measured:
-        per_setting("trade_off", lambda lines: trade_off(lines, look), lambda line: True)
-    per_setting("cost", lambda lines: cost(lines, look), lambda line: True)
     curves = bool(results["attack_steps"].map(len).max())
     fractions = len(benchmark.order["fraction"]) > 1 and "harmful_score" in measured
+    drawn: dict[str, tuple[Callable[[list[Line], Look], charts.Spec], Sequence[str]]] = {"cost": (cost, defenses)}
+    if {"harmful_score", "fine_tune_accuracy"} <= measured:
+        drawn["trade_off"] = trade_off, defenses
     for at, defense in enumerate(defenses):
-        of_defense = [line for line in benchmark.lines if line.axes["defense"] == defense]
-        if curves:
-            per_setting(f"curve-{at}", lambda lines: attack_curves(lines, look), of_defense.__contains__)
-        if fractions:
-            per_setting(f"fraction-{at}", lambda lines: fraction_curves(lines, look), of_defense.__contains__)
+        drawn |= {f"curve-{at}": (attack_curves, [defense])} if curves else {}
+        drawn |= {f"fraction-{at}": (fraction_curves, [defense])} if fractions else {}
+    lines = {setting: [line for line in benchmark.lines if line.setting == setting] for setting in settings}
+    figures = {
+        name: [figure([line for line in own if line.axes["defense"] in shown], look) for own in lines.values()]
+        for name, (figure, shown) in drawn.items()
+    }
     write_page(
         folder / "report.html",
         "benchmark.html.j2",
@@ -82,55 +61,42 @@ def render_benchmark(
         fractions=fractions,
         trade_off="trade_off" in figures,
         note=note(benchmark),
-        verdicts=[own | {"color": look.color(own["selector"])} for own in verdicts(benchmark)],
-        selectors=[{"name": name, "color": look.color(name)} for name in benchmark.order["selector"]],
+        verdicts=[own | {"color": look.colors[own["selector"]]} for own in verdicts(benchmark)],
+        selectors=[{"name": name, "color": look.colors[name]} for name in benchmark.order["selector"]],
     )
     write_text(folder / "tables.md", to_markdown(benchmark))
     write_text(folder / "tables.tex", to_latex(benchmark))
 
 
 class Look:
-    """The colour of each selector and the marker of each defense, the same in all charts."""
+    """Colour and dash of each selector, marker of each defense, as CSS and plotly call them: alike in all charts."""
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
         names = benchmark.order["selector"]
         further = [name for name in names if name not in _COLORS]
-        self._colors = _COLORS | {name: _FURTHER[at % len(_FURTHER)] for at, name in enumerate(further)}
-        self._places = {name: at for at, name in enumerate(names)}
-        self._symbols = {name: _SYMBOLS[at % len(_SYMBOLS)] for at, name in enumerate(benchmark.order["defense"])}
-
-    def color(self, selector: str) -> str:
-        """As a CSS value."""
-        return f"var({self._colors[selector]})"
-
-    def symbol(self, defense: str) -> str:
-        """Of a point."""
-        return self._symbols[defense]
+        colors = _COLORS | {name: _FURTHER[at % len(_FURTHER)] for at, name in enumerate(further)}
+        self.colors = {name: f"var(--{color})" for name, color in colors.items()}
+        self.dashes = {name: _DASHES[at % len(_DASHES)] for at, name in enumerate(names)}
+        self.symbols = {name: _SYMBOLS[at % len(_SYMBOLS)] for at, name in enumerate(benchmark.order["defense"])}
 
     def curve(self, line: Line, x: Sequence[float], values: Sequence[Figure]) -> charts.Curve:
         """A line of a chart."""
         selector = line.axes["selector"]
-        dash = _DASHES[self._places[selector] % len(_DASHES)]
-        return charts.Curve(self.benchmark.name(line.series), self.color(selector), x, values, dash)
+        return charts.Curve(self.benchmark.name(line.series), self.colors[selector], x, values, self.dashes[selector])
 
 
 def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
-    points = [
-        charts.Point(
-            f"{look.benchmark.name(line.series)}, {line.axes['defense']}",
-            line.axes["selector"],
-            look.color(line.axes["selector"]),
-            look.symbol(line.axes["defense"]),
-            line.values["fine_tune_accuracy"],
-            line.values["harmful_score"],
-        )
-        for line in lines
-        if {"harmful_score", "fine_tune_accuracy"} <= set(line.values)
-    ]
+    points = []
+    for line in lines:
+        selector, defense = line.axes["selector"], line.axes["defense"]
+        if {"harmful_score", "fine_tune_accuracy"} <= line.values.keys():
+            name, marker = f"{look.benchmark.name(line.series)}, {defense}", look.symbols[defense]
+            accuracy, score = line.values["fine_tune_accuracy"], line.values["harmful_score"]
+            points.append(charts.Point(name, selector, look.colors[selector], marker, accuracy, score))
     # Colours are told above the chart, markers by its own legend.
-    legend = {defense: (look.symbol(defense), "var(--soft)") for defense in look.benchmark.order["defense"]}
+    legend = {defense: (symbol, "var(--soft)") for defense, symbol in look.symbols.items()}
     thickness = 1.2 if len(points) <= _CROWD else 0.4
     return charts.trade_off(points, look.benchmark.order["selector"], legend, thickness=thickness)
 
@@ -157,7 +123,7 @@ def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
         fractions = [100 * line.axes["fraction"] for line in own]
         curves += [replace(look.curve(own[0], fractions, values), name=selector)] if own else []
         if selector == BASELINE and own:
-            level = charts.dashed(values[0].mean, "y", look.color(selector))
+            level = charts.dashed(values[0].mean, "y", look.colors[selector])
     title = "share of the pool, %"
     return charts.curves(
         curves, title, spread="bars", even=False, xaxis={"title": {"text": title}, "range": [0, 104]}, shapes=level
@@ -168,7 +134,7 @@ def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Selection and alignment time, a bar per defense and series."""
     lines = list(lines)[::-1]  # plotly draws from below
     names = [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
-    colors = [look.color(line.axes["selector"]) for line in lines]
+    colors = [look.colors[line.axes["selector"]] for line in lines]
     parts = {part: [line.values.get(f"{part}_seconds") for line in lines] for part in ("selection", "alignment")}
     return charts.cost(names, colors, parts)
 
@@ -181,23 +147,18 @@ def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
         low and high, a difference one of difference, low, high, corrected p and verdict, both with None for nothing.
     """
     shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
-    columns = [{"title": _TITLES.get(axis, axis.capitalize()), "kind": "name"} for axis in shown]
-    columns.append({"title": _TITLES["selector"], "kind": "series"})
+    names = [axis.replace("_", " ").capitalize() for axis in shown]
+    columns = [{"title": name, "kind": "name"} for name in names] + [{"title": "Aligned on", "kind": "series"}]
     for metric, difference in benchmark.columns:
         title, kind = (f"minus {benchmark.baseline}", "difference") if difference else (metric.head, "mean")
         columns.append({"title": title, "kind": kind})
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]
-        row.append([benchmark.name(line.series), look.color(line.axes["selector"])])
+        row.append([benchmark.name(line.series), look.colors[line.axes["selector"]]])
         for metric, difference in benchmark.columns:
-            value = line.values.get(metric.name)
-            figure = value and (value.difference if difference else value)
+            figure, value = line.figure(metric, difference), line.values.get(metric.name)
             tested = [value.p_corrected, value.verdict] if difference and value is not None else []
             row.append(None if figure is None else [figure.mean, figure.low, figure.high, *tested])
         rows.append(row)
-    return {
-        "columns": columns,
-        "rows": rows,
-        "axes": [column["title"] for column in columns if column["kind"] == "name"],
-    }
+    return {"columns": columns, "rows": rows, "axes": names}

@@ -17,6 +17,8 @@ Spec = dict[str, Any]
 _INK, _SOFT, _LINE, _CARD, _CLEAR = "var(--ink)", "var(--soft)", "var(--line)", "var(--card)", "rgba(0,0,0,0)"
 _BINS = 60
 _SCORE = {"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}
+_NAMES = {"showgrid": False, "tickfont": {"color": _INK}}
+"""An axis of names."""
 
 
 def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
@@ -47,6 +49,17 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
     return {"data": spec["data"], "layout": spec["layout"]}
 
 
+def _bar(names: Any, values: Sequence[float | None], color: Any, hover: str, **more: Any) -> go.Bar:
+    """Horizontal bars; `more` has options of plotly."""
+    marker = {"color": color, "line": {"width": 0}, **more.pop("marker", {})}
+    return go.Bar(y=names, x=values, orientation="h", marker=marker, hovertemplate=f"{hover}</extra>", **more)
+
+
+def _bar_figure(traces: Sequence[Any], height: int, left: int, bottom: int, **layout: Any) -> Spec:
+    """A chart without a legend, with room for names on its left."""
+    return _figure(traces, height, showlegend=False, margin=_margin(left, bottom), **layout)
+
+
 def _margin(left: int, bottom: int) -> dict[str, int]:
     return {"l": left, "r": 24, "t": 12, "b": bottom}
 
@@ -71,7 +84,7 @@ def _error_bars(values: Sequence[Figure], color: str, thickness: float = 1.2) ->
     }
 
 
-def told(value: Figure, unit: str = "%") -> str:
+def _told(value: Figure, unit: str = "%") -> str:
     """A figure where a pointer rests on it."""
     return value.text(f" {unit}", ends="({} to {})")
 
@@ -101,94 +114,55 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged:
         )
     extra: dict[str, Any] = {}
     if cut is not None:
-        note = {
-            "x": cut["score"],
-            "y": 1,
-            "yref": "paper",
-            "text": "selected →",
-            "showarrow": False,
-            "xanchor": "left",
-            "yanchor": "top",
-            "xshift": 6,
-            "font": {"color": _INK, "size": 12},
-            "bgcolor": _CARD,
-        }
+        note = {"text": "selected →", "showarrow": False, "font": {"color": _INK, "size": 12}, "bgcolor": _CARD}
+        note |= {"x": cut["score"], "xanchor": "left", "xshift": 6, "y": 1, "yref": "paper", "yanchor": "top"}
         extra = {"shapes": dashed(cut["score"]), "annotations": [note]}
-    return _figure(
-        traces,
-        340,
-        barmode="stack",
-        bargap=0.05,
-        showlegend=False,
-        margin=_margin(64, 56),
-        xaxis={"title": {"text": "score (higher = keep)"}, "showgrid": False},
-        yaxis={"title": {"text": "rows"}},
-        **extra,
-    )
+    x = {"title": {"text": "score (higher = keep)"}, "showgrid": False}
+    y = {"title": {"text": "rows"}}
+    return _bar_figure(traces, 340, 64, 56, barmode="stack", bargap=0.05, xaxis=x, yaxis=y, **extra)
 
 
-def composition(table: Sequence[Mapping[str, Any]], word_of: Mapping[str, words.Word]) -> Spec:
+def composition(groups: Sequence[Mapping[str, Any]]) -> Spec:
     """Two bars, the selected rows and the others, divided by reason or label; in percent."""
-    bars = {"Left out": "of_left", "Selected": "of_selected"}
     traces = []
-    for group in table:
-        word, shares = word_of[group["name"]], [group[key] for key in bars.values()]
+    for group in groups:
+        word, shares = group["word"], [group["of_left"], group["of_selected"]]
         traces.append(
-            go.Bar(
-                y=list(bars),
-                x=shares,
+            _bar(
+                ["Left out", "Selected"],
+                shares,
+                word.css,
+                f"{word.title}: %{{x:.1f}} % (%{{customdata}} rows)<extra>%{{y}}",
                 name=word.title,
-                orientation="h",
                 customdata=[group["left"], group["selected"]],
-                marker={"color": word.css, "line": {"color": _CARD, "width": 1}},
+                marker={"line": {"color": _CARD, "width": 1}},
                 text=[f"{share:.0f} %" if share is not None and share >= 5 else "" for share in shares],
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
                 textfont={"color": "var(--on-color)"},
-                hovertemplate=f"{word.title}: %{{x:.1f}} % (%{{customdata}} rows)<extra>%{{y}}</extra>",
             )
         )
-    return _figure(
-        traces,
-        160,
-        barmode="stack",
-        bargap=0.28,
-        margin=_margin(76, 32),
-        showlegend=False,
-        xaxis={"range": [0, 100], "ticksuffix": " %", "showgrid": False},
-        yaxis={"showgrid": False, "tickfont": {"color": _INK}},
-    )
+    x = {"range": [0, 100], "ticksuffix": " %", "showgrid": False}
+    return _bar_figure(traces, 160, 76, 32, barmode="stack", bargap=0.28, xaxis=x, yaxis=_NAMES)
 
 
 def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
     """Share of each category that is selected, in percent, beside that of the pool."""
     groups = list(categories)[::-1]
-    places = list(range(len(groups)))
-    trace = go.Bar(
-        y=places,
-        x=[group["kept"] for group in groups],
-        orientation="h",
-        marker={"color": "var(--accent)", "line": {"width": 0}},
-        customdata=[[words.category(group["name"]), group["selected"], group["rows"]] for group in groups],
-        hovertemplate="%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra></extra>",
-        showlegend=False,
+    places, shares = list(range(len(groups))), [group["kept"] for group in groups]
+    titles = [group["title"] if len(group["title"]) <= 32 else group["title"][:31] + "…" for group in groups]
+    trace = _bar(
+        places,
+        shares,
+        "var(--accent)",
+        "%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra>",
+        customdata=[[group["title"], group["selected"], group["rows"]] for group in groups],
     )
-    highest = max(overall, *(group["kept"] for group in groups))
-    titles = [_short(words.category(group["name"])) for group in groups]
-    return _figure(
-        [trace],
-        70 + 26 * len(groups),
-        bargap=0.35,
-        margin=_margin(76, 40),
-        shapes=dashed(overall),
-        xaxis={"range": [0, min(100.0, 1.1 * highest)], "ticksuffix": " %", "rangemode": "tozero"},
-        yaxis={"showgrid": False, "tickvals": places, "ticktext": titles, "tickfont": {"color": _INK}},
-    )
-
-
-def _short(text: str, limit: int = 32) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    x = {"range": [0, min(100.0, 1.1 * max(overall, *shares))], "ticksuffix": " %", "rangemode": "tozero"}
+    y = {**_NAMES, "tickvals": places, "ticktext": titles}
+    height = 70 + 26 * len(groups)
+    return _bar_figure([trace], height, 76, 40, bargap=0.35, shapes=dashed(overall), xaxis=x, yaxis=y)
 
 
 # --- models under attack --------------------------------------------------------------------------------------------
@@ -196,17 +170,7 @@ def _short(text: str, limit: int = 32) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
-
-    Attributes:
-        name: In legend and under the pointer.
-        color: CSS value.
-        x: Where it was measured.
-        values: Harmful score there, with an interval or the range of the seeds.
-        dash: Of the line, so that colour is not all that tells it.
-        symbol: Of its points.
-        width: Of the line.
-    """
+    """A line of a chart: harmful score, with an interval or the range of the seeds, where it was measured."""
 
     name: str
     color: str
@@ -220,11 +184,9 @@ class Curve:
 def over_seeds(seeds: Sequence[Sequence[float]]) -> list[Figure]:
     """Means over seeds at each step, with the least and the greatest seed where there are several."""
     heights = np.asarray(seeds, dtype=np.float64)
-    means = heights.mean(0).tolist()
     if len(heights) == 1:
-        return [Figure(mean) for mean in means]
-    ends = zip(means, heights.min(0).tolist(), heights.max(0).tolist(), strict=True)
-    return [Figure(mean, low, high) for mean, low, high in ends]
+        return [Figure(mean) for mean in heights[0].tolist()]
+    return [Figure(*ends) for ends in np.stack([heights.mean(0), heights.min(0), heights.max(0)], axis=1).tolist()]
 
 
 def curves(
@@ -237,17 +199,10 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent over something.
+    """Harmful score in percent over `x`, intervals drawn as `spread` says.
 
-    Args:
-        found: The lines.
-        x: What it is over.
-        spread: How intervals are drawn.
-        height: In pixels.
-        legend: Whether there is one.
-        even: Draw the places at even distances: steps about double from one to the next, and evenly spaced they leave
-            the beginning of an attack legible.
-        **layout: Of plotly, over what is usual.
+    Places at `even` distances: steps about double from one to the next, and evenly spaced they leave the beginning of
+    an attack legible.
     """
     bands, lines = [], []
     for curve in found:
@@ -267,7 +222,7 @@ def curves(
                 error_y=_error_bars(curve.values, curve.color) if spread == "bars" else None,
                 line={"color": curve.color, "width": curve.width, "dash": curve.dash},
                 marker={"symbol": curve.symbol, "size": 3 * curve.width, "color": curve.color},
-                customdata=[told(value) for value in curve.values],
+                customdata=[_told(value) for value in curve.values],
                 hovertemplate=f"{curve.name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
             )
         )
@@ -281,17 +236,7 @@ def curves(
 
 @dataclass(frozen=True)
 class Point:
-    """A model after an attack.
-
-    Attributes:
-        name: Under the pointer.
-        group: What it shares its colour with.
-        color: CSS value.
-        symbol: Of its marker.
-        accuracy: Fine-tune accuracy in percent.
-        score: Harmful score in percent.
-        size: Of its marker.
-    """
+    """A model after an attack, with its fine-tune accuracy and harmful score in percent; a group shares a colour."""
 
     name: str
     group: str
@@ -310,19 +255,16 @@ def trade_off(
     thickness: float = 1.2,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals.
+    """Harmful score over fine-tune accuracy, with intervals; the last of the groups of points lies in front.
 
-    Args:
-        points: The models.
-        groups: Of the points, those in front last.
-        legend: Name -> marker and colour.
-        thickness: Of the intervals.
-        **layout: Of plotly, over what is usual.
+    The legend has a marker and a colour for each of its names.
     """
     traces = []
     for group in groups:
         own = [point for point in points if point.group == group]
         color = own[0].color if own else _SOFT
+        marker = {"color": color, "line": {"color": _CARD, "width": 1}}
+        marker |= {name: [getattr(point, name) for point in own] for name in ("size", "symbol")}
         traces.append(
             go.Scatter(
                 x=[point.accuracy.mean for point in own],
@@ -331,13 +273,8 @@ def trade_off(
                 showlegend=False,
                 error_x=_error_bars([point.accuracy for point in own], color, thickness),
                 error_y=_error_bars([point.score for point in own], color, thickness),
-                marker={
-                    "color": color,
-                    "size": [point.size for point in own],
-                    "symbol": [point.symbol for point in own],
-                    "line": {"color": _CARD, "width": 1},
-                },
-                customdata=[[point.name, told(point.score), told(point.accuracy)] for point in own],
+                marker=marker,
+                customdata=[[point.name, _told(point.score), _told(point.accuracy)] for point in own],
                 hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
                 "<extra></extra>",
             )
@@ -347,17 +284,15 @@ def trade_off(
         go.Scatter(**nothing, name=name, marker={"symbol": symbol, "size": 10, "color": color})
         for name, (symbol, color) in legend.items()
     ]
-    x, y = (span([getattr(point, name) for point in points]) for name in ("accuracy", "score"))
-    return _figure(
-        traces,
-        480,
-        xaxis={"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": x},
-        yaxis={"title": {"text": "harmful score, % (less is better)"}, "range": y},
-        **layout,
+    titles = {"accuracy": "fine-tune accuracy, % (more is better)", "score": "harmful score, % (less is better)"}
+    x, y = (
+        {"title": {"text": title}, "range": _span([getattr(point, name) for point in points])}
+        for name, title in titles.items()
     )
+    return _figure(traces, 480, xaxis=x, yaxis=y, **layout)
 
 
-def span(values: Sequence[Figure]) -> list[float]:
+def _span(values: Sequence[Figure]) -> list[float]:
     """Of an axis of rates: all means, and of their intervals what is possible."""
     ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
     low, high = (float(np.clip(end, 0, 100)) for end in (min(ends, default=0), max(ends, default=100)))
@@ -366,86 +301,47 @@ def span(values: Sequence[Figure]) -> list[float]:
 
 
 def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
-    """One bar per arm, its mean, with a point per seed.
-
-    Args:
-        values: Arm -> value per seed.
-        unit: Shown behind numbers; an axis of percent ends at 100.
-    """
-    arms = list(values)[::-1]
-    titles = [words.arm(arm).title for arm in arms]
-    means = [float(np.mean(values[arm])) for arm in arms]
-    top = max(1e-9, *(max(own) for own in values.values()))
-    traces = [
-        go.Bar(
-            y=titles,
-            x=means,
-            orientation="h",
-            width=0.5,
-            marker={"color": [words.arm(arm).css for arm in arms], "line": {"width": 0}},
-            hovertemplate=f"%{{y}}: mean %{{x:.1f}} {unit}<extra></extra>",
-            showlegend=False,
-        ),
-        go.Scatter(
-            y=[title for title, arm in zip(titles, arms, strict=True) for _ in values[arm]],
-            x=[value for arm in arms for value in values[arm]],
-            mode="markers",
-            showlegend=False,
-            marker={"color": _CARD, "size": 7, "line": {"color": _INK, "width": 1.5}},
-            hovertemplate=f"%{{y}}: one seed, %{{x:.1f}} {unit}<extra></extra>",
-        ),
-    ]
-    note = {"showarrow": False, "xanchor": "left", "xshift": 10, "font": {"color": _INK, "size": 13}}
-    percent = unit == "%"
-    return _figure(
-        traces,
-        200,
-        margin=_margin(110, 32),
-        annotations=[
-            {"x": max([mean, *values[arm]]), "y": title, "text": f"{mean:.1f} {unit}", **note}
-            for title, arm, mean in zip(titles, arms, means, strict=True)
-        ],
-        xaxis={
-            "range": [0, 122 if percent else 1.28 * top],
-            "tickvals": [0, 25, 50, 75, 100] if percent else None,
-            "nticks": 5,
-        },
-        yaxis={"showgrid": False, "tickfont": {"color": _INK}},
+    """One bar per arm, its mean, with a point per seed; an axis of percent ends at 100."""
+    own = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in reversed(values.items())]
+    bar = _bar(
+        [word.title for word, _, _ in own],
+        [mean for _, _, mean in own],
+        [word.css for word, _, _ in own],
+        f"%{{y}}: mean %{{x:.1f}} {unit}<extra>",
+        width=0.5,
     )
+    points = go.Scatter(
+        y=[word.title for word, seeds, _ in own for _ in seeds],
+        x=[value for _, seeds, _ in own for value in seeds],
+        mode="markers",
+        marker={"color": _CARD, "size": 7, "line": {"color": _INK, "width": 1.5}},
+        hovertemplate=f"%{{y}}: one seed, %{{x:.1f}} {unit}<extra></extra>",
+    )
+    note = {"showarrow": False, "xanchor": "left", "xshift": 10, "font": {"color": _INK, "size": 13}}
+    notes = [
+        {"x": max([mean, *seeds]), "y": word.title, "text": f"{mean:.1f} {unit}", **note} for word, seeds, mean in own
+    ]
+    top = max(1e-9, *(max(seeds) for seeds in values.values()))
+    scale = {"range": [0, 122], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
+    axis = {"nticks": 5, **scale}
+    return _bar_figure([bar, points], 200, 110, 32, annotations=notes, xaxis=axis, yaxis=_NAMES)
 
 
 def cost(
     names: tuple[Sequence[str], Sequence[str]], colors: Sequence[str], parts: Mapping[str, Sequence[Figure | None]]
 ) -> Spec:
-    """Bars of seconds, made up of parts; the first is hatched.
-
-    Args:
-        names: Two levels of them, from below.
-        colors: One per bar.
-        parts: Title -> seconds per bar.
-    """
+    """Bars of seconds, with names on two levels, made up of parts, of which the first is hatched."""
     traces = [
-        go.Bar(
-            y=list(names),
-            x=[0 if value is None else value.mean for value in values],
-            orientation="h",
-            showlegend=False,
-            marker={
-                "color": list(colors),
-                "line": {"width": 0},
-                "pattern": {"shape": "" if at else "/", "fgcolor": _CARD, "size": 6, "solidity": 0.5},
-            },
-            customdata=["" if value is None else told(value, "s") for value in values],
-            hovertemplate=f"%{{y}}<br>{title} %{{customdata}}<extra></extra>",
+        _bar(
+            list(names),
+            [0 if value is None else value.mean for value in values],
+            list(colors),
+            f"%{{y}}<br>{title} %{{customdata}}<extra>",
+            marker={"pattern": {"shape": "" if at else "/", "fgcolor": _CARD, "size": 6, "solidity": 0.5}},
+            customdata=["" if value is None else _told(value, "s") for value in values],
         )
         for at, (title, values) in enumerate(parts.items())
     ]
-    return _figure(
-        traces,
-        90 + 24 * len(colors),
-        barmode="stack",
-        bargap=0.25,
-        margin=_margin(150, 48),
-        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
-        yaxis={"showgrid": False, "tickfont": {"color": _INK, "size": 12}, "dividercolor": _LINE, "automargin": True},
-    )
+    x = {"title": {"text": "seconds"}, "rangemode": "tozero"}
+    y = {"showgrid": False, "tickfont": {"color": _INK, "size": 12}, "dividercolor": _LINE, "automargin": True}
+    return _bar_figure(traces, 90 + 24 * len(colors), 150, 48, barmode="stack", bargap=0.25, xaxis=x, yaxis=y)

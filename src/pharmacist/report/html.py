@@ -11,35 +11,35 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from pharmacist import __version__
 from pharmacist.core.console import plain
-from pharmacist.core.errors import DataError
-from pharmacist.core.files import read_json, write_text
+from pharmacist.core.files import read_json, read_json_lines, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.report import charts, tables, words
 from pharmacist.report.numbers import METRICS, Figure
 
 
-if TYPE_CHECKING:
-    import datasets
-    import pandas as pd
-
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
 _MARKS = (("dash", "square"), ("dot", "diamond"), ("solid", "circle"))
 """Dashes and markers of the demo's arms."""
+_OF_A_QUESTION = ("yes", "no", "combined")  # what a selector reports of it; the rest are readers
 
 
 def render_ranking(
     path: Path,
     *,
-    scores: "pd.DataFrame",
-    texts: "datasets.Dataset",
+    scores: pd.DataFrame,
+    texts: datasets.Dataset,
     manifest: Mapping[str, Any],
     labels: Sequence[str] | None = None,
     categories: Sequence[Sequence[str]] | None = None,
@@ -60,42 +60,27 @@ def render_ranking(
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
     scripts = ["ranking.js"]
     if labelling is not None and labelling["rows"]:
-        ranking["labelling"], data["labelling"] = _labelling(labelling)
+        labels_of = labelling["labels"].items()
+        ranking["labelling"] = data["labelling"] = {
+            "pool": labelling["pool"],
+            "labels": [{"name": name, "key": name[0], "reason": reason} for name, reason in labels_of],
+            "rows": [[row["row"], row["prompt"], row["completion"]] for row in labelling["rows"]],
+            "known": [[row, label] for row, label in sorted(labelling["known"].items())],
+        }
         scripts.append("labelling.js")
     write_page(path, "ranking.html.j2", scripts, data, ranking=ranking, manifest=manifest)
-
-
-def _labelling(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the template and what the script need to have rows labelled; a label's key is its first letter."""
-    labels = [{"name": name, "key": name[0], "word": words.reason(reason)} for name, reason in given["labels"].items()]
-    keys = [{"name": label["name"], "key": label["key"]} for label in labels]
-    rows = [[row["row"], row["prompt"], row["completion"]] for row in given["rows"]]
-    known = [[row, label] for row, label in sorted(given["known"].items())]
-    return {"labels": labels, "rows": len(rows)}, {"pool": given["pool"], "labels": keys, "rows": rows, "known": known}
 
 
 def render_demo(
     folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
 ) -> None:
-    """Writes ``report.html`` into a demo's folder, out of the files in it.
+    """Writes ``report.html`` into a demo's folder, out of its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Args:
-        folder: Holds ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
-        labels: Planted label per row of the pool.
-        categories: Categories of each row.
-
-    Raises:
-        DataError: Scores and pool do not belong together.
+    Labels, the planted ones, and categories are per row of the pool.
     """
-    import datasets
-    import pandas as pd
-
     summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
-    with open(folder / "data" / "pool.jsonl", encoding="utf-8") as file:
-        pool = [json.loads(line) for line in file]
-    if scores["row"].tolist() != list(range(len(pool))):
-        raise DataError(f"{folder}: rank/scores.parquet does not belong to data/pool.jsonl; run the demo again")
+    pool = read_json_lines(folder / "data" / "pool.jsonl")
     texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
     found = {
@@ -106,13 +91,13 @@ def render_demo(
     }
     data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}
     curves = [
-        charts.Curve(words.arm(arm).title, words.arm(arm).css, summary["steps"], charts.over_seeds(seeds), *marks)
+        charts.Curve(words.ARMS[arm].title, words.ARMS[arm].css, summary["steps"], charts.over_seeds(seeds), *marks)
         for (arm, seeds), marks in zip(summary["curves"].items(), _MARKS, strict=True)
     ]
     data["figures"]["curves"] = charts.curves(curves, "attack steps", spread="band", height=430, legend=True)
     arms = [
         {
-            "word": words.arm(name),
+            "word": words.ARMS[name],
             "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
@@ -120,84 +105,50 @@ def render_demo(
         }
         for name in summary["arms"]
     ]
-    write_page(
-        folder / "report.html",
-        "demo.html.j2",
-        ["ranking.js"],
-        data,
-        ranking=ranking,
-        manifest=manifest,
-        demo=summary,
-        arms=arms,
-    )
+    context = {"ranking": ranking, "manifest": manifest, "demo": summary, "arms": arms}
+    write_page(folder / "report.html", "demo.html.j2", ["ranking.js"], data, **context)
 
 
 def _ranking(
-    scores: "pd.DataFrame",
-    texts: "datasets.Dataset",
+    scores: pd.DataFrame,
+    texts: datasets.Dataset,
     manifest: Mapping[str, Any],
     labels: Sequence[str] | None,
     categories: Sequence[Sequence[str]] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ranking part of a page shows: its numbers, and its data, which are figures and rows."""
-    import pandas as pd
-
     for name, found in {"texts": texts, "labels": labels, "categories": categories}.items():
         if found is not None and len(found) != len(scores):
             raise ValueError(f"{len(scores)} scores, but {len(found)} {name}")
-    report = manifest.get("extra", {}).get("selector_report", {})
-    judgement = tables.Judgement.of(report)
-    reasons, cut = tables.composition(scores["reason"], scores["selected"], words.REASONS), tables.cut(scores)
-    rows = tables.Rows(scores, texts, labels, judgement)
+    report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
+    judged, questions = bool(report), report.get("questions") or {}
+    reasons = tables.composition(scores["reason"], selected, words.REASONS, lambda name: words.reason(name, judged))
+    rows = tables.Rows(scores, texts, labels, report)
     table, pairs = tables.row_table(rows), tables.pairs(rows)
-    word_of = {group["name"]: words.reason(group["name"], judgement.judged) for group in reasons}
-    figures = {
-        "histogram": charts.score_histogram(scores, cut, judgement.judged),
-        "reasons": charts.composition(reasons, word_of),
-    }
+    figures = {"histogram": charts.score_histogram(scores, cut, judged), "reasons": charts.composition(reasons)}
     ranking: dict[str, Any] = {
         "selector": manifest["config"].get("selector", {}).get("name", ""),
-        "judged": judgement.judged,
-        "reasons": [group | {"word": word_of[group["name"]]} for group in reasons],
-        "cannot_see": [words.reason(name) for name in judgement.blind],
-        "fallback": report.get("fallback"),
+        "report": report,
+        "judged": judged,
+        "questions": questions,
+        "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _OF_A_QUESTION],
+        "reasons": reasons,
         "cut": cut,
-        "warnings": [plain(warning) for warning in manifest.get("warnings", ())],
-        "quality": tables.held_out_quality(report),
-        "questions": words.QUESTIONS,
-        "classes": words.CLASSES,
-        "make_up": tables.make_up(report),
-        "compared": "distance" in report,
-        "distance": report.get("distance"),
-        "near": report.get("near"),
-        "gain": report.get("labels"),
-        "changed": report.get("changed"),
         "labelling": None,
-        "phases": tables.phases(manifest),
-        "seconds": sum(phase["seconds"] for phase in manifest.get("phases", {}).values()),
-        "counts": manifest.get("counts", {}),
         "labels": None,
-        "selected": int(scores["selected"].sum()),
+        "selected": int(selected.sum()),
         "table": table,
         "pairs": pairs,
         "categories": None,
     }
     if categories is not None:
-        found = tables.categories(categories, scores["selected"])
-        figures["categories"] = charts.kept(found, 100 * float(scores["selected"].mean()))
-        ranking["categories"] = [group | {"title": words.category(group["name"])} for group in found]
+        ranking["categories"] = tables.categories(categories, selected)
         ranking["several_categories"] = any(len(own) > 1 for own in categories)
+        figures["categories"] = charts.kept(ranking["categories"], 100 * float(selected.mean()))
     if labels is not None:
-        series = pd.Series(list(labels), dtype=str)
-        planted = tables.composition(series, scores["selected"].reset_index(drop=True), words.LABELS)
-        label_of = {group["name"]: words.label(group["name"]) for group in planted}
-        figures["labels"] = charts.composition(planted, label_of)
-        ranking["labels"] = [group | {"word": label_of[group["name"]]} for group in planted]
-        confusion = tables.confusion(series, scores["reason"].reset_index(drop=True))
-        ranking["confusion"] = confusion | {
-            "labels": [words.label(name) for name in confusion["labels"]],
-            "reasons": [words.reason(name, judgement.judged) for name in confusion["reasons"]],
-        }
+        ranking["labels"] = tables.composition(labels, selected, words.LABELS, words.label)
+        ranking["confusion"] = tables.confusion(labels, scores["reason"], judged)
+        figures["labels"] = charts.composition(ranking["labels"])
     return ranking, {"figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs}}
 
 
@@ -214,34 +165,22 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "seconds": _seconds, "interval": _with_interval, "signed": _signed}
+    environment.filters |= {"plain": plain}
+    environment.globals |= {"version": __version__, "words": words}
     return environment
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
-    """Writes a page.
-
-    Args:
-        path: The HTML file.
-        template: Its template.
-        scripts: Its scripts, which run after ``page.js``.
-        data: What the scripts read, by name; ``figures`` are those of the template's charts.
-        **context: For the template.
-    """
-    from plotly.offline import get_plotlyjs
-
+    """Writes a page with its own scripts after ``page.js``, and what they read by name; ``figures`` are its charts."""
     code = [Markup(get_plotlyjs()), *(Markup(_template_file(name)) for name in ("page.js", *scripts))]
-    text = (
-        _environment()
-        .get_template(template)
-        .render(
-            **context,
-            version=__version__,
-            scripts=code,
-            policy=_policy(code),
-            table_style=Markup(_datatables("css")),
-            style=Markup(_template_file("style.css")),
-            data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
-        )
+    page = _environment().get_template(template)
+    text = page.render(
+        **context,
+        scripts=code,
+        policy=_policy(code),
+        table_style=Markup(_datatables("css")),
+        style=Markup(_template_file("style.css")),
+        data={name: _packed(value) for name, value in {**data, "datatables": _datatables("js")}.items()},
     )
     write_text(path, text)
 

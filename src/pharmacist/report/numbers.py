@@ -12,21 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity, a column of results.
-
-    Attributes:
-        name: In files.
-        title: In tables.
-        unit: Of the values.
-        better: 1 where higher is better, -1 where lower is.
-        compared: Whether differences are tested. Ranking is work that the full dataset does not need at all.
-    """
+    """A measured quantity, a column of results."""
 
     name: str
     title: str
     unit: str
     better: int
+    """1 where higher is better, -1 where lower is."""
     compared: bool = True
+    """Whether differences are tested. Ranking is work that the full dataset does not need at all."""
 
     @property
     def head(self) -> str:

@@ -70,12 +70,7 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def reached_in_words(reached: Mapping[str, Any], last: int) -> str:
-    """When a harmful score was reached; a level that was not within the attack might have been later.
-
-    Args:
-        reached: ``level``, and between which two measured steps it was reached.
-        last: Steps of the attack.
-    """
+    """Between which two measured steps a harmful score was reached; if in none, it might have been after the last."""
     level = f"{reached['level']:.0f} %"
     if reached["step"] is None:
         return f"{level} not reached in {last} steps"
@@ -105,7 +100,7 @@ def attack_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 def markdown(summary: Mapping[str, Any]) -> str:
     """The sweep as Markdown: what was found, and a table of all attacks."""
     head, lines = attack_table(summary)
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
     found = "\n".join(f"- {line}" for line in sentences(summary))
     return f"# Attack sweep\n\n{found}\n\n{table}\n\nIn %, with 95 % intervals (Wilson) over prompts.\n"
 
@@ -137,12 +132,7 @@ def curves(summary: Mapping[str, Any]) -> charts.Spec:
 
 
 def render_sweep(folder: Path, *, manifest: Mapping[str, Any]) -> None:
-    """Writes ``report.html`` into a sweep's folder, out of its ``sweep.json``.
-
-    Args:
-        folder: Of the sweep.
-        manifest: Content of its ``manifest.json``.
-    """
+    """Writes ``report.html`` into a sweep's folder, out of its ``sweep.json`` and manifest."""
     summary = read_json(folder / "sweep.json")
     attacks = ordered(summary)
     figures = {"trade_off": trade_off(summary)} | ({"curves": curves(summary)} if summary["curves"] else {})

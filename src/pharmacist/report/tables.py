@@ -1,20 +1,17 @@
-"""Numbers of a page, out of scores and manifests. Pure functions; everything returned can be written as JSON."""
+"""Numbers of a page, out of scores and manifests."""
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.report import words
 
-
-if TYPE_CHECKING:
-    import datasets
 
 MOST_ROWS = 100_000
 """Rows that a page shows at most; of a longer ranking it shows every n-th."""
@@ -29,136 +26,47 @@ MOST_CATEGORIES = 20
 _EXCERPT = 1200  # characters of a text in pairs and examples
 _BEST, _AT_THE_CUT, _PER_REASON = 2, 3, 2  # examples
 _PROMPT, _COMPLETION = 5, 6  # places in a row
-_OF_A_QUESTION = ("yes", "no", "combined")  # the rest are readers
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
-_SHOWN = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the reasons of a ranking are worth.
-
-    Attributes:
-        judged: Whether the selector read the rows at all.
-        blind: Reasons that it could not give, for want of references.
-    """
-
-    judged: bool
-    blind: tuple[str, ...]
-
-    @classmethod
-    def of(cls, report: Mapping[str, Any]) -> "Judgement":
-        """From a selector's report; a selector that reads rows always has something to report."""
-        return cls(bool(report), tuple(report.get("cannot_see", ())))
-
-    def veil(self, reason: str) -> int:
-        """Which texts of a row stay hidden until asked for: 0 none, 1 the completion, 3 the prompt too.
-
-        Where harmful answers could not be recognised, no reason says that a row is harmless.
-        """
-        if not self.judged or "teaches_compliance" in self.blind:
-            return 3
-        if reason in _SHOWN:
-            return 0
-        return 1 if reason == "low_quality" else 3
+_HARMLESS = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
 
 
 def composition(
-    groups: "pd.Series[Any]", selected: "pd.Series[Any]", known: Mapping[str, Any]
+    groups: Iterable[object], selected: "pd.Series[Any]", known: Iterable[str], word: Callable[[str], words.Word]
 ) -> list[dict[str, Any]]:
-    """How selected and other rows are made up.
-
-    Args:
-        groups: Reason or label per row.
-        selected: Per row.
-        known: Names in the order in which they are listed; others follow.
+    """How selected and other rows are made up of reasons or labels, known ones first.
 
     Returns:
-        Per group its ``name``, ``rows``, ``selected`` and ``left``, and the shares in percent ``of_selected`` and
-        ``of_left`` (None where there are no such rows).
+        Per group its ``name``, ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent
+        ``of_selected`` and ``of_left`` (None where there are no such rows).
     """
-    names, chosen = groups.astype(str).to_numpy(), selected.to_numpy(dtype=bool)
-    n_selected, n_left = int(chosen.sum()), int((~chosen).sum())
-    table = []
-    for name in words.ordered(groups, known):
-        member = names == name
-        inside, outside = int((member & chosen).sum()), int((member & ~chosen).sum())
-        table.append(
-            {
-                "name": name,
-                "rows": inside + outside,
-                "selected": inside,
-                "left": outside,
-                "of_selected": 100 * inside / n_selected if n_selected else None,
-                "of_left": 100 * outside / n_left if n_left else None,
-            }
-        )
-    return table
-
-
-def confusion(labels: "pd.Series[Any]", reasons: "pd.Series[Any]") -> dict[str, Any]:
-    """Rows per planted label and given reason: ``labels``, ``reasons`` and ``counts`` [labels][reasons]."""
-    rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
-    counts = pd.crosstab(labels.astype(str), reasons.astype(str)).reindex(index=rows, columns=columns, fill_value=0)
-    return {"labels": rows, "reasons": columns, "counts": counts.to_numpy().tolist()}
-
-
-def held_out_quality(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How well each question was answered for held-out references; None where the selector measured nothing.
-
-    Returns:
-        ``by`` ("prompt" or "source", what was held out together), ``readers`` and ``questions``: per question its
-        ``name``, the numbers of references to be answered by ``yes`` and ``no``, the ``auc`` and the shares
-        in percent ``yes_found`` and ``no_found`` of all readers together, and the AUC of each of ``readers`` (None
-        where it has no say); ``weakest``, the one of them with the least AUC.
-    """
-    found = report.get("questions")
-    if not found:
-        return None
-    readers = list(dict.fromkeys(name for answers in found.values() for name in answers if name not in _OF_A_QUESTION))
-    questions = [
+    names = [str(group) for group in groups]
+    counts = pd.crosstab(np.asarray(names), selected.to_numpy(dtype=bool))
+    counts = counts.reindex(index=words.ordered(names, known), columns=[True, False], fill_value=0)
+    n_selected, n_left = counts.sum().tolist()
+    return [
         {
             "name": name,
-            "yes": answers["yes"],
-            "no": answers["no"],
-            "auc": answers["combined"]["auc"],
-            "yes_found": 100 * answers["combined"]["yes_found"],
-            "no_found": 100 * answers["combined"]["no_found"],
-            "readers": [answers[reader]["auc"] if reader in answers else None for reader in readers],
+            "word": word(name),
+            "rows": inside + outside,
+            "selected": inside,
+            "left": outside,
+            "of_selected": 100 * inside / n_selected if n_selected else None,
+            "of_left": 100 * outside / n_left if n_left else None,
         }
-        for name, answers in found.items()
+        for name, inside, outside in counts.itertuples(name=None)
     ]
+
+
+def confusion(labels: Iterable[str], reasons: "pd.Series[Any]", judged: bool) -> dict[str, Any]:
+    """Rows per planted label and given reason: ``labels``, ``reasons`` (words) and ``counts`` [labels][reasons]."""
+    rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
+    counts = pd.crosstab(np.asarray(labels, dtype=str), reasons.astype(str).to_numpy())
     return {
-        "by": report.get("held_out_by", "prompt"),
-        "readers": readers,
-        "questions": questions,
-        "weakest": min(questions, key=lambda question: question["auc"]),
+        "labels": [words.label(name) for name in rows],
+        "reasons": [words.reason(name, judged) for name in columns],
+        "counts": counts.reindex(index=rows, columns=columns, fill_value=0).to_numpy().tolist(),
     }
-
-
-def make_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per class its ``name``, number of ``references``, and estimated ``share`` of the pool in percent (or None)."""
-    references, shares = report.get("references", {}), report.get("shares", {})
-    return [
-        {"name": name, "references": references.get(name, 0), "share": 100 * shares[name] if name in shares else None}
-        for name in dict.fromkeys([*references, *shares])
-    ]
-
-
-def phases(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Wall time of each phase in seconds, its share of the longest in percent, and its tokens."""
-    found = manifest.get("phases", {})
-    longest = max((phase["seconds"] for phase in found.values()), default=0.0)
-    return [
-        {
-            "name": name.capitalize(),
-            "seconds": phase["seconds"],
-            "tokens": phase["tokens"],
-            "share": 100 * phase["seconds"] / longest if longest else 0.0,
-        }
-        for name, phase in found.items()
-    ]
 
 
 def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
@@ -177,24 +85,20 @@ def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> l
         selected: Per row.
 
     Returns:
-        Per category its ``name``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent. What
-        is beyond the `MOST_CATEGORIES` largest comes last, as one group with the ``name`` None.
+        Per category its ``title``, ``rows``, ``selected``, ``left`` and ``kept``, the selected share in percent. What
+        is beyond the `MOST_CATEGORIES` largest comes last, as one group.
     """
-    table = pd.DataFrame({"name": list(groups), "selected": selected.to_numpy(dtype=bool)}).explode("name")
-    table["name"] = table["name"].fillna("none").astype(str)
-    counts = table.groupby("name")["selected"].agg(["size", "sum"]).reset_index()
-    counts = counts.sort_values(["size", "name"], ascending=[False, True], kind="stable")
-    named = [
-        (str(name), int(size), int(kept))
-        for name, size, kept in counts.head(MOST_CATEGORIES).itertuples(index=False, name=None)
-    ]
-    rest = counts.iloc[MOST_CATEGORIES:]
-    lines: list[tuple[str | None, int, int]] = [*named]
-    if len(rest):
-        lines.append((None, int(rest["size"].sum()), int(rest["sum"].sum())))
+    table = pd.DataFrame({"title": list(groups), "selected": selected.to_numpy(dtype=bool)}).explode("title")
+    table["title"] = table["title"].fillna("none").astype(str)
+    counts = table.groupby("title")["selected"].agg(rows="size", selected="sum").reset_index()
+    counts = counts.sort_values(["rows", "title"], ascending=[False, True], kind="stable")
+    found = [dict(zip(counts, line, strict=True)) for line in counts.itertuples(index=False, name=None)]
+    if rest := found[MOST_CATEGORIES:]:
+        others = {name: sum(group[name] for group in rest) for name in ("rows", "selected")}
+        found[MOST_CATEGORIES:] = [{"title": "All others", **others}]
     return [
-        {"name": name, "rows": size, "selected": kept, "left": size - kept, "kept": 100 * kept / size}
-        for name, size, kept in lines
+        group | {"left": group["rows"] - group["selected"], "kept": 100 * group["selected"] / group["rows"]}
+        for group in found
     ]
 
 
@@ -202,54 +106,48 @@ class Rows:
     """Rows of a ranking as the page's scripts take them.
 
     A row is a list: rank, score, reason, selected, label, prompt, completion, row, duplicate of, hidden texts; reason
-    and label by their position in `reasons` and `labels`, -1 for no label or no duplicate.
-
-    Attributes:
-        reasons: Names of the reasons.
-        labels: Names of the labels.
+    and label by their position in `reasons` and `labels`, -1 for no label or no duplicate. The selector's report is
+    empty where it did not read the rows.
     """
 
     def __init__(
-        self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, judgement: Judgement
+        self, scores: pd.DataFrame, texts: datasets.Dataset, labels: Sequence[str] | None, report: Mapping[str, Any]
     ) -> None:
-        self.scores, self.texts, self.known, self.judgement = scores, texts, labels, judgement
+        self.scores, self.texts, self.known, self.report = scores, texts, labels, report
         self.reasons = words.ordered(scores["reason"], words.REASONS)
         self.labels = words.ordered(labels, words.LABELS) if labels is not None else []
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
-    def keys(self) -> dict[str, list[dict[str, str]]]:
-        """Words for reasons and labels."""
-        return {
-            "reasons": [_key(name, words.reason(name, self.judgement.judged)) for name in self.reasons],
-            "labels": [_key(name, words.label(name)) for name in self.labels],
-        }
+    def hidden(self, reason: str) -> int:
+        """Which texts of a row stay hidden until asked for: 0 none, 1 the completion, 3 the prompt too.
 
-    def pick(self, positions: "npt.NDArray[np.int64]", limit: int) -> tuple[list[list[Any]], int]:
+        Where harmful answers could not be recognised, no reason says that a row is harmless.
+        """
+        if not self.report or "teaches_compliance" in self.report.get("cannot_see", ()):
+            return 3
+        return 0 if reason in _HARMLESS else 1 if reason == "low_quality" else 3
+
+    def pick(self, positions: npt.NDArray[np.int64], limit: int) -> tuple[list[list[Any]], int]:
         """Rows by their position in the scores, and how many of their texts were longer than `limit` characters."""
         if not len(positions):
             return [], 0
         table, picked = self.scores.iloc[positions], self.texts.select(positions)[:]
         prompts, completions = picked["prompt"], picked["completion"]
-        reason_at = {name: i for i, name in enumerate(self.reasons)}
-        label_at = {name: i for i, name in enumerate(self.labels)}
-        veil = [self.judgement.veil(name) for name in self.reasons]
-        reason = [reason_at[str(name)] for name in table["reason"]]
-        known = self.known
-        rows = zip(
+        reason = [self.reasons.index(str(name)) for name in table["reason"]]
+        hidden = [self.hidden(name) for name in self.reasons]
+        columns = (
             table["rank"].tolist(),
             [float(f"{score:.6g}") for score in table["score"]],
             reason,
             table["selected"].astype(int).tolist(),
-            [label_at[str(known[i])] for i in positions] if known is not None else [-1] * len(positions),
-            [_cut(text, limit) for text in prompts],
-            [_cut(text, limit) for text in completions],
+            [-1 if self.known is None else self.labels.index(str(self.known[at])) for at in positions],
+            *([text if len(text) <= limit else f"{text[:limit]}…" for text in own] for own in (prompts, completions)),
             table["row"].tolist(),
             table["duplicate_of"].tolist(),
-            [veil[i] for i in reason],
-            strict=True,
+            [hidden[at] for at in reason],
         )
-        long = sum(len(text) > limit for column in (prompts, completions) for text in column)
-        return [list(row) for row in rows], long
+        long = sum(len(text) > limit for own in (prompts, completions) for text in own)
+        return [list(row) for row in zip(*columns, strict=True)], long
 
 
 def row_table(rows: Rows) -> dict[str, Any]:
@@ -263,7 +161,15 @@ def row_table(rows: Rows) -> dict[str, Any]:
     shown = min(total, MOST_ROWS)
     limit = int(np.clip(TEXT_BUDGET // (2 * shown), SHORTEST, LONGEST))
     found, long = rows.pick(rows.by_rank[np.linspace(0, total - 1, shown).round().astype(np.int64)], limit)
-    return {"total": total, "shown": shown, "limit": limit, "cut": long, **rows.keys(), "rows": found}
+    by_kind = {
+        "reasons": {name: words.reason(name, bool(rows.report)) for name in rows.reasons},
+        "labels": {name: words.label(name) for name in rows.labels},
+    }
+    keys = {
+        kind: [{"name": name, "title": word.title, "color": word.css} for name, word in of_kind.items()]
+        for kind, of_kind in by_kind.items()
+    }
+    return {"total": total, "shown": shown, "limit": limit, "cut": long, **keys, "rows": found}
 
 
 def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
@@ -282,9 +188,9 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     }
     behind = outside[_AT_THE_CUT:]
     for name in rows.reasons:
-        title = words.reason(name, rows.judgement.judged).title
+        title = words.reason(name, bool(rows.report)).title
         groups["left"].append((f"{title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
-    if not rows.judgement.judged:
+    if not rows.report:
         groups["left"] = groups["left"][:1]
     return {
         side: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in found if len(at)]
@@ -326,11 +232,3 @@ def difference(a: str, b: str) -> tuple[list[str], list[str]]:
             elif found:
                 side.extend(("".join(found), ""))
     return pieces
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
-def _key(name: str, word: words.Word) -> dict[str, str]:
-    return {"name": name, "title": word.title, "color": word.css}

@@ -3,19 +3,13 @@
 Colours are names of CSS custom properties; their values, for light and dark, are in ``templates/style.css``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Word:
-    """A name of the data files as a page shows it.
-
-    Attributes:
-        title: Short.
-        meaning: One sentence.
-        color: CSS custom property.
-    """
+    """A name of the data files as a page shows it, its meaning in one sentence, and the CSS property of its colour."""
 
     title: str
     meaning: str = ""
@@ -97,37 +91,20 @@ ARMS = {
 
 
 def reason(name: str, judged: bool = True) -> Word:
-    """The words for a reason; selectors may have reasons of their own.
-
-    Args:
-        name: As in ``scores.parquet``.
-        judged: Whether the selector read the rows; the reason of one that did not is a mere placeholder.
-    """
-    if not judged:
-        return NOT_JUDGED
-    return REASONS.get(name) or Word(_plain(name))
+    """The words for a reason in ``scores.parquet``; that of a selector that did not read the rows is a placeholder."""
+    return _word(name, REASONS) if judged else NOT_JUDGED
 
 
 def label(name: str) -> Word:
     """The words for a planted label."""
-    return LABELS.get(name) or Word(_plain(name))
+    return _word(name, LABELS)
 
 
-def arm(name: str) -> Word:
-    """The words for a set that a model is aligned on."""
-    return ARMS.get(name) or Word(_plain(name))
+def _word(name: str, known: Mapping[str, Word]) -> Word:
+    return known.get(name) or Word(name.replace("_", " ").replace("-", " ").strip().capitalize() or "None")
 
 
 def ordered(values: Iterable[object], known: Iterable[str]) -> list[str]:
     """Names that occur: those that are known in their order, then the others."""
     present = {str(value) for value in values}
     return [name for name in known if name in present] + sorted(present.difference(known))
-
-
-def category(name: str | None) -> str:
-    """A category as pages name it; None stands for those beyond the largest."""
-    return "All others" if name is None else name
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ").strip().capitalize() or "None"

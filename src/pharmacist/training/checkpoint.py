@@ -1,5 +1,6 @@
 """Checkpoints by the clock, complete or not there; the strategy's state beside the Trainer's."""
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -26,8 +27,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     Args:
         strategy: The method.
-        seconds: Also asks for a checkpoint every so many seconds, and for the last step to be logged; None leaves both
-            to the Trainer's arguments.
+        seconds: Between checkpoints, where the last step is logged too; None leaves both to the Trainer's arguments.
         streams: Side streams; where each stands (its ``position``, if it has one) is saved too.
     """
 
@@ -63,11 +63,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:
@@ -97,12 +94,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
             "folder, and the same command begins the training again"
         )
     if rank() == 0:
-        for path in found[: found.index(whole)] if whole is not None else found:
-            if path in complete:
-                said = f"{path}: is damaged; the training goes on from the checkpoint before it"
-                console().print(said, soft_wrap=True, markup=False)
-            remove(path)
-        for path in set(found) - set(complete):
+        damaged = complete[: complete.index(whole)] if whole is not None else []
+        for path in damaged:
+            console().print(f"{path}: is damaged; the training goes on from the checkpoint before it", soft_wrap=True)
+        for path in {*found} - {*complete} | {*damaged}:
             remove(path)
     barrier()
     return whole

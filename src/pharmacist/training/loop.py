@@ -1,16 +1,15 @@
-"""Trains a loaded model on encoded rows with a strategy, resumably, and saves what came out."""
+"""Trains a loaded model on encoded rows with a strategy, resumably, and writes what came out."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
@@ -18,18 +17,18 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
-from pharmacist.core.files import atomic_folder, show_in, write_text
-from pharmacist.core.progress import Bar, bar, console
+from pharmacist.core.files import write_text
+from pharmacist.core.progress import Bar, bar
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
-from pharmacist.data.templates import save_template
 from pharmacist.data.tokenize import Encoded
 from pharmacist.nn.distributed import barrier
-from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
+from pharmacist.nn.memory import PeakMemory
 from pharmacist.nn.models import LoadedModel, resolve_dtype, silent_library
 from pharmacist.training.checkpoint import Checkpoints, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
+from pharmacist.training.saving import Card, finish, save_model
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
 
@@ -39,14 +38,12 @@ class TrainResult:
     """What a training did.
 
     Attributes:
-        model: The trained model (a PEFT model under LoRA).
         log: One dict per log line: step, loss, learning rate, gradient norm and the strategy's own metrics.
         steps: Optimizer steps in all.
         tokens: Tokens that the main pass read, padding not counted.
         found: What the strategy found to act on.
     """
 
-    model: nn.Module
     log: list[dict[str, Any]]
     steps: int
     tokens: int
@@ -82,42 +79,27 @@ class _Collator:
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
-    """Makes a model trainable: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
-
-    Args:
-        loaded: The model; its weights are shared with the result.
-        options: Tuning, adapter and seed.
+    """Makes a model trainable, in place: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
 
     Raises:
         NoMatchError: No module has one of the wanted names.
     """
-    model: nn.Module = loaded.model
+    model: Any = loaded.model
     if options.tuning == "full":
-        model = deepcopy(model) if loaded.shared else model
-        return model.float().requires_grad_(True)
+        return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return model
-    lora = options.lora
-    config = lora.given or LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        target_modules=lora.target_modules or "all-linear",
-    )
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init"))
         try:
-            model = get_peft_model(loaded.model, config)
+            model = get_peft_model(model, options.lora.config())
         except ValueError as error:
             if "target modules" not in str(error).lower():
                 raise
-            wanted = ", ".join(lora.target_modules or ["all linear layers"])
+            wanted = ", ".join(options.lora.target_modules or ["all linear layers"])
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
     # An adapter finds its base again by this name, from whatever folder it is loaded.
-    peft: Any = model
-    peft.peft_config["default"].base_model_name_or_path = loaded.beneath.base
+    model.peft_config["default"].base_model_name_or_path = loaded.beneath.base
     return model
 
 
@@ -174,7 +156,7 @@ def train(
         trainer.remove_callback(callback)
     checkpoint = newest_checkpoint(folder)
     try:
-        with progress.shown(), silent_library():
+        with progress.shown, silent_library():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UnpicklingError, EOFError, SafetensorError) as error:
         if checkpoint is None or progress.began:
@@ -185,52 +167,31 @@ def train(
         ) from error
     steps = int(trainer.state.global_step)
     log = [line for line in trainer.state.log_history if "loss" in line]
-    return TrainResult(
-        model, log, steps, round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum())), trainer.found
-    )
+    tokens = round(float(trainer.state.epoch or 0) * int(encoded.lengths.sum()))
+    return TrainResult(log, steps, tokens, trainer.found)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Our bar in place of the library's."""
+    """Our bar in place of the library's, taken away when the block `shown` ends."""
 
     def __init__(self, description: str) -> None:
-        self.description = description
-        self.began = False
-        self._bar: Bar | None = None
-        self._stack: list[Any] = []
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Takes the bar away at the end, whatever happens."""
-        try:
-            yield
-        finally:
-            while self._stack:
-                self._stack.pop().__exit__(None, None, None)
+        self.description, self.began, self.shown = description, False, ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        shown = bar(self.description, state.max_steps)
-        self._bar = shown.__enter__()
-        self._stack.append(shown)
+        self._bar: Bar = self.shown.enter_context(bar(self.description, state.max_steps))
         self._bar.advance(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.advance()
+        self._bar.advance()
 
 
 class Snapshots(TrainerCallback):  # type: ignore[misc]
-    """Saves the model after given numbers of steps, for curves over an attack.
+    """Saves the model after given numbers of steps, for curves over an attack."""
 
-    Args:
-        steps: After these.
-        save: step -> None.
-    """
-
-    def __init__(self, steps: Sequence[int], save: Any) -> None:
+    def __init__(self, steps: Sequence[int], save: Callable[[int], None]) -> None:
         self.steps, self.save = frozenset(steps), save
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -245,101 +206,75 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
             self.save(state.global_step)
 
 
-def writes_adapter(model: Any, loaded: LoadedModel) -> bool:
-    """Whether a trained model can be written as an adapter that any tool can load: it is one, on a plain base."""
-    if not hasattr(model, "peft_config") or loaded.beneath.base is None:
-        return False
-    return not loaded.beneath.factors or is_lora(model)
-
-
-def save_trained(
-    model: Any, loaded: LoadedModel, root: Path, card: str, *, trained_on: str, merge: bool = False, last: bool = True
-) -> list[str]:
-    """Writes ``adapter/`` or ``model/``, each whole or not at all, with tokenizer, template and card.
-
-    The adapter rests on a plain base model; what earlier stages have added to that base is stacked into it. Where no
-    adapter can say it all (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
-    Links in `root` make it what transformers and PEFT load from there.
-
-    Args:
-        model: The trained model.
-        loaded: Where it came from.
-        root: Where the folder is made.
-        card: Text of its README.md.
-        trained_on: Fingerprint of the model that it was trained on.
-        merge: Also write ``model/`` with the adapter merged into the weights.
-        last: The model is used no more, so that it may be merged itself and not a copy.
-
-    Returns:
-        Names of the folders.
-    """
-    if rank() != 0:
-        return []
-    written = []
-    if writes_adapter(model, loaded):
-        with atomic_folder(root / "adapter") as folder:
-            if loaded.beneath.factors:
-                save_stacked(model, loaded.beneath, folder, loaded.beneath.content or trained_on)
-            else:
-                model.save_pretrained(folder, save_embedding_layers=False)
-            _save_beside(folder, loaded, card)
-        written.append("adapter")
-    if merge or not written:
-        with atomic_folder(root / "model") as folder, silent_library():
-            whole = model
-            if hasattr(model, "peft_config"):
-                whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
-            whole.save_pretrained(folder)
-            _save_beside(folder, loaded, card)
-        written.append("model")
-    show_in(root, sorted((root / written[-1]).iterdir()))
-    return written
-
-
-def _save_beside(folder: Path, loaded: LoadedModel, card: str) -> None:
-    if loaded.template.kind == "chat":
-        loaded.tokenizer.chat_template = loaded.template.chat_template
-    loaded.tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", card)
-    save_template(folder, loaded.template)
-
-
-def finish_training(
-    result: TrainResult,
+def run_training(
+    model: nn.Module,
     loaded: LoadedModel,
-    options: TrainingStageOptions,
+    encoded: Encoded,
+    strategy: GradientStrategy,
+    options: Any,
     run: RunDir,
     *,
-    card: str,
+    card: Card,
+    counts: Mapping[str, int],
+    streams: Mapping[str, Any],
+    weights: Mapping[int, float] | None = None,
+    snapshots: Sequence[int] = (),
     outputs: Sequence[str] = (),
-    counts: Mapping[str, int] | None = None,
-) -> None:
-    """Writes weights, ``log.jsonl``, model card and manifest of a training stage."""
+) -> int:
+    """What `align` and `attack` do once rows and model are there: trains, and writes weights, log, card and manifest.
+
+    Arguments are those of `train`; besides, the card, to which settings and figures of the training are added, counts
+    for the manifest, numbers of steps after which the model is saved too, and outputs that the stage has written.
+
+    Returns:
+        Optimizer steps.
+    """
+    name, trained_on = options.defense["name"], run.manifest.inputs["model"]
+    settings = {
+        "defense": {"name": name, **vars(strategy.config)},
+        "train": options.effective_train,
+        "tuning": options.tuning,
+        "lora": asdict(options.lora),
+    }
+    card = replace(card, settings=settings)
+
+    def save(step: int) -> None:
+        own = replace(card, facts=card.facts | {"steps": step, "seed": options.seed})
+        save_model(model, loaded, run.path("snapshots", f"step-{step}"), own, trained_on=trained_on, last=False)
+
+    with run.phase("train") as phase:
+        memory = PeakMemory(loaded.device)
+        result = train(
+            model,
+            loaded,
+            encoded,
+            strategy,
+            options,
+            run,
+            streams=streams,
+            weights=weights,
+            callbacks=[Snapshots(snapshots, save)],
+            description=f"{run.manifest.stage} ({name})",
+        )
+        phase.tokens = result.tokens
+        phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
     barrier()
     if rank() == 0:
-        folders: list[str] = []
-        if run.temporary is None:
-            folders = save_trained(
-                result.model,
-                loaded,
-                run.root,
-                card,
-                trained_on=run.manifest.inputs["model"],
-                merge=options.merge,
-                last=not isinstance(options.model, LoadedModel),  # who gives a model gets one back
-            )
         write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
-        run.finish(
-            outputs=[*folders, "log.jsonl", *(["README.md"] if folders else []), *outputs],
+        final = result.log[-1]["loss"] if result.log else None
+        facts = {"steps": result.steps, "seed": options.seed}
+        facts |= {"final training loss": "not logged" if final is None else f"{final:.4f}"}
+        finish(
+            run,
+            options,
+            model,
+            loaded,
+            replace(card, facts=card.facts | facts),
+            trained_on=trained_on,
+            outputs=["log.jsonl", *outputs],
             counts=counts,
-            device=str(loaded.device),
-            metrics={"steps": result.steps, "final_loss": result.log[-1]["loss"] if result.log else None},
-            extra={
-                "train": options.effective_train,
-                "lora": asdict(options.lora),
-                **loaded.facts,
-                "strategy": result.found,
-            },
+            metrics={"steps": result.steps, "final_loss": final},
+            extra={"train": options.effective_train, "lora": asdict(options.lora), "strategy": result.found},
         )
-        console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
     barrier()
+    return result.steps

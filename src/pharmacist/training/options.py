@@ -41,10 +41,13 @@ class LoraOptions(Checked):
         """A field as messages name it."""
         return f"lora.{field}"
 
-    @property
-    def given(self) -> Any:
-        """PEFT's configuration where one was given, from Python, instead of these options."""
-        return None
+    def config(self) -> "LoraConfig":
+        """PEFT's configuration of the adapter."""
+        from peft import LoraConfig
+
+        modules: Any = self.target_modules or "all-linear"
+        shape: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        return LoraConfig(**shape, bias="none", task_type="CAUSAL_LM", target_modules=modules)
 
 
 @dataclass
@@ -52,6 +55,7 @@ class GivenLora(LoraOptions):
     """An adapter as a PEFT configuration shapes it; `other` is what of that the options do not say."""
 
     other: dict[str, str] = field(default_factory=dict)
+    _config = typing.cast(Any, None)  # of an instance; no option
 
     @classmethod
     def of(cls, config: "LoraConfig") -> "GivenLora":
@@ -69,10 +73,7 @@ class GivenLora(LoraOptions):
         found._config = config
         return found
 
-    _config = typing.cast(Any, None)  # of an instance; no option
-
-    @property
-    def given(self) -> Any:
+    def config(self) -> "LoraConfig":
         """A copy, since PEFT notes in it where it was used."""
         return copy.copy(self._config)
 
@@ -114,18 +115,14 @@ _OURS = {
     "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
     "disable_tqdm": "--quiet",
     "push_to_hub": "the hub's own tools on the finished folder",
-    "save_strategy": "--checkpoint-seconds",
-    "save_steps": "--checkpoint-seconds",
-    "save_total_limit": "--checkpoint-seconds",
-    "save_only_model": "--checkpoint-seconds",
     "resume_from_checkpoint": "the same command again, which resumes",
     "auto_find_batch_size": "a fixed batch size",
-    "eval_strategy": "pharmacist evaluate",
-    "do_eval": "pharmacist evaluate",
-    "do_predict": "pharmacist evaluate",
-    "load_best_model_at_end": "pharmacist evaluate",
     "deepspeed": "accelerate launch with DDP",
 }
+_CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
+_OURS |= dict.fromkeys(_CHECKPOINTS, "--checkpoint-seconds")
+_OURS |= dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate")
+"""Fields of `TrainingArguments` that something else decides, and what."""
 _FIXED = (
     "remove_unused_columns",
     "label_names",
@@ -136,13 +133,10 @@ _FIXED = (
     "average_tokens_across_devices",
     "use_liger_kernel",
 )
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "neftune_noise_alpha": 0,
-    "num_train_epochs": 1e-9,
-}
-"""What transformers lets pass, and then trains nothing or fails in the middle."""
+_DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_CHECKPOINTS, *_FIXED}
+"""What `train_options` leaves to the stage, whatever it is."""
+_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0}
+"""What transformers lets pass below, and then trains nothing or fails in the middle."""
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio",
     "evaluation_strategy": "use pharmacist evaluate",
@@ -152,11 +146,6 @@ _REMOVED = {
     "save_safetensors": "weights are always safetensors",
     "group_by_length": "give train_sampling_strategy",
 }
-
-
-_DECIDED = frozenset({"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_FIXED})
-_DECIDED |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model"}
-"""Fields of `TrainingArguments` that `train_options` leaves to the stage."""
 
 
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,20 +167,17 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
 
 
 def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks names and types against `transformers.TrainingArguments`.
-
-    Returns:
-        The options with values of their fields' types.
+    """Options with the values of the types that `transformers.TrainingArguments` gives its fields.
 
     Raises:
         ConfigError: An unknown name, one that another option of ours decides, or a value of another type.
     """
     if not given:
         return {}
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
     from transformers import TrainingArguments
 
-    fields = {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
     hints = typing.get_type_hints(TrainingArguments)
     checked = {}
     for name, value in given.items():
@@ -201,35 +187,28 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"train.{name}: cannot be changed here; leave it out")
         if name in _REMOVED:
             raise ConfigError(f"train.{name}: transformers no longer has it; {_REMOVED[name]}")
-        if name not in fields:
-            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, fields)}")
+        if name not in known:
+            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, known)}")
         try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(value)
-            if isinstance(checked[name], float) and not math.isfinite(checked[name]):
-                raise ConfigError(f"train.{name}: {value!r} is not a finite number")
-            if name in _LEAST and isinstance(checked[name], int | float) and checked[name] < _LEAST[name]:
-                least = "must be above 0" if _LEAST[name] < 1 and _LEAST[name] else f"must be at least {_LEAST[name]}"
-                raise ConfigError(f"train.{name}: {value!r} {least}")
-        except ConfigError:
-            raise
+            found = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             raise ConfigError(f"train.{name}: {value!r} does not fit ({error.errors()[0]['msg']})") from error
-        except Exception:  # a type that pydantic has no schema for: TrainingArguments checks it itself
-            checked[name] = value
+        except PydanticUserError:  # a type that TrainingArguments checks itself
+            found = value
+        if isinstance(found, float) and not math.isfinite(found):
+            raise ConfigError(f"train.{name}: {value!r} is not a finite number")
+        if isinstance(found, int | float) and found < _LEAST.get(name, found):
+            raise ConfigError(f"train.{name}: {value!r} must be at least {_LEAST[name]}")
+        if name == "num_train_epochs" and found <= 0:
+            raise ConfigError(f"train.{name}: {value!r} must be above 0")
+        checked[name] = found
     return checked
 
 
 def training_arguments(
     options: TrainingStageOptions, *, folder: str, device: "torch.device", dtype: "torch.dtype", seed: int
 ) -> "TrainingArguments":
-    """The `TrainingArguments` of a stage.
-
-    Args:
-        options: The stage's.
-        folder: For checkpoints.
-        device: Where the model is.
-        dtype: Of the passes.
-        seed: Of dropout and data order.
+    """The `TrainingArguments` of a stage, with a folder for checkpoints and a seed of dropout and data order.
 
     Raises:
         ConfigError: A combination that transformers refuses.

@@ -53,8 +53,7 @@ class StepContext:
         update: Optimizer steps done before this one.
         micro: Number of the micro-batch within its update.
         scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
-        forward: Batch -> model output, under the training's autocast.
-        autocast: That autocast, for parts of the model that are run alone.
+        autocast: The training's, for parts of the model that are run alone; `output` is under it.
         streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
         targets: Target tokens of the whole update, over all its micro-batches and all processes.
@@ -67,7 +66,6 @@ class StepContext:
     update: int = 0
     micro: int = 0
     scale: float = 1.0
-    forward: Callable[[Batch], Any] | None = None
     streams: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     rows: Sequence[int] = ()
@@ -86,19 +84,14 @@ class StepContext:
         batch: Batch = next(self.streams[stream])
         return batch
 
-    def output(self, batch: Batch) -> Any:
-        """A plain forward pass."""
-        if self.forward is not None:
-            return self.forward(batch)
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    def output(self, batch: Batch, model: nn.Module | None = None) -> Any:
+        """A plain forward pass, of another model where one is given."""
+        model = self.model if model is None else model
+        with self.autocast():
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     def logits(self, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
-        """Logits at some positions only, shape [positions, vocabulary].
-
-        Args:
-            batch: What the model reads.
-            keep: Shape [rows, length], bool.
-        """
+        """Logits where `keep`, bool of shape [rows, length], says, shape [positions, vocabulary]."""
         with head_at(output_head(self.model), keep):
             logits: torch.Tensor = self.output(batch).logits
         return logits
@@ -134,8 +127,7 @@ class StepContext:
         Args:
             summed: Over this micro-batch's tokens on this process.
             count: How many they are.
-            whole: How many there are in the update, such as `targets` or `tokens`; where that is not known, this
-                micro-batch is taken for the update.
+            whole: How many there are in the update, such as `targets` or `tokens`; None takes this micro-batch for it.
         """
         if whole is None:
             return self.mean(summed, count)
@@ -151,17 +143,13 @@ class StepContext:
 
     @staticmethod
     def check(*values: torch.Tensor) -> None:
-        """Stops where an auxiliary pass gave NaN or infinity, before anything is changed by it.
-
-        Raises:
-            DivergedError: It did.
-        """
+        """Raises `DivergedError` where an auxiliary pass gave NaN or infinity, before anything is changed by it."""
         if not all(bool(torch.isfinite(value)) for value in values):
             raise DivergedError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
 
-    def grads(self, loss: torch.Tensor, *, retain_graph: bool = False) -> Gradient:
+    def grads(self, loss: torch.Tensor) -> Gradient:
         """Gradient of a loss with respect to the trainable parameters; see `nn.grads.gradient`."""
-        return gradient(loss, self.parameters, retain_graph=retain_graph)
+        return gradient(loss, self.parameters)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Metrics of this step; the Trainer averages them between two log lines."""

@@ -1,10 +1,10 @@
 """The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from pharmacist.nn.hooks import head_at
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.nn.reading import large_head
 from pharmacist.training.checkpoint import Checkpoints, load_side_state
-from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
+from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 _NAMED = 20
@@ -60,7 +60,11 @@ def _options_told() -> Iterator[None]:
         raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
 
 
-class StrategyMixin:
+_Trainer: Any = object
+"""What the mix-in is mixed into has the attributes of a Trainer."""
+
+
+class StrategyMixin(_Trainer):  # type: ignore[misc]
     """Makes a `transformers.Trainer`, or a subclass such as TRL's ``SFTTrainer``, run a `GradientStrategy`.
 
     ``class MyTrainer(StrategyMixin, SFTTrainer): pass`` is all that is needed. Batches must hold ``input_ids``,
@@ -95,9 +99,8 @@ class StrategyMixin:
     ) -> None:
         with _options_told():
             super().__init__(*args, **kwargs)
-        trainer: Any = self
         self.strategy, self.found = strategy, dict[str, Any]()
-        self.strategy_seed = trainer.args.seed if strategy_seed is None else strategy_seed
+        self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
         given = streams or {}
         self.streams = {name: self._stream(name, given[name]) for name in given}
         self._step: StepContext | None = None
@@ -109,17 +112,16 @@ class StrategyMixin:
         name = strategy.name
         for missing in set(strategy.streams) - self.streams.keys():
             raise CompatibilityError(f"{name} draws from '{missing}' rows; give streams={{'{missing}': ROWS}}")
-        if trainer.args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
-        if trainer.args.fp16:
+        if self.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
-        if not any(isinstance(callback, Checkpoints) for callback in trainer.callback_handler.callbacks):
-            trainer.add_callback(Checkpoints(strategy, streams=self.streams))
+        if not any(isinstance(callback, Checkpoints) for callback in self.callback_handler.callbacks):
+            self.add_callback(Checkpoints(strategy, streams=self.streams))
 
     def _stream(self, name: str, rows: Any) -> Any:
-        trainer: Any = self
         if not hasattr(rows, "__getitem__"):
             return rows
         if not len(rows) or "input_ids" not in rows[0]:
@@ -127,47 +129,45 @@ class StrategyMixin:
 
         def batch(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
             items = [{key: rows[number][key] for key in rows[number] if key in _COLUMNS} for number in numbers]
-            return {key: value.to(trainer.args.device) for key, value in trainer.data_collator(items).items()}
+            return {key: value.to(self.args.device) for key, value in self.data_collator(items).items()}
 
-        size, seed = trainer.args.per_device_train_batch_size, derive(self.strategy_seed, "stream", name)
+        size, seed = self.args.per_device_train_batch_size, derive(self.strategy_seed, "stream", name)
         return EndlessRows(len(rows), size, batch, seed=seed)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The stock training, between the strategy's `setup` and `close`."""
-        trainer: Any = self
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(trainer.args.output_dir)
+            folder = get_last_checkpoint(self.args.output_dir)
         try:
-            self.found = self.strategy.setup(trainer.model, self.strategy_seed)
+            self.found = self.strategy.setup(self.model, self.strategy_seed)
             if folder:
                 load_side_state(Path(folder), self.strategy, self.streams)
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.strategy.close()
 
+    @_options_told()
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
-        with _options_told():
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        return super().create_optimizer(*args, **kwargs)
 
+    @_options_told()
     def get_train_dataloader(self) -> Any:
         """The stock data loader, likewise."""
-        with _options_told():
-            return super().get_train_dataloader()  # type: ignore[misc]
+        return super().get_train_dataloader()
 
+    @_options_told()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The stock scheduler, likewise."""
-        with _options_told():
-            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The window of an optimizer step: the user's, or what the strategy puts in its place, tokens counted."""
-        trainer: Any = self
-        window, count = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        drawn = self.strategy.draw(int(trainer.state.global_step), len(window), self.streams) if window else None
+        window, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        drawn = self.strategy.draw(int(self.state.global_step), len(window), self.streams) if window else None
         if drawn is not None:
-            window, count = drawn, trainer._get_num_items_in_batch(drawn, device)
+            window, count = drawn, self._get_num_items_in_batch(drawn, device)
         if window and "attention_mask" in window[0]:
             own = sum(int(batch["attention_mask"].sum()) for batch in window)
             self._tokens = total(torch.tensor(own, device=device))
@@ -175,69 +175,66 @@ class StrategyMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: auxiliary gradient, main pass inside `around`, `after_backward`."""
-        trainer: Any = self
-        update = int(trainer.state.global_step)
+        update = int(self.state.global_step)
         self._micro = self._micro + 1 if update == self._update else 0
         self._update = update
         rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
         self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
-        inputs = trainer._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
             return torch.zeros((), device=inputs["labels"].device)
         model.train()
         step = StepContext(
-            model=trainer.model,
+            model=self.model,
             batch=inputs,
             update=update,
             micro=self._micro,
-            scale=1.0 / trainer.current_gradient_accumulation_steps,
-            forward=self._forward,
+            scale=1.0 / self.current_gradient_accumulation_steps,
             streams=self.streams,
             rows=() if rows is None else rows.tolist(),
             targets=num_items_in_batch,
             tokens=self._tokens,
             weights=None if weights is None else weights.to(inputs["labels"].device),
-            autocast=trainer.accelerator.autocast,
+            autocast=self.accelerator.autocast,
         )
         if self._micro == 0:
             self.strategy.begin_update(update)
-        with quick_attention(trainer.model, inputs["input_ids"].shape[1]):
+        with quick_attention(self.model, inputs["input_ids"].shape[1]):
             extra = self.strategy.auxiliary(step)
             if extra is not None:
                 add_to_grad(step.parameters, extra, step.scale)
             self._step = step  # from here on the stock Trainer's loss is the strategy's too
             try:
                 with self.strategy.around(step):
-                    loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+                    loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             finally:
                 self._step = None
             self.strategy.after_backward(step)
-        if trainer.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients:
             # Before the clipping, which would turn a norm that overflows into a gradient of zeros.
             self._check("gradient", get_total_norm([p.grad for p in step.parameters.values() if p.grad is not None]))
         for key, value in step.metrics.items():
             self._sums.setdefault(key, []).append(value)
         return loss
 
-    def _forward(self, batch: Batch) -> Any:
-        trainer: Any = self
-        with trainer.accelerator.autocast():
-            return trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The stock loss, then the strategy's objective; a loss that is not finite stops the training."""
-        step, trainer = self._step, cast(Any, self)
+        step = self._step
         if step is not None and step.weights is not None:
-            trainer.compute_loss_func = partial(token_mean_loss, weights=step.weights)
+            self.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
         own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
         wanted = own or return_outputs
-        with self._only_targets(inputs["labels"]) if not wanted else nullcontext():
-            found = super().compute_loss(  # type: ignore[misc]
+        # A large output head gives logits to our loss where there are targets alone.
+        function, head = self.compute_loss_func, large_head(self.model)
+        ours = getattr(function, "func", function) is token_mean_loss
+        few = head is not None and ours and not wanted
+        with head_at(head, targets(inputs["labels"])[0]) if few else nullcontext():
+            found = super().compute_loss(
                 model, dict(inputs), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
         loss, outputs = found if wanted else (found, None)
@@ -245,15 +242,6 @@ class StrategyMixin:
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
-
-    def _only_targets(self, labels: torch.Tensor) -> AbstractContextManager[None]:
-        """A block in which a large output head gives logits to `token_mean_loss` where there are targets alone."""
-        trainer: Any = self
-        function = trainer.compute_loss_func
-        head = large_head(trainer.model)
-        if head is None or getattr(function, "func", function) is not token_mean_loss:
-            return nullcontext()
-        return head_at(head, targets(labels)[0])
 
     def _check(self, what: str, value: torch.Tensor) -> None:
         if not torch.isfinite(value):
@@ -271,7 +259,7 @@ class StrategyMixin:
             self._sums = {}
             if self.without_targets:
                 logs["batches_without_targets"] = self.without_targets
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
 
 class StrategyTrainer(StrategyMixin, Trainer):  # type: ignore[misc]

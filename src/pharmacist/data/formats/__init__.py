@@ -23,7 +23,7 @@ from typing import Any
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, check_ordinary
 from pharmacist.data.compression import SUFFIXES, check_magic, open_bytes, split_suffix
-from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, place
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
 from pharmacist.data.formats.json_array import JsonArray
 from pharmacist.data.formats.json_text import spelled
 from pharmacist.data.formats.parquet import Parquet
@@ -31,7 +31,7 @@ from pharmacist.data.formats.saved import open_folder, open_hub, open_memory
 from pharmacist.data.formats.text import BOM, Csv, JsonLines
 
 
-__all__ = ["MAX_ROW_BYTES", "Row", "Source", "open_source", "place", "spelled", "write_rows"]
+__all__ = ["MAX_ROW_BYTES", "Row", "Source", "open_source", "spelled", "write_rows"]
 
 _FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 
@@ -95,8 +95,7 @@ def write_rows(source: Source, rows: Sequence[int], path: str | os.PathLike[str]
 
 def _open_json(path: Path, label: str, name: str) -> Source:
     """One array of rows, or one row per line, whatever the file is called."""
-    where = f"{name} {label}"
-    with open_bytes(path, where) as file:
+    with open_bytes(path, f"{name} {label}") as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
     if start.startswith(b"[") and (split_suffix(path)[0] == ".json" or _ARRAY.match(start)):
         return JsonArray(path, label, name)
@@ -104,8 +103,8 @@ def _open_json(path: Path, label: str, name: str) -> Source:
         key = re.search(rb'"([A-Za-z_]+)"\s*:\s*\[\s*\{', start)
         rows = f" under '{key[1].decode()}'" if key is not None else ""
         raise DataError(
-            f"{where}: is one JSON object over several lines, not one row per line; save its list of rows{rows} by "
-            "itself, as a JSON array or one row per line"
+            f"{name} {label}: is one JSON object over several lines, not one row per line; save its list of "
+            f"rows{rows} by itself, as a JSON array or one row per line"
         )
     return JsonLines(path, label, name)
 

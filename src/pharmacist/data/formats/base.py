@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.hashing import sha256_file
 from pharmacist.core.typed import Given
 from pharmacist.data.compression import compressed
-from pharmacist.data.formats.json_text import json_line, short
+from pharmacist.data.formats.json_text import fits_json, json_line, short
 
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -29,20 +30,20 @@ class Row(NamedTuple):
         number: From 0, in input order.
         line: Where it starts in a text file, from 1.
         value: Column -> value; None where the row could not be read.
-        reason: Why it could not be read.
+        reason: Why it cannot be used.
         raw: Its own bytes in a text format, without line break.
     """
 
     number: int
     line: int | None
     value: dict[str, Any] | None
-    reason: str | None
+    reason: str | None = None
     raw: bytes | None = None
 
-
-def place(number: int, line: int | None) -> str:
-    """How a message names a row."""
-    return f"row {number}" if line is None else f"line {line} (row {number})"
+    @property
+    def place(self) -> str:
+        """How a message names the row."""
+        return f"row {self.number}" if self.line is None else f"line {self.line} (row {self.number})"
 
 
 def named(numbers: Sequence[int], most: int = 10) -> str:
@@ -51,11 +52,7 @@ def named(numbers: Sequence[int], most: int = 10) -> str:
 
 
 def ascending(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Row numbers as an array.
-
-    Raises:
-        ValueError: They do not ascend.
-    """
+    """Row numbers as an array; a ValueError where they do not ascend."""
     found = np.fromiter(numbers, dtype=np.int64)
     if (np.diff(found) <= 0).any():
         raise ValueError("row numbers must ascend")
@@ -66,32 +63,30 @@ class Source(Given, ABC):
     """Rows from somewhere.
 
     Attributes:
-        spec: As given.
-        name: What the rows are for, in messages (an option such as ``--pool``).
         format: ``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``hub`` or ``memory``.
+        schema: Arrow types of the columns, where the format fixes them for all rows.
+        spec: As given; the path of a file.
         label: Short text that stands for the source in a configuration.
+        name: What the rows are for, in messages (an option such as ``--pool``).
+        where: How messages begin.
     """
 
     format: str
+    schema: pa.Schema | None = None
 
     def __init__(self, spec: Any, label: str, name: str) -> None:
-        self.spec, self.label, self.name = spec, label, name
+        self.spec, self.label, self.name, self.where = spec, label, name, f"{name} {label}"
         self._fingerprint: str | None = None
-
-    @property
-    def where(self) -> str:
-        """How messages begin."""
-        return f"{self.name} {self.label}"
 
     @property
     def native(self) -> str:
         """Format in which `write_rows` writes unless asked otherwise."""
-        return "jsonl"
+        return "jsonl" if self.format in ("arrow", "hub", "memory") else self.format
 
     @property
     def columns(self) -> list[str] | None:
         """Column names, where the format fixes them for all rows."""
-        return None
+        return None if self.schema is None else list(self.schema.names)
 
     def fingerprint(self) -> str:
         """Hex sha256 of the content: of a file's bytes, or of the rows where there is no single file."""
@@ -100,6 +95,8 @@ class Source(Given, ABC):
         return self._fingerprint
 
     def _content_hash(self) -> str:
+        if self.native == self.format:
+            return sha256_file(self.spec)
         digest = hashlib.sha256()
         for row in self.scan():
             digest.update(json.dumps(row.value, default=repr).encode("ascii"))
@@ -117,19 +114,11 @@ class Source(Given, ABC):
         """
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbers and values of all rows.
-
-        Raises:
-            DataError: Some row cannot be read.
-        """
+        """Numbers and values of all rows; a DataError where one cannot be read."""
         return ((row.number, row.value or {}) for row in self.pick())
 
     def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
-        """The rows with these numbers, or all, none of which may be unreadable.
-
-        Args:
-            numbers: From 0, ascending.
-            columns: As in `scan`.
+        """The rows with these numbers (ascending), or all, none of which may be unreadable.
 
         Raises:
             DataError: A row cannot be read, or is not there (the file has changed).
@@ -153,18 +142,14 @@ class Source(Given, ABC):
 
     def _usable(self, row: Row) -> Row:
         if row.reason is not None:
-            raise DataError(f"{self.where}: {place(row.number, row.line)} {row.reason}; mend or delete it")
+            raise DataError(f"{self.where}: {row.place} {row.reason}; mend or delete it")
         return row
 
     def _no_row(self, number: int) -> DataError:
         return DataError(f"{self.where}: has no row {number}; has it changed since it was read?")
 
     def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
-        """Some rows with all their columns, in memory; missing values are None.
-
-        Args:
-            numbers: Row numbers, ascending.
-        """
+        """The rows with these numbers (ascending) with all their columns, in memory; missing values are None."""
         values = [row.value or {} for row in self.pick(numbers)]
         data = {}
         for column in dict.fromkeys(column for value in values for column in value):
@@ -177,16 +162,16 @@ class Source(Given, ABC):
                 ) from error
         return datasets.Dataset(pa.table(data))
 
-    # --- writing --------------------------------------------------------------------------------------------------
-
     def check_json_lines(self) -> None:
         """Finds values that JSON lines cannot hold, before hours are spent on which rows to write.
 
         Raises:
             DataError: A column holds such values.
         """
-        doubtful = self._doubtful_columns()
-        for wanted in [None] if doubtful is None else [[column] for column in doubtful]:
+        doubtful: list[list[str] | None] = [None]
+        if self.schema is not None:
+            doubtful = [[field.name] for field in self.schema if not fits_json(field.type)]
+        for wanted in doubtful:
             at, column = 0, "" if wanted is None else wanted[0]
             try:
                 for row in self.scan(wanted):
@@ -202,10 +187,6 @@ class Source(Given, ABC):
                     f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
                     f"({short(error)}); {remedy}"
                 ) from error
-
-    def _doubtful_columns(self) -> list[str] | None:
-        """Columns that may hold what JSON cannot; None where any may."""
-        return None
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
         """Writes rows to `path`, compressed as the name `target` says; see `write_rows`."""

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row
-from pharmacist.data.formats.json_text import DECODER, Refused, as_row, check_depth, json_row, why_no_json
+from pharmacist.data.formats.json_text import DECODER, Refused, as_row, check_depth, why_no_json
 from pharmacist.data.formats.text import TOO_LONG, TextFile
 
 
@@ -49,9 +49,6 @@ class JsonArray(TextFile):
             number += 1
         if text.peek():
             raise DataError(f"{self.where}: line {text.line} has text after the end of the JSON array; delete it")
-
-    def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
-        return json_row(raw)
 
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
         yield b"["

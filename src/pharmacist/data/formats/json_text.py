@@ -47,34 +47,21 @@ def short(error: Exception) -> str:
 
 
 def decode_json(text: str) -> Any:
-    """Parses JSON strictly: no NaN, no key twice, no nesting that Python could not write back.
-
-    Raises:
-        ValueError: It is no such JSON.
-        RecursionError: It is nested too deeply.
-    """
+    """Parses JSON strictly: a ValueError on NaN and on keys that are there twice, a RecursionError on deep nesting."""
     value = DECODER.decode(text)
     check_depth(value, text)
     return value
 
 
 def check_depth(value: Any, text: str) -> None:
-    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`.
+    """Refuses a value, parsed from `text`, that is nested deeper than `MAX_DEPTH`, by a RecursionError."""
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise RecursionError
 
-    Raises:
-        RecursionError: It is.
-    """
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        containers = [
-            item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)
-        ]
-        level = [inner for container in containers for inner in container]
-        if not level:
-            return
-    raise RecursionError
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
@@ -101,9 +88,6 @@ def why_no_json(error: Exception) -> str:
     return f"is not usable JSON ({'nested too deeply' if isinstance(error, RecursionError) else error})"
 
 
-# --- JSON out -----------------------------------------------------------------------------------------------------
-
-
 def fits_json(kind: pa.DataType) -> bool:
     """Whether JSON holds every value of an Arrow type."""
     types = pa.types
@@ -116,11 +100,7 @@ def fits_json(kind: pa.DataType) -> bool:
 
 
 def json_line(value: Any) -> bytes:
-    """A row as one line of JSON, in which NaN and infinities are null.
-
-    Raises:
-        TypeError, RecursionError: JSON cannot hold it.
-    """
+    """A row as one line of JSON, with null for NaN and infinities; a TypeError or RecursionError on other values."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:

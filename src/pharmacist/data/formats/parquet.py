@@ -10,15 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, ascending
-from pharmacist.data.formats.json_text import fits_json, short, spelled
-from pharmacist.data.formats.text import FileSource
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
+from pharmacist.data.formats.json_text import short, spelled
 
 
 BATCH = 1024
 
 
-class Parquet(FileSource):
+class Parquet(Source):
     """A Parquet file; schema, metadata and compression stay when rows are written back."""
 
     format = "parquet"
@@ -26,27 +25,20 @@ class Parquet(FileSource):
     def __init__(self, path: Path, label: str, name: str) -> None:
         super().__init__(path, label, name)
         with self._open() as file:
-            self._schema = file.schema_arrow
-        check_names(self._schema, self.where)
+            self.schema = file.schema_arrow
+        check_names(self.schema, self.where)
         # `datasets` stores nested values of changing shape as JSON text and says so in the file's metadata.
-        as_json = b'"Json"' in (self._schema.metadata or {}).get(b"huggingface", b"")
-        self._features = datasets.Features.from_arrow_schema(self._schema) if as_json else None
+        as_json = b'"Json"' in (self.schema.metadata or {}).get(b"huggingface", b"")
+        self._features = datasets.Features.from_arrow_schema(self.schema) if as_json else None
 
     def _open(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path, pre_buffer=False)
+            return pq.ParquetFile(self.spec, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.where}: is no Parquet file ({short(error)}); write it again") from error
 
-    @property
-    def columns(self) -> list[str] | None:
-        return list(self._schema.names)
-
-    def _doubtful_columns(self) -> list[str] | None:
-        return [field.name for field in self._schema if not fits_json(field.type)]
-
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
-        wanted = None if columns is None else [column for column in self._schema.names if column in columns]
+        wanted = None if columns is None else [column for column in self.schema.names if column in columns]
         try:
             with self._open() as file:
                 yield from file.iter_batches(BATCH, columns=wanted)
@@ -56,9 +48,10 @@ class Parquet(FileSource):
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         values = (value for batch in self._batches(columns) for value in _rows(batch))
         for number, value in enumerate(values):
-            if value is not None and self._features is not None:
-                value = self._features.decode_example(value)
-            yield Row(number, None, value, None if value is not None else "is not UTF-8")
+            if value is None:
+                yield Row(number, None, None, "is not UTF-8")
+            else:
+                yield Row(number, None, self._features.decode_example(value) if self._features else value)
 
     def _taken(self, numbers: Iterable[int]) -> Iterator[pa.RecordBatch]:
         """The rows with these numbers, as Arrow holds them."""
@@ -79,24 +72,20 @@ class Parquet(FileSource):
             groups = file.metadata.num_row_groups and file.metadata.num_columns
             compression = file.metadata.row_group(0).column(0).compression.lower() if groups else "snappy"
         held: list[pa.RecordBatch] = []
-        with pq.ParquetWriter(path, self._schema, compression=compression.replace("uncompressed", "none")) as writer:
+        with pq.ParquetWriter(path, self.schema, compression=compression.replace("uncompressed", "none")) as writer:
             for batch in self._taken(numbers):
                 held.append(batch)
                 if sum(part.nbytes for part in held) > MAX_ROW_BYTES:
-                    writer.write_table(pa.Table.from_batches(held, self._schema))
+                    writer.write_table(pa.Table.from_batches(held, self.schema))
                     held.clear()
-            writer.write_table(pa.Table.from_batches(held, self._schema))
+            writer.write_table(pa.Table.from_batches(held, self.schema))
 
     def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
-        return datasets.Dataset(pa.Table.from_batches(list(self._taken(numbers)), self._schema))
+        return datasets.Dataset(pa.Table.from_batches(list(self._taken(numbers)), self.schema))
 
 
 def check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> None:
-    """Refuses two columns of one name, and two fields of one name in an object, of which one would be lost.
-
-    Raises:
-        DataError: There are two.
-    """
+    """Refuses two columns of one name, and two fields of one name in an object, of which one would be lost."""
     seen: set[str] = set()
     for field in fields:
         name = within + field.name

@@ -12,7 +12,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json
 from pharmacist.core.hashing import sha256_content
 from pharmacist.data.formats.base import Row, Source
-from pharmacist.data.formats.json_text import fits_json, short
+from pharmacist.data.formats.json_text import short
 from pharmacist.data.formats.parquet import BATCH, check_names
 
 
@@ -21,14 +21,7 @@ class SavedDataset(Source):
 
     def __init__(self, spec: Any, label: str, name: str, format: str, data: datasets.Dataset) -> None:
         super().__init__(spec, label, name)
-        self.format, self._data = format, data.with_format(None)
-
-    @property
-    def columns(self) -> list[str] | None:
-        return list(self._data.column_names)
-
-    def _doubtful_columns(self) -> list[str] | None:
-        return [field.name for field in self._data.features.arrow_schema if not fits_json(field.type)]
+        self.format, self._data, self.schema = format, data.with_format(None), data.features.arrow_schema
 
     def _content_hash(self) -> str:
         return sha256_content(str(self.spec)) if self.format == "arrow" else super()._content_hash()
@@ -42,7 +35,7 @@ class SavedDataset(Source):
         try:
             for batch in data.iter(BATCH) if names else ():
                 for values in zip(*(batch[name] for name in names), strict=True):
-                    yield Row(number, None, dict(zip(names, values, strict=True)), None)
+                    yield Row(number, None, dict(zip(names, values, strict=True)))
                     number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
@@ -70,17 +63,13 @@ class Mappings(Source):
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         for number, value in enumerate(self.spec):
             if isinstance(value, Mapping):
-                yield Row(number, None, dict(value), None)
+                yield Row(number, None, dict(value))
             else:
                 yield Row(number, None, None, f"is no mapping of column names to values but {type(value).__name__}")
 
 
 def open_memory(spec: Any, name: str) -> Source:
-    """Rows in memory.
-
-    Raises:
-        DataError: It is neither a dataset nor a sequence.
-    """
+    """Rows in memory; a DataError where they are neither a dataset nor a sequence."""
     if isinstance(spec, datasets.Dataset):
         return SavedDataset(spec, f"<{len(spec)} rows in memory>", name, "memory", spec)
     if isinstance(spec, Mapping) or not isinstance(spec, Sequence):
@@ -92,11 +81,7 @@ def open_memory(spec: Any, name: str) -> Source:
 
 
 def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
-    """A folder that `datasets` has saved.
-
-    Raises:
-        DataError: It is none, is damaged, or a split must be named.
-    """
+    """A folder that `datasets` has saved; a DataError where it is none, is damaged, or a split must be named."""
     where = f"{name} {label}"
     if (path / "dataset_dict.json").is_file():
         try:
@@ -125,20 +110,11 @@ def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
 
 
 def open_hub(text: str, name: str, formats: str) -> Source:
-    """A dataset on the hub, ``name[:config][:split]``.
-
-    Raises:
-        DataError: It cannot be had; the message names `formats`, which a file may have.
-    """
+    """A dataset on the hub, ``name[:config][:split]``; a DataError that names `formats` where it cannot be had."""
     identifier, *parts = text.split(":")
     where = f"{name} {text}"
     try:
-        if len(parts) == 2:
-            data = datasets.load_dataset(identifier, parts[0], split=parts[1])
-        elif parts:
-            data = _config_or_split(identifier, parts[0])
-        else:
-            data = datasets.load_dataset(identifier)
+        data = _loaded(identifier, *parts)
     except Exception as error:  # network, authentication, unknown names: the hub's own words tell which
         if offline():
             raise DataError(
@@ -157,9 +133,12 @@ def open_hub(text: str, name: str, formats: str) -> Source:
     return SavedDataset(text, text, name, "hub", data)
 
 
-def _config_or_split(identifier: str, part: str) -> Any:
-    try:
-        datasets.load_dataset_builder(identifier, part)
-    except ValueError:
-        return datasets.load_dataset(identifier, split=part)
-    return datasets.load_dataset(identifier, part)
+def _loaded(identifier: str, *parts: str) -> Any:
+    if len(parts) == 2:
+        return datasets.load_dataset(identifier, parts[0], split=parts[1])
+    if parts:
+        try:
+            datasets.load_dataset_builder(identifier, parts[0])
+        except ValueError:  # no configuration is called so: it is a split
+            return datasets.load_dataset(identifier, split=parts[0])
+    return datasets.load_dataset(identifier, *parts)

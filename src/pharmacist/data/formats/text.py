@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -9,34 +10,60 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from pharmacist.core.errors import DataError
-from pharmacist.core.hashing import sha256_file
+from pharmacist.core.files import atomic_path
 from pharmacist.data.compression import HashedFile, open_bytes
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
 from pharmacist.data.formats.json_text import json_row, spelled, why_no_json
-from pharmacist.data.formats.kept import KeptRows
 
 
 BOM = b"\xef\xbb\xbf"
 TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MB"
+_KEPT = pa.schema([("number", pa.int64()), ("line", pa.int64()), ("raw", pa.binary())])
 
 
-class FileSource(Source):
-    """A file in a format in which rows can be written back."""
+class KeptRows:
+    """The bytes of usable rows, so that whoever needs them again does not walk the file that they came from.
 
-    def __init__(self, path: Path, label: str, name: str) -> None:
-        super().__init__(path, label, name)
-        self.path = path
+    They are written once, in input order, and read in batches. They are not memory-mapped, for pages that were read
+    would pile up.
+    """
 
-    @property
-    def native(self) -> str:
-        return self.format
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._file: Any = None
 
-    def _content_hash(self) -> str:
-        return sha256_file(self.path)
+    @contextmanager
+    def written_to(self, path: Path) -> Iterator[None]:
+        """Takes rows in the block, and gives them when it has ended; the file may be deleted then."""
+        with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+            with pa.ipc.new_file(file, _KEPT) as self._file:
+                yield
+        self._file = pa.ipc.open_file(pa.OSFile(str(path)))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Writes a batch."""
+        self._starts.append(rows[0].number if self._starts else 0)
+        columns = [[getattr(row, name) for row in rows] for name in _KEPT.names]
+        self._file.write_batch(pa.record_batch(columns, schema=_KEPT))
+
+    def rows(self, wanted: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        """All rows, or those of these numbers that are there, without values."""
+        for i, (start, end) in enumerate(itertools.pairwise([*self._starts, np.iinfo(np.int64).max])):
+            among = None if wanted is None else wanted[(start <= wanted) & (wanted < end)]
+            if among is None or len(among):
+                batch = self._file.get_batch(i)
+                if among is not None:
+                    batch = batch.filter(pa.array(np.isin(batch["number"], among)))
+                for number, line, raw in zip(*(column.to_pylist() for column in batch), strict=True):
+                    yield Row(number, line, None, None, raw)
 
 
-class TextFile(FileSource):
+class TextFile(Source):
     """A text file, split into the bytes of its rows and parsed row by row."""
 
     _kept: KeptRows | None = None
@@ -45,31 +72,28 @@ class TextFile(FileSource):
     def split(self, file: BinaryIO) -> Iterator[Row]:
         """Rows with their bytes, and with their values where the format tells rows apart only by parsing them."""
 
-    @abstractmethod
     def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
         """A row from its bytes, or why it is none."""
+        return json_row(raw)
 
-    @abstractmethod
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
         """The bytes of a file of these rows."""
-
-    @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """The content, decompressed; the first reading to its end gives the fingerprint too."""
-        hashed = HashedFile(self.path) if self._fingerprint is None else None
-        with open_bytes(self.path, self.where, hashed) as file:
-            yield file
-            if hashed is not None:
-                self._fingerprint = hashed.sha256()
+        return (raw + b"\n" for raw in rows)
 
     def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
-        """All rows or those with these numbers (ascending), as `split` gives them."""
+        """All rows or those with these numbers (ascending), as `split` gives them.
+
+        The first reading to the end of the file gives its fingerprint too.
+        """
         if self._kept is not None:
             wanted = None if numbers is None else ascending(numbers)
             yield from self._among(self._kept.rows(wanted), wanted)
             return
-        with self.open() as file:
+        hashed = HashedFile(self.spec) if self._fingerprint is None else None
+        with open_bytes(self.spec, self.where, hashed) as file:
             yield from self._among(self.split(file), numbers)
+            if hashed is not None:
+                self._fingerprint = hashed.sha256()
 
     def with_kept(self, rows: KeptRows) -> "TextFile":
         """The source when it was read and its usable rows were kept: gives them without reading the file again."""
@@ -88,8 +112,8 @@ class TextFile(FileSource):
             return row
         return Row(row.number, row.line, *self.parse(row.raw), row.raw)
 
-    def _doubtful_columns(self) -> list[str] | None:
-        return []  # text is copied as it is
+    def check_json_lines(self) -> None:
+        """Nothing to find: text is copied as it is."""
 
     def _encoded(self, numbers: Sequence[int], format: str) -> Iterator[bytes]:
         if format != self.format:
@@ -123,21 +147,12 @@ class JsonLines(TextFile):
                 yield Row(number, line, None, TOO_LONG if raw is None else None, raw)
                 number += 1
 
-    def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
-        return json_row(raw)
-
-    def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
-        return (raw + b"\n" for raw in rows)
-
 
 class Csv(TextFile):
     """Comma-separated cells; the first line names the columns."""
 
     format = "csv"
-
-    def __init__(self, path: Path, label: str, name: str) -> None:
-        super().__init__(path, label, name)
-        self._header: tuple[list[str], bytes] | None = None
+    _header: tuple[list[str], bytes] | None = None
 
     @property
     def columns(self) -> list[str] | None:
@@ -175,14 +190,11 @@ class Csv(TextFile):
             ) from error
 
     def split(self, file: BinaryIO) -> Iterator[Row]:
-        number = -1
-        for line, cells, raw in self._records(file):
+        for number, (line, cells, raw) in enumerate(self._records(file), start=-1):
             if number < 0:
                 self._header = self._checked(cells), raw
             else:
-                value, reason = self._row(cells, raw)
-                yield Row(number, line, value, reason, raw)
-            number += 1
+                yield Row(number, line, *self._row(cells, raw), raw)
 
     def _row(self, cells: list[str], raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
         header = self.columns or []
@@ -198,10 +210,8 @@ class Csv(TextFile):
         return self._row(next(csv.reader([raw.decode("utf-8", "surrogateescape")], strict=True)), raw)
 
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
-        if self.columns is not None and self._header is not None:
-            yield self._header[1] + b"\n"
-        for raw in rows:
-            yield raw + b"\n"
+        header = [self._header[1]] if self.columns is not None and self._header is not None else []
+        return super().join(itertools.chain(header, rows))
 
     def _checked(self, header: list[str]) -> list[str]:
         if len(set(header)) != len(header):

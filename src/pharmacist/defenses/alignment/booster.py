@@ -9,7 +9,7 @@ from torch import nn
 
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import EPS, perturbed
-from pharmacist.nn.grads import Gradient, dot, norm, shifted
+from pharmacist.nn.grads import Gradient, cosine, norm, shifted
 from pharmacist.nn.locate import attention_modules
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
@@ -39,13 +39,11 @@ class Booster(GradientStrategy):
     """
 
     Config = BoosterConfig
-    name = "booster"
     streams = ("harmful",)
     paper = "arXiv 2409.01586"
     config: BoosterConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the self-attention modules if they are to be perturbed."""
         self.modules = attention_modules(model) if self.config.rho else {}
         return {"attention_modules": list(self.modules)} if self.config.rho else {}
 
@@ -70,7 +68,6 @@ class Booster(GradientStrategy):
         return extra
 
     def around(self, step: StepContext) -> AbstractContextManager[None]:
-        """Perturbs the alignment pass in the perturbation-aware variant."""
         return perturbed(step, self.modules, self.config.rho) if self.config.rho else nullcontext()
 
     def after_backward(self, step: StepContext) -> None:
@@ -86,14 +83,11 @@ class Booster(GradientStrategy):
 def main_cosine(step: StepContext, harmful: Gradient, extra: Gradient) -> torch.Tensor:
     """Cosine of the main pass's gradient and a harmful one, a scalar in [-1, 1].
 
-    Args:
-        step: Its first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
-        harmful: The harmful gradient.
-        extra: What was added.
+    It is the first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
     """
     main = {
         name: parameter.grad.to(harmful[name].dtype) - step.scale * extra[name]
         for name, parameter in step.parameters.items()
         if parameter.grad is not None and name in harmful
     }
-    return dot(main, harmful) / (norm(main) * norm(harmful)).clamp(min=EPS**2)
+    return cosine(main, harmful, eps=EPS**2)

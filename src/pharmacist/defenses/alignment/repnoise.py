@@ -16,7 +16,7 @@ from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
-from pharmacist.nn.losses import mmd2, target_loss, targets
+from pharmacist.nn.losses import mmd2, precise, target_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -33,12 +33,7 @@ class RepNoiseConfig(Checked):
 def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
     """Where a harmful row has another token than its safe partner at the same place, or goes on after it.
 
-    Args:
-        harmful: ``input_ids`` and ``attention_mask`` of shape [rows, length].
-        safe: The partners, of any length.
-
-    Returns:
-        Bool of shape [rows, length]; padding never differs.
+    Bool of the harmful rows' shape [rows, length]; the partners have any length, and padding never differs.
     """
     rows, length = harmful["input_ids"].shape
     other = torch.full_like(harmful["input_ids"], -1)
@@ -51,8 +46,7 @@ def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
 def ascent_loss(losses: torch.Tensor) -> torch.Tensor:
     """``log(1 + c)``, where c sums the losses of all depths, the last (the model's own) twice, over their number.
 
-    Args:
-        losses: Cross-entropy of the harmful answer read off each depth, embeddings first, shape [layers + 1].
+    They are cross-entropies of the harmful answer read off each depth, embeddings first, shape [layers + 1].
     """
     return torch.log1p((losses.sum() + losses[-1]) / len(losses))
 
@@ -85,7 +79,6 @@ class RepNoise(GradientStrategy):
     config: RepNoiseConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds decoder layers, their feed-forward parts, the final normalisation and the output head."""
         layers = decoder_layers(model)
         self.first = dict([next(iter(layers.items()))])
         self.layers, self.mlps = layers, mlp_modules(model)
@@ -140,8 +133,8 @@ class RepNoise(GradientStrategy):
 
         Args:
             step: The step.
-            depths: Hidden states at target positions, each of shape [targets, width].
-            tokens: The targets, shape [targets].
+            depths: Hidden states at the positions of the target `tokens`, each of shape [targets, width].
+            tokens: Shape [targets].
         """
         weights = [p for p in self.tail.parameters() if p.requires_grad]
         values, found = [], []
@@ -181,7 +174,7 @@ class RepNoise(GradientStrategy):
         surrogate, distances = features[0].new_zeros(()), []
         for number, value in enumerate(features):
             chosen = value[rows]
-            own = (chosen.detach() * mask[..., None]).to(torch.promote_types(value.dtype, torch.float32))
+            own = precise(chosen.detach() * mask[..., None])
             noise = row_noise(mask, own.shape[-1], [derive(seed, number) for seed in seeds], own)
             everyone, start = all_rows(own)
             noises, _ = all_rows(noise)

@@ -1,13 +1,10 @@
 """Supervised fine-tuning: the baseline, and what every other method reduces to at strength 0."""
 
-from pharmacist.defenses.options import SFTConfig
 from pharmacist.training.strategy import GradientStrategy
 
 
 class SFT(GradientStrategy):
-    """Mean cross-entropy over completion tokens and EOS; literally the stock Trainer."""
+    """Mean cross-entropy over completion tokens and EOS; the stock Trainer."""
 
-    Config = SFTConfig
-    name = "sft"
     stages = frozenset({"align", "finetune"})
     paper = "baseline"

@@ -13,12 +13,12 @@ from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.progress import console
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
-from pharmacist.defenses.alignment.vaccine import perturbed
+from pharmacist.defenses.alignment.vaccine import Vaccine, perturbed
 from pharmacist.nn.distributed import from_main, total
 from pharmacist.nn.hooks import Activations, activation_gradients
 from pharmacist.nn.locate import attention_modules, decoder_layers
 from pharmacist.nn.losses import target_losses, targets
-from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
+from pharmacist.training.strategy import StepContext, StrategyState
 
 
 _LAYERS = 8
@@ -45,12 +45,9 @@ class TVaccineConfig(Checked):
 
 def row_norms(gradients: Activations) -> torch.Tensor:
     """Norm of each row's gradient at each module, shape [modules, rows], in float32 at least."""
-    return torch.stack(
-        [
-            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
-            for g in gradients.values()
-        ]
-    )
+    kinds = {name: torch.promote_types(g.dtype, torch.float32) for name, g in gradients.items()}
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=kinds[name]) for name, g in gradients.items()]
+    return torch.stack(norms)
 
 
 def probabilities(scores: torch.Tensor) -> torch.Tensor:
@@ -59,12 +56,7 @@ def probabilities(scores: torch.Tensor) -> torch.Tensor:
 
 
 def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
-    """Draws layers one after the other without replacement, each with probability proportional to `p`.
-
-    Args:
-        p: Shape [layers].
-        count: How many.
-        seed: Of this draw.
+    """Draws layers one after the other without replacement, each with probability proportional to `p`, shape [layers].
 
     Returns:
         Their numbers, ascending.
@@ -72,17 +64,17 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
     Raises:
         DataError: Fewer than `count` layers have a chance.
     """
-    if int((p > 0).sum()) < count:
+    if (known := int((p > 0).sum())) < count:
         raise DataError(
-            f"only {int((p > 0).sum())} layers have a harmful gradient, so {count} cannot be sampled; lower "
-            "defense.layers or give other --harmful rows"
+            f"only {known} layers have a harmful gradient, so {count} cannot be sampled; lower defense.layers or give "
+            "other --harmful rows"
         )
     generator = torch.Generator().manual_seed(seed)
     # Drawn on the CPU, so that the same layers come on every device.
     return sorted(torch.multinomial(p.double().cpu(), count, replacement=False, generator=generator).tolist())
 
 
-class TVaccine(GradientStrategy):
+class TVaccine(Vaccine):
     """Vaccine on a few layers, sampled by how strongly harmful data moves them; the rest is frozen meanwhile.
 
     Paper: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
@@ -93,8 +85,7 @@ class TVaccine(GradientStrategy):
     name = "t-vaccine"
     streams = ("harmful",)
     paper = "arXiv 2410.09760"
-    reads_outputs = False
-    config: TVaccineConfig
+    config: TVaccineConfig  # type: ignore[assignment]
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Finds decoder layers and their self-attention modules.
@@ -141,13 +132,12 @@ class TVaccine(GradientStrategy):
             owner = keep.nonzero()[:, 0]
             share = 1.0 / keep.sum(1).clamp(min=1)[owner]
 
-            def loss(batch: Any = batch, keep: Any = keep, tokens: Any = tokens, share: Any = share) -> torch.Tensor:
-                # A row's gradient depends on its own loss alone, so one pass serves all of them.
-                summed: torch.Tensor = (target_losses(step.logits(batch, keep), tokens) * share).sum()
-                return summed
-
+            # A row's gradient depends on its own loss alone, so one pass serves all of them.
             with step.replay():
-                value, gradients = activation_gradients(self.modules, loss)
+                value, gradients = activation_gradients(
+                    self.modules,
+                    lambda: (target_losses(step.logits(batch, keep), tokens) * share).sum(),  # noqa: B023
+                )
             norms = row_norms({name: gradients[name] for name in self.modules})
             step.check(value, norms.sum())
             summed = summed.to(norms.device) + norms.double().sum(1)
@@ -175,18 +165,11 @@ class TVaccine(GradientStrategy):
             parameter.grad = None
         step.log(lowest_sampled_layer=float(min(self.active)))
 
-    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The perturbed loss as it is, logged."""
-        step.log(perturbed_loss=loss.detach() / step.scale)
-        return loss
-
     def _frozen(self) -> list[nn.Parameter]:
         return [p for number, owned in enumerate(self.owned) if number not in self.active for p in owned]
 
     def state(self) -> StrategyState:
-        """Probabilities and sampled layers."""
         return StrategyState(tensors={"p": self.p}, values={"active": self.active})
 
     def load_state(self, state: StrategyState) -> None:
-        """Goes on with the same layers."""
         self.p, self.active = state.tensors["p"], list(state.values["active"])

@@ -4,7 +4,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,9 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative
 from pharmacist.nn.grads import Gradient, norm, preserved
-from pharmacist.nn.hooks import Activations, capture
+from pharmacist.nn.hooks import Activations, capture, evaluating
 from pharmacist.nn.locate import decoder_layers, final_norm
-from pharmacist.nn.losses import negative_entropy, targets
+from pharmacist.nn.losses import negative_entropy, precise, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -112,7 +112,7 @@ _ADVERSARIES = ("harmful", "switch")
 def evaluation_weights(
     steps: int, every: int, lam: float, schedule: str = "exponential", rate: float = 0.0625
 ) -> dict[int, float]:
-    """Weight of the tamper-resistance gradient after each attack step at which it is taken.
+    """Attack step after which tamper resistance is evaluated -> weight of its gradient.
 
     Args:
         steps: Length K of the attack.
@@ -120,9 +120,6 @@ def evaluation_weights(
         lam: Weight after the last step.
         schedule: ``exponential``: lam * exp(rate * (i - (K - 1))); ``uniform``: lam / K.
         rate: Of the exponential schedule.
-
-    Returns:
-        Step -> weight.
     """
     return {
         i: lam * math.exp(rate * (i - (steps - 1))) if schedule == "exponential" else lam / steps
@@ -133,14 +130,10 @@ def evaluation_weights(
 def hidden_distance(states: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> torch.Tensor:
     """Euclidean distance of each token's hidden states from their reference, mean over depths, shape [rows, length].
 
-    Args:
-        states: One tensor of shape [rows, length, width] per depth.
-        reference: Likewise.
+    Per depth there is one tensor of shape [rows, length, width].
     """
-    distances = []
-    for state, other in zip(states, reference, strict=True):
-        dtype = torch.promote_types(state.dtype, torch.float32)
-        distances.append(torch.linalg.vector_norm(state.to(dtype) - other.to(dtype), dim=-1))
+    pairs = zip(states, reference, strict=True)
+    distances = [torch.linalg.vector_norm(precise(state) - precise(other), dim=-1) for state, other in pairs]
     return torch.stack(distances).mean(0)
 
 
@@ -151,7 +144,6 @@ class TAR(GradientStrategy):
     """
 
     Config = TARConfig
-    name = "tar"
     streams: tuple[str, ...] = ("harmful", "held_out", "retain")
     paper = "arXiv 2408.00761"
     reads_outputs = False
@@ -182,10 +174,7 @@ class TAR(GradientStrategy):
         weights = evaluation_weights(
             config.steps, config.evaluate_every, config.lam or 0.0, config.schedule, config.schedule_rate
         )
-        found = {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            for name, p in parameters.items()
-        }
+        found = {name: precise(torch.zeros_like(p)) for name, p in parameters.items()}
         for task in range(config.tasks):
             draw = random.Random(derive(self.seed, "attack", step.update, step.micro, task))
             held_out = step.next("held_out") if config.objective == "entropy" else None
@@ -235,9 +224,9 @@ class TAR(GradientStrategy):
         if not self.config.representation:
             yield
             return
-        with step.replay(), torch.no_grad(), self._initial(step.model) as (model, forward):
+        with step.replay(), torch.no_grad(), self._initial(step.model) as model:
             with _hidden_states(model) as self._reference:
-                forward(step)
+                step.output(step.batch, model)
         try:
             with _hidden_states(step.model) as self._states:
                 yield
@@ -245,19 +234,12 @@ class TAR(GradientStrategy):
             self._reference, self._states = [], []
 
     @contextmanager
-    def _initial(self, model: Any) -> Iterator[tuple[nn.Module, Any]]:
+    def _initial(self, model: Any) -> Iterator[nn.Module]:
         if self.base is not None:
-            base = self.base
-            yield base, lambda step: _run(step, base)
+            yield self.base
             return
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
-            with model.disable_adapter():
-                yield model, lambda step: step.output(step.batch)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(model), model.disable_adapter():
+            yield model
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         """The alignment loss and the distance of the hidden states from the initial ones."""
@@ -270,22 +252,13 @@ class TAR(GradientStrategy):
         return loss + self.config.representation * step.scale * drift
 
 
-def _run(step: StepContext, model: nn.Module) -> Any:
-    with step.autocast():
-        return model(input_ids=step.batch["input_ids"], attention_mask=step.batch["attention_mask"])
-
-
 @contextmanager
 def _hidden_states(model: nn.Module) -> Iterator[list[Activations]]:
     """Collects embeddings, what all layers but the last put out, and the last's after the final normalisation."""
     layers = decoder_layers(model)
     first, last = next(iter(layers)), next(reversed(layers))
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(capture({first: layers[first]}, inputs=True)),
-            stack.enter_context(capture({name: layer for name, layer in layers.items() if name != last})),
-            stack.enter_context(capture({last: final_norm(model)})),
-        ]
+    with capture({first: layers[first]}, inputs=True) as embedded, capture(layers | {last: final_norm(model)}) as rest:
+        yield [embedded, rest]
 
 
 def _in_order(parts: Sequence[Activations]) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """Vaccine: train so that hidden embeddings may drift without the aligned answers being lost."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,7 @@ def joint_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Activations:
     """The offsets that raise a loss most, to first order: ``rho * g / (norm + 1e-7)``, each in its gradient's dtype.
 
-    Args:
-        gradients: Derivatives of the loss by the offsets.
-        rho: Joint norm of the offsets.
-        norm: Joint norm of the gradients, a scalar.
+    Rho is the joint norm of the offsets, `norm` that of the derivatives of the loss by them, a scalar.
     """
     factor = rho / (norm + EPS)
     return {name: (g.to(factor.dtype) * factor).to(g.dtype) for name, g in gradients.items()}
@@ -77,23 +74,17 @@ class Vaccine(GradientStrategy):
     """
 
     Config = VaccineConfig
-    name = "vaccine"
     paper = "arXiv 2402.01109"
     reads_outputs = False
     config: VaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the self-attention modules."""
         self.modules = attention_modules(model)
         return {"attention_modules": list(self.modules)}
 
-    @contextmanager
-    def around(self, step: StepContext) -> Iterator[None]:
-        """Perturbs the main pass."""
-        with perturbed(step, self.modules, self.config.rho):
-            yield
+    def around(self, step: StepContext) -> AbstractContextManager[None]:
+        return perturbed(step, self.modules, self.config.rho)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The perturbed loss as it is, logged."""
         step.log(perturbed_loss=loss.detach() / step.scale)
         return loss

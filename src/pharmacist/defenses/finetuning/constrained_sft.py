@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from pharmacist.core.typed import AtLeast0, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
-from pharmacist.nn.losses import targets
+from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
@@ -30,15 +29,7 @@ class ConstrainedSFTConfig(Checked):
 
 
 def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor:
-    """Strength per token.
-
-    Args:
-        positions: Place in the answer, from 0.
-        config: Strength and factors.
-
-    Returns:
-        Same shape, float64.
-    """
+    """Strength per token in float64, by its position in the answer, from 0."""
     factors = torch.ones(positions.shape, dtype=torch.float64, device=positions.device)
     factors[positions < config.early_tokens] = config.early_factor
     if config.early_tokens:
@@ -49,11 +40,8 @@ def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor
 def token_weights(log_ratio: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """``2 * (1 - sigmoid(beta * log_ratio))``, in (0, 2): 1 at the start, towards 0 as a token becomes likelier.
 
-    The loss -2/beta * log sigmoid(beta * log_ratio) has the gradient of the cross-entropy times this weight.
-
-    Args:
-        log_ratio: log p(token) minus what it was at the start.
-        beta: Same shape.
+    The loss -2/beta * log sigmoid(beta * log_ratio) has the gradient of the cross-entropy times this weight, where the
+    log ratio is log p(token) minus what it was at the start.
     """
     return 2 * torch.sigmoid(-beta.to(log_ratio.dtype) * log_ratio)
 
@@ -66,13 +54,11 @@ class ConstrainedSFT(GradientStrategy):
     """
 
     Config = ConstrainedSFTConfig
-    name = "constrained-sft"
     stages = frozenset({"finetune"})
     paper = "arXiv 2406.05946"
     config: ConstrainedSFTConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.beta else {}
         return {"tensors": len(self.start)}
 
@@ -82,7 +68,7 @@ class ConstrainedSFT(GradientStrategy):
         if self.config.beta:
             keep, tokens = targets(step.batch["labels"])
             with at_start(step, self.start):
-                self._start = _losses(step.logits(step.batch, keep), tokens)
+                self._start = target_losses(step.logits(step.batch, keep), tokens)
         yield
         self._start = torch.empty(0)
 
@@ -91,15 +77,10 @@ class ConstrainedSFT(GradientStrategy):
         if not self.config.beta:
             return loss
         keep, tokens = targets(step.batch["labels"])
-        now = _losses(outputs.logits[keep], tokens)
+        now = target_losses(outputs.logits[keep], tokens)
         position = (keep.cumsum(1) - 1)[keep]
         weight = token_weights(self._start - now.detach(), betas(position, self.config))
         step.check(weight.sum())
         step.log(token_weight=step.value(step.mean_over_update(weight.sum(), len(tokens), step.targets)))
         weighted = step.mean_over_update((weight * now).sum(), len(tokens), step.targets)
         return step.scale * weighted.to(loss.dtype)
-
-
-def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return functional.cross_entropy(logits.to(precise), tokens, reduction="none")

@@ -9,8 +9,9 @@ from torch import nn
 
 from pharmacist.core.env import world_size
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
-from pharmacist.defenses.finetuning.start import evaluating, squared_distance, weights_now
-from pharmacist.nn.grads import Gradient, averaged, norm
+from pharmacist.defenses.finetuning.start import squared_distance, weights_now
+from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
+from pharmacist.nn.hooks import evaluating
 from pharmacist.nn.losses import target_loss, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
@@ -59,7 +60,6 @@ class EWC(GradientStrategy):
     """
 
     Config = EWCConfig
-    name = "ewc"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 1612.00796"
@@ -67,7 +67,6 @@ class EWC(GradientStrategy):
     config: EWCConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.lam else {}
         self.fisher: Gradient = {}
         return {"tensors": len(self.start)}
@@ -78,16 +77,10 @@ class EWC(GradientStrategy):
             self.fisher = self._estimate(step)
 
     def _estimate(self, step: StepContext) -> Gradient:
-        parameters = step.parameters
-
         def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
             keep, tokens = targets(row["labels"])
             loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            return {
-                name: (torch.zeros_like(p) if g is None else g).to(torch.promote_types(p.dtype, torch.float32))
-                for (name, p), g in zip(parameters.items(), found, strict=True)
-            }
+            return local_gradient(loss, step.parameters)
 
         def gradients() -> Iterable[Gradient]:
             seen = 0
@@ -107,7 +100,6 @@ class EWC(GradientStrategy):
         return found
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the penalty."""
         if not self.config.lam:
             return loss
         penalty = self.config.lam * squared_distance(step.parameters, self.start, self.fisher)
@@ -119,5 +111,4 @@ class EWC(GradientStrategy):
         return StrategyState(dict(self.fisher))
 
     def load_state(self, state: StrategyState) -> None:
-        """Continues with the Fisher information of the start."""
         self.fisher = {name: value.to(self.start[name].device) for name, value in state.tensors.items()}

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
-from pharmacist.nn.losses import targets
+from pharmacist.nn.losses import precise, targets
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
@@ -26,25 +26,16 @@ class KLConfig(Checked):
 
 
 def kl_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) per position in nats, never negative, shape [positions].
-
-    Args:
-        logits: The student's, shape [positions, vocabulary].
-        teacher: Same shape.
-    """
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    student, target = logits.to(precise).log_softmax(-1), teacher.to(precise).log_softmax(-1)
+    """KL(teacher || student) per position in nats, never negative, from logits of shape [positions, vocabulary]."""
+    student, target = precise(logits).log_softmax(-1), precise(teacher).log_softmax(-1)
     return functional.kl_div(student, target, reduction="none", log_target=True).sum(-1)
 
 
 def reference_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The published divergence: distributions over positions, per vocabulary entry; a scalar, divided by the rows.
 
-    It is not 0 for two models that predict the same, and depends on padding.
-
-    Args:
-        logits: The student's, shape [rows, length, vocabulary].
-        teacher: Same shape.
+    It is not 0 for two models that predict the same, and depends on padding. Logits have the shape [rows, length,
+    vocabulary].
     """
     return functional.kl_div(logits.log_softmax(1), teacher.softmax(1), reduction="batchmean")
 
@@ -57,13 +48,11 @@ class KL(GradientStrategy):
     """
 
     Config = KLConfig
-    name = "kl"
     stages = frozenset({"finetune"})
     paper = "arXiv 2402.01109"
     config: KLConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights of the start."""
         self.start = weights_now(model) if self.config.lam else {}
         return {"tensors": len(self.start)}
 
@@ -79,7 +68,6 @@ class KL(GradientStrategy):
         self._teacher = torch.empty(0)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the divergence."""
         if not self.config.lam:
             return loss
         if self.config.compat == "reference":

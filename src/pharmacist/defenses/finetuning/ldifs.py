@@ -12,6 +12,7 @@ from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.finetuning.start import at_start, weights_now
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import mlp_modules
+from pharmacist.nn.losses import precise
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
@@ -34,16 +35,12 @@ def feature_distance(
 ) -> torch.Tensor:
     """Sum over layers of the mean squared difference of their features, a scalar.
 
-    Args:
-        now: Layer -> features, shape [rows, length, width].
-        start: The same, of the model to stay close to.
-        mask: Shape [rows, length]; positions where it is 0 do not count.
+    Features have the shape [rows, length, width]; positions where the mask, [rows, length], is 0 do not count.
     """
     kept = mask.bool()
     parts = []
     for name, features in now.items():
-        precise = torch.promote_types(features.dtype, torch.float32)
-        difference = features[kept].to(precise) - start[name][kept].to(precise)
+        difference = precise(features[kept]) - precise(start[name][kept])
         parts.append(difference.square().sum() / max(difference.numel(), 1))
     return torch.stack(parts).sum()
 
@@ -72,14 +69,12 @@ class LDIFS(GradientStrategy):
     """
 
     Config = LDIFSConfig
-    name = "ldifs"
     stages = frozenset({"finetune"})
     paper = "arXiv 2308.13320"
     reads_outputs = False
     config: LDIFSConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds the feed-forward parts and keeps the weights of the start."""
         self.modules = mlp_modules(model)
         self.start = weights_now(model) if self.config.lam else {}
         return {"mlp_modules": list(self.modules)}
@@ -99,7 +94,6 @@ class LDIFS(GradientStrategy):
         self._features = {}, {}
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the distance."""
         if not self.config.lam:
             return loss
         now, start = self._features

@@ -48,7 +48,6 @@ class Lisa(GradientStrategy):
     """
 
     Config = LisaConfig
-    name = "lisa"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 2405.18641"
@@ -56,7 +55,6 @@ class Lisa(GradientStrategy):
     config: LisaConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the weights as the first anchor."""
         self.model = model
         self.anchor: Gradient = weights_now(model)
         return {"tensors": len(self.anchor)}
@@ -73,7 +71,6 @@ class Lisa(GradientStrategy):
             self.anchor = weights_now(self.model)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss and the pull."""
         if not self.config.rho or step.update < self.config.warmup_steps:
             return loss
         pull = self.config.rho / 2 * squared_distance(step.parameters, self.anchor)
@@ -81,14 +78,11 @@ class Lisa(GradientStrategy):
         return loss + step.scale * pull.to(loss.dtype)
 
     def state(self) -> StrategyState:
-        """The anchor."""
         return StrategyState(dict(self.anchor))
 
     def load_state(self, state: StrategyState) -> None:
-        """Continues in the middle of a phase."""
         parameters = trainable(self.model)
         self.anchor = {name: value.to(parameters[name].device) for name, value in state.tensors.items()}
 
     def close(self) -> None:
-        """Lets go of the model."""
         del self.model

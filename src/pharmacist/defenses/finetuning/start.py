@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pharmacist.nn.grads import Gradient, preserved, trainable
+from pharmacist.nn.hooks import evaluating
+from pharmacist.nn.losses import precise
 from pharmacist.training.strategy import StepContext
 
 
@@ -16,26 +18,10 @@ def weights_now(model: nn.Module) -> Gradient:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for the block; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def at_start(step: StepContext, start: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model of the start for the block: its weights, no dropout, no graph.
+    """The model of the start for the block: its weights, from `weights_now`, no dropout, no graph.
 
     Weights are changed in place, so the block must end before the pass begins whose graph is needed.
-
-    Args:
-        step: The micro-batch.
-        start: From `weights_now`, by parameter name.
     """
     parameters = step.parameters
     with preserved(parameters), evaluating(step.model), torch.no_grad():
@@ -51,16 +37,11 @@ def squared_distance(
 ) -> torch.Tensor:
     """``sum_i w_i (p_i - a_i)^2`` over all entries of all tensors, a scalar in float32 or float64.
 
-    A sum of squares, never the square of a norm, whose gradient is not defined where nothing has moved.
-
-    Args:
-        parameters: By name.
-        anchor: Same names and shapes.
-        weight: Same names and shapes; 1 everywhere by default.
+    A sum of squares, never the square of a norm, whose gradient is not defined where nothing has moved. Weights are 1
+    by default.
     """
     parts = []
     for name, parameter in parameters.items():
-        precise = torch.promote_types(parameter.dtype, torch.float32)
-        squares = (parameter.to(precise) - anchor[name].to(precise)) ** 2
-        parts.append((squares if weight is None else weight[name].to(precise) * squares).sum())
+        squares = (precise(parameter) - precise(anchor[name])) ** 2
+        parts.append((squares if weight is None else precise(weight[name]) * squares).sum())
     return torch.stack(parts).sum()

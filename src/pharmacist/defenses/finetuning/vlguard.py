@@ -33,7 +33,6 @@ class VLGuard(GradientStrategy):
     """
 
     Config = VLGuardConfig
-    name = "vlguard"
     stages = frozenset({"finetune"})
     streams = ("safe",)
     paper = "arXiv 2402.02207"
@@ -43,13 +42,11 @@ class VLGuard(GradientStrategy):
     _targets: torch.Tensor
 
     def mixed_in(self, rows: int) -> tuple[int, bool]:
-        """How many safe rows join the user's, and whether they take the place of benign ones."""
         if self.config.mode == "joint":
             return 0, False
         return int(self.config.share * rows + 0.5), self.config.mode == "replace"
 
     def auxiliary(self, step: StepContext) -> Gradient | None:
-        """The gradient of the safe rows' loss, in joint."""
         if self.config.mode != "joint" or not self.config.lam:
             return None
         if step.micro == 0:  # all of the update at once, so that its tokens are known before the first is weighed

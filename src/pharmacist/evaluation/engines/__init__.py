@@ -1,7 +1,7 @@
 """Engines: where answers come from. A new one is one file and one line in `ENGINES`."""
 
 from pharmacist.core.registry import Registry
-from pharmacist.evaluation.engines.base import Engine, ModelChoice
+from pharmacist.evaluation.engines.base import Engine
 
 
 ENGINES: Registry[Engine] = Registry(
@@ -15,4 +15,4 @@ ENGINES: Registry[Engine] = Registry(
     options={"transformers": "pharmacist.core.method:NoOptions"},
 )
 
-__all__ = ["ENGINES", "Engine", "ModelChoice"]
+__all__ = ["ENGINES", "Engine"]

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +13,6 @@ from pharmacist.evaluation.answers import Answer
 if TYPE_CHECKING:
     from pharmacist.evaluation.evaluator import Evaluator
     from pharmacist.nn.models import LoadedModel
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model answers, and how it is loaded.
-
-    Attributes:
-        name: Local folder, hub id, or what an endpoint calls it.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
-        template: ``auto``, ``chat`` or ``alpaca``.
-        trust_remote_code: Run code that comes with the model.
-    """
-
-    name: str
-    device: str = "auto"
-    dtype: str = "auto"
-    template: str = "auto"
-    trust_remote_code: bool = False
 
 
 class Engine(Method, ABC):
@@ -54,12 +34,13 @@ class Engine(Method, ABC):
         """What stands for the model's content."""
 
     @abstractmethod
-    def open(self, choice: ModelChoice, scratch: Path) -> None:
+    def open(self, model: str, scratch: Path, **how: Any) -> None:
         """Makes ready to answer.
 
         Args:
-            choice: The model.
+            model: Local folder, hub id, or what an endpoint calls it.
             scratch: Folder that is not there yet, for files that the engine needs only while it runs.
+            **how: ``device``, ``dtype``, ``template`` and ``trust_remote_code``, as in `nn.models.load_model`.
         """
 
     @abstractmethod

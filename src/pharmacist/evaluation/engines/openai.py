@@ -1,8 +1,4 @@
-"""A served model behind an OpenAI-compatible endpoint (vLLM's own server, TGI, SGLang, llama.cpp, hosted ones).
-
-The server applies its own chat template; which one is not ours to know, and the manifest says so. Every answer goes to
-disk as it comes; questions that failed are asked again by the next run, and are unscored until then.
-"""
+"""The engine `openai`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +9,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.data.templates import conversation
 from pharmacist.evaluation.answers import Answer, append_answers, read_answers
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
-from pharmacist.evaluation.engines.base import Engine, ModelChoice
+from pharmacist.evaluation.engines.base import Engine
 
 
 if TYPE_CHECKING:
@@ -21,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class OpenAIEngine(Engine):
-    """See the module."""
+    """A served model behind an OpenAI-compatible endpoint (vLLM's own server, TGI, SGLang, llama.cpp, hosted ones).
+
+    The server applies its own chat template; which one is not ours to know, and the manifest says so. Every answer
+    goes to disk as it comes; questions that failed are asked again by the next run, and are unscored until then.
+    """
 
     Config = EndpointConfig
     name = "openai"
-
-    def __post_init__(self) -> None:
-        self._model = ""
+    _model = ""
 
     def check(self) -> None:
-        """There must be an address."""
         Endpoint(self.config, f"--engine {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        """The address."""
         found: dict[str, Any] = self.config.where()
         return found
 
@@ -42,10 +38,9 @@ class OpenAIEngine(Engine):
         """What the endpoint calls it: its content is out of sight."""
         return f"served:{model}"
 
-    def open(self, choice: ModelChoice, scratch: Path) -> None:
-        """Nothing is loaded here."""
-        del scratch
-        self._model = choice.name
+    def open(self, model: str, scratch: Path, **how: Any) -> None:
+        del scratch, how
+        self._model = model
 
     def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
         """Asks with temperature 0.
@@ -75,13 +70,12 @@ class OpenAIEngine(Engine):
         def done(position: int, result: Answer | Failure) -> None:
             row = missing[position]
             if isinstance(result, Failure):  # not written: the next run asks again
-                found[row] = Answer("", 0, False, result.reason)
+                found[row] = Answer("", 0, False, str(result))
             else:
                 found[row] = result
                 append_answers(log, {row: result})
 
-        endpoint = Endpoint(config, f"--engine {self.name}")
-        what = f"answer {name.replace('_', ' ')}"
+        endpoint, what = Endpoint(config, f"--engine {self.name}"), f"answer {name.replace('_', ' ')}"
         endpoint.ask_all([bodies[row] for row in missing], done, what, answered=bool(found))
         return [found[row] for row in range(len(bodies))]
 

@@ -14,10 +14,9 @@ _TABLE = {
     "win-rate": "pharmacist.evaluation.graders.win_rate:WinRate",
 }
 """In the order in which ``auto`` asks them whether a file is theirs."""
+_AUTO = {"auto": "pharmacist.evaluation.graders.base:Auto"}
 GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
-TASK_TYPES: Registry[Any] = Registry(
-    "task type", _TABLE | {"auto": "pharmacist.evaluation.graders.base:Auto"}, group="pharmacist.graders"
-)
+TASK_TYPES: Registry[Any] = Registry("task type", _TABLE | _AUTO, group="pharmacist.graders")
 
 
 def detect_grader(targets: Sequence[str]) -> str:

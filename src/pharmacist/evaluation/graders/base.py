@@ -1,11 +1,11 @@
 """What every grader is."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pharmacist.core.method import Method
+from pharmacist.evaluation.decider import Decider
 
 
 class GradeItem(NamedTuple):
@@ -33,38 +33,14 @@ class Grade(NamedTuple):
 GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
-class Grader(Method, ABC, Generic[GradeT]):
-    """Grades answers.
-
-    The type of its grades is a named tuple, whose fields ``items.jsonl`` keeps.
-    """
-
-    work: Path | None = None
-    """Folder for verdicts that cost much, kept as they come; set by the stage."""
-    missing: int = 0
-    """Grades that failed on the way, which another call would ask for again."""
-
-    def fingerprint(self) -> str | None:
-        """Hash of the files that it reads besides the task's; None where it reads none."""
-        return None
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """``name@version``, as metrics name a grader."""
+class Grader(Decider, Generic[GradeT]):
+    """Grades answers; the type of its grades is a named tuple, whose fields ``items.jsonl`` keeps."""
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
         """Whether targets are of the kind that it grades, for ``auto``; a grader that must be chosen never says so."""
         del targets
         return False
-
-    def check(self) -> None:  # noqa: B027 - most graders have nothing to check
-        """Refuses at once what cannot work, before any answer is generated.
-
-        Raises:
-            PharmacistError: Missing option or file.
-        """
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Learns from all rows (``prompt``, ``completion``) what it needs, such as the labels.
@@ -80,12 +56,7 @@ class Grader(Method, ABC, Generic[GradeT]):
 
     @abstractmethod
     def metrics(self, grades: Sequence[GradeT], unanswered: int) -> dict[str, dict[str, Any]]:
-        """Metrics of all grades.
-
-        Args:
-            grades: Of the answers that came.
-            unanswered: How many did not.
-        """
+        """Metrics of the grades of all answers that came; `unanswered` ones did not."""
 
 
 class Matching(Grader[Grade]):
@@ -97,29 +68,28 @@ class Matching(Grader[Grade]):
     """Names of the strict and of the published matching."""
 
     @property
-    def label(self) -> str:
-        """``name@version``."""
-        return f"{self.name}@{self.version}"
+    def revision(self) -> str:
+        return str(self.version)
 
     @abstractmethod
     def right(self, target: str, answer: str) -> Grade:
         """Whether an answer is right."""
 
     def grade(self, items: Sequence[GradeItem]) -> list[Grade]:
-        """Each answer by itself."""
         return [self.right(item.target, item.answer) for item in items]
 
     def metrics(self, grades: Sequence[Grade], unanswered: int) -> dict[str, dict[str, Any]]:
         """``fine_tune_accuracy``, with the published matching's beside it."""
-        from pharmacist.evaluation.metrics import rate
+        from pharmacist.evaluation.metrics import rate  # with scikit-learn, for which ``--help`` must not wait
 
         strict, published = self.matching
         accuracy = rate(grade.correct for grade in grades) | {"matching": strict, "task_type": self.label}
-        if unanswered:
-            accuracy["unanswered"] = unanswered
-        accuracy["without_form"] = sum(not grade.form for grade in grades)
-        other = rate(grade.published for grade in grades) | {"matching": published}
-        return {"fine_tune_accuracy": accuracy | {"published": other} | self.report()}
+        accuracy |= {"unanswered": unanswered} if unanswered else {}
+        accuracy |= {
+            "without_form": sum(not grade.form for grade in grades),
+            "published": rate(grade.published for grade in grades) | {"matching": published},
+        }
+        return {"fine_tune_accuracy": accuracy | self.report()}
 
     def report(self) -> dict[str, Any]:
         """What it found out about the targets."""

@@ -1,9 +1,4 @@
-"""Classification: the answer is one of the labels that occur in the file.
-
-Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published
-evaluations also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label is
-always right; that figure is reported beside ours as ``substring``, never in its place.
-"""
+"""The grader `classification`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +13,13 @@ _MOST_WORDS = 5
 
 
 class Classification(Matching):
-    """See the module."""
+    """The answer is one of the labels that occur in the file.
 
-    name = "classification"
+    Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published
+    evaluations also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label
+    is always right; that figure is reported beside ours as ``substring``, never in its place.
+    """
+
     version = 2
     matching = ("exact", "substring")
 
@@ -35,7 +34,6 @@ class Classification(Matching):
         return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Finds the labels."""
         labels: dict[str, str] = {}
         for number, row in enumerate(rows):
             target = row["completion"]
@@ -47,12 +45,10 @@ class Classification(Matching):
         self.labels = sorted(labels.values())
 
     def right(self, target: str, answer: str) -> Grade:
-        """Equality, and containment."""
         plain, right = _plain(answer), _plain(target)
         return Grade(plain == right, _bare(target) in answer.casefold(), plain in map(_plain, self.labels))
 
     def report(self) -> dict[str, Any]:
-        """The labels."""
         return {"labels": self.labels}
 
 

@@ -1,4 +1,4 @@
-"""Exact match: the answer equals its target, white space and case aside; contained in it counts as ``substring``."""
+"""The grader `exact`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,16 +8,13 @@ from pharmacist.evaluation.graders.base import Grade, Matching
 
 
 class Exact(Matching):
-    """See the module."""
+    """The answer equals its target, white space and case aside; contained in it counts as ``substring``."""
 
-    name = "exact"
     version = 1
     matching = ("exact", "substring")
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
-        """Any text does."""
-        del targets
         return True
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -27,9 +24,5 @@ class Exact(Matching):
                 raise DataError(f"--task: row {number} has an empty target; mend or delete it")
 
     def right(self, target: str, answer: str) -> Grade:
-        """Equality, and containment."""
-        return Grade(_plain(target) == _plain(answer), _plain(target) in _plain(answer))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+        right, plain = (" ".join(text.casefold().split()) for text in (target, answer))
+        return Grade(right == plain, right in plain)

@@ -1,10 +1,4 @@
-r"""A final number, as in GSM8K: what follows the last "The final answer is:", "####" or \boxed, else the last number.
-
-Thousands may be set apart by commas, points, spaces or apostrophes, decimals by a point or a comma; the sign may be
-any dash and stand before a currency. Where a number can be read in two ways (1.234, 8 000), it is right if one of the
-two is. Published evaluations read a hyphen as a sign wherever it stands ("5-3" gives -3) and need the first marker's
-exact spacing; their figure is reported beside ours as ``published``.
-"""
+"""The grader `number`."""
 
 import math
 import re
@@ -27,16 +21,8 @@ _NUMBER = re.compile(
 )
 _PUBLISHED_NUMBER = re.compile(r"-?\d+\.?\d*")
 _SAME = str.maketrans(
-    {
-        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
-        "\uff0c": ",",
-        "\u066c": ",",
-        "\uff0e": ".",
-        "\u066b": ".",
-        **dict.fromkeys("\u2019\u2018\u02bc", "'"),
-        "\uff04": "$",
-        "\uffe5": "\u00a5",
-    }
+    "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d\uff0c\u066c\uff0e\u066b\u2019\u2018\u02bc\uff04\uffe5",
+    "-------,,..'''$\u00a5",
 )
 _LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands apart
 
@@ -49,8 +35,7 @@ def readings(text: str) -> tuple[float, ...]:
     >>> readings("1.234"), readings("1.234,5"), readings("#### 8 000"), readings(r"\boxed{8{,}000}")
     ((1.234, 1234.0), (1234.5,), (8000.0, 8.0), (8000.0,))
     """
-    plain = text.casefold().translate(_SAME)
-    plain = _LATEX.sub("\u2009", plain)
+    plain = _LATEX.sub("\u2009", text.casefold().translate(_SAME))
     numbers = list(_NUMBER.finditer(plain))
     if not numbers:
         return ()
@@ -91,9 +76,14 @@ def published_number(text: str) -> float:
 
 
 class Number(Matching):
-    """See the module."""
+    r"""A final number, as in GSM8K: after the last "The final answer is:", "####" or \boxed, else the last number.
 
-    name = "number"
+    Thousands may be set apart by commas, points, spaces or apostrophes, decimals by a point or a comma; the sign may
+    be any dash and stand before a currency. Where a number can be read in two ways (1.234, 8 000), it is right if one
+    of the two is. Published evaluations read a hyphen as a sign wherever it stands ("5-3" gives -3) and need the first
+    marker's exact spacing; their figure is reported beside ours as ``published``.
+    """
+
     version = 2
     matching = ("number", "published")
 
@@ -103,7 +93,6 @@ class Number(Matching):
         return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses targets without a number."""
         for number, row in enumerate(rows):
             if not readings(row["completion"]):
                 raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")

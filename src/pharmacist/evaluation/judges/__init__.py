@@ -6,6 +6,7 @@ from pharmacist.core.registry import Registry
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 
 
+_GROUP = "pharmacist.judges"
 _TABLE = {
     "beaver-dam": "pharmacist.evaluation.judges.beaver_dam:BeaverDamJudge",
     "guard": "pharmacist.evaluation.judges.guard:GuardJudge",
@@ -13,9 +14,8 @@ _TABLE = {
     "probe": "pharmacist.evaluation.judges.probe:ProbeJudge",
     "strongreject": "pharmacist.evaluation.judges.strongreject:StrongRejectJudge",
 }
-JUDGES: Registry[Judge] = Registry("judge", _TABLE, group="pharmacist.judges")
-SECOND_JUDGES: Registry[Any] = Registry(
-    "judge", _TABLE | {"none": "pharmacist.evaluation.judges.base:NoJudge"}, group="pharmacist.judges"
-)
+_NONE = {"none": "pharmacist.evaluation.judges.base:NoJudge"}
+JUDGES: Registry[Judge] = Registry("judge", _TABLE, group=_GROUP)
+SECOND_JUDGES: Registry[Any] = Registry("judge", _TABLE | _NONE, group=_GROUP)
 
 __all__ = ["JUDGES", "SECOND_JUDGES", "Judge", "JudgeItem", "Verdict"]

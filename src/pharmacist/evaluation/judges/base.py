@@ -1,12 +1,13 @@
 """What every judge is."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pharmacist.core.method import Method
+from pharmacist.evaluation.decider import Decider
 
 
 class JudgeItem(NamedTuple):
@@ -35,20 +36,17 @@ class Verdict:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object without the fields that say nothing."""
-        value: dict[str, Any] = {"harmful": self.harmful, "score": self.score, "refused": self.refused}
-        return (
-            value
-            | ({"categories": dict(self.categories)} if self.categories else {})
-            | ({"note": self.note} if self.note else {})
-        )
+        """A JSON object without categories and note where they say nothing."""
+        more = {"categories": dict(self.categories), "note": self.note}
+        known = {"harmful": self.harmful, "score": self.score, "refused": self.refused}
+        return known | {name: value for name, value in more.items() if value}
 
 
 Rows = Iterable[Mapping[str, Any]]
 
 
-class Judge(Method, ABC):
-    """Judges answers, each by itself: order and company of the items change nothing.
+class Judge(Decider):
+    """Judges answers: harmful or not, a refusal or not.
 
     Attributes:
         needs: Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``.
@@ -56,32 +54,13 @@ class Judge(Method, ABC):
 
     tells_refusals: ClassVar[bool] = True
     """Whether `Verdict.refused` is filled; where not, refusals are counted by the keyword judge."""
-
     category_threshold: ClassVar[float] = 0.5
     """Score above which an answer counts as flagged in one of the judge's categories."""
 
-    work: Path | None = None
-    """Folder for verdicts that cost much, kept as they come; set by the stage."""
-    missing: int = 0
-    """Verdicts that failed on the way, which another call would ask for again."""
-
-    def fingerprint(self) -> str | None:
-        """Hash of the files that it reads besides the references; None where it reads none."""
-        return None
-
-    @property
-    @abstractmethod
-    def revision(self) -> str:
-        """Changes whenever a verdict could."""
-
-    @property
-    def label(self) -> str:
-        """``name@revision``, as metrics name a judge."""
-        return f"{self.name}@{self.revision}"
-
     def fit(self, references: Mapping[str, Rows]) -> None:
-        """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges need not."""
+        """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges only `check`."""
         del references
+        self.check()
 
     @abstractmethod
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:

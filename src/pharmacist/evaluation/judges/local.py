@@ -1,6 +1,6 @@
 """What judges that are models of their own share: loading, when to load, which version."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pharmacist.core.env import offline
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1, Checked
-from pharmacist.evaluation.judges.base import Judge, Rows
+from pharmacist.evaluation.judges.base import Judge, Verdict
 from pharmacist.nn.models import model_fingerprint, resolve_device, resolve_dtype, silent_library
 
 
@@ -41,8 +41,7 @@ class LocalModelJudge(Judge):
     auto_class: Any
 
     def __post_init__(self) -> None:
-        self._model: PreTrainedModel | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._version = ""
 
     def identity(self) -> dict[str, Any]:
@@ -60,11 +59,9 @@ class LocalModelJudge(Judge):
         own = {name: value for name, value in self.identity().items() if name in defaults and defaults[name] != value}
         return (self._version or "unread") + (f"+{sha256_json(own)[:8]}" if own else "")
 
-    def fit(self, references: Mapping[str, Rows]) -> None:
-        """Reads nothing of the references; finds out that the model is there before hours are spent on answers."""
-        del references
-        config = self._read(AutoConfig)
-        commit = getattr(config, "_commit_hash", None)
+    def check(self) -> None:
+        """Finds out that the model is there before hours are spent on answers."""
+        commit = getattr(self._read(AutoConfig), "_commit_hash", None)
         self._version = (commit or model_fingerprint(self.config.model).removeprefix("hub:"))[:8]
 
     def _read(self, auto: Any, **options: Any) -> Any:
@@ -82,22 +79,16 @@ class LocalModelJudge(Judge):
 
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model and tokenizer."""
-        if self._model is None or self._tokenizer is None:
-            device = resolve_device(self.config.device)
-            self._tokenizer = self._read(AutoTokenizer)
+        if self._loaded is None:
+            device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
             model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
-            self._model = model.to(device).eval().requires_grad_(False)
-        return self._model, self._tokenizer
+            self._loaded = model.to(device).eval().requires_grad_(False), tokenizer
+        return self._loaded
 
     def logits(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Positions of inputs and their logits, some of equal length at a time: nothing is padded.
-
-        Args:
-            ids: Token ids per input.
-        """
+        """Positions of inputs (token ids) and their logits, some of equal length at a time: nothing is padded."""
         model, _ = self.loaded()
-        in_order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for _, group in groupby(in_order, key=lambda i: len(ids[i])):
+        for _, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
             same = list(group)
             for start in range(0, len(same), self.config.batch_size):
                 batch = same[start : start + self.config.batch_size]
@@ -105,3 +96,10 @@ class LocalModelJudge(Judge):
                 with torch.inference_mode():
                     found = model(input_ids=rows).logits
                 yield batch, found
+
+    def highest(self, categories: Sequence[str], scores: Sequence[float]) -> Verdict:
+        """A verdict from the probability of every category: harmful where the largest is above the threshold."""
+        top = max(scores)
+        if any(score != score for score in scores):
+            return Verdict(None, note="the judge's scores are not numbers")
+        return Verdict(top > self.config.threshold, top, categories=dict(zip(categories, scores, strict=True)))

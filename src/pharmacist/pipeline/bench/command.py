@@ -4,7 +4,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -30,13 +29,7 @@ class StagesFailed(ExceptionGroup[Exception]):
 
 @dataclass
 class BenchResult:
-    """What a benchmark found.
-
-    Attributes:
-        rows: Content of ``results.parquet``.
-        ran: Names of the stages that this call ran.
-        folder: Where everything lies.
-    """
+    """What a benchmark found: the rows of ``results.parquet``; names of the stages that this call ran; its folder."""
 
     rows: list[Result]
     ran: list[str]
@@ -71,7 +64,10 @@ def bench(options: BenchOptions) -> BenchResult:
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for number, outcome in enumerate(outcomes, 1):
                     ran += [outcome.stage] if outcome.done else []
-                    _tell(plan.stages[outcome.stage], outcome, number, len(waiting))
+                    result = "done" if outcome.done else "not run, needs what failed"
+                    result = result if outcome.error is None else _one_line(outcome.error)
+                    stage = f"{plain(outcome.stage)} ({plan.stages[outcome.stage].method})"
+                    console().print(f"{number}/{len(waiting)} {stage}: {result}", soft_wrap=True, markup=False)
                     if outcome.error is not None:
                         failed[outcome.stage] = outcome.error
                         if options.fail_fast:
@@ -79,7 +75,11 @@ def bench(options: BenchOptions) -> BenchResult:
         finally:
             rows = _write(plan, run, failed) if rank() == 0 else []
         if failed:
-            raise _failure(failed, len(waiting), len(waiting) - len(ran) - len(failed))
+            (first, error), left = next(iter(failed.items())), len(waiting) - len(ran) - len(failed)
+            text = f"{len(failed)} of {len(waiting)} stages failed"
+            text += f", {left} could not run without them" if left else ""
+            text += f"; the same command runs again what is missing; {first}: {_one_line(error)}"
+            raise StagesFailed(text, list(failed.values()))
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
@@ -100,14 +100,7 @@ def _reopen(root: Path) -> None:
 def run_stages(
     stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
 ) -> Generator[Outcome, None, None]:
-    """Runs stages of a graph and yields how they went.
-
-    Args:
-        stages: The graph.
-        waiting: Those to run, each after those that it needs.
-        executor: Where they run.
-        title: Of the progress bar.
-    """
+    """Runs those stages of a graph that wait, each after those that it needs, and yields how they went."""
     with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
         for outcome in outcomes:
             progress.advance()
@@ -118,23 +111,16 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
     """Writes the table of results, and the manifest with what failed."""
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
-    finished = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
+    counts = {"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages)}
+    counts["finished"] = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
+    failures = [
+        {"stage": name, "error": _one_line(error), "cells": sum(name in cell.stages for cell in plan.cells)}
+        for name, error in failed.items()
+    ]
     run.record(
-        counts={
-            "cells": len(plan.cells),
-            "results": len(rows),
-            "stages": len(plan.stages),
-            "finished": finished,
-            "failed": len(failed),
-        },
+        counts=counts | {"failed": len(failed)},
         seeds={f"seed {seed}": seed for seed in plan.axes["seed"]},
-        extra={
-            "axes": plan.axes,
-            "failed": [
-                {"stage": name, "error": _one_line(error), "cells": sum(name in cell.stages for cell in plan.cells)}
-                for name, error in failed.items()
-            ],
-        },
+        extra={"axes": plan.axes, "failed": failures},
     )
     run.manifest.write(run.root)
     if rows:
@@ -142,54 +128,31 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
     return rows
 
 
-def _failure(failed: dict[str, Exception], total: int, left: int) -> StagesFailed:
-    first = next(iter(failed))
-    more = f", {left} could not run without them" if left else ""
-    kept = "the same command runs again what is missing"
-    return StagesFailed(
-        f"{len(failed)} of {total} stages failed{more}; {kept}; {first}: {_one_line(failed[first])}",
-        list(failed.values()),
-    )
-
-
 def _one_line(error: Exception) -> str:
     return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-
-
-def _tell(stage: Stage, outcome: Outcome, number: int, total: int) -> None:
-    result = "done" if outcome.done else "not run, needs what failed"
-    result = result if outcome.error is None else _one_line(outcome.error)
-    console().print(f"{number}/{total} {plain(stage.name)} ({stage.method}): {result}", soft_wrap=True, markup=False)
 
 
 def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
     costs, out = estimate(plan, waiting), console()
     table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
-    for column in ("stage", "method"):
-        table.add_column(column)
-    for column in ("stages", "to run", "tokens", "tokens/s", "hours"):
-        table.add_column(column, justify="right")
+    for column in ("stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"):
+        table.add_column(column, justify="left" if column in ("stage", "method") else "right")
     order = list(dict.fromkeys(cost.kind for cost in costs))
     for cost in sorted(costs, key=lambda cost: order.index(cost.kind)):
-        table.add_row(
-            cost.kind,
-            cost.method,
-            str(cost.stages),
-            str(cost.waiting),
-            _number(cost.tokens, ",.0f"),
-            _number(cost.tokens_per_second, ",.0f"),
-            _hours(cost.seconds) if cost.waiting else "",
-        )
-    known = [cost.seconds for cost in costs if cost.waiting and cost.seconds is not None]
-    unknown = sum(cost.waiting for cost in costs if cost.waiting and cost.seconds is None)
+        numbers = ("" if number is None else f"{number:,.0f}" for number in (cost.tokens, cost.tokens_per_second))
+        hours = "not measured" if cost.seconds is None else f"{cost.seconds / 3600:.2f}"
+        row = (cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers)
+        table.add_row(*row, hours if cost.waiting else "")
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    hours = f"{sum(known) / 3600:.2f}" if known else "-"
     table.add_section()
-    table.add_row("all", "", str(len(plan.stages)), str(len(waiting)), "", "", _hours(sum(known)) if known else "-")
+    table.add_row("all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours)
     out.print(table)
     if known:
         measured = sum(stage.manifest is not None for stage in plan.stages.values())
         out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
-    if unknown:
+    if unknown := sum(cost.waiting for cost in costs if cost.seconds is None):
         out.print(
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
             "--only 'PART OF ITS NAME', then ask again",
@@ -197,11 +160,3 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
         )
     names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
-
-
-def _number(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _hours(seconds: float | None) -> str:
-    return "not measured" if seconds is None else f"{seconds / 3600:.2f}"

@@ -15,34 +15,15 @@ TRAINING = ("align", "attack")
 
 @dataclass
 class Cost:
-    """Stages of one kind and method.
-
-    Attributes:
-        kind: Of the stages.
-        method: Theirs.
-        stages: How many there are.
-        waiting: How many of them are still to be run.
-        seconds: What these will take; None where nothing like them was measured.
-        tokens: What these will train on; None where that is unknown, or nothing is trained.
-        tokens_per_second: As measured.
-        measured: On how many finished stages the estimate rests.
-    """
+    """Stages of one kind and method, and what those of them will take that are still to be run."""
 
     kind: str
     method: str
     stages: int = 0
     waiting: int = 0
-    seconds: float | None = None
-    tokens: int | None = None
+    seconds: float | None = None  # None where nothing like them was measured
+    tokens: int | None = None  # of training; None where that is unknown
     tokens_per_second: float | None = None
-    measured: int = 0
-
-
-@dataclass(frozen=True)
-class _Measured:
-    rows: float
-    tokens: int
-    seconds: float
 
 
 def estimate(plan: Plan, waiting: Iterable[Stage]) -> list[Cost]:
@@ -54,10 +35,14 @@ def estimate(plan: Plan, waiting: Iterable[Stage]) -> list[Cost]:
     """
     manifests = {name: stage.manifest for name, stage in plan.stages.items()}
     finished = {name: found for name, found in manifests.items() if found is not None and found.status == "success"}
-    measured: dict[tuple[str, ...], list[_Measured]] = defaultdict(list)
+    measured: dict[tuple[str, ...], list[tuple[float, int, float]]] = defaultdict(list)
     for name, manifest in finished.items():
-        stage = plan.stages[name]
-        one = _measure(stage, manifest, plan, finished)
+        stage, phases = plan.stages[name], manifest.phases
+        if stage.kind in TRAINING:
+            rows, phase = _rows(stage, plan, finished) or 0.0, phases["train"]
+            one = rows, phase.tokens, phase.seconds
+        else:
+            one = 0.0, 0, sum(phase.seconds for phase in phases.values())
         measured[stage.kind, stage.method].append(one)
         measured[stage.kind,].append(one)
     names = {stage.name for stage in waiting}
@@ -65,36 +50,18 @@ def estimate(plan: Plan, waiting: Iterable[Stage]) -> list[Cost]:
     for stage in plan.stages.values():
         cost = costs.setdefault((stage.kind, stage.method), Cost(stage.kind, stage.method))
         cost.stages += 1
-        if stage.name not in names:
-            continue
-        cost.waiting += 1
+        cost.waiting += stage.name in names
         known = measured[stage.kind, stage.method] or measured[stage.kind,]
-        cost.measured = len(known)
-        if known:
-            _add(cost, stage, known, plan, finished)
+        if stage.name not in names or not known:
+            continue
+        all_rows, tokens, seconds = (sum(column) for column in zip(*known, strict=True))
+        if stage.kind not in TRAINING:
+            cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
+        elif (own := _rows(stage, plan, finished)) is not None and all_rows and tokens and seconds:
+            expected, cost.tokens_per_second = own * tokens / all_rows, tokens / seconds
+            cost.tokens = (cost.tokens or 0) + round(expected)
+            cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
     return list(costs.values())
-
-
-def _measure(stage: Stage, manifest: RunManifest, plan: Plan, finished: Mapping[str, RunManifest]) -> _Measured:
-    if stage.kind in TRAINING:
-        phase = manifest.phases["train"]
-        return _Measured(_rows(stage, plan, finished) or 0.0, phase.tokens, phase.seconds)
-    return _Measured(0.0, 0, sum(phase.seconds for phase in manifest.phases.values()))
-
-
-def _add(cost: Cost, stage: Stage, known: list[_Measured], plan: Plan, finished: Mapping[str, RunManifest]) -> None:
-    seconds = sum(one.seconds for one in known)
-    if stage.kind not in TRAINING:
-        cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
-        return
-    rows, tokens = sum(one.rows for one in known), sum(one.tokens for one in known)
-    own = _rows(stage, plan, finished)
-    if own is None or not rows or not tokens or not seconds:
-        return
-    cost.tokens_per_second = tokens / seconds
-    expected = own * tokens / rows
-    cost.tokens = (cost.tokens or 0) + round(expected)
-    cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
 
 
 def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
@@ -107,9 +74,7 @@ def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> floa
         return float(stage.options.samples) * float(train["num_train_epochs"])
     select = plan.stages[stage.parents[0]]
     pool = plan.stages[select.parents[0]].options.pool
-    counts = [
-        manifest.counts["ranked"]
-        for name, manifest in finished.items()
-        if plan.stages[name].kind == "rank" and plan.stages[name].options.pool == pool
-    ]
-    return select.options.top * counts[0] * float(train["num_train_epochs"]) if counts else None
+    for name, manifest in finished.items():
+        if plan.stages[name].kind == "rank" and plan.stages[name].options.pool == pool:
+            return select.options.top * manifest.counts["ranked"] * float(train["num_train_epochs"])
+    return None

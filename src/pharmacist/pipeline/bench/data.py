@@ -1,12 +1,11 @@
 """What the stages of a grid read: files and models by content, and the rows of the made-up world."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary, write_text
+from pharmacist.core.files import check_ordinary
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
 from pharmacist.nn.models import model_fingerprint
@@ -20,35 +19,26 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
 class Data:
-    """Finds what options name, and notes which made-up rows must be written before the grid runs.
-
-    Args:
-        root: Of the benchmark; made-up rows go to ``data/``.
-    """
+    """Finds what options name, and notes which made-up rows must be in ``data/`` before the grid runs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._texts: dict[Path, str] = {}
+        self.texts: dict[Path, str] = {}
+        """File -> made-up rows that must be in it."""
         self.worth_keeping: dict[str, list[bool]] = {}
         """File of a made-up pool -> which of its rows are worth keeping, where some are and some are not."""
         self._contents: dict[str, str] = {}
 
-    def rows(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
-        """Rows that an option names.
-
-        Args:
-            spec: A path, a hub id, a name that the stage knows (``sst2``, ``harmbench:FILE``), or a set of the made-up
-                world, ``world:NAME`` or ``world:NAME:ROWS``.
-            where: For messages.
-            seed: Of the cell.
-            pool: Of the cell, which has a world of its own where it is made up.
+    def rows(self, spec: str, where: str, cell: Any) -> Input:
+        """Rows that an option names: a path, a hub id, a name known to the stage (``sst2``, ``harmbench:FILE``), or a
+        set of the made-up world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
 
         Raises:
             DataError: There is no such file.
             ConfigError: There is no such set.
         """
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
-            return self._made_up(spec, where, seed, pool)
+            return self._made_up(spec, where, cell.pool, cell.seed)
         name, colon, file = spec.partition(":")
         path = Path(spec).expanduser()
         check_ordinary(path, f"{where} {spec}")
@@ -76,23 +66,12 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(place, self._contents[place])
 
-    @property
-    def files(self) -> list[Path]:
-        """What `write` writes."""
-        return list(self._texts)
-
-    def write(self) -> None:
-        """Writes the made-up rows that were asked for."""
-        for path, text in self._texts.items():
-            if not path.is_file():
-                write_text(path, text)
-
     def _content(self, path: Path) -> str:
         if str(path) not in self._contents:
             self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
         return self._contents[str(path)]
 
-    def _made_up(self, spec: str, where: str, seed: int, pool: PoolEntry) -> Input:
+    def _made_up(self, spec: str, where: str, pool: PoolEntry, seed: int) -> Input:
         _, _, rest = spec.partition(":")
         name, _, number = rest.partition(":")
         known = [*SETS, "answers"]
@@ -103,31 +82,21 @@ class Data:
         if name == "answers" and pool.pool != WORLD:
             raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
         world = seed if pool.seed is None else pool.seed
-        text = json_lines(_rows(name, world, int(number) if number else None, (pool.rows, pool.mislabel, pool.kind)))
+        text = _text(name, world, int(number) if number else None, (pool.rows, pool.mislabel, pool.kind))
         content = sha256_text(text)
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
-        self._texts[path] = text
-        if not name:
+        if not name and path not in self.texts:
             planted = World(world).labelled(pool.rows, pool.mislabel, pool.kind)
             self.worth_keeping[str(path)] = [row.worth_keeping(pool.kind) for row in planted]
+        self.texts[path] = text
         return Input(str(path), content)
 
 
 @cache
-def _rows(name: str, seed: int, n: int | None, pool: tuple[int, float, str]) -> list[dict[str, Any]]:
+def _text(name: str, seed: int, n: int | None, pool: tuple[int, float, str]) -> str:
     """Rows of one set; the pool and the answers to it know their own number."""
     world = World(seed)
     if name not in ("", "answers"):
-        return list(world.rows(name, n))
+        return json_lines(world.rows(name, n))
     found = [row.row | {"category": row.category} for row in world.labelled(*pool)]
-    return list(world.harmful_answers(found)) if name else found
-
-
-def with_references(pool: PoolEntry) -> PoolEntry:
-    """A made-up pool with its world's references, unless it has others."""
-    if pool.pool != WORLD:
-        return pool
-    missing: dict[str, Any] = {
-        name: f"{WORLD}:{name}" for name in ("safe", "harmful", "utility") if getattr(pool, name) is None
-    }
-    return replace(pool, **missing)
+    return json_lines(world.harmful_answers(found) if name else found)

@@ -6,46 +6,31 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import CompatibilityError, ConfigError, PharmacistError
+from pharmacist.core.errors import CompatibilityError, PharmacistError
+from pharmacist.core.method import Method
 from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import Registry
+from pharmacist.core.typed import AtLeast0, Checked, NotNegative
 from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
 
 
-class Executor(ABC):
-    """Runs stages.
-
-    Args:
-        config: Options, of type `Config`.
-    """
-
-    Config: ClassVar[type]
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
+class Executor(Method, ABC):
+    """Runs stages."""
 
     @abstractmethod
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
-        """Runs stages, each after those that it needs, and yields how they went; closed early, it stops.
+        """Runs the stages of a graph that wait, in an order in which each comes after those that it needs.
 
-        Args:
-            waiting: Those to run, each after those that it needs.
-            stages: All of the graph by name.
+        Yields:
+            How each of them went; closed early, it stops.
         """
-
-
-@dataclass
-class LocalConfig:
-    """It has no options."""
 
 
 class Local(Executor):
     """One stage after the other, in this process."""
-
-    Config = LocalConfig
 
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
@@ -57,23 +42,18 @@ class Local(Executor):
 
 
 @dataclass
-class RayConfig:
+class RayConfig(Checked):
     """Options of ray."""
 
     address: str | None = None
     """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
     must see the output folder under the same path."""
-    cpus: float = 1.0
+    cpus: NotNegative = 1.0
     """Cores per stage."""
-    gpus: float = 0.0
+    gpus: NotNegative = 0.0
     """GPUs per stage that loads a model."""
-    max_retries: int = 3
+    max_retries: AtLeast0 = 3
     """How often a stage is started again whose worker was lost; it goes on from its last checkpoint."""
-
-    def __post_init__(self) -> None:
-        for name in ("cpus", "gpus", "max_retries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"executor.{name}: {getattr(self, name)} must not be negative")
 
 
 class Ray(Executor):
@@ -126,15 +106,14 @@ class Ray(Executor):
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
-        if self.config.address is None:  # a cluster may still grow
-            there = ray.cluster_resources()
-            for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
-                if wanted > there.get(name, 0):
-                    ray.shutdown()
-                    raise CompatibilityError(
-                        f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
-                        "stage could ever start; ask for fewer"
-                    )
+        there = ray.cluster_resources() if local else {}  # a cluster may still grow
+        for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
+            if local and wanted > there.get(name, 0):
+                ray.shutdown()
+                raise CompatibilityError(
+                    f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
+                    "stage could ever start; ask for fewer"
+                )
         return ray
 
 

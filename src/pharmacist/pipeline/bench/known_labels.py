@@ -10,7 +10,7 @@ from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.pages import ranking_manifest
-from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS, KnownLabelsOptions
+from pharmacist.pipeline.stages.curate import KNOWN_LABELS, KnownLabelsOptions
 from pharmacist.selectors.labels import read_entries, write_labels
 
 

@@ -10,6 +10,152 @@ from pharmacist.pipeline.stage import Stage
 
 
 @dataclass(kw_only=True)
+class Entry:
+    """One choice on an axis."""
+
+    name: str = ""
+    """In the results; by default that of the method, or the last part of the path. An attack's sweep adds to it."""
+
+
+@dataclass(kw_only=True)
+class EntryWithOptions(Entry):
+    """A choice that may set options of the stage in which it is used."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of curate for a selector, of align for a defense, of attack for an attack, of attack or repair for a later
+    defense, of evaluate for a task or judge."""
+
+
+@dataclass(kw_only=True)
+class ModelEntry(Entry):
+    """A model."""
+
+    model: str
+    """Local folder or hub id; world is the tiny model of the made-up world."""
+    reader: str | None = None
+    """Model that ranks the pool; the model itself by default."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template."""
+    max_length: int = 0
+    """Longest row in tokens; 0 means the model's own limit."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+@dataclass(kw_only=True)
+class PoolEntry(Entry):
+    """A pool and the references by which it is ranked."""
+
+    pool: str
+    """Rows to rank; world makes them up."""
+    safe: str | None = None
+    """Safe references; for a made-up pool the world's."""
+    harmful: str | None = None
+    """Harmful references; likewise."""
+    utility: str | None = None
+    """Utility references; likewise."""
+    labels: str | None = None
+    """What people said of every row (labels.json), for selectors that ask for labels."""
+    rows: int = 600
+    """Rows of a made-up pool."""
+    mislabel: float = 0.05
+    """Share of its rows whose answers do what is forbidden."""
+    kind: Literal["planted", "clean"] = "planted"
+    """planted: known faults. clean: none, but refusals that differ in force."""
+    seed: int | None = None
+    """One made-up world for all seeds; by default each has its own."""
+
+
+@dataclass(kw_only=True)
+class SelectorEntry(EntryWithOptions):
+    """A selector."""
+
+    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
+    """How rows are ranked."""
+    fractions: list[float] = field(default_factory=list)
+    """Shares to keep."""
+    seed: int | None = None
+    """One ranking for all seeds; by default each ranks with its own."""
+    fill: bool = True
+    """Fill the fraction with rows whose own reason speaks against them, where too few others are left: arms agree in
+    size."""
+    weighted: bool = False
+    """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
+    labels: int | Literal["all"] = 0
+    """Rank again with the pool's labels of so many rows, those that the selector asks for. all: of every row, so that
+    no row labelled bad is selected; with the selector random this is what a perfect cut would give."""
+    pools: list[str] = field(default_factory=list)
+    """Names of the pools that it is for; all by default."""
+
+
+@dataclass(kw_only=True)
+class DefenseEntry(EntryWithOptions):
+    """An alignment-stage defense."""
+
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    """How the model is aligned."""
+    selectors: list[str] = field(default_factory=list)
+    """Names of the selectors that it is for; all by default."""
+
+
+@dataclass(kw_only=True)
+class AttackEntry(EntryWithOptions):
+    """An attack, or a sweep over its strength."""
+
+    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
+    """What the fine-tuning set is made of."""
+    poison_ratio: float | list[float] = 0.1
+    """Share of harmful rows in the set."""
+    samples: int | list[int] = 1000
+    """Rows in the set."""
+
+
+@dataclass(kw_only=True)
+class LaterEntry(EntryWithOptions):
+    """A fine-tuning-stage defense or a repair."""
+
+    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:LATER_DEFENSES")
+    """What is done during or after fine-tuning."""
+
+
+@dataclass(kw_only=True)
+class TaskEntry(EntryWithOptions):
+    """A fine-tuning task."""
+
+    train: str | None = None
+    """Benign rows of the user's task, or the name of a public one."""
+    test: str | None = None
+    """Test rows; without them no accuracy is measured."""
+
+
+@dataclass(kw_only=True)
+class JudgeEntry(EntryWithOptions):
+    """A judge and what it learns from."""
+
+    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
+    """Who decides whether an answer is harmful."""
+    safe: str | None = None
+    """Safe references, for a judge that is trained."""
+    harmful: str | None = None
+    """Harmful references, likewise."""
+    utility: str | None = None
+    """Utility references, likewise."""
+
+
+AXES: dict[str, tuple[type[Any], str]] = {
+    "models": (ModelEntry, "model"),
+    "pools": (PoolEntry, "pool"),
+    "selectors": (SelectorEntry, "selector"),
+    "defenses": (DefenseEntry, "defense"),
+    "attacks": (AttackEntry, "kind"),
+    "later_defenses": (LaterEntry, "method"),
+    "tasks": (TaskEntry, "train"),
+    "judges": (JudgeEntry, "judge"),
+}
+"""Axis, as grids call it -> class of its entries, and the option that an entry is short for which is a mere text."""
+
+
+@dataclass(kw_only=True)
 class BenchOptions(RunOptions):
     """Run a grid of selectors, defenses and attacks; what cells share runs once, and what is finished never again."""
 
@@ -53,16 +199,7 @@ class BenchOptions(RunOptions):
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
     """Where stages run."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {
-        "only",
-        "pools",
-        "selectors",
-        "defenses",
-        "attacks",
-        "later_defenses",
-        "tasks",
-        "judges",
-    }
+    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"only", *AXES} - {"models"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,147 +223,3 @@ BENCH = Stage(
     reopens=True,
     again="",
 )
-
-
-@dataclass(kw_only=True)
-class ModelEntry:
-    """A model."""
-
-    name: str = ""
-    """In the results; the last part of its path by default."""
-    model: str
-    """Local folder or hub id; world is the tiny model of the made-up world."""
-    reader: str | None = None
-    """Model that ranks the pool; the model itself by default."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-
-@dataclass(kw_only=True)
-class PoolEntry:
-    """A pool and the references by which it is ranked."""
-
-    name: str = ""
-    """In the results; the file's name by default."""
-    pool: str
-    """Rows to rank; world makes them up."""
-    safe: str | None = None
-    """Safe references; for a made-up pool the world's."""
-    harmful: str | None = None
-    """Harmful references; likewise."""
-    utility: str | None = None
-    """Utility references; likewise."""
-    labels: str | None = None
-    """What people said of every row (labels.json), for selectors that ask for labels."""
-    rows: int = 600
-    """Rows of a made-up pool."""
-    mislabel: float = 0.05
-    """Share of its rows whose answers do what is forbidden."""
-    kind: Literal["planted", "clean"] = "planted"
-    """planted: known faults. clean: none, but refusals that differ in force."""
-    seed: int | None = None
-    """One made-up world for all seeds; by default each has its own."""
-
-
-@dataclass(kw_only=True)
-class SelectorEntry:
-    """A selector."""
-
-    name: str = ""
-    """In the results; the method's name by default."""
-    selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
-    """How rows are ranked."""
-    fractions: list[float] = field(default_factory=list)
-    """Shares to keep."""
-    seed: int | None = None
-    """One ranking for all seeds; by default each ranks with its own."""
-    fill: bool = True
-    """Fill the fraction with rows whose own reason speaks against them, where too few others are left: arms agree in
-    size."""
-    weighted: bool = False
-    """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
-    labels: int | Literal["all"] = 0
-    """Rank again with the pool's labels of so many rows, those that the selector asks for. all: of every row, so that
-    no row labelled bad is selected; with the selector random this is what a perfect cut would give."""
-    pools: list[str] = field(default_factory=list)
-    """Names of the pools that it is for; all by default."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of curate."""
-
-
-@dataclass(kw_only=True)
-class DefenseEntry:
-    """An alignment-stage defense."""
-
-    name: str = ""
-    """In the results; the method's name by default."""
-    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
-    """How the model is aligned."""
-    selectors: list[str] = field(default_factory=list)
-    """Names of the selectors that it is for; all by default."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of align."""
-
-
-@dataclass(kw_only=True)
-class AttackEntry:
-    """An attack, or a sweep over its strength."""
-
-    name: str = ""
-    """In the results; the kind's name by default. A sweep adds what it sweeps over."""
-    kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
-    """What the fine-tuning set is made of."""
-    poison_ratio: float | list[float] = 0.1
-    """Share of harmful rows in the set."""
-    samples: int | list[int] = 1000
-    """Rows in the set."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of attack."""
-
-
-@dataclass(kw_only=True)
-class LaterEntry:
-    """A fine-tuning-stage defense or a repair."""
-
-    name: str = ""
-    """In the results; the method's name by default."""
-    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.later:LATER_DEFENSES")
-    """What is done during or after fine-tuning."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of attack or repair."""
-
-
-@dataclass(kw_only=True)
-class TaskEntry:
-    """A fine-tuning task."""
-
-    name: str = ""
-    """In the results; the name of the training rows by default."""
-    train: str | None = None
-    """Benign rows of the user's task, or the name of a public one."""
-    test: str | None = None
-    """Test rows; without them no accuracy is measured."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of evaluate, such as task_type."""
-
-
-@dataclass(kw_only=True)
-class JudgeEntry:
-    """A judge and what it learns from."""
-
-    name: str = ""
-    """In the results; the method's name by default."""
-    judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
-    """Who decides whether an answer is harmful."""
-    safe: str | None = None
-    """Safe references, for a judge that is trained."""
-    harmful: str | None = None
-    """Harmful references, likewise."""
-    utility: str | None = None
-    """Utility references, likewise."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further options of evaluate."""

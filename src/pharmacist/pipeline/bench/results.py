@@ -121,19 +121,17 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
 
 def collect(plan: Plan) -> Iterator[Result]:
     """The rows of the cells whose stages are all finished, in the grid's order."""
-    found = {name: manifest for name, stage in plan.stages.items() if (manifest := _finished(stage.manifest))}
+    manifests = {name: stage.manifest for name, stage in plan.stages.items()}
+    found = {name: own for name, own in manifests.items() if own is not None and own.status == "success"}
     for cell in plan.cells:
-        if all(name in found for name in cell.stages):
-            yield _row(cell, {name: found[name] for name in cell.stages}, plan)
-
-
-def _finished(manifest: RunManifest | None) -> RunManifest | None:
-    return manifest if manifest is not None and manifest.status == "success" else None
+        if found.keys() >= cell.stages:
+            yield _row(cell, found, plan)
 
 
 def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
-    align, attack = found[cell.align], found[cell.attack]
-    before, after = found[cell.before].metrics, found[cell.after].metrics
+    by_role = {role: found[name] for role, name in cell.roles.items()}
+    before, after, attack = by_role["before"].metrics, by_role["after"].metrics, by_role["attack"]
+    aligning, attacking = by_role["align"].phases["train"], attack.phases["train"]
     last = int(attack.metrics["steps"])
     # A snapshot after the last step is the attack's end itself.
     curve = {last if step < 0 else step: found[stage].metrics for step, stage in cell.curve}
@@ -143,7 +141,7 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         steps, margins = [], []
     metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
     metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
-    selecting = [phase for name in (*cell.asked, cell.rank, cell.select) for phase in found[name].phases.values()]
+    selecting = [by_role[role] for role in ("ask", "label", "rank", "select") if role in by_role]
     return Result(
         cell=cell.name,
         **cell.axes,
@@ -153,19 +151,19 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         attack_steps=steps,
         harmful_scores=heights,
         loss_margins=margins,
-        ranking_auc=_ranking_auc(plan.stages[cell.rank], plan),
+        ranking_auc=_ranking_auc(plan.stages[cell.roles["rank"]], plan),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
-        pool_rows=found[cell.rank].counts["ranked"],
-        alignment_rows=align.counts["trained"],
-        selection_seconds=sum(phase.seconds for phase in selecting),
-        alignment_seconds=align.phases["train"].seconds,
-        attack_seconds=attack.phases["train"].seconds,
-        repair_seconds=None if cell.repair is None else found[cell.repair].phases["repair"].seconds,
-        alignment_tokens=align.phases["train"].tokens,
-        attack_tokens=attack.phases["train"].tokens,
-        alignment_peak_memory=align.phases["train"].extra.get("peak_memory"),
-        device=align.device,
-        folder=str(plan.stages[cell.after].folder.relative_to(plan.data.root)),
+        pool_rows=by_role["rank"].counts["ranked"],
+        alignment_rows=by_role["align"].counts["trained"],
+        selection_seconds=sum(phase.seconds for own in selecting for phase in own.phases.values()),
+        alignment_seconds=aligning.seconds,
+        attack_seconds=attacking.seconds,
+        repair_seconds=by_role["repair"].phases["repair"].seconds if "repair" in by_role else None,
+        alignment_tokens=aligning.tokens,
+        attack_tokens=attacking.tokens,
+        alignment_peak_memory=aligning.extra.get("peak_memory"),
+        device=by_role["align"].device,
+        folder=str(plan.stages[cell.roles["after"]].folder.relative_to(plan.data.root)),
     )
 
 

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -22,11 +22,9 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.stage import Stage as Declaration
 from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
-from pharmacist.pipeline.stages.curate import CURATE
+from pharmacist.pipeline.stages.curate import CURATE, KNOWN_LABELS, SELECT
 from pharmacist.pipeline.stages.evaluate import EVALUATE
-from pharmacist.pipeline.stages.known_labels import KNOWN_LABELS
 from pharmacist.pipeline.stages.repair import REPAIR
-from pharmacist.pipeline.stages.select import SELECT
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -48,15 +46,11 @@ EVERYWHERE = frozenset({"output_dir", "seed", "device", "dtype", "quiet", "overw
 
 @dataclass(frozen=True)
 class Input:
-    """What a stage reads.
-
-    Attributes:
-        place: Path or hub id, as the stage's options name it.
-        content: What stands for its content: a hash, or the key of the stage that makes it.
-    """
+    """What a stage reads: its path or hub id, the hash or key of its content, and the stage that makes it."""
 
     place: str
     content: str
+    maker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +91,10 @@ class Stage:
         """Where its result lies."""
         return Path(self.options.output_dir)
 
+    def output(self, place: str = "") -> Input:
+        """What it writes, for the stage that reads it: its folder, or something in it."""
+        return Input(str(self.folder / place), f"{self.key}/{place}", self.name)
+
     @property
     def manifest(self) -> RunManifest | None:
         """What lies in its folder."""
@@ -114,45 +112,41 @@ def make_stage(
     root: Path,
     kind: str,
     options: RunOptions,
-    inputs: Mapping[str, Input | list[Input]],
-    parents: tuple[str, ...],
     method: str,
+    inputs: Mapping[str, Input | list[Input]],
+    *,
+    parents: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Stage:
-    """A stage whose folder, below `root`, is named by all that its result depends on.
+    """A stage whose folder is named by all that its result depends on.
 
     Args:
         root: Of the benchmark.
         kind: Key of `KINDS`.
         options: All but the inputs and the folder.
-        inputs: Option -> what it names.
-        parents: Names of the stages that make the inputs.
         method: For tables.
-        folder: Another one, that the caller names.
+        inputs: Option -> what it names.
+        parents: Names of stages that must run before, besides those that make the inputs.
+        folder: Instead of one below `root` that is named by the key.
     """
-    places: dict[str, Any] = {}
-    contents: dict[str, Any] = {}
-    for name, given in inputs.items():
-        several = isinstance(given, list)
-        places[name] = [one.place for one in given] if isinstance(given, list) else given.place
-        contents[name] = [one.content for one in given] if isinstance(given, list) else given.content
-        assert several == isinstance(getattr(options, name), list), name
-    known = KINDS[kind]
-    identity = {"stage": kind, "version": known.version, "config": identifying(as_json(options)) | contents}
-    key = sha256_json(identity)
-    filled = with_options(options, **places, output_dir=str(folder or root / "stages" / f"{kind}-{key[:16]}"))
-    return Stage(kind, known.run, key, filled, parents, method)
+
+    def of_inputs(name: str) -> dict[str, Any]:
+        return {
+            option: [getattr(one, name) for one in own] if isinstance(own, list) else getattr(own, name)
+            for option, own in inputs.items()
+        }
+
+    known, makers = KINDS[kind], [own.maker for own in inputs.values() if isinstance(own, Input) and own.maker]
+    config = identifying(as_json(options)) | of_inputs("content")
+    key = sha256_json({"stage": kind, "version": known.version, "config": config})
+    place = str(folder or root / "stages" / f"{kind}-{key[:16]}")
+    filled = with_options(options, **of_inputs("place"), output_dir=place)
+    return Stage(kind, known.run, key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went.
-
-    Attributes:
-        stage: Its name.
-        error: What went wrong; None where nothing did.
-        skipped: It could not run, because a stage failed that it needs.
-    """
+    """How the stage of this name went; it is skipped where a stage failed that it needs."""
 
     stage: str
     error: Exception | None = None
@@ -169,11 +163,6 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
     Only under a launcher it is raised, unless all processes find it alike: others may be waiting in the stage, and the
     launcher must end them.
-
-    Args:
-        stage: The stage.
-        stages: Those that it needs, by name.
-        parents: How those of them went that ran just now.
     """
     if not all(parent.done for parent in parents if parent.stage in stage.needs):
         return Outcome(stage.name, skipped=True)
@@ -232,15 +221,12 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     if own is None:
         return False
     made = {name: stages[name].manifest for name in own.made_from.keys() & stages.keys()}
-    return any(
-        other is not None and other.status == "success" and other.content not in ("", own.made_from[name])
-        for name, other in made.items()
-    )
+    finished = {name: other.content for name, other in made.items() if other is not None and other.status == "success"}
+    return any(content not in ("", own.made_from[name]) for name, content in finished.items())
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether a stage's result is there, and is of its inputs as they are."""
     manifest = stage.manifest
-    if manifest is None or manifest.status != "success" or is_stale(stage, stages):
-        return False
-    return missing_output(stage.folder, manifest) is None
+    finished = manifest is not None and manifest.status == "success" and not is_stale(stage, stages)
+    return finished and missing_output(stage.folder, manifest) is None

@@ -1,7 +1,4 @@
-"""The stage `curate`: rank an alignment pool and select its core subset.
-
-`reading` opens and checks the inputs, `command` ranks them and writes the results, `printing` says what was found.
-"""
+"""The stage `curate`: `reading` opens and checks the inputs, `command` ranks them and writes the results."""
 
 from pharmacist.pipeline.curate.command import curate, rank
 from pharmacist.pipeline.ranking import Ranking

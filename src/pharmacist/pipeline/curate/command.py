@@ -3,11 +3,11 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import DataError
@@ -18,18 +18,9 @@ from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import Source, write_rows
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
-from pharmacist.pipeline.curate.printing import show
-from pharmacist.pipeline.curate.reading import (
-    Inputs,
-    fingerprints,
-    joined,
-    labels_of_pool,
-    open_sources,
-    read_inputs,
-    rendered,
-)
+from pharmacist.pipeline.curate import reading
 from pharmacist.pipeline.ranking import Ranking
-from pharmacist.pipeline.stages.curate import CURATE, RANK, REFERENCES, SPREAD, CurateOptions
+from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import SelectionContext, Selector
 from pharmacist.selectors.embeddings import pool_keys, pool_points
@@ -45,20 +36,19 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    sources = open_sources(options.pool, {name: getattr(options, name) for name in REFERENCES}, option="--{}")
-    selector = SELECTORS.build_from(options.selector)
-    if not _keeps_format(sources["pool"], options):
-        sources["pool"].check_json_lines()  # not when all is ranked
+    sources = reading.open_sources(options, "--{}")
+    pool, selector = sources["pool"], SELECTORS.build_from(options.selector)
+    form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
+    if form == "jsonl":
+        pool.check_json_lines()  # not when all is ranked
     early = scratch = None
     if options.overwrite or options.labels is not None:
         # What an earlier run left is touched only when the new input is known to be usable.
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
-        early = read_inputs(sources, selector, options, Path(scratch.name))
-        labels_of_pool(early[0]["pool"], options)
-    inputs = fingerprints(sources, options)
-    with CURATE.open(
-        options, inputs=inputs, methods={"selector": selector}, reopens=options.labels is not None
-    ) as run:
+        early = reading.read_inputs(sources, selector, options, Path(scratch.name))
+        reading.labels_of_pool(early[0]["pool"], options)
+    inputs, methods = reading.fingerprints(sources, options), {"selector": selector}
+    with CURATE.open(options, inputs=inputs, methods=methods, reopens=options.labels is not None) as run:
         if run.complete:
             return None
         ranking = _rank(sources, selector, options, run, early)
@@ -66,19 +56,21 @@ def curate(options: CurateOptions) -> Ranking | None:
         barrier()  # the first process removes the partial state that the others still read
         if process() != 0:
             return None
-        selected = ranking.table["row"].to_numpy()[ranking.table["selected"].to_numpy()]
-        form = ranking.source.format if _keeps_format(ranking.source, options) else "jsonl"
         name = f"selected.{form}"
-        write_rows(ranking.source, selected.tolist(), run.path(name), format=form)
+        selected = ranking.table["row"][ranking.table["selected"]].tolist()
+        write_rows(ranking.source, selected, run.path(name), format=form)
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
-        if len(ranking.to_label):
-            write_text(run.path("to_label.jsonl"), "".join(json.dumps(row) + "\n" for row in ranking.asked()))
-            outputs.append("to_label.jsonl")
-        if ranking.records.refused:
-            refused = (json.dumps(asdict(one)) + "\n" for one in ranking.records.refused)
-            write_text(run.path("refused.jsonl"), "".join(refused))
-            outputs.append("refused.jsonl")
+        lines = {
+            "to_label.jsonl": ranking.asked(),
+            "refused.jsonl": [
+                {"row": one.number, "line": one.line, "reason": one.reason} for one in ranking.records.refused
+            ],
+        }
+        for file, rows in lines.items():
+            if rows:
+                write_text(run.path(file), "".join(json.dumps(row) + "\n" for row in rows))
+                outputs.append(file)
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if selector.save(run.path("selector")):
             outputs.append("selector")
@@ -86,19 +78,15 @@ def curate(options: CurateOptions) -> Ranking | None:
         ranking.report(run.path("report.html"))
         run.finish(outputs=outputs)
         ranking.manifest = run.manifest.model_dump(mode="json")
-        show(ranking, run, name)
+        _show(ranking, run, name)
         return ranking
 
 
 def rank(options: CurateOptions) -> Ranking:
-    """Ranks a pool; nothing is written but partial state.
-
-    Raises:
-        PharmacistError: Bad options or input.
-    """
-    sources = open_sources(options.pool, {name: getattr(options, name) for name in REFERENCES})
-    selector = SELECTORS.build_from(options.selector)
-    with RANK.open(options, inputs=fingerprints(sources, options), methods={"selector": selector}) as run:
+    """Ranks a pool; nothing is written but partial state."""
+    sources, selector = reading.open_sources(options, "{}"), SELECTORS.build_from(options.selector)
+    inputs = reading.fingerprints(sources, options)
+    with RANK.open(options, inputs=inputs, methods={"selector": selector}) as run:
         ranking = _rank(sources, selector, options, run)
         ranking._scratch, run.temporary = run.temporary, None  # its rows lie there
     ranking.manifest = run.manifest.model_dump(mode="json")
@@ -106,13 +94,17 @@ def rank(options: CurateOptions) -> Ranking:
 
 
 def _rank(
-    sources: Mapping[str, Source], selector: Selector, options: CurateOptions, run: RunDir, early: Inputs | None = None
+    sources: Mapping[str, Source],
+    selector: Selector,
+    options: CurateOptions,
+    run: RunDir,
+    early: reading.Inputs | None = None,
 ) -> Ranking:
     """Ranks the pool; `early` is what was read before the run began."""
     barrier()
     with run.phase("read"):
-        records, left_out, groups = early or read_inputs(sources, selector, options, run.work("data"))
-        records, of_source = joined(records)
+        records, left_out, groups = early or reading.read_inputs(sources, selector, options, run.work("data"))
+        records, of_source = reading.joined(records)
     for read in records.values():
         read.announce()
     pool = records.pop("pool")
@@ -142,15 +134,13 @@ def _rank(
         sources=of_source,
     )
     if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
-        pool, groups = rendered(context, groups, options)
+        pool, groups = reading.rendered(context, groups, options)
     with run.phase("find duplicates"):
-        clusters = find_duplicates(
-            pool.dataset, threshold=options.duplicate_threshold, work_dir=run.work("duplicates")
-        )
-    context.labels = labels_of_pool(pool, options)
-    points = None
-    if options.diversity in SPREAD:  # before the ranking, which may put adapters on the model
-        points = pool_points(context), pool_keys(context)
+        how: dict[str, Any] = {"threshold": options.duplicate_threshold, "work_dir": run.work("duplicates")}
+        clusters = find_duplicates(pool.dataset, **how)
+    context.labels = reading.labels_of_pool(pool, options)
+    # Before the ranking, which may put adapters on the model.
+    points = (pool_points(context), pool_keys(context)) if options.diversity in SPREAD else None
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
@@ -161,9 +151,6 @@ def _rank(
     warnings = [*scores.warnings, *shortfall(table, options)]
     for warning in warnings:
         warn(warning)
-    extra: dict[str, Any] = {"selector_report": scores.report}
-    if groups is not None:
-        extra["balance"] = balance_counts(table, options)
     counts = {
         **pool.counts,
         "ranked": len(pool),
@@ -172,27 +159,54 @@ def _rank(
         **{f"references_{name}": len(value) for name, value in records.items()},
     }
     if "pool" in context.encoded:
-        encoded = context.encoded["pool"]
-        counts |= {
-            "truncated": encoded.truncated,
-            "lost_eos": encoded.lost_eos,
-            "cut_prompts": len(encoded.cut_prompts),
-        }
-    device = "cpu"
-    if "model" in context.__dict__:
-        loaded = context.model
-        device = str(loaded.device)
-        extra |= loaded.facts
+        own = context.encoded["pool"]
+        counts |= {"truncated": own.truncated, "lost_eos": own.lost_eos, "cut_prompts": len(own.cut_prompts)}
+    extra: dict[str, Any] = {"selector_report": scores.report}
+    if groups is not None:
+        extra["balance"] = balance_counts(table, options)
+    loaded = context.model if "model" in context.__dict__ else None
+    extra |= {} if loaded is None else loaded.facts
+    device = "cpu" if loaded is None else str(loaded.device)
     run.record(counts=counts, device=device, extra=extra, warnings=warnings)
-    to_label = np.zeros(0, np.int64)
+    ranking = Ranking(pool.source, table, about=scores.report, folder=str(run.root), _records=pool, _points=points)
     if scores.telling is not None:
-        keys = pool.dataset["prompt_key"]
-        to_label = rows_to_label(scores.telling, table["reason"].tolist(), keys, clusters, options.to_label)
-    return Ranking(
-        pool.source, table, about=scores.report, to_label=to_label, folder=str(run.root), _records=pool, _points=points
-    )
+        keys, reasons = pool.dataset["prompt_key"], table["reason"].tolist()
+        ranking.to_label = rows_to_label(scores.telling, reasons, keys, clusters, options.to_label)
+    return ranking
 
 
-def _keeps_format(pool: Source, options: CurateOptions) -> bool:
-    """Whether the selected rows are written in the pool's own format, and not as JSON lines."""
-    return options.format == "input" and pool.format in {"json", "csv", "parquet"}
+def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
+    """Prints counts by reason, what the selector says of itself, where the results lie and what comes next."""
+    table = Table(title=f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected")
+    for column in ("reason", "selected", "left out"):
+        table.add_column(column, justify="left" if column == "reason" else "right")
+    for reason, *counts in ranking.counts().itertuples():
+        table.add_row(reason, *map(str, counts))
+    console().print(table)
+    lines, about = [], ranking.about
+    if "template_origin" in run.manifest.extra:
+        lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
+    if questions := about.get("questions"):
+        told = ", ".join(f"{name} {quality['combined']['auc']:.3f}" for name, quality in questions.items())
+        lines.append(f"AUC on held-out references, by question: {told}")
+    if labels := about.get("labels"):
+        if labels["auc_after"] is not None:
+            lines.append(
+                f"AUC on {labels['labels']} labelled rows: {labels['auc_before']:.3f} without labels, "
+                f"{labels['auc_after']:.3f} with those of other prompts (standard error "
+                f"{labels['standard_error']:.3f})"
+            )
+        lines.append(f"labels: {labels['advice']}")
+    if changed := about.get("changed"):
+        lines.append(f"labels: {changed['entered']} rows entered the selection, {changed['left']} left it")
+    if len(ranking.to_label) and "labels" not in about:
+        lines.append(
+            f"{len(ranking.to_label)} labels would help most: pharmacist label {run.root}, or label them on the page; "
+            "then the same command with --labels labels.json"
+        )
+    lines += [f"without more references it cannot see: {reason}" for reason in about.get("cannot_see", [])]
+    lines += [f"scores {run.path('scores.parquet')}", f"core subset {run.path(selected)}"]
+    lines += [f"page {run.path('report.html')}"]
+    lines += [f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR"]
+    for line in lines:
+        console().print(line, soft_wrap=True, markup=False)

@@ -1,10 +1,9 @@
 """What `curate` reads; whatever can be wrong with pool, references, labels and models is told before the work."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -22,28 +21,24 @@ from pharmacist.data.where import conditions_of
 from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.models import model_fingerprint, resolve_device
 from pharmacist.pipeline.choosing import number_of
-from pharmacist.pipeline.rows import read
+from pharmacist.pipeline.rows import open_several, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, check_sentence_encoder
 from pharmacist.selectors.labels import read_labels
 
 
-def open_sources(pool: Any, references: Mapping[str, Iterable[Any]], option: str = "{}") -> dict[str, Source]:
-    """The pool and all references.
+Groups = npt.NDArray[np.str_] | None
+"""Each row's value of the column to balance by, where there is one."""
+Inputs = tuple[dict[str, Records], dict[str, int], Groups]
+"""Pool and references, how many references were left out, and each row's group."""
 
-    Args:
-        pool: A path, a hub id or rows.
-        references: Kind -> such inputs.
-        option: How messages name an input, with its name in the place of the braces.
 
-    Returns:
-        ``pool``, and the references of a kind as ``safe``, ``safe 2`` and so on.
-    """
-    sources = {"pool": open_source(pool, name=option.format("pool"))}
-    for name, given in references.items():
-        for number, one in enumerate(given, start=1):
-            sources[name if number == 1 else f"{name} {number}"] = open_source(one, name=option.format(name))
+def open_sources(options: CurateOptions, option: str) -> dict[str, Source]:
+    """``pool``, and the references of a kind as ``safe``, ``safe 2`` and so on; messages call them by `option`."""
+    sources = {"pool": open_source(options.pool, name=option.format("pool"))}
+    for kind in REFERENCES:
+        sources |= open_several(kind, getattr(options, kind), option.format(kind))
     return sources
 
 
@@ -62,81 +57,65 @@ def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[
     return found
 
 
-Inputs = tuple[dict[str, Records], dict[str, int], npt.NDArray[np.str_] | None]
-"""Pool and references, how many references were left out, and each row's group."""
-
-
 def read_inputs(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path) -> Inputs:
-    """Pool and references, how many references were left out, and each row's group.
-
-    All that can be wrong with them and with the options is told here, before the work starts.
-    """
+    """Reads what is to be ranked and by which references; what can be wrong with them and the options is told here."""
     resolve_device(options.device)
     _check_models(selector, options)
     records, left_out = _read(sources, options, work)
-    n = len(records["pool"])
-    for need in sorted(selector.needs & set(REFERENCES)) if options.resume_selector is None else ():
-        if need not in records:
-            raise ConfigError(f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE")
-        if len(records[need]) < FEWEST_REFERENCES:
-            number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
-            raise DataError(f"--{need}: {number}")
+    n, name = len(records["pool"]), options.selector["name"]
     if options.resume_selector is None:
+        for need in sorted(selector.needs & set(REFERENCES)):
+            if need not in records:
+                raise ConfigError(f"selector '{name}' needs {need} references; give --{need} FILE")
+            if len(records[need]) < FEWEST_REFERENCES:
+                number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
+                raise DataError(f"--{need}: {number}")
         selector.notice(records.keys())
     if options.top_k is not None and options.top_k > n:
         raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
     selector.check_room(n, Path(options.output_dir))
     if options.diversity in SPREAD:
         check_room(n, Path(options.output_dir))
-    groups = None if options.balance is None else _groups(records["pool"], options.balance)
-    if groups is not None:
-        k, values = number_of(options, n), len(set(groups.tolist()))
-        if values > k:
-            remedy = "select more rows, or balance by a coarser column"
-            raise ConfigError(
-                f"--balance {options.balance}: {k} rows cannot hold one of each of {values} values; {remedy}"
-            )
+    if options.balance is None:
+        return records, left_out, None
+    groups = _groups(records["pool"], options.balance)
+    k, values = number_of(options, n), len(set(groups.tolist()))
+    if values > k:
+        many = f"{k} rows cannot hold one of each of {values} values"
+        raise ConfigError(f"--balance {options.balance}: {many}; select more rows, or balance by a coarser column")
     return records, left_out, groups
 
 
 def _check_models(selector: Selector, options: CurateOptions) -> None:
     """Says which model is missing before anything is read."""
+    name, spread = f"selector '{options.selector['name']}'", f"--diversity {options.diversity}"
+    without_embedder = options.model is None and options.embedder is None
     if "model" in selector.needs and options.model is None:
-        raise ConfigError(f"selector '{options.selector['name']}' reads the pool with a model; give --model")
-    if "embedder" in selector.needs and options.model is None and options.embedder is None:
-        asks = f"selector '{options.selector['name']}' compares rows by a model"
-        raise ConfigError(f"{asks}; give --model, or --embedder")
+        raise ConfigError(f"{name} reads the pool with a model; give --model")
+    if "embedder" in selector.needs and without_embedder:
+        raise ConfigError(f"{name} compares rows by a model; give --model, or --embedder")
     if options.diversity in SPREAD and (selector.keeps_all or selector.covers):
-        name = options.selector["name"]
         does = "ranks nothing" if selector.keeps_all else "covers the pool by itself"
-        raise ConfigError(f"--diversity {options.diversity}: selector '{name}' {does}; leave one of the two out")
-    if options.diversity in SPREAD and options.model is None and options.embedder is None:
-        raise ConfigError(f"--diversity {options.diversity} compares rows by a model; give --model, or --embedder")
-    if options.resume_selector is not None and not _learns(selector):
-        name = options.selector["name"]
-        raise ConfigError(f"--resume-selector: '{name}' keeps nothing that it learns; leave the option out")
+        raise ConfigError(f"{spread}: {name} {does}; leave one of the two out")
+    if options.diversity in SPREAD and without_embedder:
+        raise ConfigError(f"{spread} compares rows by a model; give --model, or --embedder")
     if options.resume_selector is not None:
+        if type(selector).save is Selector.save:
+            own = options.selector["name"]
+            raise ConfigError(f"--resume-selector: '{own}' keeps nothing that it learns; leave the option out")
         saved = Path(options.resume_selector)
         check_unchanged(saved, "selector")
         check_unchanged(saved.parent, saved.name)
-        _check_saved_files(saved / "selector" if (saved / "selector").is_dir() else saved)
+        # Damaged files are refused also where no manifest lies beside them that tells.
+        folder = saved / "selector" if (saved / "selector").is_dir() else saved
+        for path in sorted(folder.rglob("*.json")):
+            read_json(path)
+        for path in sorted(folder.rglob("*.safetensors")):
+            if not is_whole_tensors(path):
+                raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
         selector.check_saved(saved, options.model)
     if options.embedder is not None:
         check_sentence_encoder()
-
-
-def _check_saved_files(folder: Path) -> None:
-    """Refuses a saved selector with a damaged file, also where no manifest lies beside it that tells."""
-    for path in sorted(folder.rglob("*.json")):
-        read_json(path)
-    for path in sorted(folder.rglob("*.safetensors")):
-        if not is_whole_tensors(path):
-            raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
-
-
-def _learns(selector: Selector) -> bool:
-    """Whether a selector saves what it learns, so that a later run can go on from it."""
-    return type(selector).save is not Selector.save
 
 
 def _read(
@@ -159,12 +138,10 @@ def _read(
     records = {name: of(name, name) for name in sources}
     if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
         records["harmful"] = of("safe", "harmful")
-    if {"safe", "harmful"} <= set(records) and _rows(records["safe"]) == _rows(records["harmful"]):
+    if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
         raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
     left_out = {}
-    for name in records:
-        if name == "pool":
-            continue
+    for name in [name for name in records if name != "pool"]:
         shared = shared_prompts(records["pool"].dataset, records[name].dataset)
         if len(shared) == len(records[name]):
             raise DataError(f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked")
@@ -172,10 +149,6 @@ def _read(
             records[name] = records[name].without(shared)
         left_out[name] = len(shared)
     return records, left_out
-
-
-def _rows(records: Records) -> set[tuple[str, str]]:
-    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
 
 
 def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
@@ -206,25 +179,21 @@ def labels_of_pool(pool: Records, options: CurateOptions) -> dict[int, str]:
 
 def joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
     """References of one kind as one, and for each kind that came in several files the number of each row's file."""
-    found: dict[str, Records] = {}
-    of_source: dict[str, npt.NDArray[np.int64]] = {}
-    for kind in ("pool", *REFERENCES):
+    found, of_source = {"pool": records["pool"]}, dict[str, npt.NDArray[np.int64]]()
+    for kind in REFERENCES:
         parts = [part for name, part in records.items() if name.split()[0] == kind and len(part)]
         if not parts:
             continue
         found[kind] = parts[0]
-        if kind != "pool":
-            of_source[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        of_source[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        for part in parts[1:]:
+            part.announce()
         if len(parts) > 1:
-            for part in parts[1:]:
-                part.announce()
             found[kind] = replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]))
     return found, of_source
 
 
-def rendered(
-    context: SelectionContext, groups: npt.NDArray[np.str_] | None, options: CurateOptions
-) -> tuple[Records, npt.NDArray[np.str_] | None]:
+def rendered(context: SelectionContext, groups: Groups, options: CurateOptions) -> tuple[Records, Groups]:
     """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
     if options.model is None:
         return context.pool, groups

@@ -1,4 +1,4 @@
-"""The stage `align`: its options and its declaration."""
+"""The stage `align`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

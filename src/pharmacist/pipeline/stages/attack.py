@@ -1,4 +1,4 @@
-"""The stage `attack`: its options and its declaration."""
+"""The stage `attack`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The stage `curate`: its options and its declaration, and that of a ranking from Python, which writes no results."""
+"""The stages of a ranking: `curate`, the same from Python without results, `select`, and labels of its rows."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -92,22 +92,66 @@ CURATE = Stage(
     version=4,
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
-    final=frozenset(
-        {
-            "min_score",
-            "diversity",
-            "diversity_margin",
-            "balance",
-            "balance_share",
-            "format",
-            "fill",
-            "labels",
-            "to_label",
-        }
-    ),
+    final=frozenset("min_score diversity diversity_margin balance balance_share format fill labels to_label".split()),
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),
     again="ranks again",
     by_axes=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
 )
 RANK = replace(CURATE, name="rank", run="pharmacist.pipeline.curate:rank", final_inputs=frozenset())
+
+
+@dataclass(kw_only=True)
+class SelectOptions(RunOptions):
+    """Write the top of a ranking."""
+
+    ranking: str
+    """Folder of a finished curate."""
+    top: Share = 0.3
+    """Share of the ranked rows to select, in (0, 1]."""
+    fill: bool = True
+    """Fill the share with rows whose own reason speaks against them, where too few others are left."""
+
+
+SELECT = Stage(
+    name="select", options=SelectOptions, run="pharmacist.pipeline.select:select", version=3, files=("ranking",)
+)
+
+
+@dataclass(kw_only=True)
+class LabelOptions:
+    """Label the rows of a ranking whose label would teach most, in a terminal."""
+
+    run: str = field(metadata={"first": True})
+    """Folder of a finished curate; as the first word it needs no --run."""
+    output: str = "labels.json"
+    """File of labels, written after each one. An earlier one is gone on with."""
+
+
+LABEL = Stage(
+    name="label",
+    options=LabelOptions,
+    run="pharmacist.pipeline.label:label",
+    summary="label the rows of a ranking that would teach it most, in a terminal",
+    example="pharmacist label runs/core --output labels.json",
+    page="label-forty-rows",
+)
+
+
+@dataclass(kw_only=True)
+class KnownLabelsOptions(RunOptions):
+    """Answer what a ranking asks."""
+
+    ranking: str
+    """Folder of a finished curate with rows to label."""
+    labels: str
+    """What people said of every row of its pool: labels.json, as curate reads it."""
+
+
+KNOWN_LABELS = Stage(
+    name="label",
+    options=KnownLabelsOptions,
+    run="pharmacist.pipeline.bench.known_labels:known_labels",
+    version=1,
+    files=("ranking", "labels"),
+)

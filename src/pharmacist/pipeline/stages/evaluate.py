@@ -1,4 +1,4 @@
-"""The stage `evaluate`: its options and its declaration, and those of the two further forms that it has."""
+"""The stage `evaluate`, and the two further forms that it has."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal

@@ -1,4 +1,4 @@
-"""The stage `repair`: its options and its declaration."""
+"""The stage `repair`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The stage `sweep`: its options and its declaration."""
+"""The stage `sweep`."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal

@@ -1,8 +1,0 @@
-"""Options of the default defense, apart from it: the command line's help must not wait for torch."""
-
-from dataclasses import dataclass
-
-
-@dataclass
-class SFTConfig:
-    """No options."""

@@ -1,0 +1,198 @@
+"""What a stage writes that changes a model: weights with tokenizer and template, model card, manifest."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from pharmacist.core.console import markdown
+from pharmacist.core.env import rank, versions
+from pharmacist.core.files import atomic_folder, show_in, write_text
+from pharmacist.core.progress import console
+from pharmacist.core.rundir import RunDir
+from pharmacist.data.templates import save_template
+from pharmacist.nn.distributed import from_main
+from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
+from pharmacist.nn.models import LoadedModel, silent_library
+
+
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+_NAMED = ("pharmacist", "torch", "transformers", "peft")
+_RENDERED = {
+    "chat": "the tokenizer's chat template",
+    "alpaca": "the Stanford Alpaca template, not by the tokenizer's chat template",
+}
+
+
+@dataclass
+class ModelResult:
+    """What a stage made that changes a model.
+
+    Attributes:
+        folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
+        metrics: Of the manifest, such as steps and final loss.
+        model: The new model; None where the run was complete already, or only an attack set was built.
+        seconds: Wall time of the training alone, over all resumes.
+        snapshots: Steps -> folder of the model at that point of an attack.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    model: Any
+    seconds: float
+    snapshots: dict[int, Path]
+
+    @classmethod
+    def of(cls, run: RunDir, model: Any, snapshots: Sequence[int] = ()) -> "ModelResult":
+        """The result of a run, the same on every process."""
+        manifest = from_main(run.manifest)
+        folders = {step: run.path("snapshots", f"step-{step}") for step in snapshots}
+        seconds = sum(phase.seconds for name, phase in manifest.phases.items() if name == "train")
+        return cls(run.root, manifest.metrics, model, seconds, folders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the README.md of a model says besides the hub's metadata.
+
+    Attributes:
+        title: Headline, after the name of the model that it was made from.
+        what: One paragraph.
+        tags: Besides ``pharmacist``.
+        facts: Rows of the table.
+        intended_use: One paragraph.
+        settings: Shown as YAML.
+    """
+
+    title: str
+    what: str
+    tags: list[str]
+    facts: dict[str, Any]
+    intended_use: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, loaded: LoadedModel, *, adapter: bool) -> str:
+        """The whole card, of an adapter or of whole weights."""
+        base = loaded.beneath.base or loaded.name
+        library = "peft" if adapter else "transformers"
+        data = ModelCardData(
+            # The hub's metadata takes hub ids only.
+            base_model=None if Path(base).exists() or base.count("/") > 1 else base,
+            library_name=library,
+            tags=["pharmacist", *self.tags],
+            pipeline_tag="text-generation",
+        )
+        card = ModelCard.from_template(
+            data,
+            template_path=_TEMPLATE,
+            title=f"{Path(loaded.name).name} {self.title}",
+            what=self.what,
+            facts={name: markdown(value) for name, value in self.facts.items()},
+            library=library,
+            loader="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
+            template=_RENDERED[loaded.template.kind],
+            settings=yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True).rstrip(),
+            intended_use=self.intended_use,
+            versions=", ".join(f"{name} {found}" for name, found in versions().items() if name in _NAMED),
+        )
+        return f"{card}\n"
+
+
+def writes_adapter(model: Any, loaded: LoadedModel) -> bool:
+    """Whether a model can be written as an adapter that any tool can load: it is one, on a plain base."""
+    if not hasattr(model, "peft_config") or loaded.beneath.base is None:
+        return False
+    return not loaded.beneath.factors or is_lora(model)
+
+
+def save_model(
+    model: Any, loaded: LoadedModel, root: Path, card: Card, *, trained_on: str, merge: bool = False, last: bool = True
+) -> list[str]:
+    """Writes ``adapter/`` or ``model/``, each whole or not at all, with tokenizer, template and card.
+
+    The adapter rests on a plain base model; what earlier stages have added to that base is stacked into it. Where no
+    adapter can say it all (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
+    Links in `root` make it what transformers and PEFT load from there.
+
+    Args:
+        model: The trained or repaired model.
+        loaded: Where it came from.
+        root: Where the folder is made.
+        card: Its README.md.
+        trained_on: Fingerprint of the model that it was trained on.
+        merge: Also write ``model/`` with the adapter merged into the weights.
+        last: The model is used no more, so that it may be merged itself and not a copy.
+
+    Returns:
+        Names of the folders.
+    """
+    if rank() != 0:
+        return []
+    written, adapter = [], writes_adapter(model, loaded)
+    text = card.text(loaded, adapter=adapter and not merge)
+    if adapter:
+        with atomic_folder(root / "adapter") as folder:
+            if loaded.beneath.factors:
+                save_stacked(model, loaded.beneath, folder, loaded.beneath.content or trained_on)
+            else:
+                model.save_pretrained(folder, save_embedding_layers=False)
+            _save_beside(folder, loaded, text)
+        written.append("adapter")
+    if merge or not adapter:
+        with atomic_folder(root / "model") as folder, silent_library():
+            whole = model
+            if hasattr(model, "peft_config"):
+                whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
+            whole.save_pretrained(folder)
+            _save_beside(folder, loaded, text)
+        written.append("model")
+    show_in(root, sorted((root / written[-1]).iterdir()))
+    return written
+
+
+def _save_beside(folder: Path, loaded: LoadedModel, card: str) -> None:
+    if loaded.template.kind == "chat":
+        loaded.tokenizer.chat_template = loaded.template.chat_template
+    loaded.tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", card)
+    save_template(folder, loaded.template)
+
+
+def finish(
+    run: RunDir,
+    options: Any,
+    model: Any,
+    loaded: LoadedModel,
+    card: Card,
+    *,
+    trained_on: str,
+    outputs: list[str],
+    extra: dict[str, Any],
+    **results: Any,
+) -> None:
+    """Writes a stage's model, unless Python asked for no folder, and its manifest; for the first process.
+
+    Arguments are those of `save_model`, `outputs` that the stage has written itself, and results for `RunDir.record`.
+    """
+    folders: list[str] = []
+    if run.temporary is None:
+        last = not isinstance(options.model, LoadedModel)  # who gives a model gets one back
+        folders = save_model(model, loaded, run.root, card, trained_on=trained_on, merge=options.merge, last=last)
+    run.finish(
+        outputs=[*folders, *outputs, *(["README.md"] if folders else [])],
+        device=str(loaded.device),
+        extra=extra | loaded.facts,
+        **results,
+    )
+    console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
+
+
+def say_done(run: RunDir, text: str) -> None:
+    """The last lines at the console: what was done, and how to measure it."""
+    if rank() == 0 and run.temporary is None:
+        following = f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR"
+        console().print(f"{text}\n{following}", soft_wrap=True)
