@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,18 +88,17 @@ def pool_points(context: SelectionContext) -> FloatArray:
     if context.points is not None:
         return context.points
     check_room(len(context.pool), context.run.root)
-    projections: dict[int, FloatArray] = {}
 
-    def project(states: FloatArray) -> FloatArray:
+    @cache
+    def projection(width: int) -> FloatArray:
+        rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
+        return rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
+
+    def narrow(states: FloatArray) -> FloatArray:
         width = states.shape[1]
-        if width <= DIMENSION:
-            return states
-        if width not in projections:
-            rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
-            projections[width] = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
-        return states @ projections[width]
+        return states if width <= DIMENSION else states @ projection(width)
 
-    points = embed(context, context.pool.dataset, "points", project)
+    points = embed(context, context.pool.dataset, "points", narrow)
     # Summed in the order of the keys: sums depend on their order, and scores must not depend on that of the rows.
     distinct = np.unique(pool_keys(context), return_index=True)[1]
     chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]

@@ -106,7 +106,8 @@ class Checkpoint:
         if not path.is_file():
             raise DataError(f"{path}: missing; delete the folder {path.parent}, and the warm-up is done again")
         tensors = load_file(path)
-        return cls(*(under(f"{part}/", tensors) for part in ("weights", "m", "v")), step=int(tensors["step"]))
+        weights, m, v = (under(f"{part}/", tensors) for part in ("weights", "m", "v"))
+        return cls(weights, m, v, int(tensors["step"]))
 
 
 def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:
