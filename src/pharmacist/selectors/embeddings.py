@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -27,6 +26,7 @@ from pharmacist.nn.memory import available_memory
 from pharmacist.nn.models import resolve_device, silent_library
 from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.baselines import text_hashes
 from pharmacist.selectors.reading import read
 
 
@@ -143,10 +143,7 @@ def check_sentence_encoder() -> None:
 
 
 def _text_keys(rows: "datasets.Dataset") -> Keys:
-    batches = rows.select_columns(["prompt", "completion"]).iter(_CHUNK)
-    texts = ("\x1f".join(pair) for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
-    keys = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(keys, dtype=np.uint64, count=len(rows))
+    return np.fromiter(text_hashes(rows), dtype=np.uint64, count=len(rows))
 
 
 def _sentences(
