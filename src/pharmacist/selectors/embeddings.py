@@ -92,7 +92,8 @@ def pool_points(context: SelectionContext) -> FloatArray:
     @cache
     def projection(width: int) -> FloatArray:
         rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
-        return rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
+        matrix: FloatArray = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
+        return matrix
 
     def narrow(states: FloatArray) -> FloatArray:
         width = states.shape[1]
