@@ -35,11 +35,8 @@ _WORD = re.compile(WORD_AND_SPACE)
 class Texts:
     """Rows as readers see them.
 
-    Attributes:
-        prompts: The requests.
-        completions: The answers.
-        states: As `states.hidden_states` gives them, shape [rows, parts, width]; None without a model.
-        statistics: Likewise, shape [rows, statistics].
+    States are as `states.hidden_states` gives them, shape [rows, parts, width], and so are statistics, shape [rows,
+    statistics]; None without a model.
     """
 
     prompts: Sequence[str]

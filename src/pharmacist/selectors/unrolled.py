@@ -48,14 +48,11 @@ class UnrolledConfig(AdapterOptions):
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """Where the derivative of the safety loss by the rows' weights is taken.
+    """Where the derivative of the safety loss, that of the safe references, by the pool rows' weights is taken.
 
     Attributes:
         bank: Holds the adapter `LEARNER`, theta, and those beside it.
-        pool: The pool.
-        rows: Of the pool; their mean gradient is the step.
-        safe: Safe references, whose mean loss is the safety loss.
-        lookahead: Learning rate of the step.
+        rows: Of the pool; their mean gradient, at the learning rate `lookahead`, is the step.
         below: Adapters beside theta, held constant, where the pool is learned from.
         above: Likewise where the safety loss is taken.
     """

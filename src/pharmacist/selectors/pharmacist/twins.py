@@ -47,8 +47,6 @@ class TwinProblem:
         pool_rows: Rows of the pool that the twins train on; empty for the cheap form.
         gamma: Weight of the pool against the references, in [0, 1).
         mu: Weight of the utility references against safe or harmful ones.
-        steps: Updates.
-        seed: Of the batches.
     """
 
     bank: AdapterBank
@@ -146,8 +144,7 @@ class Thresholds:
 
     Attributes:
         critical: Contrast above which a row is safety-critical: half-way between utility and safe references.
-        compliance: Contrast below which it teaches compliance: half-way between utility and harmful references; None
-            without harmful references, and nothing is said to teach it.
+        compliance: Likewise, below which it teaches compliance, from utility and harmful ones; None without these.
         hard: Loss above which (under both twins) it is noise: the references' 99th percentile.
     """
 
