@@ -77,7 +77,8 @@ def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray
         return near
     kept = np.empty(0, dtype=np.int64)
     starts = range(0, len(order), _BATCH)
-    with bar("thinning rows", sum(starts) + _BATCH * len(starts)) as progress:  # counts comparisons
+    comparisons = sum(start + _BATCH for start in starts)
+    with bar("thinning rows", len(order)) as progress:  # follows the comparisons, which grow with the rows kept before
         for start in starts:
             batch = order[start : start + _BATCH]
             here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
@@ -89,5 +90,5 @@ def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray
                 refused[i] = refused[i] or bool((close[i, :i] & ~refused[:i]).any())
             near[batch] = refused
             kept = np.concatenate([kept, batch[~refused]])
-            progress.advance(start + _BATCH)
+            progress.advance(len(order) * (start + _BATCH) / comparisons)
     return near
