@@ -13,5 +13,5 @@ class Completed(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Called for every function that is read."""
-        if func.parent is not None and func.parent.path == "pharmacist.api" and not func.name.startswith("_"):
-            func.docstring = griffe.Docstring(inspect.getdoc(getattr(api, func.name)) or "", parent=func)
+        if func.path.startswith("pharmacist.api.") and func.docstring is not None:
+            func.docstring.value = inspect.getdoc(getattr(api, func.name)) or ""

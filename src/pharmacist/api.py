@@ -60,19 +60,23 @@ _EXPLAINED = {
     "peft_config": "PEFT's configuration of the adapter; rank 8 on all linear layers by default.",
 }
 """Arguments of several functions that are no options, or not the same."""
+_REFUSED = "Rows, models or options that cannot be used."
 
 
-def explained(options: type[Any]) -> Callable[[F], F]:
+def explained(options: Any) -> Callable[[F], F]:
     """Explains those arguments of a function that its docstring leaves out, by what the options of that name say."""
 
     def complete(function: F) -> F:
+        if not function.__doc__:  # under python -OO
+            return function
         about, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
         own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
         docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
         for name in inspect.signature(function).parameters:
             text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), f"{name}: {docs[name]}")
             lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
-        function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :]])
+        lines += ["", rest[rest.index("Returns:") :], "", "Raises:", f"    PharmacistError: {_REFUSED}"]
+        function.__doc__ = "\n".join(lines)
         return function
 
     return complete
@@ -126,9 +130,6 @@ def rank(
 
     Returns:
         The ranking; `Ranking.select` gives the core subset.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return RANK(_options(RANK, locals()))  # type: ignore[no-any-return]
 
@@ -167,9 +168,6 @@ def align(
 
     Returns:
         The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return _model_from(ALIGN, locals())
 
@@ -211,9 +209,6 @@ def attack(
 
     Returns:
         The attacked model; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     return _model_from(ATTACK, locals())
 
@@ -247,9 +242,6 @@ def repair(
 
     Returns:
         The repaired model; `ModelResult` for options.
-
-    Raises:
-        PharmacistError: Models that do not belong together, or nothing to repair.
     """
     return _model_from(REPAIR, locals() | {"form": "auto" if isinstance(model, str) else "weights"})
 
@@ -290,9 +282,6 @@ def evaluate(
 
     Returns:
         The metrics, which show themselves in a notebook; `EvaluateResult.to_pandas` gives them as a table.
-
-    Raises:
-        PharmacistError: Rows, models or options that cannot be used.
     """
     given = locals()
     if isinstance(model, EvaluateOptions):
@@ -360,7 +349,7 @@ def _options(stage: Stage, given: dict[str, Any]) -> Any:
         given["lora"] = GivenLora.of(lora)
     values: dict[str, Any] = {"output_dir": given.pop("output_dir") or ""}
     for item in fields(stage.options):
-        value = given.get(item.name)
+        value: Any = given.get(item.name)
         if value is None and item.name != "data":
             continue
         if item.name in stage.models and not isinstance(value, str):

@@ -6,7 +6,7 @@ from torch import nn
 
 from pharmacist.nn import reading
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.losses import row_losses, token_losses
+from pharmacist.nn.losses import mean_losses, row_losses, token_losses
 from pharmacist.nn.reading import read_losses, read_row_losses
 from tests.support.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
 
@@ -38,7 +38,7 @@ def test_losses_are_those_from_all_logits() -> None:
     expected = row_losses(output.logits, BATCH.input_ids, BATCH.lengths, BATCH.prompt_lengths)
     counted = Counted(model.lm_head)
     for _ in range(2):  # the first time the head is looked at
-        found = read_row_losses(model, BATCH)
+        found = mean_losses(read_losses(model, BATCH)[0], BATCH.lengths, BATCH.prompt_lengths)
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
     assert max(counted.calls) == 3
@@ -48,12 +48,12 @@ def test_losses_are_those_from_all_logits() -> None:
 @torch.inference_mode()
 def test_prompts_cost_nothing_where_nobody_reads_them() -> None:
     model = TinyDecoder(VOCABULARY)
-    whole = read_row_losses(model, BATCH)
+    whole, _ = read_losses(model, BATCH)
+    expected = mean_losses(whole, BATCH.lengths, BATCH.prompt_lengths)
     counted = Counted(model.lm_head)
-    found = read_row_losses(model, BATCH, prompt=False)
-    torch.testing.assert_close(found.completion, whole.completion, rtol=0, atol=1e-12)
+    found = read_row_losses(model, BATCH)
+    torch.testing.assert_close(found.completion, expected.completion, rtol=0, atol=1e-12)
     assert sum(counted.calls) == int((BATCH.lengths - BATCH.prompt_lengths).sum())
-    assert whole.prompt.any() and not found.prompt.any()
 
 
 @torch.inference_mode()
@@ -87,7 +87,7 @@ def test_gradients_come_from_the_logits_that_are_read(monkeypatch: pytest.Monkey
     model = TinyDecoder(VOCABULARY)
     counted = Counted(model.lm_head)
     parameters = [parameter.requires_grad_() for parameter in model.parameters()]
-    loss = read_row_losses(model, BATCH, prompt=False).completion.sum()
+    loss = read_row_losses(model, BATCH).completion.sum()
     assert counted.calls == [int((BATCH.lengths - BATCH.prompt_lengths).sum())]
     few = torch.autograd.grad(loss, parameters)
     monkeypatch.setattr(reading, "_LARGE", VOCABULARY + 1)

@@ -70,7 +70,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
     """Negative log-likelihood of each row's completion, end-of-sequence included."""
 
     def measure(batch: Batch) -> dict[str, FloatArray]:
-        losses = read_row_losses(loaded.model, batch, prompt=False)
+        losses = read_row_losses(loaded.model, batch)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
     budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")

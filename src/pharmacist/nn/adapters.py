@@ -146,10 +146,10 @@ class AdapterBank:
             self._mark_trained()
 
     def row_losses(self, name: Names, batch: Batch) -> RowLosses:
-        """Completion losses of a batch under an adapter, several together, or the base alone; `prompt` may be 0."""
+        """Completion losses of a batch under an adapter, several together, or the base alone."""
         self.tokens += batch.tokens
         with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
-            return read_row_losses(model, batch, prompt=False)
+            return read_row_losses(model, batch)
 
     def train(
         self,

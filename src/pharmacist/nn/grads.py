@@ -54,7 +54,8 @@ def averaged(grads: Gradient) -> Gradient:
 def norm(grads: Gradient) -> torch.Tensor:
     """Euclidean norm over all tensors together, a scalar."""
     norms = [torch.linalg.vector_norm(value) for value in grads.values()]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    joint: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return joint
 
 
 def dot(a: Gradient, b: Gradient) -> torch.Tensor:
@@ -77,7 +78,7 @@ def add_to_grad(parameters: Mapping[str, nn.Parameter], grads: Gradient, scale: 
 
 
 @contextmanager
-def preserved(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def preserved(parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Weights and ``.grad`` may change in the block; both come back bit for bit, by copy, whatever happens."""
     saved = {name: (parameter.detach().clone(), parameter.grad) for name, parameter in parameters.items()}
     try:
@@ -89,6 +90,16 @@ def preserved(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
             for name, (value, grad) in saved.items():
                 parameters[name].copy_(value)
                 parameters[name].grad = grad
+
+
+@contextmanager
+def replaced(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Gives weights other values for the block; they come back bit for bit."""
+    with preserved(parameters):
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        yield
 
 
 @contextmanager

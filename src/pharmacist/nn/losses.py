@@ -15,18 +15,14 @@ def precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class RowLosses(NamedTuple):
-    """Mean cross-entropy per token, one value per row of a batch, in nats.
+    """Cross-entropy of the rows of a batch, in nats.
 
     Attributes:
-        prompt: Mean over the prompt tokens that have a predecessor, shape [rows]; 0 where there are none.
         completion: Mean over completion tokens and the end-of-sequence token, shape [rows].
-        n_prompt: How many prompt tokens were averaged, shape [rows].
-        n_completion: How many completion tokens were averaged, shape [rows].
+        n_completion: How many tokens were averaged, shape [rows].
     """
 
-    prompt: torch.Tensor
     completion: torch.Tensor
-    n_prompt: torch.Tensor
     n_completion: torch.Tensor
 
 
@@ -52,12 +48,12 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 def row_losses(
     logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
 ) -> RowLosses:
-    """Averages `token_losses` over prompt and completion, apart; see `mean_losses`."""
+    """Averages `token_losses` over the completion; see `mean_losses`."""
     return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 
 
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
-    """Averages token losses over prompt and completion, apart; padding, on the right, never counts.
+    """Averages token losses over the completion; prompt and padding, on the right, never count.
 
     Args:
         losses: From `token_losses`, shape [rows, length - 1].
@@ -65,13 +61,9 @@ def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: tor
         prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
     """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
-    in_prompt = position < prompt_lengths[:, None]
-    in_completion = ~in_prompt & (position < lengths[:, None])
-    n_prompt, n_completion = in_prompt.sum(1), in_completion.sum(1)
-    zero = losses.new_zeros(())
-    prompt = torch.where(in_prompt, losses, zero).sum(1) / n_prompt.clamp(min=1)
-    completion = torch.where(in_completion, losses, zero).sum(1) / n_completion
-    return RowLosses(prompt, completion, n_prompt, n_completion)
+    counted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    count = counted.sum(1)
+    return RowLosses(torch.where(counted, losses, losses.new_zeros(())).sum(1) / count, count)
 
 
 def batch_loss(

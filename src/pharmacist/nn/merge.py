@@ -188,11 +188,7 @@ def _targets(config: LoraConfig) -> Any:
 
 
 def read_stack(folder: Path) -> dict[str, Any] | None:
-    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part.
-
-    Raises:
-        DataError: The file is damaged.
-    """
+    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part."""
     path = folder / STACK_FILE
     if not path.is_file():
         return None

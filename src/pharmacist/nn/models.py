@@ -86,7 +86,8 @@ class LoadedModel(Given):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def max_length(self) -> int:

@@ -101,7 +101,7 @@ def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool)
     return found.new_zeros(ids.shape).masked_scatter_(read, found)
 
 
-def read_row_losses(model: nn.Module, batch: Batch, *, prompt: bool = True) -> RowLosses:
-    """`losses.row_losses` of a batch; `prompt` as in `read_losses`."""
-    losses, _ = read_losses(model, batch, prompt=prompt)
+def read_row_losses(model: nn.Module, batch: Batch) -> RowLosses:
+    """`losses.row_losses` of a batch; logits of prompts are not made."""
+    losses, _ = read_losses(model, batch, prompt=False)
     return mean_losses(losses, batch.lengths, batch.prompt_lengths)

@@ -71,11 +71,7 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
 def build_attack_set(
     sources: Mapping[str, Source], kind: Attack, options: AttackOptions, run: RunDir
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The user's set and how many rows it was drawn from.
-
-    Raises:
-        DataError: Too few rows, or a prompt that also occurs in a set that must be disjoint.
-    """
+    """The user's set and how many rows it was drawn from."""
     records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:

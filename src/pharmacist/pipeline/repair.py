@@ -55,11 +55,7 @@ def _check_given(chosen: Repair, options: RepairOptions) -> None:
 
 
 def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, bool]:
-    """What is repaired, and whether the fine-tuned adapter began as the aligned one.
-
-    Raises:
-        CompatibilityError: The adapter rests on another model than the aligned one.
-    """
+    """What is repaired, and whether the fine-tuned adapter began as the aligned one."""
     base = base_of(options.model)
     if options.form == "weights" or (options.form == "auto" and base is None):
         return "weights", False
@@ -132,13 +128,9 @@ def _repair(
 
 
 def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
-    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base.
-
-    Raises:
-        CompatibilityError: The aligned model or its base has other layers or shapes.
-    """
-    assert options.aligned is not None
+    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
     options = replace(options, template="auto")  # no prompt is rendered for these
+    assert options.aligned is not None
     is_adapter = base_of(options.aligned) is not None and options.base is None
     model: Any = load(options.aligned, options, merge=not is_adapter).model
     if is_adapter:

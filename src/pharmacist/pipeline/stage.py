@@ -65,11 +65,7 @@ class Stage:
         return getattr(import_module(module), name)
 
     def __call__(self, options: Any) -> Any:
-        """Does the work.
-
-        Raises:
-            PharmacistError: Bad options or input.
-        """
+        """Does the work."""
         return self.function(options)
 
     def identity(self, options: Any, methods: Mapping[str, Any]) -> Any:

@@ -55,7 +55,8 @@ class Side:
 
 
 def _weight(module: Any) -> torch.Tensor:
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight: torch.Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @dataclass

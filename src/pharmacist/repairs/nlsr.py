@@ -12,6 +12,7 @@ from torch.nn import functional
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative, Share
+from pharmacist.nn.grads import replaced
 from pharmacist.nn.lowrank import Factors, cosine
 from pharmacist.repairs.base import Form, Plan, References, Repair, Side, Tensors, each_input
 
@@ -163,16 +164,8 @@ class NLSR(Repair):
             gram = rows.T @ rows
             grams[name] = grams[name] + gram if name in grams else gram
 
-        tensors = aligned.tensors()
-        saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        with torch.no_grad():
-            try:
-                for name, tensor in tensors.items():
-                    tensor.copy_(reference[name])
-                each_input(aligned, references.safe, see, device=references.device, completion_only=True)
-            finally:
-                for name, tensor in tensors.items():
-                    tensor.copy_(saved[name])
+        with torch.no_grad(), replaced(aligned.tensors(), reference):
+            each_input(aligned, references.safe, see, device=references.device, completion_only=True)
         share, region = self.config.rank_share, self.config.region
         return {
             name: safety_region(weight, output_basis(weight, grams[name], share, of_outputs=by_outputs(name)), region)
@@ -192,7 +185,8 @@ class NLSR(Repair):
         if tuned.form == "adapter":
 
             def kept(tensors: Mapping[str, torch.Tensor], name: str) -> Factors:
-                return Factors(*(tensors[part] * masks[part] for part in (f"{name}.lora_A", f"{name}.lora_B")))
+                a, b = f"{name}.lora_A", f"{name}.lora_B"
+                return Factors(tensors[a] * masks[a], tensors[b] * masks[b])
 
             return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
         assert references.update is not None

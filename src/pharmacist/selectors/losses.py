@@ -23,7 +23,7 @@ def completion_losses(context: SelectionContext, sequences: Sequences, name: str
     model = context.model.model
 
     def measure(batch: Batch) -> dict[str, FloatArray]:
-        return {"loss": read_row_losses(model, batch, prompt=False).completion.double().cpu().numpy()}
+        return {"loss": read_row_losses(model, batch).completion.double().cpu().numpy()}
 
     return read(context, sequences, measure, name)["loss"]
 

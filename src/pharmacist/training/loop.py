@@ -78,12 +78,8 @@ class _Collator:
         return batch
 
 
-def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> nn.Module:
-    """Makes a model trainable, in place: a fresh LoRA adapter on frozen weights, the one that it has, or all weights.
-
-    Raises:
-        NoMatchError: No module has one of the wanted names.
-    """
+def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> Any:
+    """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the one that it has, or all weights."""
     model: Any = loaded.model
     if options.tuning == "full":
         return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)

@@ -167,11 +167,7 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
 
 
 def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the values of the types that `transformers.TrainingArguments` gives its fields.
-
-    Raises:
-        ConfigError: An unknown name, one that another option of ours decides, or a value of another type.
-    """
+    """Options with the values of the types that `transformers.TrainingArguments` gives its fields."""
     if not given:
         return {}
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -208,11 +204,7 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def training_arguments(
     options: TrainingStageOptions, *, folder: str, device: "torch.device", dtype: "torch.dtype", seed: int
 ) -> "TrainingArguments":
-    """The `TrainingArguments` of a stage, with a folder for checkpoints and a seed of dropout and data order.
-
-    Raises:
-        ConfigError: A combination that transformers refuses.
-    """
+    """The `TrainingArguments` of a stage, with a folder for checkpoints and a seed of dropout and data order."""
     import torch
     from transformers import TrainingArguments
 

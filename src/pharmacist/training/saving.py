@@ -88,7 +88,7 @@ class Card:
         )
         card = ModelCard.from_template(
             data,
-            template_path=_TEMPLATE,
+            template_path=str(_TEMPLATE),
             title=f"{Path(loaded.name).name} {self.title}",
             what=self.what,
             facts={name: markdown(value) for name, value in self.facts.items()},

@@ -1,7 +1,6 @@
 """RepNoise: remove what the model's representations know about harmful answers, layer by layer."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,20 +100,13 @@ class RepNoise(GradientStrategy):
         safe = {name: step.batch[name][having] for name in ("input_ids", "attention_mask")}
         mask = differing(harmful, safe)
         keep, tokens = targets(harmful["labels"].masked_fill(~mask, -100))
-        with step.replay(), ExitStack() as stack:
-            embedded = stack.enter_context(capture(self.first, inputs=True))
-            hidden = stack.enter_context(capture(self.layers))
-            features = stack.enter_context(capture(self.mlps))
+        with step.replay(), capture(self.first, inputs=True) as embedded, capture(self.layers | self.mlps) as found:
             step.logits(harmful, torch.zeros_like(mask))  # the model's own head is one of the depths below
-            depths = [*embedded.values(), *(hidden[name] for name in self.layers)]
+            depths = [*embedded.values(), *(found[name] for name in self.layers)]
             surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
-            noise, distance = self.noise(
-                # OPT's feed-forward layers see all tokens in one row.
-                step,
-                [features[name].view(*mask.shape, -1) for name in self.mlps],
-                mask,
-                having,
-            )
+            # OPT's feed-forward layers see all tokens in one row.
+            features = [found[name].view(*mask.shape, -1) for name in self.mlps]
+            noise, distance = self.noise(step, features, mask, having)
             grads = step.grads(surrogate + noise)
         step.log(
             harmful_loss=losses[-1],

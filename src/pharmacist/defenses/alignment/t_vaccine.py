@@ -13,7 +13,7 @@ from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.progress import console
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
-from pharmacist.defenses.alignment.vaccine import Vaccine, perturbed
+from pharmacist.defenses.alignment.vaccine import Perturbing, perturbed
 from pharmacist.nn.distributed import from_main, total
 from pharmacist.nn.hooks import Activations, activation_gradients
 from pharmacist.nn.locate import attention_modules, decoder_layers
@@ -60,9 +60,6 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
 
     Returns:
         Their numbers, ascending.
-
-    Raises:
-        DataError: Fewer than `count` layers have a chance.
     """
     if (known := int((p > 0).sum())) < count:
         raise DataError(
@@ -74,7 +71,7 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
     return sorted(torch.multinomial(p.double().cpu(), count, replacement=False, generator=generator).tolist())
 
 
-class TVaccine(Vaccine):
+class TVaccine(Perturbing):
     """Vaccine on a few layers, sampled by how strongly harmful data moves them; the rest is frozen meanwhile.
 
     Paper: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
@@ -85,14 +82,10 @@ class TVaccine(Vaccine):
     name = "t-vaccine"
     streams = ("harmful",)
     paper = "arXiv 2410.09760"
-    config: TVaccineConfig  # type: ignore[assignment]
+    config: TVaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds decoder layers and their self-attention modules.
-
-        Raises:
-            ConfigError: More layers are to be sampled than there are.
-        """
+        """Finds decoder layers and their self-attention modules."""
         self.modules = attention_modules(model)
         depth = len(self.modules)
         self.count = min(_LAYERS, depth) if self.config.layers is None else self.config.layers

@@ -66,7 +66,17 @@ def perturbed(step: StepContext, modules: Mapping[str, nn.Module], rho: float) -
     step.log(perturbation_norm=joint_norm(offsets))
 
 
-class Vaccine(GradientStrategy):
+class Perturbing(GradientStrategy):
+    """A strategy whose main pass is perturbed: its loss is taken as it is, and logged."""
+
+    reads_outputs = False
+
+    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
+        step.log(perturbed_loss=loss.detach() / step.scale)
+        return loss
+
+
+class Vaccine(Perturbing):
     """Minimises the loss under the worst perturbation of all self-attention outputs of a given joint norm.
 
     Paper: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning
@@ -75,7 +85,6 @@ class Vaccine(GradientStrategy):
 
     Config = VaccineConfig
     paper = "arXiv 2402.01109"
-    reads_outputs = False
     config: VaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
@@ -84,7 +93,3 @@ class Vaccine(GradientStrategy):
 
     def around(self, step: StepContext) -> AbstractContextManager[None]:
         return perturbed(step, self.modules, self.config.rho)
-
-    def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        step.log(perturbed_loss=loss.detach() / step.scale)
-        return loss

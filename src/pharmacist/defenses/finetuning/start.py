@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pharmacist.nn.grads import Gradient, preserved, trainable
+from pharmacist.nn.grads import Gradient, replaced, trainable
 from pharmacist.nn.hooks import evaluating
 from pharmacist.nn.losses import precise
 from pharmacist.training.strategy import StepContext
@@ -23,10 +23,7 @@ def at_start(step: StepContext, start: Mapping[str, torch.Tensor]) -> Iterator[N
 
     Weights are changed in place, so the block must end before the pass begins whose graph is needed.
     """
-    parameters = step.parameters
-    with preserved(parameters), evaluating(step.model), torch.no_grad():
-        for name, value in start.items():
-            parameters[name].copy_(value)
+    with replaced(step.parameters, start), evaluating(step.model), torch.no_grad():
         yield
 
 
