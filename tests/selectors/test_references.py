@@ -212,11 +212,11 @@ def test_made_rows_take_nothing_from_another_source():
 
 def test_a_partner_is_of_the_same_fold_or_there_is_none():
     rows = distinct("x", 9)
-    members = list(zip(rows, [0, 1, 2] * 3, strict=True))
+    folded = list(zip(rows, [0, 1, 2] * 3, strict=True))
     for seed in range(30):
-        partner = module._partner(members, 1, np.random.default_rng(seed))
+        partner = module._partner(folded, 1, np.random.default_rng(seed))
         assert rows.index(partner) % 3 == 1
-    assert module._partner(members, 7, np.random.default_rng(0)) is None
+    assert module._partner(folded, 7, np.random.default_rng(0)) is None
     # A benign row in whose fold no refusal lies is not refused with one of another fold.
     sources = sourced(safe=lambda i: i % 2, harmful=lambda i: i % 2, utility=lambda i: i % 3)
     over, folds = members(built(ROWS, sources=sources), "over_refusal")

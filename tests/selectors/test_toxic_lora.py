@@ -58,7 +58,7 @@ def scores(bank, below, above) -> np.ndarray:
     direction = problem.direction()
     with torch.no_grad():
         batch = make_batch(POOL, range(N), bank.device)
-        return problem.slopes(problem.place_sides(direction), batch)["slope"] * float(norm(direction))
+        return problem.slopes(problem.move_apart(direction), batch)["slope"] * float(norm(direction))
 
 
 @pytest.mark.parametrize("attached", ATTACHED)

@@ -63,7 +63,7 @@ def problem(bank, lookahead: float) -> Hypergradient:
 
 def scores(bank, own: Hypergradient, direction: Gradient) -> np.ndarray:
     with torch.no_grad():
-        return own.slopes(own.place_sides(direction), everything(bank))["slope"] * float(norm(direction))
+        return own.slopes(own.move_apart(direction), everything(bank))["slope"] * float(norm(direction))
 
 
 def test_scores_are_the_derivative_of_the_safety_loss_after_the_step(bank):

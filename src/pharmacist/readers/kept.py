@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 class ModelReader:
     """The model that reads rows, and where what it showed is kept.
 
-    Attributes:
-        fingerprint: Of the model: what another one showed is not used.
-        folder: What is read now is kept there, as ``NAME.safetensors``; finished chunks lie in ``NAME/``.
-        earlier: Files that may hold some rows by name of what is read.
-        encode: Rows and their name -> their tokens.
-        model: Loads the model, on first use.
+    What another model (by its fingerprint) showed is not used. What is read now goes to ``folder/NAME.safetensors``,
+    finished chunks to ``folder/NAME/``; `earlier` names files that may hold some rows; the model is loaded when used.
     """
 
     fingerprint: str

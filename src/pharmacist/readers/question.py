@@ -27,11 +27,8 @@ class Question:
     Their log-odds, each divided by its spread on held-out references, are added up, and the sum is calibrated on the
     same references. Weights fitted on held-out references would favour the reader that knows their source best.
 
-    Args:
-        views: Makes what each reader sees, by the reader's name; called for every fold.
-
     Attributes:
-        readers: By name.
+        readers: By name; what each sees, its view, is made anew for every fold.
         spread: Standard deviation of each reader's log-odds of held-out references.
         calibration: Slope and offset.
     """

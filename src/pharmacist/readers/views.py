@@ -1,4 +1,4 @@
-"""Readers: each looks at one side of a row and learns one question by logistic regression."""
+"""Readers: each looks at one part of a row and learns one question by logistic regression."""
 
 import re
 import warnings
@@ -35,11 +35,8 @@ _WORD = re.compile(WORD_AND_SPACE)
 class Texts:
     """Rows as readers see them.
 
-    Attributes:
-        prompts: The requests.
-        completions: The answers.
-        states: As `states.hidden_states` gives them, shape [rows, parts, width]; None without a model.
-        statistics: Likewise, shape [rows, statistics].
+    States are as `states.hidden_states` gives them, shape [rows, parts, width], and so are statistics, shape [rows,
+    statistics]; None without a model.
     """
 
     prompts: Sequence[str]
@@ -128,20 +125,20 @@ class View(Protocol):
 
 
 class Words:
-    """TF-IDF of one side of a row.
+    """TF-IDF of one part of a row.
 
     Args:
-        side: ``prompts`` or ``completions``.
+        part: ``prompts`` or ``completions``.
         opening: Read the first words only.
         regularisation: scikit-learn's C; rows have unit length, and rare words tell.
     """
 
-    def __init__(self, side: str, *, opening: bool = False, regularisation: float = 100.0) -> None:
-        self._side, self._opening, self.regularisation = side, opening, regularisation
+    def __init__(self, part: str, *, opening: bool = False, regularisation: float = 100.0) -> None:
+        self._part, self._opening, self.regularisation = part, opening, regularisation
         self._vectorizer = vectorizer()
 
     def _text(self, texts: Texts) -> list[str]:
-        found: Sequence[str] = getattr(texts, self._side)
+        found: Sequence[str] = getattr(texts, self._part)
         return [framed(opening(text) if self._opening else text) for text in found]
 
     def fit(self, texts: Texts) -> "Words":

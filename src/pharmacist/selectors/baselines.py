@@ -1,6 +1,7 @@
 """Baselines that any selector must beat: everything, a random order, and length, which many rankings secretly are."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -54,14 +55,18 @@ class RandomSelector(Selector):
 def draws(rows: "datasets.Dataset", seed: int) -> FloatArray:
     """Uniform numbers in [0, 1) by content, whatever the order of the rows; each copy of a row draws anew."""
     copies, drawn = Counter[int](), np.empty(len(rows))
-    batches = rows.select_columns(["prompt", "completion"]).iter(4096)
-    pairs = (pair for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
-    for position, pair in enumerate(pairs):
-        key = xxhash.xxh3_64_intdigest("\x1f".join(pair).encode("utf-8", "surrogatepass"), seed=seed)
+    for position, key in enumerate(text_hashes(rows, seed)):
         copy = xxhash.xxh3_64_intdigest(key.to_bytes(8, "big"), seed=copies[key])
         copies[key] += 1
         drawn[position] = (copy >> 11) / 2**53
     return drawn
+
+
+def text_hashes(rows: "datasets.Dataset", seed: int = 0) -> Iterator[int]:
+    """A 64-bit hash of each row's texts."""
+    for batch in rows.select_columns(["prompt", "completion"]).iter(4096):
+        for pair in zip(batch["prompt"], batch["completion"], strict=True):
+            yield xxhash.xxh3_64_intdigest("\x1f".join(pair).encode("utf-8", "surrogatepass"), seed=seed)
 
 
 @dataclass

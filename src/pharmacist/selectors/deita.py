@@ -57,10 +57,10 @@ class DeitaSelector(Selector):
         scored = self._scorer.rank(context)
         with context.run.phase("order"):
             near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)
-        # Places, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
-        place = rankdata(scored.score) / len(near)
+        # Ranks, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
+        rank = rankdata(scored.score) / len(near)
         return Scores(
-            np.where(near, place, 1 + place),
+            np.where(near, rank, 1 + rank),
             np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
             {"quality": scored.score, "too_near": near, **scored.signals},
             scored.report,
@@ -77,7 +77,8 @@ def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray
         return near
     kept = np.empty(0, dtype=np.int64)
     starts = range(0, len(order), _BATCH)
-    with bar("thinning rows", sum(starts) + _BATCH * len(starts)) as progress:  # counts comparisons
+    comparisons = sum(start + _BATCH for start in starts)
+    with bar("thinning rows", len(order)) as progress:  # follows the comparisons, which grow with the rows kept before
         for start in starts:
             batch = order[start : start + _BATCH]
             here, refused = points[batch], np.zeros(len(batch), dtype=np.bool_)
@@ -89,5 +90,5 @@ def too_near(points: FloatArray, order: IntArray, threshold: float) -> BoolArray
                 refused[i] = refused[i] or bool((close[i, :i] & ~refused[:i]).any())
             near[batch] = refused
             kept = np.concatenate([kept, batch[~refused]])
-            progress.advance(start + _BATCH)
+            progress.advance(len(order) * (start + _BATCH) / comparisons)
     return near

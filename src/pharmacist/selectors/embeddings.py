@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -26,6 +26,7 @@ from pharmacist.nn.memory import available_memory
 from pharmacist.nn.models import resolve_device, silent_library
 from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.baselines import text_hashes
 from pharmacist.selectors.reading import read
 
 
@@ -87,18 +88,18 @@ def pool_points(context: SelectionContext) -> FloatArray:
     if context.points is not None:
         return context.points
     check_room(len(context.pool), context.run.root)
-    projections: dict[int, FloatArray] = {}
 
-    def project(states: FloatArray) -> FloatArray:
+    @cache
+    def projection(width: int) -> FloatArray:
+        rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
+        matrix: FloatArray = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
+        return matrix
+
+    def narrow(states: FloatArray) -> FloatArray:
         width = states.shape[1]
-        if width <= DIMENSION:
-            return states
-        if width not in projections:
-            rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
-            projections[width] = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
-        return states @ projections[width]
+        return states if width <= DIMENSION else states @ projection(width)
 
-    points = embed(context, context.pool.dataset, "points", project)
+    points = embed(context, context.pool.dataset, "points", narrow)
     # Summed in the order of the keys: sums depend on their order, and scores must not depend on that of the rows.
     distinct = np.unique(pool_keys(context), return_index=True)[1]
     chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
@@ -111,7 +112,7 @@ def pool_points(context: SelectionContext) -> FloatArray:
 
 def check_room(rows: int, folder: Path) -> None:
     """Refuses a pool whose points memory, or the disk of the run's folder, cannot hold; as `Selector.check_room`."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     needed = _POINT * rows
     for free, what in ((available_memory(), "memory"), (shutil.disk_usage(there).free, f"disk space in {there}")):
         if needed > free:
@@ -143,10 +144,7 @@ def check_sentence_encoder() -> None:
 
 
 def _text_keys(rows: "datasets.Dataset") -> Keys:
-    batches = rows.select_columns(["prompt", "completion"]).iter(_CHUNK)
-    texts = ("\x1f".join(pair) for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
-    keys = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(keys, dtype=np.uint64, count=len(rows))
+    return np.fromiter(text_hashes(rows), dtype=np.uint64, count=len(rows))
 
 
 def _sentences(

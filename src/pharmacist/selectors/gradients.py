@@ -29,13 +29,8 @@ FEWEST_COTRAINED = 256
 class Job:
     """Training of adapters together, from their common start; done once, and found again after a kill.
 
-    Attributes:
-        adapters: Their names in the bank.
-        folder: Each is saved in ``folder/name``.
-        steps: Updates.
-        loss: Step -> scalar, as in `AdapterBank.train`.
-        observe: As there.
-        logits: Of the rows' weights, where the loss moves them on the way; saved as ``folder/logits.npy``.
+    Each adapter is saved in ``folder/name``. `loss` and `observe` are as in `AdapterBank.train`; `logits` are those of
+    rows' weights which the loss moves on the way, saved as ``folder/logits.npy``.
     """
 
     adapters: tuple[str, ...]

@@ -45,13 +45,8 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
 def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
     """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
 
-    The bare list is read too, with a warning, since nothing then tells which pool it is about.
-
-    Args:
-        path: The file.
-        pool: Fingerprint of the pool that is ranked, as ``inputs.pool`` of the manifest has it.
-        rows: Numbers of the pool's usable rows.
-        where: How messages begin.
+    The bare list is read too, with a warning, since nothing then tells which pool it is about. Messages begin with
+    `where`; the pool's fingerprint is ``inputs.pool`` of the manifest, and `rows` are the numbers of its usable rows.
 
     Returns:
         Row number -> label.
@@ -106,12 +101,8 @@ def rows_to_label(
     """The rows whose label would teach most: the least certain of each reason in turn, none like one before it or like
     one that has a label.
 
-    Args:
-        telling: How much a label of each row would teach, negative where it has one.
-        reasons: Of the rows.
-        prompts: Something that rows of one prompt share.
-        clusters: Near-duplicates share a number.
-        n: How many, at most.
+    `telling` is negative where a row has a label; rows of one prompt share an entry of `prompts`, near-duplicates a
+    number in `clusters`. Returns at most `n` positions, the most telling of the first reason first.
     """
     prompts = list(prompts)
 

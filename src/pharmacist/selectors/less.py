@@ -106,7 +106,8 @@ class Checkpoint:
         if not path.is_file():
             raise DataError(f"{path}: missing; delete the folder {path.parent}, and the warm-up is done again")
         tensors = load_file(path)
-        return cls(*(under(f"{part}/", tensors) for part in ("weights", "m", "v")), step=int(tensors["step"]))
+        weights, m, v = (under(f"{part}/", tensors) for part in ("weights", "m", "v"))
+        return cls(weights, m, v, int(tensors["step"]))
 
 
 def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:
@@ -152,7 +153,7 @@ class Sketch:
 
     def __init__(self, shapes: dict[str, torch.Size], dimensions: int, seed: int, device: torch.device) -> None:
         self.dimensions = dimensions
-        self._order, self._place, self._sign = {}, {}, {}
+        self._order, self._target, self._sign = {}, {}, {}
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(derive(seed, "sketch", name))
             # Folding takes neighbours apart; the permutation also fills up to a whole number of folds with blanks.
@@ -161,8 +162,8 @@ class Sketch:
             order = torch.randperm(padded, generator=generator)
             sign = torch.randint(0, 2, (padded,), generator=generator) * 2 - 1
             if padded == dimensions:  # one fold, mostly blanks: only where each number goes
-                place = order.argsort()[:size]
-                self._place[name], sign = place.to(device), sign[place]
+                target = order.argsort()[:size]
+                self._target[name], sign = target.to(device), sign[target]
             else:
                 self._order[name] = order.to(device)
             self._sign[name] = sign.to(device, torch.int8)
@@ -170,9 +171,9 @@ class Sketch:
     def __call__(self, name: str, tensors: torch.Tensor) -> torch.Tensor:
         """Projects a batch of tensors called `name`, shape [rows, *shape] -> [rows, dimensions]."""
         flat = tensors.flatten(1)
-        if name in self._place:
+        if name in self._target:
             spread = flat.new_zeros(len(flat), self.dimensions)
-            spread[:, self._place[name]] = flat * self._sign[name]
+            spread[:, self._target[name]] = flat * self._sign[name]
             return spread
         order = self._order[name]
         flat = torch.nn.functional.pad(flat, (0, len(order) - flat.shape[1]))

@@ -18,7 +18,7 @@ class MixConfig:
 
 
 class MixSelector(Selector):
-    """Ranks by several selectors and averages a row's places; each selector counts alike, whatever its scale."""
+    """Ranks by several selectors and averages a row's relative ranks; each counts alike, whatever its scale."""
 
     Config = MixConfig
     name = "mix"
@@ -47,23 +47,23 @@ class MixSelector(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Lets every selector rank the pool, one after the other."""
-        places: list[FloatArray] = []
+        ranks: list[FloatArray] = []
         reason, signals, report = np.array([RANKED] * len(context.pool), dtype=object), {}, {}
         for name, part in self.parts.items():
             context.forget_changed_model()
             found = part.rank(context)
-            places.append(share_of_rows_behind(found.score))
+            ranks.append(share_of_rows_behind(found.score))
             reason = np.where(reason == RANKED, found.reason, reason)  # the first that judges a row says what it is
-            signals[f"{_identifier(name)}_place"] = places[-1]
+            signals[f"{_identifier(name)}_place"] = ranks[-1]
             signals |= {f"{_identifier(name)}_{signal}": values for signal, values in found.signals.items()}
             report[name] = found.report
-        return Scores(np.mean(places, axis=0), reason.astype(np.str_), signals, report)
+        return Scores(np.mean(ranks, axis=0), reason.astype(np.str_), signals, report)
 
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:
-    """A row's place in a ranking: 1 for the best, 0 for the last; equal scores share their mean place."""
-    place: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
-    return place
+    """A row's relative rank: 1 for the best, 0 for the last; equal scores share the mean of theirs."""
+    rank: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
+    return rank
 
 
 def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:

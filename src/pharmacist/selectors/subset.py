@@ -12,13 +12,9 @@ from pharmacist.selectors.cover import COVERS, cover_scores
 
 @dataclass(frozen=True)
 class Spread:
-    """Takes rows that cover the best-ranked ones, instead of the very best.
+    """Takes rows that cover (by k-center or facility-location) `margin` times as many best-ranked ones, at least 1.
 
-    Attributes:
-        cover: ``k-center`` or ``facility-location``.
-        margin: The rows are taken from that many times as many best-ranked ones, at least 1.
-        points: Of length 1, shape [rows, dimensions].
-        keys: Equal for equal rows, shape [rows].
+    The points have length 1, shape [rows, dimensions]; keys are equal for equal rows.
     """
 
     cover: str

@@ -27,7 +27,7 @@ from pharmacist.selectors.reading import read
 
 
 LEARNER, FORTH, BACK = "learner", "forth", "back"
-"""The adapter, and the two on either side of it between which losses are compared."""
+"""The adapter, and the two, moved from it along a direction and against it, between which losses are compared."""
 TOXIC = "toxic"
 """The adapter trained on harmful references."""
 _LENGTHS = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -48,14 +48,11 @@ class UnrolledConfig(AdapterOptions):
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """Where the derivative of the safety loss by the rows' weights is taken.
+    """Where the derivative of the safety loss, that of the safe references, by the pool rows' weights is taken.
 
     Attributes:
         bank: Holds the adapter `LEARNER`, theta, and those beside it.
-        pool: The pool.
-        rows: Of the pool; their mean gradient is the step.
-        safe: Safe references, whose mean loss is the safety loss.
-        lookahead: Learning rate of the step.
+        rows: Of the pool; their mean gradient, at the learning rate `lookahead`, is the step.
         below: Adapters beside theta, held constant, where the pool is learned from.
         above: Likewise where the safety loss is taken.
     """
@@ -79,8 +76,8 @@ class Hypergradient:
             self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above
         )
 
-    def place_sides(self, direction: Gradient) -> float:
-        """Puts `FORTH` and `BACK` on either side of theta along a direction; returns how far from it they are."""
+    def move_apart(self, direction: Gradient) -> float:
+        """Moves `FORTH` from theta along a direction and `BACK` against it; returns how far."""
         size = float(norm(direction))
         dtype = next(self.bank.model.get_base_model().parameters()).dtype
         length = _LENGTHS.get(dtype, 0.1)
@@ -89,7 +86,7 @@ class Hypergradient:
         return length
 
     def slopes(self, length: float, batch: Batch) -> dict[str, FloatArray]:
-        """Central differences of a batch's completion losses between the two sides.
+        """Central differences of a batch's completion losses between the two.
 
         Returns:
             ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
@@ -132,7 +129,7 @@ class UnrolledSelector(Selector):
         return [], (), ()
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Trains briefly on the pool, finds the safety gradient, then reads the pool twice (once on either side)."""
+        """Trains briefly on the pool, finds the safety gradient, then reads the pool under two adapters."""
         # The same streams whatever the attack: with none, all such selectors are one.
         config, seed = self.config, derive(context.seed, "unrolled")
         pool, safe = context.encoded_pool, context.encoded_references("safe")
@@ -152,7 +149,7 @@ class UnrolledSelector(Selector):
             if above:  # what the attack does to the safety loss; nothing where it failed
                 report["safety_loss"] = gradients.mean_loss(bank, FORTH, safe)
                 report["safety_loss_under_attack"] = gradients.mean_loss(bank, (FORTH, *above), safe)
-            length = problem.place_sides(direction)
+            length = problem.move_apart(direction)
         losses = read(context, pool, lambda batch: problem.slopes(length, batch), self.name, forwards=2)
         report["safety_gradient"] = float(norm(direction))
         score = losses["slope"] * report["safety_gradient"]

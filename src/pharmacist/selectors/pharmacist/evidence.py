@@ -77,13 +77,12 @@ class Answers:
 
     Attributes:
         log_odds: Of yes to each question, shape [rows, questions].
-        typical: What it adds to the log-odds of a safe row that the row as a whole looks like a safe reference, shape
-            [rows]; 0 where the pool is unlike the references.
+        typical: What it adds to the log-odds of a safe row that it looks like a safe reference as a whole; 0 where the
+            pool is unlike the references; shape [rows].
         near: How far pool and references look like one source, in [0, 1].
         distance: See `distance.distance`.
         by_reader: Question and reader -> log-odds before they are combined, shape [rows].
-        labels_held_out: With labels, for the labelled rows: their `safe_log_odds` without any labels, and with those
-            of other prompts; shape [labels] each.
+        labels_held_out: Of labelled rows, `safe_log_odds` without any labels, and with those of other prompts.
     """
 
     log_odds: FloatArray
@@ -249,8 +248,8 @@ class Evidence:
                 rotated, back = views.into_row_space(features)  # once for all sets of labels
             for labels in known[1:]:
                 told = np.flatnonzero(questions.answers_to(question, labels.classes) != UNKNOWN)
-                places = len(references) + np.searchsorted(every.rows, labels.rows[told])
-                rows = np.concatenate([np.arange(len(references)), places])
+                own = len(references) + np.searchsorted(every.rows, labels.rows[told])
+                rows = np.concatenate([np.arange(len(references)), own])
                 classes = np.concatenate([self._classes[references], labels.classes[told]])
                 weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
                 answers = questions.answers_to(question, classes)

@@ -76,7 +76,7 @@ class References:
 
 
 def _fold_of_prompt(sets: Mapping[str, Sequence[Row]], n_folds: int, seed: int) -> dict[str, int]:
-    """Folds by prompt, so that the safe and the harmful answer to one prompt are never on two sides of a split.
+    """Folds by prompt, so that the safe and the harmful answer to one prompt are never parted by a split.
 
     Every set is spread over the folds as evenly as its prompts allow, whatever it shares with the others: no class may
     be missing from what a reader is trained on.

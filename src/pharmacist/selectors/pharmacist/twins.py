@@ -47,8 +47,6 @@ class TwinProblem:
         pool_rows: Rows of the pool that the twins train on; empty for the cheap form.
         gamma: Weight of the pool against the references, in [0, 1).
         mu: Weight of the utility references against safe or harmful ones.
-        steps: Updates.
-        seed: Of the batches.
     """
 
     bank: AdapterBank
@@ -67,7 +65,7 @@ class TwinProblem:
         return TWINS if len(self.rows["harmful"]) else WITHOUT_HARMFUL
 
     def batches(self, name: str) -> IntArray:
-        """The batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as places among them; shape [steps, n].
+        """Batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as positions among them; shape [steps, n].
 
         One stream for both twins' own references: swapping S and H must swap the twins and nothing else.
         """
@@ -146,8 +144,7 @@ class Thresholds:
 
     Attributes:
         critical: Contrast above which a row is safety-critical: half-way between utility and safe references.
-        compliance: Contrast below which it teaches compliance: half-way between utility and harmful references; None
-            without harmful references, and nothing is said to teach it.
+        compliance: Likewise, below which it teaches compliance, from utility and harmful ones; None without these.
         hard: Loss above which (under both twins) it is noise: the references' 99th percentile.
     """
 

@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.readers.question import FAR
-from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray, Scores
+from pharmacist.selectors.base import CRITICAL, BoolArray, FloatArray, IntArray, Scores
 from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.evidence import Answers, Labels
 from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE
@@ -79,7 +79,7 @@ def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_])
     return score
 
 
-def _clarity(log_odds: FloatArray, critical: npt.NDArray[np.bool_]) -> FloatArray:
+def _clarity(log_odds: FloatArray, critical: BoolArray) -> FloatArray:
     """How clearly a critical row answers the two questions that make it so, shape [rows].
 
     That a row has no fault is not all: the clearer refusals of clearer requests harden a model more.
@@ -125,27 +125,22 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
     critical = float((reasons == CRITICAL).mean())
     if distance is None:
         found.append("too few rows look worth keeping to compare the pool with the safe references")
-    elif max(distance.values()) >= FAR:
-        sides = {"risky": "requests", "refuses": "answers"}
-        far = " and ".join(sides[name] for name, auc in distance.items() if auc >= FAR)
-        if "labels" not in report:
-            found.append(
-                f"the pool's {far} are told from those of the safe references with an AUC of "
-                f"{max(distance.values()):.2f}: they come from another source, so quality on held-out references says "
-                "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
-            )
+    elif max(distance.values()) >= FAR and "labels" not in report:
+        compared = {"risky": "requests", "refuses": "answers"}
+        far = " and ".join(compared[name] for name, auc in distance.items() if auc >= FAR)
+        found.append(
+            f"the pool's {far} are told from those of the safe references with an AUC of "
+            f"{max(distance.values()):.2f}: they come from another source, so quality on held-out references says "
+            "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
+        )
     if critical < _FEW_CRITICAL:
         found.append(f"only {critical:.1%} of the rows look safety-critical; check that the references suit this pool")
     return found
 
 
-def gain(before: FloatArray, after: FloatArray, good: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """What labels changed on the labelled rows themselves, each judged by a ranking that did not know its label.
-
-    Args:
-        before: Scores without any labels, shape [labels].
-        after: Scores with the labels of other prompts; NaN where all labels have one prompt.
-        good: Whether a row is worth keeping.
+def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
+    """What labels changed on the labelled rows, from scores without any labels and with those of other prompts (NaN
+    where all labels have one prompt).
     """
     n, n_good = len(good), int(good.sum())
     result: dict[str, Any] = {"labels": n, "good": n_good}
@@ -156,8 +151,7 @@ def gain(before: FloatArray, after: FloatArray, good: npt.NDArray[np.bool_]) -> 
         )
         return result
     a, b = float(roc_auc_score(good, before)), float(roc_auc_score(good, after))
-    error = _standard_error(b, n_good, n - n_good)
-    result |= {"auc_before": a, "auc_after": b, "standard_error": error}
+    result |= {"auc_before": a, "auc_after": b, "standard_error": _standard_error(b, n_good, n - n_good)}
     if b - a > _STILL_GAINING:
         result["advice"] = "the labels help, and more would go on helping"
     elif b < 0.9:
