@@ -13,9 +13,8 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -29,6 +28,10 @@ from pharmacist.report import charts, tables, words
 from pharmacist.report.numbers import METRICS, Figure
 
 
+if TYPE_CHECKING:
+    import datasets
+
+
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
 _MARKS = (("dash", "square"), ("dot", "diamond"), ("solid", "circle"))
 """Dashes and markers of the demo's arms."""
@@ -39,7 +42,7 @@ def render_ranking(
     path: Path,
     *,
     scores: pd.DataFrame,
-    texts: datasets.Dataset,
+    texts: "datasets.Dataset",
     manifest: Mapping[str, Any],
     labels: Sequence[str] | None = None,
     categories: Sequence[Sequence[str]] | None = None,
@@ -78,6 +81,8 @@ def render_demo(
 
     Labels, the planted ones, and categories are per row of the pool.
     """
+    import datasets  # the command that labels needs nothing else of it
+
     summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
     pool = read_json_lines(folder / "data" / "pool.jsonl")
@@ -111,7 +116,7 @@ def render_demo(
 
 def _ranking(
     scores: pd.DataFrame,
-    texts: datasets.Dataset,
+    texts: "datasets.Dataset",
     manifest: Mapping[str, Any],
     labels: Sequence[str] | None,
     categories: Sequence[Sequence[str]] | None,

@@ -3,14 +3,17 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.report import words
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 MOST_ROWS = 100_000
@@ -107,7 +110,7 @@ class Rows:
     """
 
     def __init__(
-        self, scores: pd.DataFrame, texts: datasets.Dataset, labels: Sequence[str] | None, report: Mapping[str, Any]
+        self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, report: Mapping[str, Any]
     ) -> None:
         self.scores, self.texts, self.known, self.report = scores, texts, labels, report
         self.reasons = words.ordered(scores["reason"], words.REASONS)

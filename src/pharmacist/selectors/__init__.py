@@ -20,7 +20,7 @@ SELECTORS: Registry[Selector] = _Selectors(
     {
         "pharmacist": "pharmacist.selectors.pharmacist.selector:PharmacistSelector",
         "seal": "pharmacist.selectors.seal:SealSelector",
-        "toxic-lora": "pharmacist.selectors.unrolled:ToxicLoraSelector",
+        "toxic-lora": "pharmacist.selectors.toxic_lora:ToxicLoraSelector",
         "unrolled": "pharmacist.selectors.unrolled:UnrolledSelector",
         "less": "pharmacist.selectors.less:LessSelector",
         "random": "pharmacist.selectors.baselines:RandomSelector",
