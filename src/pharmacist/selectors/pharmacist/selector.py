@@ -149,6 +149,7 @@ class _Ranking:
 
     def scores(self) -> Scores:
         """The verdict on the pool."""
+        fallback = None if self.saved else fall_back(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if evidence is not None and self.config.form == "evidence":
             return evidence
@@ -157,7 +158,7 @@ class _Ranking:
         contrast = other - safe
         signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
         report: dict[str, Any] = {"twins": twins.report}
-        if not self.saved and (fallback := fall_back(self.config, self.context.references)) is not None:
+        if fallback is not None:
             report["fallback"] = fallback
         # The rows that have a label, copies of labelled ones among them, and their classes.
         first, inverse = self.distinct
