@@ -318,3 +318,6 @@ def test_a_dry_run_shows_the_graph_and_its_cost(
     assert "4 cells, 24 stages, 17 to run" in text
     assert "as measured on 7 stages" in text
     assert stages.began() == {}
+    run(tmp_path / "bench", **changes, only="full*sft")
+    text = capsys.readouterr().err
+    assert "0 to run" in text and "sft" not in text.partition("cells such as")[0], "what is done costs nothing"

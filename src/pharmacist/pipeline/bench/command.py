@@ -12,7 +12,7 @@ from rich.table import Table
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.manifest import Phase, RunManifest, read_manifest
 from pharmacist.core.progress import bar, console
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
@@ -25,6 +25,8 @@ from pharmacist.pipeline.pages import bench_page
 
 
 _TRAINING = ("align", "attack")
+_OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
+"""Phases of an evaluation that another judge's evaluation of the same answers takes over."""
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -143,11 +145,10 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     for column in ("stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"):
         table.add_column(column, justify="left" if column in ("stage", "method") else "right")
     order = list(dict.fromkeys(cost.kind for cost in costs))
-    for cost in sorted(costs, key=lambda cost: order.index(cost.kind)):
+    for cost in sorted((cost for cost in costs if cost.waiting), key=lambda cost: order.index(cost.kind)):
         numbers = ("" if number is None else f"{number:,.0f}" for number in (cost.tokens, cost.tokens_per_second))
         hours = "not measured" if cost.seconds is None else f"{cost.seconds / 3600:.2f}"
-        row = (cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers)
-        table.add_row(*row, hours if cost.waiting else "")
+        table.add_row(cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers, hours)
     known = [cost.seconds for cost in costs if cost.seconds is not None]
     hours = f"{sum(known) / 3600:.2f}" if known else "-"
     table.add_section()
@@ -184,27 +185,28 @@ def _costs(plan: Plan, waiting: Iterable[Stage]) -> list[_Cost]:
 
     Training: rows that pass through the model (rows times epochs, or steps times batch), times the tokens per row and
     over the tokens per second of finished stages of that kind and method, or of that kind with other methods where it
-    has none. All else: the mean time of such stages.
+    has none. All else: the mean time of such stages; answers that were made for another judge are not made again.
     """
     manifests = {name: stage.manifest for name, stage in plan.stages.items()}
     finished = {name: found for name, found in manifests.items() if found is not None and found.status == "success"}
-    measured: dict[tuple[str, ...], list[tuple[float, int, float]]] = defaultdict(list)
+    measured: dict[tuple[Any, ...], list[tuple[float, int, float]]] = defaultdict(list)
     for name, manifest in finished.items():
         stage, phases = plan.stages[name], manifest.phases
         if stage.kind in _TRAINING:
             rows, phase = _rows(stage, plan, finished) or 0.0, phases["train"]
             one = rows, phase.tokens, phase.seconds
         else:
-            one = 0.0, 0, sum(phase.seconds for phase in phases.values())
-        measured[stage.kind, stage.method].append(one)
-        measured[stage.kind,].append(one)
+            one = 0.0, 0, _seconds(stage, phases)
+        measured[stage.kind, stage.like is None, stage.method].append(one)
+        measured[stage.kind, stage.like is None].append(one)
     names = {stage.name for stage in waiting}
     costs: dict[tuple[str, str], _Cost] = {}
     for stage in plan.stages.values():
         cost = costs.setdefault((stage.kind, stage.method), _Cost(stage.kind, stage.method))
         cost.stages += 1
         cost.waiting += stage.name in names
-        known = measured[stage.kind, stage.method] or measured[stage.kind,]
+        group = stage.kind, stage.like is None
+        known = measured[*group, stage.method] or measured[group]
         if stage.name not in names or not known:
             continue
         all_rows, tokens, seconds = (sum(column) for column in zip(*known, strict=True))
@@ -215,6 +217,10 @@ def _costs(plan: Plan, waiting: Iterable[Stage]) -> list[_Cost]:
             cost.tokens = (cost.tokens or 0) + round(expected)
             cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
     return list(costs.values())
+
+
+def _seconds(stage: Stage, phases: Mapping[str, Phase]) -> float:
+    return sum(phase.seconds for name, phase in phases.items() if stage.like is None or name not in _OF_ANSWERS)
 
 
 def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
