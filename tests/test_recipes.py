@@ -315,9 +315,7 @@ def test_the_recipe_reads_what_is_made(
     save_tiny_model(tmp_path / "data/smollm2")
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
-    arms = (
-        2 * (13 + 11) + 2 * 4 + 3 * 2 * 5
-    )  # sft and t-vaccine for all, equal steps for some, the others for the best
+    arms = 2 * (14 + 12) + 2 * 4 + 3 * 2 * 5  # sft and t-vaccine: all; equal steps: some; the others: the best
     assert f"{arms * 2 * 2 * 3} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
