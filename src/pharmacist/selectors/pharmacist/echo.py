@@ -4,6 +4,7 @@ Classes are learned from words, and no word by itself shows that an answer belon
 repeats of its own prompt does, and what it repeats of others.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ def echo_features(prompts: Iterable[str], completions: Iterable[str], rarity: Ma
     rarest = max(rarity.values(), default=1.0)
 
     def weight(some: set[str]) -> float:
-        return sum(rarity.get(word, rarest) for word in some)
+        return math.fsum(rarity.get(word, rarest) for word in some)  # whatever the order of the set
 
     features = []
     for prompt, completion in zip(prompts, completions, strict=True):
