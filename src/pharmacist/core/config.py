@@ -158,7 +158,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise DataError(
+            f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
