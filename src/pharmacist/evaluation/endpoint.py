@@ -11,10 +11,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import anyio
 import httpx
@@ -29,6 +29,8 @@ from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.reasoning import CUT, ENDED, REASONING_FIELDS
 from pharmacist.evaluation.text import writable
 
+
+K = TypeVar("K")
 
 _REFUSED = {
     401: "set the key that it wants in ${key}",
@@ -126,23 +128,20 @@ class Endpoint:
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
     def ask_all(
-        self,
-        bodies: Sequence[Mapping[str, Any]],
-        done: Callable[[int, Answer | Failure], None],
-        description: str,
-        *,
-        answered: bool = False,
-    ) -> None:
-        """Posts each body to ``chat/completions``; calls `done` in this thread with position and result as they come.
+        self, bodies: Mapping[K, Mapping[str, Any]], description: str, *, answered: bool = False
+    ) -> Iterator[tuple[K, Answer | Failure]]:
+        """Posts each body to ``chat/completions``.
 
         Args:
-            bodies: One object per question.
-            done: What to do with a result.
-            description: Of the progress bar.
-            answered: Whether the endpoint answered other questions of this kind before.
+            bodies: Key -> JSON object of the request.
+            description: Label of the progress bar.
+            answered: Whether the endpoint has answered other questions of this kind before.
+
+        Yields:
+            Key and result of each question, in the order in which the replies arrive.
 
         Raises:
-            DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.
+            DataError: The endpoint cannot be reached, or refuses.
         """
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -155,12 +154,12 @@ class Endpoint:
             portal.wrap_async_context_manager(client),
             bar(description, len(bodies)) as progress,
         ):
-            waiting = {portal.start_task_soon(self._ask, client, turn, body): n for n, body in enumerate(bodies)}
+            waiting = {portal.start_task_soon(self._ask, client, turn, body): key for key, body in bodies.items()}
             refused = 0
             try:
                 for future in as_completed(waiting):
                     result = future.result()
-                    done(waiting[future], result)
+                    yield waiting[future], result
                     progress.advance(1)
                     answered = answered or isinstance(result, Answer)
                     if isinstance(result, Failure) and result.remedy:
@@ -169,7 +168,7 @@ class Endpoint:
                         if not answered and refused >= min(len(bodies), _PATIENCE):
                             reason = f"{self.config.shown} refuses ({result}); {result.remedy}"
                             raise DataError(f"{self.name}: {reason}")
-            except BaseException:
+            except BaseException:  # also where the caller stops early
                 for future in waiting:
                     future.cancel()
                 raise

@@ -17,10 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
-from pharmacist.evaluation.answers import Answer, append_answers, read_answers
+from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun
 from pharmacist.nn.distributed import barrier
 
@@ -73,15 +72,9 @@ def generate(
     """
     batches = plan_batches([len(row) for row in ids], max_new_tokens, context_length(model), batch_size)
     ends = _end_tokens(model.generation_config, tokenizer)
-    found: dict[int, Answer] = {}
-    own = None
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        # Answers of another prompt set or limit never match this name.
-        name = "answers-" + sha256_json([[list(map(int, row)) for row in ids], max_new_tokens])[:16]
-        own = work / f"{name}-{rank()}.jsonl"
-        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")), own)
-    mine = [batch for number, batch in enumerate(batches) if work is None or number % world_size() == rank()]
+    log = None if work is None else AnswerLog(work, [[list(map(int, row)) for row in ids], max_new_tokens])
+    found = {} if log is None else log.read()
+    mine = [batch for number, batch in enumerate(batches) if log is None or number % world_size() == rank()]
     with (
         bar(description, sum(len(batch.rows) for batch in mine)) as progress,
         nullcontext(decoder) if decoder is not None else _greedy(model, tokenizer, ends) as decode,
@@ -92,13 +85,13 @@ def generate(
                 prompts = [list(ids[row]) for row in rows]
                 answers = _answers(tokenizer, prompts, decode(prompts, new_tokens, ends))
                 fresh = {row: answer for row, answer in zip(rows, answers, strict=True) if row not in found}
-                if own is not None:
-                    append_answers(own, fresh)
+                if log is not None:
+                    log.append(fresh)
                 found |= fresh
             progress.advance(len(rows))
-    if work is not None:
+    if log is not None:
         barrier()
-        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")), own)
+        found = log.read()
     return [found[row] for row in range(len(ids))]
 
 

@@ -10,7 +10,6 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1
-from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.decider import Decider
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
@@ -75,17 +74,15 @@ class JudgingModel(Decider):
             log.parent.mkdir(parents=True, exist_ok=True)
             found |= {line["key"]: line["reply"] for line in read_json_log(log)}
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
-        order = list(missing)
-
-        def done(position: int, reply: Answer | Failure) -> None:
-            key = order[position]
-            if isinstance(reply, Answer) and not reply.finished:
-                reply = Failure("reply cut at its limit of tokens; raise max_tokens")
-            found[key] = reply if isinstance(reply, Failure) else separate(reply.text).answer
-            if log is not None and isinstance(reply, Answer):
-                append_json_lines(log, [{"key": key, "reply": found[key]}])
-
-        Endpoint(config, self._who).ask_all(list(missing.values()), done, description, answered=bool(found))
+        for key, reply in Endpoint(config, self._who).ask_all(missing, description, answered=bool(found)):
+            if isinstance(reply, Failure):
+                found[key] = reply
+            elif not reply.finished:
+                found[key] = Failure("reply cut at its limit of tokens; raise max_tokens")
+            else:
+                found[key] = separate(reply.text).answer
+                if log is not None:
+                    append_json_lines(log, [{"key": key, "reply": found[key]}])
         replies = [found[key] for key in keys]
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
         read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.data.templates import conversation
-from pharmacist.evaluation.answers import Answer, append_answers, read_answers
+from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
 from pharmacist.evaluation.engines import Engine
 
@@ -62,21 +61,16 @@ class OpenAIEngine(Engine):
         config: EndpointConfig = self.config
         longest = evaluator.max_new_tokens
         bodies = [config.request(self._model, conversation(row), longest) for row in evaluator.rows[name]]
-        work.mkdir(parents=True, exist_ok=True)
-        log = work / f"answers-{sha256_json(bodies)[:16]}-0.jsonl"
-        found = read_answers([log], log)
-        missing = [row for row in range(len(bodies)) if row not in found]
-
-        def done(position: int, result: Answer | Failure) -> None:
-            row = missing[position]
-            if isinstance(result, Failure):  # not written: the next run asks again
+        log = AnswerLog(work, bodies)
+        found = log.read()
+        missing = {row: body for row, body in enumerate(bodies) if row not in found}
+        endpoint, what = Endpoint(config, f"--engine {self.name}"), f"answer {name.replace('_', ' ')}"
+        for row, result in endpoint.ask_all(missing, what, answered=bool(found)):
+            if isinstance(result, Failure):  # not kept: the next run asks again
                 found[row] = Answer("", 0, False, str(result))
             else:
                 found[row] = result
-                append_answers(log, {row: result})
-
-        endpoint, what = Endpoint(config, f"--engine {self.name}"), f"answer {name.replace('_', ' ')}"
-        endpoint.ask_all([bodies[row] for row in missing], done, what, answered=bool(found))
+                log.append({row: result})
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
