@@ -15,7 +15,7 @@ from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
 from pharmacist.evaluation.answers import AnswerLog
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
-from pharmacist.pipeline.evaluate_model import NOTICE
+from pharmacist.pipeline.evaluate.model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.support.evaluate_words import arguments, some, write
 from tests.support.tiny import save_tiny_model
