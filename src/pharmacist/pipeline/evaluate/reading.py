@@ -165,7 +165,7 @@ def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[
 
 
 def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, Any]]]:
-    """References for the judges: kind -> rows with ``prompt``, ``completion`` and ``source``, the number of their file."""
+    """References for the judges: kind -> rows with ``prompt``, ``completion`` and ``source`` (number of the file)."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, rows in records.items():
         kind, _, number = name.partition(" ")
