@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class OpenAIEngine(Engine):
     """A served model behind an OpenAI-compatible endpoint (vLLM's own server, TGI, SGLang, llama.cpp, hosted ones).
 
-    The server applies its own chat template; which one is not ours to know, and the manifest says so. Every answer
-    goes to disk as it comes; questions that failed are asked again by the next run, and are unscored until then.
+    The server applies its own chat template, which is unknown here, and the manifest says so. Every answer is written
+    to disk as it arrives; questions that failed are asked again by the next run, and are unscored until then.
     """
 
     Config = EndpointConfig
@@ -34,7 +34,7 @@ class OpenAIEngine(Engine):
         return found
 
     def fingerprint(self, model: str) -> str:
-        """What the endpoint calls it: its content is out of sight."""
+        """The endpoint's name for the model, whose content cannot be seen."""
         return f"served:{model}"
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
@@ -78,7 +78,7 @@ class OpenAIEngine(Engine):
 
 
 def _remedy(reasons: list[str]) -> str:
-    """What to do where no question was answered."""
+    """What to do if no question was answered."""
     if any("max_completion_tokens" in reason for reason in reasons):
         return "give --engine.token_limit max_completion_tokens"
     if any("temperature" in reason for reason in reasons):
