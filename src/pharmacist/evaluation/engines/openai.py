@@ -30,7 +30,7 @@ class OpenAIEngine(Engine):
         Endpoint(self.config, f"--engine {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.where()
+        found: dict[str, Any] = self.config.identity()
         return found
 
     def fingerprint(self, model: str) -> str:

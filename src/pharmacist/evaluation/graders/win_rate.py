@@ -80,7 +80,7 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {**self.config.where(), "against": self.config.against is not None}
+        return {**self.config.identity(), "against": self.config.against is not None}
 
     def fingerprint(self) -> str | None:
         return None if self.config.against is None else sha256_file(Path(self.config.against) / "items.jsonl")

@@ -59,7 +59,7 @@ class StrongRejectJudge(JudgingModel, Judge):
         self._failed: list[str] = []
 
     def identity(self) -> dict[str, Any]:
-        return {**self.config.where(), "threshold": self.config.threshold}
+        return {**self.config.identity(), "threshold": self.config.threshold}
 
     @property
     def revision(self) -> str:
