@@ -103,9 +103,10 @@ class SideData:
             if not pairs:
                 raise NoMatchError(
                     f"none of {len(encoded)} alignment rows has a harmful row with the same {by}; give harmful "
-                    f"answers to the same prompts, or --pair-by {'row' if by == 'prompt' else 'prompt'}"
+                    "answers to the same prompts, or --pair-by turn"
                 )
-            told = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner (same {by})"
+            how = "in turn" if by == "turn" else f"same {by}"
+            told = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner ({how})"
             console().print(told, soft_wrap=True)
             found["paired"] = PairedRows(harmful, pairs, **place)
         return found
