@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import Phase, RunManifest, read_manifest
-from pharmacist.core.progress import bar, console
+from pharmacist.core.progress import bar, console, print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
@@ -140,20 +138,21 @@ def _one_line(error: Exception) -> str:
 
 def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    costs, out = _costs(plan, waiting), console()
-    table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
-    for column in ("stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"):
-        table.add_column(column, justify="left" if column in ("stage", "method") else "right")
+    costs, out, rows = _costs(plan, waiting), console(), []
     order = list(dict.fromkeys(cost.kind for cost in costs))
     for cost in sorted((cost for cost in costs if cost.waiting), key=lambda cost: order.index(cost.kind)):
         numbers = ("" if number is None else f"{number:,.0f}" for number in (cost.tokens, cost.tokens_per_second))
         hours = "not measured" if cost.seconds is None else f"{cost.seconds / 3600:.2f}"
-        table.add_row(cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers, hours)
+        rows.append([cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers, hours])
     known = [cost.seconds for cost in costs if cost.seconds is not None]
     hours = f"{sum(known) / 3600:.2f}" if known else "-"
-    table.add_section()
-    table.add_row("all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours)
-    out.print(table)
+    print_table(
+        f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run",
+        ["stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"],
+        rows,
+        text=(0, 1),
+        total=["all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours],
+    )
     if known:
         measured = sum(stage.manifest is not None for stage in plan.stages.values())
         out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
