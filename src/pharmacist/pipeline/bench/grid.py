@@ -20,7 +20,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_text
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.method import Method
-from pharmacist.core.options import as_json, identifying
+from pharmacist.core.options import LengthOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
 from pharmacist.defenses import DEFENSES
@@ -40,7 +40,7 @@ _Choice = SimpleNamespace
 """One entry of every axis, by its name, and the seed; a selector has one fraction, an attack one strength."""
 SEP = " / "
 SELECTED = "selected.jsonl"
-_LOADING = ("template", "trust_remote_code", "max_length")
+_LOADING = [item.name for item in fields(LengthOptions)]
 """Options of stages that an entry of the models decides."""
 _MISSING = "-"
 """Stands for a required option until another stage's result takes its place."""
