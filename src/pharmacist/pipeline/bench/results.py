@@ -54,6 +54,7 @@ class Result:
     harmful_scores: list[float] = field(default_factory=list)
     loss_margin: float | None = None
     loss_margin_before: float | None = None
+    loss_margin_over_attack: float | None = None
     loss_margins: list[float] = field(default_factory=list)
     hs_plus: float | None = None
     hs_plus_before: float | None = None
@@ -118,6 +119,7 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         harmful_score_over_attack=curve_area(steps, heights) if heights else None,
         attack_steps=steps,
         harmful_scores=heights,
+        loss_margin_over_attack=curve_area(steps, margins) if margins else None,
         loss_margins=margins,
         **by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
