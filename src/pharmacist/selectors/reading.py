@@ -2,7 +2,6 @@
 
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.passes import Measure, run_pass
-from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import FloatArray, SelectionContext
 
 
@@ -21,8 +20,6 @@ def read(
     a batch through the model, for the count of tokens; `backward` that it keeps what a backward pass needs, so that
     batches must be smaller.
     """
-    device = context.model.device
-    budget = tokens_per_batch(context.model.model, device)
     with context.run.phase("score") as phase:
 
         def counted(batch: Batch) -> dict[str, FloatArray]:
@@ -30,10 +27,10 @@ def read(
             return measure(batch)
 
         return run_pass(
+            context.model.model,
             sequences,
             counted,
             work=context.run.work("read", name),
-            device=device,
-            tokens_per_batch=max(256, budget // 8) if backward else budget,
             description=f"reading rows ({name})",
+            backward=backward,
         )

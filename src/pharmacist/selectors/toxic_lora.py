@@ -57,5 +57,5 @@ class ToxicLoraSelector(UnrolledSelector):
         every = np.arange(len(harmful.lengths))
         jobs = []
         if steps:
-            jobs = [pool_job(bank, TOXIC, harmful, every, steps, derive(seed, TOXIC), folder, beside=(LEARNER,))]
+            jobs = [pool_job(bank, TOXIC, harmful, every, steps, derive(seed, TOXIC), folder, frozen=(LEARNER,))]
         return jobs, (TOXIC,) if self.config.attached == "both" else (), (TOXIC,)
