@@ -189,27 +189,29 @@ def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: Float
     return mean
 
 
-def mean_gradient(
+def loss_and_gradient(
     bank: AdapterBank,
     name: str,
     sequences: Sequences,
     rows: IntArray,
     what: str = "mean gradient",
     frozen: tuple[str, ...] = (),
-) -> Gradient:
-    """Derivative of the mean completion loss of some rows by an adapter's weights.
+) -> tuple[float, Gradient]:
+    """Mean completion loss of some rows, and its derivative by an adapter's weights.
 
     `what` is for the progress bar; `frozen` names further adapters that are active, held constant.
     """
     parameters = bank.parameters(name)
-    total = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+    total, gradient = 0.0, {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
     with bank.differentiable(name):
         for start in track(range(0, len(rows), bank.options.batch_size), what):
             batch = make_batch(sequences, rows[start : start + bank.options.batch_size], bank.device)
-            loss = bank.row_losses((name, *frozen), batch).completion.sum() / len(rows)
-            for value, part in zip(total.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            losses = bank.row_losses((name, *frozen), batch).completion
+            parts = torch.autograd.grad(losses.sum() / len(rows), list(parameters.values()))
+            for value, part in zip(gradient.values(), parts, strict=True):
                 value += part
-    return total
+            total += float(losses.detach().double().sum())
+    return total / len(rows), gradient
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState, l
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.nn.passes import Measure
-from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
 from pharmacist.selectors.reading import read
 
@@ -75,7 +75,7 @@ class LessSelector(Selector):
             found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
             signals[f"cosine_{epoch}"] = found
             score += weight * found
-        return Scores(score, np.full(len(score), RANKED), signals, {"warm_up_rows": len(rows)})
+        return Scores(score, signals=signals, report={"warm_up_rows": len(rows)})
 
 
 def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:

@@ -1,5 +1,9 @@
 """Passes over pool or references that measure every row."""
 
+from collections.abc import Callable
+
+import torch
+
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.passes import Measure, run_pass
 from pharmacist.selectors.base import FloatArray, SelectionContext
@@ -34,3 +38,10 @@ def read(
             description=f"reading rows ({name})",
             backward=backward,
         )
+
+
+def read_numbers(
+    context: SelectionContext, sequences: Sequences, measure: Callable[[Batch], torch.Tensor], name: str
+) -> FloatArray:
+    """As `read`, of one number per row, shape [rows]."""
+    return read(context, sequences, lambda batch: {"number": measure(batch).double().cpu().numpy()}, name)["number"]
