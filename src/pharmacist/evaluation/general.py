@@ -15,7 +15,7 @@ from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interva
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.models import LoadedModel, tokenizer_fingerprint
 from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import read_row_losses, tokens_per_batch
+from pharmacist.nn.reading import read_row_losses
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -73,9 +73,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
         losses = read_row_losses(loaded.model, batch)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
-    budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")
-    how: dict[str, Any] = {"work": work, "device": loaded.device, "tokens_per_batch": budget, "description": what}
-    found = run_pass(encoded, measure, **how)["nll"]
+    found = run_pass(loaded.model, encoded, measure, work=work, description=flag.removeprefix("--"))["nll"]
     if not np.isfinite(found).all():
         raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
     return found

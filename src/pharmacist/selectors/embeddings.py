@@ -25,7 +25,7 @@ from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.models import resolve_device, silent_library
 from pharmacist.nn.passes import copy_to_equals
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
 from pharmacist.selectors.reading import read
 
@@ -197,7 +197,7 @@ class EmbeddingSelector(Selector):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
         known = embed(context, to_dataset(references), "safe-embeddings", unit)
         score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
-        return Scores(score, np.full(len(score), RANKED))
+        return Scores(score)
 
 
 def likeness(states: FloatArray, references: FloatArray, nearest: int) -> FloatArray:
