@@ -15,8 +15,8 @@ from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import NAMES
-from pharmacist.pipeline.evaluate_model import evaluate_model
-from pharmacist.pipeline.evaluate_summary import count_of
+from pharmacist.pipeline.evaluate.model import evaluate_model
+from pharmacist.pipeline.evaluate.summary import count_of
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
