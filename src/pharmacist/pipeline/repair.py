@@ -113,7 +113,6 @@ def _repair(
     finish(
         run,
         options,
-        loaded.model,
         loaded,
         card,
         trained_on=trained_on(options.model) or "",
