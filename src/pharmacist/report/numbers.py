@@ -39,6 +39,7 @@ METRICS = {
         Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
         Metric("over_refusal", "Over-refusal", "%", -1),
         Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
+        Metric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
         Metric("alignment_seconds", "Alignment time", "s", -1),
         Metric("selection_seconds", "Selection time", "s", -1, compared=False),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.cli.main import main
 from pharmacist.data.formats import open_source
@@ -74,6 +75,9 @@ def test_labels_that_the_selector_asks_for(tmp_path: Path) -> None:
     assert sorted((table["label"] != "").sum() for table in scores.values()) == [pytest.approx(12, abs=3), 60]
     (oracle,) = [table for table in scores.values() if (table["label"] != "").all()]
     assert {labels[row] for row in oracle.loc[oracle["selected"], "row"]} == {"good"}
+    good = oracle["row"].map(labels) == "good"
+    assert table.loc["oracle", "ranking_auc"] == pytest.approx(100 * roc_auc_score(good, oracle["score"]))
+    assert table.loc["oracle", "selected_good"] == 100 and 0 < table.loc["asks", "selected_good"] <= 100
 
 
 def given(ranking: Path) -> bool:

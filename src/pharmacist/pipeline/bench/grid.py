@@ -368,6 +368,8 @@ class _Graph:
             return self.stage(kind, options, chosen, method, made, selector.seed)
 
         roles = {"rank": stage("rank", options)}
+        if pool.labels is not None:
+            self.data.read_labels(roles["rank"].options.pool, pool.labels, f"pool '{pool.name}'")
         if selector.labels not in (0, "all"):
             roles["ask"] = roles["rank"]
             own = self.options("label", "labels", {"labels": pool.labels})
