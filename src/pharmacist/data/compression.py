@@ -34,12 +34,12 @@ def check_magic(path: Path, where: str) -> None:
     """Refuses a file whose first bytes belong to another compression than its name says."""
     with path.open("rb") as file:
         start = file.read(4)
-    told = split_suffix(path)[1]
+    expected = split_suffix(path)[1]
     suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
-    if suffix and SUFFIXES[suffix] != told:
+    if suffix and SUFFIXES[suffix] != expected:
         raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
-    if start and told and not suffix:
-        raise DataError(f"{where}: is no {told} file although its name says so; rename it or compress it again")
+    if start and expected and not suffix:
+        raise DataError(f"{where}: is no {expected} file although its name says so; rename it or compress it again")
 
 
 class HashedFile(io.FileIO):
