@@ -1,5 +1,6 @@
 """Byte streams over plain, gzip and zstd files, by Arrow: fsspec needs a further package for zstd."""
 
+import codecs
 import hashlib
 import io
 from collections.abc import Iterator
@@ -31,10 +32,12 @@ def split_suffix(path: Path) -> tuple[str, str | None]:
 
 
 def check_magic(path: Path, where: str) -> None:
-    """Refuses a file whose first bytes belong to another compression than its name says."""
+    """Refuses a file whose first bytes belong to another compression than its name says, or to UTF-16 text."""
     with path.open("rb") as file:
         start = file.read(4)
     expected = split_suffix(path)[1]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and expected is None:
+        raise DataError(f"{where}: is UTF-16 or UTF-32 text; save it as UTF-8")
     suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
     if suffix and SUFFIXES[suffix] != expected:
         raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")

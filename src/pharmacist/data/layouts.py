@@ -331,8 +331,8 @@ def _holds_messages(chosen: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, float) and value != value:
-        return "NaN"
+    if value is None or (isinstance(value, float) and value != value):
+        return "null" if value is None else "NaN"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
