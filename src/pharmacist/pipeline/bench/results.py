@@ -121,7 +121,7 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         harmful_scores=heights,
         loss_margin_over_attack=curve_area(steps, margins) if margins else None,
         loss_margins=margins,
-        **by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
+        **_by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=by_role["rank"].counts["ranked"],
         alignment_rows=by_role["align"].counts["trained"],
@@ -143,7 +143,7 @@ def _heights(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return found if len(found) == len(curve) > 1 else []
 
 
-def by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, float]:
+def _by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, Any]:
     """How well a ranking and a selection of it fit what is known of the pool's rows; empty where nothing is."""
     known, scores = data.worth_keeping.get(ranking.options.pool), ranking.folder / "scores.parquet"
     if not known or not scores.is_file():
@@ -152,7 +152,7 @@ def by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, float]:
     table["good"] = table["row"].map(known)
     chosen = table["good"].iloc[chosen_rows(table, as_json(ranking.options), selecting.options)].dropna()
     labelled = table.dropna(subset="good")
-    found = {"selected_good": 100 * float(chosen.mean())} if len(chosen) else {}
+    found: dict[str, Any] = {"selected_good": 100 * float(chosen.mean())} if len(chosen) else {}
     if labelled["good"].nunique() == 2:
         found["ranking_auc"] = 100 * float(roc_auc_score(labelled["good"].astype(bool), labelled["score"]))
     return found
