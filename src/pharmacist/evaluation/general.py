@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.metrics import Metric
 from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interval, wilson, with_interval
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.models import LoadedModel, tokenizer_fingerprint
+from pharmacist.nn.models import LoadedModel
 from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import read_row_losses, tokens_per_batch
+from pharmacist.nn.reading import read_row_losses
+from pharmacist.nn.tokenizers import tokenizer_fingerprint
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -73,9 +74,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
         losses = read_row_losses(loaded.model, batch)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
-    budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")
-    how: dict[str, Any] = {"work": work, "device": loaded.device, "tokens_per_batch": budget, "description": what}
-    found = run_pass(encoded, measure, **how)["nll"]
+    found = run_pass(loaded.model, encoded, measure, work=work, description=flag.removeprefix("--"))["nll"]
     if not np.isfinite(found).all():
         raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
     return found
@@ -121,8 +120,7 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
         seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
         found = harness.simple_evaluate(model=model, tasks=names, log_samples=False, **seeds)
     except (KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"--lm-eval {','.join(names)}: the harness cannot run them ({reason})") from error
+        raise DataError(f"--lm-eval {','.join(names)}: the harness cannot run them ({one_line(error)})") from error
     judge = f"lm-eval@{getattr(harness, '__version__', 'unknown')}"
     return {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
 

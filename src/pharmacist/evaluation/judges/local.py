@@ -9,11 +9,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.env import offline
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.evaluation.judges.base import Judge, Verdict
-from pharmacist.nn.models import model_fingerprint, resolve_device, resolve_dtype, silent_library
+from pharmacist.nn.devices import resolve_device, resolve_dtype
+from pharmacist.nn.libraries import failures_as, silent_library
+from pharmacist.nn.models import model_fingerprint
 
 
 @dataclass
@@ -65,17 +67,13 @@ class LocalModelJudge(Judge):
         self._version = (commit or model_fingerprint(self.config.model).removeprefix("hub:"))[:8]
 
     def _read(self, auto: Any, **options: Any) -> Any:
-        try:
-            with silent_library():
-                return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
-            why = "HF_HUB_OFFLINE forbids the hub" if offline() else "not there, gated, or not reachable"
-            raise DataError(
-                f"--judge {self.name}: {self.config.model} cannot be loaded ({why}; "
-                f"{' '.join(str(error).split())[:120]}); give a downloaded folder with --judge.model"
-            ) from error
+        why = "HF_HUB_OFFLINE forbids the hub" if offline() else "not there, gated, or not reachable"
+        what, remedy = f"--judge {self.name}: {self.config.model}", "give a downloaded folder with --judge.model"
+        with (
+            failures_as(DataError, lambda e: f"{what} cannot be loaded ({why}; {one_line(e, 120)}); {remedy}"),
+            silent_library(),
+        ):
+            return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
 
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model and tokenizer, loaded on first use."""

@@ -202,7 +202,7 @@ def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Recor
         first = next(iter(bad.values()))
         raise DataError(
             f"{records.source.where}: {len(bad)} of {len(records)} rows cannot be judged: "
-            f"{first.place} {first.reason}; name the column of answers with --columns answer=NAME, "
+            f"{first.where} {first.reason}; name the column of answers with --columns answer=NAME, "
             "or leave such rows out with --on-bad-row skip"
         )
     return replace(records.without(bad), refused=[*records.refused, *bad.values()]), answers
