@@ -1,7 +1,9 @@
 """Text of others (users, models, servers, files), fit to be shown to a person."""
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 
@@ -50,3 +52,27 @@ def without_credentials(url: str) -> str:
         return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
     query = [(name, value if "version" in name.lower() else _SECRET) for name, value in parse_qsl(parts.query)]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(query, safe="*"), ""))
+
+
+NAMED_ROWS = 10
+"""Most rows that a message names."""
+
+
+def named(rows: Sequence[int]) -> str:
+    """Rows as a message names them, by their numbers."""
+    return f"row {', '.join(map(str, rows[:NAMED_ROWS]))}" + (", ..." if len(rows) > NAMED_ROWS else "")
+
+
+def by_reason(reasons: Mapping[str, str], count: int, form: str = "{} {}") -> str:
+    """Rows as a message names them, together where they have the same reason.
+
+    `reasons` maps names of rows (the first ones are enough) to what is wrong with them; `count` is the number of all.
+
+    >>> by_reason({"row 1": "is empty", "row 2": "has no 'prompt'", "row 5": "is empty"}, 3)
+    "row 1, row 5 is empty; row 2 has no 'prompt'"
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in itertools.islice(reasons.items(), NAMED_ROWS):
+        names.setdefault(reason, []).append(name)
+    text = "; ".join(form.format(", ".join(same), reason) for reason, same in names.items())
+    return text + (f" and {count - NAMED_ROWS} more" if count > NAMED_ROWS else "")

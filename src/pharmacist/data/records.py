@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pharmacist.core.console import NAMED_ROWS, by_reason
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
@@ -34,8 +35,7 @@ SCHEMA = pa.schema({"row": pa.int64(), **dict.fromkeys(_TEXTS, pa.string()), "pr
 
 _FLUSH_ROWS = 4096
 _FLUSH_CHARACTERS = 8 * 2**20
-_STRANGE = 1000  # rows without any known layout after which no layout is expected any more
-_NAMED = 10
+_MOST_WITHOUT_LAYOUT = 1000  # rows at the beginning of a file after which no layout is expected any more
 
 
 @dataclass
@@ -194,7 +194,7 @@ def read_records(
                     kept.add([row for row, _ in held])
                 held.clear()
 
-        for row in source.scan(reader.wanted | {condition.column for condition in where or ()}):
+        for row in source.scan(reader.read_columns | {condition.column for condition in where or ()}):
             try:
                 if where and row.value is not None and not all(one.holds(row.value) for one in where):
                     filtered += 1
@@ -216,9 +216,9 @@ def read_records(
                     characters = 0
             except BadRow as error:
                 bad += 1
-                if skip or bad <= _NAMED:
+                if skip or bad <= NAMED_ROWS:
                     refused.append(Row(row.number, row.line, None, str(error)))
-                if reader.layout is None and reader.strange >= _STRANGE:
+                if reader.layout is None and reader.without_layout >= _MOST_WITHOUT_LAYOUT:
                     break
         flush()
         if filtered and not total:
@@ -232,7 +232,7 @@ def read_records(
     return Records(
         dataset=datasets.Dataset.from_file(str(path)),
         source=source.with_kept(kept) if isinstance(source, TextFile) and kept else source,
-        layout=reader.layout,
+        layout=reader.layout.name,
         refused=refused,
         filtered=filtered,
         warnings=reader.warnings(where),
@@ -241,19 +241,15 @@ def read_records(
 
 def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, reader: RowReader) -> str:
     """Why a file of so many rows, so many of them bad, cannot be used."""
-    if reader.layout is None and reader.strange == bad:
+    if reader.layout is None and reader.without_layout == bad:
         return (
-            f"{refused[0].place} {refused[0].reason}; known row formats are {reader.known}; "
+            f"{refused[0].where} {refused[0].reason}; known row formats are {reader.known}; "
             "map other columns with --columns"
         )
-    places: dict[str | None, list[str]] = {}
-    for row in refused[:_NAMED]:
-        places.setdefault(row.reason, []).append(row.place)
-    what = "; ".join(f"{', '.join(own)} {reason}" for reason, own in places.items())
+    what = by_reason({row.where: row.reason or "" for row in refused[:NAMED_ROWS]}, bad)
     if bad == total and skip:
         return f"none of the {total} rows can be used: {what}; mend them"
-    more = f" and {bad - _NAMED} more" if bad > _NAMED else ""
     return (
-        f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}{more}; "
+        f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}; "
         "mend or delete them, or leave them out with --on-bad-row skip"
     )

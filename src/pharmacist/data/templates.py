@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from pharmacist.core.console import by_reason
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "pharmacist_template.json"
 _RENDERING_SECONDS = 3.0
-_NAMED = 10
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -123,12 +123,8 @@ class Template:
 
 def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
     """The message for rows that a chat template refuses: row number -> reason."""
-    named: dict[str, list[str]] = {}
-    for row, reason in list(rows.items())[:_NAMED]:
-        named.setdefault(reason, []).append(str(row))
-    what = "; ".join(f"row {', '.join(numbers)}: {reason}" for reason, numbers in named.items())
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-    return f"{what}{more}; delete them{remedy} or choose the template alpaca"
+    what = by_reason({str(row): reason for row, reason in rows.items()}, len(rows), "row {}: {}")
+    return f"{what}; delete them{remedy} or choose the template alpaca"
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") -> Template:

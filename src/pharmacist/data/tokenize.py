@@ -19,11 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from pharmacist.core.console import named
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
 from pharmacist.data.batches import without_middle
-from pharmacist.data.formats.base import Row, named
+from pharmacist.data.formats.base import Row
 from pharmacist.data.records import Records
 from pharmacist.data.templates import Template, conversation, refusal
 

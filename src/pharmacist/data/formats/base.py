@@ -41,14 +41,9 @@ class Row(NamedTuple):
     raw: bytes | None = None
 
     @property
-    def place(self) -> str:
-        """How a message names the row."""
+    def where(self) -> str:
+        """The row as messages name it."""
         return f"row {self.number}" if self.line is None else f"line {self.line} (row {self.number})"
-
-
-def named(numbers: Sequence[int], most: int = 10) -> str:
-    """How a message names several rows, of which a few are enough."""
-    return f"row {', '.join(map(str, numbers[:most]))}" + (", ..." if len(numbers) > most else "")
 
 
 def ascending(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
@@ -135,7 +130,7 @@ class Source(Given, ABC):
 
     def _usable(self, row: Row) -> Row:
         if row.reason is not None:
-            raise DataError(f"{self.where}: {row.place} {row.reason}; mend or delete it")
+            raise DataError(f"{self.where}: {row.where} {row.reason}; mend or delete it")
         return row
 
     def _no_row(self, number: int) -> DataError:

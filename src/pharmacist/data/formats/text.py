@@ -185,6 +185,8 @@ class Csv(TextFile):
         except csv.Error as error:
             swallowed = "end of data" in str(error) or "limit" in str(error)
             reason = "a quote is not closed, or a cell is larger than 16 MB" if swallowed else error
+            if "new-line character" in str(error):
+                reason = "a carriage return outside quotes; lines end in a line feed"
             raise DataError(
                 f"{self.where}: the row at line {start} is not valid CSV ({reason}); mend the file"
             ) from error
