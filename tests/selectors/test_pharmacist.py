@@ -297,7 +297,7 @@ TOLD = {0: CRITICAL, 1: "teaches_compliance", 2: CRITICAL, 8: "low_quality", 14:
 
 @FORMS
 def test_labels_hold_in_every_form(reference, model, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(module, "_WORTH_LISTENING", 0.0)  # whatever the contrast is worth
+    monkeypatch.setattr(module, "_LEAST_AUC", 0.0)  # whatever the contrast is worth
     found = scores(tmp_path, model, form=form, context={"labels": TOLD})
     copies = {27: CRITICAL, 28: "teaches_compliance", 29: CRITICAL}  # of the first rows
     for row, reason in (TOLD | copies).items():

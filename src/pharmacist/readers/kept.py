@@ -1,4 +1,4 @@
-"""What a model showed of every row, kept in files: another look at the same rows needs no model."""
+"""Hidden states of rows, kept in files, so that the same rows are read without the model the next time."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelReader:
-    """The model that reads rows, and where what it showed is kept.
+    """A model that reads rows, and the files in which their hidden states are kept.
 
-    What another model (by its fingerprint) showed is not used. What is read now goes to ``folder/NAME.safetensors``,
-    finished chunks to ``folder/NAME/``; `earlier` names files that may hold some rows; the model is loaded when used.
+    Attributes:
+        fingerprint: Of the model; files that another one made are not used.
+        folder: States go to ``folder/NAME.safetensors``, finished chunks to ``folder/NAME/``.
+        earlier: Name of the rows -> further files that may hold their states.
+        encode: Rows and their name -> rows in tokens.
+        model: Loads the model when it is needed.
     """
 
     fingerprint: str
@@ -46,9 +50,9 @@ def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint6
 
 
 def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:
-    """Rows (a dataset) as readers see them, from what was kept of them where all of them are there, else by the model.
+    """Rows (a dataset) as `Texts`, with hidden states from a file that holds all of them, else from the model.
 
-    Without a `reader` no hidden states are read. Also returns how many tokens the model read.
+    Without a `reader` there are no hidden states. Also returns how many tokens the model read.
     """
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
     if reader is None:
@@ -58,7 +62,7 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     for file in (path, *reader.earlier(name)):
         kept = _kept(file, keys, reader.fingerprint)
         if kept is not None:
-            if file != path:  # what lies in the output folder is written anew in the end
+            if file != path:  # what lies in the output folder is replaced in the end
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary:
                     shutil.copyfile(file, temporary)
@@ -83,7 +87,7 @@ def _kept(path: Path, keys: npt.NDArray[np.uint64], fingerprint: str) -> tuple[n
                 return None
         arrays = load_file(path)
     except SafetensorError:
-        return None  # damaged: read again
+        return None  # damaged: the model reads the rows
     order = np.argsort(arrays["keys"], kind="stable")
     where = np.searchsorted(arrays["keys"], keys, sorter=order).clip(max=len(order) - 1)
     if not len(order) or (arrays["keys"][order[where]] != keys).any():

@@ -1,4 +1,4 @@
-"""The verdict: scores and reasons of a pool's rows from the answers to the questions, and how far to trust them."""
+"""The verdict: from the answers to the questions to scores and reasons of a pool's rows, a report, and warnings."""
 
 from typing import Any
 
@@ -23,9 +23,13 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and what is to be known about them, from answers of the pool's distinct rows.
+    """Scores, reasons and report, from answers for the pool's distinct rows.
 
-    `labels` are of those too; `inverse` says of each row of the pool which of them it is.
+    Args:
+        answers: For the distinct rows.
+        labels: Of distinct rows.
+        inverse: Number of each row of the pool among the distinct ones.
+        learned: The evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
@@ -63,7 +67,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
 
 
 def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
-    """Evidence throws out faults, it and a second measure order the rest.
+    """Scores by evidence and a second measure: evidence finds the faults, both together order the other rows.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
     by evidence alone, standardised over them. One row's score means little without its pool. The second measure is
@@ -137,8 +141,9 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
 
 
 def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
-    """What labels changed on the labelled rows, from scores without any labels and with those of other prompts (NaN
-    where all labels have one prompt).
+    """The gain by labels on the labelled rows themselves: AUC of good ones against others, before and after.
+
+    Scores before are without any labels, those after with the labels of other prompts (NaN where there are none).
     """
     n, n_good = len(good), int(good.sum())
     result: dict[str, Any] = {"labels": n, "good": n_good}
@@ -160,7 +165,7 @@ def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, An
 
 
 def _standard_error(auc: float, n_yes: int, n_no: int) -> float:
-    """Of an AUC (Hanley and McNeil 1982)."""
+    """Standard error of an AUC (Hanley and McNeil 1982)."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (n_yes - 1) * (q1 - auc**2) + (n_no - 1) * (q2 - auc**2)
     return float(np.sqrt(max(0.0, variance) / (n_yes * n_no)))
