@@ -40,7 +40,7 @@ def nearness(found: dict[str, float] | None) -> float:
     return 0.0 if found is None else float(np.clip((FAR - max(found.values())) / (FAR - NEAR), 0, 1))
 
 
-def as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
+def adjusted_for_distance(log_odds: FloatArray, near: float) -> FloatArray:
     """Log-odds of the questions, adjusted: the less the pool resembles the references, the less these are trusted.
 
     Elsewhere answers are taken for refusals with more doubt: log-odds that held-out references of the same source

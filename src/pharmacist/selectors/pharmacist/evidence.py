@@ -22,7 +22,7 @@ from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import Joined, Reader, States, Texts, View, Words
 from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist import questions
-from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
+from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
 from pharmacist.selectors.pharmacist.questions import (
     LABEL_WEIGHT,
@@ -187,7 +187,7 @@ class Evidence:
         safe = self._references.take(np.flatnonzero(self._classes == 0))
         found = distance(safe, pool.take(np.flatnonzero((pairs[chosen][0][:, :2] > 0).all(1))))
         near = nearness(found)
-        pairs = [(as_far_as_known(log_odds, near), _TYPICAL_WEIGHT * near * looks) for log_odds, looks in pairs]
+        pairs = [(adjusted_for_distance(log_odds, near), _TYPICAL_WEIGHT * near * looks) for log_odds, looks in pairs]
         held_out = None
         if len(labels):
             scores = [questions.safe_log_odds(questions.class_log_posterior(*pair)) for pair in pairs]

@@ -25,8 +25,8 @@ from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.questions import Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fall_back
-from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
+from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fallback_notice
+from pharmacist.selectors.pharmacist.verdict import joint_scores, verdict, with_labels
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class PharmacistSelector(Selector):
 
     def notice(self, given: Collection[str]) -> str | None:
         """A sentence where there are no harmful references, and the twins fall back to SEAL's contrast."""
-        return fall_back(self.config, given)
+        return fallback_notice(self.config, given)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and labels (or loads what was learned), and reads the pool once."""
@@ -147,7 +147,7 @@ class _Ranking:
 
     def scores(self) -> Scores:
         """Scores of the pool by evidence, twins, or both."""
-        fallback = None if self.saved else fall_back(self.config, self.context.references)
+        fallback = None if self.saved else fallback_notice(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if evidence is not None and self.config.form == "evidence":
             return evidence
@@ -159,11 +159,11 @@ class _Ranking:
             assert twins.thresholds is not None
             keys = self.context.encoded["pool"].content_keys
             order = contrast if self.saved else twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), labels), signals, report)
+            return Scores(*with_labels(order, bilevel.twin_reasons(losses, twins.thresholds), labels), signals, report)
         used = twins.quality is not None and twins.quality >= _LEAST_AUC
         report["twins"]["used"] = used
-        score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
-        score, reason = honoured(score, evidence.reason, labels)
+        score = joint_scores(evidence.score, contrast, evidence.reason) if used else evidence.score
+        score, reason = with_labels(score, evidence.reason, labels)
         return Scores(
             score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
         )

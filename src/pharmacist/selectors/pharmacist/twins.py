@@ -181,7 +181,7 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
     return reasons
 
 
-def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
+def fallback_notice(config: PharmacistConfig, given: Collection[str]) -> str | None:
     """A sentence about the second twin where there are no harmful references; None with them, or without twins.
 
     Raises:

@@ -36,8 +36,8 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     p = np.exp(questions.with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
-    ordered = both(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
-    score, reasons = honoured(ordered, read, labels)
+    ordered = joint_scores(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
+    score, reasons = with_labels(ordered, read, labels)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
     }
@@ -51,7 +51,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         "cannot_see": [] if WHOLE in learned["questions"] else [REASONS["corrupted"]],
     }
     if answers.labels_held_out is not None:
-        report["labels"] = gain(*answers.labels_held_out, labels.classes == 0)
+        report["labels"] = gain_by_labels(*answers.labels_held_out, labels.classes == 0)
     # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
     doubt = expit(answers.log_odds).clip(1e-12, 1 - 1e-12)
     telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
@@ -66,7 +66,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     )
 
 
-def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
+def joint_scores(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
     """Scores by evidence and a second measure: evidence finds the faults, both together order the other rows.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
@@ -94,7 +94,7 @@ def _clarity(log_odds: FloatArray, critical: BoolArray) -> FloatArray:
     return result
 
 
-def honoured(
+def with_labels(
     score: FloatArray, reason: npt.NDArray[np.str_], labels: Labels
 ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
     """Labelled rows get the label's reason, and scores above (good rows) or below (others) those of all rows."""
@@ -140,7 +140,7 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
     return found
 
 
-def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
+def gain_by_labels(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
     """The gain by labels on the labelled rows themselves: AUC of good ones against others, before and after.
 
     Scores before are without any labels, those after with the labels of other prompts (NaN where there are none).
