@@ -17,7 +17,7 @@ from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.models import LoadedModel, load_model
-from pharmacist.training.loop import TrainResult, _Collator, _Rows, prepare_model, train
+from pharmacist.training.loop import Training, TrainResult, _Collator, _Rows, prepare_model
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -191,7 +191,7 @@ def trainer(
 def trained(own: Setting, strategy: GradientStrategy, *callbacks: TrainerCallback) -> TrainResult:
     """The training of a stage, in its output folder."""
     with opened(own.options) as run:
-        return train(own.loaded, own.encoded, strategy, own.options, run, callbacks=callbacks)
+        return Training(own.loaded, own.encoded, strategy, own.options, run).fit(callbacks)
 
 
 @contextmanager
