@@ -1,4 +1,4 @@
-"""Forward-only passes over a pool: sorted by length, in chunks that are saved when done and never done twice."""
+"""Forward-only passes over a pool, sorted by length, in chunks that are saved when they are done."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def run_pass(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Measures every row (or `rows`) once.
 
-    Chunks are shared out among the processes of a data-parallel run; batches are the same whatever their number.
+    The processes of a data-parallel run share the chunks; batches do not depend on their number.
 
     Args:
         sequences: The rows.
@@ -44,11 +44,11 @@ def run_pass(
         device: Where batches go.
         tokens_per_batch: Padded tokens per batch; halved until the longest batch fits.
         description: For the progress bar.
-        rows: Row numbers to visit, all by default.
+        rows: Row numbers to read, all by default.
         rows_per_chunk: Rows saved together.
 
     Returns:
-        One array per measurement, first axis in row order over the whole pool; NaN on rows that were not asked for.
+        One array per measurement, first axis in row order over the whole pool; NaN outside of `rows`.
     """
     work.mkdir(parents=True, exist_ok=True)
     tokens_per_batch = _fitting(sequences, measure, work, device, tokens_per_batch, rows)
@@ -88,12 +88,12 @@ def run_pass(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Gives rows, in place, what was measured of the row that was visited in their place.
+    """Copies measurements, in place, from the rows that were read to those equal to them.
 
     Args:
         values: First axis is the rows; no second array of that size is made.
         representative: As in `PassPlan`.
-        rows: Rows that are given it.
+        rows: Rows to copy to.
     """
     copies = rows[representative[rows] != rows]
     for start in range(0, len(copies), _COPIED):
