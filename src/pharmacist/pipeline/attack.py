@@ -25,7 +25,7 @@ from pharmacist.nn.models import base_of, model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.pipeline.streams import endless_stream
-from pharmacist.training.loop import prepare_model, run_training
+from pharmacist.training.loop import Training, prepare_model
 from pharmacist.training.saving import Card, ModelResult, say_done
 from pharmacist.training.strategy import GradientStrategy
 
@@ -152,18 +152,8 @@ def _attack(
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
-    steps = run_training(
-        loaded,
-        encoded,
-        strategy,
-        options,
-        run,
-        card=card,
-        counts=counts,
-        streams=streams,
-        snapshots=options.snapshots,
-        outputs=["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])],
-    )
+    training = Training(loaded, encoded, strategy, options, run, streams)
+    steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
     say_done(
         run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
     )
