@@ -27,7 +27,7 @@ from pharmacist.data.templates import choose_template
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.graders import Grader
 from pharmacist.evaluation.judges import Judge
-from pharmacist.nn.models import LoadedModel, in_memory, load_model
+from pharmacist.nn.models import LoadedModel, load_model, wrap_model
 from pharmacist.pipeline.evaluate import EvaluateResult
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stage import Stage
@@ -143,7 +143,7 @@ def align(
     defense: Choice | GradientStrategy = "sft",
     harmful: Rows | None = None,
     harmful_batch_size: int = 0,
-    pair_by: Literal["prompt", "row"] = "prompt",
+    pair_by: Literal["prompt", "row", "turn"] = "prompt",
     weights: str | None = None,
     args: TrainingArguments | None = None,
     peft_config: LoraConfig | None = None,
@@ -353,7 +353,7 @@ def _options(stage: Stage, given: dict[str, Any]) -> Any:
         if value is None and item.name != "data":
             continue
         if item.name in stage.models and not isinstance(value, str):
-            value = in_memory(value, given["tokenizer"], given["template"])
+            value = wrap_model(value, given["tokenizer"], given["template"])
         elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):

@@ -77,6 +77,7 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--kind", "thin"], "kind", "thin"),
         (["--parts", "[0.5, 5e-4]"], "parts", [0.5, 5e-4]),
         (["--inner.r", "3", "--inner.rate", "5e-4", "--inner.names", "[a,b]"], "inner", Inner(3, 5e-4, ["a", "b"])),
+        (["--inner.names", "a", "1", "--inner.names", "b"], "inner", Inner(names=["a", "1", "b"])),
         (["--train.max_steps", "20", "--train.lr", "5e-4"], "train", {"max_steps": 20, "lr": 5e-4}),
         (["--selector", "full"], "selector", {"name": "full"}),
         (["--selector=full"], "selector", {"name": "full"}),

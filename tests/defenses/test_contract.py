@@ -35,7 +35,6 @@ def run(
 ) -> TrainResult:
     with opened(own.options) as folder:
         return train(
-            own.model,
             own.loaded,
             own.encoded,
             strategy,

@@ -194,7 +194,7 @@ def test_a_base_beside_the_adapter_is_found_from_anywhere(
     shutil.copytree(folders, tmp_path / "moved")
     change(CONFIG, **{KEY: "../base"})(tmp_path / "moved/adapter")
     monkeypatch.chdir("/")
-    assert load_model(str(tmp_path / "moved/adapter"), device="cpu").beneath.base == str(tmp_path / "moved/base")
+    assert load_model(str(tmp_path / "moved/adapter"), device="cpu").base.name == str(tmp_path / "moved/base")
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------------

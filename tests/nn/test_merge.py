@@ -170,7 +170,7 @@ def test_two_adapters_become_one_on_every_architecture(name: str, head: bool, tm
             own.B.normal_(std=0.2)
     assert is_lora(attacked)
     (tmp_path / "stacked").mkdir()
-    save_stacked(attacked, loaded.beneath, tmp_path / "stacked", "content")
+    save_stacked(attacked, loaded.base, tmp_path / "stacked", "content")
     stock = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "stacked")
     torch.testing.assert_close(logits(stock), logits(attacked), rtol=1e-4, atol=1e-4)
     again = load_model(str(tmp_path / "stacked"), device="cpu")

@@ -12,7 +12,9 @@ from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.models import load_model, model_fingerprint, resolve_device, resolve_dtype, tokenizer_fingerprint
+from pharmacist.nn.devices import resolve_device, resolve_dtype
+from pharmacist.nn.models import load_model, model_fingerprint
+from pharmacist.nn.tokenizers import tokenizer_fingerprint
 from tests.support.tiny import random_token_rows, save_tiny_model, tiny_llama, tiny_tokenizer
 
 
@@ -180,7 +182,7 @@ def test_devices_and_number_formats():
 )
 def test_bfloat16_on_a_cpu(tmp_path, monkeypatch, saved, capabilities, large, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr("pharmacist.nn.models._LARGE", large)
+    monkeypatch.setattr("pharmacist.nn.devices._LARGE", large)
     tokenizer = tiny_tokenizer()
     tiny_llama(tokenizer).to(saved).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -73,11 +73,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     expected: dict[str, torch.Tensor] = {}
     save = saving.save_model
 
-    def recorded(model: Any, loaded: Any, root: Path, *more: Any, **options: Any) -> list[str]:
-        mode = model.training
+    def recorded(loaded: Any, root: Path, *more: Any, **options: Any) -> list[str]:
+        model, mode = loaded.model, loaded.model.training
         expected[str(root.relative_to(runs))] = logits(model)  # as it is in memory, before anything is written
         model.train(mode)
-        return save(model, loaded, root, *more, **options)
+        return save(loaded, root, *more, **options)
 
     patch = pytest.MonkeyPatch()
     for module in ("training.loop", "training.saving"):
@@ -170,7 +170,7 @@ def test_parts_of_a_stack_are_told_apart(world: Path) -> None:
     with apart.model.disable_adapter():
         torch.testing.assert_close(logits(apart.model), ours(runs / "aligned"), rtol=0, atol=2e-5)
     torch.testing.assert_close(logits(apart.model), ours(runs / "attacked"), rtol=0, atol=2e-5)
-    assert apart.beneath.content == model_fingerprint(str(runs / "aligned"))
+    assert apart.base.fingerprint == model_fingerprint(str(runs / "aligned"))
     trained = [name for name, p in apart.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
 

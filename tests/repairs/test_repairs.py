@@ -12,7 +12,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
 from pharmacist.nn.lowrank import Factors, adapter_factors, column_basis, cosine, factorise, inner, norm
 from pharmacist.repairs import REPAIRS, base
 from pharmacist.repairs.antidote import bad_mask, factor_mask, scores
-from pharmacist.repairs.base import Change, Plan, References, Side, each_input
+from pharmacist.repairs.base import Change, ModelWeights, Plan, References, sum_over_inputs
 from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
 from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
 from tests.support import toy
@@ -129,7 +129,7 @@ def test_factors_of_a_model_are_told_apart_by_name():
 
 
 def test_a_repair_that_changes_nothing_is_refused():
-    side = Side(peft_model(), "adapter")
+    side = ModelWeights(peft_model(), "adapter")
     name, tensor = next(iter(side.tensors().items()))
     with pytest.raises(NoMatchError, match="would not change a single weight"):
         base.apply(side, Plan({name: tensor.detach().clone()}, []))
@@ -148,16 +148,11 @@ def test_a_repair_that_changes_nothing_is_refused():
 @pytest.mark.parametrize("completion_only", [False, True])
 def test_inputs_are_seen_without_padding(completion_only):
     """All rows in one batch, or each by itself: the same sums."""
-    side = Side(peft_model(), "adapter")
+    side = ModelWeights(peft_model(), "adapter")
     sums = []
     for size in (1, 6):
-        squares = {}
-
-        def see(name, inputs, squares=squares):
-            squares[name] = squares.get(name, 0) + inputs.square().sum(0)
-
-        each_input(side, ROWS, see, device=torch.device("cpu"), completion_only=completion_only, rows_per_batch=size)
-        sums.append(squares)
+        how = {"completion_only": completion_only, "rows_per_batch": size}
+        sums.append(sum_over_inputs(side, ROWS, lambda _, inputs: inputs.square().sum(0), **how))
     assert len(sums[0]) == 12
     assert all(torch.allclose(sums[0][name], sums[1][name], rtol=1e-10) for name in sums[0])
     assert toy.hooks(side.model) == 0
@@ -166,16 +161,16 @@ def test_inputs_are_seen_without_padding(completion_only):
 def test_one_pass_sees_what_two_passes_per_layer_see():
     """As published: every layer runs once to be measured and once more for the inputs of the next. Bit for bit."""
     net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
-    side, ours, theirs = Side(net, "weights"), {}, {}
+    side, theirs = ModelWeights(net, "weights"), {}
 
-    def see(found):
-        def add(name, inputs):
-            found[name] = found.get(name, 0) + inputs.detach().square().sum(0)
+    def squares(_, inputs):
+        return inputs.detach().square().sum(0)
 
-        return add
+    def add(name, inputs):
+        theirs[name] = theirs.get(name, 0) + squares(name, inputs)
 
-    each_input(side, ROWS, see(ours), device=torch.device("cpu"), completion_only=False, rows_per_batch=1)
-    add, inside = see(theirs), {name: net.get_submodule(name) for name in Side(net, "weights").tensors()}
+    ours = sum_over_inputs(side, ROWS, squares, rows_per_batch=1)
+    inside = {name: net.get_submodule(name) for name in ModelWeights(net, "weights").tensors()}
     for ids in ROWS.ids:
         length = len(ids)
         mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -209,7 +204,7 @@ def test_adapters_of_any_name_and_layers_with_biases():
     update = {n: factors(f.B.shape[0], f.A.shape[1], seed=30 + i) for i, (n, f) in enumerate(found.items())}
     before = {name: own.dense().detach() for name, own in found.items()}
     other = {n: p.detach().clone() for n, p in model.named_parameters() if ".user." not in n}
-    base.apply(Side(model, "adapter"), safe_lora(model, update, threshold=1.0))
+    base.apply(ModelWeights(model, "adapter"), safe_lora(model, update, threshold=1.0))
     for name, own in adapter_factors(model).items():
         basis = column_basis(update[name])
         assert torch.allclose(own.dense(), (basis @ basis.T).to(own.A.dtype) @ before[name], atol=1e-6)
@@ -217,21 +212,21 @@ def test_adapters_of_any_name_and_layers_with_biases():
 
 
 def test_hooks_and_mode_come_back_when_a_pass_fails():
-    side = Side(peft_model(), "adapter")
+    side = ModelWeights(peft_model(), "adapter")
     side.model.train()
 
     def see(name, inputs):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        each_input(side, ROWS, see, device=torch.device("cpu"), completion_only=False)
+        sum_over_inputs(side, ROWS, see)
     assert toy.hooks(side.model) == 0 and side.model.training
 
 
 def test_a_module_that_does_not_run_is_named():
     unused = get_peft_model(_Unused(), LoraConfig(r=1, target_modules=["used", "unused"]))
     with pytest.raises(NoMatchError, match="unused"):
-        each_input(Side(unused, "adapter"), ROWS, lambda *_: None, device=torch.device("cpu"), completion_only=False)
+        sum_over_inputs(ModelWeights(unused, "adapter"), ROWS, lambda _, inputs: inputs.sum())
 
 
 class _Unused(nn.Module):
@@ -248,7 +243,7 @@ class _Unused(nn.Module):
 
 
 def antidote(alpha, seed=0, model=None, **more):
-    side = Side(model or peft_model(seed=seed), "adapter")
+    side = ModelWeights(model or peft_model(seed=seed), "adapter")
     return side, build("antidote", alpha=alpha, **more).plan(side, References(harmful=ROWS))
 
 
@@ -338,10 +333,12 @@ def test_antidote_of_a_fresh_adapter_and_of_nothing():
 
 def test_antidote_on_whole_weights():
     net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
-    side = Side(net, "weights")
+    side = ModelWeights(net, "weights")
     head, biases = net.lm_head.weight.clone(), [p.clone() for n, p in net.named_parameters() if n.endswith("bias")]
     base.apply(side, build("antidote", alpha=0.25).plan(side, References(harmful=ROWS)))
-    assert all((w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in Side(net, "weights").tensors().values())
+    assert all(
+        (w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in ModelWeights(net, "weights").tensors().values()
+    )
     assert torch.equal(net.lm_head.weight, head)
     assert all(
         torch.equal(a, p)
@@ -435,7 +432,7 @@ def test_which_modules_are_projected():
 
 
 def safe_lora(tuned, update, form="adapter", aligned=None, **options):
-    return build("safe-lora", **options).plan(Side(tuned, form), References(update=update, aligned=aligned))
+    return build("safe-lora", **options).plan(ModelWeights(tuned, form), References(update=update, aligned=aligned))
 
 
 @pytest.mark.parametrize("r", [R, WIDTH])
@@ -444,7 +441,7 @@ def test_safe_lora_moves_updates_into_the_alignment_space(r):
     for number, (name, own) in enumerate(adapter_factors(tuned).items()):
         update[name] = factors(own.B.shape[0], own.A.shape[1], seed=number + 30)
     before = {name: own.dense().detach() for name, own in adapter_factors(tuned).items()}
-    side = Side(tuned, "adapter")
+    side = ModelWeights(tuned, "adapter")
     plan = safe_lora(tuned, update, threshold=1.0)
     assert torch.equal(next(iter(adapter_factors(tuned).values())).dense(), next(iter(before.values())))  # only a plan
     base.apply(side, plan)
@@ -461,14 +458,14 @@ def test_safe_lora_on_whole_weights_is_the_same():
     for number, (name, own) in enumerate(adapter_factors(tuned).items()):
         update[name] = factors(own.B.shape[0], own.A.shape[1], seed=number + 30)
     plain = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
-    aligned = Side(_Wrapped(plain), "weights")
+    aligned = ModelWeights(_Wrapped(plain), "weights")
     aligned.model.get_output_embeddings = lambda: plain.lm_head
-    base.apply(Side(peft := peft_model(), "adapter"), safe_lora(peft, update, threshold=0.5))
+    base.apply(ModelWeights(peft := peft_model(), "adapter"), safe_lora(peft, update, threshold=0.5))
     expected = peft.merge_and_unload()
     merged = tuned.merge_and_unload()
     merged.get_output_embeddings = lambda: merged.net.lm_head
-    base.apply(Side(merged, "weights"), safe_lora(merged, update, "weights", aligned, threshold=0.5))
-    for name, weight in Side(merged, "weights").tensors().items():
+    base.apply(ModelWeights(merged, "weights"), safe_lora(merged, update, "weights", aligned, threshold=0.5))
+    for name, weight in ModelWeights(merged, "weights").tensors().items():
         assert torch.allclose(weight, dict(expected.named_modules())[name].weight), name
 
 
@@ -529,13 +526,11 @@ def nlsr_sides(r=R, drift=0.1):
         for number, own in enumerate(adapter_factors(tuned).values()):
             own.A.add_(drift * random(*own.A.shape, seed=number + 200))
             own.B.add_(drift * random(*own.B.shape, seed=number + 300))
-    return Side(tuned, "adapter"), Side(aligned, "adapter")
+    return ModelWeights(tuned, "adapter"), ModelWeights(aligned, "adapter")
 
 
 def nlsr(tuned, aligned, seed=0, **options):
-    references = References(
-        aligned=aligned, update=adapter_factors(aligned.model), safe=ROWS, continued=True, seed=seed
-    )
+    references = References(aligned=aligned, update=adapter_factors(aligned.model), safe=ROWS, seed=seed)
     return build("nlsr", **options).plan(tuned, references)
 
 
@@ -602,9 +597,9 @@ def test_the_published_amplification_is_another():
 def test_nlsr_needs_a_common_basis():
     tuned, _ = nlsr_sides()
     with pytest.raises(CompatibilityError, match="no common basis"):
-        nlsr(tuned, Side(peft_model(seed=900), "adapter"))
+        nlsr(tuned, ModelWeights(peft_model(seed=900), "adapter"))
     with pytest.raises(CompatibilityError, match="another rank"):
-        nlsr(tuned, Side(peft_model(r=3), "adapter"))
+        nlsr(tuned, ModelWeights(peft_model(r=3), "adapter"))
     with pytest.raises(CompatibilityError, match="--adapter continue"):
         build("nlsr").check("adapter", continued=False)
 
@@ -613,10 +608,12 @@ def test_nlsr_on_whole_weights():
     start = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
     nets = [TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1) for _ in range(2)]
     for seed, net in enumerate(nets):
-        for number, weight in enumerate(Side(net, "weights").tensors().values()):
+        for number, weight in enumerate(ModelWeights(net, "weights").tensors().values()):
             weight.data += 0.1 * random(*weight.shape, seed=10 * number + seed)
-    aligned, tuned = (Side(net, "weights") for net in nets)
-    update = {name: factorise(w, Side(start, "weights").tensors()[name]) for name, w in aligned.tensors().items()}
+    aligned, tuned = (ModelWeights(net, "weights") for net in nets)
+    update = {
+        name: factorise(w, ModelWeights(start, "weights").tensors()[name]) for name, w in aligned.tensors().items()
+    }
     references = References(aligned=aligned, update=update, safe=ROWS)
     before = {name: tensor.detach().clone() for name, tensor in tuned.tensors().items()}
     plan = build("nlsr", prune_rate=1.0, epsilon=0.0, region=0.25, beta=0.5).plan(tuned, references)

@@ -161,7 +161,8 @@ def setting(given: TrainingStageOptions, data: datasets.Dataset | None = None) -
     """Loads and prepares anew; equal options give equal weights."""
     loaded = load_model(given.model, device="cpu")
     encoded = encode(rows() if data is None else data, loaded.tokenizer, loaded.template, max_length=64)
-    return Setting(loaded, prepare_model(loaded, given), encoded, given)
+    loaded = prepare_model(loaded, given)
+    return Setting(loaded, loaded.model, encoded, given)
 
 
 def trainer(
@@ -190,7 +191,7 @@ def trainer(
 def trained(own: Setting, strategy: GradientStrategy, *callbacks: TrainerCallback) -> TrainResult:
     """The training of a stage, in its output folder."""
     with opened(own.options) as run:
-        return train(own.model, own.loaded, own.encoded, strategy, own.options, run, callbacks=callbacks)
+        return train(own.loaded, own.encoded, strategy, own.options, run, callbacks=callbacks)
 
 
 @contextmanager

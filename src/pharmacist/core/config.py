@@ -68,6 +68,8 @@ class _Option:
     def __init__(self, name: str, hint: Any, item: "Field[Any]", owner: Any) -> None:
         self.name, self.hint, self.item, self.owner = name, hint, item, owner
         self.several = "nargs" in item.metadata
+        # Where it takes a list: the type of its values. They are words of their own, or one text, "[a, b]".
+        self.of = next((get_args(part)[0] for part in parts_of(hint) if get_origin(part) is list), None)
         self.is_method = "registry" in item.metadata
         # It needs no value: --quiet or --no-quiet.
         self.is_switch = hint is bool and "." not in name
@@ -247,8 +249,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
         if word in ("-h", "--help"):
             found["help"] = []
         elif word.startswith("--"):
-            head, dot, rest = word[2:].partition("=")[0].partition(".")
-            name = head.replace("-", "_") + dot + rest
+            name = word[2:].partition("=")[0].replace("-", "_")
             name = _short(methods).get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
@@ -358,13 +359,17 @@ def _add_line_values(
         given = [words or ["true"] for words in given] if option.is_switch else given
         if not all(given):
             raise ConfigError(f"{flag(name)} needs a value")
-        stray = [] if option.several else [words[1] for words in given if len(words) > 1]
+        stray = [] if option.of else [words[1] for words in given if len(words) > 1]
         if stray:
             raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
         if option.is_method:
             continue
         words = list(itertools.chain.from_iterable(given))
-        value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
+        value: Any = words
+        if not option.several:
+            several = option.of and len(words) > 1
+            value = [_from_text(option.of, word) for word in words] if several else _from_text(option.hint, words[-1])
+        value = checked(flag(name), option.hint, value)
         if head:
             values[head] = copy.deepcopy(values.get(head) or table[head].default)
             _put(values[head], name.removeprefix(f"{head}."), value)
@@ -402,7 +407,7 @@ def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, exa
             how = {"action": argparse.BooleanOptionalAction}
         elif option.is_method or option.is_mapping:
             how = {"metavar": "NAME" if option.is_method else "VALUE"}
-        elif option.several:
+        elif option.of:
             how |= {"nargs": "+"}
         parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), help=option.help(), **how)
     parser.print_help()

@@ -38,3 +38,8 @@ class NoMatchError(PharmacistError):
 
 class CompatibilityError(PharmacistError):
     """Two things that cannot work together: a model and a method, a method and a launcher."""
+
+
+def one_line(error: BaseException | str, length: int = 200) -> str:
+    """The message of another library's error in one line of at most `length` characters; its class without one."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Adapters become weights, checked; and several LoRA adapters become one, exactly, on the model beneath them all."""
+"""Adapters merged into weights, with a check of the result, and stacked LoRA adapters joined into a single one."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.errors import CompatibilityError, DataError, one_line
 from pharmacist.core.files import read_json, write_json
+from pharmacist.nn.libraries import failures_as
 from pharmacist.nn.lowrank import Factors, adapter_factors
 
 
@@ -28,26 +29,30 @@ _LAST = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
-class Beneath:
-    """What an adapter that is trained on a loaded model rests on.
+class MergedBase:
+    """A plain base model and the LoRA adapters that are merged into it: what a new adapter is trained on.
 
     Attributes:
-        base: Hub id or folder of a plain base model, which any tool finds; None where there is none: whole weights
+        name: Hub id or folder of the plain base model, which any tool finds; None where there is none: whole weights
             that lie in an earlier run's folder, or an adapter that is more than LoRA on linear layers.
-        factors: Of what earlier stages have added to that base, by module.
-        content: Fingerprint of the model that the outermost adapter was trained on, where a stack says so.
+        factors: Update of the merged adapters, by module.
+        fingerprint: Of the model that the adapter was trained on, where the adapter is part of a stack.
     """
 
-    base: str | None = None
+    name: str | None = None
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    content: str | None = None
+    fingerprint: str | None = None
 
 
 def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
-    """The model, which is in evaluation mode and used up, with its adapter in the weights.
+    """Merges an adapter into the weights of its base model.
 
     An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
-    acts on one of the two. The name is for messages.
+    acts on one of the two.
+
+    Args:
+        model: In evaluation mode; it is used up.
+        name: Of the adapter, for messages.
 
     Raises:
         CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
@@ -56,13 +61,9 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     refusal = f"{name}: this kind of adapter ({kind.lower().replace('_', ' ')}) cannot be merged into its base model"
     _untie(model)
     before = _logits(model)
-    try:
+    remedy = "merge it with the tool that made it"
+    with failures_as(CompatibilityError, lambda error: f"{refusal} ({one_line(error)}); {remedy}"):
         merged: PreTrainedModel = model.merge_and_unload()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # every kind of adapter has its own way to say that it cannot be merged
-        reason = " ".join(str(error).split())[:200]
-        raise CompatibilityError(f"{refusal} ({reason}); merge it with the tool that made it") from error
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for config in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():
@@ -75,6 +76,7 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
 
 
 def _untie(model: PeftModel) -> None:
+    """Gives head and embedding weights of their own where they share one and the adapter acts on either."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     plain, kinds = [_plain(layer) for layer in (head, embedding)], (BaseTunerLayer, ModulesToSaveWrapper)
@@ -84,6 +86,7 @@ def _untie(model: PeftModel) -> None:
 
 
 def _plain(layer: Any) -> Any:
+    """The layer of the base model within PEFT's wrapper."""
     if isinstance(layer, ModulesToSaveWrapper):
         return layer.original_module
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -100,7 +103,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def is_lora(model: PeftModel, names: Iterable[str] | None = None) -> bool:
-    """Whether an adapter is LoRA on linear layers and nothing else, by its settings and the names of its tensors."""
+    """Whether an adapter is LoRA on linear layers and nothing else, by its settings and its tensors' names."""
     config = model.active_peft_config
     names = get_peft_model_state_dict(model, save_embedding_layers=False) if names is None else names
     simple = config.peft_type == PeftType.LORA and str(config.init_lora_weights) in ("True", "False", "gaussian")
@@ -124,15 +127,15 @@ def _copy(own: Factors, a: torch.Tensor, b: torch.Tensor) -> Factors:
     return replace(own, A=a, B=b)
 
 
-def stack(lower: Mapping[str, Factors], upper: Mapping[str, Factors]) -> dict[str, Factors]:
-    """One adapter whose update is the sum of two; the upper's factors are its last rows (A) and columns (B).
+def stack(first: Mapping[str, Factors], last: Mapping[str, Factors]) -> dict[str, Factors]:
+    """One adapter whose update is the sum of two; the factors of the last are its last rows (A) and columns (B).
 
-    All modules get the same rank, filled up with 0, and the same scale, the upper's.
+    All modules get the same rank, filled up with 0, and the same scale, that of the last.
     """
-    ranks = [max((own.A.shape[0] for own in part.values()), default=0) for part in (lower, upper)]
-    scale = next(iter(upper.values())).scale
+    ranks = [max((own.A.shape[0] for own in part.values()), default=0) for part in (first, last)]
+    scale = next(iter(last.values())).scale
     found: dict[str, Factors] = {}
-    for part, start in ((lower, 0), (upper, ranks[0])):
+    for part, start in ((first, 0), (last, ranks[0])):
         for name, own in part.items():
             if name not in found:
                 shapes = (sum(ranks), own.A.shape[1]), (own.B.shape[0], sum(ranks))
@@ -143,17 +146,17 @@ def stack(lower: Mapping[str, Factors], upper: Mapping[str, Factors]) -> dict[st
     return found
 
 
-def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str) -> None:
-    """Writes the adapter that was trained last, plain LoRA, and what lies beneath it as one PEFT adapter on the base.
+def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: str) -> None:
+    """Writes a plain LoRA adapter and those merged into its base as one PEFT adapter on the plain base model.
 
     Args:
-        model: With the adapter.
-        beneath: Where it rests.
-        folder: Gets the files of PEFT, and `STACK_FILE`, by which the two can be told apart again.
-        content: Fingerprint of the model that the last one was trained on.
+        model: With the adapter that was trained last.
+        base: What it was trained on.
+        folder: Gets the files of PEFT, and `STACK_FILE`, by which `split` tells the last adapter from the others.
+        fingerprint: Of the model that the last adapter was trained on.
     """
-    config, upper = model.active_peft_config, adapter_factors(model)
-    stacked = stack(beneath.factors, upper)
+    config, last = model.active_peft_config, adapter_factors(model)
+    stacked = stack(base.factors, last)
     rank = next(iter(stacked.values())).A.shape[0]
     alpha = next(iter(stacked.values())).scale * rank
     tensors = {
@@ -161,7 +164,7 @@ def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str)
         for name, own in sorted(stacked.items())
         for which in "AB"
     }
-    same = stacked.keys() == upper.keys()
+    same = stacked.keys() == last.keys()
     LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
@@ -171,14 +174,14 @@ def save_stacked(model: PeftModel, beneath: Beneath, folder: Path, content: str)
         target_modules=_targets(config) if same else sorted(stacked),
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
-        base_model_name_or_path=beneath.base,
+        base_model_name_or_path=base.name,
     ).save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(
         folder / STACK_FILE,
         {
             "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
-            "trained_on": content,
+            "trained_on": fingerprint,
         },
     )
 
@@ -188,7 +191,7 @@ def _targets(config: LoraConfig) -> Any:
 
 
 def read_stack(folder: Path) -> dict[str, Any] | None:
-    """What `save_stacked` wrote about an adapter's parts; None for an adapter of one part."""
+    """Reads `STACK_FILE` beside an adapter; None where the adapter is a single one."""
     path = folder / STACK_FILE
     if not path.is_file():
         return None
@@ -203,15 +206,20 @@ def read_stack(folder: Path) -> dict[str, Any] | None:
 
 
 def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftModel, dict[str, Factors]]:
-    """Takes a stack apart by what `read_stack` says: what was trained last stays an adapter, the rest is merged.
+    """Takes stacked adapters apart: the one that was trained last stays an adapter, the others are merged.
+
+    Args:
+        model: With the stack as its adapter; it is used up.
+        parts: From `read_stack`.
+        name: Of the adapter, for messages.
 
     Returns:
-        A PEFT model, trainable, and the factors that were merged. The model given is used up.
+        A PEFT model, trainable, and the factors that were merged.
     """
     rank = int(parts["trained_last"]["r"])
     factors = adapter_factors(model)
-    lower = {key: _copy(own, own.A[:-rank], own.B[:, :-rank]) for key, own in factors.items()}
-    upper = {key: _copy(own, own.A[-rank:], own.B[:, -rank:]) for key, own in factors.items()}
+    merged = {key: _copy(own, own.A[:-rank], own.B[:, :-rank]) for key, own in factors.items()}
+    last = {key: _copy(own, own.A[-rank:], own.B[:, -rank:]) for key, own in factors.items()}
     with torch.no_grad():
         for own in factors.values():
             own.B[:, -rank:] = 0
@@ -220,6 +228,6 @@ def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftMo
         found: PeftModel = get_peft_model(merge_adapter(model, name), config)
     with torch.no_grad():
         for key, own in adapter_factors(found).items():
-            own.A.copy_(upper[key].A)
-            own.B.copy_(upper[key].B)
-    return found, lower
+            own.A.copy_(last[key].A)
+            own.B.copy_(last[key].B)
+    return found, merged

@@ -11,8 +11,8 @@ from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
-from pharmacist.pipeline.side_data import SideData
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
+from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
 from pharmacist.training.loop import prepare_model, run_training
 from pharmacist.training.saving import Card, ModelResult, say_done, writes_adapter
@@ -45,18 +45,18 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
     with run.phase("read"):
         records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
         records.announce()
-        side = SideData.read(sources, records, strategy, options, run)
+        harmful = read_harmful_rows(sources, records, strategy, options, run)
         weights = None
         if options.weights is not None:
             weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
     with run.phase("load model"):
         loaded = load(options.model, options)
         encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)
-        streams = side.streams(encoded, loaded, run)
-        model = prepare_model(loaded, options)
+        streams, stream_counts = alignment_streams(strategy, records, encoded, harmful, loaded, options, run)
+        loaded = prepare_model(loaded, options)
     if encoded.truncated:
         console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
-    name, given = options.defense["name"], {"row weights": options.weights} if options.weights else {}
+    name = options.defense["name"]
     card = Card(
         title=f"aligned with {name}",
         what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
@@ -65,8 +65,8 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         facts={
             "data": f"{options.data} ({run.manifest.inputs['data'][:19]})",
             "rows": len(encoded),
-            **given,
-            **{key.replace("_", " "): value for key, value in side.counts.items()},
+            **({"row weights": options.weights} if options.weights else {}),
+            **{key.replace("_", " "): value for key, value in stream_counts.items()},
             "defense": name,
         },
         intended_use="Research on harmful fine-tuning, and as a starting point for fine-tuning services. Measure it "
@@ -80,11 +80,11 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         "truncated": encoded.truncated,
         "lost_eos": encoded.lost_eos,
         "cut_prompts": len(encoded.cut_prompts),
-        **side.counts,
+        **stream_counts,
     }
     steps = run_training(
-        model, loaded, encoded, strategy, options, run, card=card, counts=counts, streams=streams, weights=weights
+        loaded, encoded, strategy, options, run, card=card, counts=counts, streams=streams, weights=weights
     )
-    where = run.path("adapter" if writes_adapter(model, loaded) else "model")
-    say_done(run, f"aligned on {len(encoded)} rows, {steps} steps: {where}")
-    return model
+    folder = run.path("adapter" if writes_adapter(loaded) else "model")
+    say_done(run, f"aligned on {len(encoded)} rows, {steps} steps: {folder}")
+    return loaded.model

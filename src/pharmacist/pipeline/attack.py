@@ -18,13 +18,13 @@ from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.mixing import assert_disjoint, mix_safe, shared_prompts
 from pharmacist.data.records import Records
-from pharmacist.data.streams import SideStream
 from pharmacist.data.tasks import open_task
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import base_of, model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
+from pharmacist.pipeline.streams import endless_stream
 from pharmacist.training.loop import prepare_model, run_training
 from pharmacist.training.saving import Card, ModelResult, say_done
 from pharmacist.training.strategy import GradientStrategy
@@ -136,14 +136,9 @@ def _attack(
         counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
         streams = {}
         if safe is not None:
-            streams["safe"] = SideStream(
-                tokenise(safe.dataset, "safe-ids", loaded, options, run),
-                int(options.effective_train["per_device_train_batch_size"]),
-                seed=derive(options.seed, "stream", "safe"),
-                pad_token_id=loaded.tokenizer.pad_token_id,
-                device=loaded.device,
-            )
-        model = prepare_model(loaded, options)
+            tokens = tokenise(safe.dataset, "safe-ids", loaded, options, run)
+            streams["safe"] = endless_stream("safe", tokens, loaded, options)
+        loaded = prepare_model(loaded, options)
     name = options.defense["name"]
     card = Card(
         title="after a simulated harmful fine-tuning attack",
@@ -158,7 +153,6 @@ def _attack(
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
     steps = run_training(
-        model,
         loaded,
         encoded,
         strategy,
@@ -173,7 +167,7 @@ def _attack(
     say_done(
         run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
     )
-    return model
+    return loaded.model
 
 
 def _write_set(path: Path, rows: datasets.Dataset) -> None:

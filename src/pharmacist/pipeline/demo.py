@@ -13,14 +13,13 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.command import run_stages
@@ -162,20 +161,23 @@ def _show(result: DemoResult) -> None:
     summary, out = result.summary, console()
     pool = summary["pool"]
     kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"
-    table = Table(title=f"Pool of {pool['rows']} rows, {kind}; {len(summary['seeds'])} seeds, 95 % intervals")
-    for name in ("aligned\non", "HS over\nattack", "HS at\nend", "FA", "over-\nrefusal", "alignment\ntime"):
-        table.add_column(name, justify="right" if table.columns else "left", no_wrap=bool(table.columns))
+    rows = []
     for arm in summary["arms"]:
         saved = summary["time_saved"].get(arm)
-        table.add_row(
-            arm,
-            _with_interval(summary["auc"][arm]),
-            f"{summary['final_harmful_score'][arm]['mean']:.1f}",
-            f"{fmean(summary['fine_tune_accuracy'][arm]):.1f}",
-            f"{fmean(summary['over_refusal_aligned'][arm]):.1f} / {fmean(summary['over_refusal'][arm]):.1f}",
-            f"{fmean(summary['alignment_seconds'][arm]):.1f} s" + (f" ({-saved:+.0f} %)" if saved is not None else ""),
+        rows.append(
+            [
+                arm,
+                _with_interval(summary["auc"][arm]),
+                f"{summary['final_harmful_score'][arm]['mean']:.1f}",
+                f"{fmean(summary['fine_tune_accuracy'][arm]):.1f}",
+                f"{fmean(summary['over_refusal_aligned'][arm]):.1f} / {fmean(summary['over_refusal'][arm]):.1f}",
+                f"{fmean(summary['alignment_seconds'][arm]):.1f} s"
+                + (f" ({-saved:+.0f} %)" if saved is not None else ""),
+            ]
         )
-    out.print(table)
+    title = f"Pool of {pool['rows']} rows, {kind}; {len(summary['seeds'])} seeds, 95 % intervals"
+    head = ["aligned\non", "HS over\nattack", "HS at\nend", "FA", "over-\nrefusal", "alignment\ntime"]
+    print_table(title, head, rows, wrap=False)
     out.print(
         "HS: harmful score, mean over the attack's steps and at its end; FA: fine-tune accuracy; over-refusal: "
         "after alignment / after the attack; all in %"

@@ -9,8 +9,9 @@ import pandas as pd
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary, read_json_lines
 from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
+from pharmacist.core.progress import print_table
 from pharmacist.core.registry import closest
-from pharmacist.report.benchmark import AXES
+from pharmacist.report.benchmark import AXES, summaries
 from pharmacist.report.benchmark_page import render_benchmark
 from pharmacist.report.html import render_demo
 from pharmacist.report.sweep import render_sweep
@@ -42,7 +43,7 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
-    """Writes page and tables of a benchmark, of a partial one too.
+    """Writes page and tables of a benchmark, of a partial one too, and prints how selectors fare against the baseline.
 
     Raises:
         PharmacistError: ``results.parquet`` cannot be used, or has no selector of the baseline's name.
@@ -51,7 +52,9 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
     names = sorted(results["selector"].unique())
     if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline: the grid has no selector '{baseline}'{closest(baseline, names)}")
-    render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
+    benchmark = render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
+    for title, head, rows in summaries(benchmark):
+        print_table(title, head, rows)
 
 
 def planted_pool(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:

@@ -1,15 +1,13 @@
-"""The stage `repair`: take safety back that a user's fine-tuning has cost, without training."""
+"""The stage `repair`: restore safety that a user's fine-tuning has cost, without training."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.table import Table
-
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_json
-from pharmacist.core.progress import console
+from pharmacist.core.progress import print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
@@ -18,7 +16,7 @@ from pharmacist.nn.models import base_of, model_fingerprint, trained_on
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
-from pharmacist.repairs.base import Change, Form, References, Repair, Side, apply
+from pharmacist.repairs.base import Change, Form, ModelWeights, References, Repair, apply
 from pharmacist.training.saving import Card, ModelResult, finish, say_done
 
 
@@ -32,14 +30,11 @@ def repair(options: RepairOptions) -> ModelResult:
     _check_given(chosen, options)
     rows = sorted({"harmful", "safe"} & chosen.needs)
     sources = {name: open_source(getattr(options, name), name=f"--{name}") for name in rows}
-    prints = {
-        name: model_fingerprint(place)
-        for name in ("model", "aligned", "base")
-        if (place := getattr(options, name)) is not None
-    }
-    form, continued = _relation(options, prints)
+    models = {name: getattr(options, name) for name in ("model", "aligned", "base")}
+    fingerprints = {name: model_fingerprint(model) for name, model in models.items() if model is not None}
+    form, continued = _relation(options, fingerprints)
     chosen.check(form, continued=continued)
-    inputs = {name: source.fingerprint() for name, source in sources.items()} | prints
+    inputs = {name: source.fingerprint() for name, source in sources.items()} | fingerprints
     with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
         model = None if run.complete else _repair(sources, chosen, form, continued, options, run)
         return ModelResult.of(run, model)
@@ -54,8 +49,8 @@ def _check_given(chosen: Repair, options: RepairOptions) -> None:
         raise ConfigError(f"--method {name}: {options.aligned} is no adapter that knows its base; give --base MODEL")
 
 
-def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, bool]:
-    """What is repaired, and whether the fine-tuned adapter began as the aligned one."""
+def _relation(options: RepairOptions, fingerprints: Mapping[str, str]) -> tuple[Form, bool]:
+    """The form that is repaired, and whether the fine-tuned adapter was continued from the aligned one."""
     base = base_of(options.model)
     if options.form == "weights" or (options.form == "auto" and base is None):
         return "weights", False
@@ -63,13 +58,14 @@ def _relation(options: RepairOptions, prints: Mapping[str, str]) -> tuple[Form, 
         raise ConfigError(f"--form adapter: {options.model} holds no adapter; use --form weights")
     if options.aligned is None:
         return "adapter", False
-    rests_on = trained_on(options.model)
-    if rests_on == prints["aligned"]:
+    start = trained_on(options.model)
+    if start == fingerprints["aligned"]:
         return "adapter", False
-    if rests_on == trained_on(options.aligned):
+    if start == trained_on(options.aligned):
         return "adapter", True
     raise CompatibilityError(
-        f"--model: its adapter rests on {base}, which is neither --aligned {options.aligned} nor what that rests on"
+        f"--model: its adapter was trained on {base}, which is neither --aligned {options.aligned} nor the base model "
+        "of that"
     )
 
 
@@ -79,8 +75,8 @@ def _repair(
     name = options.method["name"]
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")
-        tuned = Side(loaded.model.eval(), form)
-        references = References(continued=continued, device=loaded.device, seed=options.seed)
+        tuned = ModelWeights(loaded.model.eval(), form)
+        references = References(seed=options.seed)
         if "aligned" in chosen.needs:
             references.aligned, references.update = _aligned(tuned, options)
         for which, source in sources.items():
@@ -98,8 +94,8 @@ def _repair(
     write_json(run.path("repair.json"), found | {"changes": [asdict(change) for change in changes]})
     card = Card(
         title=f"repaired with {name}",
-        what=f"{options.model} after the repair `{name}` ({chosen.paper}), which takes back safety that fine-tuning "
-        "has cost.",
+        what=f"{options.model} after the repair `{name}` ({chosen.paper}), which restores safety that fine-tuning has "
+        "cost.",
         tags=[name, "safety-repair"],
         facts={
             "aligned model": options.aligned or "not used",
@@ -113,7 +109,6 @@ def _repair(
     finish(
         run,
         options,
-        loaded.model,
         loaded,
         card,
         trained_on=trained_on(options.model) or "",
@@ -127,8 +122,8 @@ def _repair(
     return loaded.model
 
 
-def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Factors]]:
-    """The aligned model in the form of the fine-tuned one, and what alignment has added to its base."""
+def _aligned(tuned: ModelWeights, options: RepairOptions) -> tuple[ModelWeights, dict[str, Factors]]:
+    """The aligned model in the form of the fine-tuned one, and the update of its base model by the alignment."""
     options = replace(options, template="auto")  # no prompt is rendered for these
     assert options.aligned is not None
     is_adapter = base_of(options.aligned) is not None and options.base is None
@@ -140,25 +135,26 @@ def _aligned(tuned: Side, options: RepairOptions) -> tuple[Side, dict[str, Facto
         }
         if tuned.form == "weights":
             model = merge_adapter(model.eval(), options.aligned)
-        side = Side(model.eval(), tuned.form)
+        aligned = ModelWeights(model.eval(), tuned.form)
     else:
         assert options.base is not None
-        base, side = load(options.base, options).model, Side(model.eval(), "weights")
-        below = Side(base, "weights").tensors()
-        _check_shapes("--base", below, side.tensors())
-        update = {name: factorise(weight, below[name]) for name, weight in side.tensors().items()}
+        aligned = ModelWeights(model.eval(), "weights")
+        base = ModelWeights(load(options.base, options).model, "weights").tensors()
+        _check_shapes("--base", base, aligned.tensors())
+        update = {name: factorise(weight, base[name]) for name, weight in aligned.tensors().items()}
     if tuned.form == "weights":
-        _check_shapes("--aligned", side.tensors(), tuned.tensors())
-    return side, update
+        _check_shapes("--aligned", aligned.tensors(), tuned.tensors())
+    return aligned, update
 
 
-def _check_shapes(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for name, tensor in ours.items():
-        if name not in theirs:
-            raise CompatibilityError(f"{what}: has no layer {name}, which --model has; give the model it came from")
-        if theirs[name].shape != tensor.shape:
-            shapes = f"{tuple(theirs[name].shape)} and not {tuple(tensor.shape)}"
-            raise CompatibilityError(f"{what}: {name} has the shape {shapes}; give the model it came from")
+def _check_shapes(option: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses tensors of the model of an option that lack one of the expected, or have another shape."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CompatibilityError(f"{option}: has no layer {name}, which --model has; give the model it came from")
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)} and not {tuple(tensor.shape)}"
+            raise CompatibilityError(f"{option}: {name} has the shape {shapes}; give the model it came from")
 
 
 def _metrics(changes: list[Change]) -> dict[str, Any]:
@@ -175,22 +171,14 @@ def _metrics(changes: list[Change]) -> dict[str, Any]:
 
 
 def _show(changes: list[Change], metrics: Mapping[str, Any], name: str) -> None:
-    """Prints what was touched, summed over the layers."""
+    """Prints the changes, summed over the layers."""
     groups: dict[str, list[Change]] = {}
     for change in changes:
         parts = change.tensor.split(".")
         groups.setdefault(".".join(parts[-2:] if parts[-1].startswith("lora_") else parts[-1:]), []).append(change)
-    table = Table(title=f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed")
-    table.add_column("tensors")
-    for column in ("changed", "entries", "norm before", "norm after"):
-        table.add_column(column, justify="right")
-    for group, members in groups.items():
-        own = _metrics(members)
-        table.add_row(
-            group,
-            f"{own['tensors_changed']} of {own['tensors']}",
-            f"{100 * own['share_changed']:.1f} %",
-            f"{own['norm_before']:.4g}",
-            f"{own['norm_after']:.4g}",
-        )
-    console().print(table)
+    rows = []
+    for group, own in ((group, _metrics(members)) for group, members in groups.items()):
+        changed = f"{own['tensors_changed']} of {own['tensors']}", f"{100 * own['share_changed']:.1f} %"
+        rows.append([group, *changed, f"{own['norm_before']:.4g}", f"{own['norm_after']:.4g}"])
+    title = f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed"
+    print_table(title, ["tensors", "changed", "entries", "norm before", "norm after"], rows)

@@ -1,8 +1,11 @@
 """The stage `select`: another share of a pool that was ranked before, without ranking it again."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.core.env import rank
@@ -18,6 +21,12 @@ from pharmacist.selectors.base import scaled_to_mean_1
 
 WEIGHTS = "weights.parquet"
 """Of the selected rows, where the ranking has weights."""
+
+
+def chosen_rows(table: pd.DataFrame, config: Mapping[str, Any], options: SelectOptions) -> npt.NDArray[np.int64]:
+    """Positions of the selected rows in the ranking's table, ascending; `config` holds the ranking's options."""
+    share = config["balance_share"] if config["balance"] is not None else 0.0
+    return choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
 
 
 def select(options: SelectOptions) -> Path:
@@ -38,8 +47,7 @@ def select(options: SelectOptions) -> Path:
         path = run.path("selected.jsonl")
         if rank() == 0 and not run.complete:
             with run.phase("select"):
-                share = config["balance_share"] if config["balance"] is not None else 0.0
-                chosen = choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
+                chosen = chosen_rows(table, config, options)
                 rows = table["row"].to_numpy()[chosen]
                 write_rows(ranking.source, rows.tolist(), path, format="jsonl")
                 if "weight" in table:

@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.table import Table
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
@@ -25,7 +24,7 @@ from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import console, hushed
+from pharmacist.core.progress import console, hushed, print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import open_source
 from pharmacist.defenses import DEFENSES
@@ -332,12 +331,9 @@ def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
 def _show(result: SweepResult) -> None:
     out, summary = console(), result.summary
     head, lines = attack_table(summary)
-    table = Table(title=f"{len(lines)} attacks, in %, 95 % intervals over prompts")
-    for column in head:
-        table.add_column(column.replace(" ", "\n"), justify="right" if column else "left", no_wrap=True)
-    for cells in lines[:_SHOWN]:
-        table.add_row(*cells)
-    out.print(table)
+    title = f"{len(lines)} attacks, in %, 95 % intervals over prompts"
+    names = [name.replace(" ", "\n") for name in head]
+    print_table(title, names, lines[:_SHOWN], text=(len(head) - 1,), wrap=False)
     if len(lines) > _SHOWN:
         out.print(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}", soft_wrap=True)
     for line in sentences(summary):

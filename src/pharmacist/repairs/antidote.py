@@ -1,4 +1,4 @@
-"""Antidote: prune the weights that harmful rows use most."""
+"""Antidote: prune the weights that matter most for harmful rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from pharmacist.core.typed import Checked, Share
-from pharmacist.repairs.base import Plan, References, Repair, Side, each_input
+from pharmacist.repairs.base import ModelWeights, Plan, References, Repair, sum_over_inputs
 
 
 @dataclass
@@ -48,8 +48,8 @@ def factor_mask(score: torch.Tensor, alpha: float) -> torch.Tensor:
 class Antidote(Repair):
     """Sets the entries with the largest Wanda scores on harmful rows to 0, in every row of every weight.
 
-    Of an adapter both factors are pruned, each as a whole, never the weights below it; at alpha 1 that leaves the
-    aligned model. It depends on the factorisation, not on the product alone.
+    Of an adapter both factors are pruned, each as a whole, never the weights of its base model; at alpha 1 that leaves
+    the aligned model. The result depends on the factorisation, not on the product alone.
 
     Paper: Huang et al., "Antidote: Post-fine-tuning Safety Alignment for Large Language Models against Harmful
     Fine-tuning Attack", ICML 2025.
@@ -60,16 +60,10 @@ class Antidote(Repair):
     paper = "arXiv 2408.09600"
     config: AntidoteConfig
 
-    def plan(self, tuned: Side, references: References) -> Plan:
+    def plan(self, tuned: ModelWeights, references: References) -> Plan:
         """One forward pass over the harmful rows, and a sort per matrix."""
         assert references.harmful is not None
-        squares: dict[str, torch.Tensor] = {}
-
-        def see(name: str, inputs: torch.Tensor) -> None:
-            found = inputs.double().square().sum(0)
-            squares[name] = squares[name] + found if name in squares else found
-
-        each_input(tuned, references.harmful, see, device=references.device, completion_only=False)
+        squares = sum_over_inputs(tuned, references.harmful, lambda _, inputs: inputs.double().square().sum(0))
         new, findings = {}, []
         for name, weight in tuned.tensors().items():
             score, config = scores(weight, squares[name]), self.config

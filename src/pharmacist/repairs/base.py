@@ -1,8 +1,8 @@
-"""What every repair is: a plan, computed without touching the model, and its application."""
+"""Base of all repairs: new weights are planned without touching the model, then written into it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,30 +22,31 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
-class Side:
-    """One of the models that a repair looks at.
+class ModelWeights:
+    """The weights of a model that a repair compares or changes.
 
     Attributes:
         model: In evaluation mode.
-        form: ``adapter``: a PEFT model, only its factors count. ``weights``: its linear layers count.
+        form: ``adapter``: the factors of a PEFT model's adapter. ``weights``: the weights of the linear layers.
     """
 
     model: nn.Module
     form: Form
 
     def factors(self) -> dict[str, Factors]:
-        """Factors by module, in the form adapter."""
+        """Factors of the adapter by module, in the form ``adapter``."""
         return adapter_factors(self.model)
 
     def tensors(self) -> Tensors:
-        """What may be changed: views of the parameters, shape [out, in] each.
+        """Views of the weights by name, shape [out, in] each.
 
-        Of an adapter ``MODULE.lora_A`` and ``MODULE.lora_B``, else ``MODULE``.
+        In the form ``adapter`` the names are ``MODULE.lora_A`` and ``MODULE.lora_B``, else ``MODULE``.
         """
-        return {name: _weight(module) for name, module in self.modules().items()}
+        modules: dict[str, Any] = self.modules()
+        return {name: m.weight.T if isinstance(m, Conv1D) else m.weight for name, m in modules.items()}
 
     def modules(self) -> dict[str, nn.Module]:
-        """The module of each of `tensors`, by the same name; its input is what the tensor is multiplied with."""
+        """The module of each of `tensors`, by the same name, whose input the tensor is multiplied with."""
         if self.form == "weights":
             return {name: self.model.get_submodule(name) for name in linear_names(self.model)}
         found: dict[str, nn.Module] = {}
@@ -54,37 +55,28 @@ class Side:
         return found
 
 
-def _weight(module: Any) -> torch.Tensor:
-    weight: torch.Tensor = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 @dataclass
 class References:
-    """What a repair may read besides the model.
+    """Models and rows that a repair may read besides the fine-tuned model.
 
     Attributes:
-        aligned: The model before the fine-tuning, in the same form (an adapter of its own where `continued`).
-        update: What alignment has added to the base, by module.
+        aligned: The model before the fine-tuning, in the same form.
+        update: The update of the alignment, aligned minus base model, by module.
         harmful: Tokenised harmful rows of the defender.
         safe: Tokenised safe rows of the defender.
-        continued: The fine-tuned adapter began as the aligned one, on the same base.
-        device: Where the models are.
         seed: Of random draws.
     """
 
-    aligned: Side | None = None
+    aligned: ModelWeights | None = None
     update: Mapping[str, Factors] | None = None
     harmful: Sequences | None = None
     safe: Sequences | None = None
-    continued: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
 
 
 @dataclass
 class Plan:
-    """New values of tensors as in `Side.tensors`, and what was found per module or tensor, for `repair.json`."""
+    """New values of some of `ModelWeights.tensors`, and findings per module or tensor for ``repair.json``."""
 
     tensors: Tensors
     findings: list[dict[str, Any]]
@@ -92,7 +84,7 @@ class Plan:
 
 @dataclass
 class Change:
-    """What became of a tensor: entries in all and changed, Frobenius norm before and after."""
+    """Change of a tensor: number of entries, how many of them changed, Frobenius norm before and after."""
 
     tensor: str
     entries: int
@@ -102,18 +94,30 @@ class Change:
 
 
 class Repair(Method, ABC):
-    """Takes safety lost in fine-tuning back, without training.
+    """A post-fine-tuning defense: restores safety lost in fine-tuning, without training.
 
     Attributes:
-        needs: Of ``aligned``, ``base``, ``harmful`` and ``safe``, what must be given.
+        needs: Which of ``aligned``, ``base``, ``harmful`` and ``safe`` it reads.
     """
 
     def check(self, form: Form, *, continued: bool) -> None:  # noqa: B027
-        """Raises `CompatibilityError` on what it cannot repair, before any model is loaded; see `References`."""
+        """Refuses models that it cannot repair, before any is loaded.
+
+        Args:
+            form: As in `ModelWeights`.
+            continued: Whether the fine-tuned adapter was trained on from the aligned one, on the same base model.
+
+        Raises:
+            CompatibilityError: It cannot repair them.
+        """
 
     @abstractmethod
-    def plan(self, tuned: Side, references: References) -> Plan:
-        """Finds the new values; changes nothing.
+    def plan(self, tuned: ModelWeights, references: References) -> Plan:
+        """Computes the new weights; changes nothing.
+
+        Args:
+            tuned: The fine-tuned model.
+            references: All that the repair `needs`.
 
         Raises:
             PharmacistError: The references do not fit.
@@ -121,11 +125,11 @@ class Repair(Method, ABC):
 
 
 @torch.no_grad()
-def apply(tuned: Side, plan: Plan) -> list[Change]:
-    """Writes the new values.
+def apply(tuned: ModelWeights, plan: Plan) -> list[Change]:
+    """Writes the planned values into the model.
 
     Raises:
-        NoMatchError: Not a single entry changes. A repair that does nothing is never passed off as one.
+        NoMatchError: Not a single entry would change, or a value is not finite.
     """
     tensors, changes = tuned.tensors(), []
     for name, value in plan.tensors.items():
@@ -144,29 +148,38 @@ def apply(tuned: Side, plan: Plan) -> list[Change]:
 
 
 @torch.no_grad()
-def each_input(
-    side: Side,
+def sum_over_inputs(
+    weights: ModelWeights,
     rows: Sequences,
-    see: Callable[[str, torch.Tensor], None],
+    statistic: Callable[[str, torch.Tensor], torch.Tensor],
     *,
-    device: torch.device,
-    completion_only: bool,
+    completion_only: bool = False,
     rows_per_batch: int = 16,
-) -> None:
-    """Shows what every tensor of a model is multiplied with on some rows, by ordinary forward passes.
+) -> Tensors:
+    """Sums a statistic of the inputs that each tensor is multiplied with, over some rows, by ordinary forward passes.
 
-    It calls `see` with a tensor's name and inputs of shape [tokens, in], padding (and prompts) left out, and raises
-    `NoMatchError` where a module was not run.
+    Args:
+        weights: The model.
+        rows: Tokenised rows.
+        statistic: Name of a tensor and its inputs, shape [tokens, in], padding left out -> summand of any shape.
+        completion_only: Leave the tokens of prompts out too.
+        rows_per_batch: Rows per forward pass.
+
+    Returns:
+        One sum for each of `ModelWeights.tensors`.
+
+    Raises:
+        NoMatchError: A module was not run.
     """
-    modules = side.modules()
-    seen: set[str] = set()
+    modules, device = weights.modules(), next(weights.model.parameters()).device
+    sums: Tensors = {}
     keep = torch.empty(0)
 
-    def read(name: str, module: nn.Module, args: Sequence[torch.Tensor], kwargs: Any) -> None:
-        seen.add(name)
-        see(name, args[0][keep])
+    def add(name: str, module: nn.Module, args: Sequence[torch.Tensor], kwargs: Any) -> None:
+        found = statistic(name, args[0][keep])
+        sums[name] = sums[name] + found if name in sums else found
 
-    with hooked(modules, read, before=True), evaluating(side.model):
+    with hooked(modules, add, before=True), evaluating(weights.model):
         for start in range(0, len(rows.lengths), rows_per_batch):
             batch = make_batch(rows, range(start, min(start + rows_per_batch, len(rows.lengths))), device)
             mask = batch.attention_mask
@@ -174,7 +187,8 @@ def each_input(
             if completion_only:
                 position = torch.arange(mask.shape[1], device=device)[None, :]
                 keep = keep & (position >= batch.prompt_lengths[:, None])
-            side.model(input_ids=batch.input_ids, attention_mask=mask)
-    missed = modules.keys() - seen
+            weights.model(input_ids=batch.input_ids, attention_mask=mask)
+    missed = modules.keys() - sums.keys()
     if missed:
         raise NoMatchError(f"{min(missed)}: did not run in the forward pass")
+    return sums

@@ -1,4 +1,4 @@
-"""NLSR: give the neurons that safety sits in their values of a safe reference back."""
+"""NLSR: restore safety-critical neurons to their values in a safe reference model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative, Share
 from pharmacist.nn.grads import replaced
 from pharmacist.nn.lowrank import Factors, cosine
-from pharmacist.repairs.base import Form, Plan, References, Repair, Side, Tensors, each_input
+from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair, Tensors, sum_over_inputs
 
 
 _SHARED = 0.5
@@ -32,7 +32,7 @@ class NLSRConfig(Checked):
     region: Share = 0.2
     """Share of the entries that make up the safety region."""
     prune_rate: Share = 0.5
-    """Mean probability that a module's safety region is given back."""
+    """Mean probability that a module's safety region is restored."""
     epsilon: NotNegative = 0.2
     """Spread of that probability around its mean: highest for the module least similar to the reference."""
     compat: Literal["none", "reference"] = "none"
@@ -92,11 +92,11 @@ def probabilities(
 class NLSR(Repair):
     """Amplifies the aligned model, finds its safety region, and copies that region into modules that moved away.
 
-    Entries of factors mean something only in a common basis: the fine-tuned adapter must have been continued from the
+    Entries of factors can be compared in a common basis only: the fine-tuned adapter must have been continued from the
     aligned one. For others there is ``--form weights``, which does the same with whole weights.
 
     Paper: Yi et al., "NLSR: Neuron-Level Safety Realignment of Large Language Models Against Harmful Fine-Tuning",
-    AAAI 2025. One pass through the unchanged reference finds all regions; theirs projects layer after layer.
+    AAAI 2025. One pass through the unchanged reference finds all regions; the paper projects layer after layer.
     """
 
     Config = NLSRConfig
@@ -105,15 +105,15 @@ class NLSR(Repair):
     config: NLSRConfig
 
     def check(self, form: Form, *, continued: bool) -> None:
-        """Factors need a common basis."""
+        """Refuses adapters without a common basis."""
         if form == "adapter" and not continued:
             raise CompatibilityError(
                 "--method nlsr: the fine-tuned adapter was not continued from the aligned one, so their entries have "
                 "no common meaning; give --form weights, or fine-tune with --adapter continue"
             )
 
-    def plan(self, tuned: Side, references: References) -> Plan:
-        """Regions from one pass over the safe rows, similarities, a draw per module."""
+    def plan(self, tuned: ModelWeights, references: References) -> Plan:
+        """Finds safety regions in one pass over the safe rows, and draws the modules to restore by similarity."""
         assert references.aligned is not None and references.safe is not None and references.update is not None
         aligned, config = references.aligned, self.config
         if tuned.form == "adapter":
@@ -135,8 +135,8 @@ class NLSR(Repair):
                     new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
         return Plan(new, findings)
 
-    def _amplified(self, aligned: Side, references: References) -> Tensors:
-        """The aligned model's tensors with its update from the base multiplied by 1 + beta."""
+    def _amplified(self, aligned: ModelWeights, references: References) -> Tensors:
+        """Tensors of the aligned model, with its update of the base model multiplied by 1 + beta."""
         published = self.config.compat == "reference"
         factor = 4 * self.config.beta**2 if published else 1 + self.config.beta
         found = {name: tensor.detach().double() for name, tensor in aligned.tensors().items()}
@@ -150,22 +150,20 @@ class NLSR(Repair):
                 found[name] = found[name] + (factor - 1) * references.update[name].double().dense()
         return found
 
-    def _regions(self, aligned: Side, reference: Tensors, references: References) -> Tensors:
+    def _regions(self, aligned: ModelWeights, reference: Tensors, references: References) -> Tensors:
         """Safety regions of the reference, on the completions of the safe rows."""
         assert references.safe is not None
-        grams: dict[str, torch.Tensor] = {}
 
         def by_outputs(name: str) -> bool:
             # Of a factor with few outputs the Gram matrix of these: [r, r] instead of [in, in].
             return aligned.form == "adapter" and name.endswith(".lora_A")
 
-        def see(name: str, inputs: torch.Tensor) -> None:
+        def gram(name: str, inputs: torch.Tensor) -> torch.Tensor:
             rows = inputs.double() @ reference[name].T if by_outputs(name) else inputs.double()
-            gram = rows.T @ rows
-            grams[name] = grams[name] + gram if name in grams else gram
+            return rows.T @ rows
 
         with torch.no_grad(), replaced(aligned.tensors(), reference):
-            each_input(aligned, references.safe, see, device=references.device, completion_only=True)
+            grams = sum_over_inputs(aligned, references.safe, gram, completion_only=True)
         share, region = self.config.rank_share, self.config.region
         return {
             name: safety_region(weight, output_basis(weight, grams[name], share, of_outputs=by_outputs(name)), region)
@@ -174,14 +172,14 @@ class NLSR(Repair):
 
     def _similarities(
         self,
-        tuned: Side,
-        aligned: Side,
+        tuned: ModelWeights,
+        aligned: ModelWeights,
         own: Mapping[str, torch.Tensor],
         reference: Tensors,
         masks: Tensors,
         references: References,
     ) -> dict[str, float]:
-        """Cosine per module between what the fine-tuned and the reference model have in the safety region."""
+        """Cosine per module between the fine-tuned and the reference model's weights in the safety region."""
         if tuned.form == "adapter":
 
             def kept(tensors: Mapping[str, torch.Tensor], name: str) -> Factors:
@@ -193,21 +191,21 @@ class NLSR(Repair):
         weights, found = aligned.tensors(), {}
         for name in [name for name in own if name in references.update]:
             base = weights[name].detach().double() - references.update[name].double().dense()
-            mine, theirs = ((tensor - base)[masks[name]] for tensor in (own[name], reference[name]))
-            found[name] = float(mine @ theirs / (mine.norm() * theirs.norm()))
+            a, b = ((tensor - base)[masks[name]] for tensor in (own[name], reference[name]))
+            found[name] = float(a @ b / (a.norm() * b.norm()))
         return found
 
 
 def _check_common_basis(tuned: Mapping[str, Factors], aligned: Mapping[str, Factors]) -> None:
-    """Refuses two adapters of which one was not trained from the other, or whose shapes differ."""
+    """Refuses two adapters of different shapes, or of which neither was trained from the other."""
     if {name: (f.A.shape, f.B.shape) for name, f in tuned.items()} != {
         name: (f.A.shape, f.B.shape) for name, f in aligned.items()
     }:
         raise CompatibilityError("--aligned: its adapter has other modules or another rank than that of --model")
     cosines = []
-    for name, own in tuned.items():
-        ours, theirs = (factors.A.detach().double().flatten() for factors in (own, aligned[name]))
-        cosines.append(functional.cosine_similarity(ours, theirs, dim=0))
+    for name in tuned:
+        a, b = (factors[name].A.detach().double().flatten() for factors in (tuned, aligned))
+        cosines.append(functional.cosine_similarity(a, b, dim=0))
     mean = float(torch.stack(cosines).mean())
     if not mean > _SHARED:
         raise CompatibilityError(

@@ -9,7 +9,7 @@ import torch
 
 from pharmacist.core.errors import CompatibilityError, NoMatchError
 from pharmacist.nn.lowrank import Factors, column_basis, inner, norm
-from pharmacist.repairs.base import Form, Plan, References, Repair, Side
+from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair
 from pharmacist.repairs.options import SafeLoraConfig
 
 
@@ -20,7 +20,7 @@ def project(update: Factors, columns: torch.Tensor, kind: Kind = "orthogonal") -
     """``C X``, without forming the [out, out] matrix C.
 
     Args:
-        update: V, what alignment has added to a weight, not 0.
+        update: V, the alignment's update of a weight, not 0.
         columns: X, shape [out, any].
         kind: ``orthogonal``: C = U U^T, U a basis of the column space of V. ``paper``: V V^T / |V|. ``trace``:
             V V^T / |V|^2.
@@ -48,9 +48,9 @@ def chosen(cosines: Sequence[float], config: SafeLoraConfig) -> list[int]:
 
 
 class SafeLora(Repair):
-    """Where a user's update points away from the alignment update's column space, only its part in there is kept.
+    """Projects a user's update onto the column space of the alignment's update where it points away from that.
 
-    Needs no data. It looks at products alone, so the factorisation does not matter.
+    It needs no data. It reads products of factors alone, so the factorisation does not matter.
 
     Paper: Hsu et al., "Safe LoRA: The Silver Lining of Reducing Safety Risks when Finetuning Large Language Models",
     NeurIPS 2024. Their matrix V V^T / |V| is no projector (`projector paper`).
@@ -62,15 +62,15 @@ class SafeLora(Repair):
     config: SafeLoraConfig
 
     def check(self, form: Form, *, continued: bool) -> None:
-        """The user's update must stand apart from the alignment's."""
+        """Refuses an adapter that holds the alignment's update and the user's in one."""
         if form == "adapter" and continued:
             raise CompatibilityError(
                 "--method safe-lora: the fine-tuned adapter holds alignment and user's update in one; give --form "
                 "weights, or a fine-tuning with an adapter of its own on the aligned model"
             )
 
-    def plan(self, tuned: Side, references: References) -> Plan:
-        """Cosines of all modules, then the projection of the chosen ones."""
+    def plan(self, tuned: ModelWeights, references: References) -> Plan:
+        """Projects all modules' updates, and keeps those projections whose cosine is lowest."""
         assert references.update is not None
         updates = self._user_updates(tuned, references)
         names = [name for name in updates if name in references.update]
@@ -106,7 +106,8 @@ class SafeLora(Repair):
         ]
         return Plan(new, findings)
 
-    def _user_updates(self, tuned: Side, references: References) -> dict[str, Factors]:
+    def _user_updates(self, tuned: ModelWeights, references: References) -> dict[str, Factors]:
+        """Fine-tuned minus aligned model, by module."""
         if tuned.form == "adapter":
             return {name: own.double() for name, own in tuned.factors().items()}
         assert references.aligned is not None

@@ -1,11 +1,12 @@
 """Numbers of a benchmark: means over seeds, and paired differences against a baseline, tested against chance.
 
-A series is a selector with its fraction; a setting is a choice on every axis but these and the defense. Two runs are a
-pair where they differ in the series alone: same setting, same defense, same seed.
+A series is a selector with its fraction; a setting is a choice on every axis but these, the defense and the judge. Two
+runs are a pair where they differ in the series alone: same setting, same defense, same judge, same seed. Judges are
+never averaged: a metric that depends on the judge is another metric under each of several.
 """
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,15 +18,18 @@ from statsmodels.stats.multitest import multipletests
 
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
+from pharmacist.evaluation.statistics import curve_area
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
 _SERIES = ("selector", "fraction")
 BASELINE = "full"
 """Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
-SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
+SETTING = ("model", "pool", "attack", "later_defense", "task")
 """Axes of a setting."""
-AXES = (*SETTING, "defense", *_SERIES)
+_CELL = (*SETTING, "defense", *_SERIES)
+AXES = (*SETTING, "judge", "defense", *_SERIES)
+"""Axes of the table of results."""
 LEVEL = 0.05
 """Chance of one or more false differences among all comparisons of a metric, at most."""
 
@@ -47,11 +51,14 @@ class Value(Figure):
 
 @dataclass(frozen=True)
 class Line:
-    """A cell of the grid over all its seeds: choices by axis, what was measured by metric, and its rows."""
+    """A cell of the grid over all its seeds and judges."""
 
     axes: Mapping[str, Any]
+    """Its choice by axis."""
     values: Mapping[str, Value]
+    """What was measured, by the key of the metric."""
     runs: pd.DataFrame = field(compare=False)
+    """Its rows of the results."""
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -60,7 +67,7 @@ class Line:
 
     def figure(self, metric: Metric, difference: bool) -> Figure | None:
         """The mean of a metric, or its difference to the baseline, as far as it is known."""
-        value = self.values.get(metric.name)
+        value = self.values.get(metric.key)
         return value.difference if difference and value is not None else value
 
     @property
@@ -87,26 +94,31 @@ class Benchmark:
         if (twice := results.duplicated([*AXES, "seed"])).any():
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
-        results = results.reset_index(drop=True)
+        results = _with_margin_over_attack(results.reset_index(drop=True))
         self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
-        self.metrics = [it for it in METRICS.values() if it.name in results and results[it.name].notna().any()]
+        self.groups = _groups(results, self.order["judge"])
+        """Metrics under a common title: those by each of several judges, and those that need none."""
+        self.metrics = [metric for metrics in self.groups.values() for metric in metrics]
         self.has_baseline = baseline in self.order["selector"]
-        self.columns = [
-            (metric, difference)
-            for metric in self.metrics
-            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
-        ]
-        """Of a table: each metric, and where it is compared, its difference to the baseline."""
-        self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
+        self.several = [axis for axis in _CELL if len(self.order[axis]) > 1]
         """Axes with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
         self.lines = list(self._lines())
-        tested = [name for line in self.lines for name, value in line.values.items() if value.p is not None]
+        values = ((metric.name, line.values.get(metric.key)) for line in self.lines for metric in self.metrics)
+        tested = [name for name, value in values if value is not None and value.p is not None]
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
-        """Metric -> how many differences were tested: the family of Holm's correction."""
+        """Name of a metric -> how many differences were tested, by all judges: the family of Holm's correction."""
+
+    def columns(self, metrics: Iterable[Metric]) -> list[tuple[Metric, bool]]:
+        """Columns of a table: each metric, and where it is compared, its difference to the baseline."""
+        return [
+            (metric, difference)
+            for metric in metrics
+            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
+        ]
 
     @cached_property
     def over_defenses(self) -> "Benchmark | None":
@@ -117,7 +129,7 @@ class Benchmark:
         if (n := len(self.order["defense"])) == 1 or not self.metrics:
             return None
         rest = [axis for axis in (*AXES, "seed") if axis != "defense"]
-        groups = self.results.groupby(rest, sort=False)[[metric.name for metric in self.metrics]]
+        groups = self.results.groupby(rest, sort=False)[list(self.comparisons)]
         means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
         return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
@@ -142,26 +154,25 @@ class Benchmark:
 
     def _lines(self) -> Iterator[Line]:
         groups = [
-            (dict(zip(AXES, key, strict=True)), group.set_index("seed"))
-            for key, group in self.results.groupby(list(AXES), sort=False)
+            (dict(zip(_CELL, key, strict=True)), group) for key, group in self.results.groupby(list(_CELL), sort=False)
         ]
         fractions = {axes["fraction"] for axes, _ in groups if axes["selector"] == self.baseline}
-        alike = [axis for axis in AXES if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
+        alike = [axis for axis in _CELL if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
 
         def pair(axes: Mapping[str, Any]) -> tuple[Any, ...]:
             return tuple(axes[axis] for axis in alike)
 
         base = {pair(axes): group for axes, group in groups if axes["selector"] == self.baseline}
-        by_metric = {}
-        for metric in self.metrics:
-            values = []
-            for axes, group in groups:
+        by_metric: dict[str, list[Value | None]] = {}
+        for name in dict.fromkeys(metric.name for metric in self.metrics):
+            family, values = [metric for metric in self.metrics if metric.name == name], []
+            for metric, (axes, group) in itertools.product(family, groups):
                 other = base.get(pair(axes)) if metric.compared and axes["selector"] != self.baseline else None
-                values.append(_value(metric, group[metric.name], None if other is None else other[metric.name]))
-            by_metric[metric.name] = corrected(values, metric.better)
+                values.append(_value(metric, group, other))
+            values, n = corrected(values, family[0].better), len(groups)
+            by_metric |= {metric.key: values[n * at : n * (at + 1)] for at, metric in enumerate(family)}
         for at, (axes, group) in enumerate(groups):
-            own = {name: value for name, values in by_metric.items() if (value := values[at]) is not None}
-            yield Line(axes, own, group)
+            yield Line(axes, {key: value for key, values in by_metric.items() if (value := values[at])}, group)
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
@@ -170,15 +181,48 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | None") -> Value | None:
+def _with_margin_over_attack(results: pd.DataFrame) -> pd.DataFrame:
+    """Results that were written before they had this column, with it."""
+    if "loss_margin_over_attack" in results or not {"attack_steps", "loss_margins"} <= set(results):
+        return results
+    curves = zip(results["attack_steps"], results["loss_margins"], strict=True)
+    areas = [curve_area(steps, margins) if len(margins) else None for steps, margins in curves]
+    return results.assign(loss_margin_over_attack=pd.Series(areas, dtype=float))
+
+
+def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metric]]:
+    """Title -> metrics that were measured; with one judge all of them under no title."""
+    found = [metric for metric in METRICS.values() if metric.name in results and results[metric.name].notna().any()]
+    if len(judges) == 1:
+        return {"": found}
+    groups = {
+        f"Judge: {judge}": [
+            replace(metric, judge=judge)
+            for metric in found
+            if metric.judged and results.loc[results["judge"] == judge, metric.name].notna().any()
+        ]
+        for judge in judges
+    }
+    groups["Without a judge"] = [metric for metric in found if not metric.judged]
+    return {title: metrics for title, metrics in groups.items() if metrics}
+
+
+def _by_seed(metric: Metric, runs: pd.DataFrame) -> "pd.Series[float]":
+    """A metric by seed; one that depends on no judge is taken from any judge's row that has it."""
+    own = runs if metric.judge is None else runs[runs["judge"] == metric.judge]
+    values: pd.Series[float] = own.groupby("seed")[metric.name].first()
+    return values
+
+
+def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
     """What was measured, beside the runs of the same seeds that it is compared with."""
-    own = own.dropna()
+    own = _by_seed(metric, runs).dropna()
     if not len(own):
         return None
     mean = metric.estimate(own.tolist())
     low, high = mean.interval or (None, None)
     value = Value(mean.value, low, high, mean.n)
-    differences = [] if other is None else (own - other).dropna().tolist()
+    differences = [] if others is None else (own - _by_seed(metric, others)).dropna().tolist()
     if not differences:
         return value
     found = metric.estimate(differences, difference=True)
@@ -206,8 +250,8 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     """How each series fares against the baseline over all settings and defenses.
 
     Returns:
-        Per series but the baseline's: ``name``, ``selector``, and by metric in how many of ``n`` comparisons it is
-        ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
+        Per series but the baseline's: ``name``, ``selector``, and by key of a metric in how many of ``n`` comparisons
+        it is ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
         interval over seeds, None where there are several settings or one seed; ``time_saved`` in percent.
     """
     found = []
@@ -216,7 +260,7 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     for series in benchmark.series():
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for metric in (metric.name for metric in benchmark.metrics):
+        for metric in (metric.key for metric in benchmark.metrics):
             compared = [own[metric] for own in values if metric in own and own[metric].difference is not None]
             if compared:
                 signs = [value.verdict for value in compared]
@@ -240,21 +284,44 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     return found
 
 
+def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of short tables: each series minus the baseline, with a star where that is real somewhere.
+
+    What depends on the judge stands apart, which also keeps them narrow.
+    """
+    found = verdicts(benchmark)
+    for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
+        compared = [metric for metric in metrics if metric.compared and metric.judged is judged]
+        cells = [[_short(it, own["metrics"].get(it.key)) for it in compared] for own in found]
+        rows = [[own["name"], *row] for own, row in zip(found, cells, strict=True)]
+        if compared and rows:
+            name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
+            head = ["aligned on", *(f"{metric.title}, {metric.unit}" for metric in compared)]
+            yield f"{title}, {name}" if title else name, head, rows
+
+
+def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    return f"{verdict['mean']:+.{metric.digits}f}{'*' if verdict['better'] or verdict['worse'] else ''}"
+
+
 # --- tables for papers ----------------------------------------------------------------------------------------------
 
 
-def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
+def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
     """The table as text: means with intervals, and differences, those that are real in `bold`."""
     shown = [axis for axis in benchmark.several if axis not in _SERIES]
     heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
-    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in benchmark.columns]
+    columns = benchmark.columns(metrics)
+    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in columns]
     rows = []
     for line in benchmark.lines:
         row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
-        for metric, difference in benchmark.columns:
-            figure = line.figure(metric, difference)
-            text = "" if figure is None else figure.text(sign="+" if difference else "").replace("-", minus)
-            row.append(bold.format(text) if difference and figure and line.values[metric.name].verdict else text)
+        for metric, difference in columns:
+            figure, sign = line.figure(metric, difference), "+" if difference else ""
+            text = "" if figure is None else figure.text(digits=metric.digits, sign=sign).replace("-", minus)
+            row.append(bold.format(text) if difference and figure and line.values[metric.key].verdict else text)
         rows.append(row)
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
 
@@ -289,12 +356,16 @@ def to_markdown(benchmark: Benchmark) -> str:
 
 
 def _markdown(benchmark: Benchmark) -> str:
-    table = _cells(benchmark, "\N{MINUS SIGN}", "**{}**")
-    # Names are the user's and are escaped; what this module wrote holds Markdown of its own.
-    for head in [head for head in table.columns if not head[0]]:
-        table[head] = table[head].map(markdown)
-    table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
-    return f"{table.to_markdown(index=False)}\n\n{note(benchmark)}\n"
+    text = ""
+    for title, metrics in benchmark.groups.items():
+        table = _cells(benchmark, metrics, "\N{MINUS SIGN}", "**{}**")
+        # Names are the user's and are escaped; what this module wrote holds Markdown of its own.
+        for head in [head for head in table.columns if not head[0]]:
+            table[head] = table[head].map(markdown)
+        table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
+        text += f"{markdown(title)}\n\n" if title else ""
+        text += f"{table.to_markdown(index=False)}\n\n"
+    return f"{text}{note(benchmark)}\n"
 
 
 def to_latex(benchmark: Benchmark) -> str:
@@ -320,23 +391,23 @@ def _latex_text(text: str) -> str:
 
 
 def _latex(benchmark: Benchmark, label: str, what: str) -> str:
-    table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
-    names = [head[1] for head in table.columns if not head[0]]
     text = ""
     for metric in benchmark.metrics:
-        numbers = [head[1] for head in table.columns if head[0] == metric.head]
-        part = table[[*(("", name) for name in names), *((metric.head, number) for number in numbers)]]
-        part.columns = pd.Index([*names, *numbers])
+        table = _cells(benchmark, [metric], "$-$", "\\textbf{{{}}}")
+        names = [name for title, name in table.columns if not title]
+        numbers = table.shape[1] - len(names)
+        table.columns = table.columns.get_level_values(1)
+        judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
         # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
-        style = part.style.format(escape="latex", subset=list[Hashable](names))
+        style = table.style.format(escape="latex", subset=list[Hashable](names))
         text += (
             style.format_index(escape="latex", axis=1)
             .hide(axis="index")
             .to_latex(
                 environment="longtable",
                 hrules=True,
-                column_format="l" * len(names) + "r" * len(numbers),
-                label=f"{label}-{metric.name}",
+                column_format="l" * len(names) + "r" * numbers,
+                label=f"{label}-{metric.name}{judge}",
                 caption=f"{_latex_text(metric.head)}{what}.",
             )
         )

@@ -15,17 +15,18 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from pharmacist.core.env import offline
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, Checked
 from pharmacist.data.records import to_dataset
 from pharmacist.nn.batching import Batch, IntArray
+from pharmacist.nn.devices import resolve_device
+from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.memory import available_memory
-from pharmacist.nn.models import resolve_device, silent_library
 from pharmacist.nn.passes import copy_to_equals
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
 from pharmacist.selectors.reading import read
 
@@ -127,14 +128,9 @@ def load_sentence_encoder(name: str, device: str = "auto") -> Any:
     check_sentence_encoder()
     from sentence_transformers import SentenceTransformer
 
-    try:
-        with silent_library():
-            return SentenceTransformer(name, device=str(resolve_device(device)), local_files_only=offline())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # libraries fail in every way there is on damaged files, and read nothing else here
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"--embedder {name}: sentence-transformers cannot load it ({reason})") from error
+    what = f"--embedder {name}: sentence-transformers cannot load it"
+    with failures_as(DataError, lambda error: f"{what} ({one_line(error)})"), silent_library():
+        return SentenceTransformer(name, device=str(resolve_device(device)), local_files_only=offline())
 
 
 def check_sentence_encoder() -> None:
@@ -197,7 +193,7 @@ class EmbeddingSelector(Selector):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
         known = embed(context, to_dataset(references), "safe-embeddings", unit)
         score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
-        return Scores(score, np.full(len(score), RANKED))
+        return Scores(score)
 
 
 def likeness(states: FloatArray, references: FloatArray, nearest: int) -> FloatArray:

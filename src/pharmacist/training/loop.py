@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -23,9 +22,11 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
 from pharmacist.data.tokenize import Encoded
+from pharmacist.nn.devices import resolve_dtype
 from pharmacist.nn.distributed import barrier
+from pharmacist.nn.libraries import silent_library
 from pharmacist.nn.memory import PeakMemory
-from pharmacist.nn.models import LoadedModel, resolve_dtype, silent_library
+from pharmacist.nn.models import LoadedModel
 from pharmacist.training.checkpoint import Checkpoints, newest_checkpoint
 from pharmacist.training.options import TrainingStageOptions, training_arguments
 from pharmacist.training.saving import Card, finish, save_model
@@ -78,13 +79,13 @@ class _Collator:
         return batch
 
 
-def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> Any:
+def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedModel:
     """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the one that it has, or all weights."""
     model: Any = loaded.model
     if options.tuning == "full":
-        return (deepcopy(model) if loaded.shared else model).float().requires_grad_(True)
+        return replace(loaded, model=(deepcopy(model) if loaded.shared else model).float().requires_grad_(True))
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
-        return model
+        return loaded
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init"))
         try:
@@ -94,13 +95,12 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> Any:
                 raise
             wanted = ", ".join(options.lora.target_modules or ["all linear layers"])
             raise NoMatchError(f"lora.target_modules: {options.model} has no module named {wanted}") from error
-    # An adapter finds its base again by this name, from whatever folder it is loaded.
-    model.peft_config["default"].base_model_name_or_path = loaded.beneath.base
-    return model
+    # An adapter finds its base by this name, from whatever folder it is loaded.
+    model.peft_config["default"].base_model_name_or_path = loaded.base.name
+    return replace(loaded, model=model)
 
 
 def train(
-    model: nn.Module,
     loaded: LoadedModel,
     encoded: Encoded,
     strategy: GradientStrategy,
@@ -115,13 +115,12 @@ def train(
     """Trains; an interrupted call continues from its last checkpoint to the same weights, bit for bit on a CPU.
 
     Args:
-        model: From `prepare_model`.
-        loaded: Where it came from.
+        loaded: The model, from `prepare_model`.
         encoded: The rows.
         strategy: The method.
         options: The stage's.
         run: Its folder; checkpoints go to ``work/train``.
-        streams: Side batches for the strategy (`data.streams`).
+        streams: Further batches for the strategy (`data.streams`).
         weights: Factor of each row's main loss, by the row's number; all 1 by default.
         callbacks: Further ones for the Trainer.
         description: For the progress bar.
@@ -138,7 +137,7 @@ def train(
     arguments = training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed)
     progress = _Progress(description)
     trainer = StrategyTrainer(
-        model=model,
+        model=loaded.model,
         args=arguments,
         train_dataset=_Rows(encoded, weights),
         compute_loss_func=token_mean_loss,
@@ -203,7 +202,6 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
 
 
 def run_training(
-    model: nn.Module,
     loaded: LoadedModel,
     encoded: Encoded,
     strategy: GradientStrategy,
@@ -236,12 +234,11 @@ def run_training(
 
     def save(step: int) -> None:
         own = replace(card, facts=card.facts | {"steps": step, "seed": options.seed})
-        save_model(model, loaded, run.path("snapshots", f"step-{step}"), own, trained_on=trained_on, last=False)
+        save_model(loaded, run.path("snapshots", f"step-{step}"), own, trained_on=trained_on, last=False)
 
     with run.phase("train") as phase:
         memory = PeakMemory(loaded.device)
         result = train(
-            model,
             loaded,
             encoded,
             strategy,
@@ -263,7 +260,6 @@ def run_training(
         finish(
             run,
             options,
-            model,
             loaded,
             replace(card, facts=card.facts | facts),
             trained_on=trained_on,

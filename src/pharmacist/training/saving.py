@@ -1,4 +1,4 @@
-"""What a stage writes that changes a model: weights with tokenizer and template, model card, manifest."""
+"""Output of the stages that change a model: weights with tokenizer and template, model card, manifest."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -16,8 +16,9 @@ from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.templates import save_template
 from pharmacist.nn.distributed import from_main
+from pharmacist.nn.libraries import silent_library
 from pharmacist.nn.merge import is_lora, merge_adapter, save_stacked
-from pharmacist.nn.models import LoadedModel, silent_library
+from pharmacist.nn.models import LoadedModel
 
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -30,7 +31,7 @@ _RENDERED = {
 
 @dataclass
 class ModelResult:
-    """What a stage made that changes a model.
+    """Result of a stage that changes a model.
 
     Attributes:
         folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
@@ -57,7 +58,7 @@ class ModelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the README.md of a model says besides the hub's metadata.
+    """Text of a model card, the README.md of a model, besides the hub's metadata.
 
     Attributes:
         title: Headline, after the name of the model that it was made from.
@@ -77,7 +78,7 @@ class Card:
 
     def text(self, loaded: LoadedModel, *, adapter: bool) -> str:
         """The whole card, of an adapter or of whole weights."""
-        base = loaded.beneath.base or loaded.name
+        base = loaded.base.name or loaded.name
         library = "peft" if adapter else "transformers"
         data = ModelCardData(
             # The hub's metadata takes hub ids only.
@@ -102,26 +103,25 @@ class Card:
         return f"{card}\n"
 
 
-def writes_adapter(model: Any, loaded: LoadedModel) -> bool:
-    """Whether a model can be written as an adapter that any tool can load: it is one, on a plain base."""
-    if not hasattr(model, "peft_config") or loaded.beneath.base is None:
+def writes_adapter(loaded: LoadedModel) -> bool:
+    """Whether a model can be written as an adapter that any tool can load: it is one, on a plain base model."""
+    if not hasattr(loaded.model, "peft_config") or loaded.base.name is None:
         return False
-    return not loaded.beneath.factors or is_lora(model)
+    return not loaded.base.factors or is_lora(loaded.model)
 
 
 def save_model(
-    model: Any, loaded: LoadedModel, root: Path, card: Card, *, trained_on: str, merge: bool = False, last: bool = True
+    loaded: LoadedModel, root: Path, card: Card, *, trained_on: str, merge: bool = False, last: bool = True
 ) -> list[str]:
     """Writes ``adapter/`` or ``model/``, each whole or not at all, with tokenizer, template and card.
 
-    The adapter rests on a plain base model; what earlier stages have added to that base is stacked into it. Where no
-    adapter can say it all (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
+    The adapter is one on the plain base model, with the adapters of earlier stages stacked into it. Where no adapter
+    holds the whole change (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
     Links in `root` make it what transformers and PEFT load from there.
 
     Args:
-        model: The trained or repaired model.
-        loaded: Where it came from.
-        root: Where the folder is made.
+        loaded: The trained or repaired model.
+        root: Folder in which the others are made.
         card: Its README.md.
         trained_on: Fingerprint of the model that it was trained on.
         merge: Also write ``model/`` with the adapter merged into the weights.
@@ -132,15 +132,16 @@ def save_model(
     """
     if rank() != 0:
         return []
-    written, adapter = [], writes_adapter(model, loaded)
+    model: Any = loaded.model
+    written, adapter = [], writes_adapter(loaded)
     text = card.text(loaded, adapter=adapter and not merge)
     if adapter:
         with atomic_folder(root / "adapter") as folder:
-            if loaded.beneath.factors:
-                save_stacked(model, loaded.beneath, folder, loaded.beneath.content or trained_on)
+            if loaded.base.factors:
+                save_stacked(model, loaded.base, folder, loaded.base.fingerprint or trained_on)
             else:
                 model.save_pretrained(folder, save_embedding_layers=False)
-            _save_beside(folder, loaded, text)
+            _save_tokenizer(folder, loaded, text)
         written.append("adapter")
     if merge or not adapter:
         with atomic_folder(root / "model") as folder, silent_library():
@@ -148,13 +149,14 @@ def save_model(
             if hasattr(model, "peft_config"):
                 whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
             whole.save_pretrained(folder)
-            _save_beside(folder, loaded, text)
+            _save_tokenizer(folder, loaded, text)
         written.append("model")
     show_in(root, sorted((root / written[-1]).iterdir()))
     return written
 
 
-def _save_beside(folder: Path, loaded: LoadedModel, card: str) -> None:
+def _save_tokenizer(folder: Path, loaded: LoadedModel, card: str) -> None:
+    """Writes tokenizer, template and card beside weights."""
     if loaded.template.kind == "chat":
         loaded.tokenizer.chat_template = loaded.template.chat_template
     loaded.tokenizer.save_pretrained(folder)
@@ -165,7 +167,6 @@ def _save_beside(folder: Path, loaded: LoadedModel, card: str) -> None:
 def finish(
     run: RunDir,
     options: Any,
-    model: Any,
     loaded: LoadedModel,
     card: Card,
     *,
@@ -174,14 +175,14 @@ def finish(
     extra: dict[str, Any],
     **results: Any,
 ) -> None:
-    """Writes a stage's model, unless Python asked for no folder, and its manifest; for the first process.
+    """Writes a stage's model, unless no output folder was asked for, and its manifest; for the first process.
 
-    Arguments are those of `save_model`, `outputs` that the stage has written itself, and results for `RunDir.record`.
+    Arguments are those of `save_model`, `outputs` that the stage has written already, and results for `RunDir.finish`.
     """
     folders: list[str] = []
     if run.temporary is None:
         last = not isinstance(options.model, LoadedModel)  # who gives a model gets one back
-        folders = save_model(model, loaded, run.root, card, trained_on=trained_on, merge=options.merge, last=last)
+        folders = save_model(loaded, run.root, card, trained_on=trained_on, merge=options.merge, last=last)
     run.finish(
         outputs=[*folders, *outputs, *(["README.md"] if folders else [])],
         device=str(loaded.device),
@@ -192,7 +193,7 @@ def finish(
 
 
 def say_done(run: RunDir, text: str) -> None:
-    """The last lines at the console: what was done, and how to measure it."""
+    """Prints the last lines of a stage: what was done, and how to measure it."""
     if rank() == 0 and run.temporary is None:
         following = f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR"
         console().print(f"{text}\n{following}", soft_wrap=True)

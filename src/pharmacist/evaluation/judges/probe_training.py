@@ -13,10 +13,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.files import under
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.evaluation.judges.base import Rows
 from pharmacist.evaluation.text import is_empty
-from pharmacist.readers.question import Question, under
+from pharmacist.readers.question import Question
 from pharmacist.readers.views import LONGEST_REFERENCE, Features, Reader, States, Texts, View, Words, shortened
 
 

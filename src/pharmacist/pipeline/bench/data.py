@@ -8,9 +8,12 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
+from pharmacist.data.formats import open_source
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
+from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.labels import LABELS, read_entries
 from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
 
 
@@ -25,8 +28,8 @@ class Data:
         self.root = root
         self.texts: dict[Path, str] = {}
         """File -> made-up rows that must be in it."""
-        self.worth_keeping: dict[str, list[bool]] = {}
-        """File of a made-up pool -> which of its rows are worth keeping, where some are and some are not."""
+        self.worth_keeping: dict[str, dict[int, bool]] = {}
+        """Pool whose labels are known -> row -> whether it is worth keeping; rows without a label are not in it."""
         self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, cell: Any) -> Input:
@@ -66,6 +69,18 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(place, self._contents[place])
 
+    def read_labels(self, pool: str, labels: str, where: str) -> None:
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
+
+        Raises:
+            DataError: The file is none of labels, or is about another pool.
+        """
+        if pool not in self.worth_keeping:
+            source = open_source(pool, name="pool")
+            rows = [row.number for row in source.scan()]
+            known = read_entries(labels, source.fingerprint(), rows, where=f"{where}, labels {labels}")
+            self.worth_keeping[pool] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
+
     def _content(self, path: Path) -> str:
         if str(path) not in self._contents:
             self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
@@ -87,7 +102,7 @@ class Data:
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         if not name and path not in self.texts:
             planted = World(world).labelled(pool.rows, pool.mislabel, pool.kind)
-            self.worth_keeping[str(path)] = [row.worth_keeping(pool.kind) for row in planted]
+            self.worth_keeping[str(path)] = {n: row.worth_keeping(pool.kind) for n, row in enumerate(planted)}
         self.texts[path] = text
         return Input(str(path), content)
 

@@ -20,7 +20,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_text
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.method import Method
-from pharmacist.core.options import as_json, identifying
+from pharmacist.core.options import LengthOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
 from pharmacist.defenses import DEFENSES
@@ -40,6 +40,8 @@ _Choice = SimpleNamespace
 """One entry of every axis, by its name, and the seed; a selector has one fraction, an attack one strength."""
 SEP = " / "
 SELECTED = "selected.jsonl"
+_LOADING = [item.name for item in fields(LengthOptions)]
+"""Options of stages that an entry of the models decides."""
 _MISSING = "-"
 """Stands for a required option until another stage's result takes its place."""
 
@@ -274,8 +276,11 @@ class _Graph:
         for kind, known in KINDS.items():
             section = getattr(self.grid, known.name, {})
             for key in section:
-                if key in known.by_axes | EVERYWHERE:
+                name = str(key).replace("-", "_")
+                if name in known.by_axes | EVERYWHERE:
                     raise ConfigError(f"{known.name}: '{key}' is decided by the grid; leave it out here")
+                if name in _LOADING:
+                    raise ConfigError(f"{known.name}: '{key}' is decided by the entries of models; give it there")
             if section:
                 self.options(kind, known.name)
 
@@ -290,7 +295,7 @@ class _Graph:
         """Options of a kind of stage without inputs and seed, checked once: those of the grid's section, of the model,
         and of the layers, of which later ones win.
         """
-        known, loading = KINDS[kind], ("template", "trust_remote_code", "max_length")
+        known = KINDS[kind]
         values: dict[str, Any] = {
             item.name: _MISSING
             for item in fields(known.options)
@@ -298,7 +303,7 @@ class _Graph:
         }
         values |= getattr(self.grid, known.name, {})
         if model is not None:
-            values |= {item.name: getattr(model, item.name) for item in fields(known.options) if item.name in loading}
+            values |= {item.name: getattr(model, item.name) for item in fields(known.options) if item.name in _LOADING}
         for layer in layers:
             values = merged(values, layer)
         for name in ("device", "dtype", "quiet", "checkpoint_seconds"):
@@ -368,6 +373,8 @@ class _Graph:
             return self.stage(kind, options, chosen, method, made, selector.seed)
 
         roles = {"rank": stage("rank", options)}
+        if pool.labels is not None:
+            self.data.read_labels(roles["rank"].options.pool, pool.labels, f"pool '{pool.name}'")
         if selector.labels not in (0, "all"):
             roles["ask"] = roles["rank"]
             own = self.options("label", "labels", {"labels": pool.labels})

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.options import RunOptions
+from pharmacist.core.options import LengthOptions, RunOptions
 from pharmacist.pipeline.stage import Stage
 
 
@@ -27,33 +27,33 @@ class EntryWithOptions(Entry):
 
 
 @dataclass(kw_only=True)
-class ModelEntry(Entry):
-    """A model."""
+class ModelEntry(Entry, LengthOptions):
+    """A model, and how all stages ask it."""
 
     model: str
     """Local folder or hub id; world is the tiny model of the made-up world."""
     reader: str | None = None
     """Model that ranks the pool; the model itself by default."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
 
 
 @dataclass(kw_only=True)
-class PoolEntry(Entry):
-    """A pool and the references by which it is ranked."""
+class EntryWithReferences(Entry):
+    """A choice with references."""
+
+    safe: str | None = None
+    """Safe references."""
+    harmful: str | None = None
+    """Harmful references."""
+    utility: str | None = None
+    """Utility references."""
+
+
+@dataclass(kw_only=True)
+class PoolEntry(EntryWithReferences):
+    """A pool and the references by which it is ranked, for a made-up pool by default its world's."""
 
     pool: str
     """Rows to rank; world makes them up."""
-    safe: str | None = None
-    """Safe references; for a made-up pool the world's."""
-    harmful: str | None = None
-    """Harmful references; likewise."""
-    utility: str | None = None
-    """Utility references; likewise."""
     labels: str | None = None
     """What people said of every row (labels.json), for selectors that ask for labels."""
     rows: int = 600
@@ -129,17 +129,11 @@ class TaskEntry(EntryWithOptions):
 
 
 @dataclass(kw_only=True)
-class JudgeEntry(EntryWithOptions):
-    """A judge and what it learns from."""
+class JudgeEntry(EntryWithOptions, EntryWithReferences):
+    """A judge and, if it is trained, what it learns from."""
 
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
     """Who decides whether an answer is harmful."""
-    safe: str | None = None
-    """Safe references, for a judge that is trained."""
-    harmful: str | None = None
-    """Harmful references, likewise."""
-    utility: str | None = None
-    """Utility references, likewise."""
 
 
 AXES: dict[str, tuple[type[Any], str]] = {

@@ -10,15 +10,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.files import atomic_path
 from pharmacist.core.manifest import RunManifest
+from pharmacist.core.options import as_json
 from pharmacist.evaluation.statistics import curve_area
+from pharmacist.pipeline.bench.data import Data
 from pharmacist.pipeline.bench.grid import Cell, Plan
 from pharmacist.pipeline.bench.stages import Stage
+from pharmacist.pipeline.select import chosen_rows
 
 
 MEASURES = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
@@ -50,6 +54,7 @@ class Result:
     harmful_scores: list[float] = field(default_factory=list)
     loss_margin: float | None = None
     loss_margin_before: float | None = None
+    loss_margin_over_attack: float | None = None
     loss_margins: list[float] = field(default_factory=list)
     hs_plus: float | None = None
     hs_plus_before: float | None = None
@@ -58,6 +63,7 @@ class Result:
     over_refusal: float | None = None
     over_refusal_before: float | None = None
     ranking_auc: float | None = None
+    selected_good: float | None = None
     prompts: int = 0
 
     pool_rows: int = 0
@@ -113,8 +119,9 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         harmful_score_over_attack=curve_area(steps, heights) if heights else None,
         attack_steps=steps,
         harmful_scores=heights,
+        loss_margin_over_attack=curve_area(steps, margins) if margins else None,
         loss_margins=margins,
-        ranking_auc=_ranking_auc(plan.stages[cell.roles["rank"]], plan),
+        **_by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=by_role["rank"].counts["ranked"],
         alignment_rows=by_role["align"].counts["trained"],
@@ -136,11 +143,19 @@ def _heights(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return found if len(found) == len(curve) > 1 else []
 
 
-def _ranking_auc(stage: Stage, plan: Plan) -> float | None:
-    keep, scores = plan.data.worth_keeping.get(stage.options.pool), stage.folder / "scores.parquet"
-    if keep is None or len(set(keep)) < 2 or not scores.is_file():
-        return None
-    return 100 * float(roc_auc_score(keep, pq.read_table(scores, columns=["score"])["score"].to_numpy()))
+def _by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, Any]:
+    """How well a ranking and a selection of it fit what is known of the pool's rows; empty where nothing is."""
+    known, scores = data.worth_keeping.get(ranking.options.pool), ranking.folder / "scores.parquet"
+    if not known or not scores.is_file():
+        return {}
+    table = pd.read_parquet(scores)
+    table["good"] = table["row"].map(known)
+    chosen = table["good"].iloc[chosen_rows(table, as_json(ranking.options), selecting.options)].dropna()
+    labelled = table.dropna(subset="good")
+    found: dict[str, Any] = {"selected_good": 100 * float(chosen.mean())} if len(chosen) else {}
+    if labelled["good"].nunique() == 2:
+        found["ranking_auc"] = 100 * float(roc_auc_score(labelled["good"].astype(bool), labelled["score"]))
+    return found
 
 
 def _value(metrics: Mapping[str, Any], name: str) -> float | None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import remove, write_text
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import console, print_table, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import Source, write_rows
@@ -173,12 +172,9 @@ def _rank(
 
 def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
     """Prints counts by reason, what the selector says of itself, where the results lie and what comes next."""
-    table = Table(title=f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected")
-    for column in ("reason", "selected", "left out"):
-        table.add_column(column, justify="left" if column == "reason" else "right")
-    for reason, *counts in ranking.counts().itertuples():
-        table.add_row(reason, *map(str, counts))
-    console().print(table)
+    title = f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected"
+    rows = [[str(cell) for cell in row] for row in ranking.counts().itertuples()]
+    print_table(title, ["reason", "selected", "left out"], rows)
     lines, about = [], ranking.about
     if "template_origin" in run.manifest.extra:
         lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")

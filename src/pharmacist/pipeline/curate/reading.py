@@ -20,7 +20,8 @@ from pharmacist.data.records import Records
 from pharmacist.data.tokenize import rendered_rows
 from pharmacist.data.where import conditions_of
 from pharmacist.evaluation.prompts import category_names
-from pharmacist.nn.models import model_fingerprint, resolve_device
+from pharmacist.nn.devices import resolve_device
+from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
 from pharmacist.pipeline.rows import open_several, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions

@@ -15,11 +15,11 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.model_selection import GroupKFold
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.files import atomic_path, read_json, under, write_json
 from pharmacist.core.progress import track
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers import views
-from pharmacist.readers.question import Question, can_be_held_out, quality, under
+from pharmacist.readers.question import Question, can_be_held_out, quality
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import Joined, States, Texts, View, Words
 from pharmacist.selectors.base import FloatArray, IntArray

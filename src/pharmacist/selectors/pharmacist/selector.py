@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.kept import ModelReader, read_texts, row_keys
 from pharmacist.readers.views import Texts
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
@@ -221,15 +220,8 @@ class _Ranking:
         bank = AdapterBank(context.model.model, self.config, self.seed, context.checkpoint_seconds)
 
         def measure(rows: Sequences, work: Path, which: IntArray | None, what: str) -> dict[str, FloatArray]:
-            return run_pass(
-                rows,
-                lambda batch: adapter_losses(bank, batch, twins.names),
-                work=work,
-                device=bank.device,
-                tokens_per_batch=tokens_per_batch(context.model.model, bank.device),
-                rows=which,
-                description=what,
-            )
+            losses = partial(adapter_losses, bank, names=twins.names)
+            return run_pass(bank.model, rows, losses, work=work, rows=which, description=what)
 
         if self.saved is not None:
             twins = Twins.saved(bank, self.config, self.saved / "twins")

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from pharmacist.core.console import plain
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.metrics import NAMES
 from pharmacist.evaluation.text import missing
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
@@ -24,17 +22,13 @@ def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions
     """Prints the result of one model; answers that are not known to be harmless stay hidden unless asked for."""
     if options.quiet or console().quiet:
         return
-    table = Table(title=plain(options.model or options.answers))
-    for column in ("metric", "%", "95 % interval", "count", "by"):
-        table.add_column(column, justify="left" if column in ("metric", "by") else "right")
-    for name, metric in metrics.items():
-        for cells in _lines(NAMES.get(name, name), metric):
-            table.add_row(*cells)
+    rows = [cells for name, metric in metrics.items() for cells in _lines(NAMES.get(name, name), metric)]
+    head = ["metric", "%", "95 % interval", "count", "by"]
     lines = [*_remarks(metrics), *_examples(folder, options.show_harmful)]
     if template := read_manifest(folder).extra.get("template_origin"):
         lines.append(f"prompts are rendered by {template}")
     lines += [f"metrics {plain(folder)}/metrics.json", f"answers and verdicts {plain(folder)}/items.jsonl"]
-    console().print(table)
+    print_table(plain(options.model or options.answers), head, rows, text=(0, 4))
     console().print("\n".join(lines), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The harmful side of `align`: which rows become which stream, and what is refused."""
+"""The streams of `align`: which harmful rows become which, and what is refused."""
 
 import re
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ import torch
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import open_source
-from pharmacist.data.records import read_records
+from pharmacist.data.records import Records, read_records
 from pharmacist.data.tokenize import encode
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import LoadedModel, load_model
 from pharmacist.pipeline.align import AlignOptions
-from pharmacist.pipeline.side_data import SideData
+from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
 from tests.support.tiny import WORDS, save_tiny_model
 from tests.support.world_files import write_rows
 
@@ -39,20 +39,25 @@ class Given:
         if harmful is not None:
             self.files["harmful"] = write_rows(folder / "harmful.jsonl", harmful)
 
-    def read(self, defense: str, *, settings: dict[str, Any] | None = None, **more: Any) -> SideData:
-        """The side data of a defense."""
+    def read(self, defense: str, *, settings: dict[str, Any] | None = None, **more: Any) -> Records | None:
+        """The harmful rows of a defense."""
         sources = {name: open_source(path, name=f"--{name}") for name, path in self.files.items()}
-        options = AlignOptions(
+        self.options = AlignOptions(
             **self.files, model="m", defense={"name": defense}, output_dir=str(self.folder / "run"), **more
         )
-        self.run = RunDir.open(options, stage="align", version=1, inputs={})
+        self.strategy = DEFENSES.build(defense, settings or {})
+        self.run = RunDir.open(self.options, stage="align", version=1, inputs={})
         self.records = read_records(sources["data"], work_dir=self.run.work("data", "rows"))
-        return SideData.read(sources, self.records, DEFENSES.build(defense, settings or {}), options, self.run)
+        self.harmful = read_harmful_rows(sources, self.records, self.strategy, self.options, self.run)
+        return self.harmful
 
-    def streams(self, side: SideData, loaded: LoadedModel) -> dict[str, Any]:
-        """Its streams."""
+    def streams(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Its streams; numbers of rows go to `counts`."""
         encoded = encode(self.records.dataset, loaded.tokenizer, loaded.template, max_length=32)
-        return side.streams(encoded, loaded, self.run)
+        streams, self.counts = alignment_streams(
+            self.strategy, self.records, encoded, self.harmful, loaded, self.options, self.run
+        )
+        return streams
 
 
 def texts(batch: dict[str, torch.Tensor], loaded: LoadedModel) -> list[str]:
@@ -70,13 +75,13 @@ def answers(rows: list[dict[str, str]], found: set[str], side: str = "completion
 
 def test_a_harmful_stream_holds_the_harmful_rows(tmp_path: Path, loaded: LoadedModel) -> None:
     given = Given(tmp_path, SAFE, HARMFUL)
-    side = given.read("booster", harmful_batch_size=2)
-    (stream,) = given.streams(side, loaded).values()
+    given.read("booster", harmful_batch_size=2)
+    (stream,) = given.streams(loaded).values()
     assert len(next(stream)["input_ids"]) == 2
     found = drawn(stream, loaded, 6)
     assert answers(HARMFUL, found) == {row["completion"] for row in HARMFUL}
     assert not answers(SAFE, found)
-    assert side.counts == {"harmful_rows": 3}
+    assert given.counts == {"harmful_rows": 3}
 
 
 def test_a_preference_file_gives_its_rejected_side(tmp_path: Path, loaded: LoadedModel) -> None:
@@ -84,8 +89,8 @@ def test_a_preference_file_gives_its_rejected_side(tmp_path: Path, loaded: Loade
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": f"yes {WORDS[i]}"} for i, r in enumerate(SAFE)
     ]
     given = Given(tmp_path, rows, None)
-    side = given.read("booster")
-    found = drawn(given.streams(side, loaded)["harmful"], loaded, 3)
+    given.read("booster")
+    found = drawn(given.streams(loaded)["harmful"], loaded, 3)
     assert answers(rows, found, "rejected") == {row["rejected"] for row in rows}
     assert not answers(rows, found, "chosen")
 
@@ -94,54 +99,54 @@ def test_partners_have_the_same_prompt(
     tmp_path: Path, loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = Given(tmp_path, SAFE, HARMFUL)
-    side = given.read("repnoise")
-    having, batch = given.streams(side, loaded)["paired"].batch([1, 5, 2])
+    given.read("repnoise")
+    having, batch = given.streams(loaded)["paired"].batch([1, 5, 2])
     assert having == [1, 2] and batch is not None
     for text, number in zip(texts(batch, loaded), (5, 2), strict=True):
         assert answers(HARMFUL, {text}) == {f"yes {WORDS[number]}"}
-    assert side.counts["pairs"] == 2
+    assert given.counts["pairs"] == 2
     assert "2 of 8 alignment rows have a harmful partner (same prompt)" in capsys.readouterr().err
 
 
 def test_partners_have_the_same_number(tmp_path: Path, loaded: LoadedModel) -> None:
     given = Given(tmp_path, SAFE, HARMFUL)
-    side = given.read("repnoise", pair_by="row")
-    having, batch = given.streams(side, loaded)["paired"].batch([7, 0])
+    given.read("repnoise", pair_by="row")
+    having, batch = given.streams(loaded)["paired"].batch([7, 0])
     assert having == [1] and batch is not None
     assert answers(HARMFUL, set(texts(batch, loaded))) == {HARMFUL[0]["completion"]}
-    assert side.counts["pairs"] == 3
+    assert given.counts["pairs"] == 3
 
 
 def test_rows_without_any_partner_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
     given = Given(tmp_path, SAFE[:2], HARMFUL)
-    with pytest.raises(NoMatchError, match=r"none of 2 alignment rows .* same prompt; .*--pair-by row"):
-        given.streams(given.read("repnoise"), loaded)
+    given.read("repnoise")
+    with pytest.raises(NoMatchError, match=r"none of 2 alignment rows .* same prompt; .*--pair-by turn"):
+        given.streams(loaded)
 
 
 def test_held_out_rows_share_no_prompt_with_the_others(tmp_path: Path, loaded: LoadedModel) -> None:
     harmful = [{"prompt": f"ask {WORDS[i % 10]}", "completion": f"yes {WORDS[i]}"} for i in range(20)]
     given = Given(tmp_path, SAFE, harmful)
-    side = given.read("tar", settings={"held_out": 0.3})
-    streams = given.streams(side, loaded)
+    given.read("tar", settings={"held_out": 0.3})
+    streams = given.streams(loaded)
     assert set(streams) == {"harmful", "held_out", "retain"}
     parts = [answers(harmful, drawn(streams[name], loaded, 10)) for name in ("harmful", "held_out")]
     assert sum(map(len, parts)) == 20 and not parts[0] & parts[1]
     prompts = [{row["prompt"] for row in harmful if row["completion"] in part} for part in parts]
     assert not prompts[0] & prompts[1] and len(prompts[1]) == 3
-    assert side.counts == {"harmful_rows": 14, "held_out_rows": 6}
+    assert given.counts == {"harmful_rows": 14, "held_out_rows": 6}
 
 
 def test_one_prompt_cannot_be_split(tmp_path: Path, loaded: LoadedModel) -> None:
     same = [row | {"prompt": "ask"} for row in HARMFUL]
     given = Given(tmp_path, SAFE, same)
-    side = given.read("tar")
+    given.read("tar")
     with pytest.raises(DataError, match="1 prompts are too few to hold out"):
-        given.streams(side, loaded)
+        given.streams(loaded)
 
 
 def test_harmful_rows_that_nobody_reads_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    side = Given(tmp_path, SAFE, HARMFUL).read("vaccine")
-    assert side.harmful is None
+    assert Given(tmp_path, SAFE, HARMFUL).read("vaccine") is None
     assert "the defense 'vaccine' does not use it" in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 

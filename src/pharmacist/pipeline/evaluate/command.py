@@ -8,7 +8,7 @@ import pandas as pd
 
 from pharmacist.core.files import read_json_lines
 from pharmacist.evaluation.metrics import NAMES
-from pharmacist.pipeline.evaluate_model import evaluate_model
+from pharmacist.pipeline.evaluate.model import evaluate_model
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 

@@ -1,0 +1,41 @@
+"""Calls into transformers and PEFT: silent, and with one error of our own for whatever they raise."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pharmacist.core.errors import PharmacistError
+
+
+@contextmanager
+def silent_library() -> Iterator[None]:
+    """Keeps transformers' progress bars, reports and advice out of the output, whatever they are set to."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def failures_as(kind: type[PharmacistError], message: Callable[[Exception], str]) -> Iterator[None]:
+    """Turns any exception of a library into an error of ours; running out of memory passes as it is.
+
+    Libraries raise anything on damaged files and unknown models, so nothing but a call of theirs belongs in the block.
+
+    Args:
+        kind: Class of the error.
+        message: The library's exception -> the error's message.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(message(error)) from error
