@@ -286,10 +286,6 @@ BAD = {
         {"task": [{**TINY, "prompt": "x " * 900}]},
         "(row 0); ",
     ),
-        ["--samples", "1", "--poison-ratio", "0"],
-        {"task": [{**TINY, "prompt": "x " * 900}]},
-        "(row 0); ",
-    ),
     "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "has no module named spoon"),
     "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "--snapshots [0]: must be at least 1"),
     "a snapshot beyond the end": (
