@@ -67,7 +67,8 @@ class TrainingState:
 
     def of(self, adapter: str) -> "TrainingState":
         """The part of one adapter, its tensors by the names of the weights."""
-        return replace(self, **{part: under(f"{adapter}/", getattr(self, part)) for part in ("weight", "m", "v")})
+        weight, m, v = (under(f"{adapter}/", part) for part in (self.weight, self.m, self.v))
+        return replace(self, weight=weight, m=m, v=v)
 
     def save(self, path: Path) -> None:
         """Writes it as safetensors."""

@@ -246,8 +246,8 @@ def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
 def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
     """Attacks with a single poison ratio and number of samples each."""
     for attack in attacks:
-        values = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
-        sweeps = {name: value for name, value in values.items() if isinstance(value, list)}
+        strength = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
+        sweeps = {name: values for name, values in strength.items() if isinstance(values, list)}
         for name, values in sweeps.items():
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
