@@ -399,7 +399,7 @@ def _latex(benchmark: Benchmark, label: str, what: str) -> str:
     text = ""
     for metric in benchmark.metrics:
         table = _cells(benchmark, [metric], "$-$", "\\textbf{{{}}}")
-        names = [name for title, name in table.columns.tolist() if not title]
+        names = [column[1] for column in table.columns if not column[0]]
         numbers = table.shape[1] - len(names)
         table.columns = table.columns.get_level_values(1)
         judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
