@@ -38,7 +38,7 @@ from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs.base import Repair
 from pharmacist.selectors import Selector
-from pharmacist.training.options import GivenLora, train_options
+from pharmacist.training.options import PeftLoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 
 
@@ -346,7 +346,7 @@ def _options(stage: Stage, given: dict[str, Any]) -> Any:
         given |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
         given["seed"] = args.seed if given["seed"] is None else given["seed"]
     if (lora := given.get("peft_config")) is not None:
-        given["lora"] = GivenLora.of(lora)
+        given["lora"] = PeftLoraOptions.of(lora)
     values: dict[str, Any] = {"output_dir": given.pop("output_dir") or ""}
     for item in fields(stage.options):
         value: Any = given.get(item.name)

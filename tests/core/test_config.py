@@ -191,6 +191,8 @@ def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Pa
         (["--no-lid", "x"], "--no-lid takes no value"),
         (["--output-dir", ""], "--output-dir is empty"),
         (["--output-dir= "], "--output-dir is empty"),
+        (["--output-dir", "x\udcff"], r"--output-dir x\udcff: holds a null character, or bytes that are not UTF-8"),
+        (["--train.a", "x\0"], r"--train.a x\x00: holds a null character"),
         (["--train.a", "1", "--train.a.b", "2"], "option 'a.b': 'a' has a value already"),
         (["stray"], "'stray' belongs to no option"),
     ],

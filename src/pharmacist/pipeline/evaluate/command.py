@@ -1,4 +1,4 @@
-"""The command `evaluate`: one model or given answers, several models, or the difference of two evaluations."""
+"""The command `evaluate`: one model, answers of a file, several models, or the difference of two evaluations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, Evalua
 
 @dataclass
 class EvaluateResult:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge; with several models,
-            that by model.
-        folder: Where the files are.
+            such a mapping per model.
+        folder: Folder of the files.
     """
 
     metrics: dict[str, Any]
