@@ -1,4 +1,4 @@
-"""Rows and models as a stage's options say: opened, read, tokenised, loaded."""
+"""Opens, reads and tokenises rows, and loads models, with the options of a stage."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,10 +33,17 @@ def read(
     prompts_only: bool = False,
     keep: bool = False,
 ) -> Records:
-    """Reads a source into canonical rows as the options say, beside `work` in a folder of each process's own.
+    """Reads a source into canonical rows with the options of a stage.
 
-    Where `harmful`, a preference row gives its rejected side; where `usual_names`, a file that lacks the columns of
-    the options is read by the usual names. The rest is as in `read_records`.
+    Args:
+        source: The rows.
+        options: The stage's.
+        work: Folder for the canonical rows; the rank of the process is added to its name.
+        harmful: Take the rejected answer of a preference row.
+        usual_names: Read a file that lacks the columns of the options by the usual names.
+        where: As in `read_records`, like the following.
+        prompts_only: Read prompts alone.
+        keep: Keep the rows as they are in the file too.
     """
     columns = parse_columns(options.columns)
     if columns is not None and usual_names:
@@ -55,24 +62,24 @@ def read(
 
 
 def texts(records: Records) -> set[tuple[str, str]]:
-    """Prompts with their completions, which tell whether two files hold the same rows."""
+    """Pairs of prompt and completion, to compare the rows of two files."""
     return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
 
 
 def model_options(options: Any) -> dict[str, Any]:
-    """How the options of a run say that models are loaded: keyword arguments of `load_model`."""
+    """The keyword arguments of `load_model` among the options of a run."""
     return {name: getattr(options, name) for name in ("device", "dtype", "template", "trust_remote_code")}
 
 
 def load(name: str, options: Any, *, merge: bool = True) -> LoadedModel:
-    """Loads a model where and how the options of a run say; see `load_model`."""
+    """Loads a model with the options of a run; see `load_model`."""
     return load_model(name, merge=merge, **model_options(options))
 
 
 def tokenise(
     rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str = ""
 ) -> Encoded:
-    """Canonical rows as a model reads them, on disk in a folder `name` of a run's work; see `encode`.
+    """Tokenises canonical rows for a model, on disk in a folder `name` of the run's work; see `encode`.
 
     Messages call the rows `where`.
     """
