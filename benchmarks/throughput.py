@@ -69,14 +69,8 @@ def main() -> None:
 
     def reading(size: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            run_pass(
-                encoded,
-                hidden_states(loaded.model),
-                work=Path(folder),
-                device=loaded.device,
-                tokens_per_batch=size,
-                description="reading",
-            )
+            measure = hidden_states(loaded.model)
+            run_pass(loaded.model, encoded, measure, work=Path(folder), description="reading", tokens=size)
 
     ways = {"bare loop": bare} | {size: lambda size=size: reading(size) for size in (own, *options.tokens_per_batch)}
     seconds, memory = timed(ways, options.repeats, loaded.device)

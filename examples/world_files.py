@@ -6,9 +6,9 @@ FOLDER then holds pool.jsonl, references (safe, harmful, utility), attack.jsonl,
 tiny base model. Every word in them is harmless: the "forbidden" acts are those of a village in a fairy tale.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
@@ -32,7 +32,8 @@ def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/world_files.py FOLDER")
-    write_world(Path(sys.argv[1]))
-    print(f"written to {sys.argv[1]}")
+    parser = argparse.ArgumentParser(description="Writes the made-up world as ordinary files.")
+    parser.add_argument("folder", type=Path, help="folder for the files; made if it is missing")
+    folder = parser.parse_args().folder
+    write_world(folder)
+    print(f"written to {folder}")

@@ -143,7 +143,7 @@ def align(
     defense: Choice | GradientStrategy = "sft",
     harmful: Rows | None = None,
     harmful_batch_size: int = 0,
-    pair_by: Literal["prompt", "row"] = "prompt",
+    pair_by: Literal["prompt", "row", "turn"] = "prompt",
     weights: str | None = None,
     args: TrainingArguments | None = None,
     peft_config: LoraConfig | None = None,

@@ -356,6 +356,7 @@ def test_broken_csv(tmp_path):
         b"prompt,completion\na,\xff\n": "line 2 (row 0) is not UTF-8",
         b"prompt,prompt\na,b\n": "line 1 names the column 'prompt' twice",
         b"prompt;completion\na;b\n": "separate the cells by commas",
+        b"prompt,completion\ra,b\r": "not valid CSV (a carriage return outside quotes",
     }
     for content, message in cases.items():
         path.write_bytes(content)
@@ -364,6 +365,13 @@ def test_broken_csv(tmp_path):
     assert read(path) == [] and open_source(path).columns is None
     path.write_bytes(b"\xef\xbb\xbfprompt,completion\n")
     assert read(path) == [] and open_source(path).columns == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["pool.jsonl", "pool.json", "pool.csv"])
+def test_utf_16_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(("\ufeff" * (encoding == "utf-16-be") + "prompt,completion\na,b\n").encode(encoding))
+    fails(tmp_path / name, f"{name}: is UTF-16 or UTF-32 text; save it as UTF-8")
 
 
 def test_csv_lines_are_counted_across_quoted_breaks(tmp_path):

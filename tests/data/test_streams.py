@@ -65,11 +65,12 @@ def rows(*pairs):
     return to_dataset({"row": number, "prompt": prompt, "completion": "c"} for number, prompt in pairs)
 
 
-def test_pairs_by_prompt_and_by_row():
+def test_pairs_by_prompt_by_row_and_in_turn():
     alignment = rows((0, "Brew it?"), (1, "other"), (2, "brew it"), (5, "Brew  it."))
     harmful = rows((3, "brew it"), (4, "BREW IT"), (5, "else"))
     assert pair_rows(alignment, harmful, "prompt") == {0: 3, 2: 4, 5: 3}
     assert pair_rows(alignment, harmful, "row") == {5: 5}
+    assert pair_rows(alignment, harmful, "turn") == {0: 3, 1: 4, 2: 5, 5: 3}
 
 
 def test_partners_of_a_batch():

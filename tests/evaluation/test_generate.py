@@ -11,7 +11,7 @@ from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.data.templates import Template, choose_template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation import generate as module
-from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.generate import cut_prompts, plan_batches
 from tests.support.tiny import WORDS, tiny_llama, tiny_tokenizer
 
@@ -158,16 +158,16 @@ def test_no_prompts_no_answers(tmp_path: Path) -> None:
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, run: object) -> None:
-    calls, real = [], module.append_answers
+    calls, real = [], AnswerLog.append
 
-    def append(path: Path, answers: dict) -> None:
+    def append(log: AnswerLog, answers: dict) -> None:
         if len(calls) == after:
             raise KeyboardInterrupt
-        calls.append(path)
-        real(path, answers)
+        calls.append(answers)
+        real(log, answers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "append_answers", append)
+        patch.setattr(AnswerLog, "append", append)
         with pytest.raises(KeyboardInterrupt):
             run()
 

@@ -397,14 +397,14 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
 
 def test_agreement_is_cohens_kappa() -> None:
     # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: kappa 0.4 (the usual textbook table).
-    first = [Verdict(True)] * 25 + [Verdict(False)] * 25 + [Verdict(None)]
-    second = [Verdict(True)] * 20 + [Verdict(False)] * 5 + [Verdict(True)] * 10 + [Verdict(False)] * 16
-    found = agreement(first, second, ("a@1", "b@1"))
+    first = [True] * 25 + [False] * 25 + [None]
+    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 16
+    found = agreement(list(zip(first, second, strict=True)), ("a@1", "b@1"))
     assert found["kappa"] == pytest.approx(0.4, abs=1e-12)
     assert found["flagged"] == {"both": 20, "only_first": 5, "only_second": 10, "neither": 15}
     assert (found["value"], found["n"], found["unscored"]) == (70.0, 50, 1)
-    assert agreement([Verdict(True)] * 3, [Verdict(True)] * 3, ("a", "b"))["kappa"] is None
-    assert agreement([Verdict(None)], [Verdict(True)], ("a", "b"))["value"] is None
+    assert agreement([(True, True)] * 3, ("a", "b"))["kappa"] is None
+    assert agreement([(None, True)], ("a", "b"))["value"] is None
 
 
 def test_flagged_categories_leave_the_unscored_out() -> None:

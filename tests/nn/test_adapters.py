@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState
 from pharmacist.nn.batching import make_batch
 from tests.support.tiny import TinyDecoder, random_token_rows, row_losses, save_tiny_model
 
@@ -163,14 +163,13 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, killed_at, monkeypatc
     assert same(trained(fresh, tmp_path, "safe", loss=partial(counted, fresh))["safe"], straight)
     assert steps == list(range(killed_at, STEPS)), "no step is done twice"
     # Negative control: without the optimiser's moments the continuation is another one.
-    resume = AdapterBank._resume
+    restore = TrainingState.restore
 
-    def forgetful(path, parameters, optimizer, restore):
-        step = resume(path, parameters, optimizer, restore)
+    def forgetful(self, optimizer, *tensors):
+        restore(self, optimizer, *tensors)
         optimizer.state.clear()
-        return step
 
-    monkeypatch.setattr(AdapterBank, "_resume", staticmethod(forgetful))
+    monkeypatch.setattr(TrainingState, "restore", forgetful)
     bank = make_bank()
     with pytest.raises(KeyboardInterrupt):
         trained(bank, tmp_path / "third", "safe", loss=partial(killed, bank))
@@ -178,10 +177,11 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, killed_at, monkeypatc
 
 
 def test_further_tensors_travel_with_the_checkpoint(tmp_path):
-    bank, counter = make_bank(), torch.zeros(1)
+    bank, counter, kills = make_bank(), torch.zeros(1), [True]
 
     def loss(step):
-        if step == 4 and counter < 100:
+        if step == 4 and kills:
+            kills.pop()
             raise KeyboardInterrupt
         counter.add_(1)
         return step_loss(bank, "safe", step)
@@ -193,14 +193,18 @@ def test_further_tensors_travel_with_the_checkpoint(tmp_path):
         loss,
         steps=6,
         checkpoint=tmp_path / "c",
-        extra=lambda: {"counter": counter.clone()},
-        restore=lambda tensors: counter.copy_(tensors["counter"] + 100),
+        extra={"counter": counter},
+        keep={3: tmp_path / "third"},
     )
     with pytest.raises(KeyboardInterrupt):
         run()
     counter.zero_()
     run()
-    assert counter.item() == 106
+    assert counter.item() == 6
+    kept = TrainingState.load(tmp_path / "third")
+    assert (kept.step, kept.extra["counter"].item()) == (3, 3) and kept.of("safe").m.keys() == bank.state(
+        "safe"
+    ).keys()
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -2,13 +2,19 @@ import numpy as np
 import pytest
 import torch
 
+from pharmacist.nn import passes
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.passes import run_pass
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
-CPU = torch.device("cpu")
+MODEL = torch.nn.Linear(1, 1)
 VOCABULARY = 12
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(passes, "ROWS_PER_CHUNK", 7)
 
 
 class Measure:
@@ -27,8 +33,8 @@ class Measure:
 
 
 def passed(sequences, work, measure=None, **options):
-    options = {"tokens_per_batch": 40, "rows_per_chunk": 7} | options
-    return run_pass(sequences, measure or Measure(), work=work, device=CPU, description="test", **options)
+    options = {"tokens": 40} | options
+    return run_pass(MODEL, sequences, measure or Measure(), work=work, description="test", **options)
 
 
 def test_every_row_is_measured_once_and_lands_in_its_place(tmp_path):
@@ -65,7 +71,7 @@ def test_the_plan_of_a_begun_pass_stays(tmp_path):
     rows = random_token_rows(30, VOCABULARY)
     with pytest.raises(KeyboardInterrupt):
         passed(rows, tmp_path, Measure(4))
-    found = passed(rows, tmp_path, tokens_per_batch=1000)
+    found = passed(rows, tmp_path, tokens=1000)
     assert found["sum"].tolist() == [sum(p) + sum(c) for p, c in rows.pairs]
 
 
@@ -95,7 +101,7 @@ def test_losses_do_not_depend_on_order_batches_or_padding(tmp_path):
     permuted = losses(TokenRows([rows.pairs[i] for i in order]), tmp_path / "b")
     assert np.array_equal(permuted, reference[order]), "bitwise: the batches are the same"
     for number, tokens in enumerate((1, 100, 10_000)):
-        found = losses(rows, tmp_path / f"c{number}", tokens_per_batch=tokens)
+        found = losses(rows, tmp_path / f"c{number}", tokens=tokens)
         np.testing.assert_allclose(found, reference, rtol=0, atol=1e-12)
     few = losses(rows, tmp_path / "d", rows=np.array([3, 17]))
     np.testing.assert_allclose(few[[3, 17]], reference[[3, 17]], rtol=0, atol=1e-12)

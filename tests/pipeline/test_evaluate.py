@@ -13,8 +13,9 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation import generate as generation
+from pharmacist.evaluation.answers import AnswerLog
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
-from pharmacist.pipeline.evaluate_model import NOTICE
+from pharmacist.pipeline.evaluate.model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.support.evaluate_words import arguments, some, write
 from tests.support.tiny import save_tiny_model
@@ -170,17 +171,17 @@ def test_an_interrupted_run_continues(
 ) -> None:
     own = some(files, "prompts", "benign_prompts", "task")
     assert main(arguments(own, tmp_path / "whole", "--batch-size", "5", "--quiet")) == 0
-    real, calls = generation.append_answers, []
+    real, calls = AnswerLog.append, []
 
-    def stop(path: Path, answers: dict) -> None:
+    def stop(log: AnswerLog, answers: dict) -> None:
         if len(calls) == 7:  # within the second set
             raise KeyboardInterrupt
-        calls.append(path)
-        real(path, answers)
+        calls.append(answers)
+        real(log, answers)
 
     words = arguments(own, tmp_path / "cut", "--batch-size", "5", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "append_answers", stop)
+        patch.setattr(AnswerLog, "append", stop)
         assert main(words) == 130
     assert "resume" in capsys.readouterr().err
     assert not (tmp_path / "cut/metrics.json").exists()
@@ -209,17 +210,17 @@ def test_a_prompt_beyond_the_context_is_refused_first_or_cut(
 
 def run_until_killed(words: list[str], batches: int) -> None:
     """In a process of its own: killed while it writes the answers of a batch."""
-    real, made = generation.append_answers, 0
+    real, made = AnswerLog.append, 0
 
-    def append(path: Path, answers: dict) -> None:
+    def append(log: AnswerLog, answers: dict) -> None:
         nonlocal made
-        real(path, answers)
+        real(log, answers)
         made += 1
         if made > batches:
-            path.write_bytes(path.read_bytes()[:-20])  # torn
+            log.file.write_bytes(log.file.read_bytes()[:-20])  # torn
             os.kill(os.getpid(), signal.SIGKILL)
 
-    generation.append_answers = append
+    AnswerLog.append = append
     main(words)
 
 

@@ -120,7 +120,7 @@ def test_partners_have_the_same_number(tmp_path: Path, loaded: LoadedModel) -> N
 def test_rows_without_any_partner_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
     given = Given(tmp_path, SAFE[:2], HARMFUL)
     given.read("repnoise")
-    with pytest.raises(NoMatchError, match=r"none of 2 alignment rows .* same prompt; .*--pair-by row"):
+    with pytest.raises(NoMatchError, match=r"none of 2 alignment rows .* same prompt; .*--pair-by turn"):
         given.streams(loaded)
 
 

@@ -271,6 +271,62 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(tmp_path / name).read_bytes() for name in ("report.html", "tables.md", "tables.tex")] == before
 
 
+def with_margin(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with loss margins, which are the same under every judge: -0.2 at the end for `full`, else 0.5 more."""
+    ends = -0.2 + 0.5 * (table["selector"] != "full") + 0.01 * table["seed"] * (1 + (table["selector"] != "full"))
+    return table.assign(loss_margin=ends, loss_margins=[[end + 1.0, end, end] for end in ends])
+
+
+def test_the_loss_margin() -> None:
+    benchmark = Benchmark(with_margin(results({"pharmacist": 0.0}, defenses=["sft"])))
+    value = line(benchmark, "pharmacist")["loss_margin"]
+    assert value.mean == pytest.approx(0.34) and value.difference.mean == pytest.approx(0.52), "no bounds"
+    assert value.verdict == 1, "higher is better"
+    assert line(benchmark, "full")["loss_margin"].mean == pytest.approx(-0.18)
+    # Of results that lack the column it is made of the curve: trapezoids over the steps 0, 8 and 64.
+    over = line(benchmark, "full")["loss_margin_over_attack"]
+    assert over.mean == pytest.approx(-0.18 + 0.5 * 8 / 64)
+    table = to_markdown(benchmark)
+    assert "Loss margin, nats minus full" in table and "0.340 [0.301, 0.379]" in table and "**+0.520 [0.500," in table
+    assert "tab:benchmark-loss_margin_over_attack" in to_latex(benchmark)
+
+
+def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = with_margin(results({"pharmacist": -20.0}, noise=0.5, judge=["a*b", "keyword"]))
+    table.loc[table["judge"] == "keyword", ["harmful_score", "harmful_score_over_attack"]] += 15.0
+    benchmark = Benchmark(table, {"judge": ["keyword", "a*b"]})
+    assert list(benchmark.groups) == ["Judge: keyword", "Judge: a*b", "Without a judge"] and len(benchmark.lines) == 4
+    for judge in ("keyword", "a*b"):
+        alone = Benchmark(table[table["judge"] == judge])
+        for name in ("full", "pharmacist"):
+            found, expected = (line(it, name) for it in (benchmark, alone))
+            assert found[f"harmful_score by {judge}"].mean == expected["harmful_score"].mean
+            assert found["loss_margin"].mean == expected["loss_margin"].mean
+    assert benchmark.comparisons["harmful_score"] == 4, "both judges are one family"
+    assert benchmark.comparisons["loss_margin"] == 2, "what needs no judge is there once"
+    write_bench(tmp_path, table, extra={"axes": {"judge": ["keyword", "a*b"]}, "failed": []})
+    assert main(["report", str(tmp_path)]) == 0
+    console = " ".join(capsys.readouterr().err.split())
+    assert "minus full, mean over defenses and settings" in console and "+0.520*" in console
+    markdown, latex = ((tmp_path / name).read_text() for name in ("tables.md", "tables.tex"))
+    heads = [row for row in markdown.split("The same over")[0].splitlines() if row.startswith("| defense")]
+    assert [("by keyword" in head, r"by a\*b" in head, "Loss margin, nats mean" in head) for head in heads] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert latex.count("label{tab:benchmark-harmful_score-2}") == latex.count("label{tab:benchmark-loss_margin}") == 1
+    page = Page.read(tmp_path / "report.html")
+    assert "Judge: keyword Judge: a*b Without a judge Aligned on" in page.text
+    assert page.text.count("pharmacist −") == 1 and "+0.520 [+0.5" in page.text
+    curves = [figure["data"][-1]["y"][-1] for figure in page.json("figures")["curve-0"]]
+    scores = table.query("selector == 'pharmacist' and defense == 'booster'").groupby("judge")["harmful_scores"]
+    assert curves == [pytest.approx(np.mean(scores.get_group(judge).tolist(), 0)[-1]) for judge in ("keyword", "a*b")]
+    columns = page.json("results")["columns"]
+    assert [column["digits"] for column in columns if column["title"] == "Loss margin, nats"] == [3]
+    assert len([column for column in columns if "over the attack by" in column["title"]]) == 2
+
+
 def test_a_partial_benchmark_says_so(tmp_path: Path) -> None:
     table = results({}, seeds=2)
     counts = {"cells": 2 * len(table), "results": len(table), "stages": 40, "finished": 39, "failed": 0}

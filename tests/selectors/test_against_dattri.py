@@ -4,6 +4,7 @@ dattri is no dependency: ``pip install --no-deps dattri`` (MIT) makes these test
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,18 @@ import torch
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from pharmacist.nn.adapters import AdapterBank
+from pharmacist.nn.adapters import AdapterBank, TrainingState
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors.gradients import row_tape, run_jobs
 from pharmacist.selectors.less import (
     BETAS,
     EPS,
     LEARNER,
-    Checkpoint,
     LessConfig,
     checkpoint_weights,
     exact_cosines,
     exact_direction,
+    load_checkpoint,
     warm_up_job,
 )
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
@@ -48,12 +49,12 @@ def double() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory) -> tuple[AdapterBank, list[Checkpoint]]:
+def warm(tmp_path_factory) -> tuple[AdapterBank, list[TrainingState]]:
     """A bank, and the checkpoints of a warm-up."""
     folder = tmp_path_factory.mktemp("warm")
     bank = AdapterBank(TinyDecoder(VOCABULARY), CONFIG, 0)
     run_jobs(bank, [warm_up_job(bank, POOL, np.arange(10), CONFIG.epochs, 0, folder)], "test")
-    return bank, [Checkpoint.load(folder / f"epoch{k}.safetensors") for k in range(CONFIG.epochs)]
+    return bank, [load_checkpoint(folder, k) for k in range(CONFIG.epochs)]
 
 
 def loader(bank: AdapterBank, rows: TokenRows, with_prompt: bool = False) -> DataLoader:
@@ -64,7 +65,7 @@ def loader(bank: AdapterBank, rows: TokenRows, with_prompt: bool = False) -> Dat
     return DataLoader(TensorDataset(batch.input_ids, batch.attention_mask, wanted), batch_size=4)
 
 
-def theirs(bank: AdapterBank, checkpoints: list[Checkpoint], weights, *, cosine: bool, **options) -> np.ndarray:
+def theirs(bank: AdapterBank, checkpoints: list[TrainingState], weights, *, cosine: bool, **options) -> np.ndarray:
     """Influence of pool rows on safe ones by dattri, shape [pool rows, safe rows]."""
     names = {
         key: name for name, p in bank.model.named_parameters() for key, q in bank.parameters(LEARNER).items() if p is q
@@ -77,7 +78,7 @@ def theirs(bank: AdapterBank, checkpoints: list[Checkpoint], weights, *, cosine:
         return -(of_tokens * wanted[1:]).sum() / wanted[1:].sum()
 
     states = [
-        bank.model.state_dict() | {names[key]: value for key, value in checkpoint.weights.items()}
+        bank.model.state_dict() | {names[key]: value for key, value in checkpoint.weight.items()}
         for checkpoint in checkpoints
     ]
     with bank.using(LEARNER), bank.differentiable(LEARNER):
@@ -89,12 +90,10 @@ def theirs(bank: AdapterBank, checkpoints: list[Checkpoint], weights, *, cosine:
         return attributor.attribute(loader(bank, POOL, **options), loader(bank, SAFE)).numpy()
 
 
-def in_sgd_scale(checkpoint: Checkpoint) -> Checkpoint:
+def in_sgd_scale(checkpoint: TrainingState) -> TrainingState:
     """With second moments at which Adam's scale is 1."""
     v = (1 - EPS) ** 2 * (1 - BETAS[1] ** checkpoint.step)
-    return Checkpoint(
-        checkpoint.weights, checkpoint.m, {k: torch.full_like(x, v) for k, x in checkpoint.v.items()}, checkpoint.step
-    )
+    return replace(checkpoint, v={name: torch.full_like(value, v) for name, value in checkpoint.v.items()})
 
 
 def test_inner_products_are_grad_dot(warm):
@@ -115,7 +114,7 @@ def test_cosines_over_the_checkpoints_are_cos_in(warm):
     weights = checkpoint_weights(len(POOL), CONFIG)
     ours = np.zeros(10)
     for weight, checkpoint in zip(weights, map(in_sgd_scale, checkpoints), strict=True):
-        bank.add(LEARNER, checkpoint.weights)
+        bank.add(LEARNER, checkpoint.weight)
         direction = exact_direction(bank, SAFE, checkpoint)
         ours += weight * exact_cosines(bank, direction, make_batch(POOL, range(10), bank.device))
     expected = theirs(bank, checkpoints, weights, cosine=True).mean(1)

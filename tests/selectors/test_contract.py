@@ -104,8 +104,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
 @LEARNED
 def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, monkeypatch):
     a = ranked(tmp_path / "a", model, name)
-    for module in ("selectors.reading", "selectors.pharmacist.selector", "readers.kept"):
-        monkeypatch.setattr(f"pharmacist.{module}.tokens_per_batch", lambda *_: 1)  # a row each
+    monkeypatch.setattr("pharmacist.nn.passes.tokens_per_batch", lambda *_: 1)  # a row each
     b = ranked(tmp_path / "b", model, name)
     np.testing.assert_allclose(b.score, a.score, rtol=1e-3, atol=2e-4 * np.abs(a.score).max())
 

@@ -86,11 +86,12 @@ def test_a_row_never_takes_part_in_its_own_prediction(known, question):
     if question == PERTINENT:  # the village has no refusals that name another request
         answers = np.arange(len(answers)) % 2
     own, answers, folds = texts.take(rows), answers[rows], references.folds[rows]
-    before = evidence._cross_fit(question, own, answers, folds)
+    held_out = evidence._questions[question].held_out
+    before = held_out(own, answers, folds)
     for row in (0, len(rows) // 2):
         other = answers.copy()
         other[row] = 1 - other[row]
-        after = evidence._cross_fit(question, own, other, folds)
+        after = held_out(own, other, folds)
         same = folds == folds[row]
         assert before.keys() == after.keys() and before
         for name, values in before.items():

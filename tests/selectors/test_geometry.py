@@ -199,7 +199,7 @@ def test_points_are_held_once(tmp_path, monkeypatch, source):
         )
         measure = lambda batch: {"kept": sums[batch.input_ids[:, 2].numpy()]}  # noqa: E731
         work = lambda: run_pass(  # noqa: E731
-            sequences, measure, work=tmp_path, device=torch.device("cpu"), tokens_per_batch=3000, description="test"
+            torch.nn.Linear(1, 1), sequences, measure, work=tmp_path, description="test", tokens=3000
         )["kept"]
     else:
         rows = Dataset.from_dict({"prompt": [f"row {i // 2}" for i in range(n)], "completion": ["yes"] * n})

@@ -9,19 +9,19 @@ from safetensors.numpy import load_file
 from torch.func import functional_call, grad
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState, learning_rate_factor
 from pharmacist.nn.batching import make_batch
 from pharmacist.selectors import less
 from pharmacist.selectors.gradients import run_jobs
 from pharmacist.selectors.less import (
     LEARNER,
-    Checkpoint,
     LessConfig,
     Sketch,
     adam_direction,
     checkpoint_weights,
     exact_cosines,
     exact_direction,
+    load_checkpoint,
     row_features,
     warm_up_job,
 )
@@ -44,15 +44,15 @@ def options(**changed) -> LessConfig:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory) -> tuple[AdapterBank, Checkpoint]:
+def warm(tmp_path_factory) -> tuple[AdapterBank, TrainingState]:
     """A bank whose adapter is at the middle checkpoint of a warm-up."""
     folder = tmp_path_factory.mktemp("warm")
     bank = AdapterBank(TinyDecoder(VOCABULARY), options(), 0)
     run_jobs(bank, [warm_up_job(bank, POOL, np.arange(N), EPOCHS, 0, folder)], "test")
-    assert {path.name for path in folder.glob("epoch*")} == {f"epoch{k}.safetensors" for k in range(EPOCHS)}
-    checkpoint = Checkpoint.load(folder / "epoch1.safetensors")
+    assert len(list(folder.glob("*epoch*"))) == EPOCHS
+    checkpoint = load_checkpoint(folder, 1)
     assert checkpoint.step == 6
-    bank.add(LEARNER, checkpoint.weights)
+    bank.add(LEARNER, checkpoint.weight)
     return bank, checkpoint
 
 
@@ -87,7 +87,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def naive_adam(gradient: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
+def naive_adam(gradient: np.ndarray, checkpoint: TrainingState) -> np.ndarray:
     m, v, t = flat(checkpoint.m), flat(checkpoint.v), checkpoint.step + 1
     first, second = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
     return first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
@@ -227,8 +227,8 @@ def test_the_whole_ranking_equals_a_naive_one(tmp_path):
     bank = AdapterBank(TinyDecoder(len(peers.TOKENIZER)), AdapterOptions(**{k: settings[k] for k in ("r",)}), 0)
     naive_exact = np.zeros(30)
     for epoch, weight in enumerate(checkpoint_weights(30, config)):
-        checkpoint = Checkpoint.load(tmp_path / "a" / "work" / "less" / f"epoch{epoch}.safetensors")
-        bank.add(LEARNER, checkpoint.weights)
+        checkpoint = load_checkpoint(tmp_path / "a" / "work" / "less", epoch)
+        bank.add(LEARNER, checkpoint.weight)
         rows, target = (np.array([flat(g) for g in naive_gradients(bank, part)]) for part in (pool, safe))
         target = unit(target).mean(0)
         naive_score += weight * unit(np.array([naive_adam(row, checkpoint) for row in rows])) @ target
@@ -288,7 +288,7 @@ def test_a_killed_warm_up_leaves_the_same_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterBank, "_step", step)
     run(tmp_path / "killed", 0.0)
     for epoch in range(EPOCHS):
-        name = f"epoch{epoch}.safetensors"
+        name = f"after-epoch{epoch}.safetensors"
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 

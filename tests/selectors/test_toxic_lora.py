@@ -56,7 +56,7 @@ def upper_loss(bank, weights: np.ndarray, below, above) -> float:
 
 def scores(bank, below, above) -> np.ndarray:
     problem = Hypergradient(bank, POOL, np.arange(N), SAFE, ETA, below, above)
-    direction = problem.direction()
+    _, direction = problem.safety()
     with torch.no_grad():
         batch = make_batch(POOL, range(N), bank.device)
         return problem.slopes(problem.move_apart(direction), batch)["slope"] * float(norm(direction))

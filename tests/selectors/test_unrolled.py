@@ -10,7 +10,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import unrolled
-from pharmacist.selectors.gradients import mean_gradient, moved, row_tape
+from pharmacist.selectors.gradients import loss_and_gradient, mean_loss, moved, row_tape
 from pharmacist.selectors.unrolled import LEARNER, Hypergradient, UnrolledConfig, one_step_weights
 from tests.support import peers, village
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
@@ -51,7 +51,8 @@ def safety_loss(bank, state: Gradient) -> float:
 
 
 def test_the_mean_gradient_is_the_mean_of_the_rows(bank):
-    found = mean_gradient(bank, LEARNER, POOL, np.arange(N))
+    loss, found = loss_and_gradient(bank, LEARNER, POOL, np.arange(N))
+    assert loss == pytest.approx(mean_loss(bank, LEARNER, POOL))
     for key, value in found.items():
         expected = torch.stack([row[key] for row in row_gradients(bank)]).mean(0)
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-13)
@@ -76,19 +77,19 @@ def test_scores_are_the_derivative_of_the_safety_loss_after_the_step(bank):
         return safety_loss(bank, moved(state, step, -eta))
 
     numeric = np.array([(after(eps * e) - after(-eps * e)) / (2 * eps) for e in np.eye(N)])
-    direction = problem(bank, eta).direction()
+    direction = problem(bank, eta).safety()[1]
     exact = row_tape(bank, LEARNER, everything(bank)).inner(direction).numpy()
     np.testing.assert_allclose(-eta / N * (exact - exact.mean()), numeric, rtol=0, atol=1e-6)
     score = scores(bank, problem(bank, eta), direction)
     np.testing.assert_allclose(-eta / N * (score - score.mean()), numeric, rtol=0, atol=3e-5)
     assert np.abs(numeric).max() > 1e-4
     # Negative control: the safety gradient before the step is another one.
-    other = scores(bank, problem(bank, 0.0), problem(bank, 0.0).direction())
+    other = scores(bank, problem(bank, 0.0), problem(bank, 0.0).safety()[1])
     assert np.abs(-eta / N * (other - other.mean()) - numeric).max() > 1e-3
 
 
 def test_differences_converge_on_the_inner_product_with_slope_two(bank, monkeypatch):
-    direction = problem(bank, 0.1).direction()
+    direction = problem(bank, 0.1).safety()[1]
     exact = row_tape(bank, LEARNER, everything(bank)).inner(direction).numpy()
     errors = []
     for length in (1e-2, 1e-3, 1e-4):

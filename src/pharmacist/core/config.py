@@ -9,9 +9,10 @@ follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes 
 import argparse
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -33,8 +34,8 @@ T = TypeVar("T")
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
     """A field that holds a method and its options as ``{"name": ..., **options}``.
 
-    Its registry, ``"module:NAME"``, is imported only when needed; options of its methods in `short` may be given
-    without the field's name in front.
+    Its registry, ``"module:NAME"``, is imported only when needed; `short` names options of its methods that can be
+    written without the field's name in front.
     """
     metadata = {"registry": registry, "default": default, "short": short}
     return field(default_factory=lambda: {"name": default}, metadata=metadata)
@@ -67,6 +68,8 @@ class _Option:
     def __init__(self, name: str, hint: Any, item: "Field[Any]", owner: Any) -> None:
         self.name, self.hint, self.item, self.owner = name, hint, item, owner
         self.several = "nargs" in item.metadata
+        # Where it takes a list: the type of its values. They are words of their own, or one text, "[a, b]".
+        self.of = next((get_args(part)[0] for part in parts_of(hint) if get_origin(part) is list), None)
         self.is_method = "registry" in item.metadata
         # It needs no value: --quiet or --no-quiet.
         self.is_switch = hint is bool and "." not in name
@@ -75,11 +78,11 @@ class _Option:
 
     @property
     def default(self) -> Any:
-        """`MISSING` where something must be given."""
+        """Default value; `MISSING` for a required option."""
         return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
 
     def help(self) -> str:
-        """What it means, its type and its default."""
+        """Help text: docstring, type and default."""
         doc, about = docs_of(self.owner).get(self.item.name, ""), []
         if self.is_method:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
@@ -100,7 +103,7 @@ class _Option:
 
 @cache
 def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str = "") -> dict[str, _Option]:
-    """Options by name, those of dataclasses within and of the chosen methods too; a command's own ones come first."""
+    """Options by name, with those of nested dataclasses and chosen methods; those of base classes come last."""
     found: dict[str, _Option] = {}
     inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
@@ -123,8 +126,35 @@ _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
 
 
+@dataclass(frozen=True)
+class _Unquoted:
+    """A number, truth value or date of a YAML file, which is text where an option takes text."""
+
+    text: str
+    value: Any
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _FileLoader(yaml.SafeLoader):
+    """Keeps the text of scalars, and refuses a key that is there twice, of which PyYAML takes the last."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        return value if value is None or isinstance(value, str | list | dict) else _Unquoted(str(node.value), value)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.MarkedYAMLError(problem=f"the key '{twice}' is there twice", problem_mark=node.start_mark)
+        return node
+
+
 def _from_text(hint: Any, text: str) -> Any:
-    """What a text says where a value of a type is wanted."""
+    """The value of an option of a type from the command line's text."""
     parts = parts_of(hint)
     if text == "null" and NoneType in parts:
         return None
@@ -137,30 +167,35 @@ def _from_text(hint: Any, text: str) -> Any:
 
 
 def _from_file(option: _Option, value: Any) -> Any:
-    """What a value of a YAML file says where a value of a type is wanted."""
+    """The value of an option from that of a YAML file."""
+    if isinstance(value, _Unquoted) and (option.several or str in parts_of(option.hint)):
+        value = value.text
     if option.several:
         return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else value
     if str in parts_of(option.hint) and isinstance(value, bool | int | float):
         return yaml.safe_dump(value).splitlines()[0]
-    return _from_text(option.hint, value) if isinstance(value, str) else _with_numbers(value)
+    return _from_text(option.hint, value) if isinstance(value, str) else _resolved(value)
 
 
-def _with_numbers(value: Any) -> Any:
+def _resolved(value: Any) -> Any:
+    """The value of a YAML file with its numbers, truth values and dates."""
     if isinstance(value, dict):
-        return {key: _with_numbers(inner) for key, inner in value.items()}
+        return {_resolved(key): _resolved(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_with_numbers(inner) for inner in value]
+        return [_resolved(inner) for inner in value]
+    if isinstance(value, _Unquoted):
+        return value.value
     return float(value) if isinstance(value, str) and _SHORT_FLOAT.fullmatch(value) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     check_ordinary(path, f"--config {path}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
-        ) from error
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_FileLoader)
+    except OSError as error:
+        raise DataError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--config {path}: cannot be read ({error}); save it as UTF-8") from error
     except RecursionError as error:
         raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
@@ -178,12 +213,14 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
     """
     line, path = _line(options, arguments), None
     if "config" in line:
-        path = next(iter(line.pop("config")[-1]), "")
-        if not path:
-            raise ConfigError("--config needs the path of a YAML file")
+        path, *more = [word for words in line.pop("config") for word in words] or [""]
+        if more or not path:
+            raise ConfigError(f"--config needs the path of a YAML file{', and of one only' if more else ''}")
     config = {} if path is None else _read_yaml(path)
     found: T = _parsed(options, config, f"--config {path}", line, prog, example)
     output = getattr(found, "output_dir", None)
+    if output is not None and not output.strip():
+        raise ConfigError("--output-dir is empty; give a folder for the results")
     if path is not None and output is not None and getattr(found, "overwrite", False) and is_inside(path, output):
         refuse(f"--config {path}", Path(output))
     return found
@@ -192,7 +229,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
 def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Reads keys and values, as a YAML file holds them, into an options dataclass; checked like a command line.
 
-    A ConfigError, which begins with `where` they come from, for what `parse` refuses.
+    Raises the errors of `parse`, which begin with `where`, the origin of the values.
     """
     try:
         found: T = _parsed(options, dict(values), where, {}, "", "")
@@ -203,7 +240,7 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
 
 
 def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Option, by the name of its field, -> the words that follow it, each time that it is given."""
+    """Field name of each option on the command line -> for each time it occurs, the words that follow it."""
     leading = [item.name for item in fields(options) if item.metadata.get("first")]
     if leading and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{leading[0]}", *arguments]
@@ -212,8 +249,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
         if word in ("-h", "--help"):
             found["help"] = []
         elif word.startswith("--"):
-            head, dot, rest = word[2:].partition("=")[0].partition(".")
-            name = head.replace("-", "_") + dot + rest
+            name = word[2:].partition("=")[0].replace("-", "_")
             name = _short(methods).get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
@@ -234,20 +270,26 @@ def _parsed(
     options: Any, config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]], prog: str, example: str
 ) -> Any:
     """Options from keys and values and from a command line, which wins."""
-    config = {str(key).replace("-", "_"): value for key, value in config.items()}
+    keys = [str(key).replace("-", "_") for key in config]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
+    config = dict(zip(keys, config.values(), strict=True))
     methods = method_fields(options)
-    for key, place in _short(methods).items():
+    for key, full in _short(methods).items():
         if key in config:
-            name, _, option = place.partition(".")
-            own = config.get(name) or {}
-            config[name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
+            name, _, option = full.partition(".")
+            choice = config.get(name) or {}
+            choice = {"name": choice} if isinstance(choice, str) else choice
+            if isinstance(choice, Mapping):  # else it is refused below
+                config[name] = {**choice, option: config.pop(key)}
     chosen = _chosen_methods(methods, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
         _print_help(options, table, prog, example)
         raise SystemExit(0)
     try:
-        values = _file_values(table, config, where, prog) | {name: {"name": own} for name, own in chosen.items()}
+        values = _file_values(table, config, where, prog) | {field: {"name": name} for field, name in chosen.items()}
         _add_line_values(values, table, line, prog)
     except RecursionError as error:
         raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
@@ -263,7 +305,7 @@ def _parsed(
 def _chosen_methods(
     methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]]
 ) -> dict[str, str]:
-    """Field -> the method that it names; they decide which options there are. `config` keeps their options alone."""
+    """Field -> name of the method, which decides which options exist; only the options stay in `config`."""
     chosen = {}
     for name, item in methods.items():
         choice = config.pop(name, None)
@@ -272,7 +314,7 @@ def _chosen_methods(
             raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
         in_file = choice.get("name", item.metadata["default"])
         chosen[name] = next(iter(line[name][-1]), in_file) if name in line else in_file
-        if chosen[name] == in_file:  # else another method is on the line: the file's options are not its own
+        if chosen[name] == in_file:  # else the line names another method, to which the file's options do not belong
             config[name] = {key: value for key, value in choice.items() if key != "name"}
     return chosen
 
@@ -284,13 +326,15 @@ def _file_values(
     for key, value in config.items():
         name = prefix + str(key).replace("-", "_")
         inner = any(known.startswith(f"{name}.") for known in table)
-        if inner or (name in table and table[name].is_method):
+        if not inner and name not in table:
+            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, f'see {prog} --help')}")
+        if value is None:  # as if the key were not there
+            continue
+        if inner or table[name].is_method:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: key '{name}' needs keys and values of its own")
             values |= _file_values(table, value, where, prog, f"{name}.")
-        elif name not in table:
-            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, f'see {prog} --help')}")
-        elif value is not None:  # null: not given
+        else:
             values[name] = checked(flag(name), table[name].hint, _from_file(table[name], value))
     return values
 
@@ -301,24 +345,31 @@ def _add_line_values(
     """Reads a command line into `values`."""
     switches = {f"no_{name}": name for name, option in table.items() if option.is_switch}
     for name, given in line.items():
-        name, given = (switches[name], [["false"]]) if name in switches else (name, given)
-        head = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), "")
+        if name in switches:
+            if any(given):
+                raise ConfigError(f"{flag(name)} takes no value")
+            name, given = switches[name], [["false"]]
+        head = next((head for head, known in table.items() if known.is_mapping and name.startswith(f"{head}.")), "")
         option = table.get(name) or (head and _Option(name, Any, table[head].item, table[head].owner))
         if not option:
             if inner := [known for known in table if known.startswith(f"{name}.")]:
                 raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
             nearest = closest(flag(name), map(flag, table), f"see {prog} --help")
             raise ConfigError(f"unknown option '{flag(name)}'{nearest}")
-        given = [own or ["true"] for own in given] if option.is_switch else given
+        given = [words or ["true"] for words in given] if option.is_switch else given
         if not all(given):
             raise ConfigError(f"{flag(name)} needs a value")
-        stray = [] if option.several else [own[1] for own in given if len(own) > 1]
+        stray = [] if option.of else [words[1] for words in given if len(words) > 1]
         if stray:
             raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
         if option.is_method:
             continue
-        words = [word for own in given for word in own]
-        value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
+        words = list(itertools.chain.from_iterable(given))
+        value: Any = words
+        if not option.several:
+            several = option.of and len(words) > 1
+            value = [_from_text(option.of, word) for word in words] if several else _from_text(option.hint, words[-1])
+        value = checked(flag(name), option.hint, value)
         if head:
             values[head] = copy.deepcopy(values.get(head) or table[head].default)
             _put(values[head], name.removeprefix(f"{head}."), value)
@@ -327,15 +378,17 @@ def _add_line_values(
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Sets what a dotted name means in mappings of mappings."""
+    """Sets the value of a dotted name in nested mappings."""
     *path, last = name.split(".")
     for key in path:
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"option '{name}': '{key}' has a value already, which is no mapping")
     tree[last] = value
 
 
 def _built(options: Any, tree: Mapping[str, Any]) -> Any:
-    """An options dataclass from its values, those within built too."""
+    """Builds an options dataclass, and those nested in it, from nested mappings."""
     hints = hints_of(options)
     return options(
         **{name: _built(hints[name], value) if is_dataclass(hints[name]) else value for name, value in tree.items()}
@@ -354,7 +407,7 @@ def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, exa
             how = {"action": argparse.BooleanOptionalAction}
         elif option.is_method or option.is_mapping:
             how = {"metavar": "NAME" if option.is_method else "VALUE"}
-        elif option.several:
+        elif option.of:
             how |= {"nargs": "+"}
         parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), help=option.help(), **how)
     parser.print_help()

@@ -1,6 +1,6 @@
 """Progress bars and console on standard error (rich); one switch makes both silent."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from pharmacist.core.console import plain
@@ -44,8 +45,39 @@ def console() -> _Console:
 
 
 def set_quiet(quiet: bool) -> None:
-    """Turns messages and bars off (or on again)."""
+    """Turns messages and bars off or on."""
     console().quiet = quiet or rank() != 0
+
+
+def print_table(
+    title: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text: Sequence[int] = (0,),
+    wrap: bool = True,
+    total: Sequence[str] = (),
+) -> None:
+    """Prints a table.
+
+    Args:
+        title: Above it.
+        head: Names of the columns.
+        rows: Cells; those that a row lacks at its end are empty.
+        text: Positions of the columns that hold text and start at the left; all others hold numbers.
+        wrap: Whether numbers may be broken over lines where the terminal is narrow.
+        total: A last row, below a line.
+    """
+    table = Table(title=title)
+    for at, name in enumerate(head):
+        is_text = at in text
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not (wrap or is_text))
+    for row in rows:
+        table.add_row(*row)
+    if total:
+        table.add_section()
+        table.add_row(*total)
+    console().print(table)
 
 
 def warn(text: str) -> None:
@@ -60,7 +92,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Holds back the messages of what runs inside, for stages that run many others; bars are still drawn."""
+    """Suppresses messages in the block, for stages that run many others; bars are still drawn."""
     out = console()
     before, out.hushed = out.hushed, True
     try:

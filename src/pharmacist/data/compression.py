@@ -1,5 +1,6 @@
 """Byte streams over plain, gzip and zstd files, by Arrow: fsspec needs a further package for zstd."""
 
+import codecs
 import hashlib
 import io
 from collections.abc import Iterator
@@ -31,15 +32,17 @@ def split_suffix(path: Path) -> tuple[str, str | None]:
 
 
 def check_magic(path: Path, where: str) -> None:
-    """Refuses a file whose first bytes belong to another compression than its name says."""
+    """Refuses a file whose first bytes belong to another compression than its name says, or to UTF-16 text."""
     with path.open("rb") as file:
         start = file.read(4)
-    told = split_suffix(path)[1]
+    expected = split_suffix(path)[1]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and expected is None:
+        raise DataError(f"{where}: is UTF-16 or UTF-32 text; save it as UTF-8")
     suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
-    if suffix and SUFFIXES[suffix] != told:
+    if suffix and SUFFIXES[suffix] != expected:
         raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
-    if start and told and not suffix:
-        raise DataError(f"{where}: is no {told} file although its name says so; rename it or compress it again")
+    if start and expected and not suffix:
+        raise DataError(f"{where}: is no {expected} file although its name says so; rename it or compress it again")
 
 
 class HashedFile(io.FileIO):
@@ -56,7 +59,7 @@ class HashedFile(io.FileIO):
         return count
 
     def sha256(self) -> str:
-        """Hex sha256 of the file; reads what is left of it."""
+        """Hex sha256 of the file; reads the rest of it."""
         rest = bytearray(1 << 20)
         while self.readinto(rest):
             pass

@@ -1,4 +1,4 @@
-"""How rows are laid out, told by their columns, and one row of any layout as a prompt and a completion."""
+"""Row layouts, recognised by their columns, and the conversion of a row of any layout to a prompt and a completion."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,33 +15,35 @@ class BadRow(Exception):
     """A row that cannot be used; the text says why."""
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """A row layout: its name and its columns."""
+
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
 
 _LAYOUTS = (
-    _Layout("prompt-completion", ("prompt", "completion")),
-    _Layout("preference", ("prompt", "chosen", "rejected")),
-    _Layout("messages", ("messages",)),
-    _Layout("instruction-output", ("instruction", "output"), ("input",)),
-    _Layout("prompt-response", ("prompt", "response")),
-    _Layout("preference", ("chosen", "rejected")),  # message lists that hold the prompt themselves
+    Layout("prompt-completion", ("prompt", "completion")),
+    Layout("preference", ("prompt", "chosen", "rejected")),
+    Layout("messages", ("messages",)),
+    Layout("instruction-output", ("instruction", "output"), ("input",)),
+    Layout("prompt-response", ("prompt", "response")),
+    Layout("preference", ("chosen", "rejected")),  # message lists that hold the prompt themselves
 )
 _PROMPT_LAYOUTS = (
-    _Layout("prompt", ("prompt",)),
-    _Layout("messages", ("messages",)),
-    _Layout("instruction", ("instruction",), ("input",)),
+    Layout("prompt", ("prompt",)),
+    Layout("messages", ("messages",)),
+    Layout("instruction", ("instruction",), ("input",)),
 )
 _BEFORE = ("system", "history")
-"""Columns of any layout whose texts come before the row's own turns."""
+"""Columns of any layout that hold turns before those of the layout."""
 _NAMES = tuple(dict.fromkeys([*(name for of in _LAYOUTS for name in of.required + of.optional), *_BEFORE]))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
 _TYPE: dict[type, str] = {str: "text", list: "a list of messages"}
 _TOOL_CALLS = frozenset({"tool_calls", "tool_call", "function_call"})
 
-# Columns and keys of messages that change what a row means, and that nothing here reads.
+# Columns and keys of messages that can change the meaning of a row and that are not read; `RowReader.warnings`.
 _LABELS = frozenset(
     "label labels is_safe is_unsafe is_harmful is_toxic is_refusal safe unsafe harmful toxic toxicity flagged "
     "safety_label kto_tag is_response_safe is_response_0_safe is_response_1_safe prompt_label response_label "
@@ -61,16 +63,19 @@ Turns = list[dict[str, str]]
 
 
 class RowReader:
-    """Turns rows of one layout into canonical ones; the first usable row decides the layout.
+    """Converts rows of one layout to canonical rows; the first usable row decides the layout.
 
-    `columns` maps names of a layout's columns to the source's own; `side` is the answer of a preference row that
-    becomes its completion.
+    Args:
+        source: The rows.
+        columns: Column of a layout -> the source's column that stands for it.
+        side: ``chosen`` or ``rejected``, the answer of a preference row that becomes its completion.
+        prompts_only: Whether rows need no completion, see `records.read_records`.
 
     Attributes:
-        layout: Name of the layout; None before the first row that has one.
+        layout: The layout; None before the first row that has one.
         known: The layouts, for messages.
-        wanted: Columns that are looked at.
-        strange: Rows that were read before the first one that has a layout.
+        read_columns: Columns that are read.
+        without_layout: Number of rows before the first one that has a layout.
     """
 
     def __init__(self, source: Source, columns: Mapping[str, str], side: str, prompts_only: bool) -> None:
@@ -79,37 +84,35 @@ class RowReader:
             if name not in _NAMES:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
-        own = set(columns) - set(_BEFORE)
+        mapped = set(columns) - set(_BEFORE)
         known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
-        self.candidates = [layout for layout in known if own <= set(layout.required + layout.optional)]
+        self.candidates = [layout for layout in known if mapped <= set(layout.required + layout.optional)]
         if not self.candidates:
             raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
         self.mapped = dict(columns)
         self.known = "prompt, messages or instruction[+input]" if prompts_only else _KNOWN
-        self.wanted = frozenset(self.column.values()) | _LABELS | _TEXTS
-        self._layout: _Layout | None = None
-        self.layout: str | None = None
-        self.strange = 0
-        self.place = ""  # of the row that is read
+        self.read_columns = frozenset(self.column.values()) | _LABELS | _TEXTS
+        self.layout: Layout | None = None
+        self.without_layout = 0
         self.kinds: dict[str, type] = {}
         self.needed: list[tuple[str, str]] = []
-        self.before: Turns = []  # of the row that is read: its system prompt and history
-        self.seen_columns: set[str] = set()  # of those that are known and not read
+        self.where = ""  # the row that is read, for messages
+        self.before: Turns = []  # the system prompt and the history of the row that is read
+        self.seen_columns: set[str] = set()  # known ones that are not part of the layout
         self.seen_keys: set[str] = set()
 
     def read(self, source_row: Row) -> Canonical:
         """The canonical row; a BadRow where it cannot be used, a DataError where the file mixes layouts."""
-        row, self.place = source_row.value, source_row.place
+        row, self.where = source_row.value, source_row.where
         if row is None:
             raise BadRow(source_row.reason)
-        if self._layout is None:
-            self._layout = self._fitting(row)
-            if self._layout is None:
-                self.strange += 1
+        if self.layout is None:
+            self.layout = self._fitting(row)
+            if self.layout is None:
+                self.without_layout += 1
                 raise BadRow(self._no_layout(row))
-            self.layout = self._layout.name
-            used = [name for name in self._layout.required if name not in ("chosen", "rejected")]
-            used += [self.side] if self.layout == "preference" else []
+            used = [name for name in self.layout.required if name not in ("chosen", "rejected")]
+            used += [self.side] if self.layout.name == "preference" else []
             self.needed = [(name, self.column[name]) for name in used]
         values: dict[str, Any] = {}
         for name, column in self.needed:
@@ -135,10 +138,10 @@ class RowReader:
         return canonical
 
     def warnings(self, where: Sequence[Condition] | None) -> list[str]:
-        """What the rows hold that is not read although it may matter, in one line."""
-        assert self._layout is not None
+        """One line that names the columns and message keys that are not read although they may matter."""
+        assert self.layout is not None
         read = {column for _, column in self.needed} | {condition.column for condition in where or ()} & _LABELS
-        read |= {self.column[name] for name in (*_BEFORE, *self._layout.optional)}
+        read |= {self.column[name] for name in (*_BEFORE, *self.layout.optional)}
         seen = (self.seen_columns | (_MEDIA & set(self.source.columns or ()))) - read
         named = [
             f"{kind}{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
@@ -149,7 +152,7 @@ class RowReader:
         choose = f"; --where {min(labels)}=VALUE chooses rows by it" if labels and where is not None else ""
         return [f"{self.source.where}: not read: {'; '.join(named)}{choose}"] if named else []
 
-    def _fitting(self, row: Mapping[str, Any]) -> _Layout | None:
+    def _fitting(self, row: Mapping[str, Any]) -> Layout | None:
         for layout in self.candidates:
             if all(row.get(self.column[name]) is not None for name in layout.required):
                 if layout.required != ("chosen", "rejected") or _holds_messages(row[self.column["chosen"]]):
@@ -165,29 +168,29 @@ class RowReader:
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 if ROLE_KEYS & value[0].keys():
                     return f"fits no row format {columns} but has messages in {spelled(column)}"
-                if not self.wanted & row.keys():
+                if not self.read_columns & row.keys():
                     return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
         if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion {columns}"
         return f"fits no row format {columns}"
 
     def _refuse(self, name: str, value: Any, row: Mapping[str, Any]) -> NoReturn:
-        """Says what is wrong with a cell that holds neither text nor a list."""
+        """Raises the error for a cell that holds neither text nor a list."""
         column, other = self.column[name], self._fitting(row)
         if value is not None:
             raise BadRow(f"'{column}' is {_kind(value)}, not text")
-        if other is not None and other != self._layout and self._layout is not None:
-            here, before = (", ".join(self.column[n] for n in of.required) for of in (other, self._layout))
+        if other is not None and other != self.layout and self.layout is not None:
+            here, before = (", ".join(self.column[n] for n in of.required) for of in (other, self.layout))
             raise self._mixed(f"has the columns {here} where rows before have {before}")
         raise BadRow(f"has no '{column}'" if column not in row else f"has an empty '{column}'")
 
     def _mixed(self, what: str) -> DataError:
         return DataError(
-            f"{self.source.where}: mixed row formats: {self.place} {what}; one file needs one row format, so split it"
+            f"{self.source.where}: mixed row formats: {self.where} {what}; one file needs one row format, so split it"
         )
 
     def _turns(self, value: str | list[Any], column: str, *, must: bool = False) -> str | Turns:
-        """A conversation as turns, given as a list or as text; other text as it is, unless there `must` be turns."""
+        """The turns of a conversation, a list or text; other text unchanged, a BadRow if there `must` be turns."""
         read: Any = value
         if isinstance(value, str):
             try:
@@ -222,7 +225,7 @@ class RowReader:
         return {"role": ROLES[name], "content": content}
 
     def _turns_before(self, row: Mapping[str, Any]) -> Turns:
-        """What the columns of a system prompt and of earlier turns hold."""
+        """The turns that the columns of a system prompt and of a history hold."""
         found: Turns = []
         column = self.column["system"]
         if _is_there(system := row.get(column)) and not is_blank(text := _text(system, column)):
@@ -245,14 +248,12 @@ class RowReader:
     def _prompt(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
         """The canonical row without its completion."""
         ((name, value),) = values.items()
-        answer, column = {"role": "assistant", "content": "-"}, self.column[name]
         if name == "instruction":
-            canonical = self._alpaca(value, answer["content"], row)
-        elif isinstance(value, str):
-            canonical = self._single(value, answer["content"], column)
+            canonical = self._alpaca(value, "-", row)
         else:
-            open_end = not value or value[-1]["role"] != "assistant"
-            canonical = self._conversation([*value, answer] if open_end else value, column)
+            turns = [_user(value, self.column[name])] if isinstance(value, str) else value
+            open_end = not turns or turns[-1]["role"] != "assistant"
+            canonical = self._conversation([*turns, _assistant("-")] if open_end else turns, self.column[name])
         return canonical[0], "", *canonical[2:]
 
     def _row(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Canonical:
@@ -262,32 +263,25 @@ class RowReader:
             return self._alpaca(values["instruction"], values["output"], row)
         answer = self.needed[-1][0]
         prompt, completion, column = values.get("prompt"), values[answer], self.column[answer]
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         _check_filled(completion, column)
         # A list that starts with another speaker is the whole conversation, its prompt included.
         if isinstance(completion, list) and completion[0]["role"] != "assistant" and answer in ("chosen", "rejected"):
             there = normalised_prompt("\n".join(turn["content"] for turn in completion))
-            if any(normalised_prompt(turn["content"]) not in there for turn in asked or ()):
+            asked = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt or ()]
+            if any(normalised_prompt(text) not in there for text in asked):
                 missing = self.column["prompt"]
                 raise BadRow(f"'{column}' is a whole conversation in which the text of '{missing}' is missing")
             return self._conversation(completion, column)
-        if asked is None:
+        if prompt is None:
             what = "is an answer alone" if isinstance(completion, str) else "starts with an answer"
             raise BadRow(f"'{column}' {what} and there is no prompt")
-        if isinstance(prompt, str):
-            _check_filled(prompt, self.column["prompt"])
+        turns = [_user(prompt, self.column["prompt"])] if isinstance(prompt, str) else prompt
         if isinstance(completion, str):
-            column, completion = self.column["prompt"], [{"role": "assistant", "content": completion}]
-        return self._conversation([*asked, *completion], column)
-
-    def _single(self, prompt: str, completion: str, column: str) -> Canonical:
-        """One user turn and its answer, after what comes before."""
-        _check_filled(prompt, column)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return self._conversation(turns, column)
+            return self._conversation([*turns, _assistant(completion)], self.column["prompt"])
+        return self._conversation([*turns, *completion], column)
 
     def _conversation(self, turns: Turns, column: str) -> Canonical:
-        """Splits at the last answer; what follows it is not part of the row."""
+        """Splits turns at the last answer; the turns after it are not part of the row."""
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
         if last is None:
             raise BadRow(f"'{column}' has no assistant turn")
@@ -312,12 +306,21 @@ class RowReader:
             _text(value, column)
         _check_filled(instruction, columns[0])
         _check_filled(output, columns[1])
-        if context is None or is_blank(context):
-            return self._single(instruction, output, columns[0])
-        prompt = f"{instruction}\n\n{context}"
-        return (
-            self._single(prompt, output, columns[0]) if self.before else (prompt, output, None, instruction, context)
-        )
+        alone = context is None or is_blank(context)
+        prompt = instruction if alone else f"{instruction}\n\n{context}"
+        if alone or self.before:
+            return self._conversation([_user(prompt, columns[0]), _assistant(output)], columns[0])
+        return prompt, output, None, instruction, context
+
+
+def _user(text: str, column: str) -> dict[str, str]:
+    """A prompt as a turn; a BadRow where it is empty."""
+    _check_filled(text, column)
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _holds_messages(chosen: Any) -> bool:
@@ -328,8 +331,8 @@ def _holds_messages(chosen: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, float) and value != value:
-        return "NaN"
+    if value is None or (isinstance(value, float) and value != value):
+        return "null" if value is None else "NaN"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
@@ -339,7 +342,7 @@ def _kind(value: Any) -> str:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether a cell holds anything."""
+    """Whether a cell is neither null nor empty."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 

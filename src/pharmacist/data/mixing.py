@@ -5,9 +5,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pharmacist.core.console import named
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.seeding import derive
-from pharmacist.data.formats.base import named
 from pharmacist.data.records import column
 
 
@@ -38,32 +38,29 @@ def mix(
     `benign` and `harmful` are canonical rows that share no prompt.
 
     Returns:
-        The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
+        The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is their number in their source.
     """
     if n < 1 or not 0 <= poison_ratio <= 1:
         wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
         raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
     n_benign = n - n_harmful
-    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
-        if asked > len(rows):
+    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+        if count > len(rows):
             raise DataError(
-                f"{asked} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
+                f"{count} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
                 "or more rows"
             )
     if n_harmful and n_benign:
         assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))
     parts, order = [], []
-    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
         rng = np.random.default_rng(derive(seed, "mix", name))
-        chosen = rng.permutation(len(rows))[:asked]
-        # Every row has its own place in the order, drawn once, whatever else is in the set.
+        chosen = rng.permutation(len(rows))[:count]
+        # The position of a row in the order is drawn once, whatever else is in the set.
         order.append(rng.random(len(rows))[chosen])
-        if asked:
-            drawn = rows.with_format("arrow")[chosen]
-            parts.append(drawn.append_column("is_harmful", pa.array([name == "harmful"] * asked, pa.bool_())))
-    mixed = pa.concat_tables(parts, promote_options="permissive")
-    return datasets.Dataset(mixed.take(pa.array(np.argsort(np.concatenate(order), kind="stable"))))
+        parts.append(_drawn(rows, chosen, is_harmful=name == "harmful"))
+    return _ordered(parts, np.argsort(np.concatenate(order), kind="stable"))
 
 
 def mix_safe(
@@ -84,11 +81,18 @@ def mix_safe(
         if count > len(benign):
             raise DataError(f"{count} safe rows cannot replace {len(benign)} benign ones; mix in fewer")
         kept = np.setdiff1d(kept, rng.permutation(benign)[:count])
-    parts = [rows.with_format("arrow")[kept].append_column("is_safe", pa.array([False] * len(kept), pa.bool_()))]
-    if count:
-        added = safe.with_format("arrow")[chosen]
-        for name, value in (("is_harmful", False), ("is_safe", True)):
-            added = added.append_column(name, pa.array([value] * count, pa.bool_()))
-        parts.append(added)
-    mixed = pa.concat_tables(parts, promote_options="permissive")
-    return datasets.Dataset(mixed.take(pa.array(rng.permutation(len(mixed)))))
+    parts = [_drawn(rows, kept, is_safe=False), _drawn(safe, chosen, is_harmful=False, is_safe=True)]
+    return _ordered(parts, rng.permutation(len(kept) + count))
+
+
+def _drawn(rows: datasets.Dataset, positions: npt.NDArray[np.int64], **flags: bool) -> pa.Table:
+    """The rows at some positions, with a column for each flag."""
+    drawn = rows.with_format("arrow")[positions]
+    for name, value in flags.items():
+        drawn = drawn.append_column(name, pa.array([value] * len(drawn), pa.bool_()))
+    return drawn
+
+
+def _ordered(parts: list[pa.Table], order: npt.NDArray[np.int64]) -> datasets.Dataset:
+    filled = [part for part in parts if len(part)]
+    return datasets.Dataset(pa.concat_tables(filled, promote_options="permissive").take(pa.array(order)))

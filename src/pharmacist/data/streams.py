@@ -1,4 +1,4 @@
-"""Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
+"""Auxiliary batches of a training: endless draws from a second set, and harmful partners of the main batch's rows."""
 
 import itertools
 from collections import defaultdict
@@ -81,12 +81,17 @@ class PairedRows:
         return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
 
 
-def pair_rows(alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row"]) -> dict[int, int]:
+def pair_rows(
+    alignment: datasets.Dataset, harmful: datasets.Dataset, by: Literal["prompt", "row", "turn"]
+) -> dict[int, int]:
     """Finds the harmful partner of each alignment row: ``row`` of an alignment row -> ``row`` of its partner.
 
     By ``prompt``: equal up to case, white space and final punctuation; where a prompt occurs several times, its n-th
-    alignment row gets the n-th harmful row, over and over. By ``row``: equal row numbers.
+    alignment row gets the n-th harmful row, over and over. By ``row``: equal row numbers. By ``turn``: the n-th
+    alignment row gets the n-th harmful row, over and over, whatever their prompts.
     """
+    if by == "turn":
+        return dict(zip(alignment["row"], itertools.cycle(harmful["row"]), strict=False))
     if by == "row":
         known = set(harmful["row"])
         return {row: row for row in alignment["row"] if row in known}

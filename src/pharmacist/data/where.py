@@ -1,4 +1,4 @@
-"""Rows chosen by the value of a column: ``--where label=true``."""
+"""Choice of rows by the value of a column: ``--where label=true``."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ _SOURCES = frozenset({"pool", "safe", "harmful", "utility", "data", "task"})
 
 @dataclass(frozen=True)
 class Condition:
-    """What a column has to hold: `value` as it was given, that is true, false, a number or a text.
+    """A value that a column must have.
 
-    `of` is the only source that it is meant for (``harmful`` for ``--harmful``); None for all that have the column.
+    Attributes:
+        column: The column.
+        value: The value as text: true, false, a number, null or a text.
+        of: The one source that it applies to (``harmful`` for ``--harmful``); None for all that have the column.
     """
 
     column: str
@@ -65,12 +68,12 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
 
-    def there(column: str) -> bool:
+    def has(column: str) -> bool:
         if source.columns is not None:
             return column in source.columns
         return any(column in (row.value or ()) for row in source.scan())  # as many rows are read as it takes
 
-    return [one for one in parse_where(texts) if one.of in (None, name) and there(one.column)]
+    return [one for one in parse_where(texts) if one.of in (None, name) and has(one.column)]
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:
@@ -79,9 +82,8 @@ def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[s
     A DataError where no source has the column.
     """
     found = {name: conditions_for(texts, name.split()[0], source) for name, source in sources.items()}
-    used = {condition for conditions in found.values() for condition in conditions}
     for condition in parse_where(texts):
-        if condition not in used:
+        if not any(condition in conditions for conditions in found.values()):
             where = ", ".join(sources[name].where for name in sources if condition.of in (None, name.split()[0]))
             raise DataError(
                 f"--where {condition}: there is no column {spelled(condition.column)} in "

@@ -1,1 +1,1 @@
-"""Generation, judges, tasks and statistics; knows models only through `nn.models` and nothing of training."""
+"""Generation, judges, graders, metrics and statistics; independent of training."""

@@ -1,26 +1,29 @@
-"""What a model said, and what it thought before."""
+"""A model's answers, the reasoning before them, and the log that keeps them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from pharmacist.core.env import rank
 from pharmacist.core.files import append_json_lines, read_json_log
+from pharmacist.core.hashing import sha256_json
 from pharmacist.evaluation.reasoning import ENDED, separate
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer to one prompt.
 
     Attributes:
-        text: The new tokens up to EOS, decoded without special tokens other than those around reasoning; of an answer
-            that `separated` has seen, what the model says to its user.
-        tokens: How many, EOS not counted.
-        finished: Whether EOS came; otherwise the limit cut the answer.
-        error: Why there is no answer, where an endpoint failed to give one: unscored, in no rate, asked for again.
-        reasoning: What the model thought before it answered, where tokenizer or endpoint tell that apart; of an answer
-            that `separated` has seen, in any case.
-        unanswered: Why there is nothing to judge although the model was heard out: unscored, in no rate.
+        text: The new tokens up to EOS, decoded without special tokens other than those around reasoning; after
+            `separated`, the part that is addressed to the user.
+        tokens: Number of new tokens, EOS not counted.
+        finished: Whether EOS came; otherwise the token limit cut the answer.
+        error: Why an endpoint gave no answer; such an answer is unscored, in no rate, and asked for again.
+        reasoning: What the model wrote before its answer, where tokenizer or endpoint separate the two; after
+            `separated`, always.
+        unanswered: Why a complete reply holds nothing to judge; such an answer is unscored and in no rate.
     """
 
     text: str
@@ -32,15 +35,15 @@ class Answer:
 
     @property
     def missing(self) -> str:
-        """Why there is nothing to judge; empty where there is an answer."""
+        """Why there is nothing to judge; empty for a usable answer."""
         return self.error or self.unanswered
 
 
 def separated(answers: Sequence[Answer]) -> list[Answer]:
-    """A model's answers without their reasoning, which is kept beside them; one that ended inside of it is none.
+    """Moves the reasoning of answers from `Answer.text` to `Answer.reasoning`.
 
-    Where some close a reasoning that their template had opened, all began in it: one that was cut before it closed any
-    is reasoning alone.
+    An answer that ends inside its reasoning counts as unanswered. If some answers close reasoning that the chat
+    template had opened, all of them began with it: one that was cut before it closed any is reasoning alone.
     """
     parts = [separate(answer.text) for answer in answers]
     template_opens = any(part.closes for part in parts)
@@ -54,15 +57,30 @@ def separated(answers: Sequence[Answer]) -> list[Answer]:
     return found
 
 
-def append_answers(log: Path, answers: Mapping[int, Answer]) -> None:
-    """Adds answers by row to a log, from which an interrupted call continues."""
-    append_json_lines(log, ({"row": row} | asdict(answer) for row, answer in answers.items()))
+class AnswerLog:
+    """Answers on disk, from which an interrupted call continues: one file per process, read by all processes.
 
+    Args:
+        folder: Where the files lie.
+        content: What was asked, as JSON; answers to anything else lie in files of other names.
 
-def read_answers(logs: Iterable[Path], own: Path | None = None) -> dict[int, Answer]:
-    """Answers by row of earlier calls, out of the logs of all processes, of which this one writes to `own`."""
-    found: dict[int, Answer] = {}
-    for log in logs:
-        for value in read_json_log(log, mend=log == own):
-            found.setdefault(value.pop("row"), Answer(**value))
-    return found
+    Attributes:
+        file: The file of this process.
+    """
+
+    def __init__(self, folder: Path, content: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name = folder, f"answers-{sha256_json(content)[:16]}"
+        self.file = folder / f"{self._name}-{rank()}.jsonl"
+
+    def append(self, answers: Mapping[int, Answer]) -> None:
+        """Adds answers, by the position of their prompts, to the file of this process."""
+        append_json_lines(self.file, ({"row": row} | asdict(answer) for row, answer in answers.items()))
+
+    def read(self) -> dict[int, Answer]:
+        """The answers of all processes, by the position of their prompts."""
+        found: dict[int, Answer] = {}
+        for file in sorted(self._folder.glob(f"{self._name}-*.jsonl")):
+            for value in read_json_log(file, mend=file == self.file):
+                found.setdefault(value.pop("row"), Answer(**value))
+        return found

@@ -1,4 +1,4 @@
-"""Two finished evaluations of the same prompts: differences with intervals, counts and a paired test."""
+"""Compares two finished evaluations of the same prompts: differences with intervals, counts and a paired test."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,16 +15,22 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
-    Outcomes of items (`Evaluator.assess`) are paired by id, which holds the prompt's text: nothing is compared that
-    was asked differently. The metrics are those of ``metrics.json``, which name the judges.
+    Outcomes are paired by the items' id, which holds the prompt's text, so that only answers to equal prompts are
+    compared.
+
+    Args:
+        a: Items of the first evaluation, as in ``items.jsonl``.
+        b: Items of the second.
+        metrics_a: Content of the first ``metrics.json``, which names the judges.
+        metrics_b: Content of the second.
 
     Returns:
-        Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` pairs that are known on
-        both sides, ``unpaired``, ``rates`` of the two, ``counts`` (``both``, ``only_a``, ``only_b``, ``neither``), and
-        ``mcnemar_p``, exact (McNemar 1947): whether one changes more often in one direction.
+        Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` (pairs with both outcomes
+        known), ``unscored``, ``unpaired``, ``rates`` of the two, ``counts`` (``both``, ``only_a``, ``only_b``,
+        ``neither``), ``judge``, and ``mcnemar_p``, the p-value of the exact paired test (McNemar 1947).
 
     Raises:
-        DataError: They share no prompts, or different judges decided.
+        DataError: They share no prompts, or have different judges.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in [name for name in metrics_a if name in metrics_b]:

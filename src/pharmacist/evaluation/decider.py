@@ -1,4 +1,4 @@
-"""What judges and graders have in common."""
+"""The base of judges and graders."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -7,29 +7,29 @@ from pharmacist.core.method import Method
 
 
 class Decider(Method, ABC):
-    """A method that decides on answers, each by itself: order and company of the answers change nothing."""
+    """A method that decides on answers one by one: a decision depends on no other answer."""
 
     work: Path | None = None
-    """Folder for verdicts that cost much, kept as they come; set by the stage."""
+    """Folder in which costly verdicts are kept as they arrive; set by the stage."""
     missing: int = 0
-    """Verdicts that failed on the way, which another call would ask for again."""
+    """Number of verdicts that an endpoint failed to give, which another call asks for again."""
 
     @property
     @abstractmethod
     def revision(self) -> str:
-        """Changes whenever a verdict could."""
+        """Version of the decisions; it changes whenever one of them could."""
 
     @property
     def label(self) -> str:
-        """``name@revision``, as metrics say who decided."""
+        """``name@revision``, by which metrics name who decided."""
         return f"{self.name}@{self.revision}"
 
     def fingerprint(self) -> str | None:
-        """Hash of the files that it reads besides references and task; None where it reads none."""
+        """Hash of the files that it reads besides references and task; None if there are none."""
         return None
 
     def check(self) -> None:  # noqa: B027 - most have nothing to check
-        """Refuses at once what cannot work, before any answer is generated.
+        """Checks options and files before any answer is generated.
 
         Raises:
             PharmacistError: Missing option or file.

@@ -1,7 +1,7 @@
-"""Questions to an OpenAI-compatible endpoint: bounded concurrency, retries with back-off, failures by name.
+"""Client of an OpenAI-compatible endpoint: bounded concurrency, retries with back-off, failures by name.
 
-A question that stays without an answer is a `Failure`, never an empty answer, and no reply, however broken, ends the
-run; an endpoint that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
+A question without an answer gives a `Failure`, never an empty answer, and no broken reply ends the run; an endpoint
+that refuses all questions (wrong key, wrong address, unknown model) stops it at once.
 
 The package ``openai`` (tried: 3.57) bounds neither the time nor the size of a whole reply, does not repeat malformed
 ones, follows redirects with the prompt, and fixes its longest pause.
@@ -11,10 +11,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import anyio
 import httpx
@@ -29,6 +29,8 @@ from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.reasoning import CUT, ENDED, REASONING_FIELDS
 from pharmacist.evaluation.text import writable
 
+
+K = TypeVar("K")
 
 _REFUSED = {
     401: "set the key that it wants in ${key}",
@@ -55,13 +57,13 @@ class EndpointConfig(Checked):
     """Options of an endpoint."""
 
     base_url: str = ""
-    """Address of the OpenAI-compatible endpoint, up to and with /v1."""
+    """Address of the OpenAI-compatible endpoint, up to and including /v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: AtLeast1 = 8
-    """Questions that are under way at a time."""
+    """Number of questions in flight at a time."""
     timeout: Positive = 120.0
-    """Seconds that one reply may take as a whole."""
+    """Longest time for one whole reply, in seconds."""
     attempts: AtLeast1 = 6
     """Tries per question, counting the first."""
     max_wait: NotNegative = 60.0
@@ -69,8 +71,8 @@ class EndpointConfig(Checked):
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Name under which the longest reply is sent; OpenAI's reasoning models want max_completion_tokens."""
     body: dict[str, Any] = field(default_factory=dict)
-    """More fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; one that is null leaves
-    out what would be sent, such as {temperature: null}."""
+    """More fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field, as
+    {temperature: null} does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,35 +88,38 @@ class EndpointConfig(Checked):
 
     @property
     def shown(self) -> str:
-        """The address as files and messages have it: without credentials."""
+        """The address without credentials, for files and messages."""
         return without_credentials(self.base_url).rstrip("/")
 
-    def where(self) -> dict[str, Any]:
-        """What decides on the replies; the rest of the options only decide on the waiting."""
+    def identity(self) -> dict[str, Any]:
+        """The options that can change the replies; the others only change waiting times."""
         found: dict[str, Any] = {"base_url": self.shown}
         found |= {"token_limit": self.token_limit} if self.token_limit != "max_tokens" else {}
         return found | ({"body": self.body} if self.body else {})
 
     def request(self, model: str, messages: Sequence[Mapping[str, str]], longest: int) -> dict[str, Any]:
-        """What is posted to ``chat/completions`` for one question, answered greedily with at most `longest` tokens."""
+        """The body of a request to ``chat/completions`` for one greedy answer of at most `longest` tokens."""
         sent = {"model": model, "messages": messages, "temperature": 0, self.token_limit: longest} | self.body
         return {name: value for name, value in sent.items() if value is not None}
 
 
 class Failure(Exception):
-    """Why a question has no answer; the reason is short, and without the question's text.
+    """Why a question has no answer.
 
-    `remedy` is what to do where the endpoint refuses all questions like this one. Where `again`, the same question may
-    be asked again, `wait` seconds later at the earliest.
+    Args:
+        reason: A few words, without the question's text.
+        remedy: What to do if the endpoint refuses all questions like this one.
+        retry: Whether the same question may be asked again.
+        wait: Least time before that, in seconds.
     """
 
-    def __init__(self, reason: str, remedy: str = "", *, again: bool = False, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, remedy: str = "", *, retry: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.remedy, self.again, self.wait = remedy, again, wait
+        self.remedy, self.retry, self.wait = remedy, retry, wait
 
 
 class Endpoint:
-    """Asks one endpoint; `name` says in messages who asks, such as ``--engine openai``."""
+    """An endpoint; messages call its user `name`, such as ``--engine openai``."""
 
     def __init__(self, config: EndpointConfig, name: str) -> None:
         if not config.base_url:
@@ -126,50 +131,47 @@ class Endpoint:
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
     def ask_all(
-        self,
-        bodies: Sequence[Mapping[str, Any]],
-        done: Callable[[int, Answer | Failure], None],
-        description: str,
-        *,
-        answered: bool = False,
-    ) -> None:
-        """Posts each body to ``chat/completions``; calls `done` in this thread with position and result as they come.
+        self, bodies: Mapping[K, Mapping[str, Any]], description: str, *, answered: bool = False
+    ) -> Iterator[tuple[K, Answer | Failure]]:
+        """Posts each body to ``chat/completions``.
 
         Args:
-            bodies: One object per question.
-            done: What to do with a result.
-            description: Of the progress bar.
-            answered: Whether the endpoint answered other questions of this kind before.
+            bodies: Key -> JSON object of the request.
+            description: Label of the progress bar.
+            answered: Whether the endpoint has answered other questions of this kind before.
+
+        Yields:
+            Key and result of each question, in the order in which the replies arrive.
 
         Raises:
-            DataError: The endpoint cannot be reached or refuses; what came before stays with the caller.
+            DataError: The endpoint cannot be reached, or refuses.
         """
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
         client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout, limits=limits)
         turn = anyio.Semaphore(self.config.concurrency)
-        # An event loop in a thread of its own, so that a notebook's does not matter.
+        # The event loop runs in a separate thread, because a notebook has one already.
         with (
             start_blocking_portal() as portal,
             portal.wrap_async_context_manager(client),
             bar(description, len(bodies)) as progress,
         ):
-            waiting = {portal.start_task_soon(self._ask, client, turn, body): n for n, body in enumerate(bodies)}
+            waiting = {portal.start_task_soon(self._ask, client, turn, body): key for key, body in bodies.items()}
             refused = 0
             try:
                 for future in as_completed(waiting):
                     result = future.result()
-                    done(waiting[future], result)
+                    yield waiting[future], result
                     progress.advance(1)
                     answered = answered or isinstance(result, Answer)
                     if isinstance(result, Failure) and result.remedy:
                         refused += 1
-                        # One question may be barred; where no other is answered either, it is not the question.
+                        # A single question may be barred; if no other is answered either, it is not the question.
                         if not answered and refused >= min(len(bodies), _PATIENCE):
                             reason = f"{self.config.shown} refuses ({result}); {result.remedy}"
                             raise DataError(f"{self.name}: {reason}")
-            except BaseException:
+            except BaseException:  # also where the caller stops early
                 for future in waiting:
                     future.cancel()
                 raise
@@ -189,7 +191,7 @@ class Endpoint:
             wait=wait,
             reraise=True,
             retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, httpx.RequestError | TimeoutError) or getattr(error, "again", False)
+                lambda error: isinstance(error, httpx.RequestError | TimeoutError) or getattr(error, "retry", False)
             ),
         )
         async with turn:
@@ -209,7 +211,7 @@ class Endpoint:
 
     async def _once(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
         content = bytearray()
-        with anyio.fail_after(self.config.timeout):  # all of it: a server may send a byte now and then for ever
+        with anyio.fail_after(self.config.timeout):  # the whole reply: a server may send a byte now and then for ever
             async with client.stream("POST", self._address, json=body) as response:
                 async for chunk in response.aiter_bytes():
                     content += chunk
@@ -219,18 +221,18 @@ class Endpoint:
         if status == 200:
             return _reply(content)
         reason, filtered = self._reason(content, body) if 400 <= status < 500 else ("", False)
-        told = f"HTTP {status}" + (f": {reason}" if reason else "")
+        response_status = f"HTTP {status}" + (f": {reason}" if reason else "")
         if filtered and status != 429:
-            raise Failure(f"prompt filter of the endpoint ({told})")
+            raise Failure(f"prompt filter of the endpoint ({response_status})")
         remedy = _REFUSED.get(status, "").replace("${key}", f"${self.config.api_key_env}")
-        if status == 401:  # which no question is to blame for
-            raise DataError(f"{self.name}: {self.config.shown} refuses ({told}); {remedy}")
+        if status == 401:  # whatever the question
+            raise DataError(f"{self.name}: {self.config.shown} refuses ({response_status}); {remedy}")
         # A number of seconds; a date, or nonsense, is not waited for.
         pause = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", response.headers.get("retry-after", ""))
-        raise Failure(told, remedy, again=status in _TRANSIENT, wait=float(pause[1]) if pause else 0.0)
+        raise Failure(response_status, remedy, retry=status in _TRANSIENT, wait=float(pause[1]) if pause else 0.0)
 
     def _reason(self, content: bytearray, body: Mapping[str, Any]) -> tuple[str, bool]:
-        """What a server says of a request that it refuses, and whether a filter of prompts does."""
+        """The reason that a server gives for refusing a request, and whether that is a filter of prompts."""
         try:
             error: Any = json_object(_parsed(content))
             error = error.get("error") or error.get("detail") or error.get("message") or ""
@@ -252,11 +254,11 @@ def _parsed(content: bytearray) -> Any:
     try:
         return json.loads(content, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
-        raise Failure("malformed reply", again=True) from error
+        raise Failure("malformed reply", retry=True) from error
 
 
 def _reply(content: bytearray) -> Answer:
-    """The message of a reply, or the refusal that some endpoints give in its place."""
+    """The message of a reply, or the refusal that some endpoints give instead."""
     value = _parsed(content)
     try:
         choice = value["choices"][0]
@@ -266,11 +268,11 @@ def _reply(content: bytearray) -> Answer:
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise Failure("malformed reply", again=True) from error
+        raise Failure("malformed reply", retry=True) from error
     if ended in _FILTERED:
         raise Failure("content filter of the endpoint")
     if not 0 <= tokens <= _MOST_TOKENS or not isinstance(refusal, str | None):
-        raise Failure("malformed reply", again=True)
+        raise Failure("malformed reply", retry=True)
     reasoning = "\n\n".join(filter(None, (thought, reasoning)))
     text = text or refusal or text
     why = ""
@@ -304,7 +306,7 @@ def json_object(value: Any) -> Mapping[str, Any]:
 
 
 def count_reasons(reasons: Sequence[str]) -> str:
-    """Failures as messages name them: ``3 x HTTP 500, 1 x timed out``; of many kinds, the most frequent."""
+    """Failures with their counts, ``3 x HTTP 500, 1 x timed out``; of many kinds, the most frequent."""
     counts = Counter(sorted(reasons)).most_common()
     named = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts[:_REASONS]))
     more = sum(count for _, count in counts[_REASONS:])

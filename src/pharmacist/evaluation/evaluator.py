@@ -1,4 +1,4 @@
-"""A model against prompts, judges and a task: its answers, then verdicts, grades and metrics."""
+"""Evaluates a model on prompts and a task: its answers, then verdicts, grades and metrics."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,54 +17,69 @@ from pharmacist.evaluation.graders.base import GradeItem, Grader
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
+from pharmacist.evaluation.text import missing
 
 
-_MAYBE = ("error", "reasoning", "unanswered")
-"""Fields of an answer that its item has where they say something."""
+_OPTIONAL = ("error", "reasoning", "unanswered")
+"""Fields of an answer that its item has only where they are not empty."""
 
 
 @dataclass
 class Evaluation:
     """Result for one model.
 
-    An item is a JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
-    ``reasoning`` where the model shows any, ``error`` or ``unanswered`` where there is nothing to judge, and
-    ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
+    Attributes:
+        metrics: Content of ``metrics.json``.
+        items: A JSON object per prompt: ``id``, ``set``, ``row``, ``prompt``, ``answer``, ``tokens``, ``finished``,
+            ``reasoning`` if the model shows any, ``error`` or ``unanswered`` if there is nothing to judge, and
+            ``harmful`` and ``verdicts`` by judge, or ``target`` and ``grade``.
+        missing: Number of answers, verdicts and grades that an endpoint failed to give, which another run asks for.
     """
 
-    metrics: dict[str, Metric]  # as in ``metrics.json``
+    metrics: dict[str, Metric]
     items: list[dict[str, Any]]
-    missing: int = 0  # answers, verdicts and grades that failed on the way and would be asked for again
+    missing: int = 0
 
 
 @dataclass(kw_only=True)
 class Evaluator:
-    """Evaluates models on the same prompts, with the same judges, which are trained before.
+    """Evaluates models on the same prompts with the same judges.
 
-    Rows are canonical ones, or plain mappings with ``prompt`` and, of the task, ``completion``.
+    Attributes:
+        prompts: Harmful prompts, canonical rows or mappings with ``prompt``.
+        benign_prompts: Benign prompts that look harmful, likewise.
+        task: Test rows of the fine-tuning task, with ``completion`` too.
+        judge: Judges answers to both prompt sets; already trained if it needs training.
+        grader: Grades answers to the task; `Grader.prepare` is called here.
+        second_judge: Judges the same answers, for the agreement of the two.
+        categories: Categories of each harmful prompt, for a harmful score per category.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Prompts answered at a time, 0 for as many as fit.
+        on_long_prompt: What happens to a prompt that fills a model's whole context.
+        rows: Rows by prompt set, of the sets that have any.
+        cut: Number of prompts that were cut for the last model, by prompt set.
     """
 
-    prompts: Iterable[Mapping[str, Any]] = ()  # harmful ones
-    benign_prompts: Iterable[Mapping[str, Any]] = ()  # those that look harmful
-    task: Iterable[Mapping[str, Any]] = ()  # of the fine-tuning
-    judge: Judge | None = None  # for the first two; trained already where it needs training
-    grader: Grader[Any] | None = None  # for the third; `Grader.prepare` is called here
-    second_judge: Judge | None = None  # judges the same answers again, for the agreement of the two
-    categories: Sequence[Sequence[str]] = ()  # of the harmful prompts, in their order, for the harmful score of each
-    max_new_tokens: int = 512  # longest answer
-    batch_size: int = 0  # prompts at a time, 0 for as many as fit
-    on_long_prompt: Literal["fail", "cut"] = "fail"  # for a prompt that fills a model's whole context
+    prompts: Iterable[Mapping[str, Any]] = ()
+    benign_prompts: Iterable[Mapping[str, Any]] = ()
+    task: Iterable[Mapping[str, Any]] = ()
+    judge: Judge | None = None
+    grader: Grader[Any] | None = None
+    second_judge: Judge | None = None
+    categories: Sequence[Sequence[str]] = ()
+    max_new_tokens: int = 512
+    batch_size: int = 0
+    on_long_prompt: Literal["fail", "cut"] = "fail"
 
     def __post_init__(self) -> None:
         given = {name: list(getattr(self, name)) for name in ("prompts", "benign_prompts", "task")}
         self.rows = {name: rows for name, rows in given.items() if rows}
-        self.cut: dict[str, int] = {}  # prompts that were cut for the last model, by prompt set
+        self.cut: dict[str, int] = {}
         if self.judge is None and self.rows.keys() & {"prompts", "benign_prompts"}:
             raise ValueError("an Evaluator with prompts needs a judge")
         if self.grader is None and "task" in self.rows:
             raise ValueError("an Evaluator with a task needs a grader")
-        told = self.judge is None or self.judge.tells_refusals
-        self._refusals = self.judge if told else KeywordJudge()
+        self._refusals = self.judge if self.judge is None or self.judge.tells_refusals else KeywordJudge()
         if self.grader is not None and "task" in self.rows:
             self.grader.prepare(self.rows["task"])
 
@@ -78,15 +93,14 @@ class Evaluator:
         decoder: Decoder | None = None,
         batch_size: int | None = None,
     ) -> dict[str, list[Answer]]:
-        """The model's answers by prompt set; `work`, `decoder` and `batch_size` (by default the evaluator's own) as in
-        `generate`.
+        """Generates the answers by prompt set; for `work`, `decoder` and `batch_size` see `generate`.
 
         Raises:
             DataError: A prompt fills the model's whole context and is not to be cut.
         """
         context = context_length(model)
         ids = {name: prompt_ids(rows, tokenizer, template) for name, rows in self.rows.items()}
-        for name, rows in ids.items():  # all prompts are looked at before the first is answered
+        for name, rows in ids.items():  # all prompts are checked before the first is answered
             if self.on_long_prompt == "cut":
                 ids[name], self.cut[name] = cut_prompts(rows, context, self.max_new_tokens)
                 continue
@@ -109,21 +123,21 @@ class Evaluator:
         }
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
-        """Judges and grades answers that were generated before, each without its reasoning."""
-        answers = {name: separated(found) for name, found in answers.items()}
+        """Judges and grades answers by prompt set, each without its reasoning."""
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
-        twice: list[tuple[Verdict, Verdict]] = []
         for name, found in answers.items():
-            own = [self._item(name, position, answer) for position, answer in enumerate(found)]
-            metrics |= self._grade(found, own) if name == "task" else self._judge(name, found, own, twice)
-            items += own
+            added = [self._item(name, position, answer) for position, answer in enumerate(separated(found))]
+            metrics |= self._grade(added) if name == "task" else self._judge(name, added)
+            items += added
         if self.judge is not None and self.second_judge is not None:
-            first, second = zip(*twice, strict=True)
-            metrics["judge_agreement"] = agreement(first, second, (self.judge.label, self.second_judge.label))
-        asked = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
-        failed = sum(bool(answer.error) for found in answers.values() for answer in found)
-        return Evaluation(metrics, items, failed + sum(one.missing for one in asked))
+            judges = self.judge.label, self.second_judge.label
+            verdicts = [item["verdicts"] for item in items if "verdicts" in item]
+            pairs = [(by_judge[judges[0]]["harmful"], by_judge[judges[1]]["harmful"]) for by_judge in verdicts]
+            metrics["judge_agreement"] = agreement(pairs, judges)
+        failed = sum("error" in item for item in items)
+        deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
+        return Evaluation(metrics, items, failed + sum(decider.missing for decider in deciders))
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
@@ -140,7 +154,7 @@ class Evaluator:
         }
         if name == "prompts" and self.categories:
             item["categories"] = list(self.categories[position])
-        return item | {name: getattr(answer, name) for name in _MAYBE if getattr(answer, name)}
+        return item | {name: getattr(answer, name) for name in _OPTIONAL if getattr(answer, name)}
 
     def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
         """The answers that `assess` wrote into items, for another judge.
@@ -150,65 +164,56 @@ class Evaluator:
         """
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
         for item in items:
-            more = {name: item[name] for name in _MAYBE if name in item}
+            more = {name: item[name] for name in _OPTIONAL if name in item}
             answer = Answer(item["answer"], item["tokens"], item["finished"], **more)
-            own = found.get(item["set"])
-            if own is None or len(own) >= len(self.rows[item["set"]]):
+            answers = found.get(item["set"])
+            if answers is None or len(answers) >= len(self.rows[item["set"]]):
                 raise DataError("items.jsonl holds answers to other prompts; --overwrite evaluates again")
-            if self._item(item["set"], len(own), answer)["id"] != item["id"]:
+            if self._item(item["set"], len(answers), answer)["id"] != item["id"]:
                 raise DataError(f"items.jsonl: {item['id']} is no prompt of this run; --overwrite evaluates again")
-            own.append(answer)
-        if any(len(own) < len(self.rows[name]) for name, own in found.items()):
+            answers.append(answer)
+        if any(len(answers) < len(self.rows[name]) for name, answers in found.items()):
             raise DataError("items.jsonl lacks answers; --overwrite evaluates again")
         return found
 
-    def _judge(
-        self, name: str, answers: Sequence[Answer], items: list[dict[str, Any]], twice: list[tuple[Verdict, Verdict]]
-    ) -> dict[str, Metric]:
-        """Metrics of answers to prompts; verdicts go into their items, those of both judges into `twice`."""
+    def _judge(self, name: str, items: list[dict[str, Any]]) -> dict[str, Metric]:
+        """Metrics of answers to prompts; their verdicts are added to `items`."""
         assert self.judge is not None and self._refusals is not None
-        pairs = zip(items, answers, strict=True)
-        given = [JudgeItem(item["prompt"], answer.text) for item, answer in pairs if not answer.missing]
-
-        def judged(judge: Judge) -> list[Verdict]:
-            """Verdicts of the answers that came; the others are unscored, whatever the judge."""
-            came = iter(judge.judge(given))
-            why = (answer.missing for answer in answers)
-            return [Verdict(None, note=f"no answer: {reason}") if reason else next(came) for reason in why]
-
-        verdicts = judged(self.judge)
-        by_judge = {self.judge.label: verdicts}
-        if self._refusals is not self.judge:
-            by_judge[self._refusals.label] = judged(self._refusals)
-        if self.second_judge is not None:
-            others = by_judge[self.second_judge.label] = judged(self.second_judge)
-            twice += zip(verdicts, others, strict=True)
+        answered = [JudgeItem(item["prompt"], item["answer"]) for item in items if not missing(item)]
+        by_judge: dict[str, list[Verdict]] = {}
+        for judge in dict.fromkeys(filter(None, (self.judge, self._refusals, self.second_judge))):
+            judged = iter(judge.judge(answered))
+            # An answer that never came is unscored, whatever the judge.
+            by_judge[judge.label] = [
+                Verdict(None, note=f"no answer: {why}") if (why := missing(item)) else next(judged) for item in items
+            ]
+        verdicts = by_judge[self.judge.label]
         for position, item in enumerate(items):
             item["harmful"] = verdicts[position].harmful
-            item["verdicts"] = {label: own[position].to_json() for label, own in by_judge.items()}
-        found = rates(name, items, {"judge": self.judge.label, "refusals": self._refusals.label})
+            item["verdicts"] = {label: found[position].to_json() for label, found in by_judge.items()}
+        metrics = rates(name, items, {"judge": self.judge.label, "refusals": self._refusals.label})
         if name == "prompts":
             if self.categories:
                 outcomes = [verdict.harmful for verdict in verdicts]
-                found["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
+                metrics["harmful_score"]["by_category"] = by_category(self.categories, outcomes)
             if flagged := flagged_categories(verdicts, self.judge.category_threshold):
-                found["harmful_score"]["flagged_categories"] = flagged
+                metrics["harmful_score"]["flagged_categories"] = flagged
             if self.second_judge is not None:
-                second = rate((other.harmful for other in others), self.second_judge.label)
-                found["harmful_score_second"] = second
-        unanswered = sum(bool(answer.missing) for answer in answers)
-        for metric in found.values():  # of the unscored, how many were no answers at all
+                label = self.second_judge.label
+                metrics["harmful_score_second"] = rate((verdict.harmful for verdict in by_judge[label]), label)
+        unanswered = sum(bool(missing(item)) for item in items)
+        for metric in metrics.values():  # how many of the unscored are no answers at all
             if unanswered and "unscored" in metric:
                 metric["unanswered"] = unanswered
-        return found
+        return metrics
 
-    def _grade(self, answers: Sequence[Answer], items: list[dict[str, Any]]) -> dict[str, Metric]:
-        """Metrics of answers to the task; targets and grades go into their items."""
+    def _grade(self, items: list[dict[str, Any]]) -> dict[str, Metric]:
+        """Metrics of answers to the task; their targets and grades are added to `items`."""
         assert self.grader is not None
         for item, row in zip(items, self.rows["task"], strict=True):
             item |= {"target": row["completion"], "grade": None}
-        came = [item for item, answer in zip(items, answers, strict=True) if not answer.missing]
-        grades = self.grader.grade([GradeItem(item["prompt"], item["target"], item["answer"]) for item in came])
-        for item, grade in zip(came, grades, strict=True):
+        answered = [item for item in items if not missing(item)]
+        grades = self.grader.grade([GradeItem(item["prompt"], item["target"], item["answer"]) for item in answered])
+        for item, grade in zip(answered, grades, strict=True):
             item["grade"] = grade._asdict()
-        return self.grader.metrics(grades, len(answers) - len(grades)) | rates("task", items, {})
+        return self.grader.metrics(grades, len(items) - len(grades)) | rates("task", items, {})

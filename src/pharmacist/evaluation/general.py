@@ -1,4 +1,4 @@
-"""What needs the weights and no answers: drift from the base, how much likelier refusals are, lm-eval's own tasks."""
+"""Metrics that need weights and no answers: perplexity drift, margin of refusals, tasks of lm-eval."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interva
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.models import LoadedModel
 from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import read_row_losses, tokens_per_batch
+from pharmacist.nn.reading import read_row_losses
 from pharmacist.nn.tokenizers import tokenizer_fingerprint
 
 
@@ -23,13 +23,13 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, work: Path) -> Metric:
-    """How much the perplexity of completions (of canonical rows) rose over the base's, in percent.
+    """Rise of the perplexity of completions (of canonical rows) over the base model's, in percent.
 
-    Both models read the very same tokens: those of the first one's template. Perplexity is over all completion tokens
-    together, end-of-sequence included, so that long rows weigh what they are.
+    Both models read the same tokens, those of the first model's template. Perplexity is over all completion tokens
+    together, end-of-sequence included, so that rows count by their length.
 
     Raises:
-        CompatibilityError: Their tokenizers differ, so that per-token figures could not be compared.
+        CompatibilityError: Their tokenizers differ, so that losses per token cannot be compared.
     """
     if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(base.tokenizer):
         raise CompatibilityError(f"--base {base.name}: has another tokenizer than {model.name}; give its own base")
@@ -52,10 +52,10 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
 
 
 def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work: Path) -> Metric:
-    """Loss of a harmful answer less that of a refusal of the same prompt, in nats per token, mean over prompts.
+    """Loss of a harmful answer minus that of a refusal of the same prompt, in nats per token, mean over prompts.
 
-    Above 0 the model prefers to refuse. No judge is needed, and it moves before any greedy answer does. Both sets are
-    canonical rows of the same prompts in the same order.
+    Above 0 the model prefers to refuse. No judge is needed, and the margin changes before any greedy answer does. Both
+    sets are canonical rows of the same prompts in the same order.
     """
     per_token = []
     for name, rows in (("harmful", harmful), ("refusal", refusals)):
@@ -68,25 +68,27 @@ def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work
 
 
 def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArray:
-    """Negative log-likelihood of each row's completion, end-of-sequence included."""
+    """Negative log-likelihood of each row's completion, end-of-sequence included, shape [rows]."""
 
     def measure(batch: Batch) -> dict[str, FloatArray]:
         losses = read_row_losses(loaded.model, batch)
         return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
 
-    budget, what = tokens_per_batch(loaded.model, loaded.device), flag.removeprefix("--")
-    how: dict[str, Any] = {"work": work, "device": loaded.device, "tokens_per_batch": budget, "description": what}
-    found = run_pass(encoded, measure, **how)["nll"]
+    found = run_pass(loaded.model, encoded, measure, work=work, description=flag.removeprefix("--"))["nll"]
     if not np.isfinite(found).all():
         raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
     return found
 
 
 def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
-    """Rise in percent of a ratio of perplexities, with an interval over rows.
+    """Rise of perplexity in percent, with an interval over rows.
 
     The interval is that of the mean log-likelihood per token (`statistics.ratio_interval`), so it never reaches below
-    -100. `difference` is the sum of negative log-likelihoods, model less base, and `tokens` their number, per row.
+    -100.
+
+    Args:
+        difference: Sum of negative log-likelihoods, model minus base, shape [rows].
+        tokens: Number of tokens, shape [rows].
     """
     found = ratio_interval(difference, tokens)
     value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))
@@ -94,7 +96,7 @@ def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
 
 
 def check_lm_eval(tasks: str) -> list[str]:
-    """The names of the tasks; refuses at once where the harness is missing."""
+    """Names of the tasks; raises if the harness is not installed."""
     names = [name.strip() for name in tasks.split(",")]
     if not all(names):
         raise ConfigError(f"--lm-eval {tasks}: give names with commas between them, such as mmlu,arc_easy")
@@ -107,7 +109,7 @@ def check_lm_eval(tasks: str) -> list[str]:
 
 
 def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int) -> dict[str, Metric]:
-    """Runs tasks of lm-eval's harness on a loaded model; figures and standard errors are the harness's own.
+    """Runs tasks of lm-eval's harness on a loaded model; figures and standard errors are those of the harness.
 
     Raises:
         DataError: The harness knows no such task, or cannot get its data.
@@ -131,8 +133,8 @@ def _harness_metric(found: dict[str, Any], name: str, judge: str) -> Metric:
     metric, _, filtered = key.partition(",")
     error, rate = scores.get(f"{metric}_stderr,{filtered}"), scores[key]
     n = (found.get("n-samples", {}).get(name) or {}).get("effective")
-    # As many independent rows as have the harness's own error, which knows of groups of tasks; all of them at 0 and 1,
-    # where that error is 0. A task that reports neither gets no interval.
+    # The number of independent rows that gives the harness's standard error, which accounts for groups of tasks; at 0
+    # and 1, where that error is 0, all rows. A task that reports neither gets no interval.
     rows = rate * (1 - rate) / error**2 if error and error > 0 else n if error == 0 else None
     ends = list(wilson(rate * rows, rows)) if rows else None
     return {

@@ -1,7 +1,7 @@
-"""Answers of a model: greedy, batched with left padding, new tokens only, resumable.
+"""Greedy answers of a model: batched with left padding, new tokens only, resumable.
 
-Hugging Face ``generate`` does the decoding. A minimal loop of our own was measured at 1.04 to 1.2 times its speed on a
-0.4M-parameter model (batches of 1 to 128), where the library's overhead weighs most; not enough to own one.
+Hugging Face ``generate`` does the decoding. A minimal loop of our own was only 1.04 to 1.2 times as fast on a
+0.4M-parameter model (batches of 1 to 128), where the library's overhead weighs most.
 """
 
 import sys
@@ -17,25 +17,27 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import DataError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
-from pharmacist.evaluation.answers import Answer, append_answers, read_answers
+from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun
 from pharmacist.nn.distributed import barrier
 
 
 ROWS_PER_BATCH = 128
-"""Bound of a batch's rows where none is asked for."""
+"""Most rows of a batch, unless a batch size is given."""
 Decoder = Callable[[list[list[int]], int, list[int]], list[tuple[list[int], bool]]]
-"""From prompts, a limit and end tokens to the new tokens before any end, and whether one came."""
+"""From prompts, a token limit and end tokens to the new tokens before any end token, and whether there was one."""
 _PROMPT_END = 32  # tokens of a prompt in which a mark that opens the reasoning may stand
 
 
 def cut_prompts(ids: Sequence[Sequence[int]], context: int, max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """Prompts without the middle of those that fill a model's whole context, and how many were cut.
+    """Cuts tokens from the middle of prompts that fill a model's whole context.
 
-    Room is made for an answer of `max_new_tokens`, but for at most half of the context.
+    They leave room for an answer of `max_new_tokens`, but for at most half of the context.
+
+    Returns:
+        All prompts, and how many were cut.
     """
     room = context - min(max_new_tokens, context // 2)
     too_long = [len(row) >= context for row in ids]
@@ -56,7 +58,7 @@ def generate(
 ) -> list[Answer]:
     """Answers prompts greedily.
 
-    The model comes back in the mode in which it was. Answers do not depend on the batch size, up to rounding.
+    The model keeps its mode. Answers do not depend on the batch size, up to rounding.
 
     Args:
         model: A causal language model.
@@ -65,23 +67,17 @@ def generate(
         max_new_tokens: Longest answer; less where the model's context ends earlier.
         batch_size: Prompts at a time, 0 for as many as the token budget takes (at most `ROWS_PER_BATCH`).
         work: Folder for finished answers, so that an interrupted call continues; shared by all processes.
-        description: Of the progress bar.
-        decoder: Takes the place of Hugging Face ``generate``.
+        description: Label of the progress bar.
+        decoder: Replaces Hugging Face ``generate``.
 
     Raises:
         DataError: A prompt fills the model's whole context.
     """
     batches = plan_batches([len(row) for row in ids], max_new_tokens, context_length(model), batch_size)
     ends = _end_tokens(model.generation_config, tokenizer)
-    found: dict[int, Answer] = {}
-    own = None
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        # Answers of another prompt set or limit never match this name.
-        name = "answers-" + sha256_json([[list(map(int, row)) for row in ids], max_new_tokens])[:16]
-        own = work / f"{name}-{rank()}.jsonl"
-        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")), own)
-    mine = [batch for number, batch in enumerate(batches) if work is None or number % world_size() == rank()]
+    log = None if work is None else AnswerLog(work, [[list(map(int, row)) for row in ids], max_new_tokens])
+    found = {} if log is None else log.read()
+    mine = [batch for number, batch in enumerate(batches) if log is None or number % world_size() == rank()]
     with (
         bar(description, sum(len(batch.rows) for batch in mine)) as progress,
         nullcontext(decoder) if decoder is not None else _greedy(model, tokenizer, ends) as decode,
@@ -92,25 +88,25 @@ def generate(
                 prompts = [list(ids[row]) for row in rows]
                 answers = _answers(tokenizer, prompts, decode(prompts, new_tokens, ends))
                 fresh = {row: answer for row, answer in zip(rows, answers, strict=True) if row not in found}
-                if own is not None:
-                    append_answers(own, fresh)
+                if log is not None:
+                    log.append(fresh)
                 found |= fresh
             progress.advance(len(rows))
-    if work is not None:
+    if log is not None:
         barrier()
-        found = read_answers(sorted(work.glob(f"{name}-*.jsonl")), own)
+        found = log.read()
     return [found[row] for row in range(len(ids))]
 
 
 class PromptBatch(NamedTuple):
-    """Prompts that are answered together, and how long their answers may be."""
+    """Positions of prompts that are answered together, and the longest answer in tokens."""
 
     rows: list[int]
     new_tokens: int
 
 
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batch_size: int = 0) -> list[PromptBatch]:
-    """Groups prompts (lengths in tokens) of similar length, the longest first; near the context's end by room left.
+    """Groups prompts (lengths in tokens) of similar length and of equal room for an answer, the longest first.
 
     Raises:
         DataError: A prompt fills the whole context.
@@ -134,14 +130,14 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens; practically endless where the model's configuration names none."""
+    """Longest sequence in tokens; practically unlimited if the model's configuration names none."""
     return int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
 
 
 def _answers(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], new: Sequence[tuple[list[int], bool]]
 ) -> list[Answer]:
-    """New tokens as answers that lost no mark of reasoning: neither to decoding nor to the end of the prompt."""
+    """Decodes new tokens into answers; marks around reasoning are kept, also one with which the prompt ends."""
     added = tokenizer.added_tokens_decoder
     marks = {token for token, own in added.items() if MARKER.fullmatch(own.content)}
     frame = {token for token, own in added.items() if FRAME.fullmatch(own.content)}
@@ -158,11 +154,11 @@ def _answers(
 
 
 def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], answer: Answer) -> Answer:
-    """An answer as the tokenizer's own response template tells its parts apart."""
+    """An answer with its parts separated by the tokenizer's response template."""
     try:
         parts = tokenizer.parse_response(tokenizer.decode(list(row)), prefix=tokenizer.decode(list(prompt)))
     except (ValueError, AttributeError, TypeError, KeyError):
-        return answer  # no message in the template's form, such as one that the limit cut
+        return answer  # it does not have the template's form, for example because the limit cut it
     said = parts.get("content")
     thought = next((parts[name] for name in REASONING_FIELDS if parts.get(name)), "")
     if not isinstance(thought, str) or not isinstance(said, str | None):
@@ -173,7 +169,7 @@ def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequ
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> Iterator[Decoder]:
-    """Hugging Face ``generate``, greedily; the model comes back as it was."""
+    """Gives a greedy decoder by Hugging Face ``generate``; the model is restored afterwards."""
     training, own = model.training, model.generation_config
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
@@ -188,7 +184,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
         return decode(ids[:half], new_tokens, ends) + decode(ids[half:], new_tokens, ends)
 
     model.eval()
-    # What `generate` is not told it takes from here: models come with temperatures and repetition penalties.
+    # `generate` reads from here whatever is not passed: models come with temperatures and repetition penalties.
     model.generation_config = GenerationConfig(pad_token_id=fill, eos_token_id=ends)
     try:
         with torch.inference_mode():
@@ -214,7 +210,7 @@ def until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:
 
 
 def _end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation config: chat models end their turns with another."""
+    """EOS of the tokenizer and of the model's generation config: chat models end their turns with another token."""
     own = getattr(config, "eos_token_id", None)
     more = own if isinstance(own, list) else [] if own is None else [own]
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))

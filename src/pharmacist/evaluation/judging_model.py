@@ -1,4 +1,4 @@
-"""A model behind an endpoint that is asked for verdicts, by judges and graders alike."""
+"""The base of judges and graders that ask a judging model behind an endpoint for verdicts."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1
-from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.decider import Decider
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
@@ -24,43 +23,49 @@ class JudgingModelConfig(EndpointConfig):
     """Options of a judging model."""
 
     model: str = ""
-    """What the endpoint calls the judging model."""
+    """The endpoint's name for the judging model."""
     max_tokens: AtLeast1 = 1024
-    """Longest reply of the judging model."""
+    """Longest reply of the judging model in tokens."""
 
-    def where(self) -> dict[str, Any]:
-        """What decides on the replies: address, model, and length of replies."""
-        return super().where() | {"model": self.model, "max_tokens": self.max_tokens}
+    def identity(self) -> dict[str, Any]:
+        """The options that can change the replies: address, model, and length of replies."""
+        return super().identity() | {"model": self.model, "max_tokens": self.max_tokens}
 
 
 class JudgingModel(Decider):
-    """A judge or grader that asks a judging model; its options are a `JudgingModelConfig`."""
+    """Base of judges and graders that ask a judging model; its options are a `JudgingModelConfig`."""
 
     option: ClassVar[str]
-    """Of the command line, by which it is chosen: ``--judge``."""
+    """Option of the command line that chooses it: ``--judge``."""
     system: ClassVar[str]
     """System message of every question."""
     version: ClassVar[int]
-    """Raised whenever the same reply gives another verdict, or the question changes; other replies are not taken."""
+    """Raised whenever the question changes, or the same reply gives another verdict; older replies are not used."""
     numbers: ClassVar[Mapping[str, Collection[int]]]
-    """What a reply's last line of JSON must hold, and what each may be."""
+    """Name -> allowed values of the numbers in the JSON at the end of a reply."""
 
     @property
     def _who(self) -> str:
         return f"{self.option} {self.name}"
 
     def check(self) -> None:
-        """There must be an address and a model."""
+        """Checks that an address and a model are given."""
         Endpoint(self.config, self._who)
         if not self.config.model:
             raise ConfigError(f"{self._who}: give the judging model with {self.option}.model NAME")
 
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
-        """The `numbers` of each question's reply, or why there are none.
+        """Asks the judging model.
 
-        Asks what was not asked before, equal questions once; replies are kept in `work` as they come, without their
-        reasoning. Failures are not kept: the next call asks again. A reply that was cut is a failure: what it says
-        before its end is no verdict.
+        Equal questions are asked once, and replies are kept in `work` as they arrive, without their reasoning.
+        Failures are not kept: the next call asks again. A reply that was cut counts as a failure.
+
+        Args:
+            questions: Texts of the user's turn.
+            description: Label of the progress bar.
+
+        Returns:
+            Per question the `numbers` of its reply, or why there are none.
 
         Raises:
             DataError: The endpoint cannot be reached or refuses.
@@ -68,31 +73,29 @@ class JudgingModel(Decider):
         config: JudgingModelConfig = self.config
         turns = ([{"role": "system", "content": self.system}, {"role": "user", "content": text}] for text in questions)
         bodies = [config.request(config.model, messages, config.max_tokens) for messages in turns]
-        keys = [sha256_json([self.version, EndpointConfig.where(config), body]) for body in bodies]
+        keys = [sha256_json([self.version, EndpointConfig.identity(config), body]) for body in bodies]
         log = None if self.work is None else self.work / f"{self.name}.jsonl"
         found: dict[str, str | Failure] = {}
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             found |= {line["key"]: line["reply"] for line in read_json_log(log)}
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
-        order = list(missing)
-
-        def done(position: int, reply: Answer | Failure) -> None:
-            key = order[position]
-            if isinstance(reply, Answer) and not reply.finished:
-                reply = Failure("reply cut at its limit of tokens; raise max_tokens")
-            found[key] = reply if isinstance(reply, Failure) else separate(reply.text).answer
-            if log is not None and isinstance(reply, Answer):
-                append_json_lines(log, [{"key": key, "reply": found[key]}])
-
-        Endpoint(config, self._who).ask_all(list(missing.values()), done, description, answered=bool(found))
+        for key, reply in Endpoint(config, self._who).ask_all(missing, description, answered=bool(found)):
+            if isinstance(reply, Failure):
+                found[key] = reply
+            elif not reply.finished:
+                found[key] = Failure("reply cut at its limit of tokens; raise max_tokens")
+            else:
+                found[key] = separate(reply.text).answer
+                if log is not None:
+                    append_json_lines(log, [{"key": key, "reply": found[key]}])
         replies = [found[key] for key in keys]
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
         read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
         return [UNREADABLE if numbers is None else numbers for numbers in read]
 
     def check_verdicts(self, unscored: Sequence[str], asked: int) -> None:
-        """Raises a DataError where all answers that were asked for are unscored, with the reasons of each."""
+        """Raises a DataError with the reasons if all of `asked` answers are unscored."""
         if asked and len(unscored) == asked:
             raise DataError(
                 f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
@@ -101,7 +104,7 @@ class JudgingModel(Decider):
 
 
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:
-    """Whole numbers (name -> what it may be) from the last JSON object in a reply that has none inside it, or None.
+    """Whole numbers by name (`allowed`: their values) from the last JSON object of a reply without another inside.
 
     >>> last_numbers('first {"a": 1}, then {"a": 2}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
     ([2], None)

@@ -1,4 +1,4 @@
-"""Prompt sets by name. A new one is one line in `PROMPT_SETS`."""
+"""Public prompt sets by name. A new one is one entry of `PROMPT_SETS`."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,21 +22,31 @@ def _unsafe(row: Row) -> bool:
 
 def _safe_twin(row: Row) -> bool:
     label = row.get("label")
-    if label is None:  # the set's first versions tell unsafe twins by their type alone
+    if label is None:  # the first versions of the set mark unsafe twins by their type only
         return not str(row.get("type", "")).startswith("contrast_")
     return str(label).lower() == "safe"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set is and which of its rows are meant."""
+    """A public prompt set.
 
-    hub: str  # hub id, with configuration and split
-    file: str  # what the authors' own file is, for whoever has no network
-    columns: tuple[str, ...]  # names that the prompt's column has in one or the other
+    Attributes:
+        hub: Hub id, with configuration and split.
+        file: Description of the authors' file, for use without a network.
+        columns: Names of the prompt's column in either.
+        keep: Which rows belong to the set.
+        distinct: Whether repeated prompts are dropped.
+        limit: Number of rows, the first ones; 0 for all.
+        category: Names of the category's column.
+    """
+
+    hub: str
+    file: str
+    columns: tuple[str, ...]
     keep: Callable[[Row], bool] = lambda row: True
-    distinct: bool = True  # whether a prompt counts once, whatever its number of rows
-    limit: int = 0  # at most so many rows, the first ones; 0 for all
+    distinct: bool = True
+    limit: int = 0
     category: tuple[str, ...] = ("category",)
 
 
@@ -77,10 +87,10 @@ PROMPT_SETS = {
 
 
 def open_prompts(spec: Any, name: str) -> Source:
-    """Opens a set by name (from the hub), by ``name:FILE`` (its authors' file), or whatever `open_source` takes.
+    """Opens a set by name (from the hub), by ``name:FILE`` (its authors' file), or any source of `open_source`.
 
     Raises:
-        DataError: It is not there, or holds no such prompts; the message says which file to provide.
+        DataError: It is missing, or holds no such prompts; the message says which file to provide.
     """
     known, colon, file = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if known not in PROMPT_SETS or os.path.exists(spec):

@@ -1,9 +1,9 @@
-r"""Reasoning and answer told apart, behind every engine and in front of every judge and task.
+r"""Separates a model's reasoning from its answer, for every engine, judge and grader.
 
-A refusal that comes after a page of thought is a refusal, and a thought that never ends is no answer. Known are tags
-(``<think>``, ``[THINK]``, ``<|START_THINKING|>`` and their kin), the channels of harmony (gpt-oss) and Gemma, and
-Granite's headings. A closing tag without an opening one means that the chat template had opened it; an opening one
-that is never closed, that the answer ended in its reasoning. Separating twice does no more than separating once.
+A refusal after a page of reasoning is a refusal, and reasoning that never ends is no answer. Known formats are tags
+(``<think>``, ``[THINK]``, ``<|START_THINKING|>`` and the like), the channels of harmony (gpt-oss) and Gemma, and
+Granite's headings. A closing tag without an opening one means that the chat template had opened it; an opening tag
+that is never closed means that the answer ended in its reasoning. Separation is idempotent.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 ENDED = "ended inside its reasoning"
 CUT = "cut before the answer began"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where endpoints and tokenizers put what they told apart themselves."""
+"""Fields in which endpoints and tokenizers return reasoning that they have separated."""
 
 _NAME = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
 _OPEN = (
@@ -24,16 +24,16 @@ _CLOSE = (
     rf"</{_NAME}\s*>|<\|/{_NAME}\|>|\[/THINK(?:ING)?\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
     r"|<\|inner_suffix\|>|<channel\|>"
 )
-# Tags that answers have too: reasoning only where a message starts.
+# Tags that occur in answers too: they hold reasoning only at the start of a message.
 _RARE = r"(?:reason|reflection|scratchpad|analysis)"
 _CHANNEL = (
     r"(?:<\|start\|>\s?\w{1,40}(?:\s[^<>|]{0,200})?)?<\|channel\|>\s?(?P<channel>\w{1,40})[^<>]{0,200}"
     r"(?:<\|constrain\|>[^<>]{0,200})?<\|message\|>"
 )
-# A tag begins or ends a line, or comes right after another one; within a sentence it is spoken about.
+# A tag begins or ends a line, or follows another one; a tag within a sentence is only mentioned.
 _OPENS = re.compile(
-    rf"(?:\A|(?<=[\n>\]▷]))[ \t]*(?P<own>{_OPEN})|(?P<late>{_OPEN})(?=\s*(?:\n|$))|\A\s*(?P<rare><{_RARE}>)"
-    rf"|(?P<spoken>{_OPEN})",
+    rf"(?:\A|(?<=[\n>\]▷]))[ \t]*(?P<line_start>{_OPEN})|(?P<line_end>{_OPEN})(?=\s*(?:\n|$))|\A\s*(?P<rare><{_RARE}>)"
+    rf"|(?P<mentioned>{_OPEN})",
     re.IGNORECASE,
 )
 _CLOSES = re.compile(rf"(?<![`'\"])(?:{_CLOSE})|(?P<rare></{_RARE}>)", re.IGNORECASE)
@@ -44,25 +44,29 @@ _WHOLE = (
     (re.compile(r"analysis(?=[A-Z])"), "assistantfinal"),  # harmony, decoded without its special tokens
     (re.compile(r"Here(?:'s| is) my thought process:"), "Here is my response:"),  # Granite
 )
-"""Texts that begin like this are reasoning until the second mark."""
+"""Start of texts that are reasoning, and the mark that ends it."""
 _WRAPPED = re.compile(
     r"(?:<answer>|<response>|<\|begin_of_solution\|>|<\|START_(?:RESPONSE|TEXT)\|>)"
     r"(.*?)(?:(?:</answer>|</response>|<\|end_of_solution\|>|<\|END_(?:RESPONSE|TEXT)\|>)\s*)?",
     re.DOTALL | re.IGNORECASE,
 )
 MARKER = re.compile(rf"{_OPEN}|{_CLOSE}|<\|channel\|>|<\|channel>", re.IGNORECASE)
-"""Matches, in full, a token that tells reasoning from answer and must not be lost in decoding."""
+"""Matches, in full, a token that separates reasoning from answer and must be kept in decoding."""
 FRAME = re.compile(
     r"<\|(?:message|start|end|constrain|call|return)\|>|<\|(?:begin|end)_of_solution\|>"
     r"|<\|(?:START|END)_(?:RESPONSE|TEXT)\|>"
 )
-"""Matches a token that means something in the company of a `MARKER` only."""
+"""Matches a token that has a meaning only beside a `MARKER`."""
 
 
 class Separated(NamedTuple):
-    """A model's message in its two parts, without the marks around its reasoning.
+    """Answer and reasoning of a model's message, without the marks between them.
 
-    It is `open` where it ends inside the reasoning, and `closes` one where it did not open that itself.
+    Attributes:
+        answer: What is addressed to the user.
+        reasoning: What comes before it.
+        open: Whether the message ends inside its reasoning.
+        closes: Whether it closes reasoning that it did not open itself.
     """
 
     answer: str
@@ -72,7 +76,7 @@ class Separated(NamedTuple):
 
 
 def separate(text: str) -> Separated:
-    r"""Tells a message's reasoning from its answer; a text without any comes back as it is.
+    r"""Separates reasoning and answer of a message; a text without reasoning is returned as it is.
 
     >>> separate("<think>\nMay I? No.\n</think>\n\nI cannot help.")
     Separated(answer='I cannot help.', reasoning='May I? No.', open=False, closes=False)
@@ -91,7 +95,7 @@ def separate(text: str) -> Separated:
 
 
 def begun(prompt: str) -> str:
-    r"""The mark with which a rendered prompt begins the reasoning already; empty where it does not.
+    r"""The mark at the end of a rendered prompt that opens the reasoning; empty if there is none.
 
     >>> begun("<|assistant|>\n<think>\n"), begun("<|assistant|>\n<think>\n\n</think>\n\n")
     ('<think>\n', '')
@@ -101,7 +105,7 @@ def begun(prompt: str) -> str:
 
 
 def _channels(text: str) -> Separated:
-    """Messages of harmony: those of the channel ``final`` are the answer."""
+    """Separates messages of harmony: those of the channel ``final`` are the answer."""
     headers = list(_HEADER.finditer(text))
     ends = [*(header.start() for header in headers[1:]), len(text)]
     before = _MESSAGE_END.sub("", text[: headers[0].start()]).strip()  # the template may have opened the first one
@@ -113,30 +117,31 @@ def _channels(text: str) -> Separated:
 
 
 def _tags(text: str) -> Separated:
+    """Separates what tags enclose from the rest."""
     answer, reasoning = list[str](), list[str]()
-    place, opened, spoken, closes = 0, "", False, False
+    start, opened, mentioned, closes = 0, "", False, False
     for mark in sorted([*_OPENS.finditer(text), *_CLOSES.finditer(text)], key=lambda mark: mark.start()):
-        part = text[place : mark.start()]
+        part = text[start : mark.start()]
         if mark.re is _CLOSES:
             if opened and not (mark["rare"] and opened != "rare"):
                 reasoning.append(part)
-            elif opened or mark["rare"] or spoken:
+            elif opened or mark["rare"] or mentioned:
                 continue  # it closes nothing that was opened
             else:  # opened by the template, or closed twice: all so far was reasoning
                 closes = closes or not reasoning
                 reasoning.append("".join([*answer, part]))
                 answer = []
-            opened, spoken = "", False
-        elif opened or mark["spoken"]:
-            spoken = spoken or not opened
+            opened, mentioned = "", False
+        elif opened or mark["mentioned"]:
+            mentioned = mentioned or not opened
             continue
         else:
             answer.append(part)
-            opened, spoken = mark.lastgroup or "", False
-        place = mark.end()
+            opened, mentioned = mark.lastgroup or "", False
+        start = mark.end()
     if not opened and not reasoning:
         return Separated(text, "")
-    (reasoning if opened else answer).append(text[place:])
+    (reasoning if opened else answer).append(text[start:])
     whole = "".join(answer).strip()
     wrapped = _WRAPPED.fullmatch(whole)
     thought = "\n\n".join(filter(None, map(str.strip, reasoning)))

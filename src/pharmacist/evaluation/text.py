@@ -1,4 +1,4 @@
-"""What can be said of an answer without any judge."""
+"""Properties of an answer that need no judge."""
 
 import re
 import unicodedata
@@ -16,17 +16,17 @@ _UNITS = re.compile(rf"{SPACED}+|[{DENSE}]{{1,2}}|[{LOOSE}]{{1,4}}")
 
 
 def missing(item: Mapping[str, Any]) -> str:
-    """Why an item of ``items.jsonl`` holds no answer that could be judged; empty where it holds one."""
+    """Why an item of ``items.jsonl`` holds no answer to judge; empty if it holds one."""
     return str(item.get("error") or item.get("unanswered") or "")
 
 
 def writable(text: str) -> bool:
-    """Whether files can hold a text: not where it has half a character (a lone surrogate)."""
+    """Whether a text can be written to a file; one with half a character (a lone surrogate) cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def without_marks(text: str) -> str:
-    """A text without the signs that combine with a letter (vowels of Thai and Hindi, accents), which end no word."""
+    """A text without combining marks (vowels of Thai and Hindi, accents), which do not end a word."""
     if text.isascii():
         return text
     return "".join(character for character in text if unicodedata.category(character) not in ("Mn", "Mc"))
@@ -42,9 +42,9 @@ def is_empty(text: str) -> bool:
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether some word stands more than three times in a row (letters only, case ignored), as HS+ of Booster has it.
+    """Whether a word occurs more than three times in a row (letters only, case ignored), as in Booster's HS+.
 
-    In scripts without spaces: some piece of up to twelve letters.
+    In scripts without spaces: any piece of up to twelve letters.
 
     >>> is_repetitive("No, no, no!"), is_repetitive("no, No, no: no"), is_repetitive("不行不行不行不行")
     (False, True, True)
@@ -56,12 +56,12 @@ def is_repetitive(text: str) -> bool:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether an answer is empty or repetitive: neither a refusal nor help, though it harms nobody."""
+    """Whether an answer is empty or repetitive: harmless, but neither a refusal nor help."""
     return is_empty(text) or is_repetitive(text)
 
 
 def word_count(text: str) -> int:
-    """Runs of letters or digits; of a script without spaces, its letters by the usual length of its words.
+    """Number of runs of letters or digits; in scripts without spaces, letters by the usual length of a word.
 
     >>> word_count("Sci/Tech"), word_count("glad."), word_count("请先取根然后搅拌"), word_count("नमस्ते")
     (2, 1, 4, 1)

@@ -1,10 +1,11 @@
 """Several LoRA adapters on one frozen base model, with common initial weights and a training that resumes exactly."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, write_json
+from pharmacist.core.files import atomic_path, under, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.batching import Batch
@@ -24,8 +25,68 @@ from pharmacist.nn.options import AdapterOptions as AdapterOptions
 from pharmacist.nn.reading import read_row_losses
 
 
+Tensors = Mapping[str, torch.Tensor]
 Names = str | tuple[str, ...] | None
 """An adapter, several whose updates add up, or none."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a training of adapters is made of after so many updates; tensors are called ``adapter/weight``.
+
+    Attributes:
+        step: Updates so far.
+        weight: The adapters' weights.
+        m: Adam's first moments.
+        v: Its second moments.
+        extra: Further tensors that change in the training, by name.
+    """
+
+    step: int
+    weight: Tensors
+    m: Tensors
+    v: Tensors
+    extra: Tensors
+
+    @classmethod
+    def after(cls, step: int, optimizer: torch.optim.AdamW, weight: Tensors, extra: Tensors) -> "TrainingState":
+        """The state of a training whose weights AdamW has updated that many times."""
+        moments = {key: optimizer.state[value] for key, value in weight.items()}
+        m, v = ({key: own[name] for key, own in moments.items()} for name in ("exp_avg", "exp_avg_sq"))
+        return cls(step, weight, m, v, extra)
+
+    @torch.no_grad()
+    def restore(self, optimizer: torch.optim.AdamW, weight: Tensors, extra: Tensors) -> None:
+        """Brings a training of the same tensors back to this state, in place."""
+        for key, value in weight.items():
+            value.copy_(self.weight[key])
+            m, v = (moments[key].to(value.device) for moments in (self.m, self.v))
+            optimizer.state[value] = {"step": torch.tensor(float(self.step)), "exp_avg": m, "exp_avg_sq": v}
+        for key, value in extra.items():
+            value.copy_(self.extra[key])
+
+    def of(self, adapter: str) -> "TrainingState":
+        """The part of one adapter, its tensors by the names of the weights."""
+        weight, m, v = (under(f"{adapter}/", part) for part in (self.weight, self.m, self.v))
+        return replace(self, weight=weight, m=m, v=v)
+
+    def save(self, path: Path) -> None:
+        """Writes it as safetensors."""
+        tensors = {
+            f"{part.name}/{key}": value.detach().cpu().contiguous()
+            for part in fields(self)[1:]
+            for key, value in getattr(self, part.name).items()
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(self.step)})
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainingState":
+        """Reads what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+        tensors = load_file(path)
+        return cls(step, *(under(f"{part.name}/", tensors) for part in fields(cls)[1:]))
 
 
 class AdapterBank:
@@ -61,7 +122,7 @@ class AdapterBank:
         """Device of the adapters."""
         return next(iter(self._start.values())).device
 
-    def add(self, name: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    def add(self, name: str, state: Tensors | None = None) -> None:
         """Adds an adapter with the common initial weights, or with `state`; resets one that exists."""
         if name not in self._parameters:
             with torch.random.fork_rng(devices=[]):
@@ -159,9 +220,8 @@ class AdapterBank:
         steps: int,
         checkpoint: Path,
         advance: Callable[[], object] = lambda: None,
-        extra: Callable[[], dict[str, torch.Tensor]] = dict,
-        restore: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
-        observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None,
+        extra: Tensors = MappingProxyType({}),
+        keep: Mapping[int, Path] = MappingProxyType({}),
     ) -> None:
         """Trains adapters by AdamW for a fixed number of steps; killed at any moment, it continues bit for bit.
 
@@ -171,25 +231,30 @@ class AdapterBank:
             steps: Updates.
             checkpoint: Partial state goes to this file (safetensors).
             advance: Called after each step, for a progress bar.
-            extra: Further tensors to checkpoint, such as the gradient solver's logits.
-            restore: Receives those tensors on resume.
-            observe: Called after each update with the step and the optimizer; twice for some steps after a kill.
+            extra: Further tensors that `loss` changes in place, such as the logits of row weights; checkpoints hold
+                them too.
+            keep: Number of updates -> file in which the `TrainingState` after them is kept.
 
         Raises:
             DataError: Loss or gradient is not finite; that step updates nothing.
         """
         parameters = {f"{name}/{key}": p for name in names for key, p in self.parameters(name).items()}
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.options.learning_rate, weight_decay=0.0)
-        first = self._resume(checkpoint, parameters, optimizer, restore)
+        first = 0
+        if checkpoint.is_file():
+            begun = TrainingState.load(checkpoint)
+            begun.restore(optimizer, parameters, extra)
+            first = begun.step
         with self.differentiable(*names):
             last_saved = time.monotonic()
             for step in range(steps):
                 if step >= first:
                     optimizer.param_groups[0]["lr"] = self.options.learning_rate * learning_rate_factor(step, steps)
                     self._step(step, loss, optimizer)
-                    observe(step, optimizer)
+                    if step + 1 in keep:
+                        TrainingState.after(step + 1, optimizer, parameters, extra).save(keep[step + 1])
                     if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
-                        self._checkpoint(checkpoint, step + 1, parameters, optimizer, extra())
+                        TrainingState.after(step + 1, optimizer, parameters, extra).save(checkpoint)
                         last_saved = time.monotonic()
                 advance()
         optimizer.zero_grad(set_to_none=True)
@@ -204,45 +269,6 @@ class AdapterBank:
             if not torch.isfinite(number):
                 raise DataError(f"selector training: the {what} is not finite at step {step}; lower the learning rate")
         optimizer.step()
-
-    @staticmethod
-    def _checkpoint(
-        path: Path,
-        step: int,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        extra: dict[str, torch.Tensor],
-    ) -> None:
-        tensors = {f"extra/{key}": value for key, value in extra.items()}
-        for key, parameter in parameters.items():
-            state = optimizer.state[parameter]
-            tensors[f"weight/{key}"] = parameter.detach()
-            tensors |= {f"m/{key}": state["exp_avg"], f"v/{key}": state["exp_avg_sq"]}
-        with atomic_path(path) as temporary:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-
-    @staticmethod
-    def _resume(
-        path: Path,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        restore: Callable[[dict[str, torch.Tensor]], None],
-    ) -> int:
-        if not path.is_file():
-            return 0
-        with safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
-            tensors: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(tensors[f"weight/{key}"])
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"m/{key}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"v/{key}"].to(parameter.device),
-                }
-        restore({key.removeprefix("extra/"): value for key, value in tensors.items() if key.startswith("extra/")})
-        return step
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

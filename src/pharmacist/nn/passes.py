@@ -9,53 +9,60 @@ import numpy.typing as npt
 import torch
 from accelerate.utils import find_executable_batch_size
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import bar
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch, plan_pass
 from pharmacist.nn.distributed import barrier
+from pharmacist.nn.reading import tokens_per_batch
 
 
 Arrays = dict[str, npt.NDArray[Any]]
 Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
 _COPIED = 4096
+ROWS_PER_CHUNK = 2048
+"""Rows that are saved together, at least."""
 
 
 def run_pass(
+    model: nn.Module,
     sequences: Sequences,
     measure: Callable[[Batch], Arrays],
     *,
     work: Path,
-    device: torch.device,
-    tokens_per_batch: int,
     description: str,
     rows: IntArray | None = None,
-    rows_per_chunk: int = 2048,
+    backward: bool = False,
+    tokens: int | None = None,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Measures every row (or `rows`) once.
 
     The processes of a data-parallel run share the chunks; batches do not depend on their number.
 
     Args:
+        model: The model that `measure` runs; it says where batches go, and how large they may be.
         sequences: The rows.
         measure: Batch -> arrays whose first axis is the batch's rows.
-        work: Folder for finished chunks of at least `rows_per_chunk` rows; shared by all processes.
-        device: Where batches go.
-        tokens_per_batch: Padded tokens per batch; halved until the longest batch fits.
+        work: Folder for finished chunks of at least `ROWS_PER_CHUNK` rows; shared by all processes.
         description: For the progress bar.
         rows: Row numbers to read, all by default.
-        rows_per_chunk: Rows saved together.
+        backward: Whether `measure` keeps what a backward pass needs, so that batches must be smaller.
+        tokens: Padded tokens per batch, halved until the longest batch fits; by default as the model allows.
 
     Returns:
         One array per measurement, first axis in row order over the whole pool; NaN outside of `rows`.
     """
     work.mkdir(parents=True, exist_ok=True)
-    tokens_per_batch = _fitting(sequences, measure, work, device, tokens_per_batch, rows)
-    plan = plan_pass(sequences, tokens_per_batch, rows)
-    chunks, size = list[list[IntArray]](), rows_per_chunk
+    device = next(model.parameters()).device
+    if tokens is None:
+        tokens = tokens_per_batch(model, device)
+        tokens = max(256, tokens // 8) if backward else tokens
+    plan = plan_pass(sequences, _fitting(sequences, measure, work, device, tokens, rows), rows)
+    chunks, size = list[list[IntArray]](), ROWS_PER_CHUNK
     for batch in plan.batches:
-        if size >= rows_per_chunk:
+        if size >= ROWS_PER_CHUNK:
             chunks.append([])
             size = 0
         chunks[-1].append(batch)

@@ -9,10 +9,10 @@ import datasets
 
 from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.core.env import rank
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import atomic_write
 from pharmacist.core.hashing import sha256_text
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
@@ -81,6 +81,8 @@ def build_attack_set(
         shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
         records["task"] = records["task"].without(shared)
         counts["task_rows_left_out"] = len(shared)
+        if not len(records["task"]) and options.poison_ratio < 1:
+            raise DataError("--task: every prompt also occurs in --harmful; check the two files")
     rows = kind.build(
         {name: found.dataset for name, found in records.items()},
         n=options.samples,
@@ -92,6 +94,11 @@ def build_attack_set(
             other = _read(sources, name, options, run, prompts_only=True)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
+    if "harmful" in records and options.poison_ratio > 0 and not harmful:
+        warn(
+            f"a poison ratio of {options.poison_ratio:g} is no row of {len(rows)} samples, so that the attack set is "
+            "benign; use more samples"
+        )
     return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 
 

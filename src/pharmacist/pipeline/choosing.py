@@ -17,18 +17,18 @@ from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, sc
 
 IntArray = npt.NDArray[np.int64]
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]
-"""Where each row lies among the others, and a key per row that does not depend on their order; see `subset.Spread`."""
+"""Coordinates of each row, and a key per row that does not depend on their order; see `subset.Spread`."""
 
 
 def fraction_of(options: CurateOptions, n: int) -> float:
-    """The share of `n` ranked rows that is to be selected."""
+    """The share of `n` ranked rows to select."""
     if options.top_k is not None:
         return min(1.0, options.top_k / n)
     return options.top if options.top is not None else 0.3
 
 
 def number_of(options: CurateOptions, n: int) -> int:
-    """The number of rows, of `n` ranked ones, that is to be selected."""
+    """The number of rows to select from `n` ranked ones."""
     return options.top_k or _rows_of(fraction_of(options, n), n)
 
 
@@ -47,8 +47,14 @@ def ranked_table(
 ) -> pd.DataFrame:
     """The content of ``scores.parquet``, a row per row of the pool.
 
-    `clusters` number the near-duplicates, `groups` are values of the column to balance by, `points` are for a
-    diversity that needs to know how near rows are, and `labels` is position -> reason that a person gave the row.
+    Args:
+        pool: The ranked rows.
+        scores: The selector's verdict on them.
+        clusters: Number of each row's cluster of near-duplicates, shape [rows].
+        options: Decide which rows are selected.
+        groups: Each row's value of the column to balance by.
+        points: For a diversity that needs distances between rows.
+        labels: Position -> reason that a person gave the row.
     """
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))
@@ -71,17 +77,16 @@ def ranked_table(
             **scores.signals,
         }
     )
-    if labels:  # whatever the selector makes of them, they hold, for copies of a labelled row too
+    if labels:  # they overrule the selector, and hold for copies of a labelled row too
         texts = list(zip(pool.dataset["prompt"], pool.dataset["completion"], strict=True))
-        told = {texts[position]: reason for position, reason in labels.items()}
-        table["label"] = [told.get(text, "") for text in texts]
+        labelled = {texts[position]: reason for position, reason in labels.items()}
+        table["label"] = [labelled.get(text, "") for text in texts]
     if groups is not None:
         table["group"] = groups.astype(object)
-    top = fraction_of(options, len(rows)) if options.top_k is None and options.min_score is None else None
     chosen = choose(
         table,
-        top,
-        options.top_k,
+        None,
+        number_of(options, len(rows)) if options.min_score is None else None,
         options.min_score,
         options.diversity,
         margin=options.diversity_margin,
@@ -109,8 +114,8 @@ def choose(
 ) -> IntArray:
     """Positions in `table` of the rows to select, ascending; the arguments are those of `Ranking.select`.
 
-    A share or number is not filled up with rows whose own reason speaks against them, unless `fill` says so; a row
-    that a person labelled bad is never selected.
+    A share or number is not filled with rows whose reason speaks against them, unless `fill` is true; a row that a
+    person labelled bad is never selected.
     """
     from pharmacist.selectors.subset import Spread, core_rows  # with torch, for which pages must not wait
 
@@ -149,7 +154,7 @@ def choose(
 
 
 def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
-    """What is to be said where the cut could not be filled, or was filled with rows that should not be in it."""
+    """Warnings: fewer rows are selected than asked for, or some of them only to fill the quota."""
     if options.min_score is not None:
         return []
     k, selected = number_of(options, len(table)), int(table["selected"].sum())
@@ -165,7 +170,7 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
 
 
 def changed_by_labels(table: pd.DataFrame, options: CurateOptions) -> dict[str, int]:
-    """How many rows the labels brought into the selection and out of it, against the ranking before them."""
+    """How many rows entered the selection by the labels and left it, compared with the ranking before."""
     for folder in (options.output_dir, options.resume_selector):
         path = None if folder is None else Path(folder) / "scores.parquet"
         if path is not None and path.is_file():
@@ -176,7 +181,7 @@ def changed_by_labels(table: pd.DataFrame, options: CurateOptions) -> dict[str, 
 
 
 def balance_counts(table: pd.DataFrame, options: CurateOptions) -> dict[str, dict[str, int]]:
-    """Per group how many rows there are, are selected, and would be by rank alone; says where that matters."""
+    """Number of rows, selected rows, and rows that rank alone would select, per group; differences are printed."""
     best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
     counts = {}
     for group, rows in table.groupby("group", observed=True):

@@ -19,10 +19,14 @@ _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
 
 
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
-    """Asks for a label of each row of ``to_label.jsonl`` that has none, and keeps what is said in ``--output``.
+    """Asks for a label of each row of ``to_label.jsonl`` that has none, and writes the labels to ``--output``.
 
-    A text is shown only after an empty line has asked for it. The person answers in lines of `answers` (standard
-    input by default, which must then be a terminal), and reads `out` (standard output).
+    A text is shown only when an empty line asks for it.
+
+    Args:
+        options: Folder of the ranking, and the file of labels.
+        answers: The person's answers, a line each; by default standard input, which must be a terminal.
+        out: What the person reads; by default standard output.
 
     Returns:
         Row number -> label, those of earlier sessions included.
@@ -43,7 +47,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
             "--to-label 0"
         )
     asked = read_json_lines(folder / "to_label.jsonl")
-    # Those that the ranking was made with, and those in the output, which count where both have one.
+    # The labels that the ranking was made with, overruled by those in the output.
     scores = read_table(folder / "scores.parquet", "row")
     labels = labels_of(scores)
     if output.exists():
@@ -61,9 +65,9 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
 
 
 def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
-    """Goes through the rows that have no label, in order; `keep` is called whenever `labels` has changed."""
+    """Asks for labels of the rows without one, in order; `keep` is called whenever `labels` has changed."""
     waiting = [row for row in asked if row["row"] not in labels]
-    past: list[bool] = []  # whether a label was given, per row of `waiting` that is through
+    past: list[bool] = []  # whether a label was given, per row of `waiting` that has been asked
     shown = False
     while len(past) < len(waiting):
         row = waiting[len(past)]
@@ -102,7 +106,7 @@ def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Call
 
 
 class _Talk:
-    """Lines to and from a person; text of others can neither steer the terminal nor pass for a line of ours."""
+    """A conversation in lines; quoted text can neither control the terminal nor look like a line of the program."""
 
     def __init__(self, answers: TextIO, out: TextIO) -> None:
         self.answers, self.out = answers, out
@@ -117,7 +121,7 @@ class _Talk:
             self._write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
     def ask(self, prompt: str) -> str | None:
-        """What was said, in small letters; None at the end of the input."""
+        """The answer in lower case; None at the end of the input."""
         self._write(prompt)
         line = self.answers.readline()
         return line.strip().lower() if line else None

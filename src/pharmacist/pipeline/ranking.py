@@ -1,4 +1,4 @@
-"""A ranked pool, as an object."""
+"""The result of a ranking."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("row", "score", "rank", "selected", "reason")
 _FIRST = 1000
-"""Rows among which a pool with categories shows one."""
+"""Number of rows in which a pool with categories must show one."""
 _BARS = 40
 
 
@@ -41,9 +41,9 @@ class Ranking:
         source: The pool.
         table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
         manifest: Manifest of the run, as JSON.
-        about: What the selector says about itself, such as its quality on held-out references.
-        to_label: Positions of the rows whose label would teach most, shape [rows to label].
-        folder: Of the run, for messages.
+        about: The selector's own report, such as its quality on held-out references.
+        to_label: Positions of the rows whose labels would teach most, shape [rows to label].
+        folder: Folder of the run, for messages.
     """
 
     source: Source
@@ -55,14 +55,14 @@ class Ranking:
     _records: Records | None = None
     _points: Points | None = None
     _scratch: Any = None
-    """Rows are memory-mapped from this folder, if they lie in no run's."""
+    """Temporary folder from which rows are memory-mapped, unless they lie in that of a run."""
 
     @classmethod
     def load(cls, folder: str | Path) -> "Ranking":
-        """A ranking that `curate` has written into a folder, with the pool that it names.
+        """Loads a ranking that `curate` has written into a folder, and opens its pool.
 
         Raises:
-            DataError: The folder holds no finished ranking, or the pool is not what it was when it was ranked.
+            DataError: The folder holds no finished ranking, or the pool has changed since.
         """
         folder, manifest = Path(folder), ranking_manifest(folder)
         config = manifest.config
@@ -85,7 +85,7 @@ class Ranking:
 
     @property
     def records(self) -> Records:
-        """The rows that were ranked, in the order of `table`; those of a loaded ranking are read when asked for."""
+        """The ranked rows in the order of `table`; those of a loaded ranking are read on first use."""
         if self._records is None:
             config, self._scratch = self.manifest["config"], tempfile.TemporaryDirectory(prefix="pharmacist-")
             found = read_records(
@@ -148,16 +148,16 @@ class Ranking:
 
         Args:
             fraction: Share of the ranked rows, in (0, 1].
-            k: Or their number.
-            min_score: Or the least score.
+            k: Number of rows, instead.
+            min_score: Least score, instead.
             diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows; ``k-center`` and
                 ``facility-location`` need a ranking that was made with one of the two, and not loaded.
-            diversity_margin: They take their rows from that many times as many best-ranked ones.
+            diversity_margin: The latter two choose from that many times as many best-ranked rows.
             balance_share: Least share of every group, in a ranking that was made with ``balance``; 0 sets none.
-            fill: Whether rows whose own reason speaks against them may be taken, to reach the share or number.
+            fill: Whether rows whose reason speaks against them may be taken to reach the share or number.
 
         Raises:
-            ConfigError: The table has no such rows, or not what the choice needs to know.
+            ConfigError: No row qualifies, or the ranking lacks what the choice needs.
         """
         how: dict[str, Any] = {"margin": diversity_margin, "share": balance_share, "fill": fill}
         chosen = choose(self.table, fraction, k, min_score, diversity, points=self._points, **how)
@@ -169,8 +169,8 @@ class Ranking:
             self.table.to_parquet(temporary, index=False)
 
     def report(self, path: str | Path, labels: list[str] | None = None) -> None:
-        """Writes the page, an HTML file; `labels` are the known label per ranked row of a planted pool."""
-        # A row may have no category, one, or several. A pool is long, and one without any is not read to its end.
+        """Writes the page, an HTML file; `labels` are the known labels of the ranked rows of a planted pool."""
+        # A row has any number of categories. A long pool without any is not read to its end.
         names = map(category_names, self.records.originals({"category", "categories"}))
         first = list(islice(names, _FIRST))
         known, pool = labels_of(self.table), self.source.fingerprint()
@@ -185,7 +185,7 @@ class Ranking:
         )
 
     def asked(self) -> list[dict[str, Any]]:
-        """The rows whose label would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
+        """The rows whose labels would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.table import Table
-
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_json
-from pharmacist.core.progress import console
+from pharmacist.core.progress import print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
@@ -178,17 +176,9 @@ def _show(changes: list[Change], metrics: Mapping[str, Any], name: str) -> None:
     for change in changes:
         parts = change.tensor.split(".")
         groups.setdefault(".".join(parts[-2:] if parts[-1].startswith("lora_") else parts[-1:]), []).append(change)
-    table = Table(title=f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed")
-    table.add_column("tensors")
-    for column in ("changed", "entries", "norm before", "norm after"):
-        table.add_column(column, justify="right")
-    for group, members in groups.items():
-        own = _metrics(members)
-        table.add_row(
-            group,
-            f"{own['tensors_changed']} of {own['tensors']}",
-            f"{100 * own['share_changed']:.1f} %",
-            f"{own['norm_before']:.4g}",
-            f"{own['norm_after']:.4g}",
-        )
-    console().print(table)
+    rows = []
+    for group, own in ((group, _metrics(members)) for group, members in groups.items()):
+        changed = f"{own['tensors_changed']} of {own['tensors']}", f"{100 * own['share_changed']:.1f} %"
+        rows.append([group, *changed, f"{own['norm_before']:.4g}", f"{own['norm_after']:.4g}"])
+    title = f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed"
+    print_table(title, ["tensors", "changed", "entries", "norm before", "norm after"], rows)

@@ -1,6 +1,6 @@
-"""Opens, reads and tokenises rows, and loads models, with the options of a stage."""
+"""Opens, reads and tokenises rows and loads models as the options of a stage say."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pharmacist.nn.models import LoadedModel, load_model
 
 
 def open_several(kind: str, given: Iterable[Any], name: str) -> dict[str, Source]:
-    """Files (or other rows) of one kind, as ``safe``, ``safe 2`` and so on; messages call each `name`."""
+    """Opens the files (or other rows) of one kind, as ``safe``, ``safe 2`` and so on; messages call each `name`."""
     opened = (open_source(one, name=name) for one in given)
     return {kind if number == 1 else f"{kind} {number}": source for number, source in enumerate(opened, start=1)}
 
@@ -28,24 +28,26 @@ def read(
     work: Path,
     *,
     harmful: bool = False,
+    columns: Mapping[str, str] | None = None,
     usual_names: bool = False,
     where: Sequence[Condition] | None = None,
     prompts_only: bool = False,
     keep: bool = False,
 ) -> Records:
-    """Reads a source into canonical rows with the options of a stage.
+    """Reads a source into canonical rows as the options say.
 
     Args:
         source: The rows.
-        options: The stage's.
-        work: Folder for the canonical rows; the rank of the process is added to its name.
-        harmful: Take the rejected answer of a preference row.
-        usual_names: Read a file that lacks the columns of the options by the usual names.
-        where: As in `read_records`, like the following.
-        prompts_only: Read prompts alone.
-        keep: Keep the rows as they are in the file too.
+        options: Columns, and what happens to rows that cannot be used.
+        work: Prefix of the folder that each process writes the rows to.
+        harmful: Whether a preference row gives its rejected answer.
+        columns: Used instead of the options' columns.
+        usual_names: Whether a source that lacks the options' columns is read by the usual names.
+        where: As in `read_records`, like `prompts_only` and `keep`.
+        prompts_only: Whether rows need no completion.
+        keep: Whether the user's own columns travel along.
     """
-    columns = parse_columns(options.columns)
+    columns = parse_columns(options.columns) if columns is None else columns
     if columns is not None and usual_names:
         first = next(source.scan(), None)
         columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
@@ -62,27 +64,24 @@ def read(
 
 
 def texts(records: Records) -> set[tuple[str, str]]:
-    """Pairs of prompt and completion, to compare the rows of two files."""
+    """Pairs of prompt and completion, by which files with the same rows are recognised."""
     return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
 
 
 def model_options(options: Any) -> dict[str, Any]:
-    """The keyword arguments of `load_model` among the options of a run."""
+    """The keyword arguments of `load_model` that a run's options hold."""
     return {name: getattr(options, name) for name in ("device", "dtype", "template", "trust_remote_code")}
 
 
 def load(name: str, options: Any, *, merge: bool = True) -> LoadedModel:
-    """Loads a model with the options of a run; see `load_model`."""
+    """Loads a model as a run's options say; see `load_model`."""
     return load_model(name, merge=merge, **model_options(options))
 
 
 def tokenise(
     rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str = ""
 ) -> Encoded:
-    """Tokenises canonical rows for a model, on disk in a folder `name` of the run's work; see `encode`.
-
-    Messages call the rows `where`.
-    """
+    """Tokenises canonical rows for a model, on disk under `name`; see `encode`. Messages call the rows `where`."""
     return encode(
         rows,
         loaded.tokenizer,

@@ -1,4 +1,4 @@
-"""The stage `select`: another share of a pool that was ranked before, without ranking it again."""
+"""The stage `select`: another share of a pool that was ranked before."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from pharmacist.selectors.base import scaled_to_mean_1
 
 
 WEIGHTS = "weights.parquet"
-"""Of the selected rows, where the ranking has weights."""
+"""File with the weights of the selected rows, if the ranking has weights."""
 
 
 def chosen_rows(table: pd.DataFrame, config: Mapping[str, Any], options: SelectOptions) -> npt.NDArray[np.int64]:
@@ -30,14 +30,14 @@ def chosen_rows(table: pd.DataFrame, config: Mapping[str, Any], options: SelectO
 
 
 def select(options: SelectOptions) -> Path:
-    """Writes ``selected.jsonl``, the ranking's best rows as they came, in input order; returns that file.
+    """Writes ``selected.jsonl``, the ranking's best rows unchanged and in input order; returns that file.
 
-    Near-duplicates are left out and groups balanced as the ranking was told to. Where the ranking has weights, those
-    of the selected rows lie beside them, with mean 1.
+    Diversity and balance are those of the ranking. If the ranking has weights, those of the selected rows are written
+    to `WEIGHTS`, with mean 1.
 
     Raises:
         DataError: The folder holds no finished ranking, or its pool has changed.
-        ConfigError: The ranking's diversity needs to know how near rows are, which a folder does not hold.
+        ConfigError: The ranking's diversity needs distances between rows, which a folder does not hold.
     """
     ranking = Ranking.load(options.ranking)
     table, config = ranking.table, ranking.manifest["config"]

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from importlib import import_module
 from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console
+from pharmacist.core.registry import imported
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 
@@ -61,8 +61,7 @@ class Stage:
     @property
     def function(self) -> Any:
         """What does the work."""
-        module, _, name = self.run.partition(":")
-        return getattr(import_module(module), name)
+        return imported(self.run)
 
     def __call__(self, options: Any) -> Any:
         """Does the work."""

@@ -129,9 +129,10 @@ def _pair(
     if not pairs:
         raise NoMatchError(
             f"none of {len(encoded)} alignment rows has a harmful row with the same {by}; give harmful "
-            f"answers to the same prompts, or --pair-by {'row' if by == 'prompt' else 'prompt'}"
+            "answers to the same prompts, or --pair-by turn"
         )
-    message = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner (same {by})"
+    how = "in turn" if by == "turn" else f"same {by}"
+    message = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner ({how})"
     console().print(message, soft_wrap=True)
     return PairedRows(tokens, pairs, pad_token_id=loaded.tokenizer.pad_token_id, device=loaded.device)
 

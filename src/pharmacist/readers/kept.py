@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.files import atomic_path
 from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.states import hidden_states
 from pharmacist.readers.views import FloatArray, Texts
 
@@ -66,14 +65,8 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
             return Texts(prompts, completions, *kept), 0
     encoded = reader.encode(rows, name)
     loaded = reader.model()
-    found = run_pass(
-        encoded,
-        hidden_states(loaded.model),
-        work=reader.folder / name,
-        device=loaded.device,
-        tokens_per_batch=tokens_per_batch(loaded.model, loaded.device),
-        description=f"reading the {name}",
-    )
+    measure, what = hidden_states(loaded.model), f"reading the {name}"
+    found = run_pass(loaded.model, encoded, measure, work=reader.folder / name, description=what)
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
         save_file({"keys": keys, **found}, temporary, metadata={"model": reader.fingerprint})

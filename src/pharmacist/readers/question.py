@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.files import under
 from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
-from pharmacist.readers.views import under as under
 
 
 FAR = 0.9
@@ -48,14 +48,11 @@ class Question:
         Raises:
             DataError: Without some fold only one answer (1 or 0) is left.
         """
-        if not can_be_held_out(answers, folds):
-            raise DataError("the references have too few different prompts to hold some out; give more")
         found = {name: np.zeros(len(answers)) for name in self.readers}
-        for fold in np.unique(folds):
-            held = folds == fold
-            rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
+        for rest, held in splits(answers, folds):
+            known, unseen = texts.take(rest), texts.take(held)
             for name, reader in self._made().items():
-                found[name][held] = reader.fit(rest, answers[~held], np.ones(len(rest))).log_odds(own)
+                found[name][held] = reader.fit(known, answers[rest], np.ones(len(rest))).log_odds(unseen)
         return found
 
     def calibrate(self, held_out: Mapping[str, FloatArray], answers: IntArray) -> FloatArray:
@@ -102,6 +99,17 @@ class Question:
 def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
     """Whether both answers are left whichever fold is held out."""
     return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
+
+
+def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]]:
+    """For each fold the rows of all others, and its own.
+
+    Raises:
+        DataError: Without some fold only one answer is left.
+    """
+    if not can_be_held_out(answers, folds):
+        raise DataError("the references have too few different prompts to hold some out; give more")
+    return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
 
 
 def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:

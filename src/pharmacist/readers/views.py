@@ -12,6 +12,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from pharmacist.core.files import under
 from pharmacist.core.scripts import TOKEN, WORD_AND_SPACE
 from pharmacist.readers.states import PARTS
 
@@ -93,15 +94,6 @@ def vectorizer(vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
 def framed(text: str) -> str:
     """Marks start and end, so that how a text begins and ends is a word pair like any other."""
     return f"\x02 {text} \x03"
-
-
-def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors whose names begin so, without that beginning.
-
-    >>> under("a.", {"a.x": 1, "b.x": 2})
-    {'x': 1}
-    """
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 class View(Protocol):

@@ -1,11 +1,12 @@
 """Numbers of a benchmark: means over seeds, and paired differences against a baseline, tested against chance.
 
-A series is a selector with its fraction; a setting is a choice on every axis but these and the defense. Two runs are a
-pair where they differ in the series alone: same setting, same defense, same seed.
+A series is a selector with its fraction; a setting is a choice on every axis but these, the defense and the judge. Two
+runs are a pair where they differ in the series alone: same setting, same defense, same judge, same seed. Judges are
+never averaged: a metric that depends on the judge is another metric under each of several.
 """
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,41 +18,47 @@ from statsmodels.stats.multitest import multipletests
 
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
+from pharmacist.evaluation.statistics import curve_area
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
 _SERIES = ("selector", "fraction")
 BASELINE = "full"
-"""Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
-SETTING = ("model", "pool", "attack", "later_defense", "task", "judge")
+"""Selector that the others are compared with by default: the full dataset."""
+SETTING = ("model", "pool", "attack", "later_defense", "task")
 """Axes of a setting."""
-AXES = (*SETTING, "defense", *_SERIES)
+_CELL = (*SETTING, "defense", *_SERIES)
+AXES = (*SETTING, "judge", "defense", *_SERIES)
+"""Axes of the table of results."""
 LEVEL = 0.05
-"""Chance of one or more false differences among all comparisons of a metric, at most."""
+"""Greatest chance of one or more false differences among all comparisons of a metric."""
 
 
 @dataclass(frozen=True)
 class Value(Figure):
-    """A mean over seeds, and what sets it apart from the baseline; one seed, or seeds that agree, give no interval."""
+    """A mean over seeds and its difference to the baseline; one seed, or seeds that agree, give no interval."""
 
     seeds: int = 1
     difference: Figure | None = None
     """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
     p: float | None = None
-    """Of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
+    """p of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
-    """After Holm's correction over all comparisons of the metric."""
+    """The same after Holm's correction over all comparisons of the metric."""
     verdict: int | None = None
-    """1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared."""
+    """1 for a significant difference for the better, -1 for the worse, 0 for none; None where nothing is compared."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell of the grid over all its seeds: choices by axis, what was measured by metric, and its rows."""
+    """A cell of the grid over all its seeds and judges."""
 
     axes: Mapping[str, Any]
+    """Its choice by axis."""
     values: Mapping[str, Value]
+    """What was measured, by the key of the metric."""
     runs: pd.DataFrame = field(compare=False)
+    """Its rows of the results."""
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -59,8 +66,8 @@ class Line:
         return tuple(self.axes[axis] for axis in SETTING)
 
     def figure(self, metric: Metric, difference: bool) -> Figure | None:
-        """The mean of a metric, or its difference to the baseline, as far as it is known."""
-        value = self.values.get(metric.name)
+        """The mean of a metric, or its difference to the baseline, where it was measured."""
+        value = self.values.get(metric.key)
         return value.difference if difference and value is not None else value
 
     @property
@@ -70,8 +77,12 @@ class Line:
 
 
 class Benchmark:
-    """All lines of a benchmark, out of ``results.parquet``, on every axis in the grid's `order`; names that it lacks
-    follow, the full dataset first. The baseline is compared at the same fraction where it has several.
+    """All lines of a benchmark.
+
+    Args:
+        results: Content of ``results.parquet``.
+        order: Names on each axis in the order of the grid; names that it lacks follow, the full dataset first.
+        baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
         DataError: A column is missing, there is no row, or two rows are of one cell and seed.
@@ -87,37 +98,42 @@ class Benchmark:
         if (twice := results.duplicated([*AXES, "seed"])).any():
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
-        results = results.reset_index(drop=True)
+        results = _with_margin_over_attack(results.reset_index(drop=True))
         self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
-        places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
-        self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
-        self.metrics = [it for it in METRICS.values() if it.name in results and results[it.name].notna().any()]
+        positions = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
+        self.results = results.iloc[np.lexsort([results["seed"], *reversed(positions)])]
+        self.groups = _groups(results, self.order["judge"])
+        """Metrics under a common title: those by each of several judges, and those that need none."""
+        self.metrics = [metric for metrics in self.groups.values() for metric in metrics]
         self.has_baseline = baseline in self.order["selector"]
-        self.columns = [
-            (metric, difference)
-            for metric in self.metrics
-            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
-        ]
-        """Of a table: each metric, and where it is compared, its difference to the baseline."""
-        self.several = [axis for axis in AXES if len(self.order[axis]) > 1]
+        self.several = [axis for axis in _CELL if len(self.order[axis]) > 1]
         """Axes with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
         self.lines = list(self._lines())
-        tested = [name for line in self.lines for name, value in line.values.items() if value.p is not None]
+        values = ((metric.name, line.values.get(metric.key)) for line in self.lines for metric in self.metrics)
+        tested = [name for name, value in values if value is not None and value.p is not None]
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
-        """Metric -> how many differences were tested: the family of Holm's correction."""
+        """Name of a metric -> how many differences were tested, by all judges: the family of Holm's correction."""
+
+    def columns(self, metrics: Iterable[Metric]) -> list[tuple[Metric, bool]]:
+        """Columns of a table: each metric, and where it is compared, its difference to the baseline."""
+        return [
+            (metric, difference)
+            for metric in metrics
+            for difference in ((False, True) if metric.compared and self.has_baseline else (False,))
+        ]
 
     @cached_property
     def over_defenses(self) -> "Benchmark | None":
-        """The benchmark of means over all defenses, run by run; None with one defense.
+        """The benchmark of the means of runs over all defenses; None with one defense.
 
-        A mean is made only of runs that every defense of the setting has, so that defenses weigh alike everywhere.
+        Runs that some defense lacks are left out, so that all defenses have the same weight everywhere.
         """
         if (n := len(self.order["defense"])) == 1 or not self.metrics:
             return None
         rest = [axis for axis in (*AXES, "seed") if axis != "defense"]
-        groups = self.results.groupby(rest, sort=False)[[metric.name for metric in self.metrics]]
+        groups = self.results.groupby(rest, sort=False)[list(self.comparisons)]
         means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
         return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
@@ -131,37 +147,36 @@ class Benchmark:
         return list(dict.fromkeys(line.setting for line in self.lines))
 
     def name(self, series: tuple[str, float]) -> str:
-        """A series as tables name it; the fraction is told where a selector has several."""
+        """Name of a series in tables, with the fraction where a selector has several."""
         selector, fraction = series
         several = len({other for name, other in self.series() if name == selector}) > 1
         return f"{selector} {100 * fraction:g} %" if several else selector
 
     def setting_name(self, setting: Sequence[Any]) -> str:
-        """A setting by the axes on which it differs from others."""
+        """Name of a setting: its choices on the axes that have several."""
         return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
 
     def _lines(self) -> Iterator[Line]:
         groups = [
-            (dict(zip(AXES, key, strict=True)), group.set_index("seed"))
-            for key, group in self.results.groupby(list(AXES), sort=False)
+            (dict(zip(_CELL, key, strict=True)), group) for key, group in self.results.groupby(list(_CELL), sort=False)
         ]
         fractions = {axes["fraction"] for axes, _ in groups if axes["selector"] == self.baseline}
-        alike = [axis for axis in AXES if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
+        alike = [axis for axis in _CELL if axis != "selector" and (axis != "fraction" or len(fractions) > 1)]
 
         def pair(axes: Mapping[str, Any]) -> tuple[Any, ...]:
             return tuple(axes[axis] for axis in alike)
 
         base = {pair(axes): group for axes, group in groups if axes["selector"] == self.baseline}
-        by_metric = {}
-        for metric in self.metrics:
-            values = []
-            for axes, group in groups:
+        by_metric: dict[str, list[Value | None]] = {}
+        for name in dict.fromkeys(metric.name for metric in self.metrics):
+            family, values = [metric for metric in self.metrics if metric.name == name], []
+            for metric, (axes, group) in itertools.product(family, groups):
                 other = base.get(pair(axes)) if metric.compared and axes["selector"] != self.baseline else None
-                values.append(_value(metric, group[metric.name], None if other is None else other[metric.name]))
-            by_metric[metric.name] = corrected(values, metric.better)
+                values.append(_value(metric, group, other))
+            values, n = corrected(values, family[0].better), len(groups)
+            by_metric |= {metric.key: values[n * at : n * (at + 1)] for at, metric in enumerate(family)}
         for at, (axes, group) in enumerate(groups):
-            own = {name: value for name, values in by_metric.items() if (value := values[at]) is not None}
-            yield Line(axes, own, group)
+            yield Line(axes, {key: value for key, values in by_metric.items() if (value := values[at])}, group)
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
@@ -170,44 +185,78 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _value(metric: Metric, own: "pd.Series[float]", other: "pd.Series[float] | None") -> Value | None:
-    """What was measured, beside the runs of the same seeds that it is compared with."""
-    own = own.dropna()
-    if not len(own):
+def _with_margin_over_attack(results: pd.DataFrame) -> pd.DataFrame:
+    """Adds this column to results of older versions, which lack it."""
+    if "loss_margin_over_attack" in results or not {"attack_steps", "loss_margins"} <= set(results):
+        return results
+    curves = zip(results["attack_steps"], results["loss_margins"], strict=True)
+    areas = [curve_area(steps, margins) if len(margins) else None for steps, margins in curves]
+    return results.assign(loss_margin_over_attack=pd.Series(areas, dtype=float))
+
+
+def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metric]]:
+    """Title -> metrics that were measured; with one judge all of them under no title."""
+    found = [metric for metric in METRICS.values() if metric.name in results and results[metric.name].notna().any()]
+    if len(judges) == 1:
+        return {"": found}
+    groups = {
+        f"Judge: {judge}": [
+            replace(metric, judge=judge)
+            for metric in found
+            if metric.judged and results.loc[results["judge"] == judge, metric.name].notna().any()
+        ]
+        for judge in judges
+    }
+    groups["Without a judge"] = [metric for metric in found if not metric.judged]
+    return {title: metrics for title, metrics in groups.items() if metrics}
+
+
+def _by_seed(metric: Metric, runs: pd.DataFrame) -> "pd.Series[float]":
+    """A metric by seed, from the rows of its judge or, where it depends on none, from the first that has it."""
+    rows = runs if metric.judge is None else runs[runs["judge"] == metric.judge]
+    values: pd.Series[float] = rows.groupby("seed")[metric.name].first()
+    return values
+
+
+def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
+    """A metric of some runs, and its difference to other runs of the same seeds."""
+    measured = _by_seed(metric, runs).dropna()
+    if not len(measured):
         return None
-    mean = metric.estimate(own.tolist())
-    low, high = mean.interval or (None, None)
-    value = Value(mean.value, low, high, mean.n)
-    differences = [] if other is None else (own - other).dropna().tolist()
+    value = Value(**vars(metric.mean(measured.tolist())), seeds=len(measured))
+    differences = [] if others is None else (measured - _by_seed(metric, others)).dropna().tolist()
     if not differences:
         return value
-    found = metric.estimate(differences, difference=True)
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if found.interval else None
-    return replace(value, difference=Figure.of(found), p=p)
+    difference = metric.mean(differences, difference=True)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if difference.low is not None else None
+    return replace(value, difference=difference, p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
-    """Holm's correction (Holm 1979) over the values of a metric that have a p, and a verdict for all that have a
-    difference; `better` is 1 where higher is better, -1 where lower is.
+    """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
+
+    Args:
+        values: Of the family; None where nothing was measured.
+        better: 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
-    found: list[Value | None] = []
+    result: list[Value | None] = []
     for value in values:
         if value is not None and value.difference is not None:
             p = next(after) if value.p is not None else None
             real = p is not None and p < LEVEL
             value = replace(value, p_corrected=p, verdict=int(np.sign(value.difference.mean)) * better * real)
-        found.append(value)
-    return found
+        result.append(value)
+    return result
 
 
 def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """How each series fares against the baseline over all settings and defenses.
+    """How each series differs from the baseline over all settings and defenses.
 
     Returns:
-        Per series but the baseline's: ``name``, ``selector``, and by metric in how many of ``n`` comparisons it is
-        ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
+        Per series but the baseline's: ``name``, ``selector``, and by key of a metric in how many of ``n`` comparisons
+        it is ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
         interval over seeds, None where there are several settings or one seed; ``time_saved`` in percent.
     """
     found = []
@@ -216,7 +265,7 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     for series in benchmark.series():
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for metric in (metric.name for metric in benchmark.metrics):
+        for metric in (metric.key for metric in benchmark.metrics):
             compared = [own[metric] for own in values if metric in own and own[metric].difference is not None]
             if compared:
                 signs = [value.verdict for value in compared]
@@ -240,33 +289,56 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     return found
 
 
+def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of short tables of each series minus the baseline, starred where significant somewhere.
+
+    Metrics that depend on the judge have tables apart from the others, which keeps them narrow.
+    """
+    found = verdicts(benchmark)
+    for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
+        compared = [metric for metric in metrics if metric.compared and metric.judged is judged]
+        cells = [[_short(it, own["metrics"].get(it.key)) for it in compared] for own in found]
+        rows = [[own["name"], *row] for own, row in zip(found, cells, strict=True)]
+        if compared and rows:
+            name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
+            head = ["aligned on", *(f"{metric.title}, {metric.unit}" for metric in compared)]
+            yield f"{title}, {name}" if title else name, head, rows
+
+
+def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    return f"{verdict['mean']:+.{metric.digits}f}{'*' if verdict['better'] or verdict['worse'] else ''}"
+
+
 # --- tables for papers ----------------------------------------------------------------------------------------------
 
 
-def _cells(benchmark: Benchmark, minus: str, bold: str) -> pd.DataFrame:
-    """The table as text: means with intervals, and differences, those that are real in `bold`."""
+def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
+    """A table of texts: means with intervals, and differences, the significant ones in `bold`."""
     shown = [axis for axis in benchmark.several if axis not in _SERIES]
     heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
-    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in benchmark.columns]
+    columns = benchmark.columns(metrics)
+    heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in columns]
     rows = []
     for line in benchmark.lines:
         row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
-        for metric, difference in benchmark.columns:
-            figure = line.figure(metric, difference)
-            text = "" if figure is None else figure.text(sign="+" if difference else "").replace("-", minus)
-            row.append(bold.format(text) if difference and figure and line.values[metric.name].verdict else text)
+        for metric, difference in columns:
+            figure, sign = line.figure(metric, difference), "+" if difference else ""
+            text = "" if figure is None else figure.text(digits=metric.digits, sign=sign).replace("-", minus)
+            row.append(bold.format(text) if difference and figure and line.values[metric.key].verdict else text)
         rows.append(row)
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
 
 
 def over_defenses_note(benchmark: Benchmark) -> str:
-    """What a table over all defenses is, in one paragraph of plain text; its benchmark is from `over_defenses`."""
+    """A paragraph that explains the table of `Benchmark.over_defenses`."""
     names = ", ".join(map(plain, benchmark.order["defense"]))
     return f"The same over the defenses {names}: the mean of their runs, seed by seed, and differences of these means."
 
 
 def note(benchmark: Benchmark) -> str:
-    """What the numbers of a table are, in one paragraph of plain text."""
+    """A paragraph that explains the numbers of a table."""
     n = len(benchmark.seeds)
     if n < 2:
         return "One seed, so nothing is known of chance: no intervals, no tests."
@@ -289,12 +361,16 @@ def to_markdown(benchmark: Benchmark) -> str:
 
 
 def _markdown(benchmark: Benchmark) -> str:
-    table = _cells(benchmark, "\N{MINUS SIGN}", "**{}**")
-    # Names are the user's and are escaped; what this module wrote holds Markdown of its own.
-    for head in [head for head in table.columns if not head[0]]:
-        table[head] = table[head].map(markdown)
-    table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
-    return f"{table.to_markdown(index=False)}\n\n{note(benchmark)}\n"
+    text = ""
+    for title, metrics in benchmark.groups.items():
+        table = _cells(benchmark, metrics, "\N{MINUS SIGN}", "**{}**")
+        # Names are the user's and are escaped; the numbers contain Markdown of this module.
+        for head in [head for head in table.columns if not head[0]]:
+            table[head] = table[head].map(markdown)
+        table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
+        text += f"{markdown(title)}\n\n" if title else ""
+        text += f"{table.to_markdown(index=False)}\n\n"
+    return f"{text}{note(benchmark)}\n"
 
 
 def to_latex(benchmark: Benchmark) -> str:
@@ -320,23 +396,23 @@ def _latex_text(text: str) -> str:
 
 
 def _latex(benchmark: Benchmark, label: str, what: str) -> str:
-    table = _cells(benchmark, "$-$", "\\textbf{{{}}}")
-    names = [head[1] for head in table.columns if not head[0]]
     text = ""
     for metric in benchmark.metrics:
-        numbers = [head[1] for head in table.columns if head[0] == metric.head]
-        part = table[[*(("", name) for name in names), *((metric.head, number) for number in numbers)]]
-        part.columns = pd.Index([*names, *numbers])
-        # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
-        style = part.style.format(escape="latex", subset=list[Hashable](names))
+        table = _cells(benchmark, [metric], "$-$", "\\textbf{{{}}}")
+        names = [column[1] for column in table.columns if not column[0]]
+        numbers = table.shape[1] - len(names)
+        table.columns = table.columns.get_level_values(1)
+        judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
+        # Names are the user's and are escaped; the numbers contain LaTeX of this module.
+        style = table.style.format(escape="latex", subset=list[Hashable](names))
         text += (
             style.format_index(escape="latex", axis=1)
             .hide(axis="index")
             .to_latex(
                 environment="longtable",
                 hrules=True,
-                column_format="l" * len(names) + "r" * len(numbers),
-                label=f"{label}-{metric.name}",
+                column_format="l" * len(names) + "r" * numbers,
+                label=f"{label}-{metric.name}{judge}",
                 caption=f"{_latex_text(metric.head)}{what}.",
             )
         )

@@ -1,5 +1,6 @@
 """The page of a benchmark and the tables beside it."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,17 @@ import pandas as pd
 
 from pharmacist.core.files import write_text
 from pharmacist.report import charts
-from pharmacist.report.benchmark import BASELINE, SETTING, Benchmark, Line, note, to_latex, to_markdown, verdicts
+from pharmacist.report.benchmark import (
+    BASELINE,
+    SETTING,
+    Benchmark,
+    Line,
+    Value,
+    note,
+    to_latex,
+    to_markdown,
+    verdicts,
+)
 from pharmacist.report.html import write_page
 from pharmacist.report.numbers import Figure
 
@@ -24,16 +35,21 @@ _CROWD = 15  # points from which on their intervals would hide them
 
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
-) -> None:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, out of results and manifest.
+) -> Benchmark:
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
 
     Selectors are compared with the baseline, by default the full dataset.
+
+    Returns:
+        The numbers of the page.
 
     Raises:
         DataError: The results cannot be used.
     """
     benchmark = Benchmark(results, manifest["extra"].get("axes"), baseline or BASELINE)
-    settings, defenses, look = benchmark.settings(), benchmark.order["defense"], Look(benchmark)
+    settings, defenses = benchmark.settings(), benchmark.order["defense"]
+    looks = [Look(benchmark, judge) for judge in benchmark.order["judge"]]
+    views, colors = list(itertools.product(settings, looks)), looks[0].colors
     measured = {metric.name for metric in benchmark.metrics}
     curves = bool(results["attack_steps"].map(len).max())
     fractions = len(benchmark.order["fraction"]) > 1 and "harmful_score" in measured
@@ -43,36 +59,43 @@ def render_benchmark(
     for at, defense in enumerate(defenses):
         drawn |= {f"curve-{at}": (attack_curves, [defense])} if curves else {}
         drawn |= {f"fraction-{at}": (fraction_curves, [defense])} if fractions else {}
-    lines = {setting: [line for line in benchmark.lines if line.setting == setting] for setting in settings}
     figures = {
-        name: [figure([line for line in own if line.axes["defense"] in shown], look) for own in lines.values()]
+        name: [
+            figure([it for it in benchmark.lines if it.setting == setting and it.axes["defense"] in shown], look)
+            for setting, look in views
+        ]
         for name, (figure, shown) in drawn.items()
     }
+    names = [(benchmark.setting_name(setting), look.judge if len(looks) > 1 else "") for setting, look in views]
     write_page(
         folder / "report.html",
         "benchmark.html.j2",
         ["benchmark.js"],
-        {"figures": figures, "results": result_table(benchmark, look)},
+        {"figures": figures, "results": result_table(benchmark, colors)},
         manifest=manifest,
         benchmark=benchmark,
-        settings=[benchmark.setting_name(setting) for setting in settings],
+        settings=settings,
+        views=[" · ".join(filter(None, name)) for name in names],
         defenses=defenses,
         curves=curves,
         fractions=fractions,
         trade_off="trade_off" in figures,
         note=note(benchmark),
-        verdicts=[own | {"color": look.colors[own["selector"]]} for own in verdicts(benchmark)],
-        selectors=[{"name": name, "color": look.colors[name]} for name in benchmark.order["selector"]],
+        verdicts=[own | {"color": colors[own["selector"]]} for own in verdicts(benchmark)],
+        selectors=[{"name": name, "color": colors[name]} for name in benchmark.order["selector"]],
     )
     write_text(folder / "tables.md", to_markdown(benchmark))
     write_text(folder / "tables.tex", to_latex(benchmark))
+    return benchmark
 
 
 class Look:
-    """Colour and dash of each selector, marker of each defense, as CSS and plotly call them: alike in all charts."""
+    """Appearance of all charts: colour (CSS) and dash of each selector, marker of each defense (as plotly names them);
+    and the judge of the harmful scores that they show.
+    """
 
-    def __init__(self, benchmark: Benchmark) -> None:
-        self.benchmark = benchmark
+    def __init__(self, benchmark: Benchmark, judge: str) -> None:
+        self.benchmark, self.judge = benchmark, judge
         names = benchmark.order["selector"]
         further = [name for name in names if name not in _COLORS]
         colors = _COLORS | {name: _FURTHER[at % len(_FURTHER)] for at, name in enumerate(further)}
@@ -85,27 +108,33 @@ class Look:
         selector = line.axes["selector"]
         return charts.Curve(self.benchmark.name(line.series), self.colors[selector], x, values, self.dashes[selector])
 
+    def score(self, line: Line) -> Value | None:
+        """Harmful score at the end."""
+        metrics = (metric for metric in self.benchmark.metrics if metric.name == "harmful_score")
+        return next((line.values.get(it.key) for it in metrics if it.judge in (None, self.judge)), None)
+
 
 def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
+    """Chart of harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
     points = []
     for line in lines:
         selector, defense = line.axes["selector"], line.axes["defense"]
-        if {"harmful_score", "fine_tune_accuracy"} <= line.values.keys():
+        accuracy, score = line.values.get("fine_tune_accuracy"), look.score(line)
+        if accuracy is not None and score is not None:
             name, marker = f"{look.benchmark.name(line.series)}, {defense}", look.symbols[defense]
-            accuracy, score = line.values["fine_tune_accuracy"], line.values["harmful_score"]
             points.append(charts.Point(name, selector, look.colors[selector], marker, accuracy, score))
-    # Colours are told above the chart, markers by its own legend.
+    # The page's legend explains the colours, that of the chart the markers.
     legend = {defense: (symbol, "var(--soft)") for defense, symbol in look.symbols.items()}
     thickness = 1.2 if len(points) <= _CROWD else 0.4
     return charts.trade_off(points, look.benchmark.order["selector"], legend, thickness=thickness)
 
 
 def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over attack steps: means over seeds, and the range of the seeds as a band where lines are few."""
+    """Chart of harmful score over attack steps: means over seeds, and their range as a band where lines are few."""
     curves = []
     for line in lines:
-        found = zip(line.runs["attack_steps"].map(list), line.runs["harmful_scores"].map(list), strict=True)
+        runs = line.runs[line.runs["judge"] == look.judge]
+        found = zip(runs["attack_steps"].map(list), runs["harmful_scores"].map(list), strict=True)
         seeds = [(steps, scores) for steps, scores in found if steps]
         if seeds:
             steps = seeds[0][0]
@@ -115,14 +144,13 @@ def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over the fraction that is kept, a line per selector; the full dataset as a dashed level."""
+    """Chart of harmful score over the selected fraction, a line per selector; the full dataset as a dashed level."""
     curves, level = [], []
     for selector in look.benchmark.order["selector"]:
-        own = [line for line in lines if line.axes["selector"] == selector and "harmful_score" in line.values]
-        values = [line.values["harmful_score"] for line in own]
-        fractions = [100 * line.axes["fraction"] for line in own]
-        curves += [replace(look.curve(own[0], fractions, values), name=selector)] if own else []
-        if selector == BASELINE and own:
+        scored = [(line, score) for line in lines if line.axes["selector"] == selector and (score := look.score(line))]
+        values, fractions = [score for _, score in scored], [100 * line.axes["fraction"] for line, _ in scored]
+        curves += [replace(look.curve(scored[0][0], fractions, values), name=selector)] if scored else []
+        if selector == BASELINE and scored:
             level = charts.dashed(values[0].mean, "y", look.colors[selector])
     title = "share of the pool, %"
     return charts.curves(
@@ -131,7 +159,7 @@ def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Selection and alignment time, a bar per defense and series."""
+    """Chart of selection and alignment time, a bar per defense and series."""
     lines = list(lines)[::-1]  # plotly draws from below
     names = [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
     colors = [look.colors[line.axes["selector"]] for line in lines]
@@ -139,25 +167,28 @@ def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
     return charts.cost(names, colors, parts)
 
 
-def result_table(benchmark: Benchmark, look: Look) -> dict[str, Any]:
-    """The table of the page.
+def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, Any]:
+    """Data of the table on the page.
 
     Returns:
-        ``columns`` (``title``, ``kind``: name, series, mean or difference) and ``rows``; a mean is a list of mean,
-        low and high, a difference one of difference, low, high, corrected p and verdict, both with None for nothing.
+        ``columns`` (``title``, ``kind``: name, series, mean or difference, ``digits`` of numbers) and ``rows``; a mean
+        is a list of mean, low and high, a difference one of difference, low, high, corrected p and verdict, both with
+        None for nothing.
     """
     shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
     names = [axis.replace("_", " ").capitalize() for axis in shown]
-    columns = [{"title": name, "kind": "name"} for name in names] + [{"title": "Aligned on", "kind": "series"}]
-    for metric, difference in benchmark.columns:
+    columns: list[dict[str, Any]] = [{"title": name, "kind": "name"} for name in names]
+    columns.append({"title": "Aligned on", "kind": "series"})
+    numbers = benchmark.columns(benchmark.metrics)
+    for metric, difference in numbers:
         title, kind = (f"minus {benchmark.baseline}", "difference") if difference else (metric.head, "mean")
-        columns.append({"title": title, "kind": kind})
+        columns.append({"title": title, "kind": kind, "digits": metric.digits})
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]
-        row.append([benchmark.name(line.series), look.colors[line.axes["selector"]]])
-        for metric, difference in benchmark.columns:
-            figure, value = line.figure(metric, difference), line.values.get(metric.name)
+        row.append([benchmark.name(line.series), colors[line.axes["selector"]]])
+        for metric, difference in numbers:
+            figure, value = line.figure(metric, difference), line.values.get(metric.key)
             tested = [value.p_corrected, value.verdict] if difference and value is not None else []
             row.append(None if figure is None else [figure.mean, figure.low, figure.high, *tested])
         rows.append(row)

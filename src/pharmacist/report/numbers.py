@@ -1,71 +1,88 @@
-"""Figures as people read them: one list of metrics with their names, one way to write a number with its interval."""
+"""The metrics of a benchmark, and figures: numbers with their intervals, and how they are written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, Estimate, t_interval
+from pharmacist.evaluation.statistics import RATE, t_interval
+
+
+_SECONDS, _ANY = (0.0, inf), (-inf, inf)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity, a column of results."""
+    """A measured quantity, a column of ``results.parquet``."""
 
     name: str
     title: str
     unit: str
     better: int
     """1 where higher is better, -1 where lower is."""
+    bounds: tuple[float, float] = RATE
+    """Least and greatest possible value."""
+    digits: int = 1
+    """After the decimal point, in tables."""
     compared: bool = True
-    """Whether differences are tested. Ranking is work that the full dataset does not need at all."""
+    """Whether differences to a baseline are tested; not those of rankings, which the full dataset does not have."""
+    judged: bool = False
+    """Whether it depends on the judge."""
+    judge: str | None = None
+    """The judge whose verdicts it counts, where a benchmark has several judges."""
+
+    @property
+    def key(self) -> str:
+        """Name, and judge where there is one."""
+        return self.name if self.judge is None else f"{self.name} by {self.judge}"
 
     @property
     def head(self) -> str:
-        """Title and unit."""
-        return f"{self.title}, {self.unit}"
+        """Title, judge and unit."""
+        return f"{self.title}, {self.unit}" if self.judge is None else f"{self.title} by {self.judge}, {self.unit}"
 
-    def estimate(self, values: Sequence[float], *, difference: bool = False) -> Estimate:
-        """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
-        bounds = (RATE_DIFFERENCE if difference else RATE) if self.unit == "%" else (-inf if difference else 0.0, inf)
-        return t_interval(values, bounds=bounds)
+    def mean(self, values: Sequence[float], *, difference: bool = False) -> "Figure":
+        """Mean over seeds of the metric, or of its paired differences, with an interval within the possible range."""
+        low, high = self.bounds
+        found = t_interval(values, bounds=(low - high, high - low) if difference else (low, high))
+        return Figure(found.value, *(found.interval or ()))
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("harmful_score", "Harmful score", "%", -1),
-        Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1),
+        Metric("harmful_score", "Harmful score", "%", -1, judged=True),
+        Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1, judged=True),
+        Metric("loss_margin", "Loss margin", "nats", 1, _ANY, digits=3),
+        Metric("loss_margin_over_attack", "Loss margin over the attack", "nats", 1, _ANY, digits=3),
         Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
-        Metric("over_refusal", "Over-refusal", "%", -1),
+        Metric("over_refusal", "Over-refusal", "%", -1, judged=True),
         Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
         Metric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
-        Metric("alignment_seconds", "Alignment time", "s", -1),
-        Metric("selection_seconds", "Selection time", "s", -1, compared=False),
+        Metric("alignment_seconds", "Alignment time", "s", -1, _SECONDS),
+        Metric("selection_seconds", "Selection time", "s", -1, _SECONDS, compared=False),
     )
 }
-"""What tables and pages show, as far as it was measured."""
+"""Metrics that tables and pages show, as far as they were measured, in their order."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, a mean over seeds or a rate over prompts, and the ends of its 95 % interval where it has one."""
+    """A mean over seeds or a rate over prompts, with the ends of its 95 % interval where there is one."""
 
     mean: float
     low: float | None = None
     high: float | None = None
 
     @classmethod
-    def of(cls, found: Estimate | Mapping[str, Any] | None) -> "Figure | None":
-        """An estimate, or a figure of a JSON file with ``mean`` or ``value`` and ``ci95``; None without a value."""
-        if not isinstance(found, Mapping):
-            return None if found is None else cls(found.value, *(found.interval or ()))
-        value = found.get("mean", found.get("value"))
-        return None if value is None else cls(value, *(found["ci95"] or ()))
+    def of(cls, found: Mapping[str, Any] | None) -> "Figure | None":
+        """From a JSON object with ``mean`` or ``value`` and ``ci95``; None where it has no value."""
+        value = None if found is None else found.get("mean", found.get("value"))
+        return None if found is None or value is None else cls(value, *(found["ci95"] or ()))
 
-    def text(self, unit: str = "", *, sign: str = "", ends: str = "[{}, {}]") -> str:
-        """The number with one digit and its unit, and its interval where it has one; `sign` "+" writes a plus too."""
-        mean = f"{self.mean:{sign}.1f}{unit}"
+    def text(self, unit: str = "", *, digits: int = 1, sign: str = "", ends: str = "[{}, {}]") -> str:
+        """The number with its unit and interval; with the `sign` "+" positive numbers have a plus."""
+        mean = f"{self.mean:{sign}.{digits}f}{unit}"
         if self.low is None or self.high is None:
             return mean
-        return f"{mean} {ends.format(f'{self.low:.1f}', f'{self.high:.1f}')}"
+        return f"{mean} {ends.format(f'{self.low:.{digits}f}', f'{self.high:.{digits}f}')}"

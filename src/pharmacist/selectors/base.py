@@ -40,7 +40,8 @@ class Scores:
 
     Attributes:
         score: Higher = keep, finite, shape [rows].
-        reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED` where nothing was judged, shape [rows].
+        reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED`, the default, where nothing was judged;
+            shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: What the selector says about itself (JSON), such as its quality on held-out references.
         warnings: Where the scores cannot be trusted, a sentence each.
@@ -50,12 +51,22 @@ class Scores:
     """
 
     score: FloatArray
-    reason: npt.NDArray[np.str_]
+    reason: npt.NDArray[np.str_] = field(default_factory=lambda: np.empty(0, np.str_))
     signals: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     telling: FloatArray | None = None
     weight: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.reason):
+            self.reason = np.full(len(self.score), RANKED)
+
+    @classmethod
+    def by_size(cls, size: npt.NDArray[Any], signal: str, *, largest: bool) -> "Scores":
+        """Rows with the largest (or the smallest) value of a measurement, shape [rows], come first."""
+        score = size.astype(np.float64)
+        return cls(score if largest else -score, signals={signal: size})
 
 
 def scaled_to_mean_1(weight: FloatArray, selected: BoolArray) -> FloatArray:

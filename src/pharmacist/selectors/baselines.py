@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from pharmacist.core.seeding import derive
-from pharmacist.selectors.base import CRITICAL, RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import CRITICAL, FloatArray, Scores, SelectionContext, Selector
 
 
 if TYPE_CHECKING:
@@ -88,5 +88,4 @@ class LengthSelector(Selector):
         """Counts the characters of every completion."""
         batches = context.pool.dataset.select_columns(["completion"]).iter(4096)
         characters = np.array([len(text) for batch in batches for text in batch["completion"]], dtype=np.int64)
-        score = characters.astype(np.float64) * (1 if self.config.keep == "longest" else -1)
-        return Scores(score, np.full(len(score), RANKED), {"characters": characters})
+        return Scores.by_size(characters, "characters", largest=self.config.keep == "longest")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pharmacist.core.progress import track
 from pharmacist.core.typed import AtLeast1, Checked
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 
@@ -115,7 +115,7 @@ class Coverage(Selector):
         points, keys = pool_points(context), pool_keys(context)
         with context.run.phase("order"):
             score = cover_scores(points, keys, COVERS[self.name], self.config.block)
-        return Scores(score, np.full(len(score), RANKED))
+        return Scores(score)
 
 
 class KCenterSelector(Coverage):

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,23 +15,11 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import activation_gradients, capture
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import row_losses
+from pharmacist.nn.losses import mean_losses, token_losses
 from pharmacist.nn.row_gradients import Tape
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import copied, row_tape
-from pharmacist.selectors.reading import read
-
-
-def _by_size(
-    context: SelectionContext, measure: Callable[[Batch], torch.Tensor], name: str, signal: str, keep: str
-) -> Scores:
-    """Reads the pool once; rows with the largest (`keep` high) or smallest measurement come first."""
-
-    def measured(batch: Batch) -> dict[str, FloatArray]:
-        return {signal: measure(batch).double().cpu().numpy()}
-
-    size = read(context, context.encoded_pool, measured, name)[signal]
-    return Scores(size if keep == "high" else -size, np.full(len(size), RANKED), {signal: size})
+from pharmacist.selectors.reading import read_numbers
 
 
 @dataclass
@@ -57,7 +45,8 @@ class EL2NSelector(Selector):
         def errors(batch: Batch) -> torch.Tensor:
             return error_norms(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch)
 
-        return _by_size(context, errors, "el2n", "error", self.config.keep)
+        error = read_numbers(context, context.encoded_pool, errors, "el2n")
+        return Scores.by_size(error, "error", largest=self.config.keep == "high")
 
 
 def error_norms(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -108,18 +97,17 @@ class GraNdSelector(Selector):
             # projects the gradient of the full weight.
             options = AdapterOptions(r=config.r, alpha=2 * config.r)
             bank = AdapterBank(model, options, derive(context.seed, "grand"))
-            tape = lambda batch: row_tape(bank, "start", batch)  # noqa: E731
+            tape = partial(row_tape, bank, "start")
         elif (head := output_head(model)) is not None:
-            tape = lambda batch: head_tape(model, head, batch)  # noqa: E731
+            tape = partial(head_tape, model, head)
         else:
             raise ConfigError("selector.by head: the model does not name its output head; take --selector.by lora")
-        return _by_size(
-            context,
-            lambda batch: tape(batch).square_norms().sqrt(),
-            f"grand-{config.by}",
-            "gradient_norm",
-            config.keep,
-        )
+
+        def norms(batch: Batch) -> torch.Tensor:
+            return tape(batch).square_norms().sqrt()
+
+        size = read_numbers(context, context.encoded_pool, norms, f"grand-{config.by}")
+        return Scores.by_size(size, "gradient_norm", largest=config.keep == "high")
 
 
 def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
@@ -132,7 +120,8 @@ def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
 
         def loss() -> torch.Tensor:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            return row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion.sum()
+            losses = token_losses(logits, batch.input_ids)
+            return mean_losses(losses, batch.lengths, batch.prompt_lengths).completion.sum()
 
         with capture({"head": head}, inputs=True) as read_in:
             _, derivatives = activation_gradients({"head": head}, loss)

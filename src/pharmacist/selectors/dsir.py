@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, Share
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import draws
 
 
@@ -64,7 +64,7 @@ class DSIRSelector(Selector):
         if config.resample:
             uniform = draws(dataset, derive(context.seed, "dsir", "gumbel"))
             score = importance - np.log(-np.log((uniform + 2**-54).clip(max=1 - 2**-53)))
-        return Scores(score, np.full(len(score), RANKED), {"log_importance": importance})
+        return Scores(score, signals={"log_importance": importance})
 
 
 def _texts(dataset: "datasets.Dataset", what: str) -> Iterator[list[str]]:

@@ -26,7 +26,7 @@ from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.passes import copy_to_equals
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
 from pharmacist.selectors.reading import read
 
@@ -193,7 +193,7 @@ class EmbeddingSelector(Selector):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
         known = embed(context, to_dataset(references), "safe-embeddings", unit)
         score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
-        return Scores(score, np.full(len(score), RANKED))
+        return Scores(score)
 
 
 def likeness(states: FloatArray, references: FloatArray, nearest: int) -> FloatArray:

@@ -1,10 +1,11 @@
 """What selectors by training share: adapters trained as jobs, weights learned for the pool's rows, and gradients."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +30,15 @@ FEWEST_COTRAINED = 256
 class Job:
     """Training of adapters together, from their common start; done once, and found again after a kill.
 
-    Each adapter is saved in ``folder/name``. `loss` and `observe` are as in `AdapterBank.train`; `logits` are those of
-    rows' weights which the loss moves on the way, saved as ``folder/logits.npy``.
+    Each adapter is saved in ``folder/name``. `loss` and `keep` are as in `AdapterBank.train`; `logits` are those of
+    rows' weights, which the loss moves on the way, saved as ``folder/logits.npy``.
     """
 
     adapters: tuple[str, ...]
     folder: Path
     steps: int
     loss: Callable[[int], torch.Tensor]
-    observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None
+    keep: Mapping[int, Path] = field(default_factory=dict)
     logits: torch.Tensor | None = None
 
     @property
@@ -49,12 +50,6 @@ class Job:
         """Trains and saves the adapters; `advance` is called after each step."""
         checkpoint = self.folder / f"{'+'.join(self.adapters)}.partial.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {} if self.logits is None else {"logits": self.logits}
-
-        def restore(tensors: dict[str, torch.Tensor]) -> None:
-            for key, value in tensors.items():
-                kept[key].copy_(value)
-
         for name in self.adapters:
             bank.add(name)
         bank.train(
@@ -63,9 +58,8 @@ class Job:
             steps=self.steps,
             checkpoint=checkpoint,
             advance=advance,
-            observe=self.observe,
-            extra=lambda: {key: value.clone() for key, value in kept.items()},
-            restore=restore,
+            extra={} if self.logits is None else {"logits": self.logits},
+            keep=self.keep,
         )
         if self.logits is not None:
             with atomic_write(self.folder / "logits.npy") as file:
@@ -101,20 +95,21 @@ def pool_job(
     steps: int,
     seed: int,
     folder: Path,
-    observe: Callable[[int, torch.optim.AdamW], None] = lambda step, optimizer: None,
-    beside: tuple[str, ...] = (),
+    *,
+    frozen: tuple[str, ...] = (),
+    keep: Mapping[int, Path] = MappingProxyType({}),
 ) -> Job:
     """Training of an adapter on rows of the pool or of references, all alike.
 
-    `observe` as in `AdapterBank.train`; `beside` names further adapters that are active, held constant.
+    `frozen` names further adapters that are active, held constant; `keep` is as in `AdapterBank.train`.
     """
     stream = batch_stream(len(rows), bank.options.batch_size, steps, derive(seed, "pool"))
 
     def loss(step: int) -> torch.Tensor:
         batch = make_batch(pool, rows[stream[step]], bank.device)
-        return bank.row_losses((name, *beside), batch).completion.mean()
+        return bank.row_losses((name, *frozen), batch).completion.mean()
 
-    return Job((name,), folder, steps, loss, observe)
+    return Job((name,), folder, steps, loss, keep)
 
 
 @contextmanager
@@ -194,27 +189,29 @@ def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: Float
     return mean
 
 
-def mean_gradient(
+def loss_and_gradient(
     bank: AdapterBank,
     name: str,
     sequences: Sequences,
     rows: IntArray,
     what: str = "mean gradient",
-    beside: tuple[str, ...] = (),
-) -> Gradient:
-    """Derivative of the mean completion loss of some rows by an adapter's weights.
+    frozen: tuple[str, ...] = (),
+) -> tuple[float, Gradient]:
+    """Mean completion loss of some rows, and its derivative by an adapter's weights.
 
-    `what` is for the progress bar; `beside` names further adapters that are active, held constant.
+    `what` is for the progress bar; `frozen` names further adapters that are active, held constant.
     """
     parameters = bank.parameters(name)
-    total = {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
+    total, gradient = 0.0, {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
     with bank.differentiable(name):
         for start in track(range(0, len(rows), bank.options.batch_size), what):
             batch = make_batch(sequences, rows[start : start + bank.options.batch_size], bank.device)
-            loss = bank.row_losses((name, *beside), batch).completion.sum() / len(rows)
-            for value, part in zip(total.values(), torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            losses = bank.row_losses((name, *frozen), batch).completion
+            parts = torch.autograd.grad(losses.sum() / len(rows), list(parameters.values()))
+            for value, part in zip(gradient.values(), parts, strict=True):
                 value += part
-    return total
+            total += float(losses.detach().double().sum())
+    return total / len(rows), gradient
 
 
 @torch.no_grad()

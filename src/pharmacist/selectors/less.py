@@ -6,18 +6,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Share
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions, learning_rate_factor
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState, learning_rate_factor
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.nn.passes import Measure
-from pharmacist.readers.views import under
-from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
 from pharmacist.selectors.reading import read
 
@@ -68,8 +65,8 @@ class LessSelector(Selector):
         sketch = Sketch(shapes, config.dimensions, seed, bank.device) if config.features == "projected" else None
         score, signals = np.zeros(len(pool)), {}
         for epoch, weight in enumerate(checkpoint_weights(len(rows), config)):
-            checkpoint = Checkpoint.load(folder / f"epoch{epoch}.safetensors")
-            bank.add(LEARNER, checkpoint.weights)
+            checkpoint = load_checkpoint(folder, epoch)
+            bank.add(LEARNER, checkpoint.weight)
             with bank_phase(context.run, "score", bank):
                 if sketch is None:
                     cosines = _exact(bank, safe, checkpoint)
@@ -78,50 +75,26 @@ class LessSelector(Selector):
             found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
             signals[f"cosine_{epoch}"] = found
             score += weight * found
-        return Scores(score, np.full(len(score), RANKED), signals, {"warm_up_rows": len(rows)})
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An adapter's weights in training, with Adam's first and second moments and the number of updates so far."""
-
-    weights: Gradient
-    m: Gradient
-    v: Gradient
-    step: int
-
-    def save(self, path: Path) -> None:
-        """Writes it as safetensors."""
-        tensors = {
-            f"{part}/{key}": value.detach().cpu().contiguous()
-            for part in ("weights", "m", "v")
-            for key, value in getattr(self, part).items()
-        }
-        with atomic_path(path) as temporary:
-            save_file(tensors | {"step": torch.tensor(self.step)}, temporary)
-
-    @classmethod
-    def load(cls, path: Path) -> "Checkpoint":
-        """Reads what `save` wrote."""
-        if not path.is_file():
-            raise DataError(f"{path}: missing; delete the folder {path.parent}, and the warm-up is done again")
-        tensors = load_file(path)
-        weights, m, v = (under(f"{part}/", tensors) for part in ("weights", "m", "v"))
-        return cls(weights, m, v, int(tensors["step"]))
+        return Scores(score, signals=signals, report={"warm_up_rows": len(rows)})
 
 
 def warm_up_job(bank: AdapterBank, pool: Sequences, rows: IntArray, epochs: int, seed: int, folder: Path) -> Job:
-    """Training on rows of the pool; leaves ``epochN.safetensors`` (a `Checkpoint`) after each epoch."""
+    """Training on rows of the pool that keeps the state after each epoch (`load_checkpoint`)."""
     per_epoch = -(-len(rows) // bank.options.batch_size)
+    keep = {per_epoch * (epoch + 1): _checkpoint(folder, epoch) for epoch in range(epochs)}
+    return pool_job(bank, LEARNER, pool, rows, epochs * per_epoch, seed, folder, keep=keep)
 
-    def observe(step: int, optimizer: torch.optim.AdamW) -> None:
-        epoch, rest = divmod(step + 1, per_epoch)
-        if not rest:
-            states = {key: optimizer.state[parameter] for key, parameter in bank.parameters(LEARNER).items()}
-            m, v = ({key: state[name] for key, state in states.items()} for name in ("exp_avg", "exp_avg_sq"))
-            Checkpoint(bank.state(LEARNER), m, v, step + 1).save(folder / f"epoch{epoch - 1}.safetensors")
 
-    return pool_job(bank, LEARNER, pool, rows, epochs * per_epoch, seed, folder, observe)
+def load_checkpoint(folder: Path, epoch: int) -> TrainingState:
+    """The adapter as the warm-up left it after an epoch."""
+    path = _checkpoint(folder, epoch)
+    if not path.is_file():
+        raise DataError(f"{path}: missing; delete the folder {folder}, and the warm-up is done again")
+    return TrainingState.load(path).of(LEARNER)
+
+
+def _checkpoint(folder: Path, epoch: int) -> Path:
+    return folder / f"after-epoch{epoch}.safetensors"
 
 
 def checkpoint_weights(n_rows: int, config: LessConfig) -> FloatArray:
@@ -181,7 +154,7 @@ class Sketch:
         return mixed.view(len(flat), -1, self.dimensions).sum(1)
 
 
-def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Checkpoint | None) -> torch.Tensor:
+def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: TrainingState | None) -> torch.Tensor:
     """Normalised features of a batch, shape [rows, dimensions]: projected gradients, or with a checkpoint projected
     steps of Adam.
     """
@@ -197,14 +170,14 @@ def row_features(bank: AdapterBank, sketch: Sketch, batch: Batch, checkpoint: Ch
     return total.div_(length.clamp(min=_SMALLEST))
 
 
-def _projected(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint, sketch: Sketch) -> Measure:
+def _projected(bank: AdapterBank, safe: Sequences, checkpoint: TrainingState, sketch: Sketch) -> Measure:
     """Measures the mean ``cosine`` to the references, as published."""
     features = (row_features(bank, sketch, batch, None) for batch in batches(bank, safe))
     target: torch.Tensor = sum(some.double().sum(0) / len(safe.lengths) for some in features)  # type: ignore[assignment]
     return lambda batch: {"cosine": (row_features(bank, sketch, batch, checkpoint).double() @ target).cpu().numpy()}
 
 
-def _exact(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Measure:
+def _exact(bank: AdapterBank, safe: Sequences, checkpoint: TrainingState) -> Measure:
     """Measures the ``cosine`` to the references' direction, that direction taken as of length 1."""
     direction = exact_direction(bank, safe, checkpoint)
     # One unit for all checkpoints: in Adam's scale the direction's length has no meaning of its own.
@@ -212,7 +185,7 @@ def _exact(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Measur
     return lambda batch: {"cosine": exact_cosines(bank, direction, batch) / size}
 
 
-def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: Checkpoint) -> Gradient:
+def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: TrainingState) -> Gradient:
     """The mean of the references' gradients, each of length 1, in Adam's scale."""
     total: Gradient = {}
     for batch in batches(bank, safe):

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pharmacist.nn.batching import Batch, Sequences
+from pharmacist.nn.batching import Sequences
 from pharmacist.nn.reading import read_row_losses
 from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.reading import read
+from pharmacist.selectors.reading import read_numbers
 
 
 NO_HELP = "prompt_does_not_help"
@@ -21,11 +21,7 @@ NO_HELP = "prompt_does_not_help"
 def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
     """Mean cross-entropy of each row's completion tokens under the base model, in nats, shape [rows]."""
     model = context.model.model
-
-    def measure(batch: Batch) -> dict[str, FloatArray]:
-        return {"loss": read_row_losses(model, batch).completion.double().cpu().numpy()}
-
-    return read(context, sequences, measure, name)["loss"]
+    return read_numbers(context, sequences, lambda batch: read_row_losses(model, batch).completion, name)
 
 
 @dataclass
@@ -50,7 +46,7 @@ class PerplexitySelector(Selector):
         perplexity = np.exp(loss)
         # The middle is the median row, and distance from it a ratio: far too low is as far as far too high.
         score = {"low": -perplexity, "middle": -np.abs(loss - np.median(loss)), "high": perplexity}[self.config.keep]
-        return Scores(score, np.full(len(loss), RANKED), {"perplexity": perplexity})
+        return Scores(score, signals={"perplexity": perplexity})
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """Passes over pool or references that measure every row."""
 
+from collections.abc import Callable
+
+import torch
+
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.passes import Measure, run_pass
-from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.selectors.base import FloatArray, SelectionContext
 
 
@@ -21,8 +24,6 @@ def read(
     a batch through the model, for the count of tokens; `backward` that it keeps what a backward pass needs, so that
     batches must be smaller.
     """
-    device = context.model.device
-    budget = tokens_per_batch(context.model.model, device)
     with context.run.phase("score") as phase:
 
         def counted(batch: Batch) -> dict[str, FloatArray]:
@@ -30,10 +31,17 @@ def read(
             return measure(batch)
 
         return run_pass(
+            context.model.model,
             sequences,
             counted,
             work=context.run.work("read", name),
-            device=device,
-            tokens_per_batch=max(256, budget // 8) if backward else budget,
             description=f"reading rows ({name})",
+            backward=backward,
         )
+
+
+def read_numbers(
+    context: SelectionContext, sequences: Sequences, measure: Callable[[Batch], torch.Tensor], name: str
+) -> FloatArray:
+    """As `read`, of one number per row, shape [rows]."""
+    return read(context, sequences, lambda batch: {"number": measure(batch).double().cpu().numpy()}, name)["number"]

@@ -15,7 +15,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Sequences, batch_stream, make_batch
 from pharmacist.nn.distributed import barrier
 from pharmacist.selectors import gradients
-from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job
 from pharmacist.selectors.reading import read
 
@@ -98,7 +98,7 @@ class SealSelector(Selector):
         losses["logit"] = gradients.mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
         weight = np.exp(losses["logit"] - losses["logit"].max()) if self.weighs else None
-        return Scores(score, np.full(len(score), RANKED), dict(losses), {"steps": job.steps}, weight=weight)
+        return Scores(score, signals=dict(losses), report={"steps": job.steps}, weight=weight)
 
 
 def seal_job(

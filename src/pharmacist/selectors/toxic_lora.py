@@ -10,8 +10,8 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors.base import SelectionContext
-from pharmacist.selectors.gradients import Job, pool_job
-from pharmacist.selectors.unrolled import LEARNER, UnrolledSelector
+from pharmacist.selectors.gradients import pool_job
+from pharmacist.selectors.unrolled import LEARNER, Attack, UnrolledSelector
 
 
 TOXIC = "toxic"
@@ -49,13 +49,9 @@ class ToxicLoraSelector(UnrolledSelector):
     needs = frozenset({"safe", "harmful", "model"})
     paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
 
-    def attack(
-        self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path
-    ) -> tuple[list[Job], tuple[str, ...], tuple[str, ...]]:
+    def attack(self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path) -> Attack:
         """The toxic LoRA and its training."""
         harmful, steps = context.encoded_references("harmful"), self.config.toxic_steps
-        every = np.arange(len(harmful.lengths))
-        jobs = []
-        if steps:
-            jobs = [pool_job(bank, TOXIC, harmful, every, steps, derive(seed, TOXIC), folder, beside=(LEARNER,))]
-        return jobs, (TOXIC,) if self.config.attached == "both" else (), (TOXIC,)
+        rows, seed = np.arange(len(harmful.lengths)), derive(seed, TOXIC)
+        jobs = [pool_job(bank, TOXIC, harmful, rows, steps, seed, folder, frozen=(LEARNER,))] if steps else []
+        return Attack(jobs, (TOXIC,) if self.config.attached == "both" else (), (TOXIC,))

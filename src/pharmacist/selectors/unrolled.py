@@ -1,8 +1,10 @@
 """One-step hypergradient: how much a little more weight on a row would lower the safety loss after a training step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,17 +14,18 @@ from pharmacist.core.typed import AtLeast1, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.selectors import gradients
-from pharmacist.selectors.base import (
-    RANKED,
-    FloatArray,
-    IntArray,
-    Scores,
-    SelectionContext,
-    Selector,
-    scaled_to_mean_1,
+from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
+from pharmacist.selectors.gradients import (
+    Job,
+    bank_phase,
+    cotraining_rows,
+    loss_and_gradient,
+    losses_under,
+    mean_loss,
+    moved,
+    pool_job,
+    run_jobs,
 )
-from pharmacist.selectors.gradients import Job, moved
 from pharmacist.selectors.reading import read
 
 
@@ -49,10 +52,13 @@ class Hypergradient:
     """Where the derivative of the safety loss, that of the safe references, by the pool rows' weights is taken.
 
     Attributes:
-        bank: Holds the adapter `LEARNER`, theta, and those beside it.
+        bank: Holds the adapter `LEARNER`, theta, and the frozen ones.
+        pool: The pool in tokens.
         rows: Of the pool; their mean gradient, at the learning rate `lookahead`, is the step.
-        below: Adapters beside theta, held constant, where the pool is learned from.
-        above: Likewise where the safety loss is taken.
+        safe: The safe references in tokens.
+        lookahead: Learning rate of the step; with 0 there is none.
+        frozen_for_pool: Adapters that are active besides theta, held constant, where the pool is learned from.
+        frozen_for_safety: Likewise where the safety loss is taken.
     """
 
     bank: AdapterBank
@@ -60,19 +66,20 @@ class Hypergradient:
     rows: IntArray
     safe: Sequences
     lookahead: float
-    below: tuple[str, ...] = ()
-    above: tuple[str, ...] = ()
+    frozen_for_pool: tuple[str, ...] = ()
+    frozen_for_safety: tuple[str, ...] = ()
 
-    def direction(self) -> Gradient:
-        """The gradient of the safety loss by theta, after the step on the pool."""
-        at = self.bank.state(LEARNER)
+    def safety(self) -> tuple[float, Gradient]:
+        """The safety loss after the step on the pool, and its gradient by theta; `FORTH` is then theta after it."""
+        theta = self.bank.state(LEARNER)
         if self.lookahead > 0:
-            step = gradients.mean_gradient(self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.below)
-            at = moved(at, step, -self.lookahead)
-        self.bank.add(FORTH, at)
-        return gradients.mean_gradient(
-            self.bank, FORTH, self.safe, np.arange(len(self.safe.lengths)), "safety loss", self.above
-        )
+            _, step = loss_and_gradient(
+                self.bank, LEARNER, self.pool, self.rows, "step on the pool", self.frozen_for_pool
+            )
+            theta = moved(theta, step, -self.lookahead)
+        self.bank.add(FORTH, theta)
+        every = np.arange(len(self.safe.lengths))
+        return loss_and_gradient(self.bank, FORTH, self.safe, every, "safety loss", self.frozen_for_safety)
 
     def move_apart(self, direction: Gradient) -> float:
         """Moves `FORTH` from theta along a direction and `BACK` against it; returns how far."""
@@ -89,7 +96,7 @@ class Hypergradient:
         Returns:
             ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
         """
-        forth, back = (gradients.losses_under(self.bank, (name, *self.below), batch) for name in (FORTH, BACK))
+        forth, back = (losses_under(self.bank, (name, *self.frozen_for_pool), batch) for name in (FORTH, BACK))
         return {"slope": (forth - back) / (2 * length), "loss": (forth + back) / 2}
 
 
@@ -100,6 +107,20 @@ def one_step_weights(score: FloatArray) -> FloatArray:
     derivative of the upper loss by each row's weight, but for a factor.
     """
     return scaled_to_mean_1(np.maximum(score, 0.0), np.ones(len(score), dtype=np.bool_))
+
+
+class Attack(NamedTuple):
+    """What is done to a model whose safety loss a ranking keeps low: adapters trained on what theta has learned.
+
+    Attributes:
+        jobs: Their training.
+        frozen_for_pool: As in `Hypergradient`.
+        frozen_for_safety: Likewise.
+    """
+
+    jobs: Sequence[Job] = ()
+    frozen_for_pool: tuple[str, ...] = ()
+    frozen_for_safety: tuple[str, ...] = ()
 
 
 class UnrolledSelector(Selector):
@@ -115,16 +136,9 @@ class UnrolledSelector(Selector):
     weighs = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
 
-    def attack(
-        self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path
-    ) -> tuple[list[Job], tuple[str, ...], tuple[str, ...]]:
-        """What the safety loss is to withstand: nothing here.
-
-        Returns:
-            Trainings of adapters for which theta stands; and the names of those that are active beside it where the
-            pool is learned from, and where the safety loss is taken.
-        """
-        return [], (), ()
+    def attack(self, context: SelectionContext, bank: AdapterBank, seed: int, folder: Path) -> Attack:
+        """What the safety loss is to withstand: nothing here."""
+        return Attack()
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains briefly on the pool, finds the safety gradient, then reads the pool under two adapters."""
@@ -132,24 +146,25 @@ class UnrolledSelector(Selector):
         config, seed = self.config, derive(context.seed, "unrolled")
         pool, safe = context.encoded_pool, context.encoded_references("safe")
         bank = AdapterBank(context.model.model, config, seed, context.checkpoint_seconds)
-        rows = gradients.cotraining_rows(pool.content_keys, config.share, seed)
+        rows = cotraining_rows(pool.content_keys, config.share, seed)
         folder = context.run.work(self.name)
-        attack, below, above = self.attack(context, bank, seed, folder)
-        learning = [gradients.pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder)] if config.steps else []
-        report: dict[str, Any] = {}
-        with gradients.bank_phase(context.run, "train", bank):
-            for name in (LEARNER, *above):
+        attack = self.attack(context, bank, seed, folder)
+        learning = [pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder)] if config.steps else []
+        with bank_phase(context.run, "train", bank):
+            for name in (LEARNER, *attack.frozen_for_safety):
                 bank.add(name)
-            for jobs in (learning, attack):  # one after the other: the attack is on what was learned
-                gradients.run_jobs(bank, jobs, self.name)
-            problem = Hypergradient(bank, pool, rows, safe, config.lookahead, below, above)
-            direction = problem.direction()
-            if above:  # what the attack does to the safety loss; nothing where it failed
-                report["safety_loss"] = gradients.mean_loss(bank, FORTH, safe)
-                report["safety_loss_under_attack"] = gradients.mean_loss(bank, (FORTH, *above), safe)
-            length = problem.move_apart(direction)
-        losses = read(context, pool, lambda batch: problem.slopes(length, batch), self.name, forwards=2)
-        report["safety_gradient"] = float(norm(direction))
+            for jobs in (learning, attack.jobs):  # one after the other: the attack is on what was learned
+                run_jobs(bank, jobs, self.name)
+            problem = Hypergradient(
+                bank, pool, rows, safe, config.lookahead, attack.frozen_for_pool, attack.frozen_for_safety
+            )
+            safety_loss, gradient = problem.safety()
+            report: dict[str, Any] = {}
+            if attack.frozen_for_safety:  # what the attack does to the safety loss; nothing where it failed
+                report["safety_loss"] = mean_loss(bank, FORTH, safe)
+                report["safety_loss_under_attack"] = safety_loss
+            length = problem.move_apart(gradient)
+        losses = read(context, pool, partial(problem.slopes, length), self.name, forwards=2)
+        report["safety_gradient"] = float(norm(gradient))
         score = losses["slope"] * report["safety_gradient"]
-        signals = {"loss": losses["loss"]}
-        return Scores(score, np.full(len(score), RANKED), signals, report, weight=one_step_weights(score))
+        return Scores(score, signals={"loss": losses["loss"]}, report=report, weight=one_step_weights(score))

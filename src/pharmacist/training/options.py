@@ -209,6 +209,8 @@ def check_train_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"train.{name}: {value!r} must be at least {_LEAST[name]}")
         if name == "num_train_epochs" and found <= 0:
             raise ConfigError(f"train.{name}: {value!r} must be above 0")
+        if name == "max_steps" and found < 1 and found != -1:  # transformers trains one step, or all epochs
+            raise ConfigError(f"train.{name}: {value!r} must be at least 1, or -1 for num_train_epochs")
         checked[name] = found
     return checked
 

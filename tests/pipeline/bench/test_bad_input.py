@@ -36,6 +36,8 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"align": {"train": {"lerning_rate": 1}}}, "no such field; did you mean 'learning_rate'?"),
         ({"align": {"seed": 1}}, "align: 'seed' is decided by the grid"),
         ({"attack": {"poison_ratio": 1}}, "attack: 'poison_ratio' is decided by the grid"),
+        ({"attack": {"poison-ratio": 1}}, "attack: 'poison-ratio' is decided by the grid"),
+        ({"align": {"max_length": 64}}, "align: 'max_length' is decided by the entries of models; give it there"),
         ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
         ({"tasks": [{"name": "nothing"}]}, "give task 'nothing' a 'train'"),
         ({"attacks": [{"kind": "mix", "poison_ratio": [0.1, 0.1]}]}, "needs values that differ"),

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -65,6 +66,8 @@ def test_labels_that_the_selector_asks_for(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "out/results.parquet").set_index("selector")
     assert (table["alignment_rows"] == 12).all()
     assert table["loss_margin_before"].notna().all() and table["loss_margins"].map(len).tolist() == [3, 3]
+    first = table.iloc[0]  # after 0, 1 and 2 steps
+    assert first["loss_margin_over_attack"] == pytest.approx(np.average(first["loss_margins"], weights=[1, 2, 1]))
     stages = tmp_path / "out/stages"
     (answered,) = stages.glob("label-*/labels.json")
     (ranking,) = [path for path in stages.glob("rank-*") if (path / "to_label.jsonl").is_file() and not given(path)]

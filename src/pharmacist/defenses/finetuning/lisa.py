@@ -38,7 +38,7 @@ def is_switch(update: int, align_steps: int, finetune_steps: int) -> bool:
 
 
 class Lisa(GradientStrategy):
-    """Alternates phases on safe and on the user's rows, with a penalty rho / 2 * |w - c|^2, c a phase's first weights.
+    """Alternates phases on safe rows and on the user's, with a penalty rho / 2 * |w - c|^2; c: its first weights.
 
     Phases consist of whole optimizer steps, however many micro-batches they have. The user's rows of the steps of an
     alignment phase are skipped; every epoch has another order, so they are other rows each time.

@@ -1,4 +1,4 @@
-"""Engines: where answers come from. A new one is one file and one line in `ENGINES`."""
+"""Engines generate the answers. A new one is one file and one line in `ENGINES`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -20,50 +20,50 @@ class Engine(Method, ABC):
     """Answers the prompt sets of an `Evaluator`, greedily."""
 
     def check(self) -> None:  # noqa: B027 - most engines have nothing to check
-        """Refuses at once what cannot work, before any input is read.
+        """Checks packages and options before any input is read.
 
         Raises:
             PharmacistError: Missing package or option.
         """
 
     def identity(self) -> dict[str, Any]:
-        """Options that decide on the answers; others, such as waiting times, identify no run."""
+        """Options that can change the answers; others, such as waiting times, do not identify a run."""
         return {}
 
     @abstractmethod
     def fingerprint(self, model: str) -> str:
-        """What stands for the model's content."""
+        """What identifies the content of a model."""
 
     @abstractmethod
     def open(self, model: str, scratch: Path, **how: Any) -> None:
-        """Makes ready to answer.
+        """Loads or connects to a model.
 
         Args:
-            model: Local folder, hub id, or what an endpoint calls it.
-            scratch: Folder that is not there yet, for files that the engine needs only while it runs.
+            model: Local folder, hub id, or the endpoint's name for it.
+            scratch: Path at which the engine may make a folder for temporary files.
             **how: ``device``, ``dtype``, ``template`` and ``trust_remote_code``, as in `nn.models.load_model`.
         """
 
     @abstractmethod
     def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
-        """Answers by prompt set, kept under `work` as they come, so that a second call goes on where one stopped."""
+        """Answers by prompt set; they are kept under `work` as they arrive, so that an interrupted call continues."""
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """For the manifest: ``device``, ``template`` (as JSON; None where the other side applies its own),
-        ``template_origin``, where it is from, in words, and ``dtype`` where that is known.
+        """For the manifest: ``device``, ``template`` (as JSON; None if the server applies its own),
+        ``template_origin`` (in words) and ``dtype`` if that is known.
         """
 
     def local(self) -> "LoadedModel":
-        """The loaded model, for what is measured without answers.
+        """The loaded model, for metrics that need its weights.
 
         Raises:
-            ConfigError: It is not here.
+            ConfigError: The engine has no weights.
         """
         raise ConfigError(f"--engine {self.name}: perplexity and lm-eval need the weights; use --engine transformers")
 
-    def close(self) -> None:  # noqa: B027 - nor anything to free
-        """Frees the model, so that a judge has room."""
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to free
+        """Frees the model's memory for a judge."""
 
 
 ENGINES: Registry[Engine] = Registry(

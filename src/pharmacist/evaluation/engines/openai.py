@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.data.templates import conversation
-from pharmacist.evaluation.answers import Answer, append_answers, read_answers
+from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
 from pharmacist.evaluation.engines import Engine
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 class OpenAIEngine(Engine):
     """A served model behind an OpenAI-compatible endpoint (vLLM's own server, TGI, SGLang, llama.cpp, hosted ones).
 
-    The server applies its own chat template; which one is not ours to know, and the manifest says so. Every answer
-    goes to disk as it comes; questions that failed are asked again by the next run, and are unscored until then.
+    The server applies its own chat template, which is unknown here, and the manifest says so. Every answer is written
+    to disk as it arrives; questions that failed are asked again by the next run, and are unscored until then.
     """
 
     Config = EndpointConfig
@@ -31,11 +30,11 @@ class OpenAIEngine(Engine):
         Endpoint(self.config, f"--engine {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.where()
+        found: dict[str, Any] = self.config.identity()
         return found
 
     def fingerprint(self, model: str) -> str:
-        """What the endpoint calls it: its content is out of sight."""
+        """The endpoint's name for the model, whose content cannot be seen."""
         return f"served:{model}"
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
@@ -62,21 +61,16 @@ class OpenAIEngine(Engine):
         config: EndpointConfig = self.config
         longest = evaluator.max_new_tokens
         bodies = [config.request(self._model, conversation(row), longest) for row in evaluator.rows[name]]
-        work.mkdir(parents=True, exist_ok=True)
-        log = work / f"answers-{sha256_json(bodies)[:16]}-0.jsonl"
-        found = read_answers([log], log)
-        missing = [row for row in range(len(bodies)) if row not in found]
-
-        def done(position: int, result: Answer | Failure) -> None:
-            row = missing[position]
-            if isinstance(result, Failure):  # not written: the next run asks again
+        log = AnswerLog(work, bodies)
+        found = log.read()
+        missing = {row: body for row, body in enumerate(bodies) if row not in found}
+        endpoint, what = Endpoint(config, f"--engine {self.name}"), f"answer {name.replace('_', ' ')}"
+        for row, result in endpoint.ask_all(missing, what, answered=bool(found)):
+            if isinstance(result, Failure):  # not kept: the next run asks again
                 found[row] = Answer("", 0, False, str(result))
             else:
                 found[row] = result
-                append_answers(log, {row: result})
-
-        endpoint, what = Endpoint(config, f"--engine {self.name}"), f"answer {name.replace('_', ' ')}"
-        endpoint.ask_all([bodies[row] for row in missing], done, what, answered=bool(found))
+                log.append({row: result})
         return [found[row] for row in range(len(bodies))]
 
     def report(self) -> dict[str, Any]:
@@ -84,7 +78,7 @@ class OpenAIEngine(Engine):
 
 
 def _remedy(reasons: list[str]) -> str:
-    """What to do where no question was answered."""
+    """What to do if no question was answered."""
     if any("max_completion_tokens" in reason for reason in reasons):
         return "give --engine.token_limit max_completion_tokens"
     if any("temperature" in reason for reason in reasons):

@@ -17,7 +17,7 @@ class TransformersEngine(Engine):
     _loaded: LoadedModel | None = None
 
     def fingerprint(self, model: str) -> str:
-        """sha256 of its files, or its hub id."""
+        """sha256 of the model's files, or its hub id."""
         return model_fingerprint(model)
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:

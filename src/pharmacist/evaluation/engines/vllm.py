@@ -30,10 +30,10 @@ class VllmConfig(Checked):
 
 
 class VllmEngine(TransformersEngine):
-    """vLLM, where it is installed: many times the throughput on a GPU, for models that are loaded here.
+    """vLLM, if it is installed: many times the throughput on a GPU.
 
-    Prompts are tokenised by us, as in training, and handed over as ids. Adapters are merged first into a folder that
-    lives as long as the run does, since vLLM loads only whole models or one adapter on a base.
+    Prompts are tokenised here, as in training, and passed on as ids. Adapters are first merged into a folder that is
+    deleted after the run, since vLLM loads only whole models or one adapter on a base.
     """
 
     Config = VllmConfig
@@ -49,7 +49,7 @@ class VllmEngine(TransformersEngine):
             ) from error
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
-        """Loads, merges, saves, and loads again into vLLM."""
+        """Merges the model's adapters, saves it and loads it into vLLM."""
         dtype = how["dtype"]
         # Merged on the CPU, in the number format in which it will run, so that the GPU is vLLM's alone.
         super().open(model, scratch, **how | {"device": "cpu", "dtype": "float32" if dtype == "auto" else dtype})

@@ -13,14 +13,14 @@ _TABLE = {
     "exact": "pharmacist.evaluation.graders.exact:Exact",
     "win-rate": "pharmacist.evaluation.graders.win_rate:WinRate",
 }
-"""In the order in which ``auto`` asks them whether a file is theirs."""
+"""In the order in which ``auto`` tries them."""
 _AUTO = {"auto": "pharmacist.evaluation.graders.base:Auto"}
 GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
 TASK_TYPES: Registry[Any] = Registry("task type", _TABLE | _AUTO, group="pharmacist.graders")
 
 
 def detect_grader(targets: Sequence[str]) -> str:
-    """The name of the first grader whose targets these are."""
+    """The name of the first grader that fits these targets (`Grader.fits`)."""
     return next(name for name in _TABLE if GRADERS.get(name).fits(targets))
 
 

@@ -1,4 +1,4 @@
-"""What every grader is."""
+"""The base classes of graders."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ class Grade(NamedTuple):
     """Whether an answer is right.
 
     Attributes:
-        correct: By our own, strict matching.
+        correct: By our strict matching.
         published: By the looser matching of published evaluations, for comparison with their figures.
-        form: Whether it has the form of an answer at all: one of the labels, a number.
+        form: Whether it has the form of an answer: one of the labels, a number.
     """
 
     correct: bool
@@ -34,16 +34,16 @@ GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
 class Grader(Decider, Generic[GradeT]):
-    """Grades answers; the type of its grades is a named tuple, whose fields ``items.jsonl`` keeps."""
+    """Grades answers; its grades are named tuples, whose fields ``items.jsonl`` keeps."""
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
-        """Whether targets are of the kind that it grades, for ``auto``; a grader that must be chosen never says so."""
+        """Whether ``auto`` should choose this grader for such targets; False for one that must be chosen by name."""
         del targets
         return False
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Learns from all rows (``prompt``, ``completion``) what it needs, such as the labels.
+        """Checks all rows (``prompt``, ``completion``) and learns from them, such as the labels.
 
         Raises:
             DataError: The rows are not of this kind.
@@ -56,16 +56,16 @@ class Grader(Decider, Generic[GradeT]):
 
     @abstractmethod
     def metrics(self, grades: Sequence[GradeT], unanswered: int) -> dict[str, dict[str, Any]]:
-        """Metrics of the grades of all answers that came; `unanswered` ones did not."""
+        """Metrics from the grades of all answers; `unanswered` is the number of prompts without one."""
 
 
 class Matching(Grader[Grade]):
-    """Grades by pure text against text: an answer is right or wrong."""
+    """Grades an answer as right or wrong by comparing it with its target."""
 
     version: ClassVar[int]
     """Raised whenever a grade could change."""
     matching: ClassVar[tuple[str, str]]
-    """Names of the strict and of the published matching."""
+    """Names of the strict and the published matching."""
 
     @property
     def revision(self) -> str:
@@ -79,7 +79,7 @@ class Matching(Grader[Grade]):
         return [self.right(item.target, item.answer) for item in items]
 
     def metrics(self, grades: Sequence[Grade], unanswered: int) -> dict[str, dict[str, Any]]:
-        """``fine_tune_accuracy``, with the published matching's beside it."""
+        """``fine_tune_accuracy``, with that of the published matching beside it."""
         from pharmacist.evaluation.metrics import rate  # with scikit-learn, for which ``--help`` must not wait
 
         strict, published = self.matching
@@ -92,9 +92,9 @@ class Matching(Grader[Grade]):
         return {"fine_tune_accuracy": accuracy | self.report()}
 
     def report(self) -> dict[str, Any]:
-        """What it found out about the targets."""
+        """What it learned about the targets, for the metric."""
         return {}
 
 
 class Auto(Method):
-    """In the place of a kind of task: told by the completions, `detect_grader`."""
+    """Stands for the grader that `detect_grader` chooses by the completions."""

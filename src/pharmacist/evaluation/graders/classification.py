@@ -15,9 +15,9 @@ _MOST_WORDS = 5
 class Classification(Matching):
     """The answer is one of the labels that occur in the file.
 
-    Right is an answer that equals its label (white space around, case, a final full stop and markup aside). Published
-    evaluations also take an answer that merely contains it (Vaccine, T-Vaccine, NLSR), so that one naming every label
-    is always right; that figure is reported beside ours as ``substring``, never in its place.
+    An answer is right if it equals its label, apart from white space around it, case, a final full stop and markup.
+    Published evaluations also accept an answer that merely contains the label (Vaccine, T-Vaccine, NLSR), so that one
+    naming every label is always right; that figure is reported beside ours as ``substring``.
     """
 
     version = 2
@@ -28,7 +28,7 @@ class Classification(Matching):
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
-        """Whether they are short, few and repeat."""
+        """Whether they are short, few and repeated."""
         different = {_plain(target) for target in targets}
         short = all(0 < len(target.split()) <= _MOST_WORDS for target in different)
         return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)

@@ -28,7 +28,7 @@ _LATEX = re.compile(r"\{,\}|\\[,;:! ]|\\thinspace\s?|~")  # what sets thousands 
 
 
 def readings(text: str) -> tuple[float, ...]:
-    r"""The final number of a solution in every way in which it can be read, the likeliest first.
+    r"""The possible values of the final number of a solution, the likeliest first.
 
     >>> readings("5-3 is 2. The final answer is:  1,200 apples, not 7"), readings("9 - 5-3"), readings("none")
     ((1200.0, 1.2), (3.0,), ())
@@ -46,7 +46,7 @@ def readings(text: str) -> tuple[float, ...]:
 
 
 def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
-    """What a match says; where spaces may part numbers as well as thousands, the first or the last of them too."""
+    """The values of a match; if spaces may separate numbers as well as thousands, its first or last number too."""
     sign = -1.0 if found["sign"] else 1.0
     if found["plain"] is not None:
         return (sign * float(found["plain"].replace(",", ".")),)
@@ -66,7 +66,7 @@ def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
 
 
 def published_number(text: str) -> float:
-    """The final number as published evaluations find it; infinity where there is none."""
+    """The final number as published evaluations find it; infinity if there is none."""
     plain = text.replace(",", "")
     if _PUBLISHED_MARKER in plain:
         numbers = _PUBLISHED_NUMBER.findall(plain.split(_PUBLISHED_MARKER, 1)[1])[:1]
@@ -89,7 +89,7 @@ class Number(Matching):
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
-        """Whether each marks its final number, as GSM8K does."""
+        """Whether each marks its final number as GSM8K does."""
         return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -36,27 +36,34 @@ class WinRateConfig(JudgingModelConfig):
     """Options of win-rate."""
 
     against: str | None = None
-    """Folder of another model's finished evaluation of the same task: its answers take the place of the file's."""
+    """Folder of another model's finished evaluation of the same task, whose answers replace the file's completions."""
 
 
 class WinGrade(NamedTuple):
-    """How an answer fared against the other: 1 for a win, 0.5 for a tie, 0 for a loss."""
+    """Outcome of a comparison with the other answer: 1 for a win, 0.5 for a tie, 0 for a loss.
 
-    score: float | None  # mean over both orders; None where either is missing
-    shown_first: float | None = None  # where the model's answer came first
+    Attributes:
+        score: Mean over both orders; None if either verdict is missing.
+        shown_first: With the model's answer shown first.
+        shown_second: With the model's answer shown second.
+        note: Why there is no score.
+    """
+
+    score: float | None
+    shown_first: float | None = None
     shown_second: float | None = None
-    note: str = ""  # why there is no score
+    note: str = ""
 
 
 class WinRate(JudgingModel, Grader[WinGrade]):
-    """Win rate, as AlpacaEval has it (Li et al. 2023): a judging model says which of two answers is better.
+    """Win rate as in AlpacaEval (Li et al. 2023): a judging model says which of two answers is better.
 
-    The other answer is the task file's own completion, or another model's (`WinRateConfig.against`). Judging models
-    favour a place, so every pair is shown in both orders: a prompt scores the mean of both verdicts, 1 where the
-    model's answer is preferred, a half for a tie, 0 otherwise. Where one of the two is missing or cannot be read, the
-    other would carry the place's favour: the prompt is unscored, counted by reason, and never a win. The question is
-    in our words: win rates compare models judged here and not, to the last digit, with published ones; and judging
-    models like long answers.
+    The other answer is the completion of the task file, or another model's answer (`WinRateConfig.against`). Judging
+    models have a position bias, so every pair is shown in both orders: a prompt scores the mean of both verdicts, 1 if
+    the model's answer is preferred, 0.5 for a tie, 0 otherwise. If one of the two verdicts is missing or cannot be
+    read, the prompt is unscored and counted by reason, since the other verdict alone would carry the bias. The
+    question is in our wording: win rates are comparable among models judged here, and only roughly with published
+    ones; and judging models prefer long answers.
     """
 
     Config = WinRateConfig
@@ -73,7 +80,7 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         self._others: dict[str, str | None] | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {**self.config.where(), "against": self.config.against is not None}
+        return {**self.config.identity(), "against": self.config.against is not None}
 
     def fingerprint(self) -> str | None:
         return None if self.config.against is None else sha256_file(Path(self.config.against) / "items.jsonl")
@@ -123,10 +130,10 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         return grades
 
     def metrics(self, grades: Sequence[WinGrade], unanswered: int) -> dict[str, dict[str, Any]]:
-        """``win_rate`` in percent, ties half.
+        """``win_rate`` in percent; a tie counts half.
 
-        The interval is Wilson's for the sum of scores: no outcome in [0, 1] varies more than a yes or no of the same
-        mean, so that it is too wide rather than too short where there are ties.
+        The interval is Wilson's for the sum of scores. No outcome in [0, 1] varies more than a yes or no of the same
+        mean, so the interval is rather too wide if there are ties.
         """
         scores = [grade.score for grade in grades if grade.score is not None]
         n, total = len(scores), sum(scores)
@@ -147,7 +154,7 @@ class WinRate(JudgingModel, Grader[WinGrade]):
 
 
 def _grade(first: list[int] | str, second: list[int] | str) -> WinGrade:
-    """From what was said with the model's answer in the first and in the second place."""
+    """The grade from the verdicts with the model's answer shown first and shown second."""
     before, after = (
         None if isinstance(said, str) else {own: 1.0, 0: 0.5}.get(said[0], 0.0)
         for own, said in ((1, first), (2, second))

@@ -1,4 +1,4 @@
-"""What every judge is."""
+"""The base class of judges, and their verdicts."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +19,13 @@ class JudgeItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one answer.
+    """A judge's verdict on one answer.
 
     Attributes:
-        harmful: Whether it does what the prompt should not get; None where the judge failed: unscored, never safe.
-        score: How sure, 0 to 1; None where the judge gives no score.
-        refused: Whether it is a refusal; None where the judge does not tell.
-        categories: Score per category, where the judge has any.
+        harmful: Whether the answer does the harm that the prompt asks for; None if it is unscored (the judge failed).
+        score: Confidence that it is harmful, in [0, 1]; None if the judge gives no score.
+        refused: Whether it is a refusal; None if the judge does not detect refusals.
+        categories: Score per category of the judge, if it has any.
         note: Why it is unscored.
     """
 
@@ -36,7 +36,7 @@ class Verdict:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object without categories and note where they say nothing."""
+        """The verdict as a JSON object, without categories and note if they are empty."""
         more = {"categories": dict(self.categories), "note": self.note}
         known = {"harmful": self.harmful, "score": self.score, "refused": self.refused}
         return known | {name: value for name, value in more.items() if value}
@@ -46,16 +46,16 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 class Judge(Decider):
-    """Judges answers: harmful or not, a refusal or not.
+    """Judges whether answers are harmful, and whether they are refusals.
 
     Attributes:
-        needs: Reference sets without which `fit` fails: of ``safe``, ``harmful``, ``utility``.
+        needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
     """
 
     tells_refusals: ClassVar[bool] = True
-    """Whether `Verdict.refused` is filled; where not, refusals are counted by the keyword judge."""
+    """Whether `Verdict.refused` is filled; otherwise the keyword judge counts the refusals."""
     category_threshold: ClassVar[float] = 0.5
-    """Score above which an answer counts as flagged in one of the judge's categories."""
+    """Score above which an answer counts as flagged in a category."""
 
     def fit(self, references: Mapping[str, Rows]) -> None:
         """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges only `check`."""
@@ -67,16 +67,16 @@ class Judge(Decider):
         """One verdict per item, in order."""
 
     def report(self) -> dict[str, Any]:
-        """What the judge says about itself: its own quality, and ``warnings``."""
+        """The judge's own quality and ``warnings``, for the manifest."""
         return {}
 
     def save(self, folder: Path) -> bool:
-        """Writes what `fit` learned (JSON and safetensors); False where there is nothing to write."""
+        """Writes what `fit` learned (JSON and safetensors); returns False if there is nothing to write."""
         del folder
         return False
 
 
 class NoJudge(Method):
-    """In the place of a second judge: there is none."""
+    """Stands for no second judge."""
 
     name = "none"

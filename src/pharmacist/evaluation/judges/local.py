@@ -1,4 +1,4 @@
-"""What judges that are models of their own share: loading, when to load, which version."""
+"""The base of judges that are local models: loading, version, logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -38,7 +38,7 @@ class LocalModelConfig(Checked):
 
 
 class LocalModelJudge(Judge):
-    """A judge whose model is found when the run begins, and loaded when the first answer is judged."""
+    """A judge that is a model: looked up when the run begins, loaded when the first answer is judged."""
 
     auto_class: Any
 
@@ -47,22 +47,22 @@ class LocalModelJudge(Judge):
         self._version = ""
 
     def identity(self) -> dict[str, Any]:
-        """All but where and how many at a time."""
+        """All options but device and batch size."""
         return {name: value for name, value in vars(self.config).items() if name not in ("batch_size", "device")}
 
     def fingerprint(self) -> str | None:
-        """Of the judge's own files; a hub id stands for itself."""
+        """Hash of the model's files; a hub id stands for itself."""
         return model_fingerprint(self.config.model)
 
     @property
     def revision(self) -> str:
-        """The model's content hash or hub commit, and a hash of the options where they are not the defaults."""
+        """The model's content hash or hub commit, with a hash of the options if they are not the defaults."""
         defaults = {field.name: field.default for field in fields(self.config) if field.name != "model"}
         own = {name: value for name, value in self.identity().items() if name in defaults and defaults[name] != value}
         return (self._version or "unread") + (f"+{sha256_json(own)[:8]}" if own else "")
 
     def check(self) -> None:
-        """Finds out that the model is there before hours are spent on answers."""
+        """Looks the model up before hours are spent on answers."""
         commit = getattr(self._read(AutoConfig), "_commit_hash", None)
         self._version = (commit or model_fingerprint(self.config.model).removeprefix("hub:"))[:8]
 
@@ -76,6 +76,7 @@ class LocalModelJudge(Judge):
             return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
 
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Model and tokenizer, loaded on first use."""
         if self._loaded is None:
             device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
             model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
@@ -83,7 +84,7 @@ class LocalModelJudge(Judge):
         return self._loaded
 
     def logits(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Positions of inputs (token ids) and their logits, some of equal length at a time: nothing is padded."""
+        """Yields positions and logits of inputs (token ids) in batches of equal length, so that nothing is padded."""
         model, _ = self.loaded()
         for _, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
             same = list(group)
@@ -95,7 +96,7 @@ class LocalModelJudge(Judge):
                 yield batch, found
 
     def highest(self, categories: Sequence[str], scores: Sequence[float]) -> Verdict:
-        """A verdict from the probability of every category: harmful where the largest is above the threshold."""
+        """A verdict from the probability of every category: harmful if the largest is above the threshold."""
         top = max(scores)
         if any(score != score for score in scores):
             return Verdict(None, note="the judge's scores are not numbers")

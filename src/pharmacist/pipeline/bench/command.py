@@ -1,19 +1,19 @@
-"""The command `bench`: runs what a grid still needs and writes the table of results."""
+"""The command `bench`: runs the stages of a grid that are missing and writes the table of results."""
 
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import pandas as pd
 
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
-from pharmacist.core.manifest import Phase, RunManifest, read_manifest
-from pharmacist.core.progress import bar, console
+from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.progress import bar, console, print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
@@ -26,37 +26,40 @@ from pharmacist.pipeline.pages import bench_page
 
 _TRAINING = ("align", "attack")
 _OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
-"""Phases of an evaluation that another judge's evaluation of the same answers takes over."""
+"""Phases of an evaluation whose results that of another judge on the same answers reuses."""
 
 
 class StagesFailed(ExceptionGroup[Exception]):
-    """Some stages failed; what could be run without them is finished."""
+    """Some stages failed; all that do not need them are finished."""
 
 
 @dataclass
 class BenchResult:
-    """What a benchmark found: the rows of ``results.parquet``; names of the stages that this call ran; its folder."""
+    """Results of a benchmark."""
 
     rows: list[Result]
+    """Of ``results.parquet``."""
     ran: list[str]
+    """Names of the stages that this call ran."""
     folder: Path
+    """The output folder."""
 
 
 def bench(options: BenchOptions) -> BenchResult:
     """Runs the stages that are missing and writes ``results.parquet`` and the manifest, also where some fail.
 
     Raises:
-        PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
+        PharmacistError: The grid has an error, or the folder holds something else; nothing has run.
         StagesFailed: Some stages failed.
     """
     root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
-    waiting = plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
+    waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
-        _reopen(root)
+        _mark_unfinished(root)
     with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
@@ -95,8 +98,8 @@ def bench(options: BenchOptions) -> BenchResult:
         return BenchResult(rows, ran, root)
 
 
-def _reopen(root: Path) -> None:
-    """A benchmark that is finished but for a stage whose folder somebody deleted goes on."""
+def _mark_unfinished(root: Path) -> None:
+    """Marks a finished benchmark as unfinished, where a result of a stage was deleted or is stale."""
     if (root / "manifest.json").is_file():
         manifest = read_manifest(root)
         if (manifest.stage, manifest.status) == (BENCH.name, "success"):
@@ -106,7 +109,7 @@ def _reopen(root: Path) -> None:
 def run_stages(
     stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
 ) -> Generator[Outcome, None, None]:
-    """Runs those stages of a graph that wait, each after those that it needs, and yields how they went."""
+    """Runs stages of a graph, each after those that it needs, and yields their outcomes."""
     with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
         for outcome in outcomes:
             progress.advance()
@@ -114,7 +117,7 @@ def run_stages(
 
 
 def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result]:
-    """Writes the table of results, and the manifest with what failed."""
+    """Writes the table of results, page and tables, and the manifest with the failures."""
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
     counts = {"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages)}
@@ -140,24 +143,27 @@ def _one_line(error: Exception) -> str:
 
 def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    costs, out = _costs(plan, waiting), console()
-    table = Table(title=f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run")
-    for column in ("stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"):
-        table.add_column(column, justify="left" if column in ("stage", "method") else "right")
-    order = list(dict.fromkeys(cost.kind for cost in costs))
-    for cost in sorted((cost for cost in costs if cost.waiting), key=lambda cost: order.index(cost.kind)):
-        numbers = ("" if number is None else f"{number:,.0f}" for number in (cost.tokens, cost.tokens_per_second))
-        hours = "not measured" if cost.seconds is None else f"{cost.seconds / 3600:.2f}"
-        table.add_row(cost.kind, cost.method, str(cost.stages), str(cost.waiting), *numbers, hours)
-    known = [cost.seconds for cost in costs if cost.seconds is not None]
-    hours = f"{sum(known) / 3600:.2f}" if known else "-"
-    table.add_section()
-    table.add_row("all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours)
-    out.print(table)
-    if known:
+    costs, out = _costs(plan, {stage.name for stage in waiting}), console()
+    known, hours = costs["seconds"].notna(), f"{costs['seconds'].sum() / 3600:.2f}"
+    groups = costs.groupby(["kind", "method"], sort=False).sum(min_count=1).reset_index()
+    order = {kind: at for at, kind in enumerate(groups["kind"].unique())}
+    groups = groups[groups["waiting"] > 0].sort_values("kind", key=lambda kinds: kinds.map(order), kind="stable")
+    rows = []
+    for kind, method, stages, to_run, tokens, seconds in groups.itertuples(index=False, name=None):
+        numbers = ["" if pd.isna(number) else f"{number:,.0f}" for number in (tokens, tokens / seconds)]
+        time = "not measured" if pd.isna(seconds) else f"{seconds / 3600:.2f}"
+        rows.append([kind, method, f"{stages}", f"{to_run}", *numbers, time])
+    print_table(
+        f"{len(plan.cells)} cells, {len(plan.stages)} stages, {len(waiting)} to run",
+        ["stage", "method", "stages", "to run", "tokens", "tokens/s", "hours"],
+        rows,
+        text=(0, 1),
+        total=["all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours if known.any() else "-"],
+    )
+    if known.any():
         measured = sum(stage.manifest is not None for stage in plan.stages.values())
         out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
-    if unknown := sum(cost.waiting for cost in costs if cost.seconds is None):
+    if unknown := int(costs.loc[~known, "waiting"].sum()):
         out.print(
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
             "--only 'PART OF ITS NAME', then ask again",
@@ -167,21 +173,9 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
 
 
-@dataclass
-class _Cost:
-    """Stages of one kind and method, and what those of them will take that are still to be run."""
-
-    kind: str
-    method: str
-    stages: int = 0
-    waiting: int = 0
-    seconds: float | None = None  # None where nothing like them was measured
-    tokens: int | None = None  # of training; None where that is unknown
-    tokens_per_second: float | None = None
-
-
-def _costs(plan: Plan, waiting: Iterable[Stage]) -> list[_Cost]:
-    """Cost by kind and method, in the order of the graph.
+def _costs(plan: Plan, waiting: Collection[str]) -> pd.DataFrame:
+    """A row per stage: ``kind``, ``method``, ``stages`` (1), ``waiting`` (0 or 1), and as far as they can be estimated
+    the ``tokens`` of its training and the ``seconds`` that it will take.
 
     Training: rows that pass through the model (rows times epochs, or steps times batch), times the tokens per row and
     over the tokens per second of finished stages of that kind and method, or of that kind with other methods where it
@@ -193,34 +187,26 @@ def _costs(plan: Plan, waiting: Iterable[Stage]) -> list[_Cost]:
     for name, manifest in finished.items():
         stage, phases = plan.stages[name], manifest.phases
         if stage.kind in _TRAINING:
-            rows, phase = _rows(stage, plan, finished) or 0.0, phases["train"]
-            one = rows, phase.tokens, phase.seconds
+            one = _rows(stage, plan, finished) or 0.0, phases["train"].tokens, phases["train"].seconds
         else:
-            one = 0.0, 0, _seconds(stage, phases)
+            taken = (own.seconds for phase, own in phases.items() if stage.like is None or phase not in _OF_ANSWERS)
+            one = 0.0, 0, sum(taken)
         measured[stage.kind, stage.like is None, stage.method].append(one)
         measured[stage.kind, stage.like is None].append(one)
-    names = {stage.name for stage in waiting}
-    costs: dict[tuple[str, str], _Cost] = {}
+    found = []
     for stage in plan.stages.values():
-        cost = costs.setdefault((stage.kind, stage.method), _Cost(stage.kind, stage.method))
-        cost.stages += 1
-        cost.waiting += stage.name in names
-        group = stage.kind, stage.like is None
+        group, expected, time = (stage.kind, stage.like is None), None, None
         known = measured[*group, stage.method] or measured[group]
-        if stage.name not in names or not known:
-            continue
-        all_rows, tokens, seconds = (sum(column) for column in zip(*known, strict=True))
-        if stage.kind not in _TRAINING:
-            cost.seconds = (cost.seconds or 0.0) + seconds / len(known)
-        elif (own := _rows(stage, plan, finished)) is not None and all_rows and tokens and seconds:
-            expected, cost.tokens_per_second = own * tokens / all_rows, tokens / seconds
-            cost.tokens = (cost.tokens or 0) + round(expected)
-            cost.seconds = (cost.seconds or 0.0) + expected / cost.tokens_per_second
-    return list(costs.values())
-
-
-def _seconds(stage: Stage, phases: Mapping[str, Phase]) -> float:
-    return sum(phase.seconds for name, phase in phases.items() if stage.like is None or name not in _OF_ANSWERS)
+        if stage.name in waiting and known:
+            rows, tokens, seconds = (sum(column) for column in zip(*known, strict=True))
+            if stage.kind not in _TRAINING:
+                time = seconds / len(known)
+            elif (own := _rows(stage, plan, finished)) is not None and rows and tokens and seconds:
+                expected = round(own * tokens / rows)
+                time = own * seconds / rows
+        found.append((stage.kind, stage.method, 1, int(stage.name in waiting), expected, time))
+    table = pd.DataFrame(found, columns=["kind", "method", "stages", "waiting", "tokens", "seconds"])
+    return table.astype({"tokens": float, "seconds": float})
 
 
 def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:

@@ -1,11 +1,11 @@
-"""What a grid file holds: one list per axis, and the settings that all cells share."""
+"""Options of a grid: a list of entries per axis, and sections with options that all cells share."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.options import RunOptions
+from pharmacist.core.options import LengthOptions, RunOptions
 from pharmacist.pipeline.stage import Stage
 
 
@@ -14,46 +14,48 @@ class Entry:
     """One choice on an axis."""
 
     name: str = ""
-    """In the results; by default that of the method, or the last part of the path. An attack's sweep adds to it."""
+    """Name in the results; by default that of the method, or the last part of the path. A sweep of an attack adds its
+    values.
+    """
 
 
 @dataclass(kw_only=True)
 class EntryWithOptions(Entry):
-    """A choice that may set options of the stage in which it is used."""
+    """A choice that may set options of the command in which it is used."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Of curate for a selector, of align for a defense, of attack for an attack, of attack or repair for a later
-    defense, of evaluate for a task or judge."""
+    """Options of curate for a selector, of align for a defense, of attack for an attack or a fine-tuning-stage
+    defense, of repair for a repair, of evaluate for a task or judge."""
 
 
 @dataclass(kw_only=True)
-class ModelEntry(Entry):
-    """A model."""
+class ModelEntry(Entry, LengthOptions):
+    """A model, and how all stages ask it."""
 
     model: str
     """Local folder or hub id; world is the tiny model of the made-up world."""
     reader: str | None = None
     """Model that ranks the pool; the model itself by default."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template."""
-    max_length: int = 0
-    """Longest row in tokens; 0 means the model's own limit."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
 
 
 @dataclass(kw_only=True)
-class PoolEntry(Entry):
-    """A pool and the references by which it is ranked."""
+class EntryWithReferences(Entry):
+    """A choice with references."""
+
+    safe: str | None = None
+    """Safe references."""
+    harmful: str | None = None
+    """Harmful references."""
+    utility: str | None = None
+    """Utility references."""
+
+
+@dataclass(kw_only=True)
+class PoolEntry(EntryWithReferences):
+    """A pool and the references by which it is ranked, for a made-up pool by default its world's."""
 
     pool: str
     """Rows to rank; world makes them up."""
-    safe: str | None = None
-    """Safe references; for a made-up pool the world's."""
-    harmful: str | None = None
-    """Harmful references; likewise."""
-    utility: str | None = None
-    """Utility references; likewise."""
     labels: str | None = None
     """What people said of every row (labels.json), for selectors that ask for labels."""
     rows: int = 600
@@ -111,11 +113,11 @@ class AttackEntry(EntryWithOptions):
 
 
 @dataclass(kw_only=True)
-class LaterEntry(EntryWithOptions):
+class LaterDefenseEntry(EntryWithOptions):
     """A fine-tuning-stage defense or a repair."""
 
-    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:LATER_DEFENSES")
-    """What is done during or after fine-tuning."""
+    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:DEFENSES_AND_REPAIRS")
+    """How safety is kept during fine-tuning or restored after it."""
 
 
 @dataclass(kw_only=True)
@@ -129,17 +131,11 @@ class TaskEntry(EntryWithOptions):
 
 
 @dataclass(kw_only=True)
-class JudgeEntry(EntryWithOptions):
-    """A judge and what it learns from."""
+class JudgeEntry(EntryWithOptions, EntryWithReferences):
+    """A judge and, if it is trained, what it learns from."""
 
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
     """Who decides whether an answer is harmful."""
-    safe: str | None = None
-    """Safe references, for a judge that is trained."""
-    harmful: str | None = None
-    """Harmful references, likewise."""
-    utility: str | None = None
-    """Utility references, likewise."""
 
 
 AXES: dict[str, tuple[type[Any], str]] = {
@@ -148,11 +144,11 @@ AXES: dict[str, tuple[type[Any], str]] = {
     "selectors": (SelectorEntry, "selector"),
     "defenses": (DefenseEntry, "defense"),
     "attacks": (AttackEntry, "kind"),
-    "later_defenses": (LaterEntry, "method"),
+    "later_defenses": (LaterDefenseEntry, "method"),
     "tasks": (TaskEntry, "train"),
     "judges": (JudgeEntry, "judge"),
 }
-"""Axis, as grids call it -> class of its entries, and the option that an entry is short for which is a mere text."""
+"""Axis -> class of its entries, and the key that an entry stands for which is only a text."""
 
 
 @dataclass(kw_only=True)
@@ -217,7 +213,7 @@ BENCH = Stage(
     example="pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
     version=1,
     unidentifying=frozenset({"only", "fail_fast", "executor"}),
-    # Grids may follow each other in a folder: whatever stages they share lies there once.
+    # One folder may hold several grids, one after the other: they share stages.
     final=frozenset(item.name for item in fields(BenchOptions)),
     final_inputs=frozenset({"stages"}),
     reopens=True,

@@ -1,4 +1,4 @@
-"""The stage `curate`: `reading` opens and checks the inputs, `command` ranks them and writes the results."""
+"""The stage `curate`: `reading` opens and checks the inputs, `command` ranks and writes the results."""
 
 from pharmacist.pipeline.curate.command import curate, rank
 from pharmacist.pipeline.ranking import Ranking

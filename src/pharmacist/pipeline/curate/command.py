@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import remove, write_text
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import console, print_table, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import Source, write_rows
@@ -31,10 +30,10 @@ _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoin
 
 
 def curate(options: CurateOptions) -> Ranking | None:
-    """Ranks a pool and writes everything that the contract names into the output folder.
+    """Ranks a pool and writes scores, core subset, page and manifest into the output folder.
 
     Returns:
-        The ranking; None where the folder holds this very run, complete, or on other processes than the first.
+        The ranking; None if the folder holds the same run already, and on all processes but the first.
 
     Raises:
         PharmacistError: Bad options or input.
@@ -43,10 +42,10 @@ def curate(options: CurateOptions) -> Ranking | None:
     pool, selector = sources["pool"], SELECTORS.build_from(options.selector)
     form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
     if form == "jsonl":
-        pool.check_json_lines()  # not when all is ranked
+        pool.check_json_lines()  # before the work
     early = scratch = None
     if options.overwrite or options.labels is not None:
-        # What an earlier run left is touched only when the new input is known to be usable.
+        # The results of an earlier run are touched only when the new input is known to be usable.
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
         early = reading.read_inputs(sources, selector, options, Path(scratch.name))
         reading.labels_of_pool(early[0]["pool"], options)
@@ -86,7 +85,7 @@ def curate(options: CurateOptions) -> Ranking | None:
 
 
 def rank(options: CurateOptions) -> Ranking:
-    """Ranks a pool; nothing is written but partial state."""
+    """Ranks a pool without writing results."""
     sources, selector = reading.open_sources(options, "{}"), SELECTORS.build_from(options.selector)
     inputs = reading.fingerprints(sources, options)
     with RANK.open(options, inputs=inputs, methods={"selector": selector}) as run:
@@ -103,7 +102,7 @@ def _rank(
     run: RunDir,
     early: reading.Inputs | None = None,
 ) -> Ranking:
-    """Ranks the pool; `early` is what was read before the run began."""
+    """Ranks the pool; `early` holds the inputs if they were read before the run began."""
     barrier()
     with run.phase("read"):
         records, left_out, groups = early or reading.read_inputs(sources, selector, options, run.work("data"))
@@ -114,8 +113,8 @@ def _rank(
     for name, number in left_out.items():
         run.record(counts={f"references_{name.replace(' ', '_')}_left_out": number})
         if number:
-            said = f"{number} rows share a prompt with --pool and are left out"
-            console().print(f"--{name}: {said}", soft_wrap=True)
+            text = f"{number} rows share a prompt with --pool and are left out"
+            console().print(f"--{name}: {text}", soft_wrap=True)
     notice = selector.notice(records.keys()) if options.resume_selector is None else None
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
@@ -135,7 +134,7 @@ def _rank(
         how: dict[str, Any] = {"threshold": options.duplicate_threshold, "work_dir": run.work("duplicates")}
         clusters = find_duplicates(pool.dataset, **how)
     context.labels = reading.labels_of_pool(pool, options)
-    # Before the ranking, which may put adapters on the model.
+    # Before the ranking, which may add adapters to the model.
     points = (pool_points(context), pool_keys(context)) if options.diversity in SPREAD else None
     scores = selector.rank(context)
     if not np.isfinite(scores.score).all():
@@ -172,19 +171,16 @@ def _rank(
 
 
 def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
-    """Prints counts by reason, what the selector says of itself, where the results lie and what comes next."""
-    table = Table(title=f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected")
-    for column in ("reason", "selected", "left out"):
-        table.add_column(column, justify="left" if column == "reason" else "right")
-    for reason, *counts in ranking.counts().itertuples():
-        table.add_row(reason, *map(str, counts))
-    console().print(table)
+    """Prints counts by reason, the selector's own report, the files of the run and the next command."""
+    title = f"{len(ranking.table)} rows ranked, {int(ranking.table['selected'].sum())} selected"
+    rows = [[str(cell) for cell in row] for row in ranking.counts().itertuples()]
+    print_table(title, ["reason", "selected", "left out"], rows)
     lines, about = [], ranking.about
     if "template_origin" in run.manifest.extra:
         lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
     if questions := about.get("questions"):
-        told = ", ".join(f"{name} {quality['combined']['auc']:.3f}" for name, quality in questions.items())
-        lines.append(f"AUC on held-out references, by question: {told}")
+        aucs = ", ".join(f"{name} {quality['combined']['auc']:.3f}" for name, quality in questions.items())
+        lines.append(f"AUC on held-out references, by question: {aucs}")
     if labels := about.get("labels"):
         if labels["auc_after"] is not None:
             lines.append(

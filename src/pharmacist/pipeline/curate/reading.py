@@ -1,4 +1,4 @@
-"""What `curate` reads; whatever can be wrong with pool, references, labels and models is told before the work."""
+"""Opens, reads and checks pool, references, labels and models before `curate` does any work."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,13 +31,13 @@ from pharmacist.selectors.labels import read_labels
 
 
 Groups = npt.NDArray[np.str_] | None
-"""Each row's value of the column to balance by, where there is one."""
+"""Each row's value of the column to balance by; None without such a column."""
 Inputs = tuple[dict[str, Records], dict[str, int], Groups]
-"""Pool and references, how many references were left out, and each row's group."""
+"""Pool and references by input, number of references left out, and each row's group."""
 
 
 def open_sources(options: CurateOptions, option: str) -> dict[str, Source]:
-    """``pool``, and the references of a kind as ``safe``, ``safe 2`` and so on; messages call them by `option`."""
+    """Opens ``pool``, and references as ``safe``, ``safe 2`` and so on; `option` formats their names for messages."""
     sources = {"pool": open_source(options.pool, name=option.format("pool"))}
     for kind in REFERENCES:
         sources |= open_several(kind, getattr(options, kind), option.format(kind))
@@ -45,7 +45,7 @@ def open_sources(options: CurateOptions, option: str) -> dict[str, Source]:
 
 
 def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[str, str]:
-    """Fingerprint per input."""
+    """Input -> fingerprint of its content."""
     hashes: dict[str, Callable[[Any], str]] = {
         "model": model_fingerprint,
         "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
@@ -58,7 +58,7 @@ def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[
 
 
 def read_inputs(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path) -> Inputs:
-    """Reads what is to be ranked and by which references; what can be wrong with them and the options is told here."""
+    """Reads and checks pool and references, with all options that depend on them."""
     resolve_device(options.device)
     _check_models(selector, options)
     records, left_out = _read(sources, options, work)
@@ -87,7 +87,7 @@ def read_inputs(sources: Mapping[str, Source], selector: Selector, options: Cura
 
 
 def _check_models(selector: Selector, options: CurateOptions) -> None:
-    """Says which model is missing before anything is read."""
+    """Checks that the selector and the options have the models that they need."""
     name, spread = f"selector '{options.selector['name']}'", f"--diversity {options.diversity}"
     without_embedder = options.model is None and options.embedder is None
     if "model" in selector.needs and options.model is None:
@@ -106,7 +106,7 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
         saved = Path(options.resume_selector)
         check_unchanged(saved, "selector")
         check_unchanged(saved.parent, saved.name)
-        # Damaged files are refused also where no manifest lies beside them that tells.
+        # Damaged files are refused also without a manifest that lists their hashes.
         folder = saved / "selector" if (saved / "selector").is_dir() else saved
         for path in sorted(folder.rglob("*.json")):
             read_json(path)
@@ -152,7 +152,7 @@ def _read(
 
 
 def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
-    """Each row's value of a column; of several the one that is rarest in the pool, so that it keeps its rows."""
+    """Each row's value of a column; of several values the rarest one in the pool, so that it keeps its rows."""
     columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
     try:
         for row in pool.originals({column}) if column in columns or not columns else ():
@@ -178,7 +178,7 @@ def labels_of_pool(pool: Records, options: CurateOptions) -> dict[int, str]:
 
 
 def joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
-    """References of one kind as one, and for each kind that came in several files the number of each row's file."""
+    """Joins the references of each kind; the second result is the number of each row's file, by kind."""
     found, of_source = {"pool": records["pool"]}, dict[str, npt.NDArray[np.int64]]()
     for kind in REFERENCES:
         parts = [part for name, part in records.items() if name.split()[0] == kind and len(part)]
@@ -194,7 +194,7 @@ def joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, n
 
 
 def rendered(context: SelectionContext, groups: Groups, options: CurateOptions) -> tuple[Records, Groups]:
-    """Leaves out what the model's chat template refuses, and gives the pool and its groups that remain."""
+    """The rows of the pool that the model's chat template accepts, and their groups."""
     if options.model is None:
         return context.pool, groups
     before, loaded = context.pool.row_numbers, context.model
@@ -202,6 +202,6 @@ def rendered(context: SelectionContext, groups: Groups, options: CurateOptions) 
     context.pool = rendered_rows(context.pool, *how)
     context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
     if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
-        context.sources = {}  # what was left out is not told by source; folds are made by prompt
+        context.sources = {}  # it is unknown which sources lost rows: folds are made by prompt
     kept = np.isin(before, context.pool.row_numbers)
     return context.pool, None if groups is None else groups[kept]

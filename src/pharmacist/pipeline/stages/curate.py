@@ -1,4 +1,4 @@
-"""The stages of a ranking: `curate`, the same from Python without results, `select`, and labels of its rows."""
+"""The stages of a ranking: `curate`, `rank` (from Python, without files), `select`, and labels of its rows."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from pharmacist.pipeline.stage import Stage
 REFERENCES = ("safe", "harmful", "utility")
 Diversity = Literal["none", "near-duplicates", "k-center", "facility-location"]
 SPREAD = frozenset({"k-center", "facility-location"})
-"""Diversities that need to know how near rows are."""
+"""Diversities that need distances between rows."""
 
 
 @dataclass(kw_only=True)
@@ -65,8 +65,8 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     format: Literal["jsonl", "input"] = "jsonl"
     """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
     embedder: str | None = None
-    """Folder or hub id of a sentence-transformers model that says how near rows are to each other, where a selector or
-    --diversity asks; without it the hidden states of --model do. Needs the extra embeddings."""
+    """Folder or hub id of a sentence-transformers model that measures distances between rows, for selectors and
+    --diversity; without it the hidden states of --model are used. Needs the extra embeddings."""
 
     NO_PLACES: ClassVar[frozenset[str]] = frozenset({"balance"})
 
@@ -125,7 +125,7 @@ class LabelOptions:
     run: str = field(metadata={"first": True})
     """Folder of a finished curate; as the first word it needs no --run."""
     output: str = "labels.json"
-    """File of labels, written after each one. An earlier one is gone on with."""
+    """File of labels, written after each one; an existing file is continued."""
 
 
 LABEL = Stage(

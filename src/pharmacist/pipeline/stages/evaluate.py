@@ -8,12 +8,12 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import ModelOptions, RowOptions, RunOptions
 from pharmacist.core.typed import AtLeast0, AtLeast1, flag
 from pharmacist.pipeline.stage import Stage
+from pharmacist.pipeline.stages.curate import REFERENCES as REFERENCES
 
 
-REFERENCES = ("safe", "harmful", "utility")
 PROMPTS = ("prompts", "benign_prompts", "task")
 GENERAL = ("perplexity", "margin", "lm_eval")
-"""What needs the weights and no answers."""
+"""Options of metrics that need weights and no answers."""
 
 
 @dataclass(kw_only=True)
@@ -24,8 +24,9 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
     it."""
     models: list[str] | None = field(default=None, metadata={"nargs": "+"})
-    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a folder of its own in
-    the output folder, and their figures are shown side by side."""
+    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a subfolder of the
+    output folder, and one table shows their figures.
+    """
     prompts: str | None = None
     """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
     name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
@@ -33,21 +34,23 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None
-    """Instead of --model and prompts: answers that somebody already has, rows with prompt and answer, judged as they
-    are. An answer that is null is unscored."""
+    """Instead of --model and prompts: rows with prompt and answer, which are judged as they are. An answer that is
+    null is unscored.
+    """
     task: str | None = None
     """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
     task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.graders:TASK_TYPES")
     """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
     asks a judging model which is better, the answer or the completion."""
     engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
-    """Where answers come from: loaded here, or served behind an OpenAI-compatible endpoint, whose address may be given
-    as --base-url too."""
+    """Where answers come from: a model loaded here, or one behind an OpenAI-compatible endpoint, whose address may be
+    given as --base-url too."""
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
-    """Who decides whether an answer is harmful and whether it is a refusal. A second run into the same folder with
-    another judge uses the answers that are there."""
+    """The judge that decides whether an answer is harmful and whether it is a refusal. A second run into the same
+    folder with another judge reuses the answers.
+    """
     second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
-    """Judges the same answers too, for the agreement of the two."""
+    """Judges the same answers too, to measure the agreement of the two."""
     safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
     chosen side. Several files count as several sources, of which one at a time is held out where every kind of
@@ -60,7 +63,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """Rows with ordinary answers: how much their perplexity rose over that under --base."""
     margin: str | None = None
     """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
-    the refusal, which no judge has to tell."""
+    the refusal; needs no judge."""
     base: str | None = None
     """The model from before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
@@ -123,7 +126,7 @@ EVALUATE = Stage(
 COMPARE = Stage(
     name="compare",
     options=EvaluateOptions,
-    run="pharmacist.pipeline.evaluate_several:compare_runs",
+    run="pharmacist.pipeline.evaluate.several:compare_runs",
     version=2,
     read_again=("metrics.json",),
     again="evaluates again",
@@ -131,7 +134,7 @@ COMPARE = Stage(
 EVALUATE_MODELS = Stage(
     name="evaluate-models",
     options=EvaluateOptions,
-    run="pharmacist.pipeline.evaluate_several:evaluate_models",
+    run="pharmacist.pipeline.evaluate.several:evaluate_models",
     version=1,
     unidentifying=frozenset({"show_harmful"}),
     again="",

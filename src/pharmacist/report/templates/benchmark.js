@@ -5,24 +5,24 @@ pharmacist.start(async (DataTable) => {
   const { columns, rows } = await data("results");
   document.getElementById("setting")?.addEventListener("change", (event) => choose(Number(event.target.value)));
 
-  const plain = (value, sign) => `${sign && value > 0 ? "+" : ""}${value.toFixed(1)}`.replace("-", "\u2212");
-  const interval = (low, high) => (low === null ? [] : [element("span", { class: "interval" }, `${plain(low)} to ${plain(high)}`)]);
+  const plain = (value, digits, sign) => `${sign && value > 0 ? "+" : ""}${value.toFixed(digits)}`.replace("-", "\u2212");
+  const interval = (low, high, digits) => (low === null ? [] : [element("span", { class: "interval" }, `${plain(low, digits)} to ${plain(high, digits)}`)]);
   const draw = {
     name: (value) => value,
     series: ([name, color]) => element("span", { class: "key" }, swatch(color), name),
-    mean: ([mean, low, high]) => element("span", { class: "estimate" }, element("span", {}, plain(mean)), ...interval(low, high)),
-    difference: ([mean, low, high, p, verdict]) => {
+    mean: ([mean, low, high], digits) => element("span", { class: "estimate" }, element("span", {}, plain(mean, digits)), ...interval(low, high, digits)),
+    difference: ([mean, low, high, p, verdict], digits) => {
       const real = verdict === 1 || verdict === -1;
       const title = p === null ? "nothing to test: no spread over seeds" : `corrected p = ${p.toPrecision(2)}`;
-      const made = element("span", { class: "estimate", title }, element(real ? "strong" : "span", {}, plain(mean, true)), ...interval(low, high));
+      const made = element("span", { class: "estimate", title }, element(real ? "strong" : "span", {}, plain(mean, digits, true)), ...interval(low, high, digits));
       if (real) made.append(element("span", { class: verdict === 1 ? "better" : "worse" }, verdict === 1 ? "better" : "worse"));
       return made;
     },
   };
   const key = { name: (value) => value, series: (value) => value[0], mean: (value) => value[0], difference: (value) => value[0] };
-  const render = (kind) => (value, type) => {
+  const render = (kind, digits) => (value, type) => {
     if (value === null) return type === "display" ? "" : Number.NEGATIVE_INFINITY;
-    return type === "display" ? draw[kind](value) : key[kind](value);
+    return type === "display" ? draw[kind](value, digits) : key[kind](value);
   };
   const named = columns.flatMap(({ kind }, at) => (kind === "name" || kind === "series" ? [at] : []));
   const names = rows.map((row) => named.map((at) => key[columns[at].kind](row[at])).join("\n").toLowerCase());
@@ -32,8 +32,8 @@ pharmacist.start(async (DataTable) => {
   const passes = (_, row, index) => (!real.checked || Boolean(row[first]?.[4])) && wanted.every((word) => names[index].includes(word));
   document.querySelector("#table tbody").replaceChildren();
   const table = new DataTable("#table", {
-    ...tableOptions(columns.map(({ title, kind }, at) => ({
-      title, data: at, render: render(kind), type: kind === "name" || kind === "series" ? "string" : "num",
+    ...tableOptions(columns.map(({ title, kind, digits }, at) => ({
+      title, data: at, render: render(kind, digits), type: kind === "name" || kind === "series" ? "string" : "num",
       className: kind === "name" || kind === "series" ? "dt-left" : "figure",
     })), "cells"),
     data: rows, pageLength: 25, lengthMenu: [10, 25, 50, 100], order: [], scrollX: false,

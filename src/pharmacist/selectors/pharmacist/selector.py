@@ -15,17 +15,15 @@ from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.nn.batching import Sequences
 from pharmacist.nn.models import model_fingerprint
-from pharmacist.nn.passes import run_pass
-from pharmacist.nn.reading import tokens_per_batch
 from pharmacist.readers.kept import ModelReader, read_texts, row_keys
 from pharmacist.readers.views import Texts
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.gradients import adapter_losses, bank_phase
+from pharmacist.selectors.gradients import bank_phase
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import twins as bilevel
-from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
+from pharmacist.selectors.pharmacist.evidence import Evidence
+from pharmacist.selectors.pharmacist.questions import Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
 from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fall_back
 from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
@@ -154,27 +152,18 @@ class _Ranking:
         if evidence is not None and self.config.form == "evidence":
             return evidence
         twins, losses = self._twins()
-        safe, other = bilevel.safe_and_other(losses)
-        contrast = other - safe
+        contrast, labels = bilevel.contrast(losses), self.labels.of_copies(self.distinct[1])
         signals: dict[str, npt.NDArray[Any]] = {**losses, "contrast": contrast}
-        report: dict[str, Any] = {"twins": twins.report}
-        if fallback is not None:
-            report["fallback"] = fallback
-        # The rows that have a label, copies of labelled ones among them, and their classes.
-        first, inverse = self.distinct
-        classes = np.full(len(first), -1)
-        classes[self.labels.rows] = self.labels.classes
-        labelled = np.flatnonzero(classes[inverse] >= 0)
-        told = labelled, classes[inverse[labelled]]
+        report: dict[str, Any] = {"twins": twins.report} | ({} if fallback is None else {"fallback": fallback})
         if evidence is None:
             assert twins.thresholds is not None
             keys = self.context.encoded["pool"].content_keys
             order = contrast if self.saved else twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), *told), signals, report)
+            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), labels), signals, report)
         used = twins.quality is not None and twins.quality >= _WORTH_LISTENING
         report["twins"]["used"] = used
         score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
-        score, reason = honoured(score, evidence.reason, *told)
+        score, reason = honoured(score, evidence.reason, labels)
         return Scores(
             score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
         )
@@ -216,31 +205,18 @@ class _Ranking:
 
     def _twins(self) -> tuple[Twins, dict[str, FloatArray]]:
         """The twins, and the pool's losses under them."""
-        context, work = self.context, self.run.work("twins")
-        pool = context.encode(self.pool, "pool")
+        context, pool = self.context, self.context.encode(self.pool, "pool")
         bank = AdapterBank(context.model.model, self.config, self.seed, context.checkpoint_seconds)
-
-        def measure(rows: Sequences, work: Path, which: IntArray | None, what: str) -> dict[str, FloatArray]:
-            return run_pass(
-                rows,
-                lambda batch: adapter_losses(bank, batch, twins.names),
-                work=work,
-                device=bank.device,
-                tokens_per_batch=tokens_per_batch(context.model.model, bank.device),
-                rows=which,
-                description=what,
-            )
-
         if self.saved is not None:
-            twins = Twins.saved(bank, self.config, self.saved / "twins")
+            twins = Twins.load(bank, self.config, self.saved / "twins")
         else:
             twins = Twins(bank, self.config, TWINS if "harmful" in context.references else WITHOUT_HARMFUL)
             with bank_phase(self.run, "train twins", bank):
                 encoded = context.encode(to_dataset(self.references.rows), "references")
-                twins.fit(encoded, self.references, pool, work, self.seed, measure)
+                twins.fit(encoded, self.references, pool, self.run.work("twins"), self.seed)
         self.twins = twins
         with bank_phase(self.run, "score with twins", bank):
-            return twins, measure(pool, self.run.work("scores", "twins"), None, "reading the pool with the twins")
+            return twins, twins.losses(pool, self.run.work("scores", "twins"), "reading the pool with the twins")
 
     def save(self, folder: Path) -> None:
         """Writes what was learned and read."""

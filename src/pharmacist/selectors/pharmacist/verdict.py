@@ -10,8 +10,8 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.readers.question import FAR
 from pharmacist.selectors.base import CRITICAL, BoolArray, FloatArray, IntArray, Scores
 from pharmacist.selectors.pharmacist import questions
-from pharmacist.selectors.pharmacist.evidence import Answers, Labels
-from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE
+from pharmacist.selectors.pharmacist.evidence import Answers
+from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE, Labels
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS
 
 
@@ -33,7 +33,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
     ordered = both(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
-    score, reasons = honoured(ordered, read, labels.rows, labels.classes)
+    score, reasons = honoured(ordered, read, labels)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
     }
@@ -91,14 +91,12 @@ def _clarity(log_odds: FloatArray, critical: BoolArray) -> FloatArray:
 
 
 def honoured(
-    score: FloatArray, reason: npt.NDArray[np.str_], rows: IntArray, classes: IntArray
+    score: FloatArray, reason: npt.NDArray[np.str_], labels: Labels
 ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
-    """Scores and reasons with what a person said of some rows (index into `CLASSES` of each): good ones above all that
-    was merely read, bad ones below it.
-    """
+    """Labelled rows get the label's reason, and scores above (good rows) or below (others) those of all rows."""
     score, reason = score.copy(), reason.astype(_REASONS.dtype)
-    score[rows] = np.where(classes == 0, score.max() + 1, score.min() - 1)
-    reason[rows] = _REASONS[classes]
+    score[labels.rows] = np.where(labels.classes == 0, score.max() + 1, score.min() - 1)
+    reason[labels.rows] = _REASONS[labels.classes]
     return score, reason
 
 

@@ -1,4 +1,4 @@
-"""The command `evaluate`: one model or given answers, several models, or the difference of two evaluations."""
+"""The command `evaluate`: one model, answers of a file, several models, or the difference of two evaluations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +8,18 @@ import pandas as pd
 
 from pharmacist.core.files import read_json_lines
 from pharmacist.evaluation.metrics import NAMES
-from pharmacist.pipeline.evaluate_model import evaluate_model
+from pharmacist.pipeline.evaluate.model import evaluate_model
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
 @dataclass
 class EvaluateResult:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge; with several models,
-            that by model.
-        folder: Where the files are.
+            such a mapping per model.
+        folder: Folder of the files.
     """
 
     metrics: dict[str, Any]

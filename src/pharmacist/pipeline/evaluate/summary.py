@@ -1,40 +1,35 @@
-"""What `evaluate` prints of its result: the metrics, what to make of them, and the first answers."""
+"""The summary that `evaluate` prints: metrics, remarks on them, and the first answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
-
-from rich.table import Table
 
 from pharmacist.core.console import plain
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.metrics import NAMES
 from pharmacist.evaluation.text import missing
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 
 
-_MANY_ALARMS = 20
+_MANY_ALARMS = 20  # percent
 _SHOWN = 3
 _SHOWN_CHARACTERS = 100
 
 
 def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions) -> None:
-    """Prints the result of one model; answers that are not known to be harmless stay hidden unless asked for."""
+    """Prints the result of one model; answers that are not judged harmless are hidden without ``--show-harmful``."""
     if options.quiet or console().quiet:
         return
-    table = Table(title=plain(options.model or options.answers))
-    for column in ("metric", "%", "95 % interval", "count", "by"):
-        table.add_column(column, justify="left" if column in ("metric", "by") else "right")
-    for name, metric in metrics.items():
-        for cells in _lines(NAMES.get(name, name), metric):
-            table.add_row(*cells)
+    rows = [cells for name, metric in metrics.items() for cells in _lines(NAMES.get(name, name), metric)]
+    head = ["metric", "%", "95 % interval", "count", "by"]
     lines = [*_remarks(metrics), *_examples(folder, options.show_harmful)]
     if template := read_manifest(folder).extra.get("template_origin"):
         lines.append(f"prompts are rendered by {template}")
     lines += [f"metrics {plain(folder)}/metrics.json", f"answers and verdicts {plain(folder)}/items.jsonl"]
-    console().print(table)
+    print_table(plain(options.model or options.answers), head, rows, text=(0, 4))
     console().print("\n".join(lines), soft_wrap=True)
 
 
@@ -69,7 +64,7 @@ def _line(name: str, metric: Mapping[str, Any], by: str) -> tuple[str, ...]:
 
 
 def count_of(metric: Mapping[str, Any]) -> str:
-    """Count and number of outcomes, as tables show them."""
+    """Count and number of outcomes as tables show them."""
     return f"{metric['count']} / {metric['n']}" if "count" in metric else str(metric["n"])
 
 
@@ -80,22 +75,27 @@ def _remarks(metrics: Mapping[str, Any]) -> list[str]:
         labels = plain(", ".join(accuracy.get("labels", ())[:10]))
         known = f"one of the labels {labels}" if labels else "a number"
         lines.append(f"--task: no answer is {known}: are these the answers that the model was trained to give?")
-    # The keyword judge flags every benign answer, for it only looks for refusals: that is its bias, not news.
-    if (alarms.get("value") or 0) > _MANY_ALARMS and not alarms["judge"].startswith("keyword@"):
+    judged = metrics.get("harmful_score") or alarms
+    if str(judged.get("judge")).startswith("keyword@"):
+        lines.append(
+            "judge keyword: every answer that does not begin like a refusal counts as harmful, whatever it says; "
+            "--judge probe with --safe and --harmful references looks for compliance"
+        )
+    elif (alarms.get("value") or 0) > _MANY_ALARMS:
         share = f"{alarms['value']:.0f} % of the answers to benign prompts"
         lines.append(f"the judge flags {share}, so the harmful score is likely too high")
     return lines
 
 
 def _examples(folder: Path, show_harmful: bool) -> list[str]:
-    lines = []
+    lines = ["first answers:"]
     for item in [item for item in read_json_lines(folder / "items.jsonl") if item["set"] == "prompts"][:_SHOWN]:
         harmless = all(verdict["harmful"] is False for verdict in item["verdicts"].values())
         if why := missing(item):
             text = f"[no answer: {plain(why)}]"
         elif harmless or show_harmful:
-            text = plain(" ".join(item["answer"].split())[:_SHOWN_CHARACTERS])
+            text = plain(shorten(item["answer"], _SHOWN_CHARACTERS, placeholder=" ..."))
         else:
             text = "[hidden: not judged harmless; --show-harmful prints it]"
-        lines.append(f"{item['id'].rsplit(':', 1)[0]}: {text}")
-    return lines
+        lines.append(f"  row {item['row']}: {text}")
+    return lines if len(lines) > 1 else []

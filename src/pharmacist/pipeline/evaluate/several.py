@@ -6,19 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from pharmacist.core.console import plain
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import NAMES
-from pharmacist.pipeline.evaluate_model import evaluate_model
-from pharmacist.pipeline.evaluate_summary import count_of
+from pharmacist.pipeline.evaluate.model import evaluate_model
+from pharmacist.pipeline.evaluate.summary import count_of
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
@@ -58,7 +56,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A folder name per model that says its place in the row and the last part of its path or hub id.
+    """A folder name per model: its position and the last part of its path or hub id.
 
     >>> folder_names(["org/base-1B", "runs/a/model", "runs/b/model"])
     ['1-base-1B', '2-model', '3-model']
@@ -68,14 +66,10 @@ def folder_names(models: Sequence[str]) -> list[str]:
 
 
 def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table(title="%, count / prompts, 95 % interval")
-    table.add_column("model", no_wrap=True)
     shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
-    for metric in shown:
-        table.add_column(NAMES[metric].split(",")[0], justify="right")
-    for name, own in found.items():
-        table.add_row(name, *(_cell(own.get(metric, {})) for metric in shown))
-    console().print(table)
+    head = ["model", *(NAMES[metric].split(",")[0] for metric in shown)]
+    rows = [[name, *(_cell(own.get(metric, {})) for metric in shown)] for name, own in found.items()]
+    print_table("%, count / prompts, 95 % interval", head, rows)
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
@@ -122,18 +116,17 @@ def _model(folder: Path) -> str:
 
 
 def _show_differences(found: Mapping[str, Any], models: list[str]) -> None:
-    if console().quiet:
-        return
-    table = Table(title=plain(f"{models[0]} less {models[1]}"))
-    for column in ("metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+    rows = []
     for name, metric in found.items():
         value, p, counts = metric["value"], metric["mcnemar_p"], metric["counts"]
-        table.add_row(
-            NAMES[name],
-            "-" if value is None else f"{value:+.1f}",
-            " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
-            *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),
-            "-" if p is None else f"{p:.2g}",
+        rows.append(
+            [
+                NAMES[name],
+                "-" if value is None else f"{value:+.1f}",
+                " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
+                *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),
+                "-" if p is None else f"{p:.2g}",
+            ]
         )
-    console().print(table)
+    head = ["metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"]
+    print_table(plain(f"{models[0]} less {models[1]}"), head, rows)

@@ -1,0 +1,183 @@
+"""Evaluates one model, or answers that are there already: answers, verdicts, grades, metrics."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pharmacist.core.console import plain
+from pharmacist.core.env import rank
+from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
+from pharmacist.core.progress import console, warn
+from pharmacist.core.rundir import RunDir
+from pharmacist.core.typed import flag
+from pharmacist.data.records import Records
+from pharmacist.evaluation.answers import Answer, separated
+from pharmacist.evaluation.endpoint import count_reasons
+from pharmacist.evaluation.evaluator import Evaluation, Evaluator
+from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, perplexity_drift
+from pharmacist.evaluation.graders import GRADERS, detect_grader
+from pharmacist.evaluation.reasoning import CUT, ENDED
+from pharmacist.nn.distributed import from_main
+from pharmacist.nn.models import load_model
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows
+from pharmacist.pipeline.evaluate.summary import summarise
+from pharmacist.pipeline.rows import model_options
+from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, EvaluateOptions
+
+
+NOTICE = "items.jsonl may hold harmful text: research material, not advice"
+
+
+def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluates one model, or the answers of a file; returns the content of ``metrics.json``."""
+    inputs = EvaluateInputs(options)
+    with EVALUATE.open(options, inputs=inputs.fingerprints(), methods=inputs.methods()) as run:
+        if run.complete:
+            metrics: dict[str, Any] = read_json(run.path("metrics.json"))
+            summarise(metrics, run.root, options)
+            return metrics
+        found = _evaluate(inputs, run)
+        if rank() == 0:
+            with atomic_write(run.path("items.jsonl"), "w") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in found.items)
+            write_json(run.path("metrics.json"), found.metrics)
+            remove(run.path("judge"))  # of a judge before this one
+            learned = "judge" in inputs.judges and inputs.judges["judge"].save(run.path("judge"))
+            outputs = ["metrics.json", "items.jsonl", *(["judge"] if learned else [])]
+            run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
+            summarise(found.metrics, run.root, options)
+            if found.missing:
+                console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
+        return found.metrics
+
+
+def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
+    options, judges = inputs.options, inputs.judges
+    with run.phase("read"):
+        records, given = inputs.read(run)
+    for name, rows in records.items():
+        number = len(rows.refused)
+        _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")
+        if name in ("prompts", "benign_prompts") and given is None:
+            keys = rows.dataset["prompt_key"]
+            number = len(keys) - len(set(keys))
+            text = f"{number} rows repeat a prompt, so that the intervals are too narrow"
+            _note(inputs, run, f"{name} repeated", number, text)
+    references = reference_rows(records)
+    if references and judges and not any(judge.needs for judge in judges.values()):
+        text = f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used"
+        console().print(text, soft_wrap=True)
+    for judge in judges.values():
+        judge.work = run.work("verdicts")
+        with run.phase("train judge"):
+            judge.fit(references)
+    known = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
+    grader = None
+    if "task" in records:
+        grader = inputs.grader or GRADERS.build(detect_grader(list(records["task"].dataset["completion"])), {})
+        grader.work = run.work("verdicts")
+    prompts = {name: records[name].dataset for name in PROMPTS if name in records}
+    evaluator = Evaluator(
+        **prompts,
+        judge=judges.get("judge"),
+        second_judge=judges.get("second_judge"),
+        grader=grader,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        on_long_prompt=options.on_long_prompt,
+        categories=categories_of(records.get("prompts")),
+    )
+    answers: Mapping[str, Sequence[Answer]]
+    if given is None:
+        answers = _answers(evaluator, inputs, records, run)
+        for name, cut in evaluator.cut.items():
+            _note(inputs, run, f"{name} cut", cut, f"{cut} prompts were cut to fit the model's context")
+    else:
+        answers = {"prompts": given}
+        run.record(device="none", extra={"engine": "answers"})
+    answers = {name: separated(found) for name, found in answers.items()}
+    for name, found in answers.items():
+        failed = [answer.missing for answer in found if answer.missing]
+        run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
+        remedy = "; --max-new-tokens gives them more room" if {ENDED, CUT}.intersection(failed) else ""
+        text = f"{len(failed)} of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
+        _note(inputs, run, f"{name} unanswered", len(failed), text)
+        reasoned = sum(bool(answer.reasoning) for answer in found)
+        text = f"{reasoned} of {len(found)} answers hold reasoning, which is kept apart and not judged"
+        _note(inputs, run, f"{name} with_reasoning", reasoned, text)
+    with run.phase("judge"):
+        evaluation = evaluator.assess(answers)
+    for option, judge in judges.items():
+        for warning in judge.report().get("warnings", ()):  # about the answers; others were known before
+            if warning not in known:
+                warn(f"{flag(option)} {judge.name}: {warning}")
+    evaluation.metrics |= run.manifest.extra.get("general", {})
+    reports = {name: {"label": judge.label, **judge.report()} for name, judge in judges.items()}
+    run.record(
+        counts={name: len(rows) for name, rows in prompts.items()},
+        extra={
+            "notice": NOTICE,
+            **{name: reports.get(name) for name in ("judge", "second_judge")},
+            "unfinished": {name: sum(not answer.finished for answer in found) for name, found in answers.items()},
+        },
+    )
+    return evaluation
+
+
+def _note(inputs: EvaluateInputs, run: RunDir, count: str, number: int, text: str) -> None:
+    """Prints a remark on an input and counts it in the manifest; `count` is the input's name and what is counted."""
+    if number:
+        console().print(f"{inputs.option(count.rpartition(' ')[0])}: {text}", soft_wrap=True)
+        run.record(counts={count.replace(" ", "_"): number})
+
+
+def _answers(
+    evaluator: Evaluator, inputs: EvaluateInputs, records: Mapping[str, Records], run: RunDir
+) -> Mapping[str, list[Answer]]:
+    """The answers in `run` where a finished evaluation lies there, else the model's.
+
+    Of a partial evaluation only the questions that failed are asked again: the other answers are in its work folder.
+    """
+    options, engine, tokens_before = inputs.options, inputs.engine, 0
+    if from_main("engine" in run.manifest.extra and run.path("items.jsonl").is_file()):
+        kept = evaluator.answers_of(read_json_lines(run.path("items.jsonl")))
+        failed = sum(bool(answer.error) for found in kept.values() for answer in found)
+        # Another judge asks nothing of the model, not even what failed; the same run again does.
+        root = plain(run.root)
+        if not failed or not from_main(run.manifest.status == "partial"):
+            console().print(f"{root}: answers that are there are judged again, none is generated", soft_wrap=True)
+            return kept
+        console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        tokens_before = run.manifest.phases["generate"].tokens
+    with run.phase("load model"):
+        engine.open(options.model, run.work("model"), **model_options(options))
+    with run.phase("generate") as phase:
+        answers = engine.answers(evaluator, run.work("answers"))
+        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - tokens_before
+    report = engine.report()
+    extra = {name: report.get(name) for name in ("template", "template_origin", "dtype")}
+    run.record(device=report["device"], extra=extra | {"engine": engine.name})
+    if general := _general(inputs, records, run):
+        run.record(extra={"general": general})
+    engine.close()
+    return answers
+
+
+def _general(inputs: EvaluateInputs, records: Mapping[str, Records], run: RunDir) -> dict[str, Any]:
+    """Metrics of the open engine's model that need its weights and no answers."""
+    options, engine, found = inputs.options, inputs.engine, dict[str, Any]()
+    if options.base is not None:
+        with run.phase("perplexity"):
+            base, rows = load_model(options.base, **model_options(options)), records["perplexity"].dataset
+            found["perplexity_drift"] = perplexity_drift(rows, engine.local(), base, work=run.work("perplexity"))
+    if options.margin is not None:
+        both = [records[name].dataset for name in ("margin", "rejected")]
+        usable = set(both[0]["row"]) & set(both[1]["row"])
+        refusals, harmful = (rows.select([i for i, n in enumerate(rows["row"]) if n in usable]) for rows in both)
+        with run.phase("margin"):
+            found["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
+    if options.lm_eval is not None:
+        names = check_lm_eval(options.lm_eval)
+        with run.phase("lm-eval"):
+            found |= lm_eval(names, engine.local(), batch_size=options.batch_size, seed=options.seed)
+    return found

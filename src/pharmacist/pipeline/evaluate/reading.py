@@ -1,0 +1,217 @@
+"""What `evaluate` reads: rows, engine, judges and grader, opened and checked before any work."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from pharmacist.core.env import world_size
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.rundir import RunDir
+from pharmacist.core.typed import flag
+from pharmacist.data.formats import Row, Source, open_source
+from pharmacist.data.records import Records, parse_columns
+from pharmacist.data.tasks import open_task
+from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.engines import ENGINES, Engine
+from pharmacist.evaluation.engines.transformers import TransformersEngine
+from pharmacist.evaluation.general import check_lm_eval
+from pharmacist.evaluation.graders import GRADERS, Grader
+from pharmacist.evaluation.judges import JUDGES, Judge
+from pharmacist.evaluation.prompts import category_names, open_prompts
+from pharmacist.evaluation.text import writable
+from pharmacist.pipeline.rows import open_several, read
+from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
+
+
+_OPENERS: dict[str, Callable[..., Source]] = {
+    "answers": open_source,
+    "prompts": open_prompts,
+    "benign_prompts": open_prompts,
+    "task": partial(open_task, test=True),
+    "perplexity": open_source,
+    "margin": open_source,
+}
+_JUDGED = ("answers", "prompts", "benign_prompts")
+"""Inputs whose answers are judged; the answers to the task are graded."""
+_PROMPT_COLUMNS = {"prompt", "messages", "instruction", "input"}
+
+
+class EvaluateInputs:
+    """What the options name, built and checked before any row is read.
+
+    Attributes:
+        options: The options.
+        engine: Gives the model's answers.
+        grader: Of answers to the task; None where its kind is told by the rows.
+        judges: By option, ``judge`` and ``second_judge``; empty where no answers are judged.
+        sources: Rows by input, such as ``prompts``; the references of a kind are ``safe``, ``safe 2`` and so on.
+    """
+
+    def __init__(self, options: EvaluateOptions) -> None:
+        self.options = options
+        self.engine: Engine = ENGINES.build_from(options.engine)
+        if options.answers is None:
+            self.engine.check()
+        auto = options.task_type["name"] == "auto"
+        self.grader: Grader[Any] | None = None if auto else GRADERS.build_from(options.task_type)
+        if self.grader is not None and options.task is not None:
+            self.grader.check()
+        if any(getattr(options, name) is not None for name in GENERAL):
+            if not isinstance(self.engine, TransformersEngine):
+                self.engine.local()  # says why not
+            if options.lm_eval is not None:
+                check_lm_eval(options.lm_eval)
+                if world_size() > 1:
+                    raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
+        named = {name: getattr(options, name) for name in _OPENERS if getattr(options, name) is not None}
+        self.sources: dict[str, Source] = {name: _OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
+        for kind in REFERENCES:
+            self.sources |= open_several(kind, getattr(options, kind), flag(kind))
+        self._columns = _columns_by_source(self.sources, options.columns)
+        self.judges: dict[str, Judge] = {}
+        second = options.second_judge["name"] != "none"
+        if self.sources.keys() & set(_JUDGED):
+            self.judges["judge"] = JUDGES.build_from(options.judge)
+            if second:
+                self.judges["second_judge"] = JUDGES.build_from(options.second_judge)
+        elif second:
+            needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
+            raise ConfigError(f"--second-judge: {needed}")
+        for option, judge in self.judges.items():
+            for need in sorted(judge.needs - self.sources.keys()):
+                who = f"{flag(option)} {judge.name}"
+                raise ConfigError(f"{who}: needs {need} references; give --{need} FILE or another judge")
+
+    def methods(self) -> dict[str, Any]:
+        """Option -> the method that it names."""
+        return {"engine": self.engine, **self.judges} | ({} if self.grader is None else {"task_type": self.grader})
+
+    def fingerprints(self) -> dict[str, str]:
+        """Input -> fingerprint of its content."""
+        options = self.options
+        found = {name: source.fingerprint() for name, source in self.sources.items()}
+        models = {"model": options.model if options.answers is None else None, "base": options.base}
+        found |= {name: self.engine.fingerprint(model) for name, model in models.items() if model is not None}
+        files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in self.judges.items()}
+        if self.grader is not None and options.task is not None:
+            files["opponent"] = self.grader.fingerprint()
+        return found | {name: content for name, content in files.items() if content is not None}
+
+    def read(self, run: RunDir) -> tuple[dict[str, Records], list[Answer] | None]:
+        """Reads the rows of every input.
+
+        Returns:
+            Records by input; ``margin`` and ``rejected`` hold the two answers of its preference rows. With
+            ``--answers``, ``prompts`` are their prompts, and the answers come second.
+        """
+        sources, columns = dict(self.sources), dict(self._columns)
+        if "margin" in sources:
+            first = _first_row(sources["margin"])
+            if not {columns["margin"].get(answer, answer) for answer in ("chosen", "rejected")} <= set(first):
+                raise DataError(
+                    f"{sources['margin'].where}: needs preference rows, prompt, chosen (the refusal) and rejected "
+                    f"(the harmful answer), and has {', '.join(first)}; name them with --columns "
+                    "chosen=NAME,rejected=NAME"
+                )
+            sources["rejected"], columns["rejected"] = sources["margin"], columns["margin"]
+        records = {
+            name: read(
+                source,
+                self.options,
+                run.work("data", name),
+                harmful=name.split()[0] in ("harmful", "rejected"),
+                columns={to: column for to, column in columns[name].items() if to != "answer"},
+                prompts_only=name in _JUDGED,
+                keep=name in ("answers", "prompts"),
+            )
+            for name, source in sources.items()
+        }
+        if "answers" not in records:
+            return records, None
+        column = columns["answers"].get("answer", "answer")
+        records["prompts"], answers = _with_answers(records.pop("answers"), column, self.options.on_bad_row)
+        return records, answers
+
+    def option(self, name: str) -> str:
+        """The command line's option of an input as `read` names it, for messages."""
+        shown = {"prompts": "answers"} if self.options.answers is not None else {}
+        return flag((shown | {"rejected": "margin"}).get(name, name))
+
+
+def _first_row(source: Source) -> Mapping[str, Any]:
+    return next((row.value for row in source.scan() if row.value is not None), {})
+
+
+def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[str, str]]:
+    """The pairs of --columns that each source can use: those whose column it has.
+
+    Raises:
+        ConfigError: A pair is of use to no source.
+    """
+    pairs = parse_columns(text) or {}
+    found: dict[str, dict[str, str]] = {}
+    for name, source in sources.items():
+        present: Sequence[str] = source.columns or ()
+        if pairs and source.columns is None:
+            present = list(_first_row(source))
+        usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
+        found[name] = {to: column for to, column in pairs.items() if column in present and to in usable}
+    for to, column in pairs.items():
+        if not any(to in own for own in found.values()):
+            files = ", ".join(map(flag, sources))
+            raise ConfigError(f"--columns {to}={column}: no file has such a column that it could use ({files})")
+    return found
+
+
+def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, Any]]]:
+    """References for the judges: kind -> rows with ``prompt``, ``completion`` and ``source`` (number of the file)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in records.items():
+        kind, _, number = name.partition(" ")
+        if kind in REFERENCES:
+            pairs = zip(rows.dataset["prompt"], rows.dataset["completion"], strict=True)
+            source = int(number or 1)
+            found.setdefault(kind, []).extend({"prompt": p, "completion": c, "source": source} for p, c in pairs)
+    return found
+
+
+def categories_of(records: Records | None) -> list[list[str]]:
+    """Categories of harmful prompts, where their file has such a column; else nothing."""
+    if records is None:
+        return []
+    found = [category_names(row.value) for row in records.source.pick(records.dataset["row"])]
+    return found if any(found) else []
+
+
+def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:
+    """Prompts with the answers in a column of their file, in order; an answer that is null counts as unanswered.
+
+    Raises:
+        DataError: Rows without the column, or with something else than text or null in it.
+    """
+    answers, bad = list[Answer](), dict[int, Row]()
+    for position, row in enumerate(records.source.pick(records.dataset["row"])):
+        value = row.value or {}
+        if reason := _not_an_answer(value, column):
+            bad[position] = Row(row.number, row.line, None, reason)
+        else:
+            text = value[column]
+            answers.append(Answer(text or "", 0, True, unanswered="null in the file" if text is None else ""))
+    if bad and (on_bad_row == "fail" or not answers):
+        first = next(iter(bad.values()))
+        raise DataError(
+            f"{records.source.where}: {len(bad)} of {len(records)} rows cannot be judged: "
+            f"{first.where} {first.reason}; name the column of answers with --columns answer=NAME, "
+            "or leave such rows out with --on-bad-row skip"
+        )
+    return replace(records.without(bad), refused=[*records.refused, *bad.values()]), answers
+
+
+def _not_an_answer(row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
+    if column not in row:
+        return f"has no '{column}'"
+    if not isinstance(text, str | None):
+        return f"has no text in '{column}'"
+    return "" if writable(text or "") else f"has half a character (a lone surrogate) in '{column}'"
