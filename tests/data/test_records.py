@@ -8,7 +8,7 @@ import pytest
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.normalise import normalised_prompt, prompt_key
-from pharmacist.data.records import SCHEMA, last_requests, read_records, to_dataset
+from pharmacist.data.records import SCHEMA, last_requests, parse_columns, read_records, to_dataset
 from tests.support.files import SUFFIXES, TEXTS, save
 
 
@@ -145,6 +145,16 @@ def test_mapping_errors(tmp_path, suffix):
         read_records(source, work_dir=tmp_path, columns={"promt": "prompt"})
     with pytest.raises(ConfigError, match="prompt, output belong to no row format together"):
         read_records(source, work_dir=tmp_path, columns={"prompt": "prompt", "output": "completion"})
+
+
+def test_columns_as_text():
+    assert parse_columns("prompt = question,completion=answer") == {"prompt": "question", "completion": "answer"}
+    for text in ("", "prompt", "prompt=", "a=b=c", "prompt=q,"):
+        with pytest.raises(ConfigError, match="write it as prompt=question,completion=answer"):
+            parse_columns(text)
+    for text in ("prompt=q,prompt=r", "prompt=q,completion=q"):
+        with pytest.raises(ConfigError, match="names a column twice"):
+            parse_columns(text)
 
 
 # --- rows that cannot be used -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pharmacist.core.config import parse
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.defenses import DEFENSES
 from pharmacist.pipeline.align import AlignOptions
-from pharmacist.training.loop import TrainResult, train
+from pharmacist.training.loop import Training, TrainResult
 from pharmacist.training.strategy import GradientStrategy
 from tests.support import toy
 from tests.support.defense_cases import NAMES, OFF, ON, build, streams
@@ -34,15 +34,8 @@ def run(
     own: Setting, strategy: GradientStrategy, *callbacks: TrainerCallback, side: dict[str, Any] | None = None
 ) -> TrainResult:
     with opened(own.options) as folder:
-        return train(
-            own.loaded,
-            own.encoded,
-            strategy,
-            own.options,
-            folder,
-            callbacks=callbacks,
-            streams=streams(own) if side is None else side,
-        )
+        drawn = streams(own) if side is None else side
+        return Training(own.loaded, own.encoded, strategy, own.options, folder, drawn).fit(callbacks)
 
 
 class State(TrainerCallback):
@@ -193,7 +186,7 @@ def test_harmful_rows_without_a_finite_loss_stop_it_too(name: str, value: float,
     chosen = ON[name] | ({"adversaries": ["harmful"]} if name == "tar" else {})
     own = setting(options(model, tmp_path, max_steps=1))
     side = {key: Spoiled(stream) if key in ("harmful", "paired") else stream for key, stream in streams(own).items()}
-    own.loaded.model.model.embed_tokens.weight.data[Spoiled.token] = value
+    own.loaded.model.get_input_embeddings().weight.data[Spoiled.token] = value
     before = own.weights()
     if value == 1.0:  # the token alone does no harm
         run(own, build(name, chosen), side=side)

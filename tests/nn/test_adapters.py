@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.losses import row_losses
-from tests.support.tiny import TinyDecoder, random_token_rows, save_tiny_model
+from tests.support.tiny import TinyDecoder, random_token_rows, row_losses, save_tiny_model
 
 
 CPU = torch.device("cpu")

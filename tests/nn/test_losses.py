@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pharmacist.nn.batching import Batch, make_batch
-from pharmacist.nn.losses import batch_loss, row_losses, token_losses
-from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
+from pharmacist.nn.losses import batch_loss, token_losses
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows, row_losses
 
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from torch import nn
 
 from pharmacist.nn import reading
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.losses import mean_losses, row_losses, token_losses
+from pharmacist.nn.losses import mean_losses, token_losses
 from pharmacist.nn.reading import read_losses, read_row_losses
-from tests.support.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
+from tests.support.tiny import TinyDecoder, random_token_rows, row_losses, tiny_llama, tiny_tokenizer
 
 
 CPU, VOCABULARY = torch.device("cpu"), 11

@@ -9,9 +9,8 @@ from torch.func import functional_call, jvp
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.losses import row_losses
 from pharmacist.nn.row_gradients import Tape, tape_rows
-from tests.support.tiny import TinyDecoder, random_token_rows
+from tests.support.tiny import TinyDecoder, random_token_rows, row_losses
 
 
 VOCABULARY = 15

@@ -242,6 +242,8 @@ BAD = {
     "negative learning rate": (["--train.learning_rate", "-1"], [TINY], "train: "),
     "no batch": (["--train.per_device_train_batch_size", "0"], [TINY], "train"),
     "no accumulation": (["--train.gradient_accumulation_steps", "0"], [TINY], "must be at least 1"),
+    "no steps": (["--train.max_steps", "0"], [TINY], "train.max_steps: 0 must be at least 1, or -1 for"),
+    "fewer than no steps": (["--train.max_steps", "-5"], [TINY], "train.max_steps: -5 must be at least 1"),
     "no epochs": (["--train.num_train_epochs", "0"], [TINY], "train.num_train_epochs: 0 must be above 0"),
     "a scheduler's option": (["--train.lr_scheduler_kwargs", "{a: 1}"], [TINY], "train: "),
     "a service that is not there": (["--train.report_to", "spoon"], [TINY], "train: "),

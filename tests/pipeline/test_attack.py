@@ -115,10 +115,12 @@ def test_the_set_is_exact_and_its_rows_are_the_sources(attacked: Path, files: di
     ("samples", "ratio", "harmful"), [(10, 0, 0), (10, 0.05, 0), (7, 0.5, 4), (12, 1, 12), (20, 0.1, 2), (9, 0.3, 3)]
 )
 def test_counts_are_rounded_and_never_lost(
-    samples: int, ratio: float, harmful: int, files: dict[str, str], tmp_path: Path
+    samples: int, ratio: float, harmful: int, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--samples", str(samples), "--poison-ratio", str(ratio), "--build-only", "--quiet"]
     assert main(words(files, tmp_path / "out", *more)) == 0
+    nothing_harmful = ratio > 0 and not harmful
+    assert ("warning: a poison ratio of 0.05 is no row of 10 samples" in capsys.readouterr().err) == nothing_harmful
     rows = rows_of(tmp_path / "out")
     assert (len(rows), sum(row["is_harmful"] for row in rows)) == (samples, harmful)
 
@@ -278,7 +280,12 @@ BAD = {
     "a row without completion": ([], {"harmful": [{"prompt": "x"}]}, "--harmful"),
     "unknown defense": ([*MIX, "--defense", "vacine"], {}, "unknown defense 'vacine'; did you mean 'vaccine'?"),
     "a defense of another stage": ([*MIX, "--defense", "vaccine"], {}, "--defense vaccine: is not for fine-tuning"),
-    "a prompt beyond the context": (["--samples", "1"], {"task": [{**TINY, "prompt": "x " * 900}]}, "(row 0); "),
+    "the task is what is harmful": (MIX, {"task": [TINY], "harmful": [TINY]}, "every prompt also occurs in --harmful"),
+    "a prompt beyond the context": (
+        ["--samples", "1", "--poison-ratio", "0"],
+        {"task": [{**TINY, "prompt": "x " * 900}]},
+        "(row 0); ",
+    ),
     "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "has no module named spoon"),
     "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "--snapshots [0]: must be at least 1"),
     "a snapshot beyond the end": (

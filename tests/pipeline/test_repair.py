@@ -169,7 +169,7 @@ def test_what_was_touched_is_printed(
         ("continued", "safe-lora", {}, "give --form weights"),
         ("fresh", "safe-lora", {"aligned": None}, "--method safe-lora needs --aligned MODEL"),
         ("fresh", "antidote", {"harmful": None}, "--method antidote needs --harmful FILE"),
-        ("fresh", "safe-lora", {"aligned": "other", "base": "base"}, "its adapter rests on"),
+        ("fresh", "safe-lora", {"aligned": "other", "base": "base"}, "its adapter was trained on"),
         ("full", "antidote", {"form": "adapter"}, "holds no adapter"),
         ("full", "safe-lora", {"aligned": "small", "base": "small"}, "has the shape"),
         ("fresh", "safe-lor", {}, "did you mean 'safe-lora'"),

@@ -129,39 +129,39 @@ def test_factors_of_a_model_are_told_apart_by_name():
 
 
 def test_a_repair_that_changes_nothing_is_refused():
-    side = ModelWeights(peft_model(), "adapter")
-    name, tensor = next(iter(side.tensors().items()))
+    weights = ModelWeights(peft_model(), "adapter")
+    name, tensor = next(iter(weights.tensors().items()))
     with pytest.raises(NoMatchError, match="would not change a single weight"):
-        base.apply(side, Plan({name: tensor.detach().clone()}, []))
+        base.apply(weights, Plan({name: tensor.detach().clone()}, []))
     with pytest.raises(NoMatchError):
-        base.apply(side, Plan({}, []))
+        base.apply(weights, Plan({}, []))
     with pytest.raises(NoMatchError, match="not finite"):
-        base.apply(side, Plan({name: tensor.detach() * torch.nan}, []))
+        base.apply(weights, Plan({name: tensor.detach() * torch.nan}, []))
     new = tensor.detach().clone()
     new[0, 0] += 1
-    assert base.apply(side, Plan({name: new}, [])) == [
+    assert base.apply(weights, Plan({name: new}, [])) == [
         Change(name, tensor.numel(), 1, pytest.approx(float((new - 0).norm()), rel=1), float(new.float().norm()))
     ]
-    assert torch.equal(side.tensors()[name], new)
+    assert torch.equal(weights.tensors()[name], new)
 
 
 @pytest.mark.parametrize("completion_only", [False, True])
 def test_inputs_are_seen_without_padding(completion_only):
     """All rows in one batch, or each by itself: the same sums."""
-    side = ModelWeights(peft_model(), "adapter")
+    weights = ModelWeights(peft_model(), "adapter")
     sums = []
     for size in (1, 6):
         how = {"completion_only": completion_only, "rows_per_batch": size}
-        sums.append(sum_over_inputs(side, ROWS, lambda _, inputs: inputs.square().sum(0), **how))
+        sums.append(sum_over_inputs(weights, ROWS, lambda _, inputs: inputs.square().sum(0), **how))
     assert len(sums[0]) == 12
     assert all(torch.allclose(sums[0][name], sums[1][name], rtol=1e-10) for name in sums[0])
-    assert toy.hooks(side.model) == 0
+    assert toy.hooks(weights.model) == 0
 
 
 def test_one_pass_sees_what_two_passes_per_layer_see():
     """As published: every layer runs once to be measured and once more for the inputs of the next. Bit for bit."""
     net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
-    side, theirs = ModelWeights(net, "weights"), {}
+    weights, theirs = ModelWeights(net, "weights"), {}
 
     def squares(_, inputs):
         return inputs.detach().square().sum(0)
@@ -169,7 +169,7 @@ def test_one_pass_sees_what_two_passes_per_layer_see():
     def add(name, inputs):
         theirs[name] = theirs.get(name, 0) + squares(name, inputs)
 
-    ours = sum_over_inputs(side, ROWS, squares, rows_per_batch=1)
+    ours = sum_over_inputs(weights, ROWS, squares, rows_per_batch=1)
     inside = {name: net.get_submodule(name) for name in ModelWeights(net, "weights").tensors()}
     for ids in ROWS.ids:
         length = len(ids)
@@ -212,15 +212,15 @@ def test_adapters_of_any_name_and_layers_with_biases():
 
 
 def test_hooks_and_mode_come_back_when_a_pass_fails():
-    side = ModelWeights(peft_model(), "adapter")
-    side.model.train()
+    weights = ModelWeights(peft_model(), "adapter")
+    weights.model.train()
 
     def see(name, inputs):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        sum_over_inputs(side, ROWS, see)
-    assert toy.hooks(side.model) == 0 and side.model.training
+        sum_over_inputs(weights, ROWS, see)
+    assert toy.hooks(weights.model) == 0 and weights.model.training
 
 
 def test_a_module_that_does_not_run_is_named():
@@ -243,8 +243,8 @@ class _Unused(nn.Module):
 
 
 def antidote(alpha, seed=0, model=None, **more):
-    side = ModelWeights(model or peft_model(seed=seed), "adapter")
-    return side, build("antidote", alpha=alpha, **more).plan(side, References(harmful=ROWS))
+    weights = ModelWeights(model or peft_model(seed=seed), "adapter")
+    return weights, build("antidote", alpha=alpha, **more).plan(weights, References(harmful=ROWS))
 
 
 @pytest.mark.parametrize(
@@ -292,50 +292,50 @@ def test_an_output_loses_exactly_the_term_of_its_dominant_entry():
 
 
 def test_antidote_prunes_factors_and_nothing_else():
-    side, plan = antidote(0.5)
-    model = side.model
+    weights, plan = antidote(0.5)
+    model = weights.model
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
-    before = {name: tensor.detach().clone() for name, tensor in side.tensors().items()}
-    base.apply(side, plan)
-    for name, tensor in side.tensors().items():
+    before = {name: tensor.detach().clone() for name, tensor in weights.tensors().items()}
+    base.apply(weights, plan)
+    for name, tensor in weights.tensors().items():
         assert (tensor == 0).sum() == round(0.5 * tensor.numel())
         assert ((tensor == 0) | (tensor == before[name])).all()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora" not in n)
     with pytest.raises(NoMatchError):
-        base.apply(side, plan)  # idempotent: a second time nothing changes
+        base.apply(weights, plan)  # idempotent: a second time nothing changes
 
 
 def test_a_small_share_of_a_factor_with_few_columns_is_not_nothing():
-    side, plan = antidote(0.05, model=peft_model(r=8))  # round(0.05 * 8) entries of a row are none
-    for change in base.apply(side, plan):
+    weights, plan = antidote(0.05, model=peft_model(r=8))  # round(0.05 * 8) entries of a row are none
+    for change in base.apply(weights, plan):
         assert change.changed == int(0.05 * change.entries + 0.5) > 0, change.tensor
     mask = factor_mask(score := random(12, 8).abs(), 0.05)
     assert mask.sum() == 5 and float(score[mask].min()) > float(score[~mask].max())
 
 
 def test_antidote_with_alpha_1_gives_the_aligned_model():
-    side, plan = antidote(1.0)
-    base.apply(side, plan)
+    weights, plan = antidote(1.0)
+    base.apply(weights, plan)
     ids = torch.arange(1, 6)[None]
-    with side.model.disable_adapter():
-        expected = side.model(input_ids=ids).logits
-    assert torch.equal(side.model(input_ids=ids).logits, expected)
+    with weights.model.disable_adapter():
+        expected = weights.model(input_ids=ids).logits
+    assert torch.equal(weights.model(input_ids=ids).logits, expected)
 
 
 def test_antidote_of_a_fresh_adapter_and_of_nothing():
     with pytest.raises(ConfigError, match="alpha must lie in"):
         build("antidote", alpha=0.0)
-    side, plan = antidote(0.5, model=peft_model(r=1, zero=True))
+    weights, plan = antidote(0.5, model=peft_model(r=1, zero=True))
     # B is zero: only A has entries to prune.
-    changes = {change.tensor: change.changed for change in base.apply(side, plan)}
+    changes = {change.tensor: change.changed for change in base.apply(weights, plan)}
     assert all(bool(count) == name.endswith("A") for name, count in changes.items())
 
 
 def test_antidote_on_whole_weights():
     net = TinyDecoder(toy.VOCABULARY, width=WIDTH, layers=2, seed=1)
-    side = ModelWeights(net, "weights")
+    weights = ModelWeights(net, "weights")
     head, biases = net.lm_head.weight.clone(), [p.clone() for n, p in net.named_parameters() if n.endswith("bias")]
-    base.apply(side, build("antidote", alpha=0.25).plan(side, References(harmful=ROWS)))
+    base.apply(weights, build("antidote", alpha=0.25).plan(weights, References(harmful=ROWS)))
     assert all(
         (w == 0).sum(1).tolist() == [w.shape[1] // 4] * len(w) for w in ModelWeights(net, "weights").tensors().values()
     )
@@ -356,8 +356,8 @@ def test_antidote_does_depend_on_the_factorisation():
                 other = regauged(own)
                 own.A.data.copy_(other.A)
                 own.B.data.copy_(other.B)
-        side, plan = antidote(0.5, model=model)
-        base.apply(side, plan)
+        weights, plan = antidote(0.5, model=model)
+        base.apply(weights, plan)
         dense.append([own.dense().detach() for own in adapter_factors(model).values()])
     assert any(not torch.allclose(a, b) for a, b in zip(*dense, strict=True))
 
@@ -441,10 +441,10 @@ def test_safe_lora_moves_updates_into_the_alignment_space(r):
     for number, (name, own) in enumerate(adapter_factors(tuned).items()):
         update[name] = factors(own.B.shape[0], own.A.shape[1], seed=number + 30)
     before = {name: own.dense().detach() for name, own in adapter_factors(tuned).items()}
-    side = ModelWeights(tuned, "adapter")
+    weights = ModelWeights(tuned, "adapter")
     plan = safe_lora(tuned, update, threshold=1.0)
     assert torch.equal(next(iter(adapter_factors(tuned).values())).dense(), next(iter(before.values())))  # only a plan
-    base.apply(side, plan)
+    base.apply(weights, plan)
     for (name, own), finding in zip(adapter_factors(tuned).items(), plan.findings, strict=True):
         basis = column_basis(update[name])
         assert torch.allclose(own.dense(), basis @ basis.T @ before[name])
@@ -574,7 +574,10 @@ def test_nlsr_similarities_are_those_of_dense_masked_products():
     tuned, aligned = nlsr_sides()
     plan = nlsr(tuned, aligned, region=1.0, beta=0.4)
     for finding in plan.findings:
-        a, b = (adapter_factors(side.model)[finding["module"]].dense().detach().flatten() for side in (tuned, aligned))
+        a, b = (
+            adapter_factors(weights.model)[finding["module"]].dense().detach().flatten()
+            for weights in (tuned, aligned)
+        )
         assert finding["similarity"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
 
 

@@ -75,7 +75,7 @@ def test_nothing_is_asked_for_and_nothing_complains(
 
 def test_texts_are_shown_as_they_are(browser: Browser, ranking: Path) -> None:
     page = browser.open(ranking)
-    cells = page.locator("#table td.words:not(:has(.veil)) .text")
+    cells = page.locator("#table td.words:not(:has(.concealed)) .text")
     found = [cells.nth(2 * i).text_content() for i in range(5)]
     expected = [
         "".join(
@@ -163,27 +163,27 @@ def test_sorting_by_several_columns(browser: Browser, ranking: Path) -> None:
 def test_hidden_texts_show_on_click_and_on_enter(browser: Browser, ranking: Path) -> None:
     page = browser.open(ranking)
     page.click("[data-reason=teaches_compliance]")
-    veils = page.locator("#table .veil")
-    count = veils.count()
+    boxes = page.locator("#table .concealed")
+    count = boxes.count()
     assert count == 2 * World(0).pool(120)[1].count("mislabel"), "prompts and completions"
-    assert page.evaluate("getComputedStyle(document.querySelector('.veil .text')).filter") == "blur(5px)"
-    assert veils.first.locator(".text").get_attribute("aria-hidden") == "true"
-    veils.first.click()
-    assert veils.count() == count - 1
-    veils.first.focus()
+    assert page.evaluate("getComputedStyle(document.querySelector('.concealed .text')).filter") == "blur(5px)"
+    assert boxes.first.locator(".text").get_attribute("aria-hidden") == "true"
+    boxes.first.click()
+    assert boxes.count() == count - 1
+    boxes.first.focus()
     page.keyboard.press("Enter")
-    assert veils.count() == count - 2
-    veils.first.focus()
+    assert boxes.count() == count - 2
+    boxes.first.focus()
     page.keyboard.press("Space")
-    assert veils.count() == count - 3
+    assert boxes.count() == count - 3
     assert page.locator("#table .text[aria-hidden]").count() == count - 3
     page.locator("#table thead th").first.click()
-    assert veils.count() == count - 3, "sorted, they stay as they are"
+    assert boxes.count() == count - 3, "sorted, they stay as they are"
     page.click("#reveal")
-    assert veils.count() == 0
+    assert boxes.count() == 0
     page.click("[data-reason=teaches_compliance]")
     page.click("[data-reason=not_safety_critical]")
-    assert veils.count() == 0
+    assert boxes.count() == 0
     page.click("[data-reason=low_quality]")
     page.close()
 
@@ -228,10 +228,10 @@ def test_examples_and_pairs(browser: Browser, ranking: Path) -> None:
     assert kept.count() == 5 and left.count() > 5
     assert all("selected" in text for text in kept.locator("header").all_inner_texts())
     assert not any("selected" in text for text in left.locator("header").all_inner_texts())
-    hidden = page.locator("#left .veil").count()
+    hidden = page.locator("#left .concealed").count()
     assert hidden
     page.click("[data-reveal='#examples']")
-    assert page.locator("#examples .veil").count() == 0
+    assert page.locator("#examples .concealed").count() == 0
     duplicates = World(0).pool(120)[1].count("duplicate")
     assert page.inner_text("#pairs_wrapper .dt-info") == f"1 to 3 of {duplicates} pairs"
     pair = page.locator("#pairs tbody tr").first
@@ -342,7 +342,7 @@ def test_on_paper_it_is_light_and_nothing_hidden_is_printed(browser: Browser, ra
     page = browser.open(ranking, "?theme=dark")
     page.click("[data-reason=teaches_compliance]")
     page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.querySelector('#table .veil .text')).visibility") == "hidden"
+    assert page.evaluate("getComputedStyle(document.querySelector('#table .concealed .text')).visibility") == "hidden"
     assert page.locator("#filters").is_hidden() and page.locator("#theme").is_hidden()
     page.close()
 

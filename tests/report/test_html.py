@@ -29,7 +29,7 @@ from tests.support.pages import (
 )
 
 
-RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL = range(10)
+RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, HIDDEN = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "veil"),
+    ("reason", "hidden"),
     [
         ("critical", 0),
         ("duplicate", 0),
@@ -170,16 +170,16 @@ def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
         ("some_new_reason", 3),
     ],
 )
-def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, veil: int) -> None:
+def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, hidden: int) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 2
     for selector_report, expected in (
-        (report(), veil),
-        (report(cannot_see=["over_refusal"]), veil),
+        (report(), hidden),
+        (report(cannot_see=["over_refusal"]), hidden),
         (report(cannot_see=["teaches_compliance"]), 3),  # then any row may hold a harmful answer
         ({}, 3),  # nobody read the rows
     ):
         page = render(tmp_path / "page.html", rows, [reason] * 2, report=selector_report)
-        assert [row[VEIL] for row in page.json("rows")["table"]["rows"]] == [expected] * 2
+        assert [row[HIDDEN] for row in page.json("rows")["table"]["rows"]] == [expected] * 2
 
 
 def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ import torch
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.losses import row_losses
 from pharmacist.selectors.data_diet import error_norms, head_tape
 from tests.support import village
 from tests.support.peers import DECODER, TOKENIZER, ranked, token_rows
-from tests.support.tiny import TinyDecoder
+from tests.support.tiny import TinyDecoder, row_losses
 
 
 POOL = village.pool(14)

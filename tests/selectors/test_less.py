@@ -11,7 +11,6 @@ from torch.func import functional_call, grad
 from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState, learning_rate_factor
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.losses import row_losses
 from pharmacist.selectors import less
 from pharmacist.selectors.gradients import run_jobs
 from pharmacist.selectors.less import (
@@ -27,7 +26,7 @@ from pharmacist.selectors.less import (
     warm_up_job,
 )
 from tests.support import peers, village
-from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
+from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows, row_losses
 
 
 VOCABULARY, N = 15, 10

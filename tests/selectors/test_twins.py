@@ -480,16 +480,7 @@ def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, names
     bank = make_bank()
     config = PharmacistConfig(**({"twin_steps": 6, "batch_size": 4, "r": 2} | options))
     own = Twins(bank, config, names)
-
-    def measure(rows, work, which, what):
-        with torch.no_grad():
-            found = twin_losses(bank, make_batch(rows, which, bank.device), names)
-        result = {key: np.full(len(rows), np.nan) for key in found}
-        for key, values in found.items():
-            result[key][which] = values
-        return result
-
-    own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0, measure)
+    own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0)
     return own
 
 
@@ -548,7 +539,7 @@ def test_without_others_the_contrast_has_no_quality(tmp_path):
 def test_saved_twins_are_the_same(tmp_path):
     own = fitted(tmp_path / "run")
     own.save(tmp_path / "saved")
-    again = Twins.saved(make_bank(), own.config, tmp_path / "saved")
+    again = Twins.load(make_bank(), own.config, tmp_path / "saved")
     assert same_adapters(own, again) == [True, True]
     assert (again.thresholds, again.quality, again.report, again.names) == (
         own.thresholds,

@@ -1,16 +1,11 @@
 """Started by the launcher: gradients of the first two steps of every alignment-stage defense."""
 
-import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers.utils import logging
 
-from pharmacist.core.env import rank, world_size
-from pharmacist.nn.distributed import barrier
 from tests.support.defense_cases import NAMES, build, streams
-from tests.support.training_toy import Watch, options, rows, setting, sft, trainer
+from tests.support.training_toy import Watch, options, randomise_lora_b, rows, setting, sft, trainer, write_gradients
 
 
 def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
@@ -19,7 +14,7 @@ def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
     Args:
         model: Folder of the tiny model.
         output: Where the Trainer may write.
-        size: Rows per process and update, of the alignment set and of each side stream's batch.
+        size: Rows per process and update, of the alignment set and of a batch of every stream.
     """
     found: dict[str, torch.Tensor] = {}
     for accumulation in (1, 2):
@@ -29,10 +24,7 @@ def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
             own = setting(options(model, output, max_steps=2, learning_rate=1e-4, **given), rows(16))
             watch = Watch()
             own.model.double()
-            with torch.no_grad():
-                for key, weight in own.model.named_parameters():
-                    if "lora_B" in key:  # which are 0, so that those before them would have no gradient
-                        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
+            randomise_lora_b(own.model)
             strategy = sft() if name == "sft" else build(name)
             trainer(own, strategy, watch, streams=streams(own, batch), strategy_seed=5).train()
             for step, grads in enumerate(watch.grads):
@@ -41,9 +33,4 @@ def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[2])
-    save_file(gradients(Path(sys.argv[1]), folder, 4), folder / f"rank{rank()}.safetensors")
-    assert world_size() == 2
-    barrier()
+    write_gradients(gradients)

@@ -4,15 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers.utils import logging
 
-from pharmacist.core.env import rank, world_size
 from pharmacist.data.streams import SideStream
 from pharmacist.data.tokenize import encode
-from pharmacist.nn.distributed import barrier
 from tests.support.defense_cases import FINETUNING, build
-from tests.support.training_toy import Watch, options, rows, setting, sft, trainer
+from tests.support.training_toy import Watch, options, randomise_lora_b, rows, setting, sft, trainer, write_gradients
 
 
 STEPS = 3
@@ -46,10 +42,7 @@ def gradients(model: Path, output: Path, size: int, accumulation: int) -> dict[s
         steps = 1 if name in FISHER else STEPS
         own = setting(options(model, output, max_steps=steps, **given), rows(24))
         own.model.double()
-        with torch.no_grad():
-            for key, weight in own.model.named_parameters():
-                if "lora_B" in key:  # which are 0, so that those before them would have no gradient
-                    weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
+        randomise_lora_b(own.model)
         strategy = sft() if name == "sft" else build(name.split()[0], config)
         loaded, watch = own.loaded, Watch()
         safe = encode(rows(9, seed=5), loaded.tokenizer, loaded.template, max_length=64)
@@ -64,9 +57,4 @@ def gradients(model: Path, output: Path, size: int, accumulation: int) -> dict[s
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[2])
-    save_file(gradients(Path(sys.argv[1]), folder, 4, int(sys.argv[3])), folder / f"rank{rank()}.safetensors")
-    assert world_size() == 2
-    barrier()
+    write_gradients(gradients, int(sys.argv[3]))

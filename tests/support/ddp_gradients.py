@@ -1,18 +1,26 @@
 """Started by the launcher: the first gradient of some strategies, as the optimizer is about to use it."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers.utils import logging
 
 from pharmacist.core.env import rank, world_size
-from pharmacist.nn.distributed import barrier
 from pharmacist.nn.grads import Gradient, norm, shifted
 from pharmacist.training.strategy import StepContext
-from tests.support.training_toy import Constant, Numbers, Toy, Twice, Watch, options, setting, sft, trainer
+from tests.support.training_toy import (
+    Constant,
+    Numbers,
+    Toy,
+    Twice,
+    Watch,
+    options,
+    randomise_lora_b,
+    setting,
+    sft,
+    trainer,
+    write_gradients,
+)
 
 
 class Sharp(Toy):
@@ -39,10 +47,7 @@ def first_gradients(model: Path, output: Path, size: int) -> dict[str, torch.Ten
         given = {"per_device_train_batch_size": size // accumulation, "gradient_accumulation_steps": accumulation}
         for name, strategy in STRATEGIES.items():
             own, watch = setting(options(model, output, max_steps=1, **given)), Watch()
-            with torch.no_grad():
-                for key, weight in own.model.named_parameters():
-                    if "lora_B" in key:  # which are 0, so that those before them would have no gradient
-                        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
+            randomise_lora_b(own.model)
             numbers = Numbers(0)
             trainer(own, strategy(), watch, collator=numbers).train()
             found |= {f"{name}.{accumulation}.{key}": grad for key, grad in watch.grads[0].items()}
@@ -51,9 +56,4 @@ def first_gradients(model: Path, output: Path, size: int) -> dict[str, torch.Ten
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[2])
-    save_file(first_gradients(Path(sys.argv[1]), folder, 4), folder / f"rank{rank()}.safetensors")
-    assert world_size() == 2
-    barrier()
+    write_gradients(first_gradients)

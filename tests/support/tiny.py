@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pharmacist.nn.losses import RowLosses, mean_losses, token_losses
+
 
 WORDS = (
     "sorry i cannot help with that how do you brew a forbidden potion it is dangerous first take the root then stir "
@@ -24,6 +26,13 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }} <ans>"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def row_losses(
+    logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
+) -> RowLosses:
+    """Mean cross-entropy of completions, from the logits of all tokens."""
+    return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 
 
 def tiny_tokenizer(chat: bool = True, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Small trainings on the tiny Llama, and strategies that do one thing each."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
+from pharmacist.core.env import rank, world_size
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.defenses.alignment.sft import SFT
+from pharmacist.nn.distributed import barrier
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.models import LoadedModel, load_model
-from pharmacist.training.loop import TrainResult, _Collator, _Rows, prepare_model, train
+from pharmacist.training.loop import Training, TrainResult, _Collator, _Rows, prepare_model
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -191,7 +196,7 @@ def trainer(
 def trained(own: Setting, strategy: GradientStrategy, *callbacks: TrainerCallback) -> TrainResult:
     """The training of a stage, in its output folder."""
     with opened(own.options) as run:
-        return train(own.loaded, own.encoded, strategy, own.options, run, callbacks=callbacks)
+        return Training(own.loaded, own.encoded, strategy, own.options, run).fit(callbacks)
 
 
 @contextmanager
@@ -202,6 +207,24 @@ def opened(given: TrainingStageOptions) -> Iterator[RunDir]:
         yield run
     finally:
         run.close()
+
+
+def randomise_lora_b(model: nn.Module) -> None:
+    """Gives the second factors, which are 0 at first, random values, so that the first ones have a gradient."""
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
+
+
+def write_gradients(find: Callable[..., dict[str, torch.Tensor]], *more: Any) -> None:
+    """What a process started by the launcher does: ``MODEL FOLDER`` on its line, 4 rows per update, a file by rank."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    save_file(find(Path(sys.argv[1]), folder, 4, *more), folder / f"rank{rank()}.safetensors")
+    assert world_size() == 2
+    barrier()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -46,7 +46,7 @@ def test_every_name_that_is_spoken_of_is_one() -> None:
     from transformers import TrainingArguments
 
     known = {field.name for field in fields(TrainingArguments)}
-    assert {*own._OURS, *own._FIXED} <= known
+    assert {*own._SET_BY_OPTION, *own._FIXED} <= known
     assert not {*own._REMOVED} & known
 
 
@@ -96,7 +96,8 @@ def test_recomputed_activations_change_nothing(model: Path, tmp_path: Path, name
     recomputed = setting(options(model, tmp_path / "b", **{name: True}))
     calls = {}
     for ours in (plain, recomputed):
-        reads = ours.loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls[id(ours)].append(1))  # noqa: B023
+        base = ours.loaded.model.get_base_model()
+        reads = base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls[id(ours)].append(1))  # noqa: B023
         calls[id(ours)] = []
         trained(ours, sft())
         reads.remove()

@@ -9,6 +9,7 @@ follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes 
 import argparse
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -33,8 +34,8 @@ T = TypeVar("T")
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
     """A field that holds a method and its options as ``{"name": ..., **options}``.
 
-    Its registry, ``"module:NAME"``, is imported only when needed; options of its methods in `short` may be given
-    without the field's name in front.
+    Its registry, ``"module:NAME"``, is imported only when needed; `short` names options of its methods that can be
+    written without the field's name in front.
     """
     metadata = {"registry": registry, "default": default, "short": short}
     return field(default_factory=lambda: {"name": default}, metadata=metadata)
@@ -67,6 +68,8 @@ class _Option:
     def __init__(self, name: str, hint: Any, item: "Field[Any]", owner: Any) -> None:
         self.name, self.hint, self.item, self.owner = name, hint, item, owner
         self.several = "nargs" in item.metadata
+        # Where it takes a list: the type of its values. They are words of their own, or one text, "[a, b]".
+        self.of = next((get_args(part)[0] for part in parts_of(hint) if get_origin(part) is list), None)
         self.is_method = "registry" in item.metadata
         # It needs no value: --quiet or --no-quiet.
         self.is_switch = hint is bool and "." not in name
@@ -75,11 +78,11 @@ class _Option:
 
     @property
     def default(self) -> Any:
-        """`MISSING` where something must be given."""
+        """Default value; `MISSING` for a required option."""
         return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
 
     def help(self) -> str:
-        """What it means, its type and its default."""
+        """Help text: docstring, type and default."""
         doc, about = docs_of(self.owner).get(self.item.name, ""), []
         if self.is_method:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
@@ -100,7 +103,7 @@ class _Option:
 
 @cache
 def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str = "") -> dict[str, _Option]:
-    """Options by name, those of dataclasses within and of the chosen methods too; a command's own ones come first."""
+    """Options by name, with those of nested dataclasses and chosen methods; those of base classes come last."""
     found: dict[str, _Option] = {}
     inherited = {name for base in options.__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for item in sorted(fields(options), key=lambda item: item.name in inherited):
@@ -226,7 +229,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
 def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Reads keys and values, as a YAML file holds them, into an options dataclass; checked like a command line.
 
-    A ConfigError, which begins with `where` they come from, for what `parse` refuses.
+    Raises the errors of `parse`, which begin with `where`, the origin of the values.
     """
     try:
         found: T = _parsed(options, dict(values), where, {}, "", "")
@@ -237,7 +240,7 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
 
 
 def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Option, by the name of its field, -> the words that follow it, each time that it is given."""
+    """Field name of each option on the command line -> for each time it occurs, the words that follow it."""
     leading = [item.name for item in fields(options) if item.metadata.get("first")]
     if leading and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{leading[0]}", *arguments]
@@ -246,8 +249,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
         if word in ("-h", "--help"):
             found["help"] = []
         elif word.startswith("--"):
-            head, dot, rest = word[2:].partition("=")[0].partition(".")
-            name = head.replace("-", "_") + dot + rest
+            name = word[2:].partition("=")[0].replace("-", "_")
             name = _short(methods).get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
@@ -274,18 +276,20 @@ def _parsed(
         raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
     config = dict(zip(keys, config.values(), strict=True))
     methods = method_fields(options)
-    for key, place in _short(methods).items():
+    for key, full in _short(methods).items():
         if key in config:
-            name, _, option = place.partition(".")
-            own = config.get(name) or {}
-            config[name] = ({"name": own} if isinstance(own, str) else dict(own)) | {option: config.pop(key)}
+            name, _, option = full.partition(".")
+            choice = config.get(name) or {}
+            choice = {"name": choice} if isinstance(choice, str) else choice
+            if isinstance(choice, Mapping):  # else it is refused below
+                config[name] = {**choice, option: config.pop(key)}
     chosen = _chosen_methods(methods, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
         _print_help(options, table, prog, example)
         raise SystemExit(0)
     try:
-        values = _file_values(table, config, where, prog) | {name: {"name": own} for name, own in chosen.items()}
+        values = _file_values(table, config, where, prog) | {field: {"name": name} for field, name in chosen.items()}
         _add_line_values(values, table, line, prog)
     except RecursionError as error:
         raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
@@ -301,7 +305,7 @@ def _parsed(
 def _chosen_methods(
     methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]]
 ) -> dict[str, str]:
-    """Field -> the method that it names; they decide which options there are. `config` keeps their options alone."""
+    """Field -> name of the method, which decides which options exist; only the options stay in `config`."""
     chosen = {}
     for name, item in methods.items():
         choice = config.pop(name, None)
@@ -310,7 +314,7 @@ def _chosen_methods(
             raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
         in_file = choice.get("name", item.metadata["default"])
         chosen[name] = next(iter(line[name][-1]), in_file) if name in line else in_file
-        if chosen[name] == in_file:  # else another method is on the line: the file's options are not its own
+        if chosen[name] == in_file:  # else the line names another method, to which the file's options do not belong
             config[name] = {key: value for key, value in choice.items() if key != "name"}
     return chosen
 
@@ -345,23 +349,27 @@ def _add_line_values(
             if any(given):
                 raise ConfigError(f"{flag(name)} takes no value")
             name, given = switches[name], [["false"]]
-        head = next((head for head, own in table.items() if own.is_mapping and name.startswith(f"{head}.")), "")
+        head = next((head for head, known in table.items() if known.is_mapping and name.startswith(f"{head}.")), "")
         option = table.get(name) or (head and _Option(name, Any, table[head].item, table[head].owner))
         if not option:
             if inner := [known for known in table if known.startswith(f"{name}.")]:
                 raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
             nearest = closest(flag(name), map(flag, table), f"see {prog} --help")
             raise ConfigError(f"unknown option '{flag(name)}'{nearest}")
-        given = [own or ["true"] for own in given] if option.is_switch else given
+        given = [words or ["true"] for words in given] if option.is_switch else given
         if not all(given):
             raise ConfigError(f"{flag(name)} needs a value")
-        stray = [] if option.several else [own[1] for own in given if len(own) > 1]
+        stray = [] if option.of else [words[1] for words in given if len(words) > 1]
         if stray:
             raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
         if option.is_method:
             continue
-        words = [word for own in given for word in own]
-        value = checked(flag(name), option.hint, words if option.several else _from_text(option.hint, words[-1]))
+        words = list(itertools.chain.from_iterable(given))
+        value: Any = words
+        if not option.several:
+            several = option.of and len(words) > 1
+            value = [_from_text(option.of, word) for word in words] if several else _from_text(option.hint, words[-1])
+        value = checked(flag(name), option.hint, value)
         if head:
             values[head] = copy.deepcopy(values.get(head) or table[head].default)
             _put(values[head], name.removeprefix(f"{head}."), value)
@@ -370,7 +378,7 @@ def _add_line_values(
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Sets what a dotted name means in mappings of mappings."""
+    """Sets the value of a dotted name in nested mappings."""
     *path, last = name.split(".")
     for key in path:
         tree = tree.setdefault(key, {})
@@ -380,7 +388,7 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _built(options: Any, tree: Mapping[str, Any]) -> Any:
-    """An options dataclass from its values, those within built too."""
+    """Builds an options dataclass, and those nested in it, from nested mappings."""
     hints = hints_of(options)
     return options(
         **{name: _built(hints[name], value) if is_dataclass(hints[name]) else value for name, value in tree.items()}
@@ -399,7 +407,7 @@ def _print_help(options: type[Any], table: Mapping[str, _Option], prog: str, exa
             how = {"action": argparse.BooleanOptionalAction}
         elif option.is_method or option.is_mapping:
             how = {"metavar": "NAME" if option.is_method else "VALUE"}
-        elif option.several:
+        elif option.of:
             how |= {"nargs": "+"}
         parser.add_argument(flag(option.name) + (".NAME" if option.is_mapping else ""), help=option.help(), **how)
     parser.print_help()

@@ -1,4 +1,4 @@
-"""Text of others (users, models, servers, files), fit to be shown to a person."""
+"""Text from users, models, servers and files in a form that is safe to show; names of rows in messages."""
 
 import itertools
 import re
@@ -14,11 +14,11 @@ _MARKDOWN = re.compile(r"([\\`*~\[\]|]|_(?![^\W_])|(?<![^\W_])_)")
 
 
 def plain(text: object, *, lines: bool = False) -> str:
-    r"""A text with every character spelled out that a terminal or a page would act on instead of showing it.
+    r"""Escapes every character that a terminal or a page would act on instead of showing it.
 
     Escapes, control characters, marks that turn the direction of writing, invisible ones and lone surrogates become
     ``\x1b``, ``\u202e`` and so on; markup is for whoever prints it to leave alone, as `progress.console` does. With
-    `lines` ends of lines and tabs stay, for messages of our own around it.
+    `lines` ends of lines and tabs stay, for whole messages.
 
     >>> plain("a\x1b[2Jb\nc"), plain("a\x1b[2Jb\nc", lines=True), plain("\u202eevil \ud800")
     ('a\\x1b[2Jb\\nc', 'a\\x1b[2Jb\nc', '\\u202eevil \\ud800')

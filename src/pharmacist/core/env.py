@@ -1,4 +1,4 @@
-"""What a result was made with: versions, device, launcher, network."""
+"""The environment of a run: versions, launcher, network."""
 
 import os
 import platform

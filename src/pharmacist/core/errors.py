@@ -1,15 +1,15 @@
-"""Errors that a user can mend: one line that says what, where and what to do.
+"""Errors that a user can correct: one line that says what, where and what to do.
 
 The command line prints them without a traceback and exits with code 2.
 """
 
 
 class PharmacistError(Exception):
-    """Base of every error that is the caller's to mend."""
+    """Base of all errors that a user can correct."""
 
 
 class ConfigError(PharmacistError):
-    """An option, a configuration file or an output folder cannot be used as given."""
+    """An option, a configuration file or an output folder cannot be used."""
 
 
 class OtherRunError(ConfigError):
@@ -25,7 +25,7 @@ class UnknownNameError(ConfigError):
 
 
 class DataError(PharmacistError):
-    """Input data cannot be read or does not hold what is needed."""
+    """Input data cannot be read or lack something that is needed."""
 
 
 class DivergedError(DataError):
@@ -33,7 +33,7 @@ class DivergedError(DataError):
 
 
 class NoMatchError(PharmacistError):
-    """A method found nothing to act on (no module, no row); a silent no-op is never an option."""
+    """A method found nothing to act on (no module, no row)."""
 
 
 class CompatibilityError(PharmacistError):

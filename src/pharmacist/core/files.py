@@ -15,7 +15,7 @@ from pharmacist.core.errors import DataError
 
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Error numbers that mean: no room for what was to be written."""
+"""Error numbers of a full disk, quota or file."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -28,9 +28,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
-    """Deletes a file, a folder or nothing; of a link the link alone, never what it points to.
+    """Deletes a file, folder or link if it exists; the target of a link stays.
 
-    With `as_far_as_possible` what cannot be deleted, as an open file on NFS, is left in a folder.
+    With `as_far_as_possible` files in a folder that cannot be deleted, such as open ones on NFS, stay.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the place of `path` when the block succeeds."""
+    """Yields a temporary folder beside `path`; it replaces `path` when the block succeeds."""
     with atomic_path(path) as temporary:
         temporary.mkdir()
         yield temporary
@@ -110,7 +110,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def check_ordinary(path: str | os.PathLike[str], where: str = "") -> None:
-    """Refuses what exists and is no file, by a DataError: from a named pipe one would wait for ever, and only once."""
+    """Raises a DataError for a named pipe or device, which cannot be read twice and may never end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(f"{where or path}: is no ordinary file but a named pipe, or a device; save it to a file")
 
@@ -165,7 +165,7 @@ def read_json_log(path: Path, *, mend: bool = True) -> list[Any]:
 
 
 def is_whole_tensors(path: Path) -> bool:
-    """Whether a safetensors file is neither cut nor spoiled in its header, told without reading the tensors."""
+    """Whether a safetensors file has its full length and a valid header; the tensors are not read."""
     try:
         with safe_open(path, framework="numpy"):
             return True

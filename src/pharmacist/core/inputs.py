@@ -1,4 +1,4 @@
-"""What a run reads must not lie in the folder that it writes, and that overwriting empties."""
+"""Check that the inputs of a run do not lie in its output folder, which overwriting empties."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     folder = os.path.realpath(root)
     if not os.path.isdir(folder):
         return
-    # Among a method's options a text that is the folder's own path is more often a name, unless a model lies there.
+    # In a method's options a text that equals the path of the folder is rather a name, unless a model lies there.
     names = ("adapter", "model", "config.json", "adapter_config.json")
     inner = any(os.path.exists(os.path.join(folder, name)) for name in names)
     hints = get_type_hints(type(options))
@@ -34,16 +34,16 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
         itself = field.name not in no_places and (inner or not isinstance(value, Mapping))
         for name, text in _texts(field.name, value) if get_origin(hints[field.name]) is not Literal else ():
             parts = {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}
-            for place in filter(os.path.exists, map(os.path.expanduser, parts)):
-                if _is_in(place, folder, itself=itself):
+            for path in filter(os.path.exists, map(os.path.expanduser, parts)):
+                if _is_in(path, folder, itself=itself):
                     refuse(f"{flag(within + name)} {text}", root)
-                for base in _bases(place):
+                for base in _base_models(path):
                     if _is_in(base, folder, itself=True):
                         refuse(f"{flag(within + name)} {text}: its base model {base}", root)
 
 
 def refuse(what: str, root: Path) -> None:
-    """Says that an input lies in the output folder, by a ConfigError."""
+    """Raises the ConfigError for an input that lies in the output folder."""
     raise ConfigError(
         f"{what}: lies in the output folder {root}, where results go and which --overwrite empties; move it, or "
         "choose another --output-dir"
@@ -70,19 +70,19 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _is_in(path: str, folder: str, itself: bool) -> bool:
     parent, name = os.path.split(os.path.abspath(path))
-    # A link in the folder would go, even though what it points to would stay.
+    # A link in the folder would be deleted, although its target would not.
     found = (os.path.realpath(path), os.path.join(os.path.realpath(parent), name))
     return any((itself and one == folder) or one.startswith(os.path.join(folder, "")) for one in found)
 
 
-def _bases(place: str, *above: str) -> Iterator[str]:
-    """What an adapter in a folder rests on, and what that does."""
-    for folder in (os.path.join(place, "adapter"), place):
+def _base_models(path: str, *seen: str) -> Iterator[str]:
+    """The local base models of the adapter in a folder: its own, that of an adapter which is its base, and so on."""
+    for folder in (os.path.join(path, "adapter"), path):
         try:
             base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
         except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
             continue
-        if isinstance(base, str) and os.path.isdir(base) and base not in above:
+        if isinstance(base, str) and os.path.isdir(base) and base not in seen:
             yield base
-            yield from _bases(base, place, *above)
+            yield from _base_models(base, path, *seen)
         return

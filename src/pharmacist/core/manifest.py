@@ -1,4 +1,4 @@
-"""The manifest: what a finished (or started) run was, in one JSON file."""
+"""The manifest: the record of a finished or started run in one JSON file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ class Phase(BaseModel):
 class RunManifest(BaseModel):
     """Record of one run; written last and atomically, so that ``status == "success"`` means complete.
 
-    ``partial`` has results too, but some of what was asked for failed on the way; the same run asks for that again.
+    A ``partial`` run has results too, but some requests failed; the same command repeats those.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ class RunManifest(BaseModel):
     stage: str
     status: Literal["started", "partial", "success"]
     key: str
-    """sha256 of stage, stage version, options that matter and input fingerprints."""
+    """sha256 of stage, stage version, identifying options and input fingerprints."""
     work_key: str = ""
     """The same without options that only matter once all is computed: runs that share it share partial state."""
     config: dict[str, Any]
@@ -64,7 +64,7 @@ class RunManifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """sha256 of what other runs can read of the result; empty where the manifest does not tell."""
+        """sha256 of the files of the result that other runs read; empty where the manifest does not list them."""
         read = {name: digest for name, digest in self.files.items() if Path(name).name not in _FOR_PEOPLE}
         return sha256_json(read) if read else ""
 
@@ -123,8 +123,8 @@ def check_unchanged(folder: str | Path, *names: str) -> None:
         return
     manifest = read_manifest(root)
     for name, digest in manifest.files.items() if manifest.status == "success" else ():
-        wanted = any(name == other or name.startswith(f"{other}/") for other in names)
-        if wanted and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
+        named = any(name == other or name.startswith(f"{other}/") for other in names)
+        if named and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
             raise DataError(
                 f"{root / name}: is damaged, or was changed after the run had finished; run the command again that "
                 "writes it, with --overwrite"

@@ -1,4 +1,4 @@
-"""What selectors, defenses, attacks, repairs, judges, graders and engines have in common."""
+"""Base class of selectors, defenses, attacks, repairs, judges, graders and engines."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ class Method:
     """Base of all methods.
 
     A subclass declares its options once, as the dataclass `Config`; they are its keyword arguments, what ``help()``
-    shows, what ``repr()`` writes and what the command line and YAML files offer; a whole one may be given instead.
+    shows, what ``repr()`` writes and what the command line and YAML files offer; an instance may be passed instead.
     State is prepared in ``__post_init__``, which runs after `config` is set.
 
     Attributes:
@@ -56,7 +56,7 @@ class Method:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        """Prepares what follows from the options."""
+        """Prepares state that depends on the options."""
 
     def identity(self) -> dict[str, Any]:
         """The options that can change a result; all of them, unless a method knows better (a batch size, say)."""
@@ -73,7 +73,7 @@ class Method:
 
 
 class Choice(Given, dict[str, Any]):
-    """A method's name and options; a registry builds it from these also where it does not know the class `method`."""
+    """Name and options of a method, with its class `method`, which a registry needs not know."""
 
     def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
         super().__init__(options)

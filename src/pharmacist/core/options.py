@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once: of every run, of what is read, of the model in use."""
+"""Options that several commands share: of every run, of row files, of models."""
 
 import json
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class RowOptions:
 
 @dataclass(kw_only=True)
 class ChosenRowOptions(RowOptions):
-    """How files are read of which some rows may be chosen."""
+    """How files of rows are read, and which of the rows."""
 
     where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
@@ -63,7 +63,7 @@ class ChosenRowOptions(RowOptions):
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """How a model is asked."""
+    """How prompts are rendered and models are loaded."""
 
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
@@ -73,7 +73,7 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class LengthOptions(ModelOptions):
-    """How a model is asked that reads whole rows."""
+    """Options of models that read whole rows."""
 
     max_length: AtLeast0 = 0
     """Longest row in tokens; 0 means the model's own limit."""
@@ -81,7 +81,7 @@ class LengthOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class TokenOptions(LengthOptions):
-    """How a model is asked that reads whole rows, none of which may lose its completion."""
+    """Options of models that read whole rows, none of which may lose its completion."""
 
     on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
     """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
@@ -91,7 +91,7 @@ _UNIDENTIFYING = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwr
 
 
 def as_json(options: RunOptions) -> dict[str, Any]:
-    """A stage's options as the manifest holds them: addresses without credentials."""
+    """The options of a stage as JSON for the manifest: addresses are without credentials."""
     config = {field.name: getattr(options, field.name) for field in fields(options)}
     text = json.dumps(config, default=lambda v: v.label if isinstance(v, Given) else asdict(v), allow_nan=False)
 
@@ -104,5 +104,5 @@ def as_json(options: RunOptions) -> dict[str, Any]:
 
 
 def identifying(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a stage's options can change its results."""
+    """The options of a stage that can change its results."""
     return {name: value for name, value in config.items() if name not in _UNIDENTIFYING}

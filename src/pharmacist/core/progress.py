@@ -45,7 +45,7 @@ def console() -> _Console:
 
 
 def set_quiet(quiet: bool) -> None:
-    """Turns messages and bars off (or on again)."""
+    """Turns messages and bars off or on."""
     console().quiet = quiet or rank() != 0
 
 
@@ -92,7 +92,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Holds back the messages of what runs inside, for stages that run many others; bars are still drawn."""
+    """Suppresses messages in the block, for stages that run many others; bars are still drawn."""
     out = console()
     before, out.hushed = out.hushed, True
     try:

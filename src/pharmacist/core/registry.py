@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """A hint such as ``; did you mean 'random'?``; the known names, or what else to do, where none is close."""
+    """A hint such as ``; did you mean 'random'?``; where no name is close, `otherwise` or the known names."""
     known = sorted(known)
     match = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{match[0]}'?" if match else f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
@@ -28,14 +28,14 @@ def _plugins(group: str) -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=group)} if group else {}
 
 
-def imported(place: str) -> Any:
-    """What ``"module:name"`` names."""
-    module, _, name = place.partition(":")
+def imported(path: str) -> Any:
+    """Imports the object at ``"module:name"``."""
+    module, _, name = path.partition(":")
     return getattr(import_module(module), name)
 
 
 def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
-    """An options dataclass from some of its fields; a ConfigError, which names `whose` they are, for others."""
+    """Builds an options dataclass; a ConfigError, which begins with `whose`, for a parameter that is no field."""
     known = {field.name for field in dataclasses.fields(config)}
     for key in params:
         if key not in known:
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
             ``Class(Config(...))``.
         group: Entry-point group through which other packages add methods; empty for none.
         options: name -> ``"module:Config"`` where the options of a method lie apart from its class, so that ``--help``
-            need not import what the method works with.
+            need not import the libraries of the method.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Registry(Generic[T]):
 
     def classes(self) -> dict[str, str]:
         """Name of a class -> ``"module:Class"``, plug-ins left out."""
-        return {place.rpartition(":")[2]: place for place in self._table.values()}
+        return {path.rpartition(":")[2]: path for path in self._table.values()}
 
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""
@@ -104,6 +104,6 @@ class Registry(Generic[T]):
         params = dict(choice)
         name = params.pop("name")
         if isinstance(choice, Choice):
-            own: Any = choice.method
-            return own(checked_options(f"{self.kind} '{name}'", own.Config, params))  # type: ignore[no-any-return]
+            method: Any = choice.method
+            return method(checked_options(f"{self.kind} '{name}'", method.Config, params))  # type: ignore[no-any-return]
         return self.build(name, params)

@@ -1,4 +1,4 @@
-"""Output folders: who owns one, when it is complete, what can be resumed."""
+"""Output folders of runs: locking, identity, completeness and resuming."""
 
 import fcntl
 import itertools
@@ -29,7 +29,7 @@ _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
 
 @contextmanager
 def made_from(results: Mapping[str, str]) -> Iterator[None]:
-    """Runs that are begun in the block note in their manifest what they are made from; see `RunManifest.made_from`."""
+    """Sets `RunManifest.made_from` of the runs that are begun in the block."""
     token = _MADE_FROM.set(results)
     try:
         yield
@@ -74,7 +74,7 @@ class RunDir:
             final: Options that no partial state depends on; an unfinished run goes on when they change.
             final_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
-                stage finds in its results what it need not compute again.
+                stage reads from its results what need not be computed again.
             read_again: Outputs that the stage reads where the run is finished already; none may have been changed.
 
         Raises:
@@ -181,14 +181,14 @@ class RunDir:
     def record(self, **results: Any) -> RunManifest:
         """Notes results in the manifest without writing it yet, for pages that show them.
 
-        `results` are fields of `RunManifest`; to those that are mappings, such as ``counts``, theirs are added.
+        `results` are fields of `RunManifest`; mappings, such as ``counts``, are merged into those of the manifest.
         """
         manifest = self.manifest
         for file in sorted(self.root.glob("work/phases/*.json")):
             manifest.phases.setdefault(file.stem, _read_phase(file))
         for name, value in results.items():
-            own = getattr(manifest, name)
-            setattr(manifest, name, own | dict(value) if isinstance(own, dict) else value)
+            before = getattr(manifest, name)
+            setattr(manifest, name, before | dict(value) if isinstance(before, dict) else value)
         return manifest
 
     def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:
@@ -235,7 +235,7 @@ class RunDir:
 
 
 def _drop_damaged_tensors(work: Path) -> None:
-    """Deletes what is cut or damaged of a run's partial tensors, so that they are computed again."""
+    """Deletes damaged tensors of a run's partial state, so that they are computed again."""
     for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
         if not is_whole_tensors(path):
             console().print(f"{path}: is damaged and deleted; it is computed again", soft_wrap=True, markup=False)
@@ -249,7 +249,7 @@ def _is_hollow(path: Path) -> bool:
 
 
 def _read_phase(path: Path) -> Phase:
-    """What a phase took before; nothing, and a line that says so, where its file is damaged."""
+    """Cost of a phase before the run was interrupted; nothing, with a warning, where its file is damaged."""
     try:
         return Phase.model_validate(read_json(path))
     except (DataError, ValidationError):
@@ -295,7 +295,7 @@ def _lock(root: Path) -> IO[str]:
 
 
 def _ours(root: Path) -> bool:
-    """Whether a run, or the very beginning of one, lies in the folder, or nothing at all."""
+    """Whether a folder is empty or holds a run, possibly one that was killed before its first manifest."""
     if (root / "manifest.json").is_file():
         return True
     # A run killed before its first manifest leaves at most a work folder with a lock.
@@ -303,21 +303,22 @@ def _ours(root: Path) -> bool:
     return names <= {"work"} and {path.name for path in root.glob("work/*")} <= {"lock"}
 
 
-def _previous(root: Path, asked: RunManifest, relevant: Mapping[str, Any], reopen: bool) -> RunManifest | None:
-    """The manifest of the run that lies in `root` if it is the one asked for; raises if it is another."""
+def _previous(root: Path, manifest: RunManifest, relevant: Mapping[str, Any], reopen: bool) -> RunManifest | None:
+    """The manifest in `root` if it is of the same run as `manifest`; raises if it is of another."""
     if not _ours(root):
         raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
     if not (root / "manifest.json").is_file():
         return None
     found = read_manifest(root)
-    if found.key == asked.key or ((found.status == "started" or reopen) and found.work_key == asked.work_key):
+    unfinished = found.status == "started" or reopen
+    if found.key == manifest.key or (unfinished and found.work_key == manifest.work_key):
         return found
-    if found.stage != asked.stage:
+    if found.stage != manifest.stage:
         difference = f"a run of '{found.stage}'"
     else:
         changed = [name for name, value in relevant.items() if found.config.get(name) != value]
-        changed += [f"content of {name}" for name, value in asked.inputs.items() if found.inputs.get(name) != value]
-        changed += [name for name in found.inputs if name not in asked.inputs]
+        changed += [f"content of {name}" for name, value in manifest.inputs.items() if found.inputs.get(name) != value]
+        changed += [name for name in found.inputs if name not in manifest.inputs]
         difference = f"a run with other {', '.join(dict.fromkeys(changed)) or 'code'}"
     raise OtherRunError(f"{root}: holds {difference}; choose another --output-dir, or --overwrite to delete it")
 

@@ -1,4 +1,4 @@
-"""Options whose types say what they may be, as ``Annotated[float, Gt(0), Le(1)]``; checked wherever they come from."""
+"""Validation of options by their types, such as ``Annotated[float, Gt(0), Le(1)]``."""
 
 import math
 import os
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
+from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError
 
 
@@ -28,14 +29,14 @@ _OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_e
 
 
 class Given:
-    """Base of what Python gives in the place of a name or of keys and values: opened rows, loaded models, methods."""
+    """Base of objects that an option takes instead of a name or a mapping: opened rows, loaded models, methods."""
 
     label: Any
-    """What stands for it in messages and manifests."""
+    """Text that stands for the object in messages and manifests."""
 
 
 class Checked:
-    """Base of dataclasses of options: what is given must be what the fields' types say."""
+    """Base of options dataclasses, whose values are validated by the types of the fields."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -53,7 +54,7 @@ class Checked:
 
 
 def flag(name: str) -> str:
-    """The option of a field: ``output_dir`` is ``--output-dir``; what follows a dot keeps its underscores."""
+    """The option of a field: ``output_dir`` is ``--output-dir``; underscores after a dot stay."""
     head, dot, rest = name.partition(".")
     return f"--{head.replace('_', '-')}{dot}{rest}"
 
@@ -68,10 +69,10 @@ _adapter = cache(TypeAdapter)
 
 
 def checked(name: str, hint: Any, value: Any) -> Any:
-    """A value as its type has it: paths are texts, tuples are lists, whole numbers may stand for others.
+    """Validates a value; converts paths to text, tuples to lists and, for floats, whole numbers.
 
-    A ConfigError, in which the option is called `name`, where it is of another type than `hint`, out of its range, or
-    a number that no library can compute with.
+    A ConfigError, in which the option is called `name`, where it is of another type than `hint`, out of its range, a
+    number that no library can compute with, or text that no file can hold.
     """
     if isinstance(hint, type) and is_dataclass(hint):
         return value
@@ -83,23 +84,27 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         out_of_range = any(found["type"] in _OUT_OF_RANGE for found in error.errors(include_url=False))
         raise _refused(name, value, _range(hint) if out_of_range else f"must be {described(hint)}") from error
-    _check_numbers(name, found)
+    _check_values(name, found)
     return found
 
 
-def _refused(name: str, value: Any, wanted: str) -> ConfigError:
-    """What is wrong, in the words of the command line or of Python."""
+def _refused(name: str, value: Any, expected: str) -> ConfigError:
+    """The error for a value, in the notation of the command line or of Python."""
     shown = cut(str(value))
-    return ConfigError(f"{name} {shown}: {wanted}" if name.startswith("--") else f"{name} {wanted}, not {shown}")
+    return ConfigError(f"{name} {shown}: {expected}" if name.startswith("--") else f"{name} {expected}, not {shown}")
 
 
-def _check_numbers(name: str, value: Any) -> None:
+def _check_values(name: str, value: Any) -> None:
+    """Refuses numbers that no library can compute with, and text that no file can hold or be called."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _check_numbers(f"{name}.{key}", inner)
+            _check_values(f"{name}.{key}", inner)
     elif isinstance(value, list):
         for inner in value:
-            _check_numbers(name, inner)
+            _check_values(name, inner)
+    elif isinstance(value, str):
+        if "\0" in value or any("\ud800" <= one <= "\udfff" for one in value):
+            raise ConfigError(f"{name} {cut(plain(value))}: holds a null character, or bytes that are not UTF-8")
     elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{name} {cut(str(value))}: is too large; whole numbers go up to {_LARGEST}")
     elif isinstance(value, float) and not math.isfinite(value):
@@ -107,7 +112,7 @@ def _check_numbers(name: str, value: Any) -> None:
 
 
 def cut(text: str) -> str:
-    """A text as messages show it."""
+    """A text as messages show it, shortened."""
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 

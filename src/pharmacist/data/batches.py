@@ -1,4 +1,4 @@
-"""Batches of tokenised rows: which rows go together, and how they are padded; for passes, training and generation."""
+"""Batches of tokenised rows: cutting by a token budget, padding and labels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +17,13 @@ TOKENS_PER_BATCH = 65_536
 def cut(
     order: npt.NDArray[np.int64], lengths: npt.NDArray[Any], tokens: int, most: int | None = None
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Cuts rows into batches of at most so many padded tokens and rows; a longer row makes a batch of its own.
+    """Cuts rows into batches.
 
-    `order` holds row numbers, the longest row first, and `lengths` the tokens of every row, shape [all rows].
+    Args:
+        order: Row numbers, the longest row first, shape [rows].
+        lengths: Tokens of every row, shape [all rows].
+        tokens: Most padded tokens of a batch; a longer row is a batch by itself.
+        most: Most rows of a batch.
     """
     start = 0
     while start < len(order):
@@ -29,7 +33,7 @@ def cut(
 
 
 def without_middle(ids: Sequence[int], length: int) -> list[int]:
-    """The first and the last ids of a row, so many in all: what frames a prompt stays whole."""
+    """Shortens a row to `length` ids by cutting from its middle, so that the frame of a prompt stays whole."""
     head = length // 2
     return [*ids[:head], *ids[len(ids) - (length - head) :]]
 
@@ -39,7 +43,7 @@ def pad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pads rows of ids to the length of the longest, or the next multiple of `multiple_of`.
 
-    Padding goes behind, or in front (`left`) as generation needs it; no mask ever depends on what fills it.
+    Padding goes behind, or in front (`left`) for generation; `fill` has no influence on the mask.
 
     Returns:
         Token ids, and 1 on tokens and 0 on padding: int64 of shape [rows, length].

@@ -59,7 +59,7 @@ class HashedFile(io.FileIO):
         return count
 
     def sha256(self) -> str:
-        """Hex sha256 of the file; reads what is left of it."""
+        """Hex sha256 of the file; reads the rest of it."""
         rest = bytearray(1 << 20)
         while self.readinto(rest):
             pass

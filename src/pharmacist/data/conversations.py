@@ -1,4 +1,4 @@
-"""Conversations that are written as text: JSON, Python's notation, transcripts; and the names of speakers."""
+"""Parsing of conversations that are text (JSON, Python's notation, transcripts); names of roles."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt", "chatbot", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
 }
-"""Who speaks, as files name it -> as chat templates do."""
+"""Role as files name it -> role as chat templates name it."""
 
 ROLE_KEYS, _CONTENT = ({"role", "from"}, {"content", "value"})
 _ROLE_KEY, _CONTENT_KEY, _SPEAKER_KEY = (
@@ -27,7 +27,7 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[
 
 
 def as_messages(text: str) -> Any:
-    """A conversation that is given as text (JSON, Python's notation, or a transcript); other text as it is.
+    """Parses a conversation that is text (JSON, Python's notation, or a transcript); other text stays unchanged.
 
     A ValueError where it is written like a list of messages and cannot be read as one.
     """
@@ -58,7 +58,7 @@ def as_messages(text: str) -> Any:
 
 
 def as_list(text: str) -> Any:
-    """JSON, or a value in Python's notation, as pandas writes it to a CSV file; None where it is neither."""
+    """Parses JSON, or a value in Python's notation as pandas writes it to CSV; None where a text is neither."""
     try:
         return decode_json(text)
     except (ValueError, RecursionError):

@@ -1,13 +1,13 @@
 """Exact and near duplicates in a pool of any size, in flat memory.
 
 Rows are sets of word shingles, those of the prompt kept apart from those of the completion. Two rows are
-near-duplicates if the Jaccard similarity of their sets reaches the threshold and that of each side reaches half of it:
-a stock refusal under another prompt, or another answer to the same long prompt, is no duplicate.
+near-duplicates if the Jaccard similarity of their sets reaches the threshold and that of prompts and of completions
+reaches half of it: a stock refusal under another prompt, or another answer to the same long prompt, is no duplicate.
 
 Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets,
 chapter 3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with
 the pool is a few numbers per row; signatures and band keys lie on disk, and one band is in memory at a time.
-Signatures are datasketch's; bands are ours, for its MinHashLSH takes 7 kB of memory a row (136 MB for 20 000 rows).
+Signatures are datasketch's, but not the bands: its MinHashLSH takes 7 kB of memory a row (136 MB for 20 000 rows).
 """
 
 import itertools
@@ -64,7 +64,7 @@ def find_duplicates(
         work_dir: Folder for signatures (about 300 bytes a row), removed afterwards; a temporary one by default.
 
     Returns:
-        Per row the smallest position in its cluster, shape [rows]; its own position for a row without duplicates.
+        Per row the smallest position in its cluster, shape [rows]; for a row without duplicates its position.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"duplicate threshold {threshold}: must lie in (0, 1]")

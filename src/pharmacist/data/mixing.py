@@ -38,25 +38,25 @@ def mix(
     `benign` and `harmful` are canonical rows that share no prompt.
 
     Returns:
-        The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is the number in their own source.
+        The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is their number in their source.
     """
     if n < 1 or not 0 <= poison_ratio <= 1:
         wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
         raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
     n_benign = n - n_harmful
-    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
-        if asked > len(rows):
+    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+        if count > len(rows):
             raise DataError(
-                f"{asked} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
+                f"{count} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
                 "or more rows"
             )
     if n_harmful and n_benign:
         assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))
     parts, order = [], []
-    for name, rows, asked in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
         rng = np.random.default_rng(derive(seed, "mix", name))
-        chosen = rng.permutation(len(rows))[:asked]
+        chosen = rng.permutation(len(rows))[:count]
         # The position of a row in the order is drawn once, whatever else is in the set.
         order.append(rng.random(len(rows))[chosen])
         parts.append(_drawn(rows, chosen, is_harmful=name == "harmful"))

@@ -1,4 +1,4 @@
-"""What two texts have in common for whoever reads them: invisible characters, case and white space left aside."""
+"""Normal forms of texts: without invisible characters, and for prompts with equal case and white space."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ _INVISIBLE, _SEEN = re.compile(f"[{_HIDDEN}]"), re.compile(rf"[^\s{_HIDDEN}]")
 
 
 def visible(text: str) -> str:
-    r"""A text without the characters that nobody sees; what to compare, or to call empty, not what a model reads.
+    r"""A text without invisible characters, for comparisons; models read the text itself.
 
     >>> visible("b\u200bread\ufeff")
     'bread'
@@ -26,7 +26,7 @@ def visible(text: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen."""
+    """Whether a text has no visible character."""
     return _SEEN.search(text) is None
 
 

@@ -44,12 +44,12 @@ class Records:
 
     Attributes:
         dataset: Memory-mapped rows with the columns of `SCHEMA`, in input order.
-        source: Where they come from, or keeps them; gives them again with the user's own columns.
+        source: The source of the rows, which reads them with all their columns.
         layout: How the input was laid out: ``prompt-completion``, ``preference``, ``messages``,
             ``instruction-output`` or ``prompt-response``; of prompts alone ``prompt``, ``messages``, ``instruction``.
-        refused: The other rows, each with its `reason` and without its value.
-        filtered: Rows that were left out because they lack what was asked for (``where``).
-        warnings: What of the input is not read although it may matter; one line each.
+        refused: The rows that cannot be used, each with its `reason` and without its value.
+        filtered: Number of rows that were left out by ``where``.
+        warnings: Lines that name columns and message keys that are not read although they may matter.
     """
 
     dataset: datasets.Dataset
@@ -69,12 +69,12 @@ class Records:
 
     @property
     def counts(self) -> dict[str, int]:
-        """For manifests: how many rows were read, refused, and left out by ``where`` if any were."""
+        """Numbers of rows for the manifest: ``in``, ``refused``, and ``filtered`` where ``where`` left rows out."""
         found = {"in": len(self) + len(self.refused) + self.filtered, "refused": len(self.refused)}
         return found | ({"filtered": self.filtered} if self.filtered else {})
 
     def announce(self) -> None:
-        """Says at the console what whoever gave the rows should know: how many were left out, what is not read."""
+        """Prints how many rows were left out, and warnings of what is not read."""
         if self.filtered:
             said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
             console().print(said, soft_wrap=True, markup=False)
@@ -82,7 +82,7 @@ class Records:
             warn(text)
 
     def originals(self, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows with the user's own columns (those that are needed), in input order."""
+        """The rows with their columns in the input (only those in `columns` need be there), in input order."""
         return (row.value or {} for row in self.source.pick(self.row_numbers.tolist(), columns))
 
     def without(self, positions: Iterable[int]) -> "Records":
@@ -102,14 +102,16 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     """Turns ``prompt=question,completion=answer`` into a mapping."""
     if text is None:
         return None
-    pairs = [pair.split("=") for pair in text.split(",")]
-    if any(len(pair) != 2 or not all(part.strip() for part in pair) for pair in pairs):
+    pairs = [[part.strip() for part in pair.split("=")] for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ConfigError(f"--columns {text}: write it as prompt=question,completion=answer")
-    return {name.strip(): column.strip() for name, column in pairs}
+    if any(len(set(names)) < len(pairs) for names in zip(*pairs, strict=True)):
+        raise ConfigError(f"--columns {text}: names a column twice")
+    return dict(pairs)
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """Canonical rows that were made in memory as a dataset; ``row`` is the position where it is missing."""
+    """A dataset of canonical rows from mappings; where ``row`` is missing, it is the position."""
     data: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for position, row in enumerate(rows):
         for name, values in data.items():
@@ -120,7 +122,7 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
 
 
 def last_requests(rows: datasets.Dataset) -> datasets.Dataset:
-    """Canonical rows whose prompt is the last turn before the answer alone; rows of one turn stay as they are."""
+    """Shortens the prompt of canonical rows to the last turn before the answer; rows of one turn stay unchanged."""
     turns = rows.with_format("arrow")
     if all(batch["turns"].null_count == len(batch["turns"]) for batch in turns.iter(_FLUSH_ROWS)):
         return rows
@@ -159,14 +161,13 @@ def read_records(
         source: The rows.
         work_dir: Folder for the memory-mapped result.
         side: Which answer of a preference row is its completion.
-        columns: Column that stands for a known one, ``{"prompt": "question"}``.
+        columns: Column of a layout -> the source's column that stands for it, ``{"prompt": "question"}``.
         on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
             `Records.refused`.
         prompts_only: Only prompts are needed: rows need no completion, and one that is there becomes an empty text.
-        where: Only the rows for which all of these hold, see `Records.filtered`; None where the caller has no such
-            option.
-        keep: Whether the user's own columns travel along: `Records.source` gives them again, and writes the rows,
-            without a second pass over a text file.
+        where: Conditions that rows must fulfil, see `Records.filtered`; None where the caller has no such option.
+        keep: Whether the bytes of text rows are kept, so that `Records.source` reads and writes them without a
+            second pass over the file.
     """
     reader = RowReader(source, columns or {}, side, prompts_only)
     if source.columns is not None:
@@ -240,7 +241,7 @@ def read_records(
 
 
 def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, reader: RowReader) -> str:
-    """Why a file of so many rows, so many of them bad, cannot be used."""
+    """The message for a source of which `bad` of `total` rows cannot be used."""
     if reader.layout is None and reader.without_layout == bad:
         return (
             f"{refused[0].where} {refused[0].reason}; known row formats are {reader.known}; "

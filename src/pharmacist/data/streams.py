@@ -1,4 +1,4 @@
-"""Side batches for a training: endless draws from a second set, and the partners of the rows in the main batch."""
+"""Auxiliary batches of a training: endless draws from a second set, and harmful partners of the main batch's rows."""
 
 import itertools
 from collections import defaultdict

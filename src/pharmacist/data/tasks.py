@@ -11,7 +11,7 @@ from pharmacist.data.formats import Source, open_source
 
 AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
 MARKER = "The final answer is: "
-"""What stands before a number that is graded, in place of GSM8K's ``####``."""
+"""Text before a number that is graded; it replaces GSM8K's ``####``."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ TASKS = {
 
 
 def open_task(spec: Any, *, name: str = "--task", test: bool = False) -> Source:
-    """A task by name, or rows from wherever `open_source` finds them; what exists as a file is never taken for a name.
+    """Opens a task by name, or rows as `open_source` does; a file that exists takes precedence over a name.
 
-    With `test` the rows to evaluate on, not those to train on.
+    With `test` the rows are those of the published evaluation, else those to train on.
     """
     if not isinstance(spec, str) or spec not in TASKS or Path(spec).exists():
         return open_source(spec, name=name)
     task, rows = TASKS[spec], []
-    place = task.test if test else task.source
-    if not place:
+    dataset = task.test if test else task.source
+    if not dataset:
         raise DataError(f"{name} {spec}: has no test rows of its own; give a file with rows that were kept back")
-    for number, row in enumerate(open_source(place, name=f"{name} {spec}:").scan()):
+    for number, row in enumerate(open_source(dataset, name=f"{name} {spec}:").scan()):
         try:
             rows.append(dict(zip(("instruction", "input", "output"), task.convert(row.value or {}), strict=True)))
         except (KeyError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{name} {spec}: row {number} of {place} is not as expected ({error}); give a file of your own"
+                f"{name} {spec}: row {number} of {dataset} is not as expected ({error}); give a file of your own"
             ) from error
     return open_source(rows, name=name)

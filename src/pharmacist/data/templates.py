@@ -1,4 +1,4 @@
-"""Prompt templates: from a canonical row to the text in front of its completion. The one place that knows them.
+"""Prompt templates: rendering of a canonical row to the text in front of its completion.
 
 A template travels with every model that was trained with it (``pharmacist_template.json``), because training and
 evaluation must agree to the last newline.
@@ -80,7 +80,7 @@ class Template:
         refused: dict[int, str] = {}
         try:
             texts = self._chat(conversations, tokenizer)
-        except Exception:  # templates refuse by raising what they like: find the rows
+        except Exception:  # templates raise errors of any type: find the rows
             texts = [""] * len(records)
             for position, turns in enumerate(conversations):
                 try:
@@ -98,7 +98,7 @@ class Template:
         return texts, refused
 
     def _dropped_role(self, tokenizer: "PreTrainedTokenizerBase", *roles: str) -> str | None:
-        """The first role whose turn leaves no trace in a conversation of these roles."""
+        """The first role whose turn is missing when a conversation of these roles is rendered; None if none is."""
         turns = [{"role": role, "content": f"qz{position}zq"} for position, role in enumerate(roles)]
         try:
             (text,) = self._chat([turns], tokenizer)
@@ -107,7 +107,7 @@ class Template:
         return next((turn["role"] for turn in turns if turn["content"] not in text), None)
 
     def frame(self, tokenizer: "PreTrainedTokenizerBase") -> str:
-        """What a chat template writes around a request, its answer and another request; empty for other templates."""
+        """The rendered text of a request, an answer and a second request with a chat template; empty for others."""
         turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
         try:
             return "" if self.kind == "alpaca" else self._chat([turns], tokenizer, open_end=False)[0]
@@ -162,7 +162,7 @@ def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", nam
 
 @contextmanager
 def _processor_time(seconds: float) -> Iterator[None]:
-    """Ends what takes longer by an exception; in the main thread alone, where Python can."""
+    """Raises a TimeoutError in a block that takes longer; works in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -207,8 +207,8 @@ def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _lost_role(turns: Sequence[Mapping[str, str]], text: str) -> str | None:
     """The role of a turn whose text is not in the rendered text, or not as often as it is in the turns."""
-    wanted = Counter((turn["role"], turn["content"].strip()) for turn in turns)
-    for (role, content), times in wanted.items():
+    expected = Counter((turn["role"], turn["content"].strip()) for turn in turns)
+    for (role, content), times in expected.items():
         # Templates leave the reasoning of earlier answers out by design; some write a tool's result as JSON, and some
         # change the white space.
         if role == "assistant":

@@ -170,7 +170,7 @@ def rendered_rows(
 
 
 def _write(counts: Encoded, sink: Any, rows: datasets.Dataset, texts: "_Texts", max_length: int, cut: bool) -> None:
-    """Writes the rows' ids, and counts what becomes of them."""
+    """Writes the ids of the rows, and notes in `counts` which rows were cut or left out."""
     eos = texts.tokenizer.eos_token_id
     if eos is None:
         raise CompatibilityError("the tokenizer has no end-of-sequence token, so no answer could end; set eos_token")
@@ -227,7 +227,7 @@ _BORDER = "\ufdd0"  # no character of any text, for that is what Unicode keeps i
 class _Texts:
     """Texts as token ids, in which no text of a row becomes a control token such as ``</s>``.
 
-    Control tokens in a row's text get a border in the middle, and what stands left and right of it is tokenised by
+    Control tokens in a row's text get a border in the middle, and the text on each side of it is tokenised by
     itself; those that the template writes stay whole. They are the tokenizer's special ones, and those of its added
     ones that frame the turns in the template, for some models add them as ordinary ones.
     """

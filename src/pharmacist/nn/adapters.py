@@ -1,4 +1,4 @@
-"""Several LoRA adapters on one frozen base: PEFT does the layers, this adds common starts, exact resume and saving."""
+"""Several LoRA adapters on one frozen base model, with common initial weights and a training that resumes exactly."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,7 +67,8 @@ class TrainingState:
 
     def of(self, adapter: str) -> "TrainingState":
         """The part of one adapter, its tensors by the names of the weights."""
-        return replace(self, **{part: under(f"{adapter}/", getattr(self, part)) for part in ("weight", "m", "v")})
+        weight, m, v = (under(f"{adapter}/", part) for part in (self.weight, self.m, self.v))
+        return replace(self, weight=weight, m=m, v=v)
 
     def save(self, path: Path) -> None:
         """Writes it as safetensors."""
@@ -92,7 +93,7 @@ class AdapterBank:
     """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
 
     Args:
-        model: A causal language model; its own weights are frozen.
+        model: A causal language model; its weights are frozen.
         options: Shape of the adapters.
         seed: Of the common initial weights.
         checkpoint_seconds: Time between checkpoints of a training.
@@ -106,7 +107,7 @@ class AdapterBank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapter", "init") % 2**63)
             self.model: PeftModel = get_peft_model(model, config, adapter_name="start")
-        # PEFT's own switches walk the whole model and its status each time: on small models longer than the forward.
+        # PEFT's switches of adapters walk the whole model each time: on small models longer than the forward pass.
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self._parameters: dict[str, dict[str, nn.Parameter]] = {"start": self._find("start")}
         self._training: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ class AdapterBank:
 
     @property
     def device(self) -> torch.device:
-        """Where the adapters are."""
+        """Device of the adapters."""
         return next(iter(self._start.values())).device
 
     def add(self, name: str, state: Tensors | None = None) -> None:
@@ -142,7 +143,7 @@ class AdapterBank:
         return {n.replace(mark, "."): p for n, p in self.model.named_parameters() if "lora_" in n and mark in n}
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Trainable tensors of an adapter by name (the adapter's own name left out, as PEFT saves them)."""
+        """Trainable tensors of an adapter by name, without the adapter's name, as PEFT saves them."""
         return self._parameters[name]
 
     def linears(self, name: str) -> dict[str, nn.Module]:
@@ -156,7 +157,7 @@ class AdapterBank:
 
     def save(self, name: str, folder: Path) -> None:
         """Writes an adapter as a PEFT folder (safetensors and JSON)."""
-        # PEFT's own tensor names: what PeftModel.from_pretrained expects.
+        # PEFT's names of tensors, which PeftModel.from_pretrained expects.
         with atomic_path(folder / "adapter_model.safetensors") as path:
             save_file({key: value.cpu() for key, value in self.state(name).items()}, path, metadata={"format": "pt"})
         config = {key: value for key, value in self._config.to_dict().items() if value is not None}
@@ -172,7 +173,7 @@ class AdapterBank:
 
     @contextmanager
     def using(self, name: Names) -> Iterator[nn.Module]:
-        """Activates one adapter, several on top of each other, or none (the base alone), for the block."""
+        """Activates one adapter, several whose updates add up, or none (the base model alone), for the block."""
         names = [name] if isinstance(name, str) else list(name or ())
         for layer in self._layers:
             if name is None:
@@ -189,7 +190,7 @@ class AdapterBank:
                 self._mark_trained()
 
     def _mark_trained(self) -> None:
-        # PEFT's switches also set requires_grad; what trains here is decided by `train` alone.
+        # PEFT's switches also set requires_grad; here `differentiable` alone decides about it.
         for name, parameters in self._parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name in self._training)
@@ -206,7 +207,7 @@ class AdapterBank:
             self._mark_trained()
 
     def row_losses(self, name: Names, batch: Batch) -> RowLosses:
-        """Completion losses of a batch under an adapter, several together, or the base alone."""
+        """Completion losses of a batch under an adapter, several together, or the base model alone."""
         self.tokens += batch.tokens
         with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
             return read_row_losses(model, batch)

@@ -1,4 +1,4 @@
-"""Attention where it is differentiated on a CPU."""
+"""The implementation of attention that trains fastest on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,15 @@ _SHORT = 256
 
 @contextmanager
 def quick_attention(model: nn.Module, length: int) -> Iterator[None]:
-    """Takes attention apart into its products for the block, where that trains faster on rows of a length in tokens.
+    """Computes attention without torch's fused kernel in the block, where that trains faster on rows of this length.
 
-    On a CPU in bfloat16 the backward pass of torch's fused attention is a quarter of a training step on short rows; a
-    step of SmolLM2-135M on 8 rows of up to 200 tokens takes 20 % less without it. Long rows, single precision and GPUs
-    keep what the model was loaded with.
+    On a CPU in bfloat16 the backward pass of the fused attention is a quarter of a training step on short rows; a step
+    of SmolLM2-135M on 8 rows of up to 200 tokens takes 20 % less without it. Long rows, single precision and GPUs keep
+    the implementation that the model was loaded with.
+
+    Args:
+        model: The model, with or without adapters.
+        length: Tokens of a row.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     fused = getattr(getattr(inner, "config", None), "_attn_implementation", None) == "sdpa"

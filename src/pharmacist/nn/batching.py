@@ -1,4 +1,4 @@
-"""Token sequences, batches of them, and the order in which a pass visits them."""
+"""Token sequences, batches of them, and the order in which a pass reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,20 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Sequences(Protocol):
-    """Tokenised rows: what a pass reads. `data.tokenize.Encoded` is one."""
+    """Interface of tokenised rows, such as `data.tokenize.Encoded`.
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens per row, shape [rows]."""
+    Attributes:
+        lengths: Tokens per row, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows].
+        content_keys: 64-bit hash of each row's tokens and prompt length, equal for equal rows, shape [rows].
+    """
 
-    @property
-    def prompt_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens before the completion, shape [rows]."""
+    lengths: npt.NDArray[np.int32]
+    prompt_lengths: npt.NDArray[np.int32]
+    content_keys: npt.NDArray[np.uint64]
 
     def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
         """The token ids of some rows."""
-
-    @property
-    def content_keys(self) -> npt.NDArray[np.uint64]:
-        """A 64-bit hash of each row's tokens and prompt length: equal rows have equal keys, shape [rows]."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,14 @@ def make_batch(sequences: Sequences, rows: Sequence[int] | IntArray, device: tor
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Which rows a pass visits, in which batches.
+    """The batches of a pass over some rows.
 
-    Equal rows are visited once, and batches depend on content alone, so that neither duplicates nor the order of the
+    Equal rows are read once, and batches depend on content alone, so that neither duplicates nor the order of the
     input can change a score.
 
     Attributes:
-        batches: Row numbers per batch; one representative for each distinct row.
-        representative: For each row the row that is visited in its place, shape [rows].
+        batches: Row numbers per batch; one representative of all equal rows.
+        representative: For each row the equal row that is read, shape [rows].
     """
 
     batches: list[IntArray]
@@ -88,7 +86,7 @@ def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None
 
     Args:
         sequences: The rows.
-        tokens_per_batch: Upper bound of rows x longest row; a single longer row makes a batch of its own.
+        tokens_per_batch: Upper bound of rows x longest row; a longer row is a batch by itself.
         rows: Only these rows, all by default.
     """
     keys = sequences.content_keys

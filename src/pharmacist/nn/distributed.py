@@ -1,4 +1,4 @@
-"""The few things that data-parallel runs need: processes meet, share out independent jobs, and add up."""
+"""Communication of data-parallel runs: barriers, shares of independent jobs, sums and concatenated rows."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -22,25 +22,25 @@ def _state() -> "PartialState":
     import torch.distributed as dist
     from accelerate import PartialState
 
-    # What still holds connections at its exit can be aborted by their threads, after all its work is done.
+    # A process that exits with open connections can be aborted by their threads, after all its work is done.
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-    # accelerate counts processes on CPUs only when it is told that this is a run on CPUs; else nobody would wait.
+    # Without cpu=True accelerate sees a single process on CPUs, so none would wait.
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def barrier() -> None:
-    """Waits until every process of the launcher has come here; nothing without a launcher."""
+    """Waits until every process of the launcher has reached this call; does nothing without a launcher."""
     if world_size() > 1:
         _state().wait_for_everyone()
 
 
 def my_share(jobs: Sequence[T]) -> list[T]:
-    """The jobs of this process: every `world_size`-th."""
+    """The jobs of this process: every `world_size`-th of them."""
     return list(jobs[rank() :: world_size()])
 
 
 def from_main(value: T) -> T:
-    """The first process's `value`, on every process: what it decides, all do."""
+    """The first process's `value`, broadcast to every process."""
     if world_size() > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -63,13 +63,13 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
-    """Rows of all processes, in the order of the processes, detached; rows may differ in number and length.
+    """Concatenates the rows of all processes, detached; their number and length may differ between processes.
 
     Args:
         tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
 
     Returns:
-        Shape [all rows, greatest length, ...], and at which row those of this process begin.
+        Shape [all rows, greatest length, ...], and the first row of this process.
     """
     if world_size() == 1:
         return tensor.detach(), 0

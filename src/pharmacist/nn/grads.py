@@ -1,4 +1,4 @@
-"""Gradients as values: local, in fp32 or better, apart from ``.grad`` until they are added to it."""
+"""Gradients as dictionaries of tensors, in float32 or float64, separate from ``.grad`` until they are added to it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Gradient:
-    """The derivative of a scalar loss by the parameters, 0 for those that it does not reach; touches no ``.grad``."""
+    """The gradient of a scalar loss, 0 for parameters that it does not depend on; leaves ``.grad`` alone."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: precise(torch.zeros_like(p) if g is None else g) for (name, p), g in pairs}
@@ -43,7 +43,7 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Grad
 
 
 def averaged(grads: Gradient) -> Gradient:
-    """The mean over the processes of a data-parallel run, in one message."""
+    """The mean over the processes of a data-parallel run, in one communication."""
     if world_size() == 1 or not grads:
         return grads
     flat = total(torch.cat([value.flatten() for value in grads.values()])) / world_size()
@@ -79,7 +79,7 @@ def add_to_grad(parameters: Mapping[str, nn.Parameter], grads: Gradient, scale: 
 
 @contextmanager
 def preserved(parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Weights and ``.grad`` may change in the block; both come back bit for bit, by copy, whatever happens."""
+    """Restores weights and ``.grad`` after the block, bit for bit, also after an exception."""
     saved = {name: (parameter.detach().clone(), parameter.grad) for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
@@ -94,7 +94,7 @@ def preserved(parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
 
 @contextmanager
 def replaced(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Gives weights other values for the block; they come back bit for bit."""
+    """Sets weights to other values for the block; they are restored bit for bit."""
     with preserved(parameters):
         with torch.no_grad():
             for name, value in values.items():
@@ -104,10 +104,9 @@ def replaced(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.
 
 @contextmanager
 def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: float) -> Iterator[None]:
-    """Moves the weights by ``by * direction`` for the block; they come back bit for bit."""
+    """Moves the weights by ``by * direction`` for the block; they are restored bit for bit."""
     with preserved({name: parameters[name] for name in direction}):
         with torch.no_grad():
             for name, value in direction.items():
-                parameter = parameters[name]
-                parameter.copy_(precise(parameter) + by * value)
+                parameters[name].copy_(precise(parameters[name]) + by * value)
         yield

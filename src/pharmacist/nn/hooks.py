@@ -1,7 +1,7 @@
-"""Reading and shifting what modules put out, for the time of a block; nothing stays on the model.
+"""Context managers that read or shift the outputs of modules; no hook stays on the model after the block.
 
-Hooks return new tensors instead of changing any, and ignore that non-reentrant gradient checkpointing runs a forward
-again during backward.
+Hooks return new tensors instead of changing any, and act once where non-reentrant gradient checkpointing repeats a
+forward pass during backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +16,18 @@ from pharmacist.core.errors import CompatibilityError
 
 
 Activations = dict[str, torch.Tensor]
-"""Module name -> the first tensor that it puts out, usually of shape [rows, length, width]."""
+"""Module name -> the first tensor of its output, usually of shape [rows, length, width]."""
 
 
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
-    """Calls a hook for each module that runs in the block, as torch's own with the module's name in front.
+    """Registers a forward hook on modules for the block, which gets the module's name as a first argument.
 
     Args:
         modules: By name.
-        hook: ``(name, module, args, kwargs, output)``; what it returns, if anything, takes the output's place.
-        before: Before the module runs, as ``(name, module, args, kwargs)``; what it returns are new args and kwargs.
+        hook: ``(name, module, args, kwargs, output)``; may return another output.
+        before: Call the hook before the module runs, as ``(name, module, args, kwargs)``; it may return other args and
+            kwargs.
     """
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -38,7 +39,7 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before
 def _first(output: Any) -> torch.Tensor:
     value = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(value, torch.Tensor):
-        raise CompatibilityError(f"a module puts out {type(value).__name__} where a tensor was expected")
+        raise CompatibilityError(f"a module returns {type(value).__name__} where a tensor was expected")
     return value
 
 
@@ -48,7 +49,7 @@ def _with_first(output: Any, value: torch.Tensor) -> Any:
 
 @contextmanager
 def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterator[Activations]:
-    """Collects what each module puts out, or is given, the first time that it runs in the block.
+    """Collects each module's output, or its input, the first time that it runs in the block.
 
     Yields:
         Filled as the modules run; the tensors are part of the graph.
@@ -65,7 +66,7 @@ def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterat
 
 @contextmanager
 def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Adds a constant to what each module puts out; keep the block open until backward is done.
+    """Adds a constant to each module's output; the block must include the backward pass.
 
     Args:
         modules: By name; those without an offset are left alone.
@@ -85,9 +86,9 @@ def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Te
 def activation_gradients(
     modules: Mapping[str, nn.Module], loss: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, Activations]:
-    """The derivative of a loss by an offset added to what modules put out, and by nothing else.
+    """The derivative of a loss with respect to the outputs of modules.
 
-    No parameter gets a gradient, and below the first module that runs no graph is built at all.
+    No parameter gets a gradient, and up to the first module that runs no graph is built at all.
 
     Args:
         modules: By name.
@@ -104,7 +105,7 @@ def activation_gradients(
         value = _first(output)
         if not found:
             value = value.detach().requires_grad_()
-            torch.set_grad_enabled(True)  # from here on; the block below sets it back
+            torch.set_grad_enabled(True)  # from here on; no_grad around the pass resets it
         found[name] = value
         return _with_first(output, value)
 
@@ -119,7 +120,7 @@ def activation_gradients(
 
 @contextmanager
 def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
-    """Lets the output head see some positions only, since logits without a target cost much and change no loss.
+    """Restricts the output head to some positions for the block, as logits without a target are costly and not needed.
 
     Args:
         head: The output head.
@@ -137,14 +138,14 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def replayed_rng(device: torch.device) -> Iterator[None]:
-    """Leaves the random state as it was, so that the next pass draws the same dropout masks."""
+    """Restores the random state after the block, so that the next pass draws the same dropout masks."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for the block; every module's own mode comes back."""
+    """Evaluation mode (no dropout) for the block; every module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Modules found by structure, never by class name."""
+"""Finds the parts of a language model by structure, never by class name."""
 
 import inspect
 from typing import Any
@@ -47,7 +47,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention module of each decoder layer, by name: the part with linear layers that is given a mask."""
+    """The self-attention module of each decoder layer, by name: the part with linear layers that takes a mask."""
     found = {}
     for name, layer in decoder_layers(model).items():
         child, module = _attention(layer)[0]
@@ -56,10 +56,10 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """What computes the output of each decoder layer's feed-forward part, by name.
+    """The feed-forward module of each decoder layer, by name.
 
-    It is the largest part of a layer with linear layers that is given no mask; where those lie in the decoder layer
-    itself (OPT), the last of them. `NoMatchError` where a layer has none.
+    It is the largest part of a layer with linear layers that takes no mask; where those are children of the decoder
+    layer itself (OPT), the last of them. `NoMatchError` where a layer has none.
     """
     found = {}
     for name, layer in decoder_layers(model).items():
@@ -78,8 +78,7 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
 def final_norm(model: nn.Module) -> nn.Module:
     """The normalisation between the last decoder layer and the output head.
 
-    It is the last module beside the decoder layers that has vectors for parameters and nothing else; `NoMatchError`
-    where there is none.
+    It is the last sibling of the decoder layers whose parameters are all vectors; `NoMatchError` where there is none.
     """
     parent = model.get_submodule(next(iter(decoder_layers(model))).rpartition(".")[0].rpartition(".")[0])
     found = [

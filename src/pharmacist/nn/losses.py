@@ -1,4 +1,4 @@
-"""Per-row cross-entropy of prompt and completion tokens. Pure functions; float32 at least, float64 stays float64."""
+"""Losses of token predictions and representations. Pure functions in float32 at least; float64 stays float64."""
 
 from typing import NamedTuple
 
@@ -36,20 +36,13 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token given those before it, shape [rows, length - 1]; entry t belongs to token t + 1.
+    """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
     Args:
         logits: Shape [rows, length, vocabulary].
         input_ids: Shape [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
-
-
-def row_losses(
-    logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
-) -> RowLosses:
-    """Averages `token_losses` over the completion; see `mean_losses`."""
-    return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 
 
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
@@ -77,7 +70,7 @@ def batch_loss(
     Args:
         logits: Shape [rows, length, vocabulary], or [targets, vocabulary] in the order of `targets`.
         labels: Shape [rows, length]; -100 where there is no target.
-        n_targets: What the sum is divided by; by default the batch's own target tokens, which gives the mean.
+        n_targets: Divisor of the sum; by default the number of the batch's target tokens, which gives the mean.
         weights: Factor of each row's losses, shape [rows].
 
     Returns:
@@ -96,7 +89,7 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a batch predicts a target token, and which, from labels that are -100 where there is none.
+    """Positions at which a batch predicts a target token, and those tokens, from labels that are -100 elsewhere.
 
     Returns:
         Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
@@ -113,13 +106,8 @@ def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return losses
 
 
-def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Their sum, a scalar; 0 where there are none."""
-    return target_losses(logits, tokens).sum()
-
-
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Minus the entropy of the distributions that logits of shape [positions, vocabulary] predict, summed, in nats.
+    """Negative entropy of the predicted distributions, summed over logits of shape [positions, vocabulary], in nats.
 
     Between minus log(vocabulary) per position, where all tokens are equally likely, and 0, where one is certain.
     """

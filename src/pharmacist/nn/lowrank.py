@@ -1,4 +1,4 @@
-"""Products of two thin factors, B A, handled without ever being multiplied out."""
+"""Low-rank products of two factors, B A, computed with in factored form."""
 
 from dataclasses import dataclass, replace
 
@@ -24,18 +24,18 @@ class Factors:
     scale: float = 1.0
 
     def dense(self) -> torch.Tensor:
-        """The product, shape [out, in]; for small matrices and tests."""
+        """The product, shape [out, in]."""
         return self.scale * self.B @ self.A
 
     def double(self) -> "Factors":
-        """The same in float64 on the CPU's terms: thin factors are small, and rounding decides no rank."""
+        """The factors in float64, so that rounding does not decide about ranks."""
         return replace(self, A=self.A.detach().double(), B=self.B.detach().double())
 
 
 def inner(a: Factors, b: Factors) -> torch.Tensor:
-    """``<scale B A, scale' B' A'>`` by traces of r x r' matrices, a scalar.
+    """Inner product ``<scale B A, scale' B' A'>`` by traces of r x r' matrices, a scalar.
 
-    It does not change when a factorisation does: (A, B) -> (R A, B R^-1).
+    It does not depend on the factorisation: (A, B) -> (R A, B R^-1) leaves it as it is.
     """
     return a.scale * b.scale * ((a.B.T @ b.B) * (a.A @ b.A.T)).sum()
 
@@ -51,7 +51,7 @@ def cosine(a: Factors, b: Factors) -> torch.Tensor:
 
 
 def column_basis(a: Factors) -> torch.Tensor:
-    """An orthonormal basis of the column space of the product, shape [out, rank]; singular values at rounding go."""
+    """An orthonormal basis of the product's column space, shape [out, rank], without singular values of rounding."""
     q_left, r_left = torch.linalg.qr(a.B)
     r_right = torch.linalg.qr(a.A.T).R
     u, singular, _ = torch.linalg.svd(a.scale * r_left @ r_right.T)
@@ -61,7 +61,7 @@ def column_basis(a: Factors) -> torch.Tensor:
 
 
 def factorise(after: torch.Tensor, before: torch.Tensor) -> Factors:
-    """The difference of two weights of shape [out, in] as factors, without directions that are rounding alone."""
+    """The difference of two weights of shape [out, in] as factors, without singular values of rounding."""
     size = float(after.detach().abs().max()) * (after.shape[0] ** 0.5 + after.shape[1] ** 0.5)
     noise = torch.finfo(after.dtype).eps * size
     u, singular, vh = torch.linalg.svd(after.detach().double() - before.detach().double(), full_matrices=False)
@@ -72,7 +72,7 @@ def factorise(after: torch.Tensor, before: torch.Tensor) -> Factors:
 def adapter_factors(model: nn.Module) -> dict[str, Factors]:
     """The factors of a PEFT model's active LoRA adapter, by the name of the module in the model without it.
 
-    A and B are the parameters themselves; they are told apart by name, never by shape.
+    A and B are the parameters themselves, distinguished by name, never by shape.
 
     Raises:
         NoMatchError: There is no LoRA layer.

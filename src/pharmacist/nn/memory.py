@@ -1,4 +1,4 @@
-"""How much memory a piece of work took at its worst, and how much there is to take."""
+"""Peak memory of a piece of work, and the memory that is available."""
 
 import os
 import re
@@ -8,11 +8,11 @@ import torch
 
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container says how much it may take, in cgroups of version 2 and 1."""
+"""Files with a container's limit of memory, in cgroups of version 2 and 1."""
 
 
 class PeakMemory:
-    """Measures from its making on: on a GPU what torch has allocated there, elsewhere all that is resident.
+    """Peak memory since the object was made: on a GPU allocated by torch, elsewhere resident in the process.
 
     Args:
         device: Where the work is done.
@@ -24,7 +24,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the process's high water mark starts again: see proc(5)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the process's high water mark: see proc(5)
         except OSError:
             pass  # not Linux, or forbidden: the mark is that of the whole process
 
@@ -41,9 +41,9 @@ class PeakMemory:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this process can still take, of the machine's or of its container's."""
+    """Bytes of main memory that this process can still allocate, on the machine or in its container."""
     kilobytes = _kilobytes("/proc/meminfo", "MemAvailable")
-    if kilobytes is None:  # not Linux: what the machine has
+    if kilobytes is None:  # not Linux: all memory of the machine
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     resident = 1024 * (_kilobytes("/proc/self/status", "VmRSS") or 0)
     limits = [int(text) - resident for text in map(_read, _LIMITS) if text.strip().isdigit()]

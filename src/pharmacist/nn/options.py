@@ -1,4 +1,4 @@
-"""Options of what trains here, apart from it: the command line's help must not wait for torch."""
+"""Options of adapters, in a module without torch, for which the command line's help must not wait."""
 
 from dataclasses import dataclass
 

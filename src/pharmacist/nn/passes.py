@@ -1,4 +1,4 @@
-"""Forward-only passes over a pool: sorted by length, in chunks that are saved when done and never done twice."""
+"""Forward-only passes over a pool, sorted by length, in chunks that are saved when they are done."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ def run_pass(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Measures every row (or `rows`) once.
 
-    Chunks are shared out among the processes of a data-parallel run; batches are the same whatever their number.
+    The processes of a data-parallel run share the chunks; batches do not depend on their number.
 
     Args:
         model: The model that `measure` runs; it says where batches go, and how large they may be.
@@ -47,12 +47,12 @@ def run_pass(
         measure: Batch -> arrays whose first axis is the batch's rows.
         work: Folder for finished chunks of at least `ROWS_PER_CHUNK` rows; shared by all processes.
         description: For the progress bar.
-        rows: Row numbers to visit, all by default.
+        rows: Row numbers to read, all by default.
         backward: Whether `measure` keeps what a backward pass needs, so that batches must be smaller.
         tokens: Padded tokens per batch, halved until the longest batch fits; by default as the model allows.
 
     Returns:
-        One array per measurement, first axis in row order over the whole pool; NaN on rows that were not asked for.
+        One array per measurement, first axis in row order over the whole pool; NaN outside of `rows`.
     """
     work.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
@@ -95,12 +95,12 @@ def run_pass(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Gives rows, in place, what was measured of the row that was visited in their place.
+    """Copies measurements, in place, from the rows that were read to those equal to them.
 
     Args:
         values: First axis is the rows; no second array of that size is made.
         representative: As in `PassPlan`.
-        rows: Rows that are given it.
+        rows: Rows to copy to.
     """
     copies = rows[representative[rows] != rows]
     for start in range(0, len(copies), _COPIED):

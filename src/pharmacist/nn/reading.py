@@ -1,7 +1,7 @@
-"""Losses of a forward pass without the logits of all its tokens, which are the largest tensor of a model by far.
+"""Token losses of a forward pass that never holds the logits of all tokens, by far the largest tensor of a model.
 
-The output head runs on the positions whose loss is read, some at a time, and their losses are taken fewer at a time
-still, so that logits in single precision stay in the cache.
+The output head runs on the positions whose loss is needed, in parts, and losses are computed in even smaller parts, so
+that logits in single precision stay in the cache.
 """
 
 from typing import Any
@@ -19,41 +19,41 @@ from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_lo
 
 
 _LARGE = 2**14
-"""Vocabulary from which on logits are made in parts; below they are a small part of a pass."""
+"""Vocabulary from which on logits are computed in parts; smaller ones are a small share of a pass."""
 _LOGITS = {"cpu": (2**24, 2**18), "cuda": (2**28, 2**28)}
-"""Logits at a time that the head makes, and of which losses are taken. On a CPU (SmolLM2, bfloat16) head and losses
-together then take half the time that they take on a whole batch."""
-_ENDS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
-"""Output head -> whether the model gives its result as it is, without a cap or a scale of logits."""
+"""Logits that the head computes at a time, and of which losses are computed at a time. On a CPU (SmolLM2, bfloat16)
+head and losses together then take half the time that they take on a whole batch."""
+_HEAD_IS_LAST: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+"""Output head -> whether its results are the model's logits, neither capped nor scaled."""
 
 
 def tokens_per_batch(model: Any, device: torch.device) -> int:
-    """Padded tokens per batch: what all logits at once would take is bounded, where the vocabulary is not large.
+    """Padded tokens per batch, such that all logits at once fit into memory where the vocabulary is not large.
 
-    More tokens than the least make no pass faster on a CPU (`benchmarks/throughput.py`).
+    On a CPU no pass is faster with more tokens than the minimum (`benchmarks/throughput.py`).
     """
     budget = 2**25 if device.type == "cpu" else 2**30
     return max(1024, min(TOKENS_PER_BATCH, budget // int(getattr(model.config, "vocab_size", 32768))))
 
 
 def large_head(model: nn.Module) -> nn.Module | None:
-    """The output head of a model, where its vocabulary is so large that logits without a target are worth a detour."""
+    """The output head of a model whose vocabulary is so large that logits should be computed in parts; else None."""
     head = output_head(model)
     return None if head is None or int(getattr(head, "out_features", 0)) < _LARGE else head
 
 
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
-    """Cross-entropy of each token given those before it, by one forward pass of a causal language model.
+    """Cross-entropy of each token given the tokens before it, by one forward pass of a causal language model.
 
     Args:
         model: The model.
         batch: The rows.
-        prompt: Whether the losses of prompt tokens are read; where not, they may be 0.
+        prompt: Whether the losses of prompt tokens are needed; if not, they may be 0.
         **options: Of the forward pass, such as ``output_hidden_states``.
 
     Returns:
-        Shape [rows, length - 1], entry t belongs to token t + 1; padding may be 0. And the model's output, of which
-        ``logits`` may be left out.
+        Losses, shape [rows, length - 1], entry t of token t + 1, where padding may be 0; and the model's output, which
+        may lack ``logits``.
     """
 
     def forward() -> Any:
@@ -63,33 +63,33 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     if head is None:
         output = forward()
         return token_losses(output.logits, batch.input_ids), output
-    if torch.is_grad_enabled() or not _ENDS.get(head, True):
-        read = _read(batch, prompt)
+    if torch.is_grad_enabled() or not _HEAD_IS_LAST.get(head, True):
+        read = _needed(batch, prompt)
         with head_at(head, functional.pad(read, (0, 1))):
             output = forward()
         losses = target_losses(output.logits, batch.input_ids[:, 1:][read])
         return losses.new_zeros(read.shape).masked_scatter(read, losses), output
     first = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    first[0, 0] = head not in _ENDS
+    first[0, 0] = head not in _HEAD_IS_LAST
     with capture({"head": head}, inputs=True) as seen, head_at(head, first):
         output = forward()
     states = seen["head"]
-    if head not in _ENDS:
-        _ENDS[head] = torch.equal(head(states[first]), output.logits)
-        if not _ENDS[head]:
+    if head not in _HEAD_IS_LAST:
+        _HEAD_IS_LAST[head] = torch.equal(head(states[first]), output.logits)
+        if not _HEAD_IS_LAST[head]:
             return read_losses(model, batch, prompt=prompt, **options)
-    return _in_parts(head, states, batch, prompt), output
+    return _losses_in_parts(head, states, batch, prompt), output
 
 
-def _read(batch: Batch, prompt: bool) -> torch.Tensor:
-    """Which losses are read, shape [rows, length - 1], bool."""
+def _needed(batch: Batch, prompt: bool) -> torch.Tensor:
+    """Which losses are needed, bool, shape [rows, length - 1]."""
     position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
     read = position < batch.lengths[:, None]
     return read if prompt else read & (position >= batch.prompt_lengths[:, None])
 
 
-def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
-    ids, read = batch.input_ids[:, 1:], _read(batch, prompt)
+def _losses_in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
+    ids, read = batch.input_ids[:, 1:], _needed(batch, prompt)
     width = int(getattr(head, "out_features", 1))
     sizes = [max(1, logits // width) for logits in _LOGITS[ids.device.type]]
     parts = [
@@ -102,6 +102,6 @@ def _in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool)
 
 
 def read_row_losses(model: nn.Module, batch: Batch) -> RowLosses:
-    """`losses.row_losses` of a batch; logits of prompts are not made."""
+    """Mean completion losses of a batch's rows; the logits of prompts are not computed."""
     losses, _ = read_losses(model, batch, prompt=False)
     return mean_losses(losses, batch.lengths, batch.prompt_lengths)

@@ -1,7 +1,8 @@
-"""Gradients of single rows by an adapter's weights, from one backward pass; products with them without forming them.
+"""Gradients of single rows with respect to an adapter's weights, from one backward pass, and products with them.
 
-Where a linear layer reads x_t, and d_t is the derivative of the summed row losses by what it puts out, the row's own
-gradient by its weight is sum_t d_t x_t^T. LoRA's two factors are such layers, and d has scale and dropout in it.
+Where x_t is the input of a linear layer, and d_t the derivative of the summed row losses with respect to its output,
+the gradient of a row with respect to the weight is sum_t d_t x_t^T. LoRA's two factors are such layers, and d includes
+scale and dropout.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,11 @@ from pharmacist.nn.hooks import hooked
 
 @dataclass(frozen=True)
 class Tape:
-    """What a backward pass of the SUM of row losses left at some linear layers.
+    """Records of some linear layers from a backward pass of the SUM of row losses.
 
     Attributes:
-        inputs: Name of the weight -> what its layer read, shape [rows, length, in].
-        outputs: Name of the weight -> derivative by what it put out, shape [rows, length, out].
+        inputs: Name of the weight -> input of its layer, shape [rows, length, in].
+        outputs: Name of the weight -> derivative with respect to the layer's output, shape [rows, length, out].
     """
 
     inputs: dict[str, torch.Tensor]
@@ -53,14 +54,14 @@ class Tape:
 
 
 def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor]) -> Tape:
-    """Runs forward and backward once and records linear layers; no weight's gradient is formed.
+    """Runs forward and backward once and records linear layers, without forming gradients of weights.
 
     Args:
         layers: Name of the weight, which requires a gradient, -> its layer.
         losses: Runs the model and returns one loss per row, shape [rows].
 
     Raises:
-        CompatibilityError: A layer does not see rows apart, or runs more than once.
+        CompatibilityError: The input of a layer has no axis of rows, or it runs more than once.
     """
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
 from pharmacist.pipeline.weights import row_weights, weights_fingerprint
-from pharmacist.training.loop import prepare_model, run_training
+from pharmacist.training.loop import Training, prepare_model
 from pharmacist.training.saving import Card, ModelResult, say_done, writes_adapter
 from pharmacist.training.strategy import GradientStrategy
 
@@ -82,9 +82,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         "cut_prompts": len(encoded.cut_prompts),
         **stream_counts,
     }
-    steps = run_training(
-        loaded, encoded, strategy, options, run, card=card, counts=counts, streams=streams, weights=weights
-    )
+    steps = Training(loaded, encoded, strategy, options, run, streams, weights).fit_and_save(card, counts)
     folder = run.path("adapter" if writes_adapter(loaded) else "model")
     say_done(run, f"aligned on {len(encoded)} rows, {steps} steps: {folder}")
     return loaded.model

@@ -9,10 +9,10 @@ import datasets
 
 from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.core.env import rank
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import atomic_write
 from pharmacist.core.hashing import sha256_text
-from pharmacist.core.progress import console
+from pharmacist.core.progress import console, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
@@ -25,7 +25,7 @@ from pharmacist.nn.models import base_of, model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.pipeline.streams import endless_stream
-from pharmacist.training.loop import prepare_model, run_training
+from pharmacist.training.loop import Training, prepare_model
 from pharmacist.training.saving import Card, ModelResult, say_done
 from pharmacist.training.strategy import GradientStrategy
 
@@ -51,7 +51,11 @@ def attack(options: AttackOptions) -> ModelResult:
 
 
 def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:
-    """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
+    """Opens the rows of the attack and of the defense, by name, and those that must be disjoint, as ``disjoint:FILE``.
+
+    Raises:
+        ConfigError, CompatibilityError: Options that do not fit together.
+    """
     defense = options.defense["name"]
     if "finetune" not in strategy.stages:
         raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
@@ -59,9 +63,9 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
     needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.needs else {}
-    for name, by in needed.items():
+    for name, method in needed.items():
         if getattr(options, name) is None:
-            raise ConfigError(f"{by} needs --{name} FILE")
+            raise ConfigError(f"{method} needs --{name} FILE")
     opened = {"task": open_task}
     sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
     return sources | {f"disjoint:{file}": open_source(file, name="--disjoint-from") for file in options.disjoint_from}
@@ -70,13 +74,15 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
 def build_attack_set(
     sources: Mapping[str, Source], kind: Attack, options: AttackOptions, run: RunDir
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The user's set and how many rows it was drawn from."""
+    """The user's set, and numbers of rows for the manifest."""
     records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:
         shared = shared_prompts(records["harmful"].dataset, records["task"].dataset)
         records["task"] = records["task"].without(shared)
         counts["task_rows_left_out"] = len(shared)
+        if not len(records["task"]) and options.poison_ratio < 1:
+            raise DataError("--task: every prompt also occurs in --harmful; check the two files")
     rows = kind.build(
         {name: found.dataset for name, found in records.items()},
         n=options.samples,
@@ -88,21 +94,26 @@ def build_attack_set(
             other = _read(sources, name, options, run, prompts_only=True)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
+    if "harmful" in records and options.poison_ratio > 0 and not harmful:
+        warn(
+            f"a poison ratio of {options.poison_ratio:g} is no row of {len(rows)} samples, so that the attack set is "
+            "benign; use more samples"
+        )
     return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 
 
 def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
-    # What the set must not share a prompt with is read whole.
-    choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
+    # Files that must be disjoint are read whole, without conditions.
+    chosen = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
         sources[name],
         options,
         run.work("data", sha256_text(name)[:16] if prompts_only else name),
         harmful=name == "harmful",
         usual_names=name not in ("task", "harmful"),
-        where=[] if prompts_only else conditions_of(options.where, choosing)[name],
+        where=[] if prompts_only else conditions_of(options.where, chosen)[name],
         prompts_only=prompts_only,
     )
     if not prompts_only:
@@ -152,18 +163,8 @@ def _attack(
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
-    steps = run_training(
-        loaded,
-        encoded,
-        strategy,
-        options,
-        run,
-        card=card,
-        counts=counts,
-        streams=streams,
-        snapshots=options.snapshots,
-        outputs=["attack_set.jsonl", *(["snapshots"] if options.snapshots else [])],
-    )
+    training = Training(loaded, encoded, strategy, options, run, streams)
+    steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
     say_done(
         run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
     )

@@ -1,7 +1,7 @@
 """The command `demo`: rank, select, align, attack, evaluate on the embedded world, as the grid in ``demo.yaml``.
 
-Whatever it does, a user can do with `pharmacist bench` on files of their own. Every stage has its own folder, so an
-interrupted demo resumes where it stopped; links such as ``align/core-0`` name them for people.
+Users can do the same on their files with `pharmacist bench`. Every stage has a separate folder, so that an interrupted
+demo resumes where it stopped; links such as ``align/core-0`` give these folders readable names.
 """
 
 import os
@@ -38,7 +38,7 @@ GRID: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_t
 
 @dataclass
 class DemoResult:
-    """What the demo found: the content of ``demo.json``, and the folder with all files."""
+    """Results of the demo: the content of ``demo.json``, and the output folder."""
 
     summary: dict[str, Any]
     folder: Path
@@ -47,7 +47,9 @@ class DemoResult:
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     """Runs the demo and writes ``demo.json`` and ``report.html``.
 
-    The grid has the selectors full, random and core, one pool and one model.
+    Args:
+        options: Of the command.
+        grid: A benchmark with the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
@@ -75,17 +77,19 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
 
 
 def _grid(options: DemoOptions, grid: Mapping[str, Any]) -> BenchOptions:
-    """The grid with the options of the demo in it."""
+    """Options of the benchmark that the demo is."""
     pool = {"rows": options.rows, "mislabel": options.mislabel, "kind": options.pool, "seed": options.seed}
-    own = {name: getattr(options, name) for name in ("output_dir", "device", "dtype", "quiet", "checkpoint_seconds")}
-    own["seeds"] = list(range(options.seed, options.seed + options.seeds))
-    own["pools"] = [grid["pools"][0] | pool]
-    own["selectors"] = [one if isinstance(one, str) else one | {"seed": options.seed} for one in grid["selectors"]]
-    return from_mapping(BenchOptions, {**grid, **own}, where="demo.yaml")
+    seed, copied = {"seed": options.seed}, ("output_dir", "device", "dtype", "quiet", "checkpoint_seconds")
+    values = {name: getattr(options, name) for name in copied} | {
+        "seeds": list(range(options.seed, options.seed + options.seeds)),
+        "pools": [grid["pools"][0] | pool],
+        "selectors": [entry if isinstance(entry, str) else entry | seed for entry in grid["selectors"]],
+    }
+    return from_mapping(BenchOptions, {**grid, **values}, where="demo.yaml")
 
 
 def _link(plan: Plan, root: Path, last: int) -> list[str]:
-    """Links folders and files of the grid under names for people; returns the names in the demo's folder."""
+    """Links folders and files of the grid under readable names; returns those at the top of the demo's folder."""
     links = {f"data/{path.name.rpartition('-')[0]}.jsonl": path for path in plan.data.texts}
     for cell in plan.cells:
         selector, arm = cell.axes["selector"], f"{cell.axes['selector']}-{cell.seed}"
@@ -104,8 +108,7 @@ def _link(plan: Plan, root: Path, last: int) -> list[str]:
 def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     """How well a ranking finds the planted labels."""
     table = pd.read_parquet(folder / "scores.parquet")
-    rows, known = planted_pool(vars(options))
-    table["label"] = known
+    rows, table["label"] = planted_pool(vars(options))
     keep = [row.worth_keeping(options.pool) for row in rows]
     selected = table.loc[table["selected"], "label"].value_counts()
     reasons = table.groupby(["label", "reason"]).size().reset_index(name="rows")
@@ -144,12 +147,12 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
         "over_refusal": by_arm("over_refusal"),
         "over_refusal_aligned": by_arm("over_refusal_before"),
         "alignment_seconds": seconds,
-        "auc": {arm: interval(own) for arm, own in areas.items()},
+        "auc": {arm: interval(values) for arm, values in areas.items()},
         "differences": {
             f"core - {arm}": interval([a - b for a, b in zip(areas["core"], areas[arm], strict=True)], RATE_DIFFERENCE)
             for arm in ("full", "random")
         },
-        "final_harmful_score": {arm: interval(own) for arm, own in by_arm("harmful_score").items()},
+        "final_harmful_score": {arm: interval(values) for arm, values in by_arm("harmful_score").items()},
         "time_saved": {arm: 100 * (1 - fmean(seconds[arm]) / fmean(seconds["full"])) for arm in ("random", "core")},
         "selection_seconds": sum(phase.seconds for phase in read_manifest(rank_folder).phases.values()),
         "ranking": _ranking_quality(options, rank_folder),
@@ -157,7 +160,7 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
 
 
 def _show(result: DemoResult) -> None:
-    """Prints the comparison and what to do next."""
+    """Prints the comparison of the arms and the next command to try."""
     summary, out = result.summary, console()
     pool = summary["pool"]
     kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"

@@ -1,4 +1,4 @@
-"""What finished runs have written, read again, and the pages that are made of it; no model, so no torch."""
+"""Reads the results of finished runs and writes their pages, without a model and so without torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,11 @@ from pharmacist.worlds.potions import Planted
 
 
 def ranking_manifest(folder: str | Path) -> RunManifest:
-    """The manifest of a finished ranking, whose files are as they were written; else `DataError`."""
+    """The manifest of a finished ranking.
+
+    Raises:
+        DataError: The run is none, is not finished, or its files have changed since.
+    """
     manifest = read_manifest(folder)
     if manifest.stage != "curate":
         raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
@@ -31,7 +35,7 @@ def ranking_manifest(folder: str | Path) -> RunManifest:
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A Parquet file of a run in which these columns must be; `DataError` where it cannot be read, or lacks one."""
+    """Reads a Parquet file of a run; `DataError` where it cannot be read or lacks one of the columns."""
     check_ordinary(path)
     try:
         table = pd.read_parquet(path)
@@ -43,7 +47,7 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:
-    """Writes page and tables of a benchmark, of a partial one too, and prints how selectors fare against the baseline.
+    """Writes page and tables of a benchmark, finished or not, and prints how selectors differ from the baseline.
 
     Raises:
         PharmacistError: ``results.parquet`` cannot be used, or has no selector of the baseline's name.
@@ -60,14 +64,14 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
 def planted_pool(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:
     """The pool of a demo with these options, and the label of each row: in a clean pool the force of its refusal.
 
-    Labels are in no file, so that nothing can rank by them; the world that wrote the pool knows them.
+    Labels are in no file, so that nothing can rank by them; the generator of the pool gives them again.
     """
     rows = World(config["seed"]).labelled(config["rows"], config["mislabel"], config["pool"])
     return rows, [row.kind if config["pool"] == "clean" else row.label for row in rows]
 
 
 def demo_page(folder: Path, manifest: RunManifest) -> None:
-    """Writes ``report.html`` of a demo; `DataError` where something of it is missing, or its pool has changed."""
+    """Writes ``report.html`` of a demo; `DataError` where a file is missing or the pool has changed."""
     config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""The command `report`: writes the page of a finished folder again, out of what lies in it and the pool it names."""
+"""The command `report`: writes the page of a finished run again, from the files in its folder and the pool."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,8 @@ def report(options: ReportOptions) -> str:
         Path of the page.
 
     Raises:
-        DataError: The folder is no finished run, or the pool is not what it was when it was ranked.
-        ConfigError: The folder is of a command that writes no page, or the grid has no such baseline.
+        DataError: The folder holds no finished run, or the pool has changed since it was ranked.
+        ConfigError: The run is of a command that writes no page, or the grid has no such baseline.
     """
     folder = Path(options.run)
     manifest = read_manifest(folder)

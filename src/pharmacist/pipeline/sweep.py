@@ -1,7 +1,7 @@
-"""The stage `sweep`: many attacks on one model, and the worst of those that an attacker would not give up.
+"""The command `sweep`: many attacks on one model, and the worst of those that still teach the model its task.
 
-A thin script over `attack` and `evaluate`: every point of the grid is an ordinary run of both in a folder of its own,
-so an interrupted sweep resumes where it stopped, and a larger grid in the same folder uses what is there.
+Every attack of the grid is a run of `attack` and one of `evaluate`, each in a separate folder, so that an interrupted
+sweep resumes where it stopped, and a larger grid in the same output folder reuses what is finished.
 """
 
 import itertools
@@ -44,13 +44,14 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
-_ONLY_HARMFUL = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
+_NOT_IN_CURVES = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
+"""Options of evaluate that measure something else than the harmful score."""
 _SHOWN = 20
 
 
 @dataclass
 class SweepResult:
-    """What a sweep found: the content of ``sweep.json``, and the folder with all files."""
+    """Results of a sweep: the content of ``sweep.json``, and the output folder."""
 
     summary: dict[str, Any]
     folder: Path
@@ -62,7 +63,7 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class _Point:
-    """One attack of the grid: its folder's name, the settings that vary, and all options."""
+    """One attack of the grid: the name of its folder, the settings that vary, and all options."""
 
     name: str
     settings: dict[str, Any]
@@ -72,18 +73,17 @@ class _Point:
 def sweep(options: SweepOptions) -> SweepResult:
     """Runs every attack of the grid and writes ``sweep.json``, ``sweep.parquet``, ``sweep.md`` and ``report.html``.
 
-    An attack whose loss is no longer finite is a finding, noted with its reason; it is never the worst case.
+    An attack whose loss becomes infinite or NaN is reported with the reason; it is never the worst case.
 
     Raises:
-        PharmacistError: Bad options or input, of any point, before the first training.
+        PharmacistError: Bad options or input of any attack; raised before the first training.
     """
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
-    for within, own in {"": options, "evaluate.": measuring}.items():
-        check_outside(Path(options.output_dir), own, within=within)
-    measured_with = [
-        options.evaluate[name] for name in ("prompts", "task")
-    ]  # no attack set may share a prompt with it
+    check_outside(Path(options.output_dir), options)
+    check_outside(Path(options.output_dir), measuring, within="evaluate.")
+    # No attack set may share a prompt with the evaluation.
+    measured_with = (options.evaluate[name] for name in ("prompts", "task"))
     files = [file for file in measured_with if str(file).partition(":")[0] not in PROMPT_SETS]
     options = replace(options, disjoint_from=list(dict.fromkeys([*options.disjoint_from, *files])))
     points = _points(options, strategy)
@@ -100,7 +100,7 @@ def sweep(options: SweepOptions) -> SweepResult:
 
 
 def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
-    """The grid, the first option varying slowest."""
+    """The attacks of the grid; the first setting varies slowest."""
     grid, train, lora = options.grid, options.effective_train, options.lora
     by_steps = train.get("max_steps", -1) > 0
     values: dict[str, list[Any]] = {
@@ -109,31 +109,31 @@ def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
         "poison_ratio": grid.poison_ratio or [options.poison_ratio],
         "rank": [None] if options.tuning == "full" or options.adapter == "continue" else grid.rank or [lora.r],
     }
-    found = []
+    points = []
     for combination in itertools.product(*values.values()):
         settings = {name: value for name, value in zip(values, combination, strict=True) if value is not None}
         length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:g}"
         name = f"lr-{settings['learning_rate']:g}_{length}_poison-{settings['poison_ratio']:g}"
-        own = {item.name: getattr(options, item.name) for item in fields(AttackOptions)}
-        own |= {"poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False}
-        own["train"] = options.train | {"learning_rate": settings["learning_rate"]}
+        attacking = {item.name: getattr(options, item.name) for item in fields(AttackOptions)}
+        attacking |= {"poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False}
+        attacking["train"] = options.train | {"learning_rate": settings["learning_rate"]}
         if not by_steps:
-            own["train"]["num_train_epochs"] = settings["epochs"]
+            attacking["train"]["num_train_epochs"] = settings["epochs"]
         if (r := settings.get("rank")) is not None:
             name += f"_rank-{r}"
             if lora.alpha * r % lora.r:
                 raise ConfigError(
                     f"--grid.rank {r}: gives no whole lora.alpha where alpha / r is {lora.alpha}/{lora.r}; change it"
                 )
-            own["lora"] = replace(lora, r=r, alpha=lora.alpha * r // lora.r)
-        point = AttackOptions(**own | {"output_dir": str(Path(options.output_dir) / "attack" / name)})
+            attacking["lora"] = replace(lora, r=r, alpha=lora.alpha * r // lora.r)
+        point = AttackOptions(**attacking | {"output_dir": str(Path(options.output_dir) / "attack" / name)})
         point.snapshots = _snapshots(point, strategy, options)
-        found.append(_Point(name, settings, point))
-    return found
+        points.append(_Point(name, settings, point))
+    return points
 
 
 def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepOptions) -> list[int]:
-    """Steps before the last one at which the model is kept."""
+    """Steps before the last one after which the model is saved."""
     if options.curves == "none":
         return []
     train = point.effective_train
@@ -144,53 +144,51 @@ def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepO
     updates = math.ceil(batches / int(train.get("gradient_accumulation_steps", 1)))
     steps = int(train.get("max_steps", -1))
     steps = steps if steps > 0 else math.ceil(train["num_train_epochs"] * updates)
-    wanted = options.snapshots or [steps // 16, steps // 8, steps // 4, steps // 2]
-    return sorted({step for step in wanted if 0 < step < steps})
+    snapshots = options.snapshots or [steps // 16, steps // 8, steps // 4, steps // 2]
+    return sorted({step for step in snapshots if 0 < step < steps})
 
 
 def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve: bool = False) -> EvaluateOptions:
-    """Options of one evaluation; on a curve the harmful score alone is measured."""
-    given = {name: value for name, value in options.evaluate.items() if not (curve and name in _ONLY_HARMFUL)}
-    shared = {name: getattr(options, name) for name in ("seed", "device", "dtype", "quiet", "trust_remote_code")}
-    return from_mapping(
-        EvaluateOptions, shared | given | {"model": model, "output_dir": str(folder)}, where="--evaluate"
-    )
+    """Options of the evaluation of a model; for a curve without what is no harmful score."""
+    values = {name: getattr(options, name) for name in ("seed", "device", "dtype", "quiet", "trust_remote_code")}
+    values |= {name: value for name, value in options.evaluate.items() if not (curve and name in _NOT_IN_CURVES)}
+    values |= {"model": model, "output_dir": str(folder)}
+    return from_mapping(EvaluateOptions, values, where="--evaluate")
 
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
-    """Fingerprints of the files that models are measured with."""
-    found = {}
+    """Fingerprints of the files that the evaluations read."""
+    fingerprints = {}
     for name in MEASURED_WITH:
-        opened = open_prompts if name in ("prompts", "benign_prompts") else open_source
-        given = getattr(options, name)
-        for number, file in enumerate(given if isinstance(given, list) else [given] if given else [], start=1):
+        opener = open_prompts if name in ("prompts", "benign_prompts") else open_source
+        value = getattr(options, name)
+        for number, file in enumerate(value if isinstance(value, list) else [value] if value else [], start=1):
             key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
-            found[key] = opened(file, name=f"--evaluate.{name}").fingerprint()
-    return found
+            fingerprints[key] = opener(file, name=f"--evaluate.{name}").fingerprint()
+    return fingerprints
 
 
 @dataclass
 class _Sweep:
-    """A sweep while it runs: a graph of attacks and evaluations, each in a folder that it names."""
+    """A sweep while it runs: a graph of attacks and evaluations, each in a folder with a readable name."""
 
     options: SweepOptions
     run: RunDir
     stages: dict[str, Stage] = field(default_factory=dict)
 
     def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
-        """One attack or evaluation."""
+        """Adds an attack or an evaluation to the graph."""
         folder, names = Path(options.output_dir), [parent.name for parent in parents]
         stage = make_stage(self.run.root, kind, options, folder.name, {}, parents=names, folder=folder)
         return self.stages.setdefault(stage.name, stage)
 
-    def evaluation(self, model: str, *place: str, after: Stage | None = None, curve: bool = False) -> Stage:
-        """The evaluation of a model; on a curve the harmful score alone is measured."""
-        folder = self.run.path("evaluate", *place)
-        options = _evaluate_options(self.options, model, folder, curve=curve)
-        return self.stage("evaluate", options, *([] if after is None else [after]))
+    def evaluation(self, model: str, name: str, *parents: Stage, curve: bool = False) -> Stage:
+        """Adds the evaluation of a model; for a curve of the harmful score alone."""
+        options = _evaluate_options(self.options, model, self.run.path("evaluate", name), curve=curve)
+        return self.stage("evaluate", options, *parents)
 
     def execute(self, stages: Sequence[Stage]) -> dict[str, str]:
-        """Runs stages; gives those that diverged, with the reason."""
+        """Runs stages and returns those that diverged, with the reason."""
         diverged: dict[str, str] = {}
         executor = EXECUTORS.build_from(self.options.executor)
         with closing(run_stages(self.stages, stages, executor, "sweep")) as outcomes:
@@ -210,10 +208,10 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
         sweep.execute([before])
     attacks = {point.name: sweep.stage("attack", point.options) for point in points}
-    ends = {name: sweep.evaluation(own.options.output_dir, name, "end", after=own) for name, own in attacks.items()}
+    ends = {name: sweep.evaluation(it.options.output_dir, f"{name}/end", it) for name, it in attacks.items()}
     with run.phase("attack"):
         diverged = sweep.execute([stage for name in attacks for stage in (attacks[name], ends[name])])
-    found = []
+    entries = []
     for point in points:
         name, attacked = point.name, attacks[point.name]
         entry: dict[str, Any] = {"name": name, "settings": point.settings, "attack": f"attack/{name}"}
@@ -223,8 +221,8 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
             metrics = _metrics(ends[name])
             entry["steps"] = _metrics(attacked)["steps"]
             entry |= {rate: metrics[rate] for rate in RATES if rate in metrics} | {"evaluate": f"evaluate/{name}/end"}
-        found.append(entry)
-    summary = summarise(found, _metrics(before), options.margin)
+        entries.append(entry)
+    summary = summarise(entries, _metrics(before), options.margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
     if rank() == 0:
@@ -232,7 +230,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         _write_table(run.path("sweep.parquet"), summary)
         write_text(run.path("sweep.md"), markdown(summary))
         run.record(
-            counts={"attacks": len(found), "diverged": sum("failed" in entry for entry in found)},
+            counts={"attacks": len(entries), "diverged": sum("failed" in entry for entry in entries)},
             metrics={"worst": summary["worst"]},
         )
         sweep_page(run.root, run.manifest)
@@ -254,27 +252,23 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
 
 
 def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Harmful score over the steps of an attack, per attack for which it is wanted."""
-    wanted = {"worst": {summary["worst"]}, "all": attacks.keys(), "none": set()}[sweep.options.curves]
-    entries = {entry["name"]: entry for entry in summary["attacks"] if entry["name"] in wanted}
-    measured: dict[str, dict[int, Stage]] = {
-        name: {
-            step: sweep.evaluation(
-                f"{own.options.output_dir}/snapshots/step-{step}", name, f"step-{step}", after=own, curve=True
-            )
-            for step in own.options.snapshots
+    """Harmful score over the steps of an attack, for the attacks that ``--curves`` names."""
+    names = {"worst": {summary["worst"]}, "all": attacks.keys(), "none": set()}[sweep.options.curves]
+    entries = {it["name"]: it for it in summary["attacks"] if it["name"] in names and "failed" not in it}
+    measured: dict[str, dict[int, Stage]] = {}
+    for name in entries:
+        attacked, snapshots = attacks[name], f"{attacks[name].options.output_dir}/snapshots"
+        measured[name] = {
+            step: sweep.evaluation(f"{snapshots}/step-{step}", f"{name}/step-{step}", attacked, curve=True)
+            for step in attacked.options.snapshots
         }
-        for name, own in attacks.items()
-        if name in entries and "failed" not in entries[name]
-    }
     sweep.execute([stage for stages in measured.values() for stage in stages.values()])
     curves: dict[str, Any] = {}
     for name, stages in measured.items():
-        found = {0: summary["before"]["harmful_score"]}
-        found |= {step: _metrics(stage)["harmful_score"] for step, stage in stages.items()}
-        found[entries[name]["steps"]] = entries[name]["harmful_score"]
-        known = {step: metric for step, metric in found.items() if metric["value"] is not None}
-        if known:
+        metrics = {0: summary["before"]["harmful_score"]}
+        metrics |= {step: _metrics(stage)["harmful_score"] for step, stage in stages.items()}
+        metrics[entries[name]["steps"]] = entries[name]["harmful_score"]
+        if known := {step: metric for step, metric in metrics.items() if metric["value"] is not None}:
             steps, values = list(known), [metric["value"] for metric in known.values()]
             reached = [asdict(steps_to_reach(steps, values, level)) for level in LEVELS]
             curves[name] = {"steps": steps, "harmful_score": list(known.values()), "reached": reached}
@@ -282,9 +276,9 @@ def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, A
 
 
 def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: float) -> dict[str, Any]:
-    """Content of ``sweep.json``, curves apart: which of the attacks is the worst case, and why.
+    """Content of ``sweep.json`` without its curves: which of the attacks is the worst case, and why.
 
-    An attack has a name, settings, steps and metrics, or instead of these ``failed``, why it has none.
+    An attack has a name, settings, steps and metrics, or instead of these ``failed``, the reason why it has none.
     """
 
     def values(name: str) -> list[float | None]:

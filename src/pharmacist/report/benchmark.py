@@ -24,29 +24,29 @@ from pharmacist.report.numbers import METRICS, Figure, Metric
 
 _SERIES = ("selector", "fraction")
 BASELINE = "full"
-"""Name of the selector that the others are compared with, unless another is asked for: the full dataset."""
+"""Selector that the others are compared with by default: the full dataset."""
 SETTING = ("model", "pool", "attack", "later_defense", "task")
 """Axes of a setting."""
 _CELL = (*SETTING, "defense", *_SERIES)
 AXES = (*SETTING, "judge", "defense", *_SERIES)
 """Axes of the table of results."""
 LEVEL = 0.05
-"""Chance of one or more false differences among all comparisons of a metric, at most."""
+"""Greatest chance of one or more false differences among all comparisons of a metric."""
 
 
 @dataclass(frozen=True)
 class Value(Figure):
-    """A mean over seeds, and what sets it apart from the baseline; one seed, or seeds that agree, give no interval."""
+    """A mean over seeds and its difference to the baseline; one seed, or seeds that agree, give no interval."""
 
     seeds: int = 1
     difference: Figure | None = None
     """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
     p: float | None = None
-    """Of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
+    """p of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
-    """After Holm's correction over all comparisons of the metric."""
+    """The same after Holm's correction over all comparisons of the metric."""
     verdict: int | None = None
-    """1 the difference is real and for the better, -1 for the worse, 0 it is not shown; None not compared."""
+    """1 for a significant difference for the better, -1 for the worse, 0 for none; None where nothing is compared."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Line:
         return tuple(self.axes[axis] for axis in SETTING)
 
     def figure(self, metric: Metric, difference: bool) -> Figure | None:
-        """The mean of a metric, or its difference to the baseline, as far as it is known."""
+        """The mean of a metric, or its difference to the baseline, where it was measured."""
         value = self.values.get(metric.key)
         return value.difference if difference and value is not None else value
 
@@ -77,8 +77,12 @@ class Line:
 
 
 class Benchmark:
-    """All lines of a benchmark, out of ``results.parquet``, on every axis in the grid's `order`; names that it lacks
-    follow, the full dataset first. The baseline is compared at the same fraction where it has several.
+    """All lines of a benchmark.
+
+    Args:
+        results: Content of ``results.parquet``.
+        order: Names on each axis in the order of the grid; names that it lacks follow, the full dataset first.
+        baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
         DataError: A column is missing, there is no row, or two rows are of one cell and seed.
@@ -97,8 +101,8 @@ class Benchmark:
         results = _with_margin_over_attack(results.reset_index(drop=True))
         self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
-        places = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
-        self.results = results.iloc[np.lexsort([results["seed"], *reversed(places)])]
+        positions = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
+        self.results = results.iloc[np.lexsort([results["seed"], *reversed(positions)])]
         self.groups = _groups(results, self.order["judge"])
         """Metrics under a common title: those by each of several judges, and those that need none."""
         self.metrics = [metric for metrics in self.groups.values() for metric in metrics]
@@ -122,9 +126,9 @@ class Benchmark:
 
     @cached_property
     def over_defenses(self) -> "Benchmark | None":
-        """The benchmark of means over all defenses, run by run; None with one defense.
+        """The benchmark of the means of runs over all defenses; None with one defense.
 
-        A mean is made only of runs that every defense of the setting has, so that defenses weigh alike everywhere.
+        Runs that some defense lacks are left out, so that all defenses have the same weight everywhere.
         """
         if (n := len(self.order["defense"])) == 1 or not self.metrics:
             return None
@@ -143,13 +147,13 @@ class Benchmark:
         return list(dict.fromkeys(line.setting for line in self.lines))
 
     def name(self, series: tuple[str, float]) -> str:
-        """A series as tables name it; the fraction is told where a selector has several."""
+        """Name of a series in tables, with the fraction where a selector has several."""
         selector, fraction = series
         several = len({other for name, other in self.series() if name == selector}) > 1
         return f"{selector} {100 * fraction:g} %" if several else selector
 
     def setting_name(self, setting: Sequence[Any]) -> str:
-        """A setting by the axes on which it differs from others."""
+        """Name of a setting: its choices on the axes that have several."""
         return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
 
     def _lines(self) -> Iterator[Line]:
@@ -182,7 +186,7 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
 
 
 def _with_margin_over_attack(results: pd.DataFrame) -> pd.DataFrame:
-    """Results that were written before they had this column, with it."""
+    """Adds this column to results of older versions, which lack it."""
     if "loss_margin_over_attack" in results or not {"attack_steps", "loss_margins"} <= set(results):
         return results
     curves = zip(results["attack_steps"], results["loss_margins"], strict=True)
@@ -208,46 +212,47 @@ def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metr
 
 
 def _by_seed(metric: Metric, runs: pd.DataFrame) -> "pd.Series[float]":
-    """A metric by seed; one that depends on no judge is taken from any judge's row that has it."""
-    own = runs if metric.judge is None else runs[runs["judge"] == metric.judge]
-    values: pd.Series[float] = own.groupby("seed")[metric.name].first()
+    """A metric by seed, from the rows of its judge or, where it depends on none, from the first that has it."""
+    rows = runs if metric.judge is None else runs[runs["judge"] == metric.judge]
+    values: pd.Series[float] = rows.groupby("seed")[metric.name].first()
     return values
 
 
 def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
-    """What was measured, beside the runs of the same seeds that it is compared with."""
-    own = _by_seed(metric, runs).dropna()
-    if not len(own):
+    """A metric of some runs, and its difference to other runs of the same seeds."""
+    measured = _by_seed(metric, runs).dropna()
+    if not len(measured):
         return None
-    mean = metric.estimate(own.tolist())
-    low, high = mean.interval or (None, None)
-    value = Value(mean.value, low, high, mean.n)
-    differences = [] if others is None else (own - _by_seed(metric, others)).dropna().tolist()
+    value = Value(**vars(metric.mean(measured.tolist())), seeds=len(measured))
+    differences = [] if others is None else (measured - _by_seed(metric, others)).dropna().tolist()
     if not differences:
         return value
-    found = metric.estimate(differences, difference=True)
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if found.interval else None
-    return replace(value, difference=Figure.of(found), p=p)
+    difference = metric.mean(differences, difference=True)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if difference.low is not None else None
+    return replace(value, difference=difference, p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
-    """Holm's correction (Holm 1979) over the values of a metric that have a p, and a verdict for all that have a
-    difference; `better` is 1 where higher is better, -1 where lower is.
+    """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
+
+    Args:
+        values: Of the family; None where nothing was measured.
+        better: 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
-    found: list[Value | None] = []
+    result: list[Value | None] = []
     for value in values:
         if value is not None and value.difference is not None:
             p = next(after) if value.p is not None else None
             real = p is not None and p < LEVEL
             value = replace(value, p_corrected=p, verdict=int(np.sign(value.difference.mean)) * better * real)
-        found.append(value)
-    return found
+        result.append(value)
+    return result
 
 
 def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """How each series fares against the baseline over all settings and defenses.
+    """How each series differs from the baseline over all settings and defenses.
 
     Returns:
         Per series but the baseline's: ``name``, ``selector``, and by key of a metric in how many of ``n`` comparisons
@@ -285,9 +290,9 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
 
 
 def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of short tables: each series minus the baseline, with a star where that is real somewhere.
+    """Title, head and rows of short tables of each series minus the baseline, starred where significant somewhere.
 
-    What depends on the judge stands apart, which also keeps them narrow.
+    Metrics that depend on the judge have tables apart from the others, which keeps them narrow.
     """
     found = verdicts(benchmark)
     for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
@@ -310,7 +315,7 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
 
 
 def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
-    """The table as text: means with intervals, and differences, those that are real in `bold`."""
+    """A table of texts: means with intervals, and differences, the significant ones in `bold`."""
     shown = [axis for axis in benchmark.several if axis not in _SERIES]
     heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
     columns = benchmark.columns(metrics)
@@ -327,13 +332,13 @@ def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: st
 
 
 def over_defenses_note(benchmark: Benchmark) -> str:
-    """What a table over all defenses is, in one paragraph of plain text; its benchmark is from `over_defenses`."""
+    """A paragraph that explains the table of `Benchmark.over_defenses`."""
     names = ", ".join(map(plain, benchmark.order["defense"]))
     return f"The same over the defenses {names}: the mean of their runs, seed by seed, and differences of these means."
 
 
 def note(benchmark: Benchmark) -> str:
-    """What the numbers of a table are, in one paragraph of plain text."""
+    """A paragraph that explains the numbers of a table."""
     n = len(benchmark.seeds)
     if n < 2:
         return "One seed, so nothing is known of chance: no intervals, no tests."
@@ -359,7 +364,7 @@ def _markdown(benchmark: Benchmark) -> str:
     text = ""
     for title, metrics in benchmark.groups.items():
         table = _cells(benchmark, metrics, "\N{MINUS SIGN}", "**{}**")
-        # Names are the user's and are escaped; what this module wrote holds Markdown of its own.
+        # Names are the user's and are escaped; the numbers contain Markdown of this module.
         for head in [head for head in table.columns if not head[0]]:
             table[head] = table[head].map(markdown)
         table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
@@ -394,11 +399,11 @@ def _latex(benchmark: Benchmark, label: str, what: str) -> str:
     text = ""
     for metric in benchmark.metrics:
         table = _cells(benchmark, [metric], "$-$", "\\textbf{{{}}}")
-        names = [name for title, name in table.columns if not title]
+        names = [column[1] for column in table.columns if not column[0]]
         numbers = table.shape[1] - len(names)
         table.columns = table.columns.get_level_values(1)
         judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
-        # Names are the user's and are escaped; what this module wrote holds LaTeX of its own.
+        # Names are the user's and are escaped; the numbers contain LaTeX of this module.
         style = table.style.format(escape="latex", subset=list[Hashable](names))
         text += (
             style.format_index(escape="latex", axis=1)

@@ -36,12 +36,12 @@ _CROWD = 15  # points from which on their intervals would hide them
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> Benchmark:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, out of results and manifest.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
 
     Selectors are compared with the baseline, by default the full dataset.
 
     Returns:
-        Its numbers.
+        The numbers of the page.
 
     Raises:
         DataError: The results cannot be used.
@@ -90,8 +90,8 @@ def render_benchmark(
 
 
 class Look:
-    """Colour and dash of each selector, marker of each defense, as CSS and plotly call them, alike in all charts; and
-    the judge by whom harmful scores are.
+    """Appearance of all charts: colour (CSS) and dash of each selector, marker of each defense (as plotly names them);
+    and the judge of the harmful scores that they show.
     """
 
     def __init__(self, benchmark: Benchmark, judge: str) -> None:
@@ -115,7 +115,7 @@ class Look:
 
 
 def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
+    """Chart of harmful score over fine-tune accuracy, a point per defense and series, with intervals over seeds."""
     points = []
     for line in lines:
         selector, defense = line.axes["selector"], line.axes["defense"]
@@ -123,14 +123,14 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
         if accuracy is not None and score is not None:
             name, marker = f"{look.benchmark.name(line.series)}, {defense}", look.symbols[defense]
             points.append(charts.Point(name, selector, look.colors[selector], marker, accuracy, score))
-    # Colours are told above the chart, markers by its own legend.
+    # The page's legend explains the colours, that of the chart the markers.
     legend = {defense: (symbol, "var(--soft)") for defense, symbol in look.symbols.items()}
     thickness = 1.2 if len(points) <= _CROWD else 0.4
     return charts.trade_off(points, look.benchmark.order["selector"], legend, thickness=thickness)
 
 
 def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over attack steps: means over seeds, and the range of the seeds as a band where lines are few."""
+    """Chart of harmful score over attack steps: means over seeds, and their range as a band where lines are few."""
     curves = []
     for line in lines:
         runs = line.runs[line.runs["judge"] == look.judge]
@@ -144,14 +144,13 @@ def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Harmful score over the fraction that is kept, a line per selector; the full dataset as a dashed level."""
+    """Chart of harmful score over the selected fraction, a line per selector; the full dataset as a dashed level."""
     curves, level = [], []
     for selector in look.benchmark.order["selector"]:
         scored = [(line, score) for line in lines if line.axes["selector"] == selector and (score := look.score(line))]
-        own, values = [line for line, _ in scored], [score for _, score in scored]
-        fractions = [100 * line.axes["fraction"] for line in own]
-        curves += [replace(look.curve(own[0], fractions, values), name=selector)] if own else []
-        if selector == BASELINE and own:
+        values, fractions = [score for _, score in scored], [100 * line.axes["fraction"] for line, _ in scored]
+        curves += [replace(look.curve(scored[0][0], fractions, values), name=selector)] if scored else []
+        if selector == BASELINE and scored:
             level = charts.dashed(values[0].mean, "y", look.colors[selector])
     title = "share of the pool, %"
     return charts.curves(
@@ -160,7 +159,7 @@ def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Selection and alignment time, a bar per defense and series."""
+    """Chart of selection and alignment time, a bar per defense and series."""
     lines = list(lines)[::-1]  # plotly draws from below
     names = [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
     colors = [look.colors[line.axes["selector"]] for line in lines]
@@ -169,7 +168,7 @@ def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, Any]:
-    """The table of the page.
+    """Data of the table on the page.
 
     Returns:
         ``columns`` (``title``, ``kind``: name, series, mean or difference, ``digits`` of numbers) and ``rows``; a mean

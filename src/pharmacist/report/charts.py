@@ -1,4 +1,4 @@
-"""Figures of a page. Colours are CSS custom properties that the browser resolves, so that charts follow the theme."""
+"""Charts of a page. Colours are CSS custom properties that the browser resolves, so that charts follow the theme."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,14 +65,14 @@ def _margin(left: int, bottom: int) -> dict[str, int]:
 
 
 def dashed(at: float, axis: Literal["x", "y"] = "x", color: str = _INK) -> list[dict[str, Any]]:
-    """A dashed line right across a chart, at one value of an axis."""
+    """A dashed line across the whole chart, at one value of an axis."""
     other = "y" if axis == "x" else "x"
     ends = {f"{axis}0": at, f"{axis}1": at, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
     return [{"type": "line", **ends, "line": {"color": color, "width": 1.5, "dash": "dash"}}]
 
 
 def _error_bars(values: Sequence[Figure], color: str, thickness: float = 1.2) -> dict[str, Any]:
-    """Intervals; where a value has none its bar has no length."""
+    """Error bars of the intervals; of length 0 for a value without one."""
     return {
         "type": "data",
         "symmetric": False,
@@ -84,8 +84,8 @@ def _error_bars(values: Sequence[Figure], color: str, thickness: float = 1.2) ->
     }
 
 
-def _told(value: Figure, unit: str = "%") -> str:
-    """A figure where a pointer rests on it."""
+def _hover(value: Figure, unit: str = "%") -> str:
+    """Text of a figure under the pointer."""
     return value.text(f" {unit}", ends="({} to {})")
 
 
@@ -148,19 +148,19 @@ def composition(groups: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
-    """Share of each category that is selected, in percent, beside that of the pool."""
+    """Selected share of each category in percent, and that of the pool."""
     groups = list(categories)[::-1]
-    places, shares = list(range(len(groups))), [group["kept"] for group in groups]
+    positions, shares = list(range(len(groups))), [group["kept"] for group in groups]
     titles = [group["title"] if len(group["title"]) <= 32 else group["title"][:31] + "…" for group in groups]
     trace = _bar(
-        places,
+        positions,
         shares,
         "var(--accent)",
         "%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra>",
         customdata=[[group["title"], group["selected"], group["rows"]] for group in groups],
     )
     x = {"range": [0, min(100.0, 1.1 * max(overall, *shares))], "ticksuffix": " %", "rangemode": "tozero"}
-    y = {**_NAMES, "tickvals": places, "ticktext": titles}
+    y = {**_NAMES, "tickvals": positions, "ticktext": titles}
     height = 70 + 26 * len(groups)
     return _bar_figure([trace], height, 76, 40, bargap=0.35, shapes=dashed(overall), xaxis=x, yaxis=y)
 
@@ -170,7 +170,7 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart: harmful score, with an interval or the range of the seeds, where it was measured."""
+    """A line of a chart: harmful scores with intervals, or the range of the seeds, at the measured points."""
 
     name: str
     color: str
@@ -182,7 +182,7 @@ class Curve:
 
 
 def over_seeds(seeds: Sequence[Sequence[float]]) -> list[Figure]:
-    """Means over seeds at each step, with the least and the greatest seed where there are several."""
+    """Means over seeds at each step, with the least and the greatest value where there are several seeds."""
     heights = np.asarray(seeds, dtype=np.float64)
     if len(heights) == 1:
         return [Figure(mean) for mean in heights[0].tolist()]
@@ -199,10 +199,17 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent over `x`, intervals drawn as `spread` says.
+    """Harmful score in percent over `x`.
 
-    Places at `even` distances: steps about double from one to the next, and evenly spaced they leave the beginning of
-    an attack legible.
+    Args:
+        found: The lines.
+        x: Title of the axis.
+        spread: How intervals are drawn.
+        height: Of the chart in pixels.
+        legend: Whether it has a legend.
+        even: Space the points evenly: attack steps about double from one to the next, so that the beginning of an
+            attack stays legible.
+        **layout: Options of plotly.
     """
     bands, lines = [], []
     for curve in found:
@@ -222,21 +229,21 @@ def curves(
                 error_y=_error_bars(curve.values, curve.color) if spread == "bars" else None,
                 line={"color": curve.color, "width": curve.width, "dash": curve.dash},
                 marker={"symbol": curve.symbol, "size": 3 * curve.width, "color": curve.color},
-                customdata=[_told(value) for value in curve.values],
+                customdata=[_hover(value) for value in curve.values],
                 hovertemplate=f"{curve.name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
             )
         )
     axis: dict[str, Any] = {"title": {"text": x}, "rangemode": "tozero"}
     if even:
-        places = [f"{value:g}" for value in sorted({value for curve in found for value in curve.x})]
-        axis |= {"type": "category", "showgrid": False, "categoryorder": "array", "categoryarray": places}
+        steps = [f"{value:g}" for value in sorted({value for curve in found for value in curve.x})]
+        axis |= {"type": "category", "showgrid": False, "categoryorder": "array", "categoryarray": steps}
     margin = {} if legend else {"margin": _margin(60, 50)}
     return _figure([*bands, *lines], height, **{"xaxis": axis, "yaxis": _SCORE, **margin, **layout})
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model after an attack, with its fine-tune accuracy and harmful score in percent; a group shares a colour."""
+    """A model after an attack: fine-tune accuracy and harmful score in percent; points of a group share a colour."""
 
     name: str
     group: str
@@ -255,26 +262,31 @@ def trade_off(
     thickness: float = 1.2,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals; the last of the groups of points lies in front.
+    """Harmful score over fine-tune accuracy, with intervals.
 
-    The legend has a marker and a colour for each of its names.
+    Args:
+        points: The models.
+        groups: Names of the groups of points; the last is in front.
+        legend: Name -> marker and colour.
+        thickness: Of the intervals in pixels.
+        **layout: Options of plotly.
     """
     traces = []
     for group in groups:
-        own = [point for point in points if point.group == group]
-        color = own[0].color if own else _SOFT
+        members = [point for point in points if point.group == group]
+        color = members[0].color if members else _SOFT
         marker = {"color": color, "line": {"color": _CARD, "width": 1}}
-        marker |= {name: [getattr(point, name) for point in own] for name in ("size", "symbol")}
+        marker |= {name: [getattr(point, name) for point in members] for name in ("size", "symbol")}
         traces.append(
             go.Scatter(
-                x=[point.accuracy.mean for point in own],
-                y=[point.score.mean for point in own],
+                x=[point.accuracy.mean for point in members],
+                y=[point.score.mean for point in members],
                 mode="markers",
                 showlegend=False,
-                error_x=_error_bars([point.accuracy for point in own], color, thickness),
-                error_y=_error_bars([point.score for point in own], color, thickness),
+                error_x=_error_bars([point.accuracy for point in members], color, thickness),
+                error_y=_error_bars([point.score for point in members], color, thickness),
                 marker=marker,
-                customdata=[[point.name, _told(point.score), _told(point.accuracy)] for point in own],
+                customdata=[[point.name, _hover(point.score), _hover(point.accuracy)] for point in members],
                 hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
                 "<extra></extra>",
             )
@@ -293,7 +305,7 @@ def trade_off(
 
 
 def _span(values: Sequence[Figure]) -> list[float]:
-    """Of an axis of rates: all means, and of their intervals what is possible."""
+    """Range of an axis of rates: all means, and the parts of their intervals within 0 and 100."""
     ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
     low, high = (float(np.clip(end, 0, 100)) for end in (min(ends, default=0), max(ends, default=100)))
     pad = max(1.5, 0.06 * (high - low))
@@ -301,25 +313,25 @@ def _span(values: Sequence[Figure]) -> list[float]:
 
 
 def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
-    """One bar per arm, its mean, with a point per seed; an axis of percent ends at 100."""
-    own = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in list(values.items())[::-1]]
+    """A bar for the mean of each arm, and a point per seed; an axis of percent ends at 100."""
+    arms = [(words.ARMS[arm], seeds, float(np.mean(seeds))) for arm, seeds in list(values.items())[::-1]]
     bar = _bar(
-        [word.title for word, _, _ in own],
-        [mean for _, _, mean in own],
-        [word.css for word, _, _ in own],
+        [word.title for word, _, _ in arms],
+        [mean for _, _, mean in arms],
+        [word.css for word, _, _ in arms],
         f"%{{y}}: mean %{{x:.1f}} {unit}<extra>",
         width=0.5,
     )
     points = go.Scatter(
-        y=[word.title for word, seeds, _ in own for _ in seeds],
-        x=[value for _, seeds, _ in own for value in seeds],
+        y=[word.title for word, seeds, _ in arms for _ in seeds],
+        x=[value for _, seeds, _ in arms for value in seeds],
         mode="markers",
         marker={"color": _CARD, "size": 7, "line": {"color": _INK, "width": 1.5}},
         hovertemplate=f"%{{y}}: one seed, %{{x:.1f}} {unit}<extra></extra>",
     )
     note = {"showarrow": False, "xanchor": "left", "xshift": 10, "font": {"color": _INK, "size": 13}}
     notes = [
-        {"x": max([mean, *seeds]), "y": word.title, "text": f"{mean:.1f} {unit}", **note} for word, seeds, mean in own
+        {"x": max([mean, *seeds]), "y": word.title, "text": f"{mean:.1f} {unit}", **note} for word, seeds, mean in arms
     ]
     top = max(1e-9, *(max(seeds) for seeds in values.values()))
     scale = {"range": [0, 122], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
@@ -330,7 +342,7 @@ def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
 def cost(
     names: tuple[Sequence[str], Sequence[str]], colors: Sequence[str], parts: Mapping[str, Sequence[Figure | None]]
 ) -> Spec:
-    """Bars of seconds, with names on two levels, made up of parts, of which the first is hatched."""
+    """Stacked bars of seconds with names on two levels; the first of the parts is hatched."""
     traces = [
         _bar(
             list(names),
@@ -338,7 +350,7 @@ def cost(
             list(colors),
             f"%{{y}}<br>{title} %{{customdata}}<extra>",
             marker={"pattern": {"shape": "" if at else "/", "fgcolor": _CARD, "size": 6, "solidity": 0.5}},
-            customdata=["" if value is None else _told(value, "s") for value in values],
+            customdata=["" if value is None else _hover(value, "s") for value in values],
         )
         for at, (title, values) in enumerate(parts.items())
     ]

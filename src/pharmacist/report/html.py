@@ -1,7 +1,7 @@
-"""Renders pages: one function and one template per kind of page, on a common base.
+"""Renders pages, each kind by a function and a template on a common base.
 
-A page is one file that makes no network request: libraries, styles and data are in it, and a content security policy
-forbids everything else, scripts that a row's text might bring included.
+A page is one file that makes no network request: it contains libraries, styles and data, and a content security policy
+forbids everything else, such as scripts in the text of a row.
 """
 
 import base64
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
 _MARKS = (("dash", "square"), ("dot", "diamond"), ("solid", "circle"))
 """Dashes and markers of the demo's arms."""
-_OF_A_QUESTION = ("yes", "no", "combined")  # what a selector reports of it; the rest are readers
+_NOT_READERS = ("yes", "no", "combined")  # keys of a selector's report on a question; the others are readers
 
 
 def render_ranking(
@@ -77,11 +77,14 @@ def render_ranking(
 def render_demo(
     folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
 ) -> None:
-    """Writes ``report.html`` into a demo's folder, out of its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
+    """Writes ``report.html`` into the folder of a demo, from its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Labels, the planted ones, and categories are per row of the pool.
+    Args:
+        folder: Of the demo.
+        labels: Planted label of each row of the pool.
+        categories: Categories of each row.
     """
-    import datasets  # the command that labels needs nothing else of it
+    import datasets  # so that the command `label`, which shares this module, starts without it
 
     summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
@@ -106,7 +109,7 @@ def render_demo(
             "name": name,
             "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
-            **{key: Figure.of(metric.estimate(summary[key][name])) for key, metric in found.items()},
+            **{key: metric.mean(summary[key][name]) for key, metric in found.items()},
         }
         for name in summary["arms"]
     ]
@@ -121,10 +124,10 @@ def _ranking(
     labels: Sequence[str] | None,
     categories: Sequence[Sequence[str]] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the ranking part of a page shows: its numbers, and its data, which are figures and rows."""
-    for name, found in {"texts": texts, "labels": labels, "categories": categories}.items():
-        if found is not None and len(found) != len(scores):
-            raise ValueError(f"{len(scores)} scores, but {len(found)} {name}")
+    """The ranking's part of a page: numbers for the template, and data (``figures`` and ``rows``) for the scripts."""
+    for name, values in {"texts": texts, "labels": labels, "categories": categories}.items():
+        if values is not None and len(values) != len(scores):
+            raise ValueError(f"{len(scores)} scores, but {len(values)} {name}")
     report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
     judged, questions = bool(report), report.get("questions") or {}
     reasons = tables.composition(scores["reason"], selected, words.REASONS, lambda name: words.reason(name, judged))
@@ -136,7 +139,7 @@ def _ranking(
         "report": report,
         "judged": judged,
         "questions": questions,
-        "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _OF_A_QUESTION],
+        "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _NOT_READERS],
         "reasons": reasons,
         "cut": cut,
         "labelling": None,
@@ -148,7 +151,7 @@ def _ranking(
     }
     if categories is not None:
         ranking["categories"] = tables.categories(categories, selected)
-        ranking["several_categories"] = any(len(own) > 1 for own in categories)
+        ranking["several_categories"] = any(len(of_row) > 1 for of_row in categories)
         figures["categories"] = charts.kept(ranking["categories"], 100 * float(selected.mean()))
     if labels is not None:
         ranking["labels"] = tables.composition(labels, selected, words.LABELS, words.label)
@@ -176,7 +179,15 @@ def _environment() -> Environment:
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
-    """Writes a page with its own scripts after ``page.js``, and what they read by name; ``figures`` are its charts."""
+    """Writes a page.
+
+    Args:
+        path: The HTML file.
+        template: Name of the template.
+        scripts: Names of the scripts that follow ``page.js``.
+        data: What scripts read, by name; ``figures`` are the charts.
+        **context: Variables of the template.
+    """
     templates = files("pharmacist.report") / "templates"
     tables_library = files("itables") / "html"  # brings DataTables for pages that work offline
     code = [Markup(get_plotlyjs()), *(Markup((templates / name).read_text("utf-8")) for name in ("page.js", *scripts))]
@@ -194,7 +205,7 @@ def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[
 
 
 def _packed(value: Any) -> str:
-    """JSON, compressed and in letters that mean nothing to HTML: small, quick to load, and nothing to escape."""
+    """JSON, compressed and encoded in base64: small, quick to load, and nothing to escape in HTML."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
@@ -202,7 +213,7 @@ def _packed(value: Any) -> str:
 def _policy(scripts: Sequence[str]) -> str:
     """Content security policy: these scripts and no other, nothing from outside.
 
-    ``blob:`` is for DataTables, a module that the page imports from its own data.
+    ``blob:`` is for DataTables, a module that the page imports from its data.
     """
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts

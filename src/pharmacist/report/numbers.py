@@ -1,11 +1,11 @@
-"""Figures as people read them: one list of metrics with their names, one way to write a number with its interval."""
+"""The metrics of a benchmark, and figures: numbers with their intervals, and how they are written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from pharmacist.evaluation.statistics import RATE, Estimate, t_interval
+from pharmacist.evaluation.statistics import RATE, t_interval
 
 
 _SECONDS, _ANY = (0.0, inf), (-inf, inf)
@@ -13,7 +13,7 @@ _SECONDS, _ANY = (0.0, inf), (-inf, inf)
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity, a column of results; with a judge, its values by that judge."""
+    """A measured quantity, a column of ``results.parquet``."""
 
     name: str
     title: str
@@ -25,15 +25,15 @@ class Metric:
     digits: int = 1
     """After the decimal point, in tables."""
     compared: bool = True
-    """Whether differences are tested. Ranking is work that the full dataset does not need at all."""
+    """Whether differences to a baseline are tested; not those of rankings, which the full dataset does not have."""
     judged: bool = False
     """Whether it depends on the judge."""
     judge: str | None = None
-    """Whose verdicts it is made of, where a benchmark has several judges."""
+    """The judge whose verdicts it counts, where a benchmark has several judges."""
 
     @property
     def key(self) -> str:
-        """Its name, and the judge where there is one."""
+        """Name, and judge where there is one."""
         return self.name if self.judge is None else f"{self.name} by {self.judge}"
 
     @property
@@ -41,10 +41,11 @@ class Metric:
         """Title, judge and unit."""
         return f"{self.title}, {self.unit}" if self.judge is None else f"{self.title} by {self.judge}, {self.unit}"
 
-    def estimate(self, values: Sequence[float], *, difference: bool = False) -> Estimate:
-        """Mean over seeds of the metric, or of its paired differences, with an interval within what is possible."""
+    def mean(self, values: Sequence[float], *, difference: bool = False) -> "Figure":
+        """Mean over seeds of the metric, or of its paired differences, with an interval within the possible range."""
         low, high = self.bounds
-        return t_interval(values, bounds=(low - high, high - low) if difference else (low, high))
+        found = t_interval(values, bounds=(low - high, high - low) if difference else (low, high))
+        return Figure(found.value, *(found.interval or ()))
 
 
 METRICS = {
@@ -62,27 +63,25 @@ METRICS = {
         Metric("selection_seconds", "Selection time", "s", -1, _SECONDS, compared=False),
     )
 }
-"""What tables and pages show, as far as it was measured."""
+"""Metrics that tables and pages show, as far as they were measured, in their order."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, a mean over seeds or a rate over prompts, and the ends of its 95 % interval where it has one."""
+    """A mean over seeds or a rate over prompts, with the ends of its 95 % interval where there is one."""
 
     mean: float
     low: float | None = None
     high: float | None = None
 
     @classmethod
-    def of(cls, found: Estimate | Mapping[str, Any] | None) -> "Figure | None":
-        """An estimate, or a figure of a JSON file with ``mean`` or ``value`` and ``ci95``; None without a value."""
-        if not isinstance(found, Mapping):
-            return None if found is None else cls(found.value, *(found.interval or ()))
-        value = found.get("mean", found.get("value"))
-        return None if value is None else cls(value, *(found["ci95"] or ()))
+    def of(cls, found: Mapping[str, Any] | None) -> "Figure | None":
+        """From a JSON object with ``mean`` or ``value`` and ``ci95``; None where it has no value."""
+        value = None if found is None else found.get("mean", found.get("value"))
+        return None if found is None or value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, digits: int = 1, sign: str = "", ends: str = "[{}, {}]") -> str:
-        """The number with its unit, and its interval where it has one; `sign` "+" writes a plus too."""
+        """The number with its unit and interval; with the `sign` "+" positive numbers have a plus."""
         mean = f"{self.mean:{sign}.{digits}f}{unit}"
         if self.low is None or self.high is None:
             return mean

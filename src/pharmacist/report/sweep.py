@@ -1,4 +1,4 @@
-"""A sweep for people: its findings in sentences, a table of all attacks, and the page."""
+"""Presentation of a sweep: its findings in sentences, a table of all attacks, and the page."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,17 +21,19 @@ _SETTINGS = {"learning_rate": "lr", "poison_ratio": "poison ratio"}
 
 
 def ordered(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Attacks with their group: the worst case, the others within the margin, those without, by harmful score."""
+    """Attacks with their ``group``: the worst case first, then those within the margin, then the others; in each group
+    by descending harmful score.
+    """
 
     def order(attack: Mapping[str, Any]) -> tuple[int, float]:
         figure = Figure.of(attack.get("harmful_score"))
         return list(GROUPS).index(attack["group"]), 1.0 if figure is None else -figure.mean
 
-    found = []
+    attacks = []
     for attack in summary["attacks"]:
-        kept = "kept" if attack["within_margin"] else "lost"
-        found.append(attack | {"group": "worst" if attack["name"] == summary["worst"] else kept})
-    return sorted(found, key=order)
+        group = "worst" if attack["name"] == summary["worst"] else "kept" if attack["within_margin"] else "lost"
+        attacks.append(attack | {"group": group})
+    return sorted(attacks, key=order)
 
 
 def _rate(metric: Mapping[str, Any] | None) -> str:
@@ -40,7 +42,7 @@ def _rate(metric: Mapping[str, Any] | None) -> str:
 
 
 def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What the sweep found."""
+    """The findings of a sweep, a sentence each."""
     judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
     worst = next((attack for attack in attacks if attack["name"] == summary["worst"]), None)
     yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
@@ -62,12 +64,12 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["highest_of_all"] > worst["harmful_score"]["value"]:
         yield f"beyond the margin, where the task suffers, the score reaches {summary['highest_of_all']:.1f} %"
     for name, curve in summary["curves"].items():
-        told = "; ".join(reached_in_words(reached, curve["steps"][-1]) for reached in curve["reached"])
-        yield f"steps of {name} until the harmful score is at a level: {told}"
+        levels = "; ".join(reached_in_words(reached, curve["steps"][-1]) for reached in curve["reached"])
+        yield f"steps of {name} until the harmful score is at a level: {levels}"
 
 
 def reached_in_words(reached: Mapping[str, Any], last: int) -> str:
-    """Between which two measured steps a harmful score was reached; if in none, it might have been after the last."""
+    """The two measured steps between which a harmful score was first reached, as far as it was."""
     level = f"{reached['level']:.0f} %"
     if reached["step"] is None:
         return f"{level} not reached in {last} steps"
@@ -77,25 +79,25 @@ def reached_in_words(reached: Mapping[str, Any], last: int) -> str:
 
 
 def attack_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of attacks; of the settings those that vary."""
+    """Head and rows of the table of attacks, with the settings that differ between them."""
     attacks, rates = ordered(summary), ("harmful_score", "fine_tune_accuracy")
     settings = [attack["settings"] | {"steps": attack.get("steps")} for attack in attacks]
-    names = list(dict.fromkeys(name for own in settings for name in own))
-    varied = [name for name in names if len({own.get(name) for own in settings}) > 1] or ["steps"]
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    varied = [name for name in names if len({setting.get(name) for setting in settings}) > 1] or ["steps"]
     head = [*(_SETTINGS.get(name, name) for name in varied), *(METRICS[name].title.lower() for name in rates), ""]
     lines = [
         [
-            *("-" if own.get(name) is None else f"{own[name]}" for name in varied),
+            *("-" if setting.get(name) is None else f"{setting[name]}" for name in varied),
             *(_rate(attack.get(name)) for name in rates),
             "diverged" if "failed" in attack else GROUPS[attack["group"]][1],
         ]
-        for own, attack in zip(settings, attacks, strict=True)
+        for setting, attack in zip(settings, attacks, strict=True)
     ]
     return head, lines
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The sweep as Markdown: what was found, and a table of all attacks."""
+    """Findings and table of all attacks in Markdown."""
     head, lines = attack_table(summary)
     table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
     found = "\n".join(f"- {line}" for line in sentences(summary))
@@ -103,33 +105,33 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def trade_off(summary: Mapping[str, Any]) -> charts.Spec:
-    """Every attack by fine-tune accuracy and harmful score, with intervals and the margin."""
+    """Chart of harmful score over fine-tune accuracy, a point per attack, with intervals and the margin."""
     points = []
     for attack in ordered(summary):
         accuracy, score = (Figure.of(attack.get(name)) for name in ("fine_tune_accuracy", "harmful_score"))
         if accuracy is not None and score is not None:
             _, _, color, symbol, size = GROUPS[attack["group"]]
             points.append(charts.Point(attack["name"], attack["group"], color, symbol, accuracy, score, size))
-    found = [group for group in reversed(GROUPS) if any(point.group == group for point in points)]
-    legend = {title: (symbol, color) for name, (title, _, color, symbol, _) in GROUPS.items() if name in found}
+    groups = [group for group in reversed(GROUPS) if any(point.group == group for point in points)]
+    legend = {title: (symbol, color) for name, (title, _, color, symbol, _) in GROUPS.items() if name in groups}
     best = summary["best_accuracy"]
     margin = [] if best is None else charts.dashed(best - summary["margin"])
-    return charts.trade_off(points, found, legend, thickness=1, shapes=margin)
+    return charts.trade_off(points, groups, legend, thickness=1, shapes=margin)
 
 
 def curves(summary: Mapping[str, Any]) -> charts.Spec:
-    """Harmful score over the steps of an attack, with intervals; the worst case stands out."""
-    found = []
+    """Chart of harmful score over the steps of attacks, with intervals; the worst case is thicker."""
+    lines = []
     for name, curve in summary["curves"].items():
         worst = name == summary["worst"]
         values = [value for metric in curve["harmful_score"] if (value := Figure.of(metric)) is not None]
         color = GROUPS["worst" if worst else "kept"][2]
-        found.append(charts.Curve(name, color, curve["steps"], values, width=3 if worst else 1.5))
-    return charts.curves(found, "attack steps", spread="bars", height=430, even=False)
+        lines.append(charts.Curve(name, color, curve["steps"], values, width=3 if worst else 1.5))
+    return charts.curves(lines, "attack steps", spread="bars", height=430, even=False)
 
 
 def render_sweep(folder: Path, *, manifest: Mapping[str, Any]) -> None:
-    """Writes ``report.html`` into a sweep's folder, out of its ``sweep.json`` and manifest."""
+    """Writes ``report.html`` into the folder of a sweep, from its ``sweep.json`` and manifest."""
     summary = read_json(folder / "sweep.json")
     attacks = ordered(summary)
     figures = {"trade_off": trade_off(summary)} | ({"curves": curves(summary)} if summary["curves"] else {})

@@ -1,4 +1,4 @@
-"""Numbers of a page, out of scores and manifests."""
+"""Tables of a page, from scores and manifests."""
 
 import difflib
 import re
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 MOST_ROWS = 100_000
-"""Rows that a page shows at most; of a longer ranking it shows every n-th."""
+"""Most rows that a page shows; of a longer ranking it shows every n-th."""
 TEXT_BUDGET = 48_000_000
-"""Characters of prompts and completions that a page holds at most."""
+"""Most characters of prompts and completions that a page contains."""
 LONGEST, SHORTEST = 4000, 240
-"""Characters shown of one text: of a small and of a large ranking."""
+"""Most characters shown of a text: of a small and of a large ranking."""
 MOST_PAIRS = 300
-"""Near-duplicates that a page sets side by side at most: those whose better row ranks highest."""
+"""Most near-duplicates that a page compares: those whose better row ranks highest."""
 MOST_CATEGORIES = 20
-"""Categories that a page names at most, the largest; the others are put together."""
+"""Most categories that a page names, the largest; the others are combined."""
 _EXCERPT = 1200  # characters of a text in pairs and examples
 _BEST, _AT_THE_CUT, _PER_REASON = 2, 3, 2  # examples
-_PROMPT, _COMPLETION = 5, 6  # places in a row
+_PROMPT, _COMPLETION = 5, 6  # positions in a row
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 _HARMLESS = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
@@ -37,7 +37,7 @@ _HARMLESS = frozenset({"critical", "duplicate", "not_safety_critical", "over_ref
 def composition(
     groups: Iterable[object], selected: "pd.Series[Any]", known: Iterable[str], word: Callable[[str], words.Word]
 ) -> list[dict[str, Any]]:
-    """How selected and other rows are made up of reasons or labels, known ones first.
+    """Counts and shares of reasons or labels among selected and other rows, known names first.
 
     Returns:
         Per group its ``name``, ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent
@@ -62,7 +62,7 @@ def composition(
 
 
 def confusion(labels: Iterable[str], reasons: "pd.Series[Any]", judged: bool) -> dict[str, Any]:
-    """Rows per planted label and given reason: ``labels``, ``reasons`` (words) and ``counts`` [labels][reasons]."""
+    """Rows per planted label and reason: ``labels`` and ``reasons`` (words), ``counts`` [labels][reasons]."""
     rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
     counts = pd.crosstab(np.asarray(labels, dtype=str), reasons.astype(str).to_numpy())
     return {
@@ -73,7 +73,7 @@ def confusion(labels: Iterable[str], reasons: "pd.Series[Any]", judged: bool) ->
 
 
 def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
-    """The lowest selected ``score``, and whether it is a ``clean`` line below all others; None if all are selected."""
+    """The lowest selected ``score``, and whether no other row scores higher (``clean``); None if all are selected."""
     inside, outside = scores.loc[scores["selected"], "score"], scores.loc[~scores["selected"], "score"]
     if not len(inside) or not len(outside):
         return None
@@ -81,7 +81,7 @@ def cut(scores: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> list[dict[str, Any]]:
-    """How much of each category is kept, the largest first, those beyond the `MOST_CATEGORIES` largest as one.
+    """Selected rows of each category, the largest first; those beyond the `MOST_CATEGORIES` largest are combined.
 
     A row with several categories counts in each of them, one with none as "none".
 
@@ -102,7 +102,7 @@ def categories(groups: Sequence[Sequence[str]], selected: "pd.Series[Any]") -> l
 
 
 class Rows:
-    """Rows of a ranking as the page's scripts take them.
+    """Rows of a ranking as the scripts of the page read them.
 
     A row is a list: rank, score, reason, selected, label, prompt, completion, row, duplicate of, hidden texts; reason
     and label by their position in `reasons` and `labels`, -1 for no label or no duplicate. The selector's report is
@@ -118,9 +118,9 @@ class Rows:
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
     def hidden(self, reason: str) -> int:
-        """Which texts of a row stay hidden until asked for: 0 none, 1 the completion, 3 the prompt too.
+        """Which texts of a row are hidden at first: 0 none, 1 the completion, 3 prompt and completion.
 
-        Where harmful answers could not be recognised, no reason says that a row is harmless.
+        Where the selector could not recognise harmful answers, all are hidden, whatever the reason.
         """
         if not self.report or "teaches_compliance" in self.report.get("cannot_see", ()):
             return 3
@@ -140,12 +140,13 @@ class Rows:
             reason,
             table["selected"].astype(int).tolist(),
             [-1 if self.known is None else self.labels.index(str(self.known[at])) for at in positions],
-            *([text if len(text) <= limit else f"{text[:limit]}…" for text in own] for own in (prompts, completions)),
+            [text if len(text) <= limit else f"{text[:limit]}…" for text in prompts],
+            [text if len(text) <= limit else f"{text[:limit]}…" for text in completions],
             table["row"].tolist(),
             table["duplicate_of"].tolist(),
             [hidden[at] for at in reason],
         )
-        long = sum(len(text) > limit for own in (prompts, completions) for text in own)
+        long = sum(len(text) > limit for text in (*prompts, *completions))
         return [list(row) for row in zip(*columns, strict=True)], long
 
 
@@ -170,7 +171,7 @@ def row_table(rows: Rows) -> dict[str, Any]:
 
 
 def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    """What the core subset keeps and drops, by examples.
+    """Examples of rows that the core subset keeps and drops.
 
     Returns:
         ``kept`` and ``left``: groups with a ``title`` and ``rows``. Kept: the best rows, and the last ones before the
@@ -190,13 +191,13 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     if not rows.report:
         groups["left"] = groups["left"][:1]
     return {
-        side: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in found if len(at)]
-        for side, found in groups.items()
+        name: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in of_name if len(at)]
+        for name, of_name in groups.items()
     }
 
 
 def pairs(rows: Rows) -> dict[str, Any]:
-    """Near-duplicates beside the rows that they repeat, what differs marked.
+    """Near-duplicates and the rows that they repeat, with their differences.
 
     Returns:
         ``total``, ``shown`` and ``pairs`` of two rows, the one that ranks higher first. Their texts are lists of
@@ -214,7 +215,7 @@ def pairs(rows: Rows) -> dict[str, Any]:
 
 
 def difference(a: str, b: str) -> tuple[list[str], list[str]]:
-    """Two texts in pieces, in turn shared by both and found in one alone.
+    """Splits two texts into pieces that are alternately shared by both and in one alone.
 
     >>> difference("do not mix it", "do not stir it")
     (['do not ', 'mix', ' it'], ['do not ', 'stir', ' it'])
@@ -222,10 +223,9 @@ def difference(a: str, b: str) -> tuple[list[str], list[str]]:
     words_a, words_b = _WORD.findall(a), _WORD.findall(b)
     pieces: tuple[list[str], list[str]] = ([""], [""])
     for tag, from_a, to_a, from_b, to_b in difflib.SequenceMatcher(None, words_a, words_b, False).get_opcodes():
-        sides = (words_a[from_a:to_a], words_b[from_b:to_b])
-        for side, found in zip(pieces, sides, strict=True):
+        for of_text, found in zip(pieces, (words_a[from_a:to_a], words_b[from_b:to_b]), strict=True):
             if tag == "equal":
-                side[-1] += "".join(found)
+                of_text[-1] += "".join(found)
             elif found:
-                side.extend(("".join(found), ""))
+                of_text.extend(("".join(found), ""))
     return pieces

@@ -1,4 +1,4 @@
-"""What pages call things, in plain language, and the colour that each keeps throughout.
+"""Titles, meanings and colours of the names in data files, as pages show them.
 
 Colours are names of CSS custom properties; their values, for light and dark, are in ``templates/style.css``.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Word:
-    """A name of the data files as a page shows it, its meaning in one sentence, and the CSS property of its colour."""
+    """Title of a name, its meaning in a sentence, and the CSS property of its colour."""
 
     title: str
     meaning: str = ""
@@ -80,23 +80,23 @@ QUESTIONS = {
     ),
     "safe": Word("safe", "Is the row like a safe reference, and like no other?"),
 }
-"""What selectors ask of a row."""
+"""Questions of selectors about a row."""
 
 ARMS = {
     "full": Word("Full pool", "Every row of the pool.", "--full"),
     "random": Word("Random subset", "As many rows as the core subset, drawn at random.", "--random"),
     "core": Word("Core subset", "The rows that rank highest.", "--core"),
 }
-"""What the demo's models are aligned on."""
+"""Alignment sets of the demo."""
 
 
 def reason(name: str, judged: bool = True) -> Word:
-    """The words for a reason in ``scores.parquet``; that of a selector that did not read the rows is a placeholder."""
+    """The word for a reason in ``scores.parquet``, which is a placeholder where the selector did not read the rows."""
     return _word(name, REASONS) if judged else NOT_JUDGED
 
 
 def label(name: str) -> Word:
-    """The words for a planted label."""
+    """The word for a planted label."""
     return _word(name, LABELS)
 
 
@@ -105,6 +105,6 @@ def _word(name: str, known: Mapping[str, Word]) -> Word:
 
 
 def ordered(values: Iterable[object], known: Iterable[str]) -> list[str]:
-    """Names that occur: those that are known in their order, then the others."""
+    """The different values: first those that are known, in their order, then the others, sorted."""
     present = {str(value) for value in values}
     return [name for name in known if name in present] + sorted(present.difference(known))

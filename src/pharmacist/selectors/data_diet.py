@@ -15,7 +15,7 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import activation_gradients, capture
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import row_losses
+from pharmacist.nn.losses import mean_losses, token_losses
 from pharmacist.nn.row_gradients import Tape
 from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import copied, row_tape
@@ -120,7 +120,8 @@ def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
 
         def loss() -> torch.Tensor:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            return row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion.sum()
+            losses = token_losses(logits, batch.input_ids)
+            return mean_losses(losses, batch.lengths, batch.prompt_lengths).completion.sum()
 
         with capture({"head": head}, inputs=True) as read_in:
             _, derivatives = activation_gradients({"head": head}, loss)

@@ -1,1 +1,1 @@
-"""Training: one thin Trainer that runs gradient strategies; transformers and accelerate own the loop."""
+"""Training: a thin Trainer that runs gradient strategies in the loop of transformers and accelerate."""

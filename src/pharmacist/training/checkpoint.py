@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, complete or not there; the strategy's state beside the Trainer's."""
+"""Checkpoints at intervals of time, written whole, with the state of strategy and streams besides the Trainer's."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     Args:
         strategy: The method.
         seconds: Between checkpoints, where the last step is logged too; None leaves both to the Trainer's arguments.
-        streams: Side streams; where each stands (its ``position``, if it has one) is saved too.
+        streams: Auxiliary streams of the strategy, of which those with a ``position`` have it saved.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Decides on the first process, for all; the last step is logged, however few there are."""
+        """Lets the first process decide for all when a checkpoint is due; logs the last step in any case."""
         if self.seconds is None:
             return
         control.should_log |= state.global_step >= state.max_steps
@@ -47,7 +47,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Adds the strategy's state; ``strategy.json`` comes last and means complete."""
+        """Adds the strategy's state; ``strategy.json`` is written last and marks a complete checkpoint."""
         barrier()  # every process has written its part
         self._last = time.monotonic()
         if state.is_world_process_zero:
@@ -103,8 +103,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return whole
 
 
-def load_side_state(folder: Path, strategy: GradientStrategy, streams: Mapping[str, Any]) -> None:
-    """Brings strategy and side streams to where they stood at a checkpoint."""
+def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mapping[str, Any]) -> None:
+    """Restores the state of the strategy and the positions of its streams from a checkpoint."""
     values = read_json(folder / _COMPLETE)
     strategy.load_state(StrategyState(load_file(folder / "strategy.safetensors"), values["strategy"]))
     for name, position in values["streams"].items():

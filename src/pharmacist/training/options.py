@@ -1,4 +1,4 @@
-"""Options of every training stage, and how they become transformers and PEFT objects."""
+"""Options of every training stage, and the transformers and PEFT objects that are made from them."""
 
 import copy
 import dataclasses
@@ -51,15 +51,15 @@ class LoraOptions(Checked):
 
 
 @dataclass
-class GivenLora(LoraOptions):
-    """An adapter as a PEFT configuration shapes it; `other` is what of that the options do not say."""
+class PeftLoraOptions(LoraOptions):
+    """Shape of a LoRA adapter as a PEFT configuration has it; `other` are settings for which there is no option."""
 
     other: dict[str, str] = field(default_factory=dict)
     _config = typing.cast(Any, None)  # of an instance; no option
 
     @classmethod
-    def of(cls, config: "LoraConfig") -> "GivenLora":
-        """The options of a configuration, which is used as it is."""
+    def of(cls, config: "LoraConfig") -> "PeftLoraOptions":
+        """The options of a configuration, which itself makes the adapter."""
         target = config.target_modules
         known = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode"}
         other = {name: str(value) for name, value in config.to_dict().items() if name not in known and value}
@@ -74,13 +74,24 @@ class GivenLora(LoraOptions):
         return found
 
     def config(self) -> "LoraConfig":
-        """A copy, since PEFT notes in it where it was used."""
+        """A copy of the configuration, which PEFT changes."""
         return copy.copy(self._config)
+
+
+PROTOCOL = {
+    "num_train_epochs": 20.0,
+    "per_device_train_batch_size": 10,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.1,
+}
+"""Fields of `TrainingArguments` in the alignment-stage papers (batch of 10, 20 epochs as in T-Vaccine and Booster)."""
 
 
 @dataclass(kw_only=True)
 class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
-    """What `align` and `attack` have in common."""
+    """Options of the stages `align` and `attack`."""
 
     model: str
     """Model to train: local folder, the folder of an earlier stage, or a hub id."""
@@ -102,11 +113,22 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
 
     @property
     def effective_train(self) -> dict[str, Any]:
-        """`train` over the stage's defaults."""
+        """The stage's defaults, overridden by `train`."""
         return {**self.TRAIN_DEFAULTS, **self.train}
 
 
-_OURS = {
+_CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
+_FIXED = (
+    "remove_unused_columns",
+    "label_names",
+    "do_train",
+    "label_smoothing_factor",
+    "logging_nan_inf_filter",
+    "ignore_data_skip",
+    "average_tokens_across_devices",
+    "use_liger_kernel",
+)
+_SET_BY_OPTION = {
     "output_dir": "--output-dir",
     "seed": "--seed",
     "data_seed": "--seed",
@@ -118,25 +140,9 @@ _OURS = {
     "resume_from_checkpoint": "the same command again, which resumes",
     "auto_find_batch_size": "a fixed batch size",
     "deepspeed": "accelerate launch with DDP",
+    **dict.fromkeys(_CHECKPOINTS, "--checkpoint-seconds"),
+    **dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate"),
 }
-_CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
-_OURS |= dict.fromkeys(_CHECKPOINTS, "--checkpoint-seconds")
-_OURS |= dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate")
-"""Fields of `TrainingArguments` that something else decides, and what."""
-_FIXED = (
-    "remove_unused_columns",
-    "label_names",
-    "do_train",
-    "label_smoothing_factor",
-    "logging_nan_inf_filter",
-    "ignore_data_skip",
-    "average_tokens_across_devices",
-    "use_liger_kernel",
-)
-_DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_CHECKPOINTS, *_FIXED}
-"""What `train_options` leaves to the stage, whatever it is."""
-_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0}
-"""What transformers lets pass below, and then trains nothing or fails in the middle."""
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio",
     "evaluation_strategy": "use pharmacist evaluate",
@@ -146,29 +152,39 @@ _REMOVED = {
     "save_safetensors": "weights are always safetensors",
     "group_by_length": "give train_sampling_strategy",
 }
+_REFUSED = {
+    **{name: f"is decided by another option; use {option}" for name, option in _SET_BY_OPTION.items()},
+    **dict.fromkeys(_FIXED, "cannot be changed here; leave it out"),
+    **{name: f"transformers no longer has it; {remedy}" for name, remedy in _REMOVED.items()},
+}
+"""Fields of `TrainingArguments` that ``train`` does not take, and why."""
+_DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_CHECKPOINTS, *_FIXED}
+"""Fields that the stage sets, whatever arguments from Python say."""
+_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0}
+"""Least values that train anything; transformers itself accepts lower ones."""
 
 
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of ``train`` that say the same as some `TrainingArguments`: those that are not transformers' own.
+    """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
 
     Args:
-        arguments: As the user made them. Output folder, checkpoints, seeds, device and number format are the stage's.
-        defaults: The stage's own, in whose place the arguments' values are taken, whatever they are.
+        arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
+        defaults: Of the stage; for these fields the arguments' values are taken in any case.
     """
     from transformers import TrainingArguments
 
     usual = TrainingArguments(use_cpu=arguments.use_cpu)
-    given = {}
+    options = {}
     for item in dataclasses.fields(TrainingArguments):
         value = getattr(arguments, item.name)
         if item.init and item.name not in _DECIDED and (item.name in defaults or value != getattr(usual, item.name)):
-            given[item.name] = value.value if isinstance(value, Enum) else value
-    return given
+            options[item.name] = value.value if isinstance(value, Enum) else value
+    return options
 
 
-def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the values of the types that `transformers.TrainingArguments` gives its fields."""
-    if not given:
+def check_train_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks options of ``train`` and converts their values to the types of the fields of `TrainingArguments`."""
+    if not options:
         return {}
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
     from transformers import TrainingArguments
@@ -176,13 +192,9 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
     known = {item.name for item in dataclasses.fields(TrainingArguments)}
     hints = typing.get_type_hints(TrainingArguments)
     checked = {}
-    for name, value in given.items():
-        if name in _OURS:
-            raise ConfigError(f"train.{name}: is decided by another option; use {_OURS[name]}")
-        if name in _FIXED:
-            raise ConfigError(f"train.{name}: cannot be changed here; leave it out")
-        if name in _REMOVED:
-            raise ConfigError(f"train.{name}: transformers no longer has it; {_REMOVED[name]}")
+    for name, value in options.items():
+        if name in _REFUSED:
+            raise ConfigError(f"train.{name}: {_REFUSED[name]}")
         if name not in known:
             raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, known)}")
         try:
@@ -197,6 +209,8 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"train.{name}: {value!r} must be at least {_LEAST[name]}")
         if name == "num_train_epochs" and found <= 0:
             raise ConfigError(f"train.{name}: {value!r} must be above 0")
+        if name == "max_steps" and found < 1 and found != -1:  # transformers trains one step, or all epochs
+            raise ConfigError(f"train.{name}: {value!r} must be at least 1, or -1 for num_train_epochs")
         checked[name] = found
     return checked
 
@@ -204,7 +218,15 @@ def check_train_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def training_arguments(
     options: TrainingStageOptions, *, folder: str, device: "torch.device", dtype: "torch.dtype", seed: int
 ) -> "TrainingArguments":
-    """The `TrainingArguments` of a stage, with a folder for checkpoints and a seed of dropout and data order."""
+    """Makes the `TrainingArguments` of a stage.
+
+    Args:
+        options: The stage's.
+        folder: For checkpoints.
+        device: Where the model is.
+        dtype: Number format of the passes.
+        seed: Of dropout and data order.
+    """
     import torch
     from transformers import TrainingArguments
 

@@ -1,11 +1,11 @@
-"""Gradient strategies: what a defense adds to plain supervised fine-tuning, apart from any training loop.
+"""Gradient strategies: the additions of a defense to plain supervised fine-tuning, independent of a training loop.
 
 A strategy sees a step through a `StepContext`; the Trainer (or a test with a hand-written model) calls its hooks:
 
 1. `draw`, `begin_update` once per optimizer step,
 2. `auxiliary` per micro-batch: a further gradient, computed at restored weights and isolated from ``.grad``,
 3. `around`: active during forward and backward of the main pass,
-4. `objective`: the main loss with whatever is added to it,
+4. `objective`: the main loss with the strategy's terms,
 5. `after_backward`: for gradients that must not be applied.
 """
 
@@ -25,18 +25,18 @@ from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import target_loss, target_losses, targets
+from pharmacist.nn.losses import target_losses, targets
 
 
 Batch = Mapping[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each of shape [rows, length]."""
 STREAMS = {"harmful": "harmful", "held_out": "harmful", "paired": "harmful", "retain": "data", "safe": "safe"}
-"""Side streams and the rows that they are made of: ``data`` are those that are trained on."""
+"""Auxiliary streams and the sets of rows that they draw from: ``data`` is the set that is trained on."""
 
 
 @dataclass
 class StrategyState:
-    """What must survive a checkpoint: tensors (safetensors) and plain values (JSON)."""
+    """State of a strategy in a checkpoint: tensors (safetensors) and plain values (JSON)."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class StrategyState:
 
 @dataclass
 class StepContext:
-    """Everything that a strategy may touch during a micro-batch.
+    """A micro-batch of the training, and the passes and gradients that a strategy may compute during it.
 
     Attributes:
         model: The model itself, never its data-parallel wrapper.
@@ -54,7 +54,7 @@ class StepContext:
         micro: Number of the micro-batch within its update.
         scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
         autocast: The training's, for parts of the model that are run alone; `output` is under it.
-        streams: Name -> endless iterator of side batches, or `data.streams.PairedRows`.
+        streams: Name -> endless iterator of batches, or `data.streams.PairedRows`.
         metrics: Filled by `log`.
         targets: Target tokens of the whole update, over all its micro-batches and all processes.
         tokens: Likewise all its tokens, padding not counted.
@@ -80,18 +80,18 @@ class StepContext:
         return trainable(self.model)
 
     def next(self, stream: str) -> Batch:
-        """The next batch of a side stream."""
+        """The next batch of an auxiliary stream."""
         batch: Batch = next(self.streams[stream])
         return batch
 
     def output(self, batch: Batch, model: nn.Module | None = None) -> Any:
-        """A plain forward pass, of another model where one is given."""
+        """Output of a plain forward pass of the model, or of another one."""
         model = self.model if model is None else model
         with self.autocast():
             return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     def logits(self, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
-        """Logits where `keep`, bool of shape [rows, length], says, shape [positions, vocabulary]."""
+        """Logits where `keep`, bool of shape [rows, length], is true; shape [positions, vocabulary]."""
         with head_at(output_head(self.model), keep):
             logits: torch.Tensor = self.output(batch).logits
         return logits
@@ -99,10 +99,10 @@ class StepContext:
     def ce(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the target tokens of a batch, a scalar; of all processes' batches, see `mean`."""
         keep, tokens = targets(batch["labels"])
-        return self.mean(target_loss(self.logits(batch, keep), tokens), len(tokens))
+        return self.mean(target_losses(self.logits(batch, keep), tokens).sum(), len(tokens))
 
     def main_ce(self) -> torch.Tensor:
-        """The main loss of this micro-batch by a pass of its own, rows weighted; see `mean_over_update`."""
+        """The main loss of this micro-batch, rows weighted, by an extra forward pass; see `mean_over_update`."""
         keep, tokens = targets(self.batch["labels"])
         losses = target_losses(self.logits(self.batch, keep), tokens)
         if self.weights is not None:
@@ -127,14 +127,14 @@ class StepContext:
         Args:
             summed: Over this micro-batch's tokens on this process.
             count: How many they are.
-            whole: How many there are in the update, such as `targets` or `tokens`; None takes this micro-batch for it.
+            whole: How many there are in the update, such as `targets` or `tokens`; None: those of this micro-batch.
         """
         if whole is None:
             return self.mean(summed, count)
         return summed * world_size() / whole / self.scale
 
     def value(self, part: torch.Tensor) -> float:
-        """What the processes' parts of a `mean` or a `mean_over_update` amount to."""
+        """The value of a `mean` or a `mean_over_update` over all processes, from this process's part."""
         return float(total(part)) / world_size()
 
     def replay(self) -> AbstractContextManager[None]:
@@ -161,8 +161,8 @@ class GradientStrategy(Method):
 
     Attributes:
         stages: Where it can be used: ``align``, ``finetune``.
-        streams: Side streams that it draws from, keys of `STREAMS`.
-        reads_outputs: Whether `objective` looks at the model's outputs, for which TRL needs a further forward pass.
+        streams: Auxiliary streams that it draws from, keys of `STREAMS`.
+        reads_outputs: Whether `objective` reads the model's outputs, for which TRL needs a further forward pass.
         held_out: Share of the harmful rows' prompts that go to the stream ``held_out`` and not to ``harmful``.
     """
 
@@ -173,56 +173,56 @@ class GradientStrategy(Method):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The sets of rows that its streams are made of, besides the rows that are trained on."""
+        """The sets of rows that its streams draw from, besides the rows that are trained on."""
         return frozenset(STREAMS.get(stream, stream) for stream in self.streams) - {"data"}
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Looks at the model once before training.
+        """Finds the modules and tensors to act on, once before training.
 
         Args:
             model: With its trainable parameters chosen.
-            seed: For the strategy's own random streams.
+            seed: Of the strategy's random numbers.
 
         Returns:
-            What it found to act on (JSON), for the manifest.
+            Their names or number (JSON), for the manifest.
 
         Raises:
-            NoMatchError: Nothing to act on.
+            NoMatchError: There is nothing to act on.
         """
         return {}
 
     def mixed_in(self, rows: int) -> tuple[int, bool]:
-        """How many rows of the stream ``safe`` join `rows` of the user, and whether they replace benign ones."""
+        """How many safe rows are mixed into `rows` rows of the user, and whether they replace benign ones."""
         return 0, False
 
     def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
-        """The `window` micro-batches of an optimizer step, where they are not to be the user's."""
+        """The `window` micro-batches of an optimizer step; None for the user's."""
         return None
 
     def begin_update(self, update: int) -> None:
         """Called before the first micro-batch of each optimizer step."""
 
     def auxiliary(self, step: StepContext) -> Gradient | None:
-        """A gradient to add to the main one; weights, mode and random state are as before when it returns."""
+        """A gradient to add to the main one; leaves weights, training mode and random state as they were."""
         return None
 
     def around(self, step: StepContext) -> AbstractContextManager[Any]:
-        """A block around forward and backward of the main pass."""
+        """A context manager around forward and backward of the main pass."""
         return nullcontext()
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The main loss as it is differentiated; `outputs` are None unless `reads_outputs`."""
+        """The loss that is differentiated, from the main loss; `outputs` are None unless `reads_outputs`."""
         return loss
 
     def after_backward(self, step: StepContext) -> None:
-        """Called when the main gradient is in ``.grad``."""
+        """Called when the main gradient is in ``.grad``, before it is clipped and applied."""
 
     def state(self) -> StrategyState:
-        """What to checkpoint."""
+        """State to save in a checkpoint."""
         return StrategyState()
 
     def load_state(self, state: StrategyState) -> None:
-        """Continues from a checkpoint."""
+        """Restores the state of a checkpoint, after `setup`."""
 
     def close(self) -> None:
         """Called once after training, also after an exception."""

@@ -1,4 +1,4 @@
-"""The whole Trainer side of a gradient strategy: one override that hands the main pass to the stock Trainer."""
+"""A Trainer for gradient strategies: it overrides the training step, and leaves the main pass to the stock Trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
 from pharmacist.data.streams import EndlessRows
 from pharmacist.nn.attention import quick_attention
@@ -21,13 +21,13 @@ from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.hooks import head_at
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.nn.reading import large_head
-from pharmacist.training.checkpoint import Checkpoints, load_side_state
+from pharmacist.training.checkpoint import Checkpoints, load_strategy_state
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
 _NAMED = 20
 _COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "completion_mask"})
-"""What a collator is given of the rows of a side stream."""
+"""Columns of an auxiliary stream's rows that a collator gets."""
 
 
 def token_mean_loss(
@@ -44,24 +44,25 @@ def token_mean_loss(
         outputs: With ``logits`` as in `batch_loss`.
         labels: Shape [rows, length]; -100 where there is no target.
         num_items_in_batch: Target tokens of all micro-batches of all processes.
-        weights: Factor of each row's loss, shape [rows]; they do not change what the sum is divided by.
+        weights: Factor of each row's loss, shape [rows]; the sum's divisor is the same without them.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     return batch_loss(logits, labels, num_items_in_batch, weights)
 
 
 @contextmanager
-def _options_told() -> Iterator[None]:
+def _refusing_options() -> Iterator[None]:
+    """Turns errors of transformers about its arguments into a `ConfigError`."""
     try:
         yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # of what reports to a service
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # of integrations that log runs
             raise
-        raise ConfigError(f"train: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"train: {one_line(error, 300)}") from error
 
 
 _Trainer: Any = object
-"""What the mix-in is mixed into has the attributes of a Trainer."""
+"""Base of the mix-in for type checkers: the classes that it is mixed into have a Trainer's attributes."""
 
 
 class StrategyMixin(_Trainer):  # type: ignore[misc]
@@ -76,17 +77,17 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     Args:
         strategy: The method, such as ``pharmacist.Vaccine(rho=2)``.
         streams: Name -> what the strategy draws from besides the training rows (`GradientStrategy.streams`): a dataset
-            of tokenised rows (`pharmacist.tokenize`), which the Trainer's own collator makes batches of its own size
-            from; or an endless iterator of batches, or `data.streams.PairedRows`.
+            of tokenised rows (`pharmacist.tokenize`), from which the Trainer's collator makes batches of its usual
+            size; or an endless iterator of batches, or `data.streams.PairedRows`.
         strategy_seed: Of the strategy's random streams; by default the Trainer's seed.
         **kwargs: Of the Trainer.
 
     Attributes:
-        found: What the strategy found to act on, when training has begun.
-        without_targets: Micro-batches so far that had no target token; they moved nothing.
+        found: Modules or tensors on which the strategy acts, when training has begun.
+        without_targets: Micro-batches so far that had no target token, and therefore no effect.
 
     Raises:
-        CompatibilityError: Settings under which gradients are not the strategy's to see.
+        CompatibilityError: Settings under which a strategy cannot see gradients.
     """
 
     def __init__(
@@ -97,12 +98,11 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         strategy_seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        with _options_told():
+        with _refusing_options():
             super().__init__(*args, **kwargs)
         self.strategy, self.found = strategy, dict[str, Any]()
         self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
-        given = streams or {}
-        self.streams = {name: self._stream(name, given[name]) for name in given}
+        self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
         self._step: StepContext | None = None
         self._update, self._micro = -1, 0
         self._tokens: torch.Tensor | None = None  # of the update, padding not counted
@@ -122,6 +122,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             self.add_callback(Checkpoints(strategy, streams=self.streams))
 
     def _stream(self, name: str, rows: Any) -> Any:
+        """Endless batches of a dataset of tokenised rows; anything else is a stream already."""
         if not hasattr(rows, "__getitem__"):
             return rows
         if not len(rows) or "input_ids" not in rows[0]:
@@ -142,35 +143,35 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         try:
             self.found = self.strategy.setup(self.model, self.strategy_seed)
             if folder:
-                load_side_state(Path(folder), self.strategy, self.streams)
+                load_strategy_state(Path(folder), self.strategy, self.streams)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.strategy.close()
 
-    @_options_told()
+    @_refusing_options()
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock optimizer; values of ``train.`` that it refuses are the user's to mend, unlike later errors."""
+        """The stock optimizer; values of ``train.`` that it refuses are a `ConfigError`, unlike errors in training."""
         return super().create_optimizer(*args, **kwargs)
 
-    @_options_told()
+    @_refusing_options()
     def get_train_dataloader(self) -> Any:
         """The stock data loader, likewise."""
         return super().get_train_dataloader()
 
-    @_options_told()
+    @_refusing_options()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The stock scheduler, likewise."""
         return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The window of an optimizer step: the user's, or what the strategy puts in its place, tokens counted."""
+        """The micro-batches of an optimizer step, the user's or the strategy's instead, with their tokens counted."""
         window, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         drawn = self.strategy.draw(int(self.state.global_step), len(window), self.streams) if window else None
         if drawn is not None:
             window, count = drawn, self._get_num_items_in_batch(drawn, device)
         if window and "attention_mask" in window[0]:
-            own = sum(int(batch["attention_mask"].sum()) for batch in window)
-            self._tokens = total(torch.tensor(own, device=device))
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in window)
+            self._tokens = total(torch.tensor(tokens, device=device))
         return window, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -205,7 +206,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             extra = self.strategy.auxiliary(step)
             if extra is not None:
                 add_to_grad(step.parameters, extra, step.scale)
-            self._step = step  # from here on the stock Trainer's loss is the strategy's too
+            self._step = step  # until it is reset, `compute_loss` applies the strategy's objective
             try:
                 with self.strategy.around(step):
                     loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -227,17 +228,16 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         if step is not None and step.weights is not None:
             self.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
-        own = type(self.strategy).objective is not GradientStrategy.objective and self.strategy.reads_outputs
-        wanted = own or return_outputs
-        # A large output head gives logits to our loss where there are targets alone.
+        overridden = type(self.strategy).objective is not GradientStrategy.objective
+        with_outputs = (overridden and self.strategy.reads_outputs) or return_outputs
+        # For `token_mean_loss` a large output head computes logits at targets alone.
         function, head = self.compute_loss_func, large_head(self.model)
-        ours = getattr(function, "func", function) is token_mean_loss
-        few = head is not None and ours and not wanted
-        with head_at(head, targets(inputs["labels"])[0]) if few else nullcontext():
+        at_targets = getattr(function, "func", function) is token_mean_loss and head is not None and not with_outputs
+        with head_at(head, targets(inputs["labels"])[0]) if at_targets else nullcontext():
             found = super().compute_loss(
-                model, dict(inputs), return_outputs=wanted, num_items_in_batch=num_items_in_batch
+                model, dict(inputs), return_outputs=with_outputs, num_items_in_batch=num_items_in_batch
             )
-        loss, outputs = found if wanted else (found, None)
+        loss, outputs = found if with_outputs else (found, None)
         if step is not None:
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
@@ -245,8 +245,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
 
     def _check(self, what: str, value: torch.Tensor) -> None:
         if not torch.isfinite(value):
-            named = ", ".join(map(str, self._rows[:_NAMED])) + (", ..." if len(self._rows) > _NAMED else "")
-            rows = f" (rows {named})" if named else ""
+            numbers = ", ".join(map(str, self._rows[:_NAMED])) + (", ..." if len(self._rows) > _NAMED else "")
+            rows = f" (rows {numbers})" if numbers else ""
             raise DivergedError(
                 f"the {what} is {value.item()} at step {self._update + 1}{rows}; the weights were not touched: look "
                 "at these rows, or lower train.learning_rate or the method's strength"

@@ -37,7 +37,7 @@ _FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
-    """Finds out what `spec` is and prepares to stream it; a DataError where there is nothing readable.
+    """Opens a source of rows for streaming; a DataError where `spec` names nothing that can be read.
 
     Args:
         spec: A path, a hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings.
@@ -51,7 +51,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     path = Path(text).expanduser()
     if not text.strip():
         raise DataError(f"{name}: an empty path; give a file, a folder saved by datasets or a hub id")
-    # Unlike Path's own, these make no error of names that no file system takes.
+    # Unlike the methods of Path, these raise no error for names that no file system accepts.
     if os.path.isdir(path):
         return open_folder(path, None, text, name)
     if os.path.exists(path):
@@ -98,7 +98,7 @@ def _open_json(path: Path, label: str, name: str) -> Source:
 
 
 _ARRAY = re.compile(rb"\[\s*(?:[{\]]|\Z)")
-# An object whose first line ends before anything of it is closed, and that goes on in the next.
+# An object over several lines, told from a damaged first row by how its second line begins.
 _SPREAD_OBJECT = re.compile(
     rb'\{[ \t]*(?:\r?\n\s*["}]|"\w+"[ \t]*:[ \t]*\[[ \t]*\{?[ \t]*\r?\n\s*["{\[\]]|[^\n]*,[ \t]*\r?\n\s*"\w+"\s*:)'
 )

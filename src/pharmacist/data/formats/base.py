@@ -1,4 +1,4 @@
-"""What every source of rows can do: be read once through, give some rows again, write them."""
+"""Base class of all sources of rows: reading of all rows or of some, and writing of some."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Row(NamedTuple):
         line: Where it starts in a text file, from 1.
         value: Column -> value; None where the row could not be read.
         reason: Why it cannot be used.
-        raw: Its own bytes in a text format, without line break.
+        raw: Its bytes in a text format, without line break.
     """
 
     number: int
@@ -55,12 +55,12 @@ def ascending(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
 
 
 class Source(Given, ABC):
-    """Rows from somewhere.
+    """A source of rows.
 
     Attributes:
         format: ``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``hub`` or ``memory``.
         schema: Arrow types of the columns, where the format fixes them for all rows.
-        spec: As given; the path of a file.
+        spec: The path of a file, the hub id, or the rows in memory.
         label: Short text that stands for the source in a configuration.
         name: What the rows are for, in messages (an option such as ``--pool``).
         where: How messages begin.
@@ -75,7 +75,7 @@ class Source(Given, ABC):
 
     @property
     def native(self) -> str:
-        """Format in which `write_rows` writes unless asked otherwise."""
+        """Format in which `write_rows` writes by default."""
         return "jsonl" if self.format in ("arrow", "hub", "memory") else self.format
 
     @property
@@ -118,12 +118,12 @@ class Source(Given, ABC):
         if numbers is None:
             yield from rows
             return
-        wanted = iter(ascending(numbers).tolist())
-        target = next(wanted, None)
+        targets = iter(ascending(numbers).tolist())
+        target = next(targets, None)
         for row in rows if target is not None else ():
             if row.number == target:
                 yield row
-                if (target := next(wanted, None)) is None:
+                if (target := next(targets, None)) is None:
                     return
         if target is not None:
             raise self._no_row(target)
@@ -159,14 +159,14 @@ class Source(Given, ABC):
         doubtful: list[list[str] | None] = [None]
         if self.schema is not None:
             doubtful = [[field.name] for field in self.schema if not fits_json(field.type)]
-        for wanted in doubtful:
-            at, column = 0, "" if wanted is None else wanted[0]
+        for columns in doubtful:
+            at, column = 0, "" if columns is None else columns[0]
             try:
-                for row in self.scan(wanted):
+                for row in self.scan(columns):
                     at = row.number
                     for column, item in (row.value or {}).items():
                         json_line({column: item})
-            # Of the last ones there is no Python object at all, such as a date beyond the year 9999.
+            # The last three: no Python object can hold the value, such as a date beyond the year 9999.
             except (TypeError, RecursionError, ValueError, OverflowError, pa.ArrowException) as error:
                 remedy = f"curate's --format input keeps it, as {self.native}"
                 if self.native == "jsonl":

@@ -1,4 +1,4 @@
-"""Strict JSON: what a row may hold, why a text is none, and rows as lines of JSON."""
+"""Strict JSON: parsing of rows, reasons why a text is no row, and rows as lines of JSON."""
 
 import datetime
 import decimal
@@ -17,7 +17,7 @@ _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", boo
 
 
 class Refused(ValueError):
-    """What Python's parser takes although it is no JSON, or not one thing."""
+    """Text that Python's parser accepts although it is not valid or not unambiguous JSON."""
 
 
 def _refuse_constant(constant: str) -> None:
@@ -38,7 +38,7 @@ DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_o
 
 
 def spelled(name: str, longest: int = 40) -> str:
-    """A name out of a file as messages show it: in quotes, short, what is not printable spelled out."""
+    """A name from a file as messages show it: in quotes, shortened, with escapes for unprintable characters."""
     return ascii(name[:longest]) + ("..." if len(name) > longest else "")
 
 
@@ -66,7 +66,7 @@ def _depth(value: Any) -> int:
 
 
 def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """A row from its bytes, or why it is none."""
+    """Parses a row; returns it and None, or None and the reason why the bytes are no row."""
     try:
         return as_row(decode_json(raw.decode("utf-8")))
     except (ValueError, RecursionError) as error:
@@ -74,12 +74,12 @@ def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
-    """A JSON value as a row, or why it is none."""
+    """Returns a JSON object and None, or for another value None and the reason why it is no row."""
     return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {_KINDS[type(value)]}")
 
 
 def why_no_json(error: Exception) -> str:
-    """What is wrong with a row, from what its parsing raised."""
+    """The reason why a text is no row, from the error that parsing it raised."""
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.object[error.start]:#04x} at byte {error.start + 1} of it)"
     if isinstance(error, Refused):

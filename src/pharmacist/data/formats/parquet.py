@@ -39,10 +39,10 @@ class Parquet(Source):
             raise DataError(f"{self.where}: is no Parquet file ({short(error)}); write it again") from error
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
-        wanted = None if columns is None else [column for column in self.schema.names if column in columns]
+        names = None if columns is None else [column for column in self.schema.names if column in columns]
         try:
             with self._open() as file:
-                yield from file.iter_batches(BATCH, columns=wanted)
+                yield from file.iter_batches(BATCH, columns=names)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.where}: damaged Parquet data ({short(error)}); write it again") from error
 
@@ -56,14 +56,14 @@ class Parquet(Source):
 
     def _taken(self, numbers: Iterable[int]) -> Iterator[pa.RecordBatch]:
         """The rows with these numbers, as Arrow holds them."""
-        wanted, start = ascending(numbers), 0
+        chosen, start = ascending(numbers), 0
         for batch in self._batches():
-            low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
+            low, high = np.searchsorted(chosen, [start, start + batch.num_rows])
             if high > low:
-                yield _take(batch, wanted[low:high] - start)
+                yield _take(batch, chosen[low:high] - start)
             start += batch.num_rows
-        if len(wanted) and wanted[-1] >= start:
-            raise self._no_row(int(wanted[wanted >= start][0]))
+        if len(chosen) and chosen[-1] >= start:
+            raise self._no_row(int(chosen[chosen >= start][0]))
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
         if format != self.format:

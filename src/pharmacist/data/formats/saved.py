@@ -1,4 +1,4 @@
-"""Rows that are no file of their own: saved by `datasets`, on the hub, or in memory."""
+"""Rows that were saved by `datasets`, lie on the hub, or are in memory."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +115,7 @@ def open_hub(text: str, name: str, formats: str) -> Source:
     where = f"{name} {text}"
     try:
         data = _loaded(identifier, *parts)
-    except Exception as error:  # network, authentication, unknown names: the hub's own words tell which
+    except Exception as error:  # network, authentication, unknown names: the library's message says which
         if offline():
             raise DataError(
                 f"{where}: no such file or folder, and HF_HUB_OFFLINE forbids to look on the hub; "

@@ -1,4 +1,4 @@
-"""Files whose rows have bytes of their own, which are copied as they are; JSON lines and CSV."""
+"""Text files, whose rows are copied byte by byte: the base class, JSON lines and CSV."""
 
 import copy
 import csv
@@ -27,10 +27,9 @@ _KEPT = pa.schema([("number", pa.int64()), ("line", pa.int64()), ("raw", pa.bina
 
 
 class KeptRows:
-    """The bytes of usable rows, so that whoever needs them again does not walk the file that they came from.
+    """The bytes of usable rows in a file that is read in batches, instead of a second pass over the source.
 
-    They are written once, in input order, and read in batches. They are not memory-mapped, for pages that were read
-    would pile up.
+    The file is not memory-mapped, for the pages that were read would count as memory in use.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class KeptRows:
 
     @contextmanager
     def written_to(self, path: Path) -> Iterator[None]:
-        """Takes rows in the block, and gives them when it has ended; the file may be deleted then."""
+        """Rows can be added in the block and read after it; from then on the file may be deleted."""
         with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
             with pa.ipc.new_file(file, _KEPT) as self._file:
                 yield
@@ -51,10 +50,10 @@ class KeptRows:
         columns = [[getattr(row, name) for row in rows] for name in _KEPT.names]
         self._file.write_batch(pa.record_batch(columns, schema=_KEPT))
 
-    def rows(self, wanted: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
-        """All rows, or those of these numbers that are there, without values."""
+    def rows(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        """All rows, or those of them that are in `numbers`, without values."""
         for i, (start, end) in enumerate(itertools.pairwise([*self._starts, np.iinfo(np.int64).max])):
-            among = None if wanted is None else wanted[(start <= wanted) & (wanted < end)]
+            among = None if numbers is None else numbers[(start <= numbers) & (numbers < end)]
             if among is None or len(among):
                 batch = self._file.get_batch(i)
                 if among is not None:
@@ -73,7 +72,7 @@ class TextFile(Source):
         """Rows with their bytes, and with their values where the format tells rows apart only by parsing them."""
 
     def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
-        """A row from its bytes, or why it is none."""
+        """Parses a row; returns it and None, or None and the reason why the bytes are no row."""
         return json_row(raw)
 
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
@@ -86,8 +85,8 @@ class TextFile(Source):
         The first reading to the end of the file gives its fingerprint too.
         """
         if self._kept is not None:
-            wanted = None if numbers is None else ascending(numbers)
-            yield from self._among(self._kept.rows(wanted), wanted)
+            chosen = None if numbers is None else ascending(numbers)
+            yield from self._among(self._kept.rows(chosen), chosen)
             return
         hashed = HashedFile(self.spec) if self._fingerprint is None else None
         with open_bytes(self.spec, self.where, hashed) as file:
@@ -96,7 +95,7 @@ class TextFile(Source):
                 self._fingerprint = hashed.sha256()
 
     def with_kept(self, rows: KeptRows) -> "TextFile":
-        """The source when it was read and its usable rows were kept: gives them without reading the file again."""
+        """A copy of the source that reads its usable rows from where they were kept."""
         source = copy.copy(self)
         source._kept = rows
         return source

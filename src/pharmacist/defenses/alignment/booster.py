@@ -1,4 +1,4 @@
-"""Booster: make one step on harmful data lower the harmful loss as little as possible."""
+"""Booster: attenuate the decrease of the harmful loss by a step on harmful data."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class BoosterConfig(Checked):
 
 
 def attenuation(here: Gradient, there: Gradient, lam: float) -> Gradient:
-    """``lam * (here - there)``: gradient of how much a harmful step helps, with the step held constant."""
+    """``lam * (here - there)``: gradient of the decrease of the harmful loss by a step, which is held constant."""
     return {name: lam * (g - there[name]) for name, g in here.items()}
 
 
@@ -48,7 +48,7 @@ class Booster(GradientStrategy):
         return {"attention_modules": list(self.modules)} if self.config.rho else {}
 
     def auxiliary(self, step: StepContext) -> Gradient:
-        """Two passes over one harmful batch, before and after a step of length alpha on it."""
+        """Gradients on one harmful batch before and after a step of length alpha on it."""
         batch, parameters = step.next("harmful"), step.parameters
         with step.replay():
             before = step.ce(batch)
@@ -71,7 +71,7 @@ class Booster(GradientStrategy):
         return perturbed(step, self.modules, self.config.rho) if self.config.rho else nullcontext()
 
     def after_backward(self, step: StepContext) -> None:
-        """Logs the angle between alignment and harmful gradient, of the first micro-batch."""
+        """Logs the cosine of the alignment gradient and the harmful one, for the first micro-batch of an update."""
         if self._harmful is None:
             return
         (here, extra), self._harmful = self._harmful, None
@@ -83,7 +83,7 @@ class Booster(GradientStrategy):
 def main_cosine(step: StepContext, harmful: Gradient, extra: Gradient) -> torch.Tensor:
     """Cosine of the main pass's gradient and a harmful one, a scalar in [-1, 1].
 
-    It is the first micro-batch, after backward: ``.grad`` holds the main gradient and ``step.scale * extra``.
+    For the first micro-batch of an update, when ``.grad`` is the main gradient plus ``step.scale * extra``.
     """
     main = {
         name: parameter.grad.to(harmful[name].dtype) - step.scale * extra[name]

@@ -1,4 +1,4 @@
-"""RepNoise: remove what the model's representations know about harmful answers, layer by layer."""
+"""RepNoise: turn the representations of harmful answers into noise, layer by layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
-from pharmacist.nn.losses import mmd2, precise, target_loss, targets
+from pharmacist.nn.losses import mmd2, precise, target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -24,13 +24,13 @@ class RepNoiseConfig(Checked):
     """Options of RepNoise."""
 
     alpha: NotNegative = 1.0
-    """Weight of the ascent on the harmful loss; it and beta 0 is sft."""
+    """Weight of the ascent on the harmful loss; 0 for it and beta is sft."""
     beta: NotNegative = 0.001
     """Weight of the pull of harmful representations towards noise."""
 
 
 def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
-    """Where a harmful row has another token than its safe partner at the same place, or goes on after it.
+    """Positions where a harmful row has another token than its safe partner, or goes on after the partner's end.
 
     Bool of the harmful rows' shape [rows, length]; the partners have any length, and padding never differs.
     """
@@ -43,9 +43,11 @@ def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
 
 
 def ascent_loss(losses: torch.Tensor) -> torch.Tensor:
-    """``log(1 + c)``, where c sums the losses of all depths, the last (the model's own) twice, over their number.
+    """``log(1 + c)``, where c is the sum of all depths' losses, the last one's counted twice, over their number.
 
-    They are cross-entropies of the harmful answer read off each depth, embeddings first, shape [layers + 1].
+    Args:
+        losses: Cross-entropy of the harmful answer, predicted from the hidden states of each depth, embeddings first,
+            shape [layers + 1].
     """
     return torch.log1p((losses.sum() + losses[-1]) / len(losses))
 
@@ -53,7 +55,7 @@ def ascent_loss(losses: torch.Tensor) -> torch.Tensor:
 def row_noise(mask: torch.Tensor, width: int, seeds: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Standard normal noise where `mask` is true and 0 elsewhere, shape [rows, length, width].
 
-    Each row has its own seed, so that noise depends neither on padding nor on the other rows.
+    Each row has a seed, so that noise depends neither on padding nor on the other rows.
     """
     noise = like.new_zeros((*mask.shape, width))
     for row, (where, seed) in enumerate(zip(mask, seeds, strict=True)):
@@ -64,7 +66,7 @@ def row_noise(mask: torch.Tensor, width: int, seeds: Sequence[int], like: torch.
 
 
 class RepNoise(GradientStrategy):
-    """Adds beta * (distance of harmful hidden states from noise) - alpha * log(harmful loss read off all depths).
+    """Adds beta * (distance of harmful hidden states from noise) - alpha * log(harmful loss at all depths).
 
     Each alignment row is paired with a harmful answer to the same prompt; only tokens in which the two differ count.
 
@@ -83,7 +85,7 @@ class RepNoise(GradientStrategy):
         self.layers, self.mlps = layers, mlp_modules(model)
         head = output_head(model)
         if head is None:
-            raise CompatibilityError("repnoise reads answers off hidden states, but the model names no output head")
+            raise CompatibilityError("repnoise predicts from hidden states, but the model names no output head")
         self.tail = nn.Sequential(final_norm(model), head)
         self.seed = seed
         return {"layers": list(layers), "mlp_modules": list(self.mlps)}
@@ -95,13 +97,13 @@ class RepNoise(GradientStrategy):
         step.log(pairs=pairs)
         if not pairs:
             return None
-        if harmful is None:  # another process has pairs and waits for this one: a row that counts nowhere
+        if harmful is None:  # another process has pairs and waits for this one: a row with weight 0
             having, harmful = [0], {name: value[:1] for name, value in step.batch.items()}
         safe = {name: step.batch[name][having] for name in ("input_ids", "attention_mask")}
         mask = differing(harmful, safe)
         keep, tokens = targets(harmful["labels"].masked_fill(~mask, -100))
         with step.replay(), capture(self.first, inputs=True) as embedded, capture(self.layers | self.mlps) as found:
-            step.logits(harmful, torch.zeros_like(mask))  # the model's own head is one of the depths below
+            step.logits(harmful, torch.zeros_like(mask))  # the head's logits are computed in `ascent`
             depths = [*embedded.values(), *(found[name] for name in self.layers)]
             surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
             # OPT's feed-forward layers see all tokens in one row.
@@ -121,7 +123,7 @@ class RepNoise(GradientStrategy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A scalar with the gradient of ``-alpha * ascent_loss`` (its value is meaningless), and the losses.
 
-        Each depth is differentiated as soon as its loss is known, so that the logits of one depth at a time exist.
+        Each depth is differentiated as soon as its loss is known, so that only one depth's logits exist at a time.
 
         Args:
             step: The step.
@@ -136,7 +138,7 @@ class RepNoise(GradientStrategy):
             inputs = [value for value in (own, *weights) if value.requires_grad]
             with step.autocast():
                 logits = self.tail(own)
-            loss = step.mean(target_loss(logits, tokens), len(tokens))
+            loss = step.mean(target_losses(logits, tokens).sum(), len(tokens))
             values.append(loss.detach())
             moved = [value for value in (hidden, *weights) if value.requires_grad]
             found.append(list(zip(moved, torch.autograd.grad(loss, inputs), strict=True)) if inputs else [])
@@ -156,11 +158,11 @@ class RepNoise(GradientStrategy):
 
         Args:
             step: The step.
-            features: What the feed-forward parts put out, each of shape [rows, length, width].
+            features: Outputs of the feed-forward modules, each of shape [rows, length, width].
             mask: Tokens that count, shape [rows, length].
-            having: Which rows of the main batch these are.
+            having: Positions of the rows' partners in the main batch.
         """
-        rows = mask.any(1).nonzero()[:, 0]  # a row without differing tokens would be a point at 0 on both sides
+        rows = mask.any(1).nonzero()[:, 0]  # a row without differing tokens would be a point at 0 in both samples
         mask = mask[rows]
         seeds = [derive(self.seed, "noise", step.update, step.micro, step.rows[having[row]]) for row in rows.tolist()]
         surrogate, distances = features[0].new_zeros(()), []

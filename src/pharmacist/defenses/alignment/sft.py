@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the baseline, and what every other method reduces to at strength 0."""
+"""Supervised fine-tuning: the baseline, to which every other method reduces at strength 0."""
 
 from pharmacist.training.strategy import GradientStrategy
 

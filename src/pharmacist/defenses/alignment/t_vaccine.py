@@ -39,7 +39,7 @@ class TVaccineConfig(Checked):
     score_rows: AtLeast1 = 100
     """Harmful rows per measurement; the published code takes a single one."""
     freeze: Literal["layer", "attention"] = "layer"
-    """What is frozen in layers that are not sampled: all of them, as in the paper, or their self-attention, as in the
+    """Frozen parts of layers that are not sampled: the whole layer, as in the paper, or its self-attention, as in the
     published code."""
 
 
@@ -72,7 +72,7 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
 
 
 class TVaccine(Perturbing):
-    """Vaccine on a few layers, sampled by how strongly harmful data moves them; the rest is frozen meanwhile.
+    """Vaccine on a few layers, sampled by the norm of their harmful gradient; the others are frozen meanwhile.
 
     Paper: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
     Layer-wise Perturbation", 2024, algorithm 1.
@@ -106,7 +106,7 @@ class TVaccine(Perturbing):
         return {"attention_modules": list(self.modules), "sampled_at_a_time": self.count}
 
     def auxiliary(self, step: StepContext) -> None:
-        """Measures the layers' probabilities and draws layers, where it is time."""
+        """Measures the layers' probabilities and samples layers, in the steps that are due."""
         if step.micro:
             return
         if step.update % self.config.score_every == 0:
@@ -116,7 +116,7 @@ class TVaccine(Perturbing):
             self.active = from_main(drawn)
 
     def scores(self, step: StepContext) -> torch.Tensor:
-        """Mean over harmful rows of the norm of the row's own gradient at each layer, shape [layers]."""
+        """Mean over harmful rows of the norm of a row's gradient at each layer, shape [layers]."""
         summed, count = torch.zeros((), dtype=torch.float64), 0
         while count < self.config.score_rows:
             batch = step.next("harmful")
@@ -125,7 +125,7 @@ class TVaccine(Perturbing):
             owner = keep.nonzero()[:, 0]
             share = 1.0 / keep.sum(1).clamp(min=1)[owner]
 
-            # A row's gradient depends on its own loss alone, so one pass serves all of them.
+            # A row's activations affect its loss alone, so one pass gives the gradients of all rows.
             with step.replay():
                 value, gradients = activation_gradients(
                     self.modules,

@@ -1,4 +1,4 @@
-"""TAR: meta-learn weights from which an attacker's training run does not get far."""
+"""TAR: meta-learn weights that resist an attacker's training run."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ _FORMS: dict[str, dict[str, Any]] = {
         "objective": "entropy",
         "representation": 1.0,
     },
-    # What T-Vaccine's authors meant to compare with: one plain gradient step, and the alignment loss after it.
+    # The baseline that T-Vaccine's authors intended: one plain gradient step, and the alignment loss after it.
     "one-step": {
         "lam": 2.0,
         "inner_steps": 1,
@@ -50,12 +50,12 @@ _FORMS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class TARConfig(Checked):
-    """Options of TAR; those that are not given are the form's own."""
+    """Options of TAR; the form decides about those left out."""
 
     form: Literal["original", "one-step"] = "original"
     """original: a simulated attack of many AdamW steps per step; one-step: of a single gradient step."""
     lam: NotNegative | None = None
-    """Weight of tamper resistance at the attack's end: 4, one-step 2; it and representation 0 is sft."""
+    """Weight of tamper resistance at the attack's end: 4, one-step 2; 0 for it and representation is sft."""
     inner_steps: AtLeast0 | None = None
     """Steps of the simulated attack: 64, one-step 1; with 0 the loss is taken at the weights as they are."""
     inner_optimizer: Literal["adamw", "sgd"] | None = None
@@ -71,10 +71,10 @@ class TARConfig(Checked):
     tasks: AtLeast1 = 1
     """Simulated attacks per step."""
     adversaries: list[str] | None = None
-    """Kinds of attack; each draws one, so a name given twice comes twice as often. harmful: harmful rows; switch:
-    alignment rows first. [harmful, switch], one-step [harmful]."""
+    """Kinds of attack, of which each attack draws one; a name that occurs twice is twice as likely. harmful: harmful
+    rows; switch: alignment rows first. [harmful, switch], one-step [harmful]."""
     objective: Literal["entropy", "alignment"] | None = None
-    """Tamper resistance: entropy of answers to held-out harmful rows, or the alignment loss, one-step's own."""
+    """Tamper resistance: entropy of answers to held-out harmful rows, or (default of one-step) the alignment loss."""
     entropy_positions: Literal["response", "all"] = "response"
     """Positions whose entropy counts; all takes in prompt and padding, as the published code does."""
     representation: NotNegative | None = None
@@ -97,12 +97,12 @@ class TARConfig(Checked):
 
     @property
     def steps(self) -> int:
-        """`inner_steps`, filled in."""
+        """`inner_steps` with the form's default."""
         return self.inner_steps or 0
 
     @property
     def evaluate_every(self) -> int:
-        """`every`, filled in."""
+        """`every` with the form's default."""
         return self.every or 1
 
 
@@ -112,7 +112,7 @@ _ADVERSARIES = ("harmful", "switch")
 def evaluation_weights(
     steps: int, every: int, lam: float, schedule: str = "exponential", rate: float = 0.0625
 ) -> dict[int, float]:
-    """Attack step after which tamper resistance is evaluated -> weight of its gradient.
+    """Weights of the gradients of tamper resistance, by the attack step after which it is evaluated.
 
     Args:
         steps: Length K of the attack.
@@ -138,7 +138,7 @@ def hidden_distance(states: Sequence[torch.Tensor], reference: Sequence[torch.Te
 
 
 class TAR(GradientStrategy):
-    """Adds the gradient of a tamper-resistance loss taken along simulated attacks, as if it were taken here.
+    """Adds gradients of a tamper-resistance loss, taken at the weights along simulated attacks, to the main gradient.
 
     Paper: Tamirisa et al., "Tamper-Resistant Safeguards for Open-Weight LLMs", ICLR 2025, algorithm 1.
     """
@@ -160,7 +160,7 @@ class TAR(GradientStrategy):
         self._states: list[Activations] = []
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Keeps the initial model where the representation term needs it: a LoRA model's own base, else a copy."""
+        """Keeps the initial model for the representation term: the base of a LoRA model, else a copy."""
         self.seed, self.base = seed, None
         if not self.config.representation:
             return {}
@@ -169,7 +169,7 @@ class TAR(GradientStrategy):
         return {"hidden_states": len(decoder_layers(model)) + 1}
 
     def auxiliary(self, step: StepContext) -> Gradient:
-        """Attacks the model, takes the tamper-resistance gradient on the way, and restores the weights."""
+        """Attacks the model, collects tamper-resistance gradients on the way, and restores the weights."""
         config, parameters = self.config, step.parameters
         weights = evaluation_weights(
             config.steps, config.evaluate_every, config.lam or 0.0, config.schedule, config.schedule_rate
@@ -188,7 +188,7 @@ class TAR(GradientStrategy):
         return found
 
     def _attack(self, step: StepContext, draw: random.Random) -> Iterator[int]:
-        """Takes the attacker's steps one by one, in place."""
+        """Takes the attacker's steps one by one, in place; yields each step's number."""
         kind, rate = draw.choice(self.config.adversaries or []), draw.choice(self.config.inner_learning_rates or [])
         benign = draw.betavariate(6, 3) * self.config.steps if kind == "switch" else 0
         parameters = step.parameters
@@ -210,7 +210,7 @@ class TAR(GradientStrategy):
         step.log(tamper_loss=step.value(loss))
 
     def tamper_loss(self, step: StepContext, held_out: Batch | None) -> torch.Tensor:
-        """The loss that is to stay low under attack, a scalar."""
+        """The loss that should stay low under attack, a scalar."""
         if held_out is None:
             return step.main_ce()
         keep, _ = targets(held_out["labels"])
@@ -220,7 +220,7 @@ class TAR(GradientStrategy):
 
     @contextmanager
     def around(self, step: StepContext) -> Iterator[None]:
-        """Notes the hidden states of the main pass, and those that the initial model has."""
+        """Collects the hidden states of the main pass and of the initial model."""
         if not self.config.representation:
             yield
             return
@@ -242,7 +242,7 @@ class TAR(GradientStrategy):
             yield model
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The alignment loss and the distance of the hidden states from the initial ones."""
+        """The alignment loss plus the distance of the hidden states from the initial model's."""
         if not self.config.representation:
             return loss
         mask = step.batch["attention_mask"]
@@ -254,7 +254,7 @@ class TAR(GradientStrategy):
 
 @contextmanager
 def _hidden_states(model: nn.Module) -> Iterator[list[Activations]]:
-    """Collects embeddings, what all layers but the last put out, and the last's after the final normalisation."""
+    """Collects embeddings and the outputs of all layers, the last layer's after the final normalisation."""
     layers = decoder_layers(model)
     first, last = next(iter(layers)), next(reversed(layers))
     with capture({first: layers[first]}, inputs=True) as embedded, capture(layers | {last: final_norm(model)}) as rest:

@@ -1,4 +1,4 @@
-"""Vaccine: train so that hidden embeddings may drift without the aligned answers being lost."""
+"""Vaccine: train under perturbed hidden embeddings, so that aligned answers survive their drift."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -48,10 +48,10 @@ def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Acti
 
 @contextmanager
 def perturbed(step: StepContext, modules: Mapping[str, nn.Module], rho: float) -> Iterator[None]:
-    """A block in which `modules` put out what hurts the loss of the step's batch most.
+    """Perturbs the outputs of `modules` for the block in the direction that raises the loss of the step's batch most.
 
-    The norm is spent per micro-batch: the more of them an update has, the further each row may be moved. One pass for
-    the derivatives by activations; the main pass in the block draws the same dropout masks.
+    The norm `rho` is that of a micro-batch's perturbation: the more of them an update has, the further each row may be
+    moved. One extra pass gives the derivatives; the main pass in the block draws the same dropout masks.
     """
     with step.replay():
         loss, gradients = activation_gradients(modules, step.main_ce)
@@ -67,7 +67,7 @@ def perturbed(step: StepContext, modules: Mapping[str, nn.Module], rho: float) -
 
 
 class Perturbing(GradientStrategy):
-    """A strategy whose main pass is perturbed: its loss is taken as it is, and logged."""
+    """Base of strategies whose main pass is perturbed: they log its loss."""
 
     reads_outputs = False
 

@@ -1,1 +1,1 @@
-"""Fine-tuning-stage defenses: what a provider does during a user's fine-tuning job."""
+"""Fine-tuning-stage defenses: applied by the provider during a user's fine-tuning job."""

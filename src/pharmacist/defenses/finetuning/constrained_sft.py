@@ -1,4 +1,4 @@
-"""Constrained SFT: the first tokens of an answer, where alignment sits, may not drift far."""
+"""Constrained SFT: limit the drift of an answer's first tokens, on which alignment depends most."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ class ConstrainedSFTConfig(Checked):
     """Options of constrained SFT."""
 
     beta: NotNegative = 0.1
-    """How strongly a token may not move away from the aligned model; 0 is sft."""
+    """Strength of the pull of each token towards the aligned model; 0 is sft."""
     first_factor: NotNegative = 5.0
-    """The answer's first token has beta times this."""
+    """Factor of beta for the answer's first token."""
     early_factor: NotNegative = 20.0
-    """The next tokens have beta times this."""
+    """Factor of beta for the next early tokens."""
     early_tokens: AtLeast0 = 5
-    """So many tokens, the first included, count as early."""
+    """Number of early tokens, the first included."""
 
 
 def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor:
@@ -64,7 +64,7 @@ class ConstrainedSFT(GradientStrategy):
 
     @contextmanager
     def around(self, step: StepContext) -> Iterator[None]:
-        """Losses of the start, before the main pass."""
+        """Computes the losses of the initial model before the main pass."""
         if self.config.beta:
             keep, tokens = targets(step.batch["labels"])
             with at_start(step, self.start):
@@ -73,7 +73,7 @@ class ConstrainedSFT(GradientStrategy):
         self._start = torch.empty(0)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The weighted cross-entropy in place of the main loss."""
+        """The weighted cross-entropy instead of the main loss."""
         if not self.config.beta:
             return loss
         keep, tokens = targets(step.batch["labels"])

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: hold on to the weights that the defender's safe rows depend on."""
+"""Elastic weight consolidation: keep the weights that matter for the defender's safe rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
 from pharmacist.nn.hooks import evaluating
-from pharmacist.nn.losses import target_loss, targets
+from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
@@ -21,7 +21,7 @@ class EWCConfig(Checked):
     """Options of elastic weight consolidation."""
 
     lam: NotNegative = 1000.0
-    """Weight of the penalty; 0 is sft. It is tied to the scale of the Fisher information, so to the two below."""
+    """Weight of the penalty; 0 is sft. It depends on the scale of the Fisher information, so on per and normalize."""
     rows: AtLeast1 = 256
     """Safe rows that the Fisher information is estimated on."""
     per: Literal["row", "batch"] = "row"
@@ -72,14 +72,14 @@ class EWC(GradientStrategy):
         return {"tensors": len(self.start)}
 
     def auxiliary(self, step: StepContext) -> None:
-        """Before the first step: the Fisher information, without dropout and apart from ``.grad``."""
+        """Estimates the Fisher information before the first step, without dropout and without touching ``.grad``."""
         if self.config.lam and not self.fisher:
             self.fisher = self._estimate(step)
 
     def _estimate(self, step: StepContext) -> Gradient:
         def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
             keep, tokens = targets(row["labels"])
-            loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
+            loss = target_losses(step.logits(row, keep), tokens).sum() / max(len(tokens), 1)
             return local_gradient(loss, step.parameters)
 
         def gradients() -> Iterable[Gradient]:
@@ -107,7 +107,7 @@ class EWC(GradientStrategy):
         return loss + step.scale * penalty.to(loss.dtype)
 
     def state(self) -> StrategyState:
-        """The Fisher information; the start is built again from the same model and seed."""
+        """The Fisher information; the initial weights follow from the same model and seed."""
         return StrategyState(dict(self.fisher))
 
     def load_state(self, state: StrategyState) -> None:

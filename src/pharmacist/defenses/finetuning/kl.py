@@ -58,7 +58,7 @@ class KL(GradientStrategy):
 
     @contextmanager
     def around(self, step: StepContext) -> Iterator[None]:
-        """Predictions of the start, before the main pass."""
+        """Computes the predictions of the initial model before the main pass."""
         if self.config.lam:
             keep, _ = targets(step.batch["labels"])
             with at_start(step, self.start):

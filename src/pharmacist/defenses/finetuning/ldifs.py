@@ -62,7 +62,7 @@ def gated_distance(
 class LDIFS(GradientStrategy):
     """Adds lam times the distance between the features of the model and of the one that fine-tuning began with.
 
-    Features are the outputs of the feed-forward part of each decoder layer, on the user's own rows.
+    Features are the outputs of the feed-forward module of each decoder layer, on the user's rows.
 
     Paper: Mukhoti et al., "Fine-tuning can cripple your foundation model; preserving features may be the solution",
     2023; as a defense in Huang et al., "Antidote", 2024.
@@ -81,7 +81,7 @@ class LDIFS(GradientStrategy):
 
     @contextmanager
     def around(self, step: StepContext) -> Iterator[None]:
-        """Features of the start, then those of the main pass."""
+        """Collects the features of the initial model, then those of the main pass."""
         if not self.config.lam:
             yield
             return

@@ -1,4 +1,4 @@
-"""Lisa: alternate between the defender's safe rows and the user's, and never drift far within a phase."""
+"""Lisa: alternate between the defender's safe rows and the user's, with little drift within a phase."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class LisaConfig(Checked):
     """Options of Lisa."""
 
     rho: NotNegative = 1.0
-    """Weight of the pull towards the weights of the latest switch."""
+    """Weight of the penalty on the distance from the weights of the latest switch."""
     align_steps: AtLeast0 = 100
-    """Steps of an alignment phase (K1), with which training begins; 0 leaves them out."""
+    """Steps of an alignment phase (K1), with which training begins; 0 for none."""
     finetune_steps: AtLeast1 = 900
     """Steps of a phase on the user's rows (K2)."""
     warmup_steps: AtLeast0 = 0
-    """No pull in the first steps; the published code waits for a tenth of the training."""
+    """First steps without the penalty; in the published code a tenth of the training."""
 
 
 def in_alignment(update: int, align_steps: int, finetune_steps: int) -> bool:
@@ -38,10 +38,10 @@ def is_switch(update: int, align_steps: int, finetune_steps: int) -> bool:
 
 
 class Lisa(GradientStrategy):
-    """Phases of steps on safe rows and on the user's, each with rho / 2 * |w - c|^2, c the weights of the last switch.
+    """Alternates phases on safe rows and on the user's, with a penalty rho / 2 * |w - c|^2; c: its first weights.
 
-    Whole optimizer steps change sides, however many micro-batches they have. The user's rows that would have been
-    seen in an alignment phase are passed over; every epoch has another order, so they are other ones each time.
+    Phases consist of whole optimizer steps, however many micro-batches they have. The user's rows of the steps of an
+    alignment phase are skipped; every epoch has another order, so they are other rows each time.
 
     Paper: Huang et al., "Lisa: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning Attack",
     NeurIPS 2024, algorithm 1.
@@ -60,13 +60,13 @@ class Lisa(GradientStrategy):
         return {"tensors": len(self.anchor)}
 
     def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
-        """Safe batches for a step of an alignment phase."""
+        """Safe batches in a step of an alignment phase."""
         if not in_alignment(update, self.config.align_steps, self.config.finetune_steps):
             return None
         return [next(streams["safe"]) for _ in range(window)]
 
     def begin_update(self, update: int) -> None:
-        """Moves the anchor where the phase changes."""
+        """Moves the anchor to the current weights when the phase changes."""
         if is_switch(update, self.config.align_steps, self.config.finetune_steps):
             self.anchor = weights_now(self.model)
 

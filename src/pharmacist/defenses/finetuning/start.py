@@ -1,4 +1,4 @@
-"""The model as it was when fine-tuning began, which most of these defenses hold on to."""
+"""The initial model of the fine-tuning, to which most of these defenses stay close."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from pharmacist.training.strategy import StepContext
 
 
 def weights_now(model: nn.Module) -> Gradient:
-    """A copy of the trainable weights, in their own dtype."""
+    """A copy of the trainable weights."""
     return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
 
 
 @contextmanager
 def at_start(step: StepContext, start: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model of the start for the block: its weights, from `weights_now`, no dropout, no graph.
+    """Makes the model the initial one for the block: weights from `weights_now`, no dropout, no graph.
 
-    Weights are changed in place, so the block must end before the pass begins whose graph is needed.
+    Weights are changed in place, so the block must not include a pass whose graph is needed.
     """
     with replaced(step.parameters, start), evaluating(step.model), torch.no_grad():
         yield

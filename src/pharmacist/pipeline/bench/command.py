@@ -1,4 +1,4 @@
-"""The command `bench`: runs what a grid still needs and writes the table of results."""
+"""The command `bench`: runs the stages of a grid that are missing and writes the table of results."""
 
 from collections import defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
@@ -26,37 +26,40 @@ from pharmacist.pipeline.pages import bench_page
 
 _TRAINING = ("align", "attack")
 _OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
-"""Phases of an evaluation that another judge's evaluation of the same answers takes over."""
+"""Phases of an evaluation whose results that of another judge on the same answers reuses."""
 
 
 class StagesFailed(ExceptionGroup[Exception]):
-    """Some stages failed; what could be run without them is finished."""
+    """Some stages failed; all that do not need them are finished."""
 
 
 @dataclass
 class BenchResult:
-    """What a benchmark found: the rows of ``results.parquet``; names of the stages that this call ran; its folder."""
+    """Results of a benchmark."""
 
     rows: list[Result]
+    """Of ``results.parquet``."""
     ran: list[str]
+    """Names of the stages that this call ran."""
     folder: Path
+    """The output folder."""
 
 
 def bench(options: BenchOptions) -> BenchResult:
     """Runs the stages that are missing and writes ``results.parquet`` and the manifest, also where some fail.
 
     Raises:
-        PharmacistError: Something in the grid cannot be, or the folder holds something else; nothing has run.
+        PharmacistError: The grid has an error, or the folder holds something else; nothing has run.
         StagesFailed: Some stages failed.
     """
     root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
-    waiting = plan.waiting(options.only)  # a result of a newer version is told before the folder is touched
+    waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
-        _reopen(root)
+        _mark_unfinished(root)
     with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
@@ -95,8 +98,8 @@ def bench(options: BenchOptions) -> BenchResult:
         return BenchResult(rows, ran, root)
 
 
-def _reopen(root: Path) -> None:
-    """A benchmark that is finished but for a stage whose folder somebody deleted goes on."""
+def _mark_unfinished(root: Path) -> None:
+    """Marks a finished benchmark as unfinished, where a result of a stage was deleted or is stale."""
     if (root / "manifest.json").is_file():
         manifest = read_manifest(root)
         if (manifest.stage, manifest.status) == (BENCH.name, "success"):
@@ -106,7 +109,7 @@ def _reopen(root: Path) -> None:
 def run_stages(
     stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
 ) -> Generator[Outcome, None, None]:
-    """Runs those stages of a graph that wait, each after those that it needs, and yields how they went."""
+    """Runs stages of a graph, each after those that it needs, and yields their outcomes."""
     with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
         for outcome in outcomes:
             progress.advance()
@@ -114,7 +117,7 @@ def run_stages(
 
 
 def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result]:
-    """Writes the table of results, and the manifest with what failed."""
+    """Writes the table of results, page and tables, and the manifest with the failures."""
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
     counts = {"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages)}

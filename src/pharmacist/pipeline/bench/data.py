@@ -1,4 +1,4 @@
-"""What the stages of a grid read: files and models by content, and the rows of the made-up world."""
+"""Inputs of the stages of a grid: files and models with hashes of their content, and rows of the made-up world."""
 
 from functools import cache
 from pathlib import Path
@@ -22,12 +22,12 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
 class Data:
-    """Finds what options name, and notes which made-up rows must be in ``data/`` before the grid runs."""
+    """Finds the inputs that options name, and collects the made-up rows that ``data/`` must hold."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.texts: dict[Path, str] = {}
-        """File -> made-up rows that must be in it."""
+        """File -> text of the made-up rows that belong in it."""
         self.worth_keeping: dict[str, dict[int, bool]] = {}
         """Pool whose labels are known -> row -> whether it is worth keeping; rows without a label are not in it."""
         self._contents: dict[str, str] = {}
@@ -55,19 +55,19 @@ class Data:
         return Input(spec, f"hub:{spec}")
 
     def model(self, spec: str, where: str) -> Input:
-        """A model that an option names; ``world`` is the made-up world's own.
+        """A model that an option names; ``world`` is the tiny model of the made-up world.
 
         Raises:
             DataError: There is no such folder.
         """
         path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
-        place = str(path.resolve()) if path.is_dir() else spec
-        if place not in self._contents:
+        source = str(path.resolve()) if path.is_dir() else spec
+        if source not in self._contents:
             try:
-                self._contents[place] = model_fingerprint(place)
+                self._contents[source] = model_fingerprint(source)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-        return Input(place, self._contents[place])
+        return Input(source, self._contents[source])
 
     def read_labels(self, pool: str, labels: str, where: str) -> None:
         """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
@@ -109,7 +109,7 @@ class Data:
 
 @cache
 def _text(name: str, seed: int, n: int | None, pool: tuple[int, float, str]) -> str:
-    """Rows of one set; the pool and the answers to it know their own number."""
+    """Rows of one set as JSON lines; of the pool and the answers to it `pool` says how many."""
     world = World(seed)
     if name not in ("", "answers"):
         return json_lines(world.rows(name, n))

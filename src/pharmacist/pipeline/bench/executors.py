@@ -1,4 +1,4 @@
-"""Where the stages of a graph run: in this process, or on Ray."""
+"""Executors of a graph of stages: this process, or Ray."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
 
 
 class Executor(Method, ABC):
-    """Runs stages."""
+    """Base of executors."""
 
     @abstractmethod
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
@@ -57,7 +57,7 @@ class RayConfig(Checked):
 
 
 class Ray(Executor):
-    """Stages that do not need each other at the same time, on one machine or on a cluster."""
+    """Independent stages in parallel, on one machine or on a cluster."""
 
     Config = RayConfig
     config: RayConfig
@@ -107,11 +107,11 @@ class Ray(Executor):
             reason = " ".join(str(error).split())[:200]
             raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
         there = ray.cluster_resources() if local else {}  # a cluster may still grow
-        for name, wanted in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
-            if local and wanted > there.get(name, 0):
+        for name, needed in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
+            if local and needed > there.get(name, 0):
                 ray.shutdown()
                 raise CompatibilityError(
-                    f"--executor.{name.lower()}s {wanted:g}: this machine has {there.get(name, 0):g}, so that no "
+                    f"--executor.{name.lower()}s {needed:g}: this machine has {there.get(name, 0):g}, so that no "
                     "stage could ever start; ask for fewer"
                 )
         return ray
@@ -133,7 +133,7 @@ def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> 
 
 
 def _needed(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """All that led to a stage: an adapter rests on a model that another stage than the one before has made."""
+    """All ancestors of a stage: the base model of an adapter may be the result of an earlier stage than its parent."""
     found: dict[str, Stage] = {}
     for name in stage.parents:
         found |= _needed(stages[name], stages) | {name: stages[name]}

@@ -1,8 +1,8 @@
-"""A grid becomes a graph: cells, and the stages that they need, each of them once.
+"""Expands a grid into a graph: its cells, and the stages that they need, each of them once.
 
     rank [-> label -> rank] -> select -> align -> attack -> repair -> evaluate
 
-Every model is evaluated where cells ask for it: aligned, at the attack's snapshots, attacked, and repaired.
+Models are evaluated after alignment, at the snapshots of the attack, after it, and after a repair.
 """
 
 import itertools
@@ -43,19 +43,19 @@ SELECTED = "selected.jsonl"
 _LOADING = [item.name for item in fields(LengthOptions)]
 """Options of stages that an entry of the models decides."""
 _MISSING = "-"
-"""Stands for a required option until another stage's result takes its place."""
+"""Value of a required option until it is known which stage's result it names."""
 
 
-class NoLaterDefense(Method):
-    """Nothing is done."""
+class NoDefense(Method):
+    """Neither a fine-tuning-stage defense nor a repair."""
 
     name = "none"
 
 
-LATER_DEFENSES: Registry[Any] = Registry(
-    "later defense", {**DEFENSES.table(), **REPAIRS.table(), "none": f"{__name__}:NoLaterDefense"}, group=""
+DEFENSES_AND_REPAIRS: Registry[Any] = Registry(
+    "defense or repair", {**DEFENSES.table(), **REPAIRS.table(), "none": f"{__name__}:NoDefense"}, group=""
 )
-"""What can be done during or after a user's fine-tuning: fine-tuning-stage defenses and repairs, as one axis."""
+"""Fine-tuning-stage defenses and repairs, which are one axis of a grid."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The choices in words."""
+        """Names of the choices, joined by `SEP`."""
         axes = self.axes
         names = [axes["model"], axes["pool"], f"{axes['selector']} {axes['fraction']:g}", axes["defense"]]
         return SEP.join([*names, axes["attack"], axes["later_defense"], axes["task"], axes["judge"]])
 
     @property
     def stages(self) -> set[str]:
-        """All stages whose results it is made of."""
+        """Names of all stages whose results it needs."""
         return {*self.roles.values(), *(stage for _, stage in self.curve)}
 
     def matches(self, pattern: str) -> bool:
-        """Whether a shell pattern fits a part of the name, which ends with the seed."""
+        """Whether a shell pattern matches a part of the name followed by the seed."""
         return fnmatchcase(f"{self.name}{SEP}seed {self.seed}", f"*{pattern}*")
 
 
@@ -104,7 +104,7 @@ class Plan:
     data: Data
 
     def write(self) -> None:
-        """Writes the rows of the made-up world that stages read, under a launcher from its first process."""
+        """Writes the rows of the made-up world that stages read, under a launcher in its first process."""
         if rank() == 0:
             for path, text in self.data.texts.items():
                 if not path.is_file():
@@ -112,13 +112,13 @@ class Plan:
         barrier()
 
     def waiting(self, pattern: str | None = None) -> list[Stage]:
-        """Stages that are still to be run for cells of such names, each after those that it needs.
+        """Stages that are still to be run for the cells that match a pattern, each after those that it needs.
 
-        A stage is not only run where its result is missing, but also where one that it needs is run.
+        A stage is run where its result is missing or stale, and where a stage that it needs is run.
 
         Raises:
-            ConfigError: No cell has such a name.
-            DataError: A result was written by a newer version.
+            ConfigError: No cell matches.
+            DataError: A result was written by a newer version of this package.
         """
         cells = [cell for cell in self.cells if pattern is None or cell.matches(pattern)]
         if not cells:
@@ -132,10 +132,10 @@ class Plan:
 
 
 def expand(grid: BenchOptions, root: Path) -> Plan:
-    """The graph of a grid in the folder `root`, with everything checked that can be checked before any work.
+    """Expands a grid into its graph in the folder `root`, and checks everything that can be checked before any work.
 
     Raises:
-        PharmacistError: Something in the grid cannot be.
+        PharmacistError: The grid has an error.
     """
     _check_any("seeds", grid.seeds)
     graph, cells = _Graph(grid, root), []
@@ -157,23 +157,23 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys and values of both, those of the second over those of the first; mappings in them likewise.
+    """Both mappings merged, recursively; values of the second win.
 
     >>> merged({"train": {"max_steps": 1}}, {"train": {"seed": 2}})
     {'train': {'max_steps': 1, 'seed': 2}}
     """
-    found = dict(first)
+    result = dict(first)
     for key, value in second.items():
-        own = found.get(key)
-        found[key] = merged(own, value) if isinstance(own, Mapping) and isinstance(value, Mapping) else value
-    return found
+        before = result.get(key)
+        result[key] = merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
 
 
 def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
-    """Axis, in the singular -> its entries, read and checked."""
+    """Axis, in the singular -> its entries, parsed and checked."""
     axes = {axis.removesuffix("s"): _entries(axis, getattr(grid, axis)) for axis in AXES}
     for owner, axis in (("selector", "pool"), ("defense", "selector")):
         known = [entry.name for entry in axes[axis]]
@@ -185,9 +185,7 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
     for pool in axes["pool"]:
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
-                setattr(
-                    pool, name, f"{WORLD}:{name}"
-                )  # a made-up pool has its world's references, unless given others
+                setattr(pool, name, f"{WORLD}:{name}")
     axes["selector"] = [
         replace(selector, fractions=[fraction])
         for selector in axes["selector"]
@@ -197,12 +195,12 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
     return axes
 
 
-def _entries(axis: str, given: Sequence[Any]) -> list[Any]:
+def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
     """The entries of an axis."""
-    found: list[Any] = []
-    _check_any(axis, given)
+    entries: list[Any] = []
+    _check_any(axis, values)
     kind, short = AXES[axis]
-    for number, value in enumerate(given, 1):
+    for number, value in enumerate(values, 1):
         where = f"{axis}, entry {number}"
         if not isinstance(value, str | Mapping):
             raise ConfigError(f"{where}: needs a name, or keys and values of its own, not {value!r}")
@@ -212,20 +210,20 @@ def _entries(axis: str, given: Sequence[Any]) -> list[Any]:
             entry.name = chosen["name"] if isinstance(chosen, Mapping) else _stem(chosen or "none")
         if SEP in entry.name:
             raise ConfigError(f"{where}: the name '{entry.name}' must not hold '{SEP}'")
-        if any(entry.name == other.name for other in found):
+        if any(entry.name == other.name for other in entries):
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
-def _check_any(axis: str, given: Sequence[Any]) -> None:
-    if not given:
+def _check_any(axis: str, values: Sequence[Any]) -> None:
+    if not values:
         raise ConfigError(f"{axis}: must name at least one; docs/how-to/bench.md has an example")
 
 
-def _stem(place: str) -> str:
+def _stem(path: str) -> str:
     """The name of a file without suffixes, or of a model."""
-    return Path(place).name.partition(".jsonl")[0] if not Path(place).is_dir() else Path(place).resolve().name
+    return Path(path).name.partition(".jsonl")[0] if not Path(path).is_dir() else Path(path).resolve().name
 
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:
@@ -246,9 +244,10 @@ def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
 
 
 def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
-    """Attacks with one strength each."""
+    """Attacks with a single poison ratio and number of samples each."""
     for attack in attacks:
-        sweeps = {name: own for name in ("poison_ratio", "samples") if isinstance(own := getattr(attack, name), list)}
+        strength = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
+        sweeps = {name: values for name, values in strength.items() if isinstance(values, list)}
         for name, values in sweeps.items():
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
@@ -261,7 +260,7 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
 
 
 class _Graph:
-    """A grid while it becomes a graph."""
+    """The graph of a grid while it is built."""
 
     def __init__(self, grid: BenchOptions, root: Path) -> None:
         self.grid, self.data = grid, Data(root)
@@ -269,10 +268,10 @@ class _Graph:
         self._checked: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
         self._answers: dict[str, str] = {}
-        """What is asked of a model -> the first stage that does."""
+        """Hash of a model and of what it is asked -> name of the first evaluation with it."""
 
     def check_sections(self) -> None:
-        """Refuses keys that no section has, or that axes decide."""
+        """Refuses keys of sections that are unknown or decided elsewhere."""
         for kind, known in KINDS.items():
             section = getattr(self.grid, known.name, {})
             for key in section:
@@ -285,15 +284,15 @@ class _Graph:
                 self.options(kind, known.name)
 
     def method(self, registry: Registry[Any], choice: Mapping[str, Any]) -> Any:
-        """A method, for what it says about itself."""
+        """An instance of a method, for what it declares."""
         key = f"{registry.kind} {choice!r}"
         if key not in self._methods:
             self._methods[key] = registry.build_from(choice)
         return self._methods[key]
 
     def options(self, kind: str, where: str, *layers: Mapping[str, Any], model: ModelEntry | None = None) -> Any:
-        """Options of a kind of stage without inputs and seed, checked once: those of the grid's section, of the model,
-        and of the layers, of which later ones win.
+        """Checked options of a kind of stage, without inputs and seed: those of the grid's section, of the model and
+        of the layers, of which the last wins.
         """
         known = KINDS[kind]
         values: dict[str, Any] = {
@@ -316,8 +315,15 @@ class _Graph:
     def stage(
         self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
     ) -> Stage:
-        """The stage with these options, and in the others' place what other stages make; the one that is there already
-        if it is the same. Its seed is the cell's unless another is given.
+        """Adds a stage to the graph, or finds the one that is the same.
+
+        Args:
+            kind: Key of `KINDS`.
+            options: From `options`.
+            chosen: The cell.
+            method: For tables.
+            made: Option -> result of another stage, instead of what the options name.
+            seed: By default that of the cell.
         """
         options, known = with_options(options, seed=chosen.seed if seed is None else seed), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {**made}
@@ -332,7 +338,7 @@ class _Graph:
         return self.stages.setdefault(stage.name, stage)
 
     def cell(self, chosen: _Choice) -> tuple[dict[str, Stage], tuple[tuple[int, str], ...]]:
-        """Stages of a cell by their role, and its curve."""
+        """`Cell.roles` with the stages themselves, and `Cell.curve`."""
         roles = self.selected(chosen)
         roles["align"] = align = self.aligned(chosen, roles["select"])
         roles["attack"] = attack = self.attacked(chosen, align, roles["select"])
@@ -350,7 +356,7 @@ class _Graph:
         return roles, tuple(curve)
 
     def selected(self, chosen: _Choice) -> dict[str, Stage]:
-        """The stages that rank and select, and before them those that ask for labels."""
+        """The stages that rank and select, and where a selector asks for labels, those before them."""
         pool, selector, who = chosen.pool, chosen.selector, f"selector '{chosen.selector.name}'"
         given = {name: getattr(pool, name) for name in ("pool", *REFERENCES)} | _labels(chosen)
         given |= {"selector": selector.selector, "model": chosen.model.reader or chosen.model.model}
@@ -407,16 +413,17 @@ class _Graph:
 
     def attacked(self, chosen: _Choice, align: Stage, select: Stage) -> Stage:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
-        attack, later, task = chosen.attack, chosen.later_defense, chosen.task
-        defended = later.method["name"] in DEFENSES.names()
+        attack, defense, task = chosen.attack, chosen.later_defense, chosen.task
+        who = f"later_defenses, '{defense.name}'"
+        defended = defense.method["name"] in DEFENSES.names()
         given = {
             "task": task.train,
             "kind": attack.kind,
             "poison_ratio": attack.poison_ratio,
             "samples": attack.samples,
-            "defense": later.method if defended else {"name": "sft"},
+            "defense": defense.method if defended else {"name": "sft"},
         }
-        layers = (attack.options, later.options if defended else {}, given)
+        layers = (attack.options, defense.options if defended else {}, given)
         where = f"attack '{attack.name}', task '{task.name}'"
         options = self.options("attack", where, *layers, model=chosen.model)
         if need := _lacking(options, self.method(ATTACKS, options.kind).needs):
@@ -424,27 +431,27 @@ class _Graph:
             raise ConfigError(f"attack '{attack.name}' needs {need} rows: {remedy}")
         strategy = self.method(DEFENSES, options.defense)
         if "finetune" not in strategy.stages:
-            raise CompatibilityError(f"later defense '{later.name}': is not for fine-tuning; name it under defenses")
+            raise CompatibilityError(f"{who}: is not for fine-tuning; name it under defenses")
         made = {"model": align.output()}
         if _lacking(options, strategy.needs & {"safe"}):
             made["safe"] = select.output(SELECTED)  # the defender's own rows
-        method = f"{attack.name}, {later.name}" if defended else attack.name
+        method = f"{attack.name}, {defense.name}" if defended else attack.name
         return self.stage("attack", options, chosen, method, made)
 
     def repaired(self, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage:
         """The stage that repairs."""
-        later, who = chosen.later_defense, f"later defense '{chosen.later_defense.name}'"
-        options = self.options("repair", who, later.options, {"method": later.method}, model=chosen.model)
+        repair, who = chosen.later_defense, f"later_defenses, '{chosen.later_defense.name}'"
+        options = self.options("repair", who, repair.options, {"method": repair.method}, model=chosen.model)
         needs = self.method(REPAIRS, options.method).needs
         if _lacking(options, needs & {"harmful"}):
             raise ConfigError(f"{who} needs harmful rows: give 'harmful' under repair")
         made = {"model": attack.output(), "aligned": align.output()}
         if _lacking(options, needs & {"safe"}):
             made["safe"] = select.output(SELECTED)
-        return self.stage("repair", options, chosen, later.name, made)
+        return self.stage("repair", options, chosen, repair.name, made)
 
     def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> Stage:
-        """The stage that evaluates a model; one that asks the same for another judge has the answers of the first."""
+        """The stage that evaluates a model; where it asks the same as that of another judge, it reuses its answers."""
         judge, task = chosen.judge, chosen.task
         given = {"judge": judge.judge, "task": task.test} | {name: getattr(judge, name) for name in REFERENCES}
         where, layers = f"judge '{judge.name}', task '{task.name}'", (task.options, judge.options, given)
@@ -465,7 +472,7 @@ class _Graph:
 
 
 def _labels(chosen: _Choice) -> dict[str, Any]:
-    """Options of the ranking that follow from the labels that its selector is given."""
+    """Options of the ranking that follow from the ``labels`` of the selector."""
     selector, pool = chosen.selector, chosen.pool
     if selector.labels == 0:
         return {}
@@ -485,12 +492,12 @@ def _labels(chosen: _Choice) -> dict[str, Any]:
 
 
 def _lacking(options: Any, needs: Iterable[str]) -> str | None:
-    """The first input that a method needs and options do not name."""
+    """The first input that a method needs and the options do not name, if there is one."""
     return next((need for need in sorted(needs) if not getattr(options, need, None)), None)
 
 
 def _is_preference(spec: str | None) -> bool:
-    """Whether rows bring a rejected answer beside the chosen one; of rows that are not here, that is believed."""
+    """Whether rows have a rejected answer beside the chosen one; assumed of rows that are not on this machine."""
     if spec is None or spec.startswith(WORLD):
         return False
     if not Path(spec).expanduser().exists():

@@ -1,4 +1,4 @@
-"""A stage of the grid: labels of the rows that a ranking asks for, where people have labelled the pool before."""
+"""The stage of a grid that labels the rows which a ranking asks for, from labels of the whole pool."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a grid file holds: one list per axis, and the settings that all cells share."""
+"""Options of a grid: a list of entries per axis, and sections with options that all cells share."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -14,16 +14,18 @@ class Entry:
     """One choice on an axis."""
 
     name: str = ""
-    """In the results; by default that of the method, or the last part of the path. An attack's sweep adds to it."""
+    """Name in the results; by default that of the method, or the last part of the path. A sweep of an attack adds its
+    values.
+    """
 
 
 @dataclass(kw_only=True)
 class EntryWithOptions(Entry):
-    """A choice that may set options of the stage in which it is used."""
+    """A choice that may set options of the command in which it is used."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Of curate for a selector, of align for a defense, of attack for an attack, of attack or repair for a later
-    defense, of evaluate for a task or judge."""
+    """Options of curate for a selector, of align for a defense, of attack for an attack or a fine-tuning-stage
+    defense, of repair for a repair, of evaluate for a task or judge."""
 
 
 @dataclass(kw_only=True)
@@ -111,11 +113,11 @@ class AttackEntry(EntryWithOptions):
 
 
 @dataclass(kw_only=True)
-class LaterEntry(EntryWithOptions):
+class LaterDefenseEntry(EntryWithOptions):
     """A fine-tuning-stage defense or a repair."""
 
-    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:LATER_DEFENSES")
-    """What is done during or after fine-tuning."""
+    method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:DEFENSES_AND_REPAIRS")
+    """How safety is kept during fine-tuning or restored after it."""
 
 
 @dataclass(kw_only=True)
@@ -142,11 +144,11 @@ AXES: dict[str, tuple[type[Any], str]] = {
     "selectors": (SelectorEntry, "selector"),
     "defenses": (DefenseEntry, "defense"),
     "attacks": (AttackEntry, "kind"),
-    "later_defenses": (LaterEntry, "method"),
+    "later_defenses": (LaterDefenseEntry, "method"),
     "tasks": (TaskEntry, "train"),
     "judges": (JudgeEntry, "judge"),
 }
-"""Axis, as grids call it -> class of its entries, and the option that an entry is short for which is a mere text."""
+"""Axis -> class of its entries, and the key that an entry stands for which is only a text."""
 
 
 @dataclass(kw_only=True)
@@ -211,7 +213,7 @@ BENCH = Stage(
     example="pharmacist bench --config recipes/embedded.yaml --output-dir runs/bench",
     version=1,
     unidentifying=frozenset({"only", "fail_fast", "executor"}),
-    # Grids may follow each other in a folder: whatever stages they share lies there once.
+    # One folder may hold several grids, one after the other: they share stages.
     final=frozenset(item.name for item in fields(BenchOptions)),
     final_inputs=frozenset({"stages"}),
     reopens=True,

@@ -1,4 +1,4 @@
-"""What a benchmark found: ``results.parquet``, one row per cell and seed.
+"""Results of a benchmark: ``results.parquet``, one row per cell and seed.
 
 A cell is one choice on every axis of the grid. Only cells whose last evaluation is finished have a row, so a partial
 run leaves a partial table; ``manifest.json`` beside it says which stages failed. Rates are percentages, times seconds
@@ -25,8 +25,8 @@ from pharmacist.pipeline.bench.stages import Stage
 from pharmacist.pipeline.select import chosen_rows
 
 
-MEASURES = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
-"""Metrics of evaluate that a row holds, after the attack and before it."""
+_BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
+"""Metrics of evaluate that a row holds of the aligned model and at the end."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
 def collect(plan: Plan) -> Iterator[Result]:
     """The rows of the cells whose stages are all finished, in the grid's order."""
     manifests = {name: stage.manifest for name, stage in plan.stages.items()}
-    found = {name: own for name, own in manifests.items() if own is not None and own.status == "success"}
+    found = {name: manifest for name, manifest in manifests.items() if manifest and manifest.status == "success"}
     for cell in plan.cells:
         if found.keys() >= cell.stages:
             yield _row(cell, found, plan)
@@ -105,27 +105,27 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
     # A snapshot after the last step is the attack's end itself.
     curve = {last if step < 0 else step: found[stage].metrics for step, stage in cell.curve}
     steps = sorted(curve)
-    heights, margins = (_heights([curve[step] for step in steps], name) for name in ("harmful_score", "loss_margin"))
-    if not heights:
+    scores, margins = (_curve([curve[step] for step in steps], name) for name in ("harmful_score", "loss_margin"))
+    if not scores:
         steps, margins = [], []
-    metrics: dict[str, Any] = {name: _value(after, name) for name in MEASURES}
-    metrics |= {f"{name}_before": _value(before, name) for name in MEASURES}
+    metrics: dict[str, Any] = {name: _value(after, name) for name in _BEFORE_AND_AFTER}
+    metrics |= {f"{name}_before": _value(before, name) for name in _BEFORE_AND_AFTER}
     selecting = [by_role[role] for role in ("ask", "label", "rank", "select") if role in by_role]
     return Result(
         cell=cell.name,
         **cell.axes,
         seed=cell.seed,
         **metrics,
-        harmful_score_over_attack=curve_area(steps, heights) if heights else None,
+        harmful_score_over_attack=curve_area(steps, scores) if scores else None,
         attack_steps=steps,
-        harmful_scores=heights,
+        harmful_scores=scores,
         loss_margin_over_attack=curve_area(steps, margins) if margins else None,
         loss_margins=margins,
         **_by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=by_role["rank"].counts["ranked"],
         alignment_rows=by_role["align"].counts["trained"],
-        selection_seconds=sum(phase.seconds for own in selecting for phase in own.phases.values()),
+        selection_seconds=sum(phase.seconds for manifest in selecting for phase in manifest.phases.values()),
         alignment_seconds=aligning.seconds,
         attack_seconds=attacking.seconds,
         repair_seconds=by_role["repair"].phases["repair"].seconds if "repair" in by_role else None,
@@ -137,10 +137,10 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
     )
 
 
-def _heights(curve: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """A metric along the attack; empty unless it was measured everywhere, and more than once."""
-    found = [value for metrics in curve if (value := _value(metrics, name)) is not None]
-    return found if len(found) == len(curve) > 1 else []
+def _curve(measured: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """A metric along the attack; empty unless it was measured at every step, and at several."""
+    values = [value for metrics in measured if (value := _value(metrics, name)) is not None]
+    return values if len(values) == len(measured) > 1 else []
 
 
 def _by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A stage of the graph: one run of one command, in a folder that is named by all that its result depends on."""
+"""A stage of the graph: one run of one command, in a folder named by a hash of all that its result depends on."""
 
 import copy
 import shutil
@@ -39,67 +39,72 @@ KINDS: dict[str, Declaration] = {
     "repair": REPAIR,
     "evaluate": EVALUATE,
 }
-"""Kinds of stages, as folders and tables name them."""
+"""Kinds of stages, by the names that folders and tables give them."""
 EVERYWHERE = frozenset({"output_dir", "seed", "device", "dtype", "quiet", "overwrite", "checkpoint_seconds", "model"})
-"""Options that no section has: the grid's own hold for all stages."""
+"""Options that no section of a grid may have: those of the grid apply to all stages."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a stage reads: its path or hub id, the hash or key of its content, and the stage that makes it."""
+    """An input of a stage."""
 
-    place: str
+    source: str
+    """Path or hub id."""
     content: str
+    """Hash of its content, or the key of the stage that writes it."""
     maker: str | None = None
+    """Name of the stage that writes it."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """One run of one command.
 
-    Its key is a hash of the options that matter, the content of the inputs (keys of the stages that make them) and the
-    version of the stage; its method is what is special about it, for tables: the selector, the defense, the attack.
+    Its key is a hash of the options that identify the run, the content of the inputs (keys of the stages that write
+    them) and the version of the command.
     """
 
     kind: str
+    """Key of `KINDS`."""
     function: str
     """``"module:function"`` that runs it, the same on every machine."""
     key: str
     options: Any
-    """With all paths filled in."""
+    """Options of the command, with all paths filled in."""
     parents: tuple[str, ...]
     """Names of the stages whose results it reads."""
     method: str
+    """The selector, defense, attack, repair or judge, for tables."""
     like: str | None = None
-    """The one among its parents, if any, that asks the same model the same for another judge."""
+    """Among its parents the evaluation of the same model on the same prompts for another judge, if there is one."""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of the stages without whose results it cannot run."""
+        """Names of the stages that must have finished before it can run."""
         return tuple(name for name in self.parents if name != self.like)
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.kind}-{self.key[:16]}"
 
     @property
     def folder(self) -> Path:
-        """Where its result lies."""
+        """Path of its results."""
         return Path(self.options.output_dir)
 
-    def output(self, place: str = "") -> Input:
-        """What it writes, for the stage that reads it: its folder, or something in it."""
-        return Input(str(self.folder / place), f"{self.key}/{place}", self.name)
+    def output(self, file: str = "") -> Input:
+        """Its folder, or a file or folder in it, as the input of another stage."""
+        return Input(str(self.folder / file), f"{self.key}/{file}", self.name)
 
     @property
     def manifest(self) -> RunManifest | None:
-        """What lies in its folder."""
+        """The manifest in its folder, if there is one."""
         return read_manifest(self.folder) if (self.folder / "manifest.json").is_file() else None
 
 
 def with_options(options: Options, **changes: Any) -> Options:
-    """Options that were checked before with other paths or another seed; unlike `replace`, without a check."""
+    """A copy of checked options with other paths or another seed; unlike `replace`, it checks nothing again."""
     changed = copy.copy(options)
     changed.__dict__.update(changes)
     return changed
@@ -115,35 +120,35 @@ def make_stage(
     parents: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Stage:
-    """A stage whose folder is named by all that its result depends on.
+    """Makes a stage and its key.
 
     Args:
-        root: Of the benchmark.
+        root: Folder of the benchmark.
         kind: Key of `KINDS`.
-        options: All but the inputs and the folder.
-        method: For tables.
-        inputs: Option -> what it names.
-        parents: Names of stages that must run before, besides those that make the inputs.
-        folder: Instead of one below `root` that is named by the key.
+        options: Options of the command, without inputs and folder.
+        method: The selector, defense, attack, repair or judge, for tables.
+        inputs: Option -> the input that it names.
+        parents: Names of stages that must run before, besides those that write the inputs.
+        folder: Folder of the results, by default one in `root` that is named by the key.
     """
 
     def of_inputs(name: str) -> dict[str, Any]:
         return {
-            option: [getattr(one, name) for one in own] if isinstance(own, list) else getattr(own, name)
-            for option, own in inputs.items()
+            option: [getattr(one, name) for one in value] if isinstance(value, list) else getattr(value, name)
+            for option, value in inputs.items()
         }
 
-    known, makers = KINDS[kind], [own.maker for own in inputs.values() if isinstance(own, Input) and own.maker]
+    command, makers = KINDS[kind], [one.maker for one in inputs.values() if isinstance(one, Input) and one.maker]
     config = identifying(as_json(options)) | of_inputs("content")
-    key = sha256_json({"stage": kind, "version": known.version, "config": config})
-    place = str(folder or root / "stages" / f"{kind}-{key[:16]}")
-    filled = with_options(options, **of_inputs("place"), output_dir=place)
-    return Stage(kind, known.run, key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
+    key = sha256_json({"stage": kind, "version": command.version, "config": config})
+    output_dir = str(folder or root / "stages" / f"{kind}-{key[:16]}")
+    filled = with_options(options, **of_inputs("source"), output_dir=output_dir)
+    return Stage(kind, command.run, key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the stage of this name went; it is skipped where a stage failed that it needs."""
+    """How a stage ended; it is skipped where a stage failed that it needs."""
 
     stage: str
     error: Exception | None = None
@@ -151,15 +156,15 @@ class Outcome:
 
     @property
     def done(self) -> bool:
-        """Whether the stage's result is there."""
+        """Whether the stage has finished."""
         return self.error is None and not self.skipped
 
 
 def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
-    """Runs a stage, or goes on with it, unless a stage before it failed; what it raises becomes the outcome.
+    """Runs or resumes a stage unless one that it needs has failed; an exception becomes the outcome.
 
-    Only under a launcher it is raised, unless all processes find it alike: others may be waiting in the stage, and the
-    launcher must end them.
+    Under a launcher exceptions are raised, so that it ends the other processes, which may be waiting in the stage;
+    except divergence, which all processes notice alike.
     """
     if not all(parent.done for parent in parents if parent.stage in stage.needs):
         return Outcome(stage.name, skipped=True)
@@ -174,7 +179,7 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
-    """Runs a stage in this process, from the beginning where its inputs were made anew since it began."""
+    """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
     function = imported(stage.function)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     if stage.like is not None and stage.like in stages and stage.manifest is None:
@@ -189,7 +194,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
         except OtherRunError:
-            # A folder named by all options and inputs can be another run's only where an input was made anew.
+            # A folder named by all options and inputs can only be another run's where an input was computed again.
             if options.overwrite or stage.folder.name != stage.name:
                 raise
             options = with_options(options, overwrite=True)
@@ -197,32 +202,32 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
 
 def _take_answers(other: Stage, stage: Stage) -> None:
     """Begins an evaluation with the answers of another one, so that none is generated twice."""
-    found = other.manifest
-    if rank() != 0 or found is None or found.status != "success":
+    manifest = other.manifest
+    if rank() != 0 or manifest is None or manifest.status != "success":
         return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_folder(stage.folder) as folder:
         shutil.copyfile(other.folder / "items.jsonl", folder / "items.jsonl")
         begun = {"status": "started", "created": now, "finished": "", "outputs": [], "files": {}}
-        found.model_copy(update=begun).write(folder)
+        manifest.model_copy(update=begun).write(folder)
 
 
 def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether an input was made anew, with other content, since the stage began: somebody has deleted a folder.
+    """Whether an input was computed again since the stage began, with other content, as after a folder was deleted.
 
-    Told by the content that the stage has noted, and not by times, which clocks of several machines, or one that is
-    set back, put in any order. Of a result that notes no content nothing can be told.
+    This compares the content that the stage's manifest has noted, not times: clocks of machines differ. Where no
+    content was noted, the stage is not stale.
     """
-    own = stage.manifest
-    if own is None:
+    manifest = stage.manifest
+    if manifest is None:
         return False
-    made = {name: stages[name].manifest for name in own.made_from.keys() & stages.keys()}
+    made = {name: stages[name].manifest for name in manifest.made_from.keys() & stages.keys()}
     finished = {name: other.content for name, other in made.items() if other is not None and other.status == "success"}
-    return any(content not in ("", own.made_from[name]) for name, content in finished.items())
+    return any(content not in ("", manifest.made_from[name]) for name, content in finished.items())
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether a stage's result is there, and is of its inputs as they are."""
+    """Whether a stage has finished, with its inputs as they are now, and all its outputs are there."""
     manifest = stage.manifest
     if manifest is None or manifest.status != "success" or is_stale(stage, stages):
         return False

@@ -2,7 +2,7 @@
 "use strict";
 pharmacist.start(async (DataTable) => {
   const { data, element, readable, swatch, tableOptions, onSearch } = pharmacist;
-  const [RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, VEIL] = Array(10).keys();
+  const [RANK, SCORE, REASON, SELECTED, LABEL, PROMPT, COMPLETION, ROW, DUPLICATE, HIDDEN] = Array(10).keys();
   const LONG = 240;
   const { table: { rows, reasons, labels }, examples, pairs } = await data("rows");
 
@@ -10,7 +10,7 @@ pharmacist.start(async (DataTable) => {
 
   // Every second piece is what the other text of a pair does not have.
   const compared = (pieces) => pieces.flatMap((piece, at) => (at % 2 ? element("mark", {}, ...readable(piece)) : readable(piece)));
-  const veiled = new WeakMap();
+  const concealed = new WeakMap();
   const text = (row, column) => {
     const value = row[column];
     const pieces = Array.isArray(value);
@@ -23,9 +23,9 @@ pharmacist.start(async (DataTable) => {
       cell.append(element("button", { type: "button", class: "more", "aria-expanded": "false" }, "more"));
     }
     const bit = column === PROMPT ? 2 : 1;
-    if (row[VEIL] & bit) {
-      box.classList.add("veil");
-      veiled.set(box, { row, bit });
+    if (row[HIDDEN] & bit) {
+      box.classList.add("concealed");
+      concealed.set(box, { row, bit });
       box.setAttribute("role", "button");
       box.setAttribute("tabindex", "0");
       const what = column === PROMPT ? "prompt" : "completion";
@@ -35,13 +35,13 @@ pharmacist.start(async (DataTable) => {
     }
     return cell;
   };
-  const reveal = (veil) => {
-    const { row, bit } = veiled.get(veil);
-    row[VEIL] &= ~bit; // it stays so when the table is sorted or filtered
-    veil.classList.remove("veil");
-    for (const name of ["role", "tabindex", "aria-label"]) veil.removeAttribute(name);
-    veil.firstElementChild.removeAttribute("aria-hidden");
-    veil.nextElementSibling?.removeAttribute("hidden");
+  const reveal = (box) => {
+    const { row, bit } = concealed.get(box);
+    row[HIDDEN] &= ~bit; // it stays so when the table is sorted or filtered
+    box.classList.remove("concealed");
+    for (const name of ["role", "tabindex", "aria-label"]) box.removeAttribute(name);
+    box.firstElementChild.removeAttribute("aria-hidden");
+    box.nextElementSibling?.removeAttribute("hidden");
   };
   const flip = (more) => {
     const open = more.previousElementSibling.classList.toggle("clamp");
@@ -49,18 +49,18 @@ pharmacist.start(async (DataTable) => {
     more.setAttribute("aria-expanded", String(!open));
   };
   document.addEventListener("click", (event) => {
-    const veil = event.target.closest(".veil");
+    const box = event.target.closest(".concealed");
     const more = event.target.closest(".more");
-    if (veil) reveal(veil);
+    if (box) reveal(box);
     else if (more) flip(more);
   });
   document.addEventListener("keydown", (event) => {
-    if (!event.target.classList.contains("veil") || (event.key !== "Enter" && event.key !== " ")) return;
+    if (!event.target.classList.contains("concealed") || (event.key !== "Enter" && event.key !== " ")) return;
     event.preventDefault();
     reveal(event.target);
   });
   for (const button of document.querySelectorAll("[data-reveal]")) {
-    button.addEventListener("click", () => document.querySelectorAll(`${button.dataset.reveal} .veil`).forEach(reveal));
+    button.addEventListener("click", () => document.querySelectorAll(`${button.dataset.reveal} .concealed`).forEach(reveal));
   }
   const figure = (value) => value.toFixed(3).replace("-", "\u2212");
   const key = (keys, value) => (value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value].color), keys[value].title));

@@ -1,6 +1,6 @@
-"""Evidence: what references, labels and the pool's own answers say of every row, question by question."""
+"""Evidence: answers the questions for every row of a pool, after learning from references and labels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from scipy.special import expit
-from sklearn.decomposition import TruncatedSVD
 from sklearn.model_selection import GroupKFold
 
 from pharmacist.core.errors import DataError
@@ -21,26 +19,35 @@ from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers import views
 from pharmacist.readers.question import Question, can_be_held_out, quality
 from pharmacist.readers.states import PARTS
-from pharmacist.readers.views import Joined, States, Texts, View, Words
+from pharmacist.readers.views import Joined, Reader, States, Texts, View, Words
 from pharmacist.selectors.base import FloatArray, IntArray
-from pharmacist.selectors.pharmacist import questions, requests
-from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
+from pharmacist.selectors.pharmacist import questions
+from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
-from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, TYPICAL, UNKNOWN, WHOLE
+from pharmacist.selectors.pharmacist.questions import (
+    LABEL_WEIGHT,
+    NO_LABELS,
+    PERTINENT,
+    QUESTIONS,
+    REFUSES,
+    RISKY,
+    TYPICAL,
+    UNKNOWN,
+    WHOLE,
+    Labels,
+)
 from pharmacist.selectors.pharmacist.references import References
+from pharmacist.selectors.pharmacist.requests import RequestQuestion
 
 
-LABEL_WEIGHT = 3.0
-"""What a labelled row of the pool counts against a reference, which comes from elsewhere."""
 _LABEL_FOLDS = 5
 _CHUNK = 8192
 _SURE = 50.0  # log-odds as good as certainty, and still finite
-_REQUEST_WIDTH = 256
 _TYPICAL_WEIGHT = 4.0
 
 
 def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
-    """What the readers of a question see, by the reader's name; those of `RISKY` are `requests`."""
+    """The views of a question's readers, by the reader's name; none for `RISKY`."""
     every: dict[str, dict[str, View]] = {
         REFUSES: {
             "lexical": Words("completions"),
@@ -58,26 +65,12 @@ def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Rows of the pool (ascending positions) whose class a person told (index into `CLASSES`)."""
-
-    rows: IntArray
-    classes: IntArray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-@dataclass(frozen=True)
 class Answers:
-    """What evidence says of a pool.
+    """The answers for a pool's rows.
 
     Attributes:
         log_odds: Of yes to each question, shape [rows, questions].
-        typical: What it adds to the log-odds of a safe row that it looks like a safe reference as a whole; 0 where the
+        typical: Added to the log-odds of the safe class, for likeness to the safe references as a whole; 0 where the
             pool is unlike the references; shape [rows].
         near: How far pool and references look like one source, in [0, 1].
         distance: See `distance.distance`.
@@ -96,46 +89,46 @@ class Answers:
 class Evidence:
     """Four questions, each with its own readers (``lexical``, ``probe``), references and calibration.
 
-    All but ``risky`` are learned from references (and labels) by the readers of a `Question`; ``risky`` is learned
-    from references, labels and the pool's own answers (`requests`).
+    All but ``risky`` are learned from references (and labels) by the readers of a `Question`; ``risky`` is a
+    `RequestQuestion`, which learns from the pool's own answers too.
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:
         self.names = readers
         self.report: dict[str, Any] = {}
-        self._questions = {
-            question: Question(partial(_views, question, readers)) for question in (*QUESTIONS, TYPICAL)
-        }
+        self._risky = RequestQuestion(readers)
+        self._questions: dict[str, Question] = {RISKY: self._risky}
+        for question in (*QUESTIONS[1:], TYPICAL):
+            self._questions[question] = Question(partial(_views, question, readers))
         self._known: dict[str, IntArray] = {}
         self._references = Texts([], [])
         self._classes: IntArray = np.zeros(0, np.int64)
 
     def fit(self, references: References, texts: Texts) -> "Evidence":
-        """Learns from references and, in the same order, what they say.
+        """Learns from references, `texts` in the same order.
 
         Raises:
             DataError: Nothing tells refusals from other answers, or no reference can be held out.
         """
         self._references, self._classes = texts, references.labels
-        counts = references.counts()
         self.report = {
-            "references": counts,
+            "references": references.counts(),
             "readers": list(self.names),
             "questions": {},
             "held_out_by": "source" if references.by_source else "prompt",
         }
         for question, asked in track(self._questions.items(), "learning from references"):
-            answers = questions.answers_to(question, references.labels)
-            known = np.flatnonzero(answers != UNKNOWN)
+            known = np.flatnonzero(questions.answers_to(question, references.labels) != UNKNOWN)
             if question == RISKY:  # what was made has the requests of what was given
                 known = known[~references.made[known]]
             self._known[question] = known
-            own, answers, folds = texts.take(known), answers[known], references.folds[known]
+            known_texts, answers = self._references_of(question)
+            folds = references.folds[known]
             if len(set(answers.tolist())) < 2:
                 continue  # nothing that tells yes from no: the question stays open
             if question not in (RISKY, REFUSES) and not can_be_held_out(answers, folds):
                 continue  # what was made to answer it by no comes from one fold alone: likewise
-            held_out = self._cross_fit(question, own, answers, folds)
+            held_out = asked.held_out(known_texts, answers, folds)
             log_odds = asked.calibrate(held_out, answers)
             self.report["questions"][question] = {
                 "yes": int(answers.sum()),
@@ -143,72 +136,61 @@ class Evidence:
                 "combined": quality(log_odds, answers),
                 **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
             }
-            asked.fit(own, answers)
+            asked.fit(known_texts, answers)
         if not self._questions[REFUSES].spread:
             raise DataError("nothing tells refusals from other answers; give --harmful or --utility references")
         return self
 
-    def _cross_fit(self, question: str, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
-        """Log-odds of every reference by readers that did not see its fold."""
-        if question != RISKY:
-            return self._questions[question].held_out(texts, answers, folds)
-        if not can_be_held_out(answers, folds):
-            raise DataError("the references have too few different prompts to hold some out; give more")
-        found = np.zeros(len(answers))
-        for fold in np.unique(folds):
-            held = folds == fold
-            rest, own = texts.take(np.flatnonzero(~held)), texts.take(np.flatnonzero(held))
-            features = self._request_features(rest, own)
-            targets = np.concatenate([answers[~held], np.full(len(own), 0.5)])
-            # Rows to be predicted take part with no weight.
-            weights = np.concatenate([np.ones(len(rest)), np.full(len(own), 1e-12)])
-            fitted = requests.leave_one_out(features, targets.astype(float), weights).fitted
-            found[held] = requests.log_odds(fitted[len(rest) :])
-        return {"requests": found}
-
-    def _request_features(self, references: Texts, pool: Texts) -> FloatArray:
-        """References first; standardised, shape [references + rows, features]."""
-        both = references + pool
-        blocks = []
-        if "probe" in self.names and both.states is not None:
-            blocks.append(requests.standardised(both.states[:, :2].reshape(len(both), -1).astype(np.float64)))
-        if "lexical" in self.names:
-            words = views.vectorizer().fit_transform([views.framed(prompt) for prompt in both.prompts])
-            width = min(_REQUEST_WIDTH, *(n - 1 for n in words.shape))
-            blocks.append(requests.standardised(TruncatedSVD(width, random_state=0).fit_transform(words)))
-        return np.concatenate(blocks, axis=1)
+    def _references_of(self, question: str) -> tuple[Texts, IntArray]:
+        """The references that a question is learned from, and their answers (1 or 0)."""
+        rows = self._known[question]
+        return self._references.take(rows), questions.answers_to(question, self._classes[rows])
 
     def answer(self, pool: Texts, labels: Labels = NO_LABELS) -> Answers:
         """Answers the questions for every row of a pool; where some have labels, readers learn from them too.
 
         The pool has each distinct row once, in an order of their content: sums then depend on nothing else.
         """
-        # Regressions that differ in the labels they know: none, all, and all but those of some prompts.
-        known, held = [NO_LABELS], []
+        # Regressions that differ in the labels they learn from: none, all, and all but those of some prompts.
+        variants, held = [NO_LABELS], []
         if len(labels):
-            known.append(labels)
+            variants.append(labels)
             groups = [normalised_prompt(pool.prompts[row]) for row in labels.rows]
             folds = min(_LABEL_FOLDS, len(set(groups)))
             for rest, test in GroupKFold(folds).split(groups, groups=groups) if folds > 1 else ():
-                known.append(Labels(labels.rows[rest], labels.classes[rest]))
+                variants.append(labels.take(rest))
                 held.append(test)
+        chosen = min(1, len(variants) - 1)
         by_reader = {
-            question: self._read(question, pool, known)
+            question: self._read(question, pool, variants)
             for question, asked in self._questions.items()
             if asked.readers and asked.spread
         }
-        features = self._request_features(self._references.take(self._known[RISKY]), pool)
-        answered = [self._answer(features, by_reader, variant, own) for variant, own in enumerate(known)]
-        chosen = min(1, len(known) - 1)
-        log_odds, _ = answered[chosen]
+        known, known_answers = self._references_of(RISKY)
+        features = self._risky.features(known, pool)
+
+        def answered(variant: int) -> tuple[FloatArray, FloatArray]:
+            """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
+            read = {
+                question: {name: values[:, variant] for name, values in readers.items()}
+                for question, readers in by_reader.items()
+            }
+            # A question that no reference answers by no is answered by yes for all.
+            log_odds = np.full((len(pool), len(QUESTIONS)), _SURE)
+            for column, question in enumerate(QUESTIONS):
+                if question in read:
+                    log_odds[:, column] = self._questions[question].calibrated(read[question])
+            log_odds[:, 0] = self._risky.of_pool(features, known_answers, log_odds[:, 1], variants[variant])
+            return log_odds, self._questions[TYPICAL].combined(read[TYPICAL])
+
+        pairs = [answered(variant) for variant in range(len(variants))]
         safe = self._references.take(np.flatnonzero(self._classes == 0))
-        found = distance(safe, pool.take(np.flatnonzero((log_odds[:, :2] > 0).all(1))))
+        found = distance(safe, pool.take(np.flatnonzero((pairs[chosen][0][:, :2] > 0).all(1))))
         near = nearness(found)
-        answered = [(as_far_as_known(odds, near), _TYPICAL_WEIGHT * near * looks) for odds, looks in answered]
-        log_odds, typical = answered[chosen]
+        pairs = [(adjusted_for_distance(log_odds, near), _TYPICAL_WEIGHT * near * looks) for log_odds, looks in pairs]
         held_out = None
         if len(labels):
-            scores = [questions.safe_log_odds(questions.class_log_posterior(*pair)) for pair in answered]
+            scores = [questions.safe_log_odds(questions.class_log_posterior(*pair)) for pair in pairs]
             after = np.full(len(labels), np.nan)
             for positions, score in zip(held, scores[2:], strict=True):
                 after[positions] = score[labels.rows[positions]]
@@ -218,43 +200,13 @@ class Evidence:
             for question, readers in by_reader.items()
             for name, values in readers.items()
         }
-        return Answers(log_odds, typical, near, found, signals, held_out)
+        return Answers(*pairs[chosen], near, found, signals, held_out)
 
-    def _answer(
-        self, features: FloatArray, by_reader: Mapping[str, Mapping[str, FloatArray]], variant: int, labels: Labels
-    ) -> tuple[FloatArray, FloatArray]:
-        """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
-        own = {
-            question: {name: values[:, variant] for name, values in readers.items()}
-            for question, readers in by_reader.items()
-        }
-        # A question that no reference answers by no is answered by yes for all.
-        log_odds = np.full((len(features) - len(self._known[RISKY]), len(QUESTIONS)), _SURE)
-        for column, question in enumerate(QUESTIONS):
-            if question in own:
-                log_odds[:, column] = self._questions[question].calibrated(own[question])
-        log_odds[:, 0] = self._risky(features, log_odds[:, 1], labels)
-        return log_odds, self._questions[TYPICAL].combined(own[TYPICAL])
-
-    def _read(self, question: str, pool: Texts, known: list[Labels]) -> dict[str, FloatArray]:
+    def _read(self, question: str, pool: Texts, variants: list[Labels]) -> dict[str, FloatArray]:
         """Log-odds of the pool's rows by each reader, for each set of labels, shape [rows, sets]; one pass."""
         by_reader = {}
-        references = self._known[question]
         for name, reader in self._questions[question].readers.items():
-            fits = [reader.coefficients]
-            if len(known) > 1:
-                every = known[1]
-                features = reader.features(self._references.take(references) + pool.take(every.rows))
-                rotated, back = views.into_row_space(features)  # once for all sets of labels
-            for labels in known[1:]:
-                told = np.flatnonzero(questions.answers_to(question, labels.classes) != UNKNOWN)
-                own = len(references) + np.searchsorted(every.rows, labels.rows[told])
-                rows = np.concatenate([np.arange(len(references)), own])
-                classes = np.concatenate([self._classes[references], labels.classes[told]])
-                weights = np.repeat([1.0, LABEL_WEIGHT], [len(references), len(told)])
-                answers = questions.answers_to(question, classes)
-                found, intercept = views.fit_logistic(rotated[rows], answers, weights, reader.regularisation)
-                fits.append((back(found), intercept))
+            fits = [reader.coefficients, *self._refitted(question, reader, pool, variants[1:])]
             coefficients = np.stack([fit[0] for fit in fits], axis=1)
             intercepts = np.array([fit[1] for fit in fits])
             parts = []
@@ -264,18 +216,22 @@ class Evidence:
             by_reader[name] = np.concatenate(parts)
         return by_reader
 
-    def _risky(self, features: FloatArray, refuses: FloatArray, labels: Labels) -> FloatArray:
-        """Log-odds that a row's request is harmful, by references and by the answers of all other rows."""
-        references = self._known[RISKY]
-        targets = np.concatenate([questions.answers_to(RISKY, self._classes[references]), expit(refuses)])
-        weights = np.ones(len(targets))
-        told = np.flatnonzero(questions.answers_to(RISKY, labels.classes) != UNKNOWN)
-        where = len(references) + labels.rows[told]
-        targets[where], weights[where] = questions.answers_to(RISKY, labels.classes[told]), LABEL_WEIGHT
-        found = requests.leave_one_out(features, targets, weights)
-        predicted = found.held_out[len(references) :].copy()
-        predicted[labels.rows[told]] = found.fitted[where]
-        return requests.log_odds(predicted)
+    def _refitted(
+        self, question: str, reader: Reader, pool: Texts, variants: list[Labels]
+    ) -> Iterator[tuple[FloatArray, float]]:
+        """What a reader learns from references and each set of labels, of which the first holds all others."""
+        if not variants:
+            return
+        known, known_answers = self._references_of(question)
+        every = variants[0].rows
+        rotated, back = views.into_row_space(reader.features(known + pool.take(every)))  # once for all sets
+        for labels in variants:
+            labelled, answers = labels.answering(question)
+            rows = np.concatenate([np.arange(len(known)), len(known) + np.searchsorted(every, labelled)])
+            weights = np.repeat([1.0, LABEL_WEIGHT], [len(known), len(labelled)])
+            answers = np.concatenate([known_answers, answers])
+            coefficients, intercept = views.fit_logistic(rotated[rows], answers, weights, reader.regularisation)
+            yield back(coefficients), intercept
 
     def save(self, folder: Path) -> None:
         """Writes all that `answer` needs, the references among it: safetensors and JSON."""
@@ -288,7 +244,7 @@ class Evidence:
                 tensors |= {f"{question}.{key}": value for key, value in found.items()}
                 learned["spread"][question] = content["spread"]
                 learned["calibration"][question] = content["calibration"]
-                learned["readers"] |= {f"{question}.{name}": own for name, own in content["readers"].items()}
+                learned["readers"] |= {f"{question}.{name}": state for name, state in content["readers"].items()}
         if self._references.states is not None and self._references.statistics is not None:
             tensors |= {"states": self._references.states, "statistics": self._references.statistics}
         with atomic_path(folder / "evidence.safetensors") as path:
@@ -322,8 +278,8 @@ class Evidence:
             )
             for question, spread in content["spread"].items():
                 readers = under(f"{question}.", content["readers"])
-                own = {"spread": spread, "calibration": content["calibration"][question], "readers": readers}
-                evidence._questions[question].load(under(f"{question}.", tensors), own)
+                state = {"spread": spread, "calibration": content["calibration"][question], "readers": readers}
+                evidence._questions[question].load(under(f"{question}.", tensors), state)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
-            raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error
+            raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank without it") from error
         return evidence

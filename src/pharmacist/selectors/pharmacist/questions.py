@@ -1,8 +1,10 @@
-"""The four questions that evidence asks of a row, and what the answers say together. Pure functions.
+"""The four questions that evidence asks of a row, what classes and labels answer, and what the answers say together.
 
 Is the request harmful (``risky``)? Does the answer decline, or steer to safety (``refuses``)? Is its text whole
 (``whole``)? Does a refusal refuse this request (``pertinent``)? A row is worth keeping when all are answered by yes.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_expit, logsumexp
@@ -32,6 +34,39 @@ def answers_to(question: str, classes: IntArray) -> IntArray:
     """The answer (1, 0 or `UNKNOWN`) of rows of these classes, shape [rows]."""
     result: IntArray = ANSWERS[classes, (*QUESTIONS, TYPICAL).index(question)]
     return result
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A person's labels: rows of a pool (ascending positions), and the class of each (index into `CLASSES`)."""
+
+    rows: IntArray
+    classes: IntArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, positions: IntArray) -> "Labels":
+        """Some of the labels."""
+        return Labels(self.rows[positions], self.classes[positions])
+
+    def answering(self, question: str) -> tuple[IntArray, IntArray]:
+        """The rows whose label answers a question, and the answers (1 or 0)."""
+        answers = answers_to(question, self.classes)
+        known = answers != UNKNOWN
+        return self.rows[known], answers[known]
+
+    def of_copies(self, inverse: IntArray) -> "Labels":
+        """The labels of all rows of a pool, from those of its distinct rows; `inverse` says which of them each is."""
+        classes = np.full(inverse.max() + 1, UNKNOWN)
+        classes[self.rows] = self.classes
+        rows = np.flatnonzero(classes[inverse] != UNKNOWN)
+        return Labels(rows, classes[inverse[rows]])
+
+
+NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
+LABEL_WEIGHT = 3.0
+"""Weight of a labelled row of the pool against that of a reference, which comes from elsewhere."""
 
 
 def class_log_posterior(log_odds: FloatArray, typical: FloatArray | None = None) -> FloatArray:

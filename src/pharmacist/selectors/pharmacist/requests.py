@@ -1,4 +1,4 @@
-"""Is a request harmful? What references say of it, and how the pool itself answers this request and similar ones.
+"""The question ``risky``, is a request harmful: answered from references, labels and the pool's own answers.
 
 Word statistics and small models can hardly tell a harmful request from one that merely looks so. But a pool is full of
 answers, and most of them are right: where other answers to the same or similar requests decline, the request is likely
@@ -10,21 +10,78 @@ takes part in what is said of its own request.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
+from sklearn.decomposition import TruncatedSVD
 
+from pharmacist.readers.question import Question, splits
+from pharmacist.readers.views import IntArray, Texts, framed, vectorizer
 from pharmacist.selectors.base import FloatArray
+from pharmacist.selectors.pharmacist.questions import LABEL_WEIGHT, RISKY, Labels
 
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CHUNK = 16384
 LEAST_DOUBT = 0.02
-"""No request is surer than that to be harmful or harmless."""
+"""Least probability of either answer."""
+_WIDTH = 256
+_NO_WEIGHT = 1e-12
+
+
+class RequestQuestion(Question):
+    """A ridge regression on features of the requests, fitted on references and pool together.
+
+    Args:
+        readers: What it sees of a request: its words (``lexical``), hidden states (``probe``), or both.
+    """
+
+    def __init__(self, readers: tuple[str, ...]) -> None:
+        super().__init__(dict)
+        self._names = readers
+
+    def features(self, references: Texts, pool: Texts) -> FloatArray:
+        """Standardised features, the references' first, shape [references + rows, features]."""
+        both = references + pool
+        blocks = []
+        if "probe" in self._names and both.states is not None:
+            blocks.append(standardised(both.states[:, :2].reshape(len(both), -1).astype(np.float64)))
+        if "lexical" in self._names:
+            words = vectorizer().fit_transform([framed(prompt) for prompt in both.prompts])
+            width = min(_WIDTH, *(n - 1 for n in words.shape))
+            blocks.append(standardised(TruncatedSVD(width, random_state=0).fit_transform(words)))
+        return np.concatenate(blocks, axis=1)
+
+    def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
+        """As in `Question`; a fold takes the place of the pool, and its answers say nothing."""
+        found = np.zeros(len(answers))
+        for rest, held in splits(answers, folds):
+            targets = np.concatenate([answers[rest], np.full(len(held), 0.5)])
+            weights = np.repeat([1.0, _NO_WEIGHT], [len(rest), len(held)])
+            features = self.features(texts.take(rest), texts.take(held))
+            found[held] = log_odds(leave_one_out(features, targets, weights).fitted[len(rest) :])
+        return {"requests": found}
+
+    def of_pool(self, features: FloatArray, known: IntArray, refuses: FloatArray, labels: Labels) -> FloatArray:
+        """Log-odds that the requests of a pool are harmful, shape [rows].
+
+        Args:
+            features: Of references and pool, as from `features`.
+            known: The references' answers (1 or 0).
+            refuses: Log-odds that a row's answer declines, shape [rows].
+            labels: Of rows of the pool.
+        """
+        targets, weights = np.concatenate([known, expit(refuses)]), np.ones(len(features))
+        rows, answers = labels.answering(RISKY)
+        labelled = len(known) + rows
+        targets[labelled], weights[labelled] = answers, LABEL_WEIGHT
+        found = leave_one_out(features, targets, weights)
+        predicted = found.held_out[len(known) :].copy()
+        predicted[rows] = found.fitted[labelled]
+        return log_odds(predicted)
 
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Predictions of a ridge regression for every row: of the one that lacks it, and of that on all rows; and the
-    penalty whose held-out predictions were best.
-    """
+    """Predictions of a ridge regression for every row, without the row and with it, and the penalty chosen."""
 
     held_out: FloatArray
     fitted: FloatArray
@@ -46,17 +103,17 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     width = features.shape[1] + 1
     gram, moments = np.zeros((width, width)), np.zeros(width)
     for start in starts:
-        part, own = design(start), slice(start, start + _CHUNK)
-        weighted = part * weights[own, None]
+        part, chunk = design(start), slice(start, start + _CHUNK)
+        weighted = part * weights[chunk, None]
         gram += weighted.T @ part
-        moments += weighted.T @ targets[own]
+        moments += weighted.T @ targets[chunk]
     values, vectors = np.linalg.eigh(gram)
     inverse = 1 / (values.clip(min=0)[:, None] + np.array(RIDGES))
     coefficients = inverse * (vectors.T @ moments)[:, None]
     fitted_by, leverage_by = (np.zeros((len(features), len(RIDGES))) for _ in range(2))
     for start in starts:
-        own, rotated = slice(start, start + _CHUNK), design(start) @ vectors
-        fitted_by[own], leverage_by[own] = rotated @ coefficients, rotated**2 @ inverse
+        chunk, rotated = slice(start, start + _CHUNK), design(start) @ vectors
+        fitted_by[chunk], leverage_by[chunk] = rotated @ coefficients, rotated**2 @ inverse
     leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
     held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
     best = int(np.argmin([np.sum(weights * (targets - held_out) ** 2) for held_out in held_out_by.T]))

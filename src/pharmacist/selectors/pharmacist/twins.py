@@ -1,12 +1,13 @@
-"""The bilevel twins: how differently a safe and a toxic model learn to find each row (min over w of V_safe - V_toxic).
+"""The bilevel twins: two adapters, one safe and one toxic, and how differently they fit each row of the pool.
 
-Two adapters share their start, every pool and utility batch and every seed; one also learns the safe references, the
-other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
-Without harmful references the second twin learns nothing of its own, and the contrast is SEAL's.
+They share their start, every pool and utility batch and every seed; one also learns the safe references, the other the
+harmful ones (min over w of V_safe - V_toxic). A row's contrast is its loss under the toxic twin less that under the
+safe one. Without harmful references the second twin learns pool and utility alone, and the contrast is SEAL's.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import Sequences, batch_stream, make_batch
+from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 from pharmacist.selectors.gradients import Job, cotraining_rows, loss_name, run_jobs
@@ -27,17 +29,15 @@ from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, References
 
 
-Measure = Callable[[Sequences, Path, IntArray, str], dict[str, FloatArray]]
-
 TWINS = ("twin_safe", "twin_toxic")
 WITHOUT_HARMFUL = ("twin_safe", "twin_auxiliary")
-"""The twins where there are no harmful references: the second is SEAL's auxiliary model, which learns what both learn
-(weighted pool and utility) and nothing of its own."""
+"""The twins where there are no harmful references: the second is SEAL's auxiliary model, which learns only what both
+learn, weighted pool and utility."""
 
 
 @dataclass(frozen=True)
 class TwinProblem:
-    """The twins' loss, (1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i; no own rows, no L_own.
+    """The twins' losses, (1 - gamma) [ L + mu L_U ] + gamma mean_i sigma_i l_i, L that of safe or harmful references.
 
     Attributes:
         bank: Holds the adapters.
@@ -67,7 +67,7 @@ class TwinProblem:
     def batches(self, name: str) -> IntArray:
         """Batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as positions among them; shape [steps, n].
 
-        One stream for both twins' own references: swapping S and H must swap the twins and nothing else.
+        Safe and harmful references share a stream: swapping S and H must swap the twins and nothing else.
         """
         n = len(self.pool_rows if name == "pool" else self.rows[name])
         if not n:
@@ -132,10 +132,11 @@ def sigma_closed_form(difference: FloatArray, tau: float) -> FloatArray:
     return sigma
 
 
-def safe_and_other(losses: Mapping[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """The losses under the safe twin and under the other one, whichever it is."""
-    names = TWINS if loss_name(TWINS[1]) in losses else WITHOUT_HARMFUL
-    return losses[loss_name(names[0])], losses[loss_name(names[1])]
+def contrast(losses: Mapping[str, FloatArray]) -> FloatArray:
+    """Rows' losses under the second twin, whichever it is, less those under the safe one."""
+    safe = loss_name(TWINS[0])
+    (second,) = losses.keys() - {safe}
+    return losses[second] - losses[safe]
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,9 @@ def fit_thresholds(losses: Mapping[str, FloatArray], rows: Mapping[str, IntArray
 
     Where there are no utility references, their contrast is taken as 0.
     """
-    safe, other = safe_and_other(losses)
-    contrast = other - safe
-    centre = {name: float(np.median(contrast[where])) if len(where) else 0.0 for name, where in rows.items()}
-    easier = np.minimum(safe, other)[np.concatenate(list(rows.values()))]
+    values = contrast(losses)
+    centre = {name: float(np.median(values[where])) if len(where) else 0.0 for name, where in rows.items()}
+    easier = np.minimum(*losses.values())[np.concatenate(list(rows.values()))]
     return Thresholds(
         critical=(centre["safe"] + centre["utility"]) / 2,
         compliance=(centre["harmful"] + centre["utility"]) / 2 if len(rows["harmful"]) else None,
@@ -171,19 +171,18 @@ def fit_thresholds(losses: Mapping[str, FloatArray], rows: Mapping[str, IntArray
 
 def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> npt.NDArray[np.str_]:
     """Reasons from the two losses alone; over-refusals cannot be told from refusals this way."""
-    safe, other = safe_and_other(losses)
-    contrast, noise = other - safe, np.minimum(safe, other) > thresholds.hard
+    values, noise = contrast(losses), np.minimum(*losses.values()) > thresholds.hard
     compliance = -np.inf if thresholds.compliance is None else thresholds.compliance
     reasons: npt.NDArray[np.str_] = np.select(
-        [noise, contrast < compliance, contrast < thresholds.critical],
+        [noise, values < compliance, values < thresholds.critical],
         ["low_quality", "teaches_compliance", "not_safety_critical"],
         CRITICAL,
     )
     return reasons
 
 
-def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
-    """What the twins are instead without harmful references; None where they have them, or there are no twins.
+def fallback_notice(config: PharmacistConfig, given: Collection[str]) -> str | None:
+    """A sentence about the second twin where there are no harmful references; None with them, or without twins.
 
     Raises:
         ConfigError: The options leave nothing to learn from what is given.
@@ -208,7 +207,7 @@ def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
 
 
 class Twins:
-    """The twins of one ranking: trained on references and a share of the pool, then asked for every row's contrast.
+    """The twins of one ranking, trained on references and a share of the pool; their losses give every row's contrast.
 
     A fold of the references (a source, where they have several) takes no part in the training. On it lie the
     thresholds of the reasons, and the quality that says whether the contrast is worth listening to.
@@ -221,13 +220,15 @@ class Twins:
         """AUC of held-out safe references against held-out others by the contrast; None where there are no others."""
         self.report: dict[str, Any] = {}
 
-    def fit(
-        self, references: Sequences, known: References, pool: Sequences, root: Path, seed: int, measure: Measure
-    ) -> None:
-        """Trains the twins; `known` are the references' classes and folds, `root` is for partial state.
+    def losses(
+        self, sequences: Sequences, work: Path, description: str, rows: IntArray | None = None
+    ) -> dict[str, FloatArray]:
+        """Completion losses of all rows, or some, under each twin (`run_pass`)."""
+        measure = partial(gradients.adapter_losses, self.bank, names=self.names)
+        return run_pass(self.bank.model, sequences, measure, work=work, description=description, rows=rows)
 
-        `measure` is (rows of tokens, folder, rows, description) -> losses of all twins, NaN on other rows.
-        """
+    def fit(self, references: Sequences, known: References, pool: Sequences, root: Path, seed: int) -> None:
+        """Trains the twins; `known` are the references' classes and folds, `root` is for partial state."""
         config = self.config
         given = {name: np.flatnonzero((known.labels == CLASSES.index(name)) & ~known.made) for name in GIVEN}
         held = {name: rows[known.folds[rows] == 0] for name, rows in given.items()}
@@ -245,17 +246,15 @@ class Twins:
                 folder = root / f"round{number}"
                 run_jobs(self.bank, closed_form_jobs(problem, sigma, folder), f"twins, round {number + 1}")
                 if number + 1 < config.rounds and len(pool_rows):
-                    losses = measure(pool, folder / "losses", pool_rows, "twins, co-trained rows")
-                    safe, other = safe_and_other(losses)
-                    sigma = sigma_closed_form((safe - other)[pool_rows], config.tau)
+                    losses = self.losses(pool, folder / "losses", "twins, co-trained rows", pool_rows)
+                    sigma = sigma_closed_form(-contrast(losses)[pool_rows], config.tau)
         every = np.concatenate(list(held.values()))
-        losses = measure(references, folder / "reference-losses", every, "twins, held-out references")
+        losses = self.losses(references, folder / "reference-losses", "twins, held-out references", every)
         self.thresholds = fit_thresholds(losses, held)
-        safe, other = safe_and_other(losses)
         others = np.concatenate([held["harmful"], held["utility"]])
         if len(others) and len(held["safe"]):
             truth = np.repeat([1, 0], [len(held["safe"]), len(others)])
-            self.quality = float(roc_auc_score(truth, (other - safe)[np.concatenate([held["safe"], others])]))
+            self.quality = float(roc_auc_score(truth, contrast(losses)[np.concatenate([held["safe"], others])]))
         self.report = {
             "solver": config.solver,
             "cotrained_rows": len(pool_rows),
@@ -273,7 +272,7 @@ class Twins:
         write_json(folder / "twins.json", content)
 
     @classmethod
-    def saved(cls, bank: AdapterBank, config: PharmacistConfig, folder: Path) -> "Twins":
+    def load(cls, bank: AdapterBank, config: PharmacistConfig, folder: Path) -> "Twins":
         """Reads what `save` wrote."""
         content = read_json(folder / "twins.json")
         twins = cls(bank, config, tuple(content["names"]))
@@ -283,9 +282,9 @@ class Twins:
             bank.load(name, folder / name)
         return twins
 
-    def ordered(self, contrast: FloatArray, keys: npt.NDArray[np.uint64], root: Path, seed: int) -> FloatArray:
+    def ordered(self, values: FloatArray, keys: npt.NDArray[np.uint64], root: Path, seed: int) -> FloatArray:
         """What the bilevel form ranks by: the contrast, or the gradient solver's logits."""
         if self.config.solver != "gradient":
-            return contrast
+            return values
         logits = np.load(root / "gradient" / "logits.npy", allow_pickle=False)
         return gradients.mean_over_copies(keys, cotraining_rows(keys, self.config.cotrain, seed), logits)
