@@ -74,8 +74,8 @@ class KeywordJudge(Judge):
     @property
     def revision(self) -> str:
         """The version, with a hash of the options if they are not the defaults."""
-        own = vars(self.config)
-        return str(_VERSION) if own == vars(KeywordConfig()) else f"{_VERSION}+{sha256_json(own)[:8]}"
+        options = vars(self.config)
+        return str(_VERSION) if options == vars(KeywordConfig()) else f"{_VERSION}+{sha256_json(options)[:8]}"
 
     def refuses(self, answer: str) -> bool:
         """Whether an answer starts like a refusal."""

@@ -58,8 +58,8 @@ class LocalModelJudge(Judge):
     def revision(self) -> str:
         """The model's content hash or hub commit, with a hash of the options if they are not the defaults."""
         defaults = {field.name: field.default for field in fields(self.config) if field.name != "model"}
-        own = {name: value for name, value in self.identity().items() if name in defaults and defaults[name] != value}
-        return (self._version or "unread") + (f"+{sha256_json(own)[:8]}" if own else "")
+        options = {name: value for name, value in self.identity().items() if defaults.get(name, value) != value}
+        return (self._version or "unread") + (f"+{sha256_json(options)[:8]}" if options else "")
 
     def check(self) -> None:
         """Looks the model up before hours are spent on answers."""
