@@ -56,7 +56,7 @@ class Line:
     axes: Mapping[str, Any]
     """Its choice by axis."""
     values: Mapping[str, Value]
-    """What was measured, by the key of the metric."""
+    """Key of a metric -> value."""
     runs: pd.DataFrame = field(compare=False)
     """Its rows of the results."""
 
