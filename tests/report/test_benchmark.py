@@ -321,7 +321,7 @@ def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     assert latex.count("label{tab:benchmark-harmful_score-2}") == latex.count("label{tab:benchmark-loss_margin}") == 1
     page = Page.read(tmp_path / "report.html")
-    assert "Judge: keyword Judge: a*b Without a judge Aligned on" in page.text
+    assert "Aligned on Judge: keyword Judge: a*b Without a judge Harmful score, %" in page.text
     assert page.text.count("pharmacist −") == 1 and "+0.520 [+0.5" in page.text
     curves = [figure["data"][-1]["y"][-1] for figure in page.json("figures")["curve-0"]]
     scores = table.query("selector == 'pharmacist' and defense == 'booster'").groupby("judge")["harmful_scores"]

@@ -303,7 +303,7 @@ def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[
     """
     series = verdicts(benchmark)
     for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
-        compared = [metric for metric in metrics if metric.compared and metric.judged is judged]
+        compared = [it for it in metrics if it.compared and (it.judged or it.judge is not None) is judged]
         rows = [[it["name"], *(_short(metric, it["metrics"].get(metric.key)) for metric in compared)] for it in series]
         if compared and rows:
             name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
