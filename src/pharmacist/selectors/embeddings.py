@@ -1,4 +1,4 @@
-"""Rows as points, from the base model's hidden states or a sentence encoder, and the selector by likeness."""
+"""Embeddings of rows, by the base model's hidden states or a sentence encoder, and the selector by similarity."""
 
 import shutil
 from collections.abc import Callable
