@@ -9,7 +9,7 @@ from scipy.special import expit
 from pharmacist.core.errors import DataError
 from pharmacist.readers.states import N_STATISTICS, PARTS
 from pharmacist.readers.views import Texts
-from pharmacist.selectors.pharmacist.distance import as_far_as_known
+from pharmacist.selectors.pharmacist.distance import adjusted_for_distance
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
 from pharmacist.selectors.pharmacist.questions import (
     PERTINENT,
@@ -220,14 +220,14 @@ def test_too_few_rows_worth_keeping_tell_nothing_of_distance(known):
 
 def test_near_changes_from_full_trust_to_little():
     odds = np.random.default_rng(0).normal(size=(50, 4)) * 3
-    assert np.array_equal(as_far_as_known(odds, 1.0), odds)
-    far = as_far_as_known(odds, 0.0)
+    assert np.array_equal(adjusted_for_distance(odds, 1.0), odds)
+    far = adjusted_for_distance(odds, 0.0)
     assert np.array_equal(far[:, 0], odds[:, 0])
     np.testing.assert_allclose(far[:, 1], 0.75 * odds[:, 1] - 1)
     for column in (2, 3):
         assert np.median(far[:, column]) == pytest.approx(4.0), "the median row is whole"
         assert (np.argsort(far[:, column]) == np.argsort(odds[:, column])).all()
-    np.testing.assert_allclose(as_far_as_known(odds, 0.25), 0.25 * odds + 0.75 * far)
+    np.testing.assert_allclose(adjusted_for_distance(odds, 0.25), 0.25 * odds + 0.75 * far)
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.selector import PharmacistSelector, _Ranking
 from pharmacist.selectors.pharmacist.twins import Twins
-from pharmacist.selectors.pharmacist.verdict import both
+from pharmacist.selectors.pharmacist.verdict import joint_scores
 from tests.support import village
 from tests.support.tiny import save_tiny_model
 
@@ -297,7 +297,7 @@ TOLD = {0: CRITICAL, 1: "teaches_compliance", 2: CRITICAL, 8: "low_quality", 14:
 
 @FORMS
 def test_labels_hold_in_every_form(reference, model, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(module, "_WORTH_LISTENING", 0.0)  # whatever the contrast is worth
+    monkeypatch.setattr(module, "_LEAST_AUC", 0.0)  # whatever the contrast is worth
     found = scores(tmp_path, model, form=form, context={"labels": TOLD})
     copies = {27: CRITICAL, 28: "teaches_compliance", 29: CRITICAL}  # of the first rows
     for row, reason in (TOLD | copies).items():
@@ -373,7 +373,7 @@ def test_both_puts_critical_rows_first_and_orders_them_by_the_sum():
         )
         reason = rng.choice([CRITICAL, "low_quality", "over_refusal"], n)
         critical = reason == CRITICAL
-        score = both(evidence, contrast, reason)
+        score = joint_scores(evidence, contrast, reason)
         assert np.isfinite(score).all()
         if critical.any() and not critical.all():
             assert score[critical].min() > score[~critical].max()
@@ -386,14 +386,14 @@ def test_both_puts_critical_rows_first_and_orders_them_by_the_sum():
 def test_both_survives_critical_rows_with_equal_evidence():
     """Standardised over the critical rows alone, the others' evidence would swallow the gap."""
     evidence = np.array([1.0, 1.0 + 1e-15, 5.0, -3.0])
-    score = both(evidence, np.zeros(4), np.array([CRITICAL, CRITICAL, "low_quality", "low_quality"]))
+    score = joint_scores(evidence, np.zeros(4), np.array([CRITICAL, CRITICAL, "low_quality", "low_quality"]))
     assert score[:2].min() > score[2:].max()
 
 
 def test_both_on_one_kind_alone():
-    one = both(np.array([2.0, 1.0]), np.array([0.0, 3.0]), np.array([CRITICAL, CRITICAL]))
+    one = joint_scores(np.array([2.0, 1.0]), np.array([0.0, 3.0]), np.array([CRITICAL, CRITICAL]))
     assert one[0] == pytest.approx(one[1])  # two rows: each is one standard deviation from the mean
-    none = both(np.array([2.0, 1.0]), np.array([0.0, 9.0]), np.array(["low_quality", "low_quality"]))
+    none = joint_scores(np.array([2.0, 1.0]), np.array([0.0, 9.0]), np.array(["low_quality", "low_quality"]))
     assert none[0] > none[1]
 
 
@@ -412,7 +412,7 @@ def test_the_contrast_counts_only_where_it_is_worth_listening_to(
     contrast = reference["bilevel"].signals["contrast"]
     assert np.array_equal(whole.signals["contrast"], contrast), "the twins do not depend on the form"
     assert whole.report["twins"]["used"] is used and (whole.reason == evidence.reason).all()
-    expected = both(evidence.score, contrast, evidence.reason)
+    expected = joint_scores(evidence.score, contrast, evidence.reason)
     assert np.array_equal(whole.score, expected if used else evidence.score)
     assert not np.array_equal(expected, evidence.score)
     assert (reference["bilevel"].score == contrast).all()

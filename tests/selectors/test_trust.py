@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pharmacist.readers.question import FAR
-from pharmacist.selectors.pharmacist.verdict import _standard_error, gain, warnings
+from pharmacist.selectors.pharmacist.verdict import _standard_error, gain_by_labels, warnings
 
 
 GOOD = {
@@ -67,7 +67,7 @@ BAD, BETTER, BEST = (RNG.normal(size=40) + d * LABELS for d in (0.3, 1.0, 9.0))
     ],
 )
 def test_what_labels_changed(before, after, advice):
-    found = gain(before, after, LABELS)
+    found = gain_by_labels(before, after, LABELS)
     assert (found["labels"], found["good"]) == (40, 20) and advice in found["advice"]
     for key, score in (("auc_before", before), ("auc_after", after)):
         pairs = score[:20, None] > score[None, 20:]
@@ -79,7 +79,7 @@ def test_what_labels_changed(before, after, advice):
     "good, after", [(np.arange(40) < 4, BETTER), (np.arange(40) < 36, BETTER), (LABELS, np.full(40, np.nan))]
 )
 def test_too_few_labels_tell_nothing(good, after):
-    found = gain(BAD, after, good)
+    found = gain_by_labels(BAD, after, good)
     assert "too few labels of one kind" in found["advice"] and f"{good.sum()} good" in found["advice"]
     assert found["auc_before"] is found["auc_after"] is found["standard_error"] is None
 

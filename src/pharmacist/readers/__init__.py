@@ -1,1 +1,1 @@
-"""What can be read of a prompt and its answer, in words and in a model's hidden states; for selectors and judges."""
+"""Classifiers of a prompt and its answer, by words and by a model's hidden states; for selectors and judges."""

@@ -1,4 +1,4 @@
-"""What a model showed of every row, kept in files: another look at the same rows needs no model."""
+"""Hidden states of rows, kept in files, so that the same rows are read without the model the next time."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelReader:
-    """The model that reads rows, and where what it showed is kept.
+    """A model that reads rows, and the files in which their hidden states are kept.
 
-    What another model (by its fingerprint) showed is not used. What is read now goes to ``folder/NAME.safetensors``,
-    finished chunks to ``folder/NAME/``; `earlier` names files that may hold some rows; the model is loaded when used.
+    Attributes:
+        key: Of everything else that states depend on: the model, its number format, its prompt template, the longest
+            row in tokens. Files with another key are not used.
+        folder: States go to ``folder/NAME.safetensors``, finished chunks to ``folder/NAME/``.
+        earlier: Name of the rows -> further files that may hold their states.
+        encode: Rows and their name -> rows in tokens.
+        model: Loads the model when it is needed.
     """
 
-    fingerprint: str
+    key: str
     folder: Path
     earlier: Callable[[str], Iterable[Path]]
     encode: Callable[[Any, str], "Encoded"]
@@ -46,9 +51,9 @@ def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint6
 
 
 def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:
-    """Rows (a dataset) as readers see them, from what was kept of them where all of them are there, else by the model.
+    """Rows (a dataset) as `Texts`, with hidden states from a file that holds all of them, else from the model.
 
-    Without a `reader` no hidden states are read. Also returns how many tokens the model read.
+    Without a `reader` there are no hidden states. Also returns how many tokens the model read.
     """
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
     if reader is None:
@@ -56,9 +61,9 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     keys = row_keys(prompts, completions)
     path = reader.folder / f"{name}.safetensors"
     for file in (path, *reader.earlier(name)):
-        kept = _kept(file, keys, reader.fingerprint)
+        kept = _kept(file, keys, reader.key)
         if kept is not None:
-            if file != path:  # what lies in the output folder is written anew in the end
+            if file != path:  # what lies in the output folder is replaced in the end
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary:
                     shutil.copyfile(file, temporary)
@@ -69,21 +74,21 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     found = run_pass(loaded.model, encoded, measure, work=reader.folder / name, description=what)
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
-        save_file({"keys": keys, **found}, temporary, metadata={"model": reader.fingerprint})
+        save_file({"keys": keys, **found}, temporary, metadata={"key": reader.key})
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
 
 
-def _kept(path: Path, keys: npt.NDArray[np.uint64], fingerprint: str) -> tuple[npt.NDArray[Any], FloatArray] | None:
+def _kept(path: Path, keys: npt.NDArray[np.uint64], key: str) -> tuple[npt.NDArray[Any], FloatArray] | None:
     """States and statistics of the rows with these keys; None where not all of them were kept."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "numpy") as file:
-            if (file.metadata() or {}).get("model") != fingerprint:
+            if (file.metadata() or {}).get("key") != key:
                 return None
         arrays = load_file(path)
     except SafetensorError:
-        return None  # damaged: read again
+        return None  # damaged: the model reads the rows
     order = np.argsort(arrays["keys"], kind="stable")
     where = np.searchsorted(arrays["keys"], keys, sorter=order).clip(max=len(order) - 1)
     if not len(order) or (arrays["keys"][order[where]] != keys).any():

@@ -1,4 +1,4 @@
-"""A question with a yes and a no: what its readers say together, how sure that is, and where it holds."""
+"""A yes-or-no question about rows: several classifiers, their sum, its calibration, and its quality."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,15 +22,15 @@ _COMPARING_FOLDS = 5
 
 
 class Question:
-    """Readers of one question, all of which count the same.
+    """A yes-or-no question, answered by several readers, all of which count the same.
 
     Their log-odds, each divided by its spread on held-out references, are added up, and the sum is calibrated on the
     same references. Weights fitted on held-out references would favour the reader that knows their source best.
 
     Attributes:
-        readers: By name; what each sees, its view, is made anew for every fold.
+        readers: Readers by name; every fold has new ones.
         spread: Standard deviation of each reader's log-odds of held-out references.
-        calibration: Slope and offset.
+        calibration: Slope and offset of the sum.
     """
 
     def __init__(self, views: Callable[[], Mapping[str, View]]) -> None:
@@ -55,20 +55,24 @@ class Question:
                 found[name][held] = reader.fit(known, answers[rest], np.ones(len(rest))).log_odds(unseen)
         return found
 
-    def calibrate(self, held_out: Mapping[str, FloatArray], answers: IntArray) -> FloatArray:
-        """Learns spread and calibration; returns the calibrated log-odds of the held-out references."""
+    def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Calibrates on references that are held out fold by fold, then trains the readers on all of them.
+
+        Returns:
+            Calibrated log-odds of the held-out references, shape [references], and those of each reader before.
+
+        Raises:
+            DataError: As `held_out`.
+        """
+        held_out = self.held_out(texts, answers, folds)
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
         self.calibration = calibration(self.combined(held_out), answers, np.ones(len(answers)))
-        return self.calibrated(held_out)
-
-    def fit(self, texts: Texts, answers: IntArray) -> "Question":
-        """Trains the readers on all references."""
         for reader in self.readers.values():
             reader.fit(texts, answers, np.ones(len(answers)))
-        return self
+        return self.calibrated(held_out), held_out
 
     def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
-        """What all readers say together, not calibrated, shape [rows]."""
+        """The sum of all readers' log-odds, each over its spread; not calibrated, shape [rows]."""
         result: FloatArray = np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0)
         return result
 
@@ -82,14 +86,14 @@ class Question:
         return self.calibrated({name: reader.log_odds(texts) for name, reader in self.readers.items()})
 
     def state(self) -> State:
-        """What `load` makes the same question of."""
+        """Tensors and JSON for `load`."""
         states = {name: reader.state() for name, reader in self.readers.items()}
         tensors = {f"{name}.{key}": value for name, (found, _) in states.items() for key, value in found.items()}
         content = {name: content for name, (_, content) in states.items()}
         return tensors, {"spread": self.spread, "calibration": self.calibration, "readers": content}
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Question":
-        """Takes over what `state` gave."""
+        """Restores what `state` returned."""
         self.spread, self.calibration = dict(content["spread"]), tuple(content["calibration"])
         for name, reader in self.readers.items():
             reader.load(under(f"{name}.", tensors), content["readers"][name])
@@ -102,7 +106,7 @@ def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
 
 
 def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]]:
-    """For each fold the rows of all others, and its own.
+    """The rows outside and inside of each fold.
 
     Raises:
         DataError: Without some fold only one answer is left.

@@ -1,4 +1,4 @@
-"""What one forward pass of a model shows of a row: hidden states, and the losses of its tokens.
+"""Features of a row from one forward pass of a model: hidden states, and statistics of its tokens' losses.
 
 Hidden states tell what a row is about and how it answers; the losses tell whether its text holds together (a shuffled
 completion surprises the model all along, a cut one where it ends).

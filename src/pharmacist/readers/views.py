@@ -1,4 +1,4 @@
-"""Readers: each looks at one part of a row and learns one question by logistic regression."""
+"""Readers: a reader is a view, the features of one part of a row, and a logistic regression on it."""
 
 import re
 import warnings
@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 Features: TypeAlias = Any
 """A dense or sparse (csr) matrix, shape [rows, features]."""
 State: TypeAlias = tuple[dict[str, FloatArray], dict[str, Any]]
-"""What something learned: tensors, and what goes into JSON."""
+"""A learned state: tensors, and content for JSON."""
 
 OPENING_WORDS = 10
 """How far an answer is read for how it begins: whether it declines is mostly said there, whatever its length."""
@@ -97,7 +97,7 @@ def framed(text: str) -> str:
 
 
 class View(Protocol):
-    """What of a row a regression sees."""
+    """The features of rows that a regression works on."""
 
     @property
     def regularisation(self) -> float:
@@ -110,10 +110,10 @@ class View(Protocol):
         """Shape [rows, features]."""
 
     def state(self) -> State:
-        """What `load` makes the same view of."""
+        """Tensors and JSON for `load`."""
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "View":
-        """Takes over what `state` gave."""
+        """Restores what `state` returned."""
 
 
 class Words:
@@ -194,7 +194,7 @@ class States:
 
 
 class Joined:
-    """Several views of text side by side."""
+    """Several views of text, joined column by column."""
 
     regularisation: ClassVar[float] = 100.0
 
@@ -241,7 +241,7 @@ def fit_logistic(
 
 
 def into_row_space(features: Features) -> tuple[Features, Callable[[FloatArray], FloatArray]]:
-    """Turns more features than rows into as many as rows, by a rotation, and tells how to turn coefficients back.
+    """Rotates more features than rows into as many as rows; also returns the function that rotates coefficients back.
 
     An L2 penalty does not see rotations, and the optimum lies in the span of the rows: the regression is the same, at
     a cost that no longer grows with the vocabulary or the model's width.
@@ -283,13 +283,13 @@ class Reader:
         return result
 
     def state(self) -> State:
-        """What `load` makes the same reader of."""
+        """Tensors and JSON for `load`."""
         tensors, content = self.view.state()
         coefficients, intercept = self.coefficients
         return tensors | {"coefficients": coefficients, "intercept": np.array([intercept])}, content
 
     def load(self, tensors: Mapping[str, FloatArray], content: Mapping[str, Any]) -> "Reader":
-        """Takes over what `state` gave."""
+        """Restores what `state` returned."""
         self.view.load(tensors, content)
         self.coefficients = tensors["coefficients"], float(tensors["intercept"][0])
         return self

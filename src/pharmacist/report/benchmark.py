@@ -213,7 +213,7 @@ def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metr
 
 
 def _differs(metric: Metric, results: pd.DataFrame) -> bool:
-    """Whether a metric differs between judges, as where options of a judge change how answers are made."""
+    """Whether a metric differs between judges, as accuracy does where an option of a judge changes answers."""
     runs = results.groupby([*_CELL, "seed"])[metric.name]
     return bool((runs.max() - runs.min() > 1e-6).any())
 

@@ -1,4 +1,4 @@
-"""What a selector is: it may learn from references (and the pool), then gives every row a score and a reason."""
+"""The base of selectors, the inputs that they rank a pool with, and the scores that they return."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -36,15 +36,15 @@ FEWEST_REFERENCES = 8
 
 @dataclass
 class Scores:
-    """A selector's verdict on a pool.
+    """A selector's result: a score and a reason for every row of a pool.
 
     Attributes:
         score: Higher = keep, finite, shape [rows].
         reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED`, the default, where nothing was judged;
             shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
-        report: What the selector says about itself (JSON), such as its quality on held-out references.
-        warnings: Where the scores cannot be trusted, a sentence each.
+        report: Facts about the ranking (JSON), such as the quality on held-out references.
+        warnings: Reasons not to trust the scores, a sentence each.
         telling: How much a person's label of a row would teach, shape [rows]; None where labels teach nothing.
         weight: How much a row's loss should count in training against that of others, not negative, shape [rows];
             None where the selector only ranks.
@@ -78,15 +78,15 @@ def scaled_to_mean_1(weight: FloatArray, selected: BoolArray) -> FloatArray:
 
 @dataclass
 class SelectionContext:
-    """What a selector works with.
+    """The inputs of a ranking, and the model and tokens that are made from them on first use.
 
     Attributes:
         run: Output folder; partial state goes to ``run.work(...)``, costs are measured with ``run.phase(...)``.
         pool: The rows to rank.
         references: ``safe``, ``harmful``, ``utility`` where given; they share no prompt with the pool.
         model_name: Folder or hub id.
-        seed: Of every random stream.
-        fraction: About which share of the pool will be kept (where the cut lies).
+        seed: Seed of every random stream.
+        fraction: Share of the pool that will be kept, about.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         template: Prompt template, as in `nn.models.load_model`.
@@ -94,12 +94,12 @@ class SelectionContext:
         resume_from: Folder of a trained selector that only scores, never trains.
         trust_remote_code: Run code that comes with the model.
         checkpoint_seconds: Time between checkpoints of a training.
-        embedder: Folder or hub id of a sentence-transformers model that says how near rows are; the hidden states of
-            the model itself where there is none.
+        embedder: Folder or hub id of a sentence-transformers model by which rows are compared; without one, rows are
+            compared by hidden states of the model.
         sources: Kind of references -> the number of each row's source, where several files were given.
-        labels: Position in the pool -> reason that a person gave it (`selectors.labels`).
-        encoded: Filled by `encode`: what was tokenised, by name; the pool's is ``pool``.
-        points: Filled by `embeddings.pool_points`.
+        labels: Position in the pool -> reason that a person's label stands for (`selectors.labels`).
+        encoded: Tokenised rows by name, filled by `encode`; those of the pool are called ``pool``.
+        points: The pool's rows as points, filled by `embeddings.pool_points`.
     """
 
     run: RunDir
@@ -137,7 +137,7 @@ class SelectionContext:
         )
 
     def forget_changed_model(self) -> None:
-        """Makes the next use of `model` load it anew if a selector has put adapters on it."""
+        """Drops the model if a selector has put adapters on it, so that the next use of `model` loads it from disk."""
         from peft.tuners.lora import LoraLayer
 
         if "model" in self.__dict__ and any(isinstance(module, LoraLayer) for module in self.model.model.modules()):
@@ -149,10 +149,10 @@ class SelectionContext:
         return self.encode(self.pool.dataset, "pool")
 
     def reference_rows(self, name: str) -> list[dict[str, Any]]:
-        """The references of one kind.
+        """The references of one kind, as canonical rows.
 
         Raises:
-            DataError: They are too few to learn from.
+            DataError: There are fewer than `FEWEST_REFERENCES`.
         """
         rows = list(self.references[name].dataset)
         if len(rows) < FEWEST_REFERENCES:
@@ -160,7 +160,7 @@ class SelectionContext:
         return rows
 
     def encoded_references(self, name: str) -> "Encoded":
-        """Likewise, in tokens."""
+        """The references of one kind, in tokens; raises as `reference_rows` does."""
         self.reference_rows(name)
         return self.encode(self.references[name].dataset, name)
 
@@ -183,17 +183,17 @@ class SelectionContext:
 
 
 class Selector(Method, ABC):
-    """Ranks a pool.
+    """Base of the methods that rank a pool.
 
     Attributes:
-        needs: What must be given: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
+        needs: Required inputs: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
-        uses: What it reads besides, where it is given; a grid gives it nothing else.
-        weighs: Whether its scores come with weights.
-        asks: Whether `Scores.telling` says which rows a person should label.
-        keeps_all: It ranks nothing, and all rows are kept.
-        chance: Its order is drawn at random.
-        covers: Its order covers the pool already, so that no ``diversity`` can do so again.
+        uses: Optional inputs; a grid passes no others.
+        weighs: Whether `Scores.weight` is filled.
+        asks: Whether `Scores.telling` is filled, so that a person can be asked for labels.
+        keeps_all: Whether all rows are kept, since nothing is ranked.
+        chance: Whether the order is drawn at random.
+        covers: Whether the order spreads over the pool by itself, so that ``--diversity`` would do it twice.
     """
 
     uses: frozenset[str] = frozenset()
@@ -205,35 +205,38 @@ class Selector(Method, ABC):
 
     @abstractmethod
     def rank(self, context: SelectionContext) -> Scores:
-        """Learns what there is to learn and scores every row of ``context.pool``.
+        """Learns from references and pool, and scores every row of ``context.pool``.
 
-        The result depends on content alone: permuted rows get permuted scores, equal rows equal ones.
+        Scores depend on content alone: permuted rows get permuted scores, equal rows equal ones.
         """
 
     def notice(self, given: Collection[str]) -> str | None:
-        """What it does otherwise for want of references, where these are given: a sentence, or None.
+        """A sentence about what the selector does differently since some references are missing, or None.
+
+        Args:
+            given: Kinds of references that there are.
 
         Raises:
-            ConfigError: Its options need others than those.
+            ConfigError: The options cannot work with these kinds.
         """
         return None
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Refuses more rows than memory, or the disk of the run's folder, can hold, before any work.
+        """Checks, before any work, that memory and the disk of the run's folder can hold so many rows.
 
         Raises:
-            ConfigError: It says how much would be needed.
+            ConfigError: They cannot; the message says how much is needed.
         """
         return
 
     def check_saved(self, folder: Path, model: str | None) -> None:
-        """Tells, before anything is read, whether what lies in a folder can be gone on from with a model.
+        """Checks, before any work, that a folder holds a trained selector which can score with a model.
 
         Raises:
-            PharmacistError: It cannot.
+            PharmacistError: It does not.
         """
         return
 
     def save(self, folder: Path) -> bool:
-        """Writes what was learned, so that new rows can be scored without training; False where nothing was."""
+        """Saves the trained selector, so that it can score new rows; False where there is nothing to save."""
         return False

@@ -1,4 +1,4 @@
-"""Baselines that any selector must beat: everything, a random order, and length, which many rankings secretly are."""
+"""Baselines that any selector must beat: everything, a random order, and the length of completions."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class RandomConfig:
 
 
 class RandomSelector(Selector):
-    """Uniform scores drawn by content, whatever the order of the input; each copy of a row draws anew."""
+    """Uniform scores drawn by content, whatever the order of the input; copies of a row draw different ones."""
 
     Config = RandomConfig
     name = "random"
@@ -53,7 +53,7 @@ class RandomSelector(Selector):
 
 
 def draws(rows: "datasets.Dataset", seed: int) -> FloatArray:
-    """Uniform numbers in [0, 1) by content, whatever the order of the rows; each copy of a row draws anew."""
+    """Uniform numbers in [0, 1) by content, whatever the order of the rows; copies of a row draw different ones."""
     copies, drawn = Counter[int](), np.empty(len(rows))
     for position, key in enumerate(text_hashes(rows, seed)):
         copy = xxhash.xxh3_64_intdigest(key.to_bytes(8, "big"), seed=copies[key])

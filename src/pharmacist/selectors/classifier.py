@@ -1,4 +1,4 @@
-"""A plain text classifier: word statistics into a logistic regression, the peer that costlier selectors must beat."""
+"""A plain text classifier, the baseline that costlier selectors must beat: a logistic regression on TF-IDF."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What selectors by training share: adapters trained as jobs, weights learned for the pool's rows, and gradients."""
+"""Tools of the selectors that train adapters: training jobs, learned weights of rows, losses and gradients."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ FEWEST_COTRAINED = 256
 
 @dataclass(frozen=True)
 class Job:
-    """Training of adapters together, from their common start; done once, and found again after a kill.
+    """A joint training of adapters from their common start; a finished one is read from its folder instead.
 
     Each adapter is saved in ``folder/name``. `loss` and `keep` are as in `AdapterBank.train`; `logits` are those of
     rows' weights, which the loss moves on the way, saved as ``folder/logits.npy``.
@@ -127,7 +127,7 @@ def adapter_losses(bank: AdapterBank, batch: Batch, names: Sequence[str]) -> dic
 
 
 def loss_name(adapter: str) -> str:
-    """What the losses under an adapter are called."""
+    """The name of the losses under an adapter."""
     return f"loss_{adapter.removeprefix('twin_')}"
 
 

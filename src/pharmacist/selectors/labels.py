@@ -1,4 +1,4 @@
-"""A person's labels of rows of the pool: which rows to ask for, and the file that holds what was answered."""
+"""A person's labels of rows of the pool: which rows to ask for, and the file ``labels.json`` that holds them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ LABELS = {
     "not_safety_critical": "not_safety_critical",
     "low_quality": "low_quality",
 }
-"""What a person may say of a row -> the reason that it is ranked by."""
+"""Label that a person may give a row -> reason that the row is ranked by."""
 
 
 def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""LESS: how far the optimizer's step on a row points the way that the safe references' gradients point."""
+"""LESS: how well the optimizer's step on a row agrees with the gradients of the safe references."""
 
 from dataclasses import dataclass
 from pathlib import Path

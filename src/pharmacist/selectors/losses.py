@@ -1,4 +1,4 @@
-"""Perplexity and instruction-following difficulty: what the base model's losses say of a completion."""
+"""Perplexity and instruction-following difficulty: selectors by the base model's losses of completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -37,16 +37,16 @@ class MixSelector(Selector):
         self.uses = frozenset[str]().union(*(part.uses for part in self.parts.values()))
 
     def notice(self, given: Collection[str]) -> str | None:
-        """What its parts do otherwise."""
+        """The notices of its parts."""
         return "; ".join(filter(None, (part.notice(given) for part in self.parts.values()))) or None
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Asks every part, so that the last is not refused when the others are done."""
+        """Checks every part before the first one works."""
         for part in self.parts.values():
             part.check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Lets every selector rank the pool, one after the other."""
+        """Ranks by every part, one after the other."""
         ranks: list[FloatArray] = []
         reason, signals, report = np.array([RANKED] * len(context.pool), dtype=object), {}, {}
         for name, part in self.parts.items():
@@ -61,7 +61,7 @@ class MixSelector(Selector):
 
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:
-    """A row's relative rank: 1 for the best, 0 for the last; equal scores share the mean of theirs."""
+    """A row's relative rank: 1 for the best, 0 for the last; equal scores share their mean rank."""
     rank: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
     return rank
 

@@ -1,4 +1,4 @@
-"""Options of the default selector, apart from it: the command line's help must not wait for torch."""
+"""Options of the default selector, in a module that loads without torch: the command line's help needs them."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ class PharmacistConfig(AdapterOptions):
     twin_steps: AtLeast1 = 60
     """Training steps of each twin (of the closed form: per round)."""
     rounds: AtLeast1 = 1
-    """Rounds of the closed form: train the twins, score the pool, weight it anew."""
+    """Rounds of the closed form: train the twins, score the pool, update its weights."""
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Weight of the pool in the twins' losses against that of the references."""
     mu: float = 0.5

@@ -1,4 +1,4 @@
-"""Passes over pool or references that measure every row."""
+"""Passes over pool or references that measure every row with the ranking's model."""
 
 from collections.abc import Callable
 

@@ -21,7 +21,7 @@ from pharmacist.selectors.reading import read
 
 
 INFORMED, PLAIN = "informed", "plain"
-"""The model that learns safe references and weighted pool, and the auxiliary one that learns the pool alone."""
+"""The adapter that learns safe references and weighted pool, and the auxiliary one that learns the pool alone."""
 
 
 @dataclass
@@ -140,5 +140,5 @@ def seal_job(
 
 
 def implied_difference(losses: dict[str, FloatArray]) -> FloatArray:
-    """What the logits descend on: l(theta) - l(theta_hat), or l(theta) without the auxiliary model; shape [rows]."""
+    """The difference that logits descend on: l(theta) - l(theta_hat), or l(theta) without the auxiliary model."""
     return losses[f"loss_{INFORMED}"] - losses.get(f"loss_{PLAIN}", 0.0)

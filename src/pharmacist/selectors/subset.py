@@ -48,19 +48,19 @@ def core_rows(
     """
     first = np.zeros(len(groups), dtype=np.bool_)
     for group, floor in enumerate(floors(order, k, good, groups, share)):
-        mine = order[(groups[order] == group) & good[order]]
-        first[mine[:floor]] = True
+        members = order[(groups[order] == group) & good[order]]
+        first[members[:floor]] = True
     rest = order[~first[order]]
     chosen = np.concatenate([np.flatnonzero(first), rest[: k - first.sum()]])
     if spread is None:
         return np.sort(chosen)
-    wanted, taken = np.bincount(groups[chosen], minlength=int(groups.max()) + 1), []
+    sizes, taken = np.bincount(groups[chosen], minlength=int(groups.max()) + 1), []
     is_chosen = np.isin(np.arange(len(groups)), chosen)
-    for group, n in enumerate(wanted):
-        mine = order[groups[order] == group]
-        candidates = mine[good[mine]][: int(np.ceil(spread.margin * n))]
+    for group, n in enumerate(sizes):
+        members = order[groups[order] == group]
+        candidates = members[good[members]][: int(np.ceil(spread.margin * n))]
         if len(candidates) <= n:
-            taken.append(mine[is_chosen[mine]])
+            taken.append(members[is_chosen[members]])
             continue
         score = cover_scores(spread.points[candidates], spread.keys[candidates], COVERS[spread.cover])
         taken.append(candidates[np.argsort(-score, kind="stable")[:n]])  # ties: the better-ranked

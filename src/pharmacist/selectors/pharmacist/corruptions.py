@@ -1,4 +1,4 @@
-"""Damaged completions: references for the class of low-quality rows, made from references and never from the pool."""
+"""Corruptions: damaged versions of reference completions, from which low-quality rows are learned."""
 
 from collections.abc import Callable
 

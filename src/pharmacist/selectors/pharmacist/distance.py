@@ -1,4 +1,4 @@
-"""How far a pool lies from the references, and how much of what they teach holds there."""
+"""Distance between a pool and the references, and how far answers learned from references are trusted there."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ _TEMPER, _CAUTION = 0.75, 1.0
 
 
 def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
-    """How well critical-looking rows of a pool are told from safe references: cross-validated AUC per question.
+    """AUC with which a classifier tells critical-looking rows of a pool from safe references, per question.
 
     0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
     other; None where either are too few.
@@ -36,12 +36,12 @@ def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
 
 
 def nearness(found: dict[str, float] | None) -> float:
-    """How far two sources look like one by their `distance`, in [0, 1]."""
+    """Likeness of two sources by their `distance`: 1 where they look like one source, 0 where they look like two."""
     return 0.0 if found is None else float(np.clip((FAR - max(found.values())) / (FAR - NEAR), 0, 1))
 
 
-def as_far_as_known(log_odds: FloatArray, near: float) -> FloatArray:
-    """Trusts the references less, the less the pool resembles them.
+def adjusted_for_distance(log_odds: FloatArray, near: float) -> FloatArray:
+    """Log-odds of the questions, adjusted: the less the pool resembles the references, the less these are trusted.
 
     Elsewhere answers are taken for refusals with more doubt: log-odds that held-out references of the same source
     calibrated are tempered, and lowered by `_CAUTION`, since what passes for a refusal is trained on. What damage

@@ -1,7 +1,6 @@
-"""How an answer takes up the words of its prompt: what tells the refusal of one request from that of another.
+"""Echo: the words of a prompt that an answer repeats, by which the refusal of another request is found.
 
-Classes are learned from words, and no word by itself shows that an answer belongs to another prompt. What a completion
-repeats of its own prompt does, and what it repeats of others.
+Other readers learn from single words, and no word by itself shows that an answer belongs to another prompt.
 """
 
 import math
@@ -47,13 +46,13 @@ def retargeted(row: Row, prompt: str, rare: frozenset[str]) -> str:
     to its last rare one. Without a rare word in the run, or in the other prompt, the completion stays as it is.
     """
     completion = str(row["completion"])
-    own, other = list(re.finditer(r"\w+", completion)), list(re.finditer(r"\w+", prompt))
-    said = [match.group().lower() for match in own]
+    matches, other = list(re.finditer(r"\w+", completion)), list(re.finditer(r"\w+", prompt))
+    said = [match.group().lower() for match in matches]
     run = SequenceMatcher(None, words(str(row["prompt"])), said, autojunk=False).find_longest_match()
     gist = [match for match in other if match.group().lower() in rare]
     if not gist or not rare.intersection(said[run.b : run.b + run.size]):
         return completion
-    before, after = completion[: own[run.b].start()], completion[own[run.b + run.size - 1].end() :]
+    before, after = completion[: matches[run.b].start()], completion[matches[run.b + run.size - 1].end() :]
     return before + prompt[gist[0].start() : gist[-1].end()] + after
 
 

@@ -1,4 +1,4 @@
-"""Evidence: what references, labels and the pool's own answers say of every row, question by question."""
+"""Evidence: answers the questions for every row of a pool, after learning from references and labels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import Joined, Reader, States, Texts, View, Words
 from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist import questions
-from pharmacist.selectors.pharmacist.distance import as_far_as_known, distance, nearness
+from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
 from pharmacist.selectors.pharmacist.questions import (
     LABEL_WEIGHT,
@@ -47,7 +47,7 @@ _TYPICAL_WEIGHT = 4.0
 
 
 def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
-    """What the readers of a question see, by the reader's name."""
+    """The views of a question's readers, by the reader's name; none for `RISKY`."""
     every: dict[str, dict[str, View]] = {
         REFUSES: {
             "lexical": Words("completions"),
@@ -66,11 +66,11 @@ def _views(question: str, names: tuple[str, ...]) -> dict[str, View]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What evidence says of a pool.
+    """The answers for a pool's rows.
 
     Attributes:
         log_odds: Of yes to each question, shape [rows, questions].
-        typical: What it adds to the log-odds of a safe row that it looks like a safe reference as a whole; 0 where the
+        typical: Added to the log-odds of the safe class, for likeness to the safe references as a whole; 0 where the
             pool is unlike the references; shape [rows].
         near: How far pool and references look like one source, in [0, 1].
         distance: See `distance.distance`.
@@ -105,7 +105,7 @@ class Evidence:
         self._classes: IntArray = np.zeros(0, np.int64)
 
     def fit(self, references: References, texts: Texts) -> "Evidence":
-        """Learns from references and, in the same order, what they say.
+        """Learns from references, `texts` in the same order.
 
         Raises:
             DataError: Nothing tells refusals from other answers, or no reference can be held out.
@@ -122,21 +122,19 @@ class Evidence:
             if question == RISKY:  # what was made has the requests of what was given
                 known = known[~references.made[known]]
             self._known[question] = known
-            own, answers = self._references_of(question)
+            known_texts, answers = self._references_of(question)
             folds = references.folds[known]
             if len(set(answers.tolist())) < 2:
                 continue  # nothing that tells yes from no: the question stays open
             if question not in (RISKY, REFUSES) and not can_be_held_out(answers, folds):
                 continue  # what was made to answer it by no comes from one fold alone: likewise
-            held_out = asked.held_out(own, answers, folds)
-            log_odds = asked.calibrate(held_out, answers)
+            log_odds, held_out = asked.learn(known_texts, answers, folds)
             self.report["questions"][question] = {
                 "yes": int(answers.sum()),
                 "no": int((1 - answers).sum()),
                 "combined": quality(log_odds, answers),
                 **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
             }
-            asked.fit(own, answers)
         if not self._questions[REFUSES].spread:
             raise DataError("nothing tells refusals from other answers; give --harmful or --utility references")
         return self
@@ -171,23 +169,23 @@ class Evidence:
 
         def answered(variant: int) -> tuple[FloatArray, FloatArray]:
             """Log-odds of yes to each question, shape [rows, questions], and how typical rows look, shape [rows]."""
-            own = {
+            read = {
                 question: {name: values[:, variant] for name, values in readers.items()}
                 for question, readers in by_reader.items()
             }
             # A question that no reference answers by no is answered by yes for all.
             log_odds = np.full((len(pool), len(QUESTIONS)), _SURE)
             for column, question in enumerate(QUESTIONS):
-                if question in own:
-                    log_odds[:, column] = self._questions[question].calibrated(own[question])
+                if question in read:
+                    log_odds[:, column] = self._questions[question].calibrated(read[question])
             log_odds[:, 0] = self._risky.of_pool(features, known_answers, log_odds[:, 1], variants[variant])
-            return log_odds, self._questions[TYPICAL].combined(own[TYPICAL])
+            return log_odds, self._questions[TYPICAL].combined(read[TYPICAL])
 
         pairs = [answered(variant) for variant in range(len(variants))]
         safe = self._references.take(np.flatnonzero(self._classes == 0))
         found = distance(safe, pool.take(np.flatnonzero((pairs[chosen][0][:, :2] > 0).all(1))))
         near = nearness(found)
-        pairs = [(as_far_as_known(log_odds, near), _TYPICAL_WEIGHT * near * looks) for log_odds, looks in pairs]
+        pairs = [(adjusted_for_distance(log_odds, near), _TYPICAL_WEIGHT * near * looks) for log_odds, looks in pairs]
         held_out = None
         if len(labels):
             scores = [questions.safe_log_odds(questions.class_log_posterior(*pair)) for pair in pairs]
@@ -244,7 +242,7 @@ class Evidence:
                 tensors |= {f"{question}.{key}": value for key, value in found.items()}
                 learned["spread"][question] = content["spread"]
                 learned["calibration"][question] = content["calibration"]
-                learned["readers"] |= {f"{question}.{name}": own for name, own in content["readers"].items()}
+                learned["readers"] |= {f"{question}.{name}": state for name, state in content["readers"].items()}
         if self._references.states is not None and self._references.statistics is not None:
             tensors |= {"states": self._references.states, "statistics": self._references.statistics}
         with atomic_path(folder / "evidence.safetensors") as path:
@@ -278,8 +276,8 @@ class Evidence:
             )
             for question, spread in content["spread"].items():
                 readers = under(f"{question}.", content["readers"])
-                own = {"spread": spread, "calibration": content["calibration"][question], "readers": readers}
-                evidence._questions[question].load(under(f"{question}.", tensors), own)
+                state = {"spread": spread, "calibration": content["calibration"][question], "readers": readers}
+                evidence._questions[question].load(under(f"{question}.", tensors), state)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
-            raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank with it anew") from error
+            raise DataError(f"{folder}: cannot be read as saved evidence ({error!r}); rank without it") from error
         return evidence

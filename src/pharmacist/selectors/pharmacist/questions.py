@@ -38,7 +38,7 @@ def answers_to(question: str, classes: IntArray) -> IntArray:
 
 @dataclass(frozen=True)
 class Labels:
-    """Rows of a pool (ascending positions) whose class a person told (index into `CLASSES`)."""
+    """A person's labels: rows of a pool (ascending positions), and the class of each (index into `CLASSES`)."""
 
     rows: IntArray
     classes: IntArray
@@ -66,7 +66,7 @@ class Labels:
 
 NO_LABELS = Labels(np.zeros(0, np.int64), np.zeros(0, np.int64))
 LABEL_WEIGHT = 3.0
-"""What a labelled row of the pool counts against a reference, which comes from elsewhere."""
+"""Weight of a labelled row of the pool against that of a reference, which comes from elsewhere."""
 
 
 def class_log_posterior(log_odds: FloatArray, typical: FloatArray | None = None) -> FloatArray:

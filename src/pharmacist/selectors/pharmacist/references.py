@@ -1,4 +1,4 @@
-"""The classes of rows, and the references of each: given by the user, or made by the selector."""
+"""References: the classes that a row may belong to, and example rows of each, given by the user or made of these."""
 
 import itertools
 import re
@@ -141,7 +141,7 @@ def build_references(
         }
     else:
         fold_of = _fold_of_prompt(rows, n_folds, seed)
-        folds = {name: [fold_of[normalised_prompt(row["prompt"])] for row in own] for name, own in rows.items()}
+        folds = {name: [fold_of[normalised_prompt(row["prompt"])] for row in some] for name, some in rows.items()}
     members: dict[str, list[Folded]] = {name: list(zip(rows[name], folds[name], strict=True)) for name in GIVEN}
 
     def rng(what: str) -> np.random.Generator:
@@ -168,7 +168,7 @@ def build_references(
 
 def _partner(members: Sequence[Folded], fold: int, rng: np.random.Generator) -> Row | None:
     """A row of a fold, so that no text crosses a split; None where it has none."""
-    same = [row for row, own in members if own == fold]
+    same = [row for row, of_row in members if of_row == fold]
     return same[int(rng.integers(len(same)))] if same else None
 
 

@@ -22,7 +22,7 @@ from pharmacist.selectors.pharmacist.questions import LABEL_WEIGHT, RISKY, Label
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CHUNK = 16384
 LEAST_DOUBT = 0.02
-"""No request is surer than that to be harmful or harmless."""
+"""Least probability of either answer."""
 _WIDTH = 256
 _NO_WEIGHT = 1e-12
 
@@ -81,9 +81,7 @@ class RequestQuestion(Question):
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Predictions of a ridge regression for every row: of the one that lacks it, and of that on all rows; and the
-    penalty whose held-out predictions were best.
-    """
+    """Predictions of a ridge regression for every row, without the row and with it, and the penalty chosen."""
 
     held_out: FloatArray
     fitted: FloatArray
@@ -105,17 +103,17 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     width = features.shape[1] + 1
     gram, moments = np.zeros((width, width)), np.zeros(width)
     for start in starts:
-        part, own = design(start), slice(start, start + _CHUNK)
-        weighted = part * weights[own, None]
+        part, chunk = design(start), slice(start, start + _CHUNK)
+        weighted = part * weights[chunk, None]
         gram += weighted.T @ part
-        moments += weighted.T @ targets[own]
+        moments += weighted.T @ targets[chunk]
     values, vectors = np.linalg.eigh(gram)
     inverse = 1 / (values.clip(min=0)[:, None] + np.array(RIDGES))
     coefficients = inverse * (vectors.T @ moments)[:, None]
     fitted_by, leverage_by = (np.zeros((len(features), len(RIDGES))) for _ in range(2))
     for start in starts:
-        own, rotated = slice(start, start + _CHUNK), design(start) @ vectors
-        fitted_by[own], leverage_by[own] = rotated @ coefficients, rotated**2 @ inverse
+        chunk, rotated = slice(start, start + _CHUNK), design(start) @ vectors
+        fitted_by[chunk], leverage_by[chunk] = rotated @ coefficients, rotated**2 @ inverse
     leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
     held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
     best = int(np.argmin([np.sum(weights * (targets - held_out) ** 2) for held_out in held_out_by.T]))

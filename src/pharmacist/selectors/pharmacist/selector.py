@@ -1,4 +1,4 @@
-"""The Pharmacist selector: evidence says what a row is; twins that learn from the pool may order the best of them."""
+"""The selector ``pharmacist``: evidence gives rows a class, twins may order the best of them; saving and loading."""
 
 import shutil
 from collections.abc import Collection
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_json
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
@@ -25,8 +26,8 @@ from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.questions import Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fall_back
-from pharmacist.selectors.pharmacist.verdict import both, honoured, verdict
+from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fallback_notice
+from pharmacist.selectors.pharmacist.verdict import joint_scores, verdict, with_labels
 
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 FORMAT = 3
 """Version of what a saved selector holds."""
 KEPT = "states"
-"""Subfolder of a saved selector: what the model showed of every row."""
-_WORTH_LISTENING = 0.7
+"""Subfolder of a saved selector: the hidden states of every row."""
+_LEAST_AUC = 0.7
 """Held-out AUC from which the twins' contrast orders the rows that evidence calls critical."""
 _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASONS.values())))}
 
@@ -55,8 +56,8 @@ class PharmacistSelector(Selector):
     _ranking: "_Ranking | None" = None
 
     def notice(self, given: Collection[str]) -> str | None:
-        """Says that the twins fall back to SEAL's contrast where there are no harmful references."""
-        return fall_back(self.config, given)
+        """A sentence where there are no harmful references, and the twins fall back to SEAL's contrast."""
+        return fallback_notice(self.config, given)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and labels (or loads what was learned), and reads the pool once."""
@@ -64,11 +65,11 @@ class PharmacistSelector(Selector):
         return self._ranking.scores()
 
     def check_saved(self, folder: Path, model: str | None) -> None:
-        """It must be ours, and of the model that it was trained with."""
+        """The folder must hold a saved ``pharmacist`` that was trained with this model."""
         _read_saved(folder, model)
 
     def save(self, folder: Path) -> bool:
-        """Writes evidence, twins and what the model showed of every row: safetensors and JSON only."""
+        """Writes evidence, twins and the rows' hidden states: safetensors and JSON only."""
         if self._ranking is None:
             return False
         self._ranking.save(folder)
@@ -76,7 +77,7 @@ class PharmacistSelector(Selector):
 
 
 def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
-    """Where a saved selector lies, and its ``selector.json``; only for the model that it reads with."""
+    """The folder of a saved selector and the content of its ``selector.json``; checks that it fits the model."""
     folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
     path = folder / "selector.json"
     if not path.is_file():
@@ -93,7 +94,7 @@ def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
 
 
 class _Ranking:
-    """One ranking, from references to scores."""
+    """One ranking of a pool, from references to scores."""
 
     def __init__(self, config: PharmacistConfig, context: SelectionContext) -> None:
         self.config, self.context, self.run = config, context, context.run
@@ -112,19 +113,19 @@ class _Ranking:
 
     @cached_property
     def pool(self) -> "datasets.Dataset":
-        """The rows as they are read: the last request and its answer."""
+        """The pool's rows, each reduced to its last request and answer."""
         return last_requests(self.context.pool.dataset)
 
     @cached_property
     def distinct(self) -> tuple[IntArray, IntArray]:
-        """Rows of the pool with different texts, in an order of their content, and for each row which it is."""
+        """Rows of the pool with different texts, in an order of their content; and each row's number among them."""
         keys = row_keys(list(self.pool["prompt"]), list(self.pool["completion"]))
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         return first.astype(np.int64), inverse.astype(np.int64)
 
     @cached_property
     def references(self) -> References:
-        """Given and made ones."""
+        """References of all classes."""
         given = {}
         for name, rows in self.context.references.items():
             self.context.reference_rows(name)  # refuses too few
@@ -139,15 +140,15 @@ class _Ranking:
 
     @cached_property
     def labels(self) -> Labels:
-        """What a person said of `distinct` rows; of copies that got several labels the last one's holds."""
+        """A person's labels of `distinct` rows; of copies with several labels the last one counts."""
         _, inverse = self.distinct
-        told = {int(inverse[row]): _OF_REASON[reason] for row, reason in sorted(self.context.labels.items())}
-        rows = np.array(sorted(told), dtype=np.int64)
-        return Labels(rows, np.array([told[row] for row in rows], dtype=np.int64))
+        class_of = {int(inverse[row]): _OF_REASON[reason] for row, reason in sorted(self.context.labels.items())}
+        rows = np.array(sorted(class_of), dtype=np.int64)
+        return Labels(rows, np.array([class_of[row] for row in rows], dtype=np.int64))
 
     def scores(self) -> Scores:
-        """The verdict on the pool."""
-        fallback = None if self.saved else fall_back(self.config, self.context.references)
+        """Scores of the pool by evidence, twins, or both."""
+        fallback = None if self.saved else fallback_notice(self.config, self.context.references)
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if evidence is not None and self.config.form == "evidence":
             return evidence
@@ -159,23 +160,23 @@ class _Ranking:
             assert twins.thresholds is not None
             keys = self.context.encoded["pool"].content_keys
             order = contrast if self.saved else twins.ordered(contrast, keys, self.run.work("twins"), self.seed)
-            return Scores(*honoured(order, bilevel.twin_reasons(losses, twins.thresholds), labels), signals, report)
-        used = twins.quality is not None and twins.quality >= _WORTH_LISTENING
+            return Scores(*with_labels(order, bilevel.twin_reasons(losses, twins.thresholds), labels), signals, report)
+        used = twins.quality is not None and twins.quality >= _LEAST_AUC
         report["twins"]["used"] = used
-        score = both(evidence.score, contrast, evidence.reason) if used else evidence.score
-        score, reason = honoured(score, evidence.reason, labels)
+        score = joint_scores(evidence.score, contrast, evidence.reason) if used else evidence.score
+        score, reason = with_labels(score, evidence.reason, labels)
         return Scores(
             score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
         )
 
     def _evidence(self) -> Scores:
-        # Evidence of the same references: of a selector to go on from, or of this run before its labels.
-        learned, own = self.saved, self.run.path("selector")
-        if learned is None and self.context.labels and (own / "evidence.json").is_file():
-            learned = own
+        # Evidence of the same references: that of a saved selector, or of this very run before it had labels.
+        folder, before = self.saved, self.run.path("selector")
+        if folder is None and self.context.labels and (before / "evidence.json").is_file():
+            folder = before
         with self.run.phase("read references") as phase:
-            if learned is not None:
-                self.evidence = Evidence.load(learned)
+            if folder is not None:
+                self.evidence = Evidence.load(folder)
                 self.readers = self.evidence.names
             else:
                 texts, tokens = self._read(to_dataset(self.references.rows), "references")
@@ -190,16 +191,18 @@ class _Ranking:
         return verdict(answers, self.labels, inverse, self.evidence.report)
 
     def _read(self, rows: Any, name: str) -> tuple[Texts, int]:
-        """Rows as readers see them, from what was kept of them where all of them are there, else by the model."""
+        """Rows as texts, with hidden states where the probe reads them; and how many tokens the model read."""
         if "probe" not in self.readers:
             return read_texts(rows, name, None)
+        context = self.context
         folders = [self.run.path("selector", KEPT)] + ([self.saved / KEPT] if self.saved else [])
+        model = model_fingerprint(str(context.model_name))
         reader = ModelReader(
-            fingerprint=model_fingerprint(str(self.context.model_name)),
+            key=sha256_json([model, context.dtype, context.template, context.max_length]),
             folder=self.run.work("states"),
             earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
-            encode=self.context.encode,
-            model=lambda: self.context.model,
+            encode=context.encode,
+            model=lambda: context.model,
         )
         return read_texts(rows, name, reader)
 
@@ -219,7 +222,7 @@ class _Ranking:
             return twins, twins.losses(pool, self.run.work("scores", "twins"), "reading the pool with the twins")
 
     def save(self, folder: Path) -> None:
-        """Writes what was learned and read."""
+        """Writes evidence, twins, hidden states, and ``selector.json`` last."""
         if self.evidence is not None:
             self.evidence.save(folder)
         if self.twins is not None:

@@ -1,8 +1,8 @@
-"""The bilevel twins: how differently a safe and a toxic model learn to find each row (min over w of V_safe - V_toxic).
+"""The bilevel twins: two adapters, one safe and one toxic, and how differently they fit each row of the pool.
 
-Two adapters share their start, every pool and utility batch and every seed; one also learns the safe references, the
-other the harmful ones. The contrast of a row is its loss under the toxic twin less its loss under the safe twin.
-Without harmful references the second twin learns nothing of its own, and the contrast is SEAL's.
+They share their start, every pool and utility batch and every seed; one also learns the safe references, the other the
+harmful ones (min over w of V_safe - V_toxic). A row's contrast is its loss under the toxic twin less that under the
+safe one. Without harmful references the second twin learns pool and utility alone, and the contrast is SEAL's.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -31,13 +31,13 @@ from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, Reference
 
 TWINS = ("twin_safe", "twin_toxic")
 WITHOUT_HARMFUL = ("twin_safe", "twin_auxiliary")
-"""The twins where there are no harmful references: the second is SEAL's auxiliary model, which learns what both learn
-(weighted pool and utility) and nothing of its own."""
+"""The twins where there are no harmful references: the second is SEAL's auxiliary model, which learns only what both
+learn, weighted pool and utility."""
 
 
 @dataclass(frozen=True)
 class TwinProblem:
-    """The twins' loss, (1 - gamma) [ L_own + mu L_U ] + gamma mean_i sigma_i l_i; no own rows, no L_own.
+    """The twins' losses, (1 - gamma) [ L + mu L_U ] + gamma mean_i sigma_i l_i, L that of safe or harmful references.
 
     Attributes:
         bank: Holds the adapters.
@@ -67,7 +67,7 @@ class TwinProblem:
     def batches(self, name: str) -> IntArray:
         """Batches of ``safe``, ``harmful``, ``utility`` or ``pool`` rows, as positions among them; shape [steps, n].
 
-        One stream for both twins' own references: swapping S and H must swap the twins and nothing else.
+        Safe and harmful references share a stream: swapping S and H must swap the twins and nothing else.
         """
         n = len(self.pool_rows if name == "pool" else self.rows[name])
         if not n:
@@ -181,8 +181,8 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
     return reasons
 
 
-def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
-    """What the twins are instead without harmful references; None where they have them, or there are no twins.
+def fallback_notice(config: PharmacistConfig, given: Collection[str]) -> str | None:
+    """A sentence about the second twin where there are no harmful references; None with them, or without twins.
 
     Raises:
         ConfigError: The options leave nothing to learn from what is given.
@@ -207,7 +207,7 @@ def fall_back(config: PharmacistConfig, given: Collection[str]) -> str | None:
 
 
 class Twins:
-    """The twins of one ranking: trained on references and a share of the pool, then asked for every row's contrast.
+    """The twins of one ranking, trained on references and a share of the pool; their losses give every row's contrast.
 
     A fold of the references (a source, where they have several) takes no part in the training. On it lie the
     thresholds of the reasons, and the quality that says whether the contrast is worth listening to.

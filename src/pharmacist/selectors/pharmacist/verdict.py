@@ -1,4 +1,4 @@
-"""The verdict: scores and reasons of a pool's rows from the answers to the questions, and how far to trust them."""
+"""The verdict: from the answers to the questions to scores and reasons of a pool's rows, a report, and warnings."""
 
 from typing import Any
 
@@ -23,17 +23,21 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and what is to be known about them, from answers of the pool's distinct rows.
+    """Scores, reasons and report, from answers for the pool's distinct rows.
 
-    `labels` are of those too; `inverse` says of each row of the pool which of them it is.
+    Args:
+        answers: For the distinct rows.
+        labels: Of distinct rows.
+        inverse: Number of each row of the pool among the distinct ones.
+        learned: The evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
     p = np.exp(questions.with_priors(posterior, shares))
     p[labels.rows] = np.eye(len(CLASSES))[labels.classes]
     read = _REASONS[posterior.argmax(1)]
-    ordered = both(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
-    score, reasons = honoured(ordered, read, labels)
+    ordered = joint_scores(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
+    score, reasons = with_labels(ordered, read, labels)
     signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
         "p_corrupted": p[:, 4:].sum(1)
     }
@@ -47,7 +51,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         "cannot_see": [] if WHOLE in learned["questions"] else [REASONS["corrupted"]],
     }
     if answers.labels_held_out is not None:
-        report["labels"] = gain(*answers.labels_held_out, labels.classes == 0)
+        report["labels"] = gain_by_labels(*answers.labels_held_out, labels.classes == 0)
     # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
     doubt = expit(answers.log_odds).clip(1e-12, 1 - 1e-12)
     telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
@@ -62,8 +66,8 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     )
 
 
-def both(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
-    """Evidence throws out faults, it and a second measure order the rest.
+def joint_scores(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
+    """Scores by evidence and a second measure: evidence finds the faults, both together order the other rows.
 
     Rows whose reason is critical come first, by the sum of both, each standardised over those rows; the others follow
     by evidence alone, standardised over them. One row's score means little without its pool. The second measure is
@@ -90,7 +94,7 @@ def _clarity(log_odds: FloatArray, critical: BoolArray) -> FloatArray:
     return result
 
 
-def honoured(
+def with_labels(
     score: FloatArray, reason: npt.NDArray[np.str_], labels: Labels
 ) -> tuple[FloatArray, npt.NDArray[np.str_]]:
     """Labelled rows get the label's reason, and scores above (good rows) or below (others) those of all rows."""
@@ -136,9 +140,10 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
     return found
 
 
-def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
-    """What labels changed on the labelled rows, from scores without any labels and with those of other prompts (NaN
-    where all labels have one prompt).
+def gain_by_labels(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, Any]:
+    """The gain by labels on the labelled rows themselves: AUC of good ones against others, before and after.
+
+    Scores before are without any labels, those after with the labels of other prompts (NaN where there are none).
     """
     n, n_good = len(good), int(good.sum())
     result: dict[str, Any] = {"labels": n, "good": n_good}
@@ -160,7 +165,7 @@ def gain(before: FloatArray, after: FloatArray, good: BoolArray) -> dict[str, An
 
 
 def _standard_error(auc: float, n_yes: int, n_no: int) -> float:
-    """Of an AUC (Hanley and McNeil 1982)."""
+    """Standard error of an AUC (Hanley and McNeil 1982)."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (n_yes - 1) * (q1 - auc**2) + (n_no - 1) * (q2 - auc**2)
     return float(np.sqrt(max(0.0, variance) / (n_yes * n_no)))
