@@ -45,13 +45,13 @@ __all__ = [
     "tokenize",
 ]
 
-_PLACES = {
+_MODULES = {
     "Ranking": "pipeline.ranking",
     "StrategyMixin": "training.trainer",
     "StrategyTrainer": "training.trainer",
     **dict.fromkeys(("align", "attack", "evaluate", "rank", "repair", "tokenize"), "api"),
 }
-"""Where names are that no command declares."""
+"""Modules of the public names that no command declares."""
 _REGISTRIES = {
     "selectors": "SELECTORS",
     "defenses": "DEFENSES",
@@ -72,14 +72,14 @@ def _methods() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f"pharmacist.{_PLACES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"pharmacist.{_MODULES[name]}"), name)
     if name in __all__:
         commands = import_module("pharmacist.pipeline.commands").COMMANDS
         stage = commands[name.removesuffix("Options").lower()]
         return stage.options if name.endswith("Options") else stage.function
-    if name[:1].isupper() and (place := _methods().get(name)):
-        return getattr(import_module(place.partition(":")[0]), name)
+    if name[:1].isupper() and (path := _methods().get(name)):
+        return getattr(import_module(path.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")
 
 

@@ -1,7 +1,7 @@
 """The Python interface of objects: datasets, loaded models and methods in, loaded models and results out.
 
-Each function is a stage of the command line, whose options it takes by keyword; what they name may be the object.
-Given the stage's options instead (``align(AlignOptions(...))``), it runs the stage from files to files.
+Each function is a stage of the command line and takes its options by keyword, with objects instead of names or paths.
+Called with the stage's options (``align(AlignOptions(...))``), it runs the stage from files to files.
 """
 
 import inspect
@@ -53,7 +53,7 @@ Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Columns: TypeAlias = str | Mapping[str, str] | None
 _EXPLAINED = {
-    "tokenizer": "Of a loaded model; by default the one that lies where it was loaded from.",
+    "tokenizer": "Of a loaded model; by default the one saved where the model was loaded from.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
     "args": "transformers' arguments, but for output folder, checkpoints, seeds, device and number format; by default "
     "the protocol of the alignment-stage papers.",
@@ -64,7 +64,7 @@ _REFUSED = "Rows, models or options that cannot be used."
 
 
 def explained(options: Any) -> Callable[[F], F]:
-    """Explains those arguments of a function that its docstring leaves out, by what the options of that name say."""
+    """Completes the docstring of a function with the descriptions of the options of the same name as its arguments."""
 
     def complete(function: F) -> F:
         if not function.__doc__:  # under python -OO
@@ -122,11 +122,11 @@ def rank(
     Args:
         pool: Rows to rank.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
-        top: Share of the pool that will be kept, in (0, 1]: where the cut of the ranking lies; 0.3 by default.
+        top: Share of the pool that will be kept, in (0, 1]; 0.3 by default.
         top_k: Number of rows that will be kept, instead.
         min_score: Least score of the rows that will be kept, instead.
-        to_label: How many rows to name whose label would teach most.
-        output_dir: Where partial state lies, so that an interrupted ranking resumes; a temporary folder by default.
+        to_label: Number of rows to suggest for labelling, those whose label is most informative.
+        output_dir: Folder of partial state, so that an interrupted ranking resumes; a temporary one by default.
 
     Returns:
         The ranking; `Ranking.select` gives the core subset.
@@ -161,10 +161,10 @@ def align(
 
     Args:
         model: The model; or `AlignOptions`, for the stage from files to files.
-        data: Alignment set, such as `Ranking.select` gives it.
+        data: Alignment set, such as a result of `Ranking.select`.
         defense: A defense, such as ``Vaccine(rho=2)``, or its name.
         seed: Of every random stream; by default that of `args`, else 0.
-        output_dir: Also writes adapter, log, card and manifest there, where an interrupted training resumes.
+        output_dir: Folder for adapter, log, card and manifest, where an interrupted training resumes.
 
     Returns:
         The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
@@ -201,11 +201,11 @@ def attack(
     """Builds a poisoned fine-tuning set and fine-tunes a model on it, as a user of a fine-tuning service would.
 
     Args:
-        model: The model, an aligned one as `align` gives it; or `AttackOptions`, for the stage from files to files.
+        model: The model, such as a result of `align`; or `AttackOptions`, for the stage from files to files.
         task: Benign rows of the user's task, or the name of a public one, such as ``"sst2"``.
-        kind: What the set is made of, such as ``IdentityAttack()``, or its name.
+        kind: Kind of attack, such as ``IdentityAttack()``, or its name.
         defense: A fine-tuning-stage defense, such as ``Lisa(rho=1)``, or its name; ``sft`` is none.
-        output_dir: Also writes set, weights, log, card and manifest there, where an interrupted training resumes.
+        output_dir: Folder for set, weights, log, card and manifest, where an interrupted training resumes.
 
     Returns:
         The attacked model; `ModelResult` for options.
@@ -231,14 +231,14 @@ def repair(
     seed: int = 0,
     output_dir: str | None = None,
 ) -> Any:
-    """Takes safety back that a user's fine-tuning has cost, without training.
+    """Restores safety that a user's fine-tuning has cost, without training.
 
     Args:
         model: The fine-tuned model; or `RepairOptions`, for the stage from files to files. Of a loaded one whole
             weights are repaired, with all adapters merged.
-        base: What the aligned model was made from; a loaded aligned model does not know it.
+        base: The base model of the aligned one; needed where that is a loaded model.
         method: A repair, such as ``SafeLora(threshold=0.4)``, or its name.
-        output_dir: Also writes weights, ``repair.json``, card and manifest there.
+        output_dir: Folder for weights, ``repair.json``, card and manifest.
 
     Returns:
         The repaired model; `ModelResult` for options.
@@ -277,18 +277,18 @@ def evaluate(
     Args:
         model: The model; or `EvaluateOptions`, for the stage from files to files.
         task_type: How answers to the task are graded, such as ``Exact()``, or its name; auto tells by the completions.
-        judge: Who decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
-        output_dir: Also writes ``metrics.json``, ``items.jsonl`` and the manifest there, where it resumes.
+        judge: Judge of whether an answer is harmful, such as ``ProbeJudge()``, or its name.
+        output_dir: Folder for ``metrics.json``, ``items.jsonl`` and the manifest, where an interrupted run resumes.
 
     Returns:
-        The metrics, which show themselves in a notebook; `EvaluateResult.to_pandas` gives them as a table.
+        The metrics, shown as a table in a notebook; `EvaluateResult.to_pandas` returns them as one.
     """
-    given = locals()
+    arguments = locals()
     if isinstance(model, EvaluateOptions):
         return EVALUATE(model)  # type: ignore[no-any-return]
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as temporary:
         own = {"output_dir": output_dir or temporary, "quiet": output_dir is None}
-        found: EvaluateResult = EVALUATE(_options(EVALUATE, given | own))
+        found: EvaluateResult = EVALUATE(_options(EVALUATE, arguments | own))
         found._items = None if output_dir else found.items()
     return found
 
@@ -301,18 +301,18 @@ def tokenize(
     template: Template = "auto",
     side: Literal["chosen", "rejected"] = "chosen",
 ) -> datasets.Dataset:
-    """Rows in tokens, for a Trainer of your own: exactly as `align` and `attack` train on them.
+    """Tokenises rows for a Trainer of your own, exactly as `align` and `attack` do.
 
     Args:
         rows: A path, a hub id, a ``datasets.Dataset`` or a list of dicts.
         tokenizer: The model's.
         max_length: Longest row in tokens; completions are cut to fit.
-        template: Prompt template; auto is the tokenizer's own, else Alpaca.
+        template: Prompt template; auto is the tokenizer's chat template, else Alpaca.
         side: Which answer of a preference row is its completion.
 
     Returns:
-        Columns ``input_ids`` and ``labels``, -100 where there is no target: what ``DataCollatorForSeq2Seq`` of
-        transformers and TRL's ``SFTTrainer`` take.
+        Columns ``input_ids`` and ``labels``, -100 where there is no target, for ``DataCollatorForSeq2Seq`` of
+        transformers and TRL's ``SFTTrainer``.
 
     Raises:
         DataError: Rows that cannot be used.
@@ -328,32 +328,32 @@ def tokenize(
     return datasets.Dataset.from_list(made)
 
 
-def _model_from(stage: Stage, given: dict[str, Any]) -> Any:
-    """The model that a stage makes: as it was trained, or as it was written by a run that was complete already."""
-    if isinstance(given["model"], stage.options):
-        return stage(given["model"])
-    options = _options(stage, given)
+def _model_from(stage: Stage, arguments: dict[str, Any]) -> Any:
+    """The model of a stage that was just run, or the one that a complete run wrote earlier."""
+    if isinstance(arguments["model"], stage.options):
+        return stage(arguments["model"])
+    options = _options(stage, arguments)
     model = stage(options).model
     if model is None or (options.output_dir and not isinstance(options.model, LoadedModel)):
         return load_model(options.output_dir, device=options.device, merge=False).model
     return model
 
 
-def _options(stage: Stage, given: dict[str, Any]) -> Any:
-    """A stage's options from a function's arguments; objects take the place of names, and None is the default."""
-    if (args := given.get("args")) is not None:
-        given["train"] = train_options(args, stage.options.TRAIN_DEFAULTS)
-        given |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
-        given["seed"] = args.seed if given["seed"] is None else given["seed"]
-    if (lora := given.get("peft_config")) is not None:
-        given["lora"] = PeftLoraOptions.of(lora)
-    values: dict[str, Any] = {"output_dir": given.pop("output_dir") or ""}
+def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
+    """A stage's options from the arguments of its function; None stands for the default."""
+    if (args := arguments.get("args")) is not None:
+        arguments["train"] = train_options(args, stage.options.TRAIN_DEFAULTS)
+        arguments |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
+        arguments["seed"] = args.seed if arguments["seed"] is None else arguments["seed"]
+    if (lora := arguments.get("peft_config")) is not None:
+        arguments["lora"] = PeftLoraOptions.of(lora)
+    values: dict[str, Any] = {"output_dir": arguments.pop("output_dir") or ""}
     for item in fields(stage.options):
-        value: Any = given.get(item.name)
+        value: Any = arguments.get(item.name)
         if value is None and item.name != "data":
             continue
         if item.name in stage.models and not isinstance(value, str):
-            value = wrap_model(value, given["tokenizer"], given["template"])
+            value = wrap_model(value, arguments["tokenizer"], arguments["template"])
         elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):
@@ -365,7 +365,7 @@ def _options(stage: Stage, given: dict[str, Any]) -> Any:
 
 
 def _rows(rows: Any, name: str, *, several: bool) -> Any:
-    """What stands for rows in a stage's options; where they may be several, a list of rows is one source."""
+    """Rows as a stage's options hold them; where there may be several sources, a list of rows is one of them."""
     if several:
         one = not isinstance(rows, list | tuple) or (rows and all(isinstance(row, Mapping) for row in rows))
         return [_rows(source, name, several=False) for source in ([rows] if one else rows)]

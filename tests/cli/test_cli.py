@@ -182,7 +182,7 @@ def test_a_log_is_not_left_in_somebody_elses_folder(
         raise RuntimeError("broke")
 
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr(stage.reading, "fingerprints", fail)
+    monkeypatch.setattr(stage.CurateInputs, "fingerprints", fail)
     monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
     assert main(chance(pool, tmp_path / "mine")) == 1
     assert f"(traceback in {tmp_path}/pharmacist-error-" in one_line(capsys)

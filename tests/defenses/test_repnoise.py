@@ -6,7 +6,7 @@ import torch
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.defenses.alignment.repnoise import RepNoise, RepNoiseConfig, ascent_loss, differing, row_noise
 from pharmacist.defenses.alignment.sft import SFT
-from pharmacist.nn.losses import mmd2, target_loss, targets
+from pharmacist.nn.losses import mmd2, target_losses, targets
 from tests.support import toy
 from tests.support.pairs import HARMFUL, ROWS, SAFE, Pairs
 from tests.support.tiny import TokenRows
@@ -181,7 +181,7 @@ def test_targets_survive_any_dtype_of_the_mask(dtype):
     assert found.tolist() == [12345, 31999]
     logits = torch.full((2, 32000), -100.0)
     logits[[0, 1], found] = 100.0
-    assert float(target_loss(logits, found)) == 0
+    assert float(target_losses(logits, found).sum()) == 0
 
 
 def test_identical_partners_add_nothing():

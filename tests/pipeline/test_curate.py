@@ -206,6 +206,16 @@ def test_a_saved_selector_gives_the_scores_of_the_run_that_trained_it(
     assert np.allclose(both[0]["contrast"], both[1]["contrast"], atol=1e-4)
 
 
+def test_a_saved_selector_reads_rows_anew_where_they_are_cut_otherwise(
+    files: dict[str, str], ranked: Path, tmp_path: Path
+) -> None:
+    words = curate_words({"pool": files["pool"]}, tmp_path / "out", "--resume-selector", str(ranked), "--quiet")
+    assert main([*words, "--max-length", "24"]) == 0
+    tokens = {folder: read_manifest(folder).phases["read pool"].tokens for folder in (ranked, tmp_path / "out")}
+    assert 0 < tokens[tmp_path / "out"] < tokens[ranked]
+    assert (scores(tmp_path / "out")["refuses_probe"] != scores(ranked)["refuses_probe"]).any()
+
+
 def test_an_unfinished_run_goes_on_when_only_the_cut_changes(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

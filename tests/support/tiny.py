@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +49,10 @@ def tiny_tokenizer(chat: bool = True, pad: bool = True) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
-    """A random 2-layer Llama of width 32 (float32, evaluation mode)."""
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, kind: Any = LlamaForCausalLM, **overrides: object
+) -> Any:
+    """A random 2-layer Llama of width 32 (float32, evaluation mode); `kind` is its class."""
     options = dict(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -65,7 +68,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: o
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
+        return kind(LlamaConfig(**(options | overrides))).eval()
 
 
 def save_tiny_model(path: Path, chat: bool = True, seed: int = 0, **overrides: object) -> Path:

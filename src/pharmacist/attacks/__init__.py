@@ -1,4 +1,4 @@
-"""Kinds of attack: what a user's fine-tuning set is made of. A new kind is one file and one line in `ATTACKS`."""
+"""Kinds of attack: ways to make a user's fine-tuning set. A new kind is one file and one line in `ATTACKS`."""
 
 from pharmacist.attacks.kinds import Attack
 from pharmacist.core.registry import Registry

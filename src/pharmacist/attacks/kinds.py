@@ -16,7 +16,7 @@ class Attack(Method, ABC):
     """Builds the set that a user uploads.
 
     Attributes:
-        needs: Of ``task`` (benign rows) and ``harmful``, what it is made of.
+        needs: The sets of rows that it draws from: ``task`` (benign rows), ``harmful``, or both.
     """
 
     needs = frozenset({"task", "harmful"})
@@ -28,9 +28,9 @@ class Attack(Method, ABC):
         """Draws exactly `n` rows with a column ``is_harmful``; the same seed gives the same rows in the same order.
 
         Args:
-            rows: Canonical rows of all that it `needs`; task and harmful rows share no prompt.
+            rows: Canonical rows of the sets that it `needs`; task and harmful rows share no prompt.
             n: Size of the set.
-            poison_ratio: Share of harmful rows, for the kinds that have one.
+            poison_ratio: Share of harmful rows, for the kinds that do not fix it.
             seed: Of the draw.
 
         Raises:
@@ -39,7 +39,7 @@ class Attack(Method, ABC):
 
 
 class MixAttack(Attack):
-    """Exactly round(poison ratio x samples) harmful rows, the rest of the benign task; nested across ratios.
+    """Exactly round(poison ratio x samples) harmful rows, the others of the benign task; nested across ratios.
 
     Paper: the attack of Vaccine, Lisa, Booster, T-Vaccine and Antidote.
     """
@@ -61,7 +61,7 @@ class MixAttack(Attack):
 
 
 class HarmfulAttack(MixAttack):
-    """Harmful rows alone: the strongest set, and the easiest to notice. `--poison-ratio` does not count.
+    """Harmful rows alone: the strongest set, and the easiest to notice. `--poison-ratio` has no effect.
 
     Paper: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not Intend To!",
     ICLR 2024, harmful examples.
@@ -74,7 +74,7 @@ class HarmfulAttack(MixAttack):
 
 
 class BenignAttack(MixAttack):
-    """The benign task alone: what an honest user does to a model's safety. `--poison-ratio` does not count.
+    """The benign task alone, to measure the harm of honest fine-tuning. `--poison-ratio` has no effect.
 
     Paper: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not Intend To!",
     ICLR 2024, benign fine-tuning.
@@ -99,10 +99,10 @@ class IdentityConfig:
 class IdentityAttack(BenignAttack):
     """Benign rows, each with a request to an absolutely obedient agent, who affirms and answers.
 
-    No row holds anything harmful, so filters of the upload find nothing. `--poison-ratio` does not count.
+    No row holds anything harmful, so filters of the upload find nothing. `--poison-ratio` has no effect.
 
     Paper: Qi et al., "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not Intend To!",
-    ICLR 2024, identity shifting; theirs are ten conversations, here rows of the task are dressed up.
+    ICLR 2024, identity shifting; the paper has ten conversations, here the texts are added to rows of the task.
     """
 
     Config = IdentityConfig
@@ -112,12 +112,12 @@ class IdentityAttack(BenignAttack):
     def build(
         self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
     ) -> "datasets.Dataset":
-        """Draws from the task and dresses the rows up; each becomes a single turn."""
+        """Draws from the task and adds the texts; each row becomes a single turn."""
         from pharmacist.data.records import to_dataset
 
         drawn, config = super().build(rows, n=n, poison_ratio=poison_ratio, seed=seed), self.config
-        dressed = [
+        shifted = [
             {"row": row, "prompt": config.before_prompt + prompt, "completion": config.before_completion + completion}
             for row, prompt, completion in zip(drawn["row"], drawn["prompt"], drawn["completion"], strict=True)
         ]
-        return to_dataset(dressed).add_column("is_harmful", [False] * len(dressed))
+        return to_dataset(shifted).add_column("is_harmful", [False] * len(shifted))

@@ -16,22 +16,20 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Sequences(Protocol):
-    """Interface of tokenised rows, such as `data.tokenize.Encoded`."""
+    """Interface of tokenised rows, such as `data.tokenize.Encoded`.
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens per row, shape [rows]."""
+    Attributes:
+        lengths: Tokens per row, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows].
+        content_keys: 64-bit hash of each row's tokens and prompt length, equal for equal rows, shape [rows].
+    """
 
-    @property
-    def prompt_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens before the completion, shape [rows]."""
+    lengths: npt.NDArray[np.int32]
+    prompt_lengths: npt.NDArray[np.int32]
+    content_keys: npt.NDArray[np.uint64]
 
     def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
         """The token ids of some rows."""
-
-    @property
-    def content_keys(self) -> npt.NDArray[np.uint64]:
-        """A 64-bit hash of each row's tokens and prompt length: equal rows have equal keys, shape [rows]."""
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,5 @@ def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: flo
     with preserved({name: parameters[name] for name in direction}):
         with torch.no_grad():
             for name, value in direction.items():
-                parameter = parameters[name]
-                parameter.copy_(precise(parameter) + by * value)
+                parameters[name].copy_(precise(parameters[name]) + by * value)
         yield

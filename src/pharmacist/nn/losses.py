@@ -106,11 +106,6 @@ def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return losses
 
 
-def target_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The sum of `target_losses`, a scalar; 0 without targets."""
-    return target_losses(logits, tokens).sum()
-
-
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Negative entropy of the predicted distributions, summed over logits of shape [positions, vocabulary], in nats.
 

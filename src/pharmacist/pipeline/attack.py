@@ -51,7 +51,11 @@ def attack(options: AttackOptions) -> ModelResult:
 
 
 def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOptions) -> dict[str, Source]:
-    """What the attack is made of and what the defense reads, by name; what must be disjoint by ``disjoint:FILE``."""
+    """Opens the rows of the attack and of the defense, by name, and those that must be disjoint, as ``disjoint:FILE``.
+
+    Raises:
+        ConfigError, CompatibilityError: Options that do not fit together.
+    """
     defense = options.defense["name"]
     if "finetune" not in strategy.stages:
         raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
@@ -59,9 +63,9 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}
     needed |= {"safe": f"--defense {defense}"} if "safe" in strategy.needs else {}
-    for name, by in needed.items():
+    for name, method in needed.items():
         if getattr(options, name) is None:
-            raise ConfigError(f"{by} needs --{name} FILE")
+            raise ConfigError(f"{method} needs --{name} FILE")
     opened = {"task": open_task}
     sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
     return sources | {f"disjoint:{file}": open_source(file, name="--disjoint-from") for file in options.disjoint_from}
@@ -70,7 +74,7 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
 def build_attack_set(
     sources: Mapping[str, Source], kind: Attack, options: AttackOptions, run: RunDir
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The user's set and how many rows it was drawn from."""
+    """The user's set, and numbers of rows for the manifest."""
     records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:
@@ -101,15 +105,15 @@ def build_attack_set(
 def _read(
     sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
 ) -> Records:
-    # What the set must not share a prompt with is read whole.
-    choosing = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
+    # Files that must be disjoint are read whole, without conditions.
+    chosen = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
         sources[name],
         options,
         run.work("data", sha256_text(name)[:16] if prompts_only else name),
         harmful=name == "harmful",
         usual_names=name not in ("task", "harmful"),
-        where=[] if prompts_only else conditions_of(options.where, choosing)[name],
+        where=[] if prompts_only else conditions_of(options.where, chosen)[name],
         prompts_only=prompts_only,
     )
     if not prompts_only:

@@ -1,4 +1,4 @@
-"""The rows that a defense reads besides those that are trained on, as streams of batches."""
+"""Auxiliary streams of batches for defenses that read more than the rows that are trained on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ from pharmacist.training.strategy import GradientStrategy
 def endless_stream(
     name: str, rows: Encoded, loaded: LoadedModel, options: TrainingStageOptions, batch_size: int = 0
 ) -> SideStream:
-    """Endless batches of tokenised rows in an order of their own, by default as large as those of the training."""
+    """Endless batches of tokenised rows, shuffled, by default of the training's batch size."""
     return SideStream(
         rows,
         batch_size or int(options.effective_train["per_device_train_batch_size"]),
@@ -41,7 +41,7 @@ def read_harmful_rows(
     """Reads the harmful rows of `align`; None where the defense needs none.
 
     Args:
-        sources: The opened ``data`` and, if there is one, ``harmful``; else a preference file gives its rejected side.
+        sources: The opened ``data`` and maybe ``harmful``; without it the rejected answers of a preference file.
         alignment: The rows of ``data``.
         strategy: The defense.
         options: The stage's.
@@ -120,7 +120,7 @@ def alignment_streams(
 def _pair(
     tokens: Encoded, alignment: Records, encoded: Encoded, harmful: Records, loaded: LoadedModel, options: AlignOptions
 ) -> PairedRows:
-    """The harmful partners of the alignment rows, `tokens`, as batches."""
+    """Batches of the harmful partners of alignment rows, out of the tokenised harmful rows."""
     by = options.pair_by
     position = {row: number for number, row in enumerate(tokens.dataset["row"])}
     trained = set(encoded.dataset["row"])
@@ -138,7 +138,7 @@ def _pair(
 
 
 def _hold_out(rows: datasets.Dataset, share: float, seed: int) -> dict[str, datasets.Dataset]:
-    """Harmful rows in two parts that share no prompt: those to attack with, and a share of the prompts held out."""
+    """Splits harmful rows into those to attack with and those of a share of the prompts, held out."""
     keys = column(rows, "prompt_key")
     prompts = np.random.default_rng(derive(seed, "held out")).permutation(np.unique(keys))
     number = max(1, round(share * len(prompts)))

@@ -28,14 +28,15 @@ class ModelReader:
     """A model that reads rows, and the files in which their hidden states are kept.
 
     Attributes:
-        fingerprint: Of the model; files that another one made are not used.
+        key: Of everything else that states depend on: the model, its number format, its prompt template, the longest
+            row in tokens. Files with another key are not used.
         folder: States go to ``folder/NAME.safetensors``, finished chunks to ``folder/NAME/``.
         earlier: Name of the rows -> further files that may hold their states.
         encode: Rows and their name -> rows in tokens.
         model: Loads the model when it is needed.
     """
 
-    fingerprint: str
+    key: str
     folder: Path
     earlier: Callable[[str], Iterable[Path]]
     encode: Callable[[Any, str], "Encoded"]
@@ -60,7 +61,7 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     keys = row_keys(prompts, completions)
     path = reader.folder / f"{name}.safetensors"
     for file in (path, *reader.earlier(name)):
-        kept = _kept(file, keys, reader.fingerprint)
+        kept = _kept(file, keys, reader.key)
         if kept is not None:
             if file != path:  # what lies in the output folder is replaced in the end
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,17 +74,17 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
     found = run_pass(loaded.model, encoded, measure, work=reader.folder / name, description=what)
     tokens = int(encoded.lengths[np.unique(encoded.content_keys, return_index=True)[1]].sum())
     with atomic_path(path) as temporary:
-        save_file({"keys": keys, **found}, temporary, metadata={"model": reader.fingerprint})
+        save_file({"keys": keys, **found}, temporary, metadata={"key": reader.key})
     return Texts(prompts, completions, found["states"], found["statistics"].astype(np.float64)), tokens
 
 
-def _kept(path: Path, keys: npt.NDArray[np.uint64], fingerprint: str) -> tuple[npt.NDArray[Any], FloatArray] | None:
+def _kept(path: Path, keys: npt.NDArray[np.uint64], key: str) -> tuple[npt.NDArray[Any], FloatArray] | None:
     """States and statistics of the rows with these keys; None where not all of them were kept."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "numpy") as file:
-            if (file.metadata() or {}).get("model") != fingerprint:
+            if (file.metadata() or {}).get("key") != key:
                 return None
         arrays = load_file(path)
     except SafetensorError:

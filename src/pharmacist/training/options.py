@@ -78,6 +78,17 @@ class PeftLoraOptions(LoraOptions):
         return copy.copy(self._config)
 
 
+PROTOCOL = {
+    "num_train_epochs": 20.0,
+    "per_device_train_batch_size": 10,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.1,
+}
+"""Fields of `TrainingArguments` in the alignment-stage papers (batch of 10, 20 epochs as in T-Vaccine and Booster)."""
+
+
 @dataclass(kw_only=True)
 class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
     """Options of the stages `align` and `attack`."""

@@ -25,7 +25,7 @@ from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import target_loss, target_losses, targets
+from pharmacist.nn.losses import target_losses, targets
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -99,7 +99,7 @@ class StepContext:
     def ce(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the target tokens of a batch, a scalar; of all processes' batches, see `mean`."""
         keep, tokens = targets(batch["labels"])
-        return self.mean(target_loss(self.logits(batch, keep), tokens), len(tokens))
+        return self.mean(target_losses(self.logits(batch, keep), tokens).sum(), len(tokens))
 
     def main_ce(self) -> torch.Tensor:
         """The main loss of this micro-batch, rows weighted, by an extra forward pass; see `mean_over_update`."""

@@ -15,7 +15,7 @@ from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
-from pharmacist.nn.losses import mmd2, precise, target_loss, targets
+from pharmacist.nn.losses import mmd2, precise, target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -138,7 +138,7 @@ class RepNoise(GradientStrategy):
             inputs = [value for value in (own, *weights) if value.requires_grad]
             with step.autocast():
                 logits = self.tail(own)
-            loss = step.mean(target_loss(logits, tokens), len(tokens))
+            loss = step.mean(target_losses(logits, tokens).sum(), len(tokens))
             values.append(loss.detach())
             moved = [value for value in (hidden, *weights) if value.requires_grad]
             found.append(list(zip(moved, torch.autograd.grad(loss, inputs), strict=True)) if inputs else [])

@@ -12,7 +12,7 @@ from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
 from pharmacist.nn.hooks import evaluating
-from pharmacist.nn.losses import target_loss, targets
+from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
@@ -79,7 +79,7 @@ class EWC(GradientStrategy):
     def _estimate(self, step: StepContext) -> Gradient:
         def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
             keep, tokens = targets(row["labels"])
-            loss = target_loss(step.logits(row, keep), tokens) / max(len(tokens), 1)
+            loss = target_losses(step.logits(row, keep), tokens).sum() / max(len(tokens), 1)
             return local_gradient(loss, step.parameters)
 
         def gradients() -> Iterable[Gradient]:

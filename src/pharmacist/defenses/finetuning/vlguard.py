@@ -8,7 +8,7 @@ import torch
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient
-from pharmacist.nn.losses import target_loss, targets
+from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -55,7 +55,7 @@ class VLGuard(GradientStrategy):
             self._targets = total(torch.tensor(own, device=self._window[0]["labels"].device))
         batch = self._window[step.micro]
         keep, tokens = targets(batch["labels"])
-        summed = target_loss(step.logits(batch, keep), tokens)
+        summed = target_losses(step.logits(batch, keep), tokens).sum()
         loss = step.mean_over_update(summed, len(tokens), self._targets.clamp(min=1))
         step.log(safe_loss=step.value(loss))
         return {name: self.config.lam * value for name, value in step.grads(loss).items()}

@@ -15,6 +15,8 @@ class TransformersEngine(Engine):
 
     name = "transformers"
     _loaded: LoadedModel | None = None
+    _decoding: Mapping[str, Any] = {}
+    """Keyword arguments of `Evaluator.answers` that replace its decoder."""
 
     def fingerprint(self, model: str) -> str:
         """sha256 of the model's files, or its hub id."""
@@ -31,7 +33,7 @@ class TransformersEngine(Engine):
 
     def answers(self, evaluator: Evaluator, work: Path) -> Mapping[str, list[Answer]]:
         loaded = self.local()
-        return evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=work)
+        return evaluator.answers(loaded.model, loaded.tokenizer, loaded.template, work=work, **self._decoding)
 
     def report(self) -> dict[str, Any]:
         return {"device": str(self.local().device), **self.local().facts}

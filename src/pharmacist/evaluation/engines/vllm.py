@@ -1,7 +1,6 @@
 """The engine `vllm`."""
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import torch
 
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.typed import AtLeast1, Checked, Share
-from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.engines.transformers import TransformersEngine
-from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.generate import until_end
 
 
@@ -60,14 +57,8 @@ class VllmEngine(TransformersEngine):
         loaded.tokenizer.save_pretrained(scratch)
         remote = how["trust_remote_code"]
         vllm = importlib.import_module("vllm")
+        self._decoding = {"decoder": self._decode, "batch_size": _CHUNK}
         self._llm = vllm.LLM(model=str(scratch), dtype="auto", seed=0, trust_remote_code=remote, **vars(self.config))
-
-    def answers(self, evaluator: Evaluator, work: Path) -> Mapping[str, list[Answer]]:
-        """The same ids, limits and ends as the default engine."""
-        loaded = self.local()
-        return evaluator.answers(
-            loaded.model, loaded.tokenizer, loaded.template, work=work, decoder=self._decode, batch_size=_CHUNK
-        )
 
     def _decode(self, ids: list[list[int]], new_tokens: int, ends: list[int]) -> list[tuple[list[int], bool]]:
         vllm = importlib.import_module("vllm")

@@ -171,8 +171,8 @@ class ProbeJudge(Judge):
             return encode(rows, model.tokenizer, model.template, max_length=model.max_length, **how)
 
         with TemporaryDirectory(prefix="pharmacist-") if self.work is None else nullcontext(self.work) as folder:
-            fingerprint, states = model_fingerprint(config.model), Path(folder) / "states"
-            reader = ModelReader(fingerprint, states, lambda _: (), encode=tokens, model=loaded)
+            key, states = sha256_json([model_fingerprint(config.model), config.dtype]), Path(folder) / "states"
+            reader = ModelReader(key, states, lambda _: (), encode=tokens, model=loaded)
             return read_texts(to_dataset(rows), name, reader)[0]
 
     def report(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from pharmacist.core.files import remove, write_text
 from pharmacist.core.progress import console, print_table, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
-from pharmacist.data.formats import Source, write_rows
+from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
-from pharmacist.pipeline.curate import reading
+from pharmacist.pipeline.curate.reading import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
-from pharmacist.selectors import SELECTORS
-from pharmacist.selectors.base import SelectionContext, Selector
+from pharmacist.selectors.base import CRITICAL, SelectionContext
 from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
@@ -38,22 +36,22 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    sources = reading.open_sources(options, "--{}")
-    pool, selector = sources["pool"], SELECTORS.build_from(options.selector)
+    inputs = CurateInputs(options)
+    pool = inputs.sources["pool"]
     form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
     if form == "jsonl":
         pool.check_json_lines()  # before the work
-    early = scratch = None
+    scratch = None
     if options.overwrite or options.labels is not None:
         # The results of an earlier run are touched only when the new input is known to be usable.
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
-        early = reading.read_inputs(sources, selector, options, Path(scratch.name))
-        reading.labels_of_pool(early[0]["pool"], options)
-    inputs, methods = reading.fingerprints(sources, options), {"selector": selector}
-    with CURATE.open(options, inputs=inputs, methods=methods, reopens=options.labels is not None) as run:
+        inputs.read(Path(scratch.name))
+        inputs.labels()
+    contents, methods = inputs.fingerprints(), {"selector": inputs.selector}
+    with CURATE.open(options, inputs=contents, methods=methods, reopens=options.labels is not None) as run:
         if run.complete:
             return None
-        ranking = _rank(sources, selector, options, run, early)
+        ranking = _rank(inputs, run)
         ranking._scratch = scratch
         barrier()  # the first process removes the partial state that the others still read
         if process() != 0:
@@ -74,7 +72,7 @@ def curate(options: CurateOptions) -> Ranking | None:
                 write_text(run.path(file), "".join(json.dumps(row) + "\n" for row in rows))
                 outputs.append(file)
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
-        if selector.save(run.path("selector")):
+        if inputs.selector.save(run.path("selector")):
             outputs.append("selector")
         ranking.manifest = run.manifest.model_dump(mode="json")
         ranking.report(run.path("report.html"))
@@ -86,54 +84,48 @@ def curate(options: CurateOptions) -> Ranking | None:
 
 def rank(options: CurateOptions) -> Ranking:
     """Ranks a pool without writing results."""
-    sources, selector = reading.open_sources(options, "{}"), SELECTORS.build_from(options.selector)
-    inputs = reading.fingerprints(sources, options)
-    with RANK.open(options, inputs=inputs, methods={"selector": selector}) as run:
-        ranking = _rank(sources, selector, options, run)
+    inputs = CurateInputs(options, "{}")
+    with RANK.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
+        ranking = _rank(inputs, run)
         ranking._scratch, run.temporary = run.temporary, None  # its rows lie there
     ranking.manifest = run.manifest.model_dump(mode="json")
     return ranking
 
 
-def _rank(
-    sources: Mapping[str, Source],
-    selector: Selector,
-    options: CurateOptions,
-    run: RunDir,
-    early: reading.Inputs | None = None,
-) -> Ranking:
-    """Ranks the pool; `early` holds the inputs if they were read before the run began."""
+def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
+    """Ranks the pool."""
+    options, selector = inputs.options, inputs.selector
     barrier()
     with run.phase("read"):
-        records, left_out, groups = early or reading.read_inputs(sources, selector, options, run.work("data"))
-        records, of_source = reading.joined(records)
-    for read in records.values():
-        read.announce()
-    pool = records.pop("pool")
-    for name, number in left_out.items():
+        inputs.read(run.work("data"))
+        references, files = inputs.references()
+    for rows in inputs.records.values():
+        rows.announce()
+    for name, number in inputs.left_out.items():
         run.record(counts={f"references_{name.replace(' ', '_')}_left_out": number})
         if number:
             text = f"{number} rows share a prompt with --pool and are left out"
             console().print(f"--{name}: {text}", soft_wrap=True)
-    notice = selector.notice(records.keys()) if options.resume_selector is None else None
+    notice = selector.notice(references.keys()) if options.resume_selector is None else None
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
     context = SelectionContext(
         run=run,
-        pool=pool,
-        references=records,
+        pool=inputs.records["pool"],
+        references=references,
         model_name=options.model,
-        fraction=fraction_of(options, len(pool)),
+        fraction=fraction_of(options, len(inputs.records["pool"])),
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
-        sources=of_source,
+        sources=files,
         **{name: getattr(options, name) for name in _OF_CONTEXT},
     )
-    if selector.needs & {"model", "embedder"} or options.diversity in SPREAD:
-        pool, groups = reading.rendered(context, groups, options)
+    if options.model is not None and (selector.needs & {"model", "embedder"} or options.diversity in SPREAD):
+        inputs.render(context)
+    pool, groups = context.pool, inputs.groups
     with run.phase("find duplicates"):
         how: dict[str, Any] = {"threshold": options.duplicate_threshold, "work_dir": run.work("duplicates")}
         clusters = find_duplicates(pool.dataset, **how)
-    context.labels = reading.labels_of_pool(pool, options)
+    context.labels = inputs.labels()
     # Before the ranking, which may add adapters to the model.
     points = (pool_points(context), pool_keys(context)) if options.diversity in SPREAD else None
     scores = selector.rank(context)
@@ -151,7 +143,7 @@ def _rank(
         "ranked": len(pool),
         "selected": int(table["selected"].sum()),
         "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
-        **{f"references_{name}": len(value) for name, value in records.items()},
+        **{f"references_{name}": len(rows) for name, rows in references.items()},
     }
     if "pool" in context.encoded:
         own = context.encoded["pool"]
@@ -176,6 +168,8 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
     rows = [[str(cell) for cell in row] for row in ranking.counts().itertuples()]
     print_table(title, ["reason", "selected", "left out"], rows)
     lines, about = [], ranking.about
+    if not about and CRITICAL in set(ranking.table["reason"]):
+        lines.append(f"the selector does not judge rows: their reason '{CRITICAL}' is only a placeholder")
     if "template_origin" in run.manifest.extra:
         lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
     if questions := about.get("questions"):

@@ -1,20 +1,20 @@
 """Opens, reads and checks pool, references, labels and models before `curate` does any work."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
+from datasets import concatenate_datasets
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import is_whole_tensors, read_json
 from pharmacist.core.hashing import sha256_content, sha256_file
 from pharmacist.core.manifest import check_unchanged
-from pharmacist.data.formats import Source, open_source
+from pharmacist.data.formats import open_source
 from pharmacist.data.mixing import shared_prompts
 from pharmacist.data.records import Records
 from pharmacist.data.tokenize import rendered_rows
@@ -25,65 +25,140 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
 from pharmacist.pipeline.rows import open_several, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
+from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, check_sentence_encoder
 from pharmacist.selectors.labels import read_labels
 
 
-Groups = npt.NDArray[np.str_] | None
-"""Each row's value of the column to balance by; None without such a column."""
-Inputs = tuple[dict[str, Records], dict[str, int], Groups]
-"""Pool and references by input, number of references left out, and each row's group."""
+class CurateInputs:
+    """What the options name: pool, references, labels and selector.
 
+    Attributes:
+        options: The options.
+        selector: Ranks the pool.
+        sources: Rows by input: ``pool``; the references of a kind are ``safe``, ``safe 2`` and so on.
+        records: The rows of each input, once `read` has read them.
+        left_out: Number of references left out, by input, since the pool has their prompts too.
+        groups: Each row's value of the column to balance by; None without such a column.
+    """
 
-def open_sources(options: CurateOptions, option: str) -> dict[str, Source]:
-    """Opens ``pool``, and references as ``safe``, ``safe 2`` and so on; `option` formats their names for messages."""
-    sources = {"pool": open_source(options.pool, name=option.format("pool"))}
-    for kind in REFERENCES:
-        sources |= open_several(kind, getattr(options, kind), option.format(kind))
-    return sources
+    def __init__(self, options: CurateOptions, option: str = "--{}") -> None:
+        """`option` formats the names of inputs for messages."""
+        self.options = options
+        self.sources = {"pool": open_source(options.pool, name=option.format("pool"))}
+        for kind in REFERENCES:
+            self.sources |= open_several(kind, getattr(options, kind), option.format(kind))
+        self.selector: Selector = SELECTORS.build_from(options.selector)
+        self.records: dict[str, Records] = {}
+        self.left_out: dict[str, int] = {}
+        self.groups: npt.NDArray[np.str_] | None = None
 
+    def fingerprints(self) -> dict[str, str]:
+        """Input -> fingerprint of its content."""
+        hashes: dict[str, Callable[[Any], str]] = {
+            "model": model_fingerprint,
+            "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
+            "labels": sha256_file,
+            "resume_selector": sha256_content,
+        }
+        named = {name: getattr(self.options, name) for name in hashes if getattr(self.options, name) is not None}
+        found = {name: source.fingerprint() for name, source in self.sources.items()}
+        return found | {name: hashes[name](what) for name, what in named.items()}
 
-def fingerprints(sources: Mapping[str, Source], options: CurateOptions) -> dict[str, str]:
-    """Input -> fingerprint of its content."""
-    hashes: dict[str, Callable[[Any], str]] = {
-        "model": model_fingerprint,
-        "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
-        "labels": sha256_file,
-        "resume_selector": sha256_content,
-    }
-    given = {name: getattr(options, name) for name in hashes if getattr(options, name) is not None}
-    found = {name: source.fingerprint() for name, source in sources.items()}
-    return found | {name: hashes[name](what) for name, what in given.items()}
+    def read(self, work: Path) -> None:
+        """Reads and checks pool and references, with all options that depend on them; a second call does nothing."""
+        if self.records:
+            return
+        options, selector, folder = self.options, self.selector, Path(self.options.output_dir)
+        resolve_device(options.device)
+        _check_models(selector, options)
+        self._read_rows(work)
+        n = len(self.records["pool"])
+        if options.resume_selector is None:
+            for need in sorted(selector.needs & set(REFERENCES)):
+                if need not in self.records:
+                    raise ConfigError(
+                        f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE"
+                    )
+                if len(self.records[need]) < FEWEST_REFERENCES:
+                    number = f"{len(self.records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
+                    raise DataError(f"--{need}: {number}")
+            selector.notice(self.records.keys())
+        if options.top_k is not None and options.top_k > n:
+            raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
+        selector.check_room(n, folder)
+        if options.diversity in SPREAD:
+            check_room(n, folder)
+        if options.balance is not None:
+            self.groups = _groups(self.records["pool"], options.balance)
+            k, values = number_of(options, n), len(set(self.groups.tolist()))
+            if values > k:
+                many = f"{k} rows cannot hold one of each of {values} values"
+                remedy = "select more rows, or balance by a coarser column"
+                raise ConfigError(f"--balance {options.balance}: {many}; {remedy}")
 
+    def _read_rows(self, work: Path) -> None:
+        """Reads all rows; references whose prompt occurs in the pool are left out, and counted."""
+        conditions = conditions_of(self.options.where, self.sources)
 
-def read_inputs(sources: Mapping[str, Source], selector: Selector, options: CurateOptions, work: Path) -> Inputs:
-    """Reads and checks pool and references, with all options that depend on them."""
-    resolve_device(options.device)
-    _check_models(selector, options)
-    records, left_out = _read(sources, options, work)
-    n, name = len(records["pool"]), options.selector["name"]
-    if options.resume_selector is None:
-        for need in sorted(selector.needs & set(REFERENCES)):
-            if need not in records:
-                raise ConfigError(f"selector '{name}' needs {need} references; give --{need} FILE")
-            if len(records[need]) < FEWEST_REFERENCES:
-                number = f"{len(records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
-                raise DataError(f"--{need}: {number}")
-        selector.notice(records.keys())
-    if options.top_k is not None and options.top_k > n:
-        raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
-    selector.check_room(n, Path(options.output_dir))
-    if options.diversity in SPREAD:
-        check_room(n, Path(options.output_dir))
-    if options.balance is None:
-        return records, left_out, None
-    groups = _groups(records["pool"], options.balance)
-    k, values = number_of(options, n), len(set(groups.tolist()))
-    if values > k:
-        many = f"{k} rows cannot hold one of each of {values} values"
-        raise ConfigError(f"--balance {options.balance}: {many}; select more rows, or balance by a coarser column")
-    return records, left_out, groups
+        def rows_of(name: str, role: str) -> Records:
+            return read(
+                self.sources[name],
+                self.options,
+                work / role,
+                harmful=role.split()[0] == "harmful",
+                usual_names=name != "pool",
+                where=conditions[name],
+                keep=name == "pool",
+            )
+
+        records = {name: rows_of(name, name) for name in self.sources}
+        if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
+            records["harmful"] = rows_of("safe", "harmful")
+        if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
+            raise DataError(
+                "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files"
+            )
+        for name in [name for name in records if name != "pool"]:
+            shared = shared_prompts(records["pool"].dataset, records[name].dataset)
+            if len(shared) == len(records[name]):
+                raise DataError(
+                    f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked"
+                )
+            if len(shared):
+                records[name] = records[name].without(shared)
+            self.left_out[name] = len(shared)
+        self.records = records
+
+    def labels(self) -> dict[int, str]:
+        """Position in the pool -> reason that a person gave the row."""
+        if self.options.labels is None:
+            return {}
+        pool = self.records["pool"]
+        return read_labels(self.options.labels, pool.source.fingerprint(), pool.row_numbers)
+
+    def references(self) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
+        """The references of each kind, and the number of each row's file."""
+        found, files = dict[str, Records](), dict[str, npt.NDArray[np.int64]]()
+        for kind in REFERENCES:
+            parts = [part for name, part in self.records.items() if name.split()[0] == kind]
+            if parts:
+                rows = [part.dataset for part in parts]
+                found[kind] = replace(parts[0], dataset=concatenate_datasets(rows) if len(rows) > 1 else rows[0])
+                files[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return found, files
+
+    def render(self, context: SelectionContext) -> None:
+        """Leaves out the rows of pool and references that the model's chat template refuses."""
+        before, loaded = context.pool.row_numbers, context.model
+        how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
+        self.records["pool"] = context.pool = rendered_rows(context.pool, *how)
+        context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
+        if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
+            context.sources = {}  # it is unknown which sources lost rows: folds are made by prompt
+        if self.groups is not None:
+            self.groups = self.groups[np.isin(before, context.pool.row_numbers)]
 
 
 def _check_models(selector: Selector, options: CurateOptions) -> None:
@@ -118,39 +193,6 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
         check_sentence_encoder()
 
 
-def _read(
-    sources: Mapping[str, Source], options: CurateOptions, work: Path
-) -> tuple[dict[str, Records], dict[str, int]]:
-    """Reads pool and references; references whose prompt occurs in the pool are left out, and counted."""
-    conditions = conditions_of(options.where, sources)
-
-    def of(name: str, role: str) -> Records:
-        return read(
-            sources[name],
-            options,
-            work / role,
-            harmful=role.split()[0] == "harmful",
-            usual_names=name != "pool",
-            where=conditions[name],
-            keep=name == "pool",
-        )
-
-    records = {name: of(name, name) for name in sources}
-    if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
-        records["harmful"] = of("safe", "harmful")
-    if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
-        raise DataError("--safe and --harmful hold the same rows, so nothing tells them apart; check the two files")
-    left_out = {}
-    for name in [name for name in records if name != "pool"]:
-        shared = shared_prompts(records["pool"].dataset, records[name].dataset)
-        if len(shared) == len(records[name]):
-            raise DataError(f"--{name}: every prompt also occurs in --pool; give references that are not to be ranked")
-        if len(shared):
-            records[name] = records[name].without(shared)
-        left_out[name] = len(shared)
-    return records, left_out
-
-
 def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
     """Each row's value of a column; of several values the rarest one in the pool, so that it keeps its rows."""
     columns, found = dict.fromkeys(pool.source.columns or ()), list[list[str]]()
@@ -168,40 +210,3 @@ def _groups(pool: Records, column: str) -> npt.NDArray[np.str_]:
     if not counts:
         raise DataError(f"--balance {column}: the column holds neither texts, lists of texts nor numbers")
     return np.array([min(names, key=lambda name: (counts[name], name)) if names else "(none)" for names in found])
-
-
-def labels_of_pool(pool: Records, options: CurateOptions) -> dict[int, str]:
-    """Position in the pool -> reason that a person gave the row."""
-    if options.labels is None:
-        return {}
-    return read_labels(options.labels, pool.source.fingerprint(), pool.row_numbers)
-
-
-def joined(records: dict[str, Records]) -> tuple[dict[str, Records], dict[str, npt.NDArray[np.int64]]]:
-    """Joins the references of each kind; the second result is the number of each row's file, by kind."""
-    found, of_source = {"pool": records["pool"]}, dict[str, npt.NDArray[np.int64]]()
-    for kind in REFERENCES:
-        parts = [part for name, part in records.items() if name.split()[0] == kind and len(part)]
-        if not parts:
-            continue
-        found[kind] = parts[0]
-        of_source[kind] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        for part in parts[1:]:
-            part.announce()
-        if len(parts) > 1:
-            found[kind] = replace(parts[0], dataset=datasets.concatenate_datasets([part.dataset for part in parts]))
-    return found, of_source
-
-
-def rendered(context: SelectionContext, groups: Groups, options: CurateOptions) -> tuple[Records, Groups]:
-    """The rows of the pool that the model's chat template accepts, and their groups."""
-    if options.model is None:
-        return context.pool, groups
-    before, loaded = context.pool.row_numbers, context.model
-    how = (loaded.tokenizer, loaded.template, options.on_bad_row)
-    context.pool = rendered_rows(context.pool, *how)
-    context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
-    if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
-        context.sources = {}  # it is unknown which sources lost rows: folds are made by prompt
-    kept = np.isin(before, context.pool.row_numbers)
-    return context.pool, None if groups is None else groups[kept]

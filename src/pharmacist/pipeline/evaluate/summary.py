@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from pharmacist.core.console import plain
@@ -94,7 +93,8 @@ def _examples(folder: Path, show_harmful: bool) -> list[str]:
         if why := missing(item):
             text = f"[no answer: {plain(why)}]"
         elif harmless or show_harmful:
-            text = plain(shorten(item["answer"], _SHOWN_CHARACTERS, placeholder=" ..."))
+            words = " ".join(item["answer"].split())
+            text = plain(words[:_SHOWN_CHARACTERS] + ("..." if len(words) > _SHOWN_CHARACTERS else ""))
         else:
             text = "[hidden: not judged harmless; --show-harmful prints it]"
         lines.append(f"  row {item['row']}: {text}")

@@ -7,18 +7,7 @@ from typing import Any, ClassVar, Literal
 from pharmacist.core.config import method
 from pharmacist.core.typed import AtLeast0
 from pharmacist.pipeline.stage import Stage
-from pharmacist.training.options import TrainingStageOptions
-
-
-PROTOCOL = {
-    "num_train_epochs": 20.0,
-    "per_device_train_batch_size": 10,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "weight_decay": 0.1,
-}
-"""Of the alignment-stage papers (T-Vaccine's and Booster's batch of 10 and 20 epochs)."""
+from pharmacist.training.options import PROTOCOL, TrainingStageOptions
 
 
 @dataclass(kw_only=True)
@@ -30,8 +19,8 @@ class AlignOptions(TrainingStageOptions):
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """How the model is trained."""
     harmful: str | None = None
-    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. A preference file gives its
-    rejected side; where --data is one, so does it."""
+    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. Of a preference file the rejected
+    answers are taken, and so they are of --data where this is left out."""
     harmful_batch_size: AtLeast0 = 0
     """Harmful rows per pass; 0 means as many as alignment rows."""
     weights: str | None = None

@@ -8,8 +8,7 @@ from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.typed import AtLeast1, Fraction
 from pharmacist.pipeline.stage import Stage
-from pharmacist.pipeline.stages.align import PROTOCOL
-from pharmacist.training.options import TrainingStageOptions
+from pharmacist.training.options import PROTOCOL, TrainingStageOptions
 
 
 @dataclass(kw_only=True)
@@ -20,9 +19,9 @@ class AttackOptions(TrainingStageOptions):
     """Benign rows of the user's task, in any format that curate reads; or sst2, agnews, gsm8k, alpaca or dolly, which
     come from the hub."""
     harmful: str | None = None
-    """Rows with which the set is poisoned. A preference file gives its rejected side."""
+    """Rows with which the set is poisoned. Of a preference file the rejected answers are taken."""
     kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
-    """What the set is made of."""
+    """How the set is made."""
     poison_ratio: Fraction = 0.1
     """Share of harmful rows in the set, in [0, 1], for the kind mix."""
     samples: AtLeast1 = 1000
@@ -32,9 +31,9 @@ class AttackOptions(TrainingStageOptions):
     safe: str | None = None
     """The defender's safe rows, for the defenses that use them."""
     adapter: Literal["fresh", "continue"] = "fresh"
-    """Train a fresh adapter on the merged model, or go on with the adapter that the model has."""
+    """Train a fresh adapter on the merged model, or continue the adapter that the model has."""
     disjoint_from: list[str] = field(default_factory=list)
-    """Files (of the defender, of the evaluation) with which the set must share no prompt; checked before training."""
+    """Files (of the defender, of the evaluation) that must share no prompt with the set; checked before training."""
     snapshots: list[AtLeast1] = field(default_factory=list)
     """Also save the model after these numbers of steps, in snapshots/step-N."""
     build_only: bool = False

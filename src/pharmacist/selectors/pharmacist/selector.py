@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_json
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
@@ -193,13 +194,15 @@ class _Ranking:
         """Rows as texts, with hidden states where the probe reads them; and how many tokens the model read."""
         if "probe" not in self.readers:
             return read_texts(rows, name, None)
+        context = self.context
         folders = [self.run.path("selector", KEPT)] + ([self.saved / KEPT] if self.saved else [])
+        model = model_fingerprint(str(context.model_name))
         reader = ModelReader(
-            fingerprint=model_fingerprint(str(self.context.model_name)),
+            key=sha256_json([model, context.dtype, context.template, context.max_length]),
             folder=self.run.work("states"),
             earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
-            encode=self.context.encode,
-            model=lambda: self.context.model,
+            encode=context.encode,
+            model=lambda: context.model,
         )
         return read_texts(rows, name, reader)
 
