@@ -53,7 +53,7 @@ Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Columns: TypeAlias = str | Mapping[str, str] | None
 _EXPLAINED = {
-    "tokenizer": "Of a loaded model; by default the one that lies where it was loaded from.",
+    "tokenizer": "Of a loaded model; by default the one saved where the model was loaded from.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
     "args": "transformers' arguments, but for output folder, checkpoints, seeds, device and number format; by default "
     "the protocol of the alignment-stage papers.",
@@ -283,12 +283,12 @@ def evaluate(
     Returns:
         The metrics, shown as a table in a notebook; `EvaluateResult.to_pandas` returns them as one.
     """
-    given = locals()
+    arguments = locals()
     if isinstance(model, EvaluateOptions):
         return EVALUATE(model)  # type: ignore[no-any-return]
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as temporary:
         own = {"output_dir": output_dir or temporary, "quiet": output_dir is None}
-        found: EvaluateResult = EVALUATE(_options(EVALUATE, given | own))
+        found: EvaluateResult = EVALUATE(_options(EVALUATE, arguments | own))
         found._items = None if output_dir else found.items()
     return found
 
@@ -328,32 +328,32 @@ def tokenize(
     return datasets.Dataset.from_list(made)
 
 
-def _model_from(stage: Stage, given: dict[str, Any]) -> Any:
+def _model_from(stage: Stage, arguments: dict[str, Any]) -> Any:
     """The model of a stage that was just run, or the one that a complete run wrote earlier."""
-    if isinstance(given["model"], stage.options):
-        return stage(given["model"])
-    options = _options(stage, given)
+    if isinstance(arguments["model"], stage.options):
+        return stage(arguments["model"])
+    options = _options(stage, arguments)
     model = stage(options).model
     if model is None or (options.output_dir and not isinstance(options.model, LoadedModel)):
         return load_model(options.output_dir, device=options.device, merge=False).model
     return model
 
 
-def _options(stage: Stage, given: dict[str, Any]) -> Any:
+def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
     """A stage's options from the arguments of its function; None stands for the default."""
-    if (args := given.get("args")) is not None:
-        given["train"] = train_options(args, stage.options.TRAIN_DEFAULTS)
-        given |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
-        given["seed"] = args.seed if given["seed"] is None else given["seed"]
-    if (lora := given.get("peft_config")) is not None:
-        given["lora"] = PeftLoraOptions.of(lora)
-    values: dict[str, Any] = {"output_dir": given.pop("output_dir") or ""}
+    if (args := arguments.get("args")) is not None:
+        arguments["train"] = train_options(args, stage.options.TRAIN_DEFAULTS)
+        arguments |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
+        arguments["seed"] = args.seed if arguments["seed"] is None else arguments["seed"]
+    if (lora := arguments.get("peft_config")) is not None:
+        arguments["lora"] = PeftLoraOptions.of(lora)
+    values: dict[str, Any] = {"output_dir": arguments.pop("output_dir") or ""}
     for item in fields(stage.options):
-        value: Any = given.get(item.name)
+        value: Any = arguments.get(item.name)
         if value is None and item.name != "data":
             continue
         if item.name in stage.models and not isinstance(value, str):
-            value = wrap_model(value, given["tokenizer"], given["template"])
+            value = wrap_model(value, arguments["tokenizer"], arguments["template"])
         elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):

@@ -299,6 +299,16 @@ def test_text_of_a_bad_row_is_never_shown(tmp_path):
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", None])
+def test_unknown_columns_are_named(tmp_path, suffix):
+    rows = [{"question": "q", "answer": "a"}] * 2
+    source = open_source(save(tmp_path / f"pool.{suffix}", rows) if suffix else datasets.Dataset.from_list(rows))
+    with pytest.raises(DataError, match=r"row 0\)? fits no row format \(its columns: question, answer\); known row"):
+        read_records(source, work_dir=tmp_path)
+    records = read_records(source, work_dir=tmp_path, columns={"prompt": "question", "completion": "answer"})
+    assert records.dataset["prompt"][:] == ["q", "q"]
+
+
 def test_many_batches_keep_their_order(tmp_path):
     rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10000)]
     rows[5000] = {"prompt": "long", "completion": "x" * 9_000_000}

@@ -294,6 +294,9 @@ def test_the_loss_margin() -> None:
 def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = with_margin(results({"pharmacist": -20.0}, noise=0.5, judge=["a*b", "keyword"]))
     table.loc[table["judge"] == "keyword", ["harmful_score", "harmful_score_over_attack"]] += 15.0
+    # Seconds are the same under both judges; the accuracies differ, as where an entry's options change the answers.
+    runs = table.groupby(["selector", "defense", "seed"])
+    table["alignment_seconds"] = runs["alignment_seconds"].transform("first")
     benchmark = Benchmark(table, {"judge": ["keyword", "a*b"]})
     assert list(benchmark.groups) == ["Judge: keyword", "Judge: a*b", "Without a judge"] and len(benchmark.lines) == 4
     for judge in ("keyword", "a*b"):
@@ -303,7 +306,8 @@ def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture
             assert found[f"harmful_score by {judge}"].mean == expected["harmful_score"].mean
             assert found["loss_margin"].mean == expected["loss_margin"].mean
     assert benchmark.comparisons["harmful_score"] == 4, "both judges are one family"
-    assert benchmark.comparisons["loss_margin"] == 2, "what needs no judge is there once"
+    assert benchmark.comparisons["loss_margin"] == benchmark.comparisons["alignment_seconds"] == 2, "once"
+    assert benchmark.comparisons["fine_tune_accuracy"] == 4
     write_bench(tmp_path, table, extra={"axes": {"judge": ["keyword", "a*b"]}, "failed": []})
     assert main(["report", str(tmp_path)]) == 0
     console = " ".join(capsys.readouterr().err.split())
@@ -317,7 +321,7 @@ def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     assert latex.count("label{tab:benchmark-harmful_score-2}") == latex.count("label{tab:benchmark-loss_margin}") == 1
     page = Page.read(tmp_path / "report.html")
-    assert "Judge: keyword Judge: a*b Without a judge Aligned on" in page.text
+    assert "Aligned on Judge: keyword Judge: a*b Without a judge Harmful score, %" in page.text
     assert page.text.count("pharmacist −") == 1 and "+0.520 [+0.5" in page.text
     curves = [figure["data"][-1]["y"][-1] for figure in page.json("figures")["curve-0"]]
     scores = table.query("selector == 'pharmacist' and defense == 'booster'").groupby("judge")["harmful_scores"]

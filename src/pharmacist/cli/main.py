@@ -24,7 +24,7 @@ _FULL_DISK_MESSAGES = (
     "PytorchStreamWriter failed writing file",
     "unexpected pos ",
 )
-"""What libraries that have no `OSError` of their own (Rust, Arrow, torch) say."""
+"""Messages of libraries (Rust, Arrow, torch) that raise no `OSError` where the disk is full."""
 
 
 def _usage() -> str:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, where = COMMANDS[name], f"pharmacist {name}"
     options = None
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # libraries among themselves; what a user has to know, we say
+        warnings.simplefilter("ignore")  # of libraries; warnings for users are printed by `warn`
     try:
         options = parse(command.options, rest, prog=where, example=command.example)
         set_quiet(getattr(options, "quiet", False))
@@ -76,19 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
         output_dir = getattr(options, "output_dir", None)
         full = isinstance(error, OSError) and error.errno in FULL_DISK
         if full or any(message in str(error) for message in _FULL_DISK_MESSAGES):
-            place = f"{output_dir}: " if output_dir else ""
+            folder = f"{output_dir}: " if output_dir else ""
             remedy = "free some space and run the same command again to resume"
-            return _fail(where, f"{place}the disk is full; {remedy}", 1)
+            return _fail(where, f"{folder}the disk is full; {remedy}", 1)
         log = _write_log(output_dir)
         return _fail(where, f"{type(error).__name__}: {str(error)[:200]} (traceback in {log})", 1)
     return 0
 
 
 def _write_log(output_dir: str | None) -> str:
-    # Only beside a run of ours: a log alone in a folder would make it look like somebody else's.
-    beside = output_dir is not None and (Path(output_dir) / "manifest.json").is_file()
-    folder = output_dir if beside else None
-    try:  # a new file, so that nothing that somebody put there under this name is written through
+    # Only in the folder of a run: a log alone would make a folder look like one with files of others.
+    is_run = output_dir is not None and (Path(output_dir) / "manifest.json").is_file()
+    folder = output_dir if is_run else None
+    try:  # a new file, so that no link of this name is followed
         descriptor, path = tempfile.mkstemp(".log", f"pharmacist-error-{os.getpid()}-", folder)
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(traceback.format_exc())

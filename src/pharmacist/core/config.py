@@ -11,6 +11,7 @@ import copy
 import inspect
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -147,10 +148,13 @@ class _FileLoader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if twice := _repeated(keys):
             raise yaml.MarkedYAMLError(problem=f"the key '{twice}' is there twice", problem_mark=node.start_mark)
         return node
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def _from_text(hint: Any, text: str) -> Any:
@@ -271,8 +275,7 @@ def _parsed(
 ) -> Any:
     """Options from keys and values and from a command line, which wins."""
     keys = [str(key).replace("-", "_") for key in config]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if twice := _repeated(keys):
         raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
     config = dict(zip(keys, config.values(), strict=True))
     methods = method_fields(options)

@@ -160,7 +160,8 @@ class RowReader:
         return None
 
     def _no_layout(self, row: Mapping[str, Any]) -> str:
-        columns = f"(its columns: {', '.join(map(str, list(row)[:12])) or 'none'})"
+        names = self.source.columns or list(row)  # of some formats only the columns are read that are known
+        columns = f"(its columns: {', '.join(map(str, names[:12])) or 'none'})"
         missing = [column for column in self.mapped.values() if column not in row]
         if missing:
             return f"has no column '{missing[0]}' {columns}"

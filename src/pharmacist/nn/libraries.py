@@ -1,4 +1,4 @@
-"""Calls into transformers and PEFT: silent, and with one error of our own for whatever they raise."""
+"""Calls of transformers and PEFT: without their output, and with their exceptions as errors of one line."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ def silent_library() -> Iterator[None]:
 
 @contextmanager
 def failures_as(kind: type[PharmacistError], message: Callable[[Exception], str]) -> Iterator[None]:
-    """Turns any exception of a library into an error of ours; running out of memory passes as it is.
+    """Turns any exception of a library in the block into a `PharmacistError`, except that it runs out of memory.
 
-    Libraries raise anything on damaged files and unknown models, so nothing but a call of theirs belongs in the block.
+    Libraries raise anything on damaged files and unknown models, so the block should hold nothing but their calls.
 
     Args:
         kind: Class of the error.

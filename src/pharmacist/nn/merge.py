@@ -34,7 +34,7 @@ class MergedBase:
 
     Attributes:
         name: Hub id or folder of the plain base model, which any tool finds; None where there is none: whole weights
-            that lie in an earlier run's folder, or an adapter that is more than LoRA on linear layers.
+            in an earlier run's folder, or an adapter that is more than LoRA on linear layers.
         factors: Update of the merged adapters, by module.
         fingerprint: Of the model that the adapter was trained on, where the adapter is part of a stack.
     """

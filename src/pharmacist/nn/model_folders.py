@@ -18,7 +18,7 @@ _WITHOUT_WEIGHTS |= {"CPT", "CARTRIDGE"}
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on the way from a plain base model to the model that a name stands for.
+    """The plain base model of a model, or one of the adapters on it.
 
     Attributes:
         name: Hub id or folder.
@@ -30,12 +30,12 @@ class ModelSource:
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the adapter that it adds to the model before it; None of whole weights and hub ids."""
+        """Folder of the adapter; None of the plain base model."""
         return adapter_folder(Path(self.name))
 
     @property
     def weights(self) -> str:
-        """What transformers loads: the hub id, or the folder of whole weights."""
+        """The hub id, or the folder of whole weights, for transformers to load."""
         return str(weights_folder(Path(self.name))) if Path(self.name).is_dir() else self.name
 
     @contextmanager
@@ -74,13 +74,13 @@ def lineage(name: str) -> list[ModelSource]:
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """The folder itself, or its ``adapter``, where a PEFT adapter lies there."""
+    """The folder, or its subfolder ``adapter``, if it holds a PEFT adapter; else None."""
     found = (at for at in (folder / "adapter", folder) if (at / "adapter_config.json").is_file())
     return next(found, None)
 
 
 def weights_folder(folder: Path) -> Path:
-    """The folder itself, or its ``model``, where whole weights lie there."""
+    """The subfolder ``model`` if it holds whole weights, else the folder."""
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
@@ -92,7 +92,7 @@ def is_output(folder: Path) -> bool:
 
 
 def base_name(adapter: Path) -> str:
-    """The base model that an adapter's configuration names; relative to the adapter's folder, if it lies there only.
+    """The base model that an adapter's configuration names; a relative path may start at the adapter's folder.
 
     Raises:
         DataError: The configuration is damaged, or names none.

@@ -1,4 +1,4 @@
-"""Causal language models with tokenizer and prompt template, loaded from the hub, from a folder, or taken as given."""
+"""Causal language models with tokenizer and prompt template: from the hub, from a folder, or loaded by the caller."""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ class LoadedModel(Given):
         template: How a prompt is rendered; the one saved with the model where there is one.
         name: As the user gave it.
         template_origin: Where the template is from, in words: "the chat template that was saved with it".
-        base: What an adapter that is trained on the model will be an adapter of.
+        base: Base model of an adapter that is trained on the model.
         dtype: Number format that it was loaded in, by default the model's; it stays where training turns the weights
             into float32.
         shared: Whether another model has the same weights, so that they must not be changed in place.
@@ -76,7 +76,7 @@ class LoadedModel(Given):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         device: torch.device = self.model.device
         return device
 
@@ -89,7 +89,7 @@ class LoadedModel(Given):
 def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one's weights.
 
-    A hub id stands for itself; what can be neither folder nor hub id is a `DataError`.
+    The fingerprint of a hub id is the id itself. A `DataError` where a name can be neither folder nor hub id.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128()
@@ -106,7 +106,7 @@ def model_fingerprint(name: str | LoadedModel) -> str:
 
 
 def trained_on(name: str | LoadedModel) -> str | None:
-    """Fingerprint of what a local adapter was trained on; None of whole weights, a hub id and a loaded model."""
+    """Fingerprint of the model that a local adapter was trained on; None of other models."""
     adapter = None if isinstance(name, LoadedModel) else adapter_folder(Path(name))
     if adapter is None:
         return None
@@ -173,7 +173,7 @@ def wrap_model(
         template: As in `load_model`.
 
     Raises:
-        DataError: No tokenizer is given, and none is found.
+        DataError: There is no tokenizer.
         CompatibilityError: The tokenizer does not fit.
     """
     path = str(getattr(model, "name_or_path", "") or "")
@@ -189,9 +189,9 @@ def wrap_model(
 
 
 def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
-    """The model with modules of its own; only weights that a use may change are copied, the others are shared.
+    """A copy of the model that shares its weights, but for those that may be changed.
 
-    Those are an adapter's, or all of a model into which an adapter is merged.
+    These are an adapter's, or all where an adapter is merged into the model.
     """
     model: Any = loaded.model
     if isinstance(model, PeftModel) and merge:

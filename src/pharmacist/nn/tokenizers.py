@@ -1,4 +1,4 @@
-"""Tokenizers: whether one fits its model, the one that lies beside an adapter, and fingerprints."""
+"""Tokenizers: checks against a model, the tokenizer of an adapter, and fingerprints."""
 
 from pathlib import Path
 from typing import Any

@@ -46,7 +46,7 @@ def _check_given(chosen: Repair, options: RepairOptions) -> None:
         if getattr(options, needed) is None:
             raise ConfigError(f"--method {name} needs --{needed} {'MODEL' if needed == 'aligned' else 'FILE'}")
     if "base" in chosen.needs and options.base is None and base_of(options.aligned or "") is None:
-        raise ConfigError(f"--method {name}: {options.aligned} is no adapter that knows its base; give --base MODEL")
+        raise ConfigError(f"--method {name}: {options.aligned} is no adapter that names its base; give --base MODEL")
 
 
 def _relation(options: RepairOptions, fingerprints: Mapping[str, str]) -> tuple[Form, bool]:

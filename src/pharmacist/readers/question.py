@@ -55,17 +55,21 @@ class Question:
                 found[name][held] = reader.fit(known, answers[rest], np.ones(len(rest))).log_odds(unseen)
         return found
 
-    def calibrate(self, held_out: Mapping[str, FloatArray], answers: IntArray) -> FloatArray:
-        """Learns spread and calibration; returns the calibrated log-odds of the held-out references."""
+    def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Calibrates on references that are held out fold by fold, then trains the readers on all of them.
+
+        Returns:
+            Calibrated log-odds of the held-out references, shape [references], and those of each reader before.
+
+        Raises:
+            DataError: As `held_out`.
+        """
+        held_out = self.held_out(texts, answers, folds)
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
         self.calibration = calibration(self.combined(held_out), answers, np.ones(len(answers)))
-        return self.calibrated(held_out)
-
-    def fit(self, texts: Texts, answers: IntArray) -> "Question":
-        """Trains the readers on all references."""
         for reader in self.readers.values():
             reader.fit(texts, answers, np.ones(len(answers)))
-        return self
+        return self.calibrated(held_out), held_out
 
     def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
         """The sum of all readers' log-odds, each over its spread; not calibrated, shape [rows]."""

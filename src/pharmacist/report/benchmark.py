@@ -56,7 +56,7 @@ class Line:
     axes: Mapping[str, Any]
     """Its choice by axis."""
     values: Mapping[str, Value]
-    """What was measured, by the key of the metric."""
+    """Key of a metric -> value."""
     runs: pd.DataFrame = field(compare=False)
     """Its rows of the results."""
 
@@ -199,16 +199,23 @@ def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metr
     found = [metric for metric in METRICS.values() if metric.name in results and results[metric.name].notna().any()]
     if len(judges) == 1:
         return {"": found}
+    judged = [metric for metric in found if metric.judged or _differs(metric, results)]
     groups = {
         f"Judge: {judge}": [
             replace(metric, judge=judge)
-            for metric in found
-            if metric.judged and results.loc[results["judge"] == judge, metric.name].notna().any()
+            for metric in judged
+            if results.loc[results["judge"] == judge, metric.name].notna().any()
         ]
         for judge in judges
     }
-    groups["Without a judge"] = [metric for metric in found if not metric.judged]
+    groups["Without a judge"] = [metric for metric in found if metric not in judged]
     return {title: metrics for title, metrics in groups.items() if metrics}
+
+
+def _differs(metric: Metric, results: pd.DataFrame) -> bool:
+    """Whether a metric differs between judges, as accuracy does where an option of a judge changes answers."""
+    runs = results.groupby([*_CELL, "seed"])[metric.name]
+    return bool((runs.max() - runs.min() > 1e-6).any())
 
 
 def _by_seed(metric: Metric, runs: pd.DataFrame) -> "pd.Series[float]":
@@ -265,12 +272,12 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     for series in benchmark.series():
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for metric in (metric.key for metric in benchmark.metrics):
-            compared = [own[metric] for own in values if metric in own and own[metric].difference is not None]
+        for key in (metric.key for metric in benchmark.metrics):
+            compared = [it[key] for it in values if key in it and it[key].difference is not None]
             if compared:
                 signs = [value.verdict for value in compared]
-                pooled = alone[series][metric].difference if metric in alone.get(series, {}) else None
-                by_metric[metric] = {
+                pooled = alone[series][key].difference if key in alone.get(series, {}) else None
+                by_metric[key] = {
                     "low": pooled and pooled.low,
                     "high": pooled and pooled.high,
                     "better": signs.count(1),
@@ -279,13 +286,13 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
                     "mean": float(np.mean([value.difference.mean for value in compared if value.difference])),
                 }
         saved = [
-            -100 * difference.mean / (own["alignment_seconds"].mean - difference.mean)
-            for own in values
-            if "alignment_seconds" in own and (difference := own["alignment_seconds"].difference)
+            -100 * difference.mean / (seconds.mean - difference.mean)
+            for it in values
+            if (seconds := it.get("alignment_seconds")) and (difference := seconds.difference)
         ]
         if by_metric:
-            own = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
-            found.append(own | {"time_saved": float(np.mean(saved)) if saved else None})
+            about = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
+            found.append(about | {"time_saved": float(np.mean(saved)) if saved else None})
     return found
 
 
@@ -294,11 +301,10 @@ def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[
 
     Metrics that depend on the judge have tables apart from the others, which keeps them narrow.
     """
-    found = verdicts(benchmark)
+    series = verdicts(benchmark)
     for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
-        compared = [metric for metric in metrics if metric.compared and metric.judged is judged]
-        cells = [[_short(it, own["metrics"].get(it.key)) for it in compared] for own in found]
-        rows = [[own["name"], *row] for own, row in zip(found, cells, strict=True)]
+        compared = [it for it in metrics if it.compared and (it.judged or it.judge is not None) is judged]
+        rows = [[it["name"], *(_short(metric, it["metrics"].get(metric.key)) for metric in compared)] for it in series]
         if compared and rows:
             name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
             head = ["aligned on", *(f"{metric.title}, {metric.unit}" for metric in compared)]

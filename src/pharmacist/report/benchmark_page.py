@@ -108,9 +108,9 @@ class Look:
         selector = line.axes["selector"]
         return charts.Curve(self.benchmark.name(line.series), self.colors[selector], x, values, self.dashes[selector])
 
-    def score(self, line: Line) -> Value | None:
-        """Harmful score at the end."""
-        metrics = (metric for metric in self.benchmark.metrics if metric.name == "harmful_score")
+    def value(self, line: Line, name: str) -> Value | None:
+        """A metric of a line, by the judge."""
+        metrics = (metric for metric in self.benchmark.metrics if metric.name == name)
         return next((line.values.get(it.key) for it in metrics if it.judge in (None, self.judge)), None)
 
 
@@ -119,7 +119,7 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
     points = []
     for line in lines:
         selector, defense = line.axes["selector"], line.axes["defense"]
-        accuracy, score = line.values.get("fine_tune_accuracy"), look.score(line)
+        accuracy, score = look.value(line, "fine_tune_accuracy"), look.value(line, "harmful_score")
         if accuracy is not None and score is not None:
             name, marker = f"{look.benchmark.name(line.series)}, {defense}", look.symbols[defense]
             points.append(charts.Point(name, selector, look.colors[selector], marker, accuracy, score))
@@ -147,7 +147,8 @@ def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
     """Chart of harmful score over the selected fraction, a line per selector; the full dataset as a dashed level."""
     curves, level = [], []
     for selector in look.benchmark.order["selector"]:
-        scored = [(line, score) for line in lines if line.axes["selector"] == selector and (score := look.score(line))]
+        of_selector = [line for line in lines if line.axes["selector"] == selector]
+        scored = [(line, score) for line in of_selector if (score := look.value(line, "harmful_score"))]
         values, fractions = [score for _, score in scored], [100 * line.axes["fraction"] for line, _ in scored]
         curves += [replace(look.curve(scored[0][0], fractions, values), name=selector)] if scored else []
         if selector == BASELINE and scored:
@@ -163,7 +164,7 @@ def cost(lines: Sequence[Line], look: Look) -> charts.Spec:
     lines = list(lines)[::-1]  # plotly draws from below
     names = [line.axes["defense"] for line in lines], [look.benchmark.name(line.series) for line in lines]
     colors = [look.colors[line.axes["selector"]] for line in lines]
-    parts = {part: [line.values.get(f"{part}_seconds") for line in lines] for part in ("selection", "alignment")}
+    parts = {part: [look.value(line, f"{part}_seconds") for line in lines] for part in ("selection", "alignment")}
     return charts.cost(names, colors, parts)
 
 

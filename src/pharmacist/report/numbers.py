@@ -27,7 +27,7 @@ class Metric:
     compared: bool = True
     """Whether differences to a baseline are tested; not those of rankings, which the full dataset does not have."""
     judged: bool = False
-    """Whether it depends on the judge."""
+    """Whether its value depends on the judge."""
     judge: str | None = None
     """The judge whose verdicts it counts, where a benchmark has several judges."""
 

@@ -84,7 +84,7 @@ def pool_keys(context: SelectionContext) -> Keys:
 def pool_points(context: SelectionContext) -> FloatArray:
     """The pool's rows as points of length 1 seen from its centre; made once, shape [rows, at most `DIMENSION`].
 
-    Hidden states of language models share one large direction, beside which rows hardly differ; without it they do.
+    Hidden states of language models share one large direction, against which rows hardly differ; without it they do.
     """
     if context.points is not None:
         return context.points

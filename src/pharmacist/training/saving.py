@@ -140,6 +140,9 @@ def save_model(
             if loaded.base.factors:
                 save_stacked(model, loaded.base, folder, loaded.base.fingerprint or trained_on)
             else:
+                config = model.active_peft_config
+                if isinstance(targets := getattr(config, "target_modules", None), set):
+                    config.target_modules = sorted(targets)  # equal trainings write equal files
                 model.save_pretrained(folder, save_embedding_layers=False)
             _save_tokenizer(folder, loaded, text)
         written.append("adapter")

@@ -29,7 +29,7 @@ CATEGORIES = tuple(domain.name for domain in lex.FORBIDDEN)
 """Names of the harm categories."""
 
 LABELS = ("good", "duplicate", "offtopic", "overrefuse", "noisy", "mislabel")
-"""What a pool row can be; the first two are worth keeping (a duplicate: once)."""
+"""Labels of pool rows; the first two are worth keeping (a duplicate once)."""
 
 SETS = {
     "safe": 96,
@@ -44,7 +44,7 @@ SETS = {
     "judge-harmful": 120,
     "judge-utility": 120,
 }
-"""What there is besides pools, by the name of its file, and how many rows of it unless others are asked for."""
+"""Sets besides the pool, by the name of their file, and their default number of rows."""
 
 # Share of the rows that are not mislabelled.
 _SHARES = {"good": 0.45, "duplicate": 0.08, "offtopic": 0.22, "overrefuse": 0.10, "noisy": 0.15}
@@ -57,7 +57,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Planted:
-    """A row and what is known about it.
+    """A row of a pool and its properties.
 
     `label` is one of `LABELS`; `kind` is finer, a refusal's strength (strong, terse, mild) or the name of a fault.
     """
@@ -74,12 +74,12 @@ class Planted:
         return {"prompt": self.prompt, "completion": self.completion}
 
     def worth_keeping(self, pool: str) -> bool:
-        """Whether it should rank before others: a good row or its repeat, in a clean pool a strong one."""
+        """Whether it should rank above other rows: a good row or its duplicate, in a clean pool a strong refusal."""
         return self.kind == "strong" if pool == "clean" else self.label in ("good", "duplicate")
 
 
 class Request(NamedTuple):
-    """A prompt of the grammar and the wish in it."""
+    """A prompt of the grammar and the request in it."""
 
     prompt: str
     domain: Domain

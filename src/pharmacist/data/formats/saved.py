@@ -31,9 +31,12 @@ class SavedDataset(Source):
         if columns is not None:
             data = data.select_columns([column for column in data.column_names if column in columns])
         names = data.column_names
+        if not names:  # a dataset without columns has no rows either
+            yield from (Row(number, None, {}) for number in range(len(self._data)))
+            return
         number = 0
         try:
-            for batch in data.iter(BATCH) if names else ():
+            for batch in data.iter(BATCH):
                 for values in zip(*(batch[name] for name in names), strict=True):
                     yield Row(number, None, dict(zip(names, values, strict=True)))
                     number += 1

@@ -193,12 +193,11 @@ def train(rows: tuple[Reference, ...], regularisation: float, model: ReadBy | No
         where = np.flatnonzero((kinds == yes) | (kinds == no))
         pair, is_yes = texts.take(where), (kinds[where] == yes).astype(np.int64)
         try:
-            held_out = question.held_out(pair, is_yes, folds[where])
+            held_out, _ = question.learn(pair, is_yes, folds[where])
         except DataError as error:
             raise DataError(f"probe judge: --{yes} and --{no}: {error}") from error
-        calibrated = question.calibrate(held_out, is_yes)
-        found = question.fit(pair, is_yes).log_odds(texts)
-        found[where] = calibrated  # by readers that did not see them; the others are not part of the question
+        found = question.log_odds(texts)
+        found[where] = held_out  # by readers that did not see them; the others are not part of the question
         questions.append(question)
         log_odds.append(found)
     trained = Trained(questions, {}, log_odds, folds, by_source)

@@ -46,14 +46,14 @@ class RayConfig(Checked):
     """Options of ray."""
 
     address: str | None = None
-    """Of a cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All its machines
-    must see the output folder under the same path."""
+    """Address of a Ray cluster, such as auto or ray://HOST:PORT; by default a local one is started for this run. All
+    machines must see the output folder under the same path."""
     cpus: NotNegative = 1.0
-    """Cores per stage."""
+    """CPU cores per stage."""
     gpus: NotNegative = 0.0
     """GPUs per stage that loads a model."""
     max_retries: AtLeast0 = 3
-    """How often a stage is started again whose worker was lost; it goes on from its last checkpoint."""
+    """Restarts of a stage whose worker was lost; it resumes from its last checkpoint."""
 
 
 class Ray(Executor):
@@ -84,7 +84,7 @@ class Ray(Executor):
                 try:
                     yield ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    # A stage whose worker was lost too often takes those with it that wait for its result.
+                    # Where the worker of a stage was lost too often, the stages that need its result are skipped.
                     after = not lost.isdisjoint(stages[name].parents)
                     lost.add(name)
                     yield Outcome(name, error=None if after else error, skipped=after)
@@ -94,7 +94,7 @@ class Ray(Executor):
     def _started(self) -> Any:
         if world_size() > 1:
             raise CompatibilityError("--executor ray: starts workers of its own; leave the launcher out")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             import ray
@@ -126,7 +126,7 @@ def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> 
     outcome = attempt(stage, stages, *parents)
     if outcome.error is None or isinstance(outcome.error, PharmacistError):
         return outcome
-    # Not every error travels between processes, and no traceback does.
+    # Not every exception can be pickled, and no traceback can.
     error = RemoteError(f"{type(outcome.error).__name__}: {outcome.error}")
     error.add_note("".join(traceback.format_exception(outcome.error)))
     return Outcome(stage.name, error=error)

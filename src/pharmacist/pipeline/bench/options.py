@@ -57,15 +57,15 @@ class PoolEntry(EntryWithReferences):
     pool: str
     """Rows to rank; world makes them up."""
     labels: str | None = None
-    """What people said of every row (labels.json), for selectors that ask for labels."""
+    """Labels of its rows by people (labels.json): for selectors that ask for labels, and to measure rankings."""
     rows: int = 600
-    """Rows of a made-up pool."""
+    """Number of rows of a made-up pool."""
     mislabel: float = 0.05
     """Share of its rows whose answers do what is forbidden."""
     kind: Literal["planted", "clean"] = "planted"
-    """planted: known faults. clean: none, but refusals that differ in force."""
+    """planted: a made-up pool with known faults. clean: without faults; its refusals differ in force."""
     seed: int | None = None
-    """One made-up world for all seeds; by default each has its own."""
+    """Seed of the made-up pool for all seeds of the grid; by default each makes another one."""
 
 
 @dataclass(kw_only=True)
@@ -75,19 +75,19 @@ class SelectorEntry(EntryWithOptions):
     selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
     """How rows are ranked."""
     fractions: list[float] = field(default_factory=list)
-    """Shares to keep."""
+    """Shares of the pool to keep."""
     seed: int | None = None
-    """One ranking for all seeds; by default each ranks with its own."""
+    """Seed of one ranking for all seeds of the grid; by default each makes another one."""
     fill: bool = True
-    """Fill the fraction with rows whose own reason speaks against them, where too few others are left: arms agree in
-    size."""
+    """Fill the fraction with rows whose reason speaks against them, where too few others are left, so that all arms
+    have the same size."""
     weighted: bool = False
     """Train with the selector's weights of the rows, where it has some, and not only on its selection."""
     labels: int | Literal["all"] = 0
     """Rank again with the pool's labels of so many rows, those that the selector asks for. all: of every row, so that
-    no row labelled bad is selected; with the selector random this is what a perfect cut would give."""
+    no row labelled bad is selected; with the selector random this is an oracle."""
     pools: list[str] = field(default_factory=list)
-    """Names of the pools that it is for; all by default."""
+    """Names of the pools that it is combined with; all by default."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +97,7 @@ class DefenseEntry(EntryWithOptions):
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """How the model is aligned."""
     selectors: list[str] = field(default_factory=list)
-    """Names of the selectors that it is for; all by default."""
+    """Names of the selectors that it is combined with; all by default."""
 
 
 @dataclass(kw_only=True)
@@ -148,12 +148,12 @@ AXES: dict[str, tuple[type[Any], str]] = {
     "tasks": (TaskEntry, "train"),
     "judges": (JudgeEntry, "judge"),
 }
-"""Axis -> class of its entries, and the key that an entry stands for which is only a text."""
+"""Axis -> class of its entries, and the key whose value a text in place of an entry is."""
 
 
 @dataclass(kw_only=True)
 class BenchOptions(RunOptions):
-    """Run a grid of selectors, defenses and attacks; what cells share runs once, and what is finished never again."""
+    """Run a grid of selectors, defenses and attacks; stages that cells share run once, finished ones never again."""
 
     models: list[Any] = field(default_factory=list)
     """Models: entries of name, model (folder, hub id or world), reader, template, max_length, trust_remote_code."""
@@ -163,7 +163,7 @@ class BenchOptions(RunOptions):
     """Selectors: names of methods, or entries of name, selector, fractions, seed, fill, weighted, labels, pools,
     options."""
     fractions: list[float] = field(default_factory=lambda: [0.3])
-    """Shares of the pool to keep, for selectors without fractions of their own; full always keeps all."""
+    """Shares of the pool to keep, for selectors whose entry has no fractions; full always keeps all."""
     defenses: list[Any] = field(default_factory=lambda: ["sft"])
     """Alignment-stage defenses: names of methods, or entries of name, defense, selectors, options."""
     attacks: list[Any] = field(default_factory=lambda: ["mix"])
@@ -175,7 +175,7 @@ class BenchOptions(RunOptions):
     judges: list[Any] = field(default_factory=lambda: ["keyword"])
     """Judges: names, or entries of name, judge, safe, harmful, utility, options."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds; of a made-up pool each draws another world."""
+    """Seeds; each makes another made-up pool."""
     curate: dict[str, Any] = field(default_factory=dict)
     """Options of curate for every cell."""
     align: dict[str, Any] = field(default_factory=dict)
@@ -189,11 +189,11 @@ class BenchOptions(RunOptions):
     only: str | None = None
     """Only the cells whose name and seed match, as '*pharmacist*seed 0'; a part of the name is enough."""
     dry_run: bool = False
-    """Print the graph of stages and what it will cost; nothing runs."""
+    """Print the graph of stages and its expected cost; nothing runs."""
     fail_fast: bool = False
-    """Stop at the first stage that fails, instead of going on with those that do not need it."""
+    """Stop at the first stage that fails, instead of running those that do not need it."""
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
-    """Where stages run."""
+    """Where stages run: in this process one after the other, or on Ray in parallel."""
 
     NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"only", *AXES} - {"models"}
 

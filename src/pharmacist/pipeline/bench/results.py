@@ -144,7 +144,7 @@ def _curve(measured: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, Any]:
-    """How well a ranking and a selection of it fit what is known of the pool's rows; empty where nothing is."""
+    """``ranking_auc`` and ``selected_good`` of a ranking and a selection, where labels of the pool are known."""
     known, scores = data.worth_keeping.get(ranking.options.pool), ranking.folder / "scores.parquet"
     if not known or not scores.is_file():
         return {}

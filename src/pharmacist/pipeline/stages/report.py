@@ -12,7 +12,7 @@ class ReportOptions:
     run: str = field(metadata={"first": True})
     """Folder of a finished curate, demo or sweep, or of a bench; as the first word it needs no --run."""
     baseline: str | None = None
-    """Of a bench: the selector that the others are compared with, as the grid names it; full by default."""
+    """For a bench: the selector that the others are compared with, by its name in the grid; full by default."""
     quiet: bool = False
     """No progress bars and no summary."""
 

@@ -14,12 +14,12 @@ from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES
 
 MEASURED_WITH = (*PROMPTS, *REFERENCES, "perplexity")
 """Options of evaluate that name files."""
-_EVALUATE_DECIDED = {own.name for own in fields(RunOptions)} | {"model", "compare"}
+_EVALUATE_DECIDED = {item.name for item in fields(RunOptions)} | {"model", "compare"}
 
 
 @dataclass
 class GridOptions:
-    """What an attacker would try; every combination is one attack."""
+    """Settings that an attacker would try; every combination is one attack."""
 
     learning_rate: list[float] = field(default_factory=list)
     """Values for train.learning_rate."""
@@ -28,7 +28,7 @@ class GridOptions:
     poison_ratio: list[float] = field(default_factory=list)
     """Values for --poison-ratio. The harmful rows of a smaller one are among those of a larger one."""
     rank: list[int] = field(default_factory=list)
-    """Values for lora.r; lora.alpha goes along, so that alpha / r stays."""
+    """Values for lora.r; lora.alpha changes in proportion, so that alpha / r stays."""
 
 
 @dataclass(kw_only=True)
@@ -36,18 +36,18 @@ class SweepOptions(AttackOptions):
     """Attack one model in many ways and report the worst case that keeps the fine-tuned task."""
 
     grid: GridOptions = field(default_factory=GridOptions)
-    """What is varied; the other options of the attack hold for every point."""
+    """Settings that vary; the other options of the attack hold for all attacks."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Options of evaluate, as --evaluate.prompts FILE. prompts and task are needed; no attack set may share a prompt
     with either."""
     margin: NotNegative = 2.0
     """An attack counts as the worst case only if its fine-tune accuracy is at most this many points below the best."""
     curves: Literal["worst", "all", "none"] = "worst"
-    """For which attacks the harmful score is also measured on the way, at --snapshots; by default after a sixteenth,
-    an eighth, a quarter and half of the steps."""
+    """Attacks along which the harmful score is measured too, at --snapshots; by default after a sixteenth, an eighth,
+    a quarter and half of the steps."""
 
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
-    """Where attacks and evaluations run; ray runs those at the same time that do not need each other."""
+    """Where attacks and evaluations run: in this process one after the other, or on Ray in parallel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

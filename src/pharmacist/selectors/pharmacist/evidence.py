@@ -128,15 +128,13 @@ class Evidence:
                 continue  # nothing that tells yes from no: the question stays open
             if question not in (RISKY, REFUSES) and not can_be_held_out(answers, folds):
                 continue  # what was made to answer it by no comes from one fold alone: likewise
-            held_out = asked.held_out(known_texts, answers, folds)
-            log_odds = asked.calibrate(held_out, answers)
+            log_odds, held_out = asked.learn(known_texts, answers, folds)
             self.report["questions"][question] = {
                 "yes": int(answers.sum()),
                 "no": int((1 - answers).sum()),
                 "combined": quality(log_odds, answers),
                 **{name: {"auc": quality(values, answers)["auc"]} for name, values in held_out.items()},
             }
-            asked.fit(known_texts, answers)
         if not self._questions[REFUSES].spread:
             raise DataError("nothing tells refusals from other answers; give --harmful or --utility references")
         return self

@@ -38,7 +38,7 @@ GIVEN = ("safe", "harmful", "utility")
 """Classes whose references a user gives."""
 
 _SHORT_WORD = 4
-_OF_ITS_OWN = 0.5
+_LEAST_ECHO = 0.5
 """A refusal that repeats at least that share of its prompt's rare words cannot serve another prompt."""
 
 
@@ -211,6 +211,6 @@ def _misplaced(safe: list[Folded], rng: np.random.Generator) -> Iterator[Folded]
     rare = rare_words([row["prompt"] for row, _ in safe])
     for row, fold in safe:
         partner = _partner(safe, fold, rng) or row
-        named = echoed(partner["prompt"], partner["completion"], rare) >= _OF_ITS_OWN
+        named = echoed(partner["prompt"], partner["completion"], rare) >= _LEAST_ECHO
         if named and not echoed(row["prompt"], partner["completion"], rare):
             yield {**row, "completion": partner["completion"]}, fold
