@@ -11,7 +11,8 @@ from pharmacist.nn.batching import make_batch
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import hypergradient
 from pharmacist.selectors.gradients import loss_and_gradient, mean_loss, moved, row_tape
-from pharmacist.selectors.hypergradient import LEARNER, Hypergradient, UnrolledConfig, one_step_weights
+from pharmacist.selectors.hypergradient import LEARNER, Hypergradient, one_step_weights
+from pharmacist.selectors.unrolled import UnrolledConfig
 from tests.support import peers, village
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 

@@ -20,8 +20,8 @@ SELECTORS: Registry[Selector] = _Selectors(
     {
         "pharmacist": "pharmacist.selectors.pharmacist.selector:PharmacistSelector",
         "seal": "pharmacist.selectors.seal:SealSelector",
-        "toxic-lora": "pharmacist.selectors.hypergradient:ToxicLoraSelector",
-        "unrolled": "pharmacist.selectors.hypergradient:UnrolledSelector",
+        "toxic-lora": "pharmacist.selectors.toxic_lora:ToxicLoraSelector",
+        "unrolled": "pharmacist.selectors.unrolled:UnrolledSelector",
         "less": "pharmacist.selectors.less:LessSelector",
         "random": "pharmacist.selectors.baselines:RandomSelector",
         "full": "pharmacist.selectors.baselines:FullSelector",

@@ -1,29 +1,19 @@
-"""One-step hypergradients: how much a little more weight on a row would lower the safety loss after a training step.
-
-`unrolled` takes the safety loss as it is, `toxic-lora` that of a model which carries an adapter trained to undo it.
-"""
+"""One-step hypergradient: how much a little more weight on a row would lower the safety loss after a training step."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from pharmacist.core.seeding import derive
-from pharmacist.core.typed import AtLeast0, AtLeast1, NotNegative, Share
-from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import gradients
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
-from pharmacist.selectors.reading import read
+from pharmacist.selectors.base import FloatArray, IntArray, scaled_to_mean_1
 
 
 LEARNER, FORTH, BACK = "learner", "forth", "back"
 """The adapter, and the two, moved from it along a direction and against it, between which losses are compared."""
-TOXIC = "toxic"
-"""The adapter trained on harmful references."""
 _LENGTHS = {torch.float64: 1e-4, torch.float32: 1e-2}
 """Length of the step between them, where truncation and rounding together cost least; 0.1 in coarser formats."""
 
@@ -87,93 +77,3 @@ def one_step_weights(score: FloatArray) -> FloatArray:
     derivative of the upper loss by each row's weight, but for a factor.
     """
     return scaled_to_mean_1(np.maximum(score, 0.0), np.ones(len(score), dtype=np.bool_))
-
-
-@dataclass
-class UnrolledConfig(AdapterOptions):
-    """Options of the selector."""
-
-    steps: AtLeast1 = 60
-    """Training steps on the pool, all rows alike, before the derivative is taken."""
-    share: Share = 0.25
-    """Share of the pool (at least 256 rows) that the model is trained on."""
-    lookahead: NotNegative = 0.1
-    """Learning rate of the step after which the safety loss is taken; 0 takes it where the model stands."""
-
-
-class UnrolledSelector(Selector):
-    """Prefers rows whose gradient points where the safety loss falls, one training step ahead.
-
-    The score is <grad l_i(theta), grad U(theta+)>, theta+ = theta - lookahead * grad mean l: minus the derivative of
-    U(theta+) by the row's weight, but for the factor lookahead and the mean over rows, which change no rank.
-    """
-
-    Config: ClassVar[type[Any]] = UnrolledConfig
-    name = "unrolled"
-    needs = frozenset({"safe", "model"})
-    weighs = True
-    paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
-
-    def rank(self, context: SelectionContext) -> Scores:
-        """Trains briefly on the pool, finds the safety gradient, then reads the pool under two adapters."""
-        # The same streams with a toxic LoRA and without: one that was not trained changes nothing.
-        config, seed = self.config, derive(context.seed, "unrolled")
-        pool, safe = context.encoded_pool, context.encoded_references("safe")
-        bank = AdapterBank(context.model.model, config, seed, context.checkpoint_seconds)
-        rows = gradients.cotraining_rows(pool.content_keys, config.share, seed)
-        folder, report = context.run.work(self.name), dict[str, Any]()
-        toxic = (TOXIC,) if "harmful" in self.needs else ()
-        harmful = context.encoded_references("harmful") if toxic else None
-        with gradients.bank_phase(context.run, "train", bank):
-            for name in (LEARNER, *toxic):
-                bank.add(name)
-            if config.steps:
-                job = gradients.pool_job(bank, LEARNER, pool, rows, config.steps, seed, folder)
-                gradients.run_jobs(bank, [job], self.name)
-            if harmful is not None and config.toxic_steps:  # on top of what was learned
-                every, steps, own = np.arange(len(harmful.lengths)), config.toxic_steps, derive(seed, TOXIC)
-                job = gradients.pool_job(bank, TOXIC, harmful, every, steps, own, folder, frozen=(LEARNER,))
-                gradients.run_jobs(bank, [job], self.name)
-            for_pool = toxic if toxic and config.attached == "both" else ()
-            problem = Hypergradient(bank, pool, rows, safe, config.lookahead, for_pool, toxic)
-            safety_loss, direction = problem.safety()
-            if toxic:  # what the attack does to the safety loss; nothing where it failed
-                report["safety_loss"] = gradients.mean_loss(bank, FORTH, safe)
-                report["safety_loss_under_attack"] = safety_loss
-            length = problem.move_apart(direction)
-        losses = read(context, pool, partial(problem.slopes, length), self.name, forwards=2)
-        report["safety_gradient"] = float(norm(direction))
-        score = losses["slope"] * report["safety_gradient"]
-        return Scores(score, signals={"loss": losses["loss"]}, report=report, weight=one_step_weights(score))
-
-
-@dataclass
-class ToxicLoraConfig(AdapterOptions):
-    """Options of the selector."""
-
-    toxic_steps: AtLeast0 = 60
-    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; 0 is `unrolled`."""
-    attached: Literal["upper", "both"] = "both"
-    """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
-    learned, so that rows count for what they teach a model that is attacked already."""
-    steps: AtLeast0 = 60
-    """Training steps on the pool, all rows alike, before the attack; with 0 the model is attacked as it is."""
-    share: Share = 0.25
-    """Share of the pool (at least 256 rows) that the model is trained on, and whose gradient is the step."""
-    lookahead: NotNegative = 0.0
-    """Learning rate of the step on the pool after which the safety loss is taken; 0 is the limit of small ones, which
-    needs no step. Where Delta fits the references well, a long step gets in its way."""
-
-
-class ToxicLoraSelector(UnrolledSelector):
-    """Prefers rows that keep a model safe which carries a frozen LoRA trained on harmful references.
-
-    The score is minus the derivative of F(s) = U(theta - lookahead * grad mean_i s_i l_i(theta) + Delta) by the row's
-    weight s_i, but for the factor lookahead / rows: <grad l_i(theta), grad U(theta+ + Delta)>. U is the loss on the
-    safe references, Delta the toxic LoRA.
-    """
-
-    Config = ToxicLoraConfig
-    name = "toxic-lora"
-    needs = frozenset({"safe", "harmful", "model"})
-    paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"

@@ -1,0 +1,66 @@
+"""Toxic LoRA: how much a little more weight on a row would lower the safety loss of a model that is under attack."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pharmacist.core.seeding import derive
+from pharmacist.core.typed import AtLeast0, NotNegative, Share
+from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.selectors.gradients import pool_job, run_jobs
+from pharmacist.selectors.hypergradient import LEARNER
+from pharmacist.selectors.unrolled import UnrolledSelector
+
+
+if TYPE_CHECKING:
+    from pharmacist.data.tokenize import Encoded
+
+TOXIC = "toxic"
+"""The adapter trained on harmful references."""
+
+
+@dataclass
+class ToxicLoraConfig(AdapterOptions):
+    """Options of the selector."""
+
+    toxic_steps: AtLeast0 = 60
+    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; 0 is `unrolled`."""
+    attached: Literal["upper", "both"] = "both"
+    """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
+    learned, so that rows count for what they teach a model that is attacked already."""
+    steps: AtLeast0 = 60
+    """Training steps on the pool, all rows alike, before the attack; with 0 the model is attacked as it is."""
+    share: Share = 0.25
+    """Share of the pool (at least 256 rows) that the model is trained on, and whose gradient is the step."""
+    lookahead: NotNegative = 0.0
+    """Learning rate of the step on the pool after which the safety loss is taken; 0 is the limit of small ones, which
+    needs no step. Where Delta fits the references well, a long step gets in its way."""
+
+
+class ToxicLoraSelector(UnrolledSelector):
+    """Prefers rows that keep a model safe which carries a frozen LoRA trained on harmful references.
+
+    The score is minus the derivative of F(s) = U(theta - lookahead * grad mean_i s_i l_i(theta) + Delta) by the row's
+    weight s_i, but for the factor lookahead / rows: <grad l_i(theta), grad U(theta+ + Delta)>. U is the loss on the
+    safe references, Delta the toxic LoRA.
+    """
+
+    Config = ToxicLoraConfig
+    name = "toxic-lora"
+    needs = frozenset({"safe", "harmful", "model"})
+    paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
+
+    def attack(
+        self, bank: AdapterBank, references: Mapping[str, "Encoded"], seed: int, folder: Path
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Trains the toxic LoRA."""
+        harmful, steps = references["harmful"], self.config.toxic_steps
+        bank.add(TOXIC)
+        if steps:
+            every = np.arange(len(harmful.lengths))
+            job = pool_job(bank, TOXIC, harmful, every, steps, derive(seed, TOXIC), folder, frozen=(LEARNER,))
+            run_jobs(bank, [job], self.name)
+        return (TOXIC,) if self.config.attached == "both" else (), (TOXIC,)
