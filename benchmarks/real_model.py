@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("results")
     results = pd.read_parquet(parser.parse_args().results)
     print(to_markdown(Benchmark(results, {axis: list(results[axis].unique()) for axis in AXES})))
-    means = results.groupby(["judge", "selector"], sort=False)[FURTHER].mean()
+    means = results.groupby(["defense", "judge", "selector"], sort=False)[FURTHER].mean()
     print(means.reset_index().to_markdown(index=False, floatfmt=".3f"))
 
 
