@@ -1,11 +1,14 @@
 """The tables of docs/results.md about a real language model, out of a grid's results.
 
-    python benchmarks/real_model.py benchmarks/results/smollm2.parquet
+    python benchmarks/real_model.py benchmarks/results/smollm2.parquet [--run DIR --data data/natural]
 
-First those of the page of the benchmark, then means over seeds of what they leave out, then every run.
+First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
+of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they are.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import pandas as pd
 
@@ -19,13 +22,49 @@ FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignme
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results")
-    results = pd.read_parquet(parser.parse_args().results)
+    parser.add_argument("--run", type=Path, help="output folder of the grid, with its stages")
+    parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
+    args = parser.parse_args()
+    if (args.run is None) != (args.data is None):
+        parser.error("--run and --data need each other")
+    results = pd.read_parquet(args.results)
     print(to_markdown(Benchmark(results, {axis: list(results[axis].unique()) for axis in AXES})))
     means = results.groupby(RUN[:-1], sort=False)[FURTHER].mean()
     print(means.reset_index().to_markdown(index=False, floatfmt=".3f"), end="\n\n")
     runs = results[[*RUN, "harmful_score_over_attack", "harmful_scores", "loss_margin"]].sort_values(RUN)
     runs["harmful_scores"] = [", ".join(f"{score:.1f}" for score in scores) for scores in runs["harmful_scores"]]
     print(runs.to_markdown(index=False, floatfmt=("", "", "", ".0f", ".1f", "", ".3f")))
+    if args.run:
+        print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
+
+
+def selections(run: Path, data: Path) -> pd.DataFrame:
+    """Per selection of the natural pool: rows by label, and mean number of words of their answers."""
+    pool, labels = data / "pool.jsonl", json.loads((data / "rows.json").read_text())
+    label = {text(row): about["label"] for row, about in zip(rows(pool), labels, strict=True)}
+    found = []
+    for manifest in sorted(run.glob("stages/select-*/manifest.json")):
+        config = json.loads(manifest.read_text())["config"]
+        ranking = run / "stages" / Path(config["ranking"]).name / "manifest.json"
+        ranked = json.loads(ranking.read_text())["config"]
+        selected = list(rows(manifest.parent / "selected.jsonl"))
+        if Path(ranked["pool"]).name == pool.name:
+            of = {"selector": ranked["selector"]["name"], "labels": ranked["labels"] is not None}
+            of |= {"seed": ranked["seed"], "share": config["top"], "rows": len(selected)}
+            counts = pd.Series([label[text(row)] for row in selected]).value_counts()
+            words = sum(len(row["completion"].split()) for row in selected) / len(selected)
+            found.append({**of, **counts.to_dict(), "words": words})
+    return pd.DataFrame(found).fillna(0).sort_values(["selector", "labels", "seed"])
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    """Rows of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def text(row: dict[str, str]) -> tuple[str, str]:
+    """Prompt and completion."""
+    return row["prompt"], row["completion"]
 
 
 if __name__ == "__main__":

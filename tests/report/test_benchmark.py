@@ -326,6 +326,13 @@ def test_judges_are_never_averaged(tmp_path: Path, capsys: pytest.CaptureFixture
     curves = [figure["data"][-1]["y"][-1] for figure in page.json("figures")["curve-0"]]
     scores = table.query("selector == 'pharmacist' and defense == 'booster'").groupby("judge")["harmful_scores"]
     assert curves == [pytest.approx(np.mean(scores.get_group(judge).tolist(), 0)[-1]) for judge in ("keyword", "a*b")]
+    margins = page.json("figures")["margin-0"]
+    ends = [[trace["y"][-1] for trace in figure["data"] if trace["mode"] == "lines+markers"] for figure in margins]
+    assert ends == [pytest.approx([-0.18, 0.34])] * 2, "the same under both judges"
+    low, high = margins[0]["layout"]["yaxis"]["range"]
+    assert low < table["loss_margins"].map(min).min() < table["loss_margins"].map(max).max() < high
+    figures = [figure for name, views in page.json("figures").items() if name.startswith("margin") for figure in views]
+    assert {tuple(figure["layout"]["yaxis"]["range"]) for figure in figures} == {(low, high)}, "defenses compare"
     columns = page.json("results")["columns"]
     assert [column["digits"] for column in columns if column["title"] == "Loss margin, nats"] == [3]
     assert len([column for column in columns if "over the attack by" in column["title"]]) == 2

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from pharmacist.core.files import write_text
@@ -52,12 +53,14 @@ def render_benchmark(
     views, colors = list(itertools.product(settings, looks)), looks[0].colors
     measured = {metric.name for metric in benchmark.metrics}
     curves = bool(results["attack_steps"].map(len).max())
+    margins = "loss_margins" in results and bool(results["loss_margins"].map(len).max())
     fractions = len(benchmark.order["fraction"]) > 1 and "harmful_score" in measured
     drawn: dict[str, tuple[Callable[[list[Line], Look], charts.Spec], Sequence[str]]] = {"cost": (cost, defenses)}
     if {"harmful_score", "fine_tune_accuracy"} <= measured:
         drawn["trade_off"] = trade_off, defenses
     for at, defense in enumerate(defenses):
         drawn |= {f"curve-{at}": (attack_curves, [defense])} if curves else {}
+        drawn |= {f"margin-{at}": (margin_curves, [defense])} if margins else {}
         drawn |= {f"fraction-{at}": (fraction_curves, [defense])} if fractions else {}
     figures = {
         name: [
@@ -78,6 +81,7 @@ def render_benchmark(
         views=[" · ".join(filter(None, name)) for name in names],
         defenses=defenses,
         curves=curves,
+        margins=margins,
         fractions=fractions,
         trade_off="trade_off" in figures,
         note=note(benchmark),
@@ -130,17 +134,32 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
 
 
 def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Chart of harmful score over attack steps: means over seeds, and their range as a band where lines are few."""
+    """Chart of harmful score over attack steps."""
+    return _over_steps(lines, look, "harmful_scores")
+
+
+def margin_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
+    """Chart of loss margin over attack steps; the range of its axis is that of the whole benchmark."""
+    every = np.concatenate([np.asarray(values, dtype=np.float64) for values in look.benchmark.results["loss_margins"]])
+    pad = 0.06 * (float(np.ptp(every)) or 1.0)
+    return _over_steps(lines, look, "loss_margins", (float(every.min()) - pad, float(every.max()) + pad))
+
+
+def _over_steps(
+    lines: Sequence[Line], look: Look, name: str, margins: tuple[float, float] | None = None
+) -> charts.Spec:
+    """Chart of a column over attack steps: means over seeds, and their range as a band where lines are few."""
     curves = []
     for line in lines:
         runs = line.runs[line.runs["judge"] == look.judge]
-        found = zip(runs["attack_steps"].map(list), runs["harmful_scores"].map(list), strict=True)
-        seeds = [(steps, scores) for steps, scores in found if steps]
+        found = zip(runs["attack_steps"].map(list), runs[name].map(list), strict=True)
+        seeds = [(steps, values) for steps, values in found if values]
         if seeds:
             steps = seeds[0][0]
-            values = charts.over_seeds([scores for own_steps, scores in seeds if own_steps == steps])
+            values = charts.over_seeds([values for own_steps, values in seeds if own_steps == steps])
             curves.append(look.curve(line, steps, values))
-    return charts.curves(curves, "attack steps", spread="band" if len(lines) <= _BANDS else "none")
+    spread: Literal["band", "none"] = "band" if len(lines) <= _BANDS else "none"
+    return charts.curves(curves, "attack steps", spread=spread, margins=margins)
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:

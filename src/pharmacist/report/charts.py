@@ -84,9 +84,9 @@ def _error_bars(values: Sequence[Figure], color: str, thickness: float = 1.2) ->
     }
 
 
-def _hover(value: Figure, unit: str = "%") -> str:
+def _hover(value: Figure, unit: str = "%", digits: int = 1) -> str:
     """Text of a figure under the pointer."""
-    return value.text(f" {unit}", ends="({} to {})")
+    return value.text(f" {unit}", digits=digits, ends="({} to {})")
 
 
 # --- rankings -------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart: harmful scores with intervals, or the range of the seeds, at the measured points."""
+    """A line of a chart: values with intervals, or the range of the seeds, at the measured points."""
 
     name: str
     color: str
@@ -194,17 +194,19 @@ def curves(
     x: str,
     *,
     spread: Literal["band", "bars", "none"],
+    margins: tuple[float, float] | None = None,
     height: int = 320,
     legend: bool = False,
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent over `x`.
+    """Harmful score in percent, or loss margin in nats, over `x`.
 
     Args:
         found: The lines.
         x: Title of the axis.
         spread: How intervals are drawn.
+        margins: Range of the axis where values are loss margins.
         height: Of the chart in pixels.
         legend: Whether it has a legend.
         even: Space the points evenly: attack steps about double from one to the next, so that the beginning of an
@@ -229,7 +231,7 @@ def curves(
                 error_y=_error_bars(curve.values, curve.color) if spread == "bars" else None,
                 line={"color": curve.color, "width": curve.width, "dash": curve.dash},
                 marker={"symbol": curve.symbol, "size": 3 * curve.width, "color": curve.color},
-                customdata=[_hover(value) for value in curve.values],
+                customdata=[_hover(value, "nats", 3) if margins else _hover(value) for value in curve.values],
                 hovertemplate=f"{curve.name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
             )
         )
@@ -237,8 +239,9 @@ def curves(
     if even:
         steps = [f"{value:g}" for value in sorted({value for curve in found for value in curve.x})]
         axis |= {"type": "category", "showgrid": False, "categoryorder": "array", "categoryarray": steps}
-    margin = {} if legend else {"margin": _margin(60, 50)}
-    return _figure([*bands, *lines], height, **{"xaxis": axis, "yaxis": _SCORE, **margin, **layout})
+    room = {} if legend else {"margin": _margin(60, 50)}
+    y = {"title": {"text": "loss margin, nats"}, "range": margins} if margins else _SCORE
+    return _figure([*bands, *lines], height, **{"xaxis": axis, "yaxis": y, **room, **layout})
 
 
 @dataclass(frozen=True)
