@@ -3,7 +3,8 @@
     python benchmarks/real_model.py benchmarks/results/smollm2.parquet [--run DIR --data data/natural]
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
-of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they are.
+of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
+are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under SFT.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pharmacist.report.benchmark import AXES, Benchmark, to_markdown
 
 
 RUN = ["defense", "judge", "selector", "seed"]
+LONGER = ("equal steps", "4 epochs")
 FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignment_tokens"]
 
 
@@ -27,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.run is None) != (args.data is None):
         parser.error("--run and --data need each other")
-    results = pd.read_parquet(args.results)
+    results = with_longer_arms(pd.read_parquet(args.results))
     print(to_markdown(Benchmark(results, {axis: list(results[axis].unique()) for axis in AXES})))
     means = results.groupby(RUN[:-1], sort=False)[FURTHER].mean()
     print(means.reset_index().to_markdown(index=False, floatfmt=".3f"), end="\n\n")
@@ -36,6 +38,15 @@ def main() -> None:
     print(runs.to_markdown(index=False, floatfmt=("", "", "", ".0f", ".1f", "", ".3f")))
     if args.run:
         print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
+
+
+def with_longer_arms(results: pd.DataFrame) -> pd.DataFrame:
+    """Results in which the arms that train for longer are selectors of their own, not defenses."""
+    for name in LONGER:
+        longer = results["defense"].str.endswith(f" {name}")
+        results.loc[longer, "selector"] += f", {name}"
+        results.loc[longer, "defense"] = results.loc[longer, "defense"].str.removesuffix(f" {name}")
+    return results
 
 
 def selections(run: Path, data: Path) -> pd.DataFrame:
