@@ -1,10 +1,11 @@
 """The tables of docs/results.md about a real language model, out of a grid's results.
 
-    python benchmarks/real_model.py benchmarks/results/smollm2.parquet [--run DIR --data data/natural]
+    python benchmarks/real_model.py benchmarks/results/smollm2.parquet [--run DIR --data data/natural --page FOLDER]
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
 of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
-are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under SFT.
+are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under SFT;
+--page writes the page with them.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from pharmacist.report.benchmark import AXES, Benchmark, to_markdown
+from pharmacist.report.benchmark_page import render_benchmark
 
 
 RUN = ["defense", "judge", "selector", "seed"]
@@ -26,17 +28,23 @@ def main() -> None:
     parser.add_argument("results")
     parser.add_argument("--run", type=Path, help="output folder of the grid, with its stages")
     parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
+    parser.add_argument("--page", type=Path, help="folder for the page")
     args = parser.parse_args()
-    if (args.run is None) != (args.data is None):
-        parser.error("--run and --data need each other")
+    if (args.data or args.page) and args.run is None:
+        parser.error("--data and --page need --run")
     results = with_longer_arms(pd.read_parquet(args.results))
-    print(to_markdown(Benchmark(results, {axis: list(results[axis].unique()) for axis in AXES})))
+    axes = {axis: list(results[axis].unique()) for axis in AXES}
+    print(to_markdown(Benchmark(results, axes)))
     means = results.groupby(RUN[:-1], sort=False)[FURTHER].mean()
     print(means.reset_index().to_markdown(index=False, floatfmt=".3f"), end="\n\n")
     runs = results[[*RUN, "harmful_score_over_attack", "harmful_scores", "loss_margin"]].sort_values(RUN)
     runs["harmful_scores"] = [", ".join(f"{score:.1f}" for score in scores) for scores in runs["harmful_scores"]]
     print(runs.to_markdown(index=False, floatfmt=("", "", "", ".0f", ".1f", "", ".3f")))
-    if args.run:
+    if args.page:
+        args.page.mkdir(parents=True, exist_ok=True)
+        manifest = json.loads((args.run / "manifest.json").read_text()) | {"counts": {}, "extra": {"axes": axes}}
+        render_benchmark(args.page, results, manifest=manifest)
+    if args.data:
         print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
 
 
