@@ -10,7 +10,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DataError, one_line
 
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
@@ -81,8 +81,9 @@ def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterato
             with pa.CompressedInputStream(plain, compression) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{where}: damaged {compression} data ({reason}); copy or compress it again") from error
+            raise DataError(
+                f"{where}: damaged {compression} data ({one_line(error)}); copy or compress it again"
+            ) from error
 
 
 @contextmanager

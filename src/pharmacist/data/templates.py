@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from pharmacist.core.console import by_reason
-from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
 from pharmacist.core.files import read_json, write_json
 
 
@@ -86,8 +86,7 @@ class Template:
                 try:
                     (texts[position],) = self._chat([turns], tokenizer)
                 except Exception as error:
-                    reason = " ".join(str(error).split())[:200]
-                    refused[position] = f"the chat template refuses its turns ({reason})"
+                    refused[position] = f"the chat template refuses its turns ({one_line(error)})"
         dropped = cache(partial(self._dropped_role, tokenizer))  # by roles, for templates treat turns by their roles
         for position, turns in enumerate(conversations):
             if position not in refused:
@@ -156,8 +155,8 @@ def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", nam
     except Exception as error:
         if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
             return
-        why = " ".join(str(error).split())[:200]
-        raise CompatibilityError(f"{name}: its chat template fails ({why}); mend it or choose alpaca") from error
+        reason = one_line(error)
+        raise CompatibilityError(f"{name}: its chat template fails ({reason}); mend it or choose alpaca") from error
 
 
 @contextmanager

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DataError, one_line
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.typed import Given
 from pharmacist.data.compression import compressed
-from pharmacist.data.formats.json_text import fits_json, json_line, short
+from pharmacist.data.formats.json_text import fits_json, json_line
 
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -173,7 +173,7 @@ class Source(Given, ABC):
                     remedy = "leave it away, or save the rows as .parquet, which curate's --format input keeps"
                 raise DataError(
                     f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
-                    f"({short(error)}); {remedy}"
+                    f"({one_line(error)}); {remedy}"
                 ) from error
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
@@ -188,5 +188,5 @@ class Source(Given, ABC):
             try:
                 yield json_line(row.value)
             except (TypeError, RecursionError) as error:
-                what = f"row {row.number} holds {short(error)}, which JSON cannot hold"
+                what = f"row {row.number} holds {one_line(error)}, which JSON cannot hold"
                 raise DataError(f"{self.where}: {what}; leave that column away") from error

@@ -42,11 +42,6 @@ def spelled(name: str, longest: int = 40) -> str:
     return ascii(name[:longest]) + ("..." if len(name) > longest else "")
 
 
-def short(error: Exception) -> str:
-    """The message of an error of a library, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def decode_json(text: str) -> Any:
     """Parses JSON strictly: a ValueError on NaN and on keys that are there twice, a RecursionError on deep nesting."""
     value = DECODER.decode(text)

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DataError, one_line
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
-from pharmacist.data.formats.json_text import short, spelled
+from pharmacist.data.formats.json_text import spelled
 
 
 BATCH = 1024
@@ -36,7 +36,7 @@ class Parquet(Source):
         try:
             return pq.ParquetFile(self.spec, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.where}: is no Parquet file ({short(error)}); write it again") from error
+            raise DataError(f"{self.where}: is no Parquet file ({one_line(error)}); write it again") from error
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         names = None if columns is None else [column for column in self.schema.names if column in columns]
@@ -44,7 +44,7 @@ class Parquet(Source):
             with self._open() as file:
                 yield from file.iter_batches(BATCH, columns=names)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.where}: damaged Parquet data ({short(error)}); write it again") from error
+            raise DataError(f"{self.where}: damaged Parquet data ({one_line(error)}); write it again") from error
 
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         values = (value for batch in self._batches(columns) for value in _rows(batch))

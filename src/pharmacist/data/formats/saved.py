@@ -8,11 +8,10 @@ import datasets
 import pyarrow as pa
 
 from pharmacist.core.env import offline
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import DataError, one_line
 from pharmacist.core.files import read_json
 from pharmacist.core.hashing import sha256_content
 from pharmacist.data.formats.base import Row, Source
-from pharmacist.data.formats.json_text import short
 from pharmacist.data.formats.parquet import BATCH, check_names
 
 
@@ -42,7 +41,7 @@ class SavedDataset(Source):
                     number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{self.where}: damaged Arrow data after row {number} ({short(error)}); save it again"
+                f"{self.where}: damaged Arrow data after row {number} ({one_line(error)}); save it again"
             ) from error
 
     def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -107,7 +106,7 @@ def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
         # Offsets that lead astray would end the process when they are followed.
         data.data.table.validate(full=True)
     except Exception as error:  # whatever is wrong with the folder, the caller has to replace it
-        raise DataError(f"{where}: the saved dataset cannot be opened ({short(error)}); save it again") from error
+        raise DataError(f"{where}: the saved dataset cannot be opened ({one_line(error)}); save it again") from error
     check_names(data.data.table.schema, where)
     return SavedDataset(path, label, name, "arrow", data)
 
@@ -125,7 +124,7 @@ def open_hub(text: str, name: str, formats: str) -> Source:
                 f"download it and give a file ({formats}) or a folder saved by datasets"
             ) from error
         raise DataError(
-            f"{where}: no such file or folder, and the hub cannot give it ({short(error)}); "
+            f"{where}: no such file or folder, and the hub cannot give it ({one_line(error)}); "
             "check the name, or give a local file"
         ) from error
     if isinstance(data, dict):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import CompatibilityError, PharmacistError
+from pharmacist.core.errors import CompatibilityError, PharmacistError, one_line
 from pharmacist.core.method import Method
 from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import Registry
@@ -104,8 +104,9 @@ class Ray(Executor):
         try:
             ray.init(address=self.config.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CompatibilityError(f"--executor.address {self.config.address}: no Ray there ({reason})") from error
+            raise CompatibilityError(
+                f"--executor.address {self.config.address}: no Ray there ({one_line(error)})"
+            ) from error
         there = ray.cluster_resources() if local else {}  # a cluster may still grow
         for name, needed in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):
             if local and needed > there.get(name, 0):
