@@ -316,7 +316,7 @@ def test_the_recipe_reads_what_is_made(
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
     # SFT and T-Vaccine: all; equal steps and four epochs, five entries, and the other three: some, pharmacist twice.
-    arms = 2 * (14 + 12) + 5 * 2 * 5 + 3 * 2 * 5
+    arms = 2 * (14 + 12) + 5 * 2 * 6 + 3 * 2 * 5
     assert f"{arms * 2 * 2 * 3} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
