@@ -315,8 +315,8 @@ def test_the_recipe_reads_what_is_made(
     save_tiny_model(tmp_path / "data/smollm2")
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
-    # SFT and T-Vaccine: all; equal steps and four epochs, five entries, and the other three: some, pharmacist twice.
-    arms = 2 * (14 + 12) + 5 * 2 * 6 + 3 * 2 * 5
+    # SFT and T-Vaccine: all; two entries of equal steps, three of four epochs, the other defenses: some.
+    arms = 2 * (14 + 12) + 2 * 2 * 5 + 3 * 2 * 6 + 3 * 2 * 5
     assert f"{arms * 2 * 2 * 3} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
