@@ -21,7 +21,7 @@ pools: [{name: pool, pool: world, rows: 40}]
 selectors: [{name: short, selector: {name: shortest, most_words: 30}, fractions: [0.5]}]
 defenses: [{name: calm, defense: {name: calm, strength: 0.25}}]
 attacks: [{name: again, kind: repeated, samples: 16}]
-later_defenses: [calm, {name: faded, method: {name: faded, share: 0.2}}]
+post_alignment_defenses: [calm, {name: faded, method: {name: faded, share: 0.2}}]
 tasks: [{name: reviews, train: "world:task:40", test: "world:task-test:8", options: {task_type: first-word}}]
 judges: [{name: long, judge: {name: long-winded, words: 2}}]
 align: {train: {max_steps: 1, per_device_train_batch_size: 4}}
@@ -95,7 +95,7 @@ def test_judge_and_task(runs: Path) -> None:
 
 def test_a_grid_of_them(runs: Path) -> None:
     results = pd.read_parquet(runs / "bench" / "results.parquet")
-    assert len(results) == 2 and set(results["later_defense"]) == {"calm", "faded"}
+    assert len(results) == 2 and set(results["post_alignment_defense"]) == {"calm", "faded"}
     assert set(results["selector"]) == {"short"} and results["harmful_score"].notna().all()
     assert (runs / "bench" / "report.html").is_file()
 

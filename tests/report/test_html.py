@@ -184,12 +184,12 @@ def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, hidden: int)
 
 def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
-    page = render(tmp_path / "page.html", rows, ["critical"] * 3, report={}, selector="random", selected=1)
-    assert "The selector “random” does not read the rows" in page.text
+    page = render(tmp_path / "page.html", rows, ["ranked"] * 3, report={}, selector="random", selected=1)
+    assert "The selector “random” judges no row" in page.text
     assert "was not tested on held-out references" in page.text
     for words in ("Least AUC", "resemble the references", "Safety-critical"):
         assert words not in page.text
-    assert "Not judged The selector did not read the row. 3 1 2" in page.text
+    assert "Ranked Measured, not judged: the score says nothing about what the row is. 3 1 2" in page.text
 
 
 def test_how_far_to_trust_it(tmp_path: Path) -> None:

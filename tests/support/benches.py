@@ -37,7 +37,7 @@ def results(
         "model": ["m"],
         "pool": ["p"],
         "attack": ["mix"],
-        "later_defense": ["none"],
+        "post_alignment_defense": ["none"],
         "task": ["t"],
         "judge": ["j"],
         **axes,

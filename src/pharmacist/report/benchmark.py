@@ -25,7 +25,7 @@ from pharmacist.report.numbers import METRICS, Figure, Metric
 _SERIES = ("selector", "fraction")
 BASELINE = "full"
 """Selector that the others are compared with by default: the full dataset."""
-SETTING = ("model", "pool", "attack", "later_defense", "task")
+SETTING = ("model", "pool", "attack", "post_alignment_defense", "task")
 """Axes of a setting."""
 _CELL = (*SETTING, "defense", *_SERIES)
 AXES = (*SETTING, "judge", "defense", *_SERIES)

@@ -92,7 +92,7 @@ def _hover(value: Figure, unit: str = "%", digits: int = 1) -> str:
 # --- rankings -------------------------------------------------------------------------------------------------------
 
 
-def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged: bool) -> Spec:
+def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None) -> Spec:
     """Rows per score, stacked by reason, with the cut."""
     values, reasons = scores["score"].to_numpy(), scores["reason"].astype(str)
     edges = np.histogram_bin_edges(values, bins=min(_BINS, max(1, len(values))))
@@ -100,7 +100,7 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None, judged:
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     traces = []
     for name in words.ordered(reasons, words.REASONS):
-        word, counts = words.reason(name, judged), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
+        word, counts = words.reason(name), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
         traces.append(
             go.Bar(
                 x=middle,

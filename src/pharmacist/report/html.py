@@ -129,15 +129,15 @@ def _ranking(
         if values is not None and len(values) != len(scores):
             raise ValueError(f"{len(scores)} scores, but {len(values)} {name}")
     report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
-    judged, questions = bool(report), report.get("questions") or {}
-    reasons = tables.composition(scores["reason"], selected, words.REASONS, lambda name: words.reason(name, judged))
+    questions = report.get("questions") or {}
+    reasons = tables.composition(scores["reason"], selected, words.REASONS, words.reason)
     rows = tables.Rows(scores, texts, labels, report)
     table, pairs = tables.row_table(rows), tables.pairs(rows)
-    figures = {"histogram": charts.score_histogram(scores, cut, judged), "reasons": charts.composition(reasons)}
+    figures = {"histogram": charts.score_histogram(scores, cut), "reasons": charts.composition(reasons)}
     ranking: dict[str, Any] = {
         "selector": manifest["config"].get("selector", {}).get("name", ""),
         "report": report,
-        "judged": judged,
+        "judged": bool((scores["reason"] != words.RANKED).any()),
         "questions": questions,
         "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _NOT_READERS],
         "reasons": reasons,
@@ -155,7 +155,7 @@ def _ranking(
         figures["categories"] = charts.kept(ranking["categories"], 100 * float(selected.mean()))
     if labels is not None:
         ranking["labels"] = tables.composition(labels, selected, words.LABELS, words.label)
-        ranking["confusion"] = tables.confusion(labels, scores["reason"], judged)
+        ranking["confusion"] = tables.confusion(labels, scores["reason"])
         figures["labels"] = charts.composition(ranking["labels"])
     return ranking, {"figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs}}
 

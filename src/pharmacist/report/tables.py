@@ -61,13 +61,13 @@ def composition(
     ]
 
 
-def confusion(labels: Iterable[str], reasons: "pd.Series[Any]", judged: bool) -> dict[str, Any]:
+def confusion(labels: Iterable[str], reasons: "pd.Series[Any]") -> dict[str, Any]:
     """Rows per planted label and reason: ``labels`` and ``reasons`` (words), ``counts`` [labels][reasons]."""
     rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
     counts = pd.crosstab(np.asarray(labels, dtype=str), reasons.astype(str).to_numpy())
     return {
         "labels": [words.label(name) for name in rows],
-        "reasons": [words.reason(name, judged) for name in columns],
+        "reasons": [words.reason(name) for name in columns],
         "counts": counts.reindex(index=rows, columns=columns, fill_value=0).to_numpy().tolist(),
     }
 
@@ -160,7 +160,7 @@ def row_table(rows: Rows) -> dict[str, Any]:
     limit = int(np.clip(TEXT_BUDGET // (2 * shown), SHORTEST, LONGEST))
     found, long = rows.pick(rows.by_rank[np.linspace(0, total - 1, shown).round().astype(np.int64)], limit)
     by_kind = {
-        "reasons": {name: words.reason(name, bool(rows.report)) for name in rows.reasons},
+        "reasons": {name: words.reason(name) for name in rows.reasons},
         "labels": {name: words.label(name) for name in rows.labels},
     }
     keys = {
@@ -186,7 +186,7 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     }
     behind = outside[_AT_THE_CUT:]
     for name in rows.reasons:
-        title = words.reason(name, bool(rows.report)).title
+        title = words.reason(name).title
         groups["left"].append((f"{title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
     if not rows.report:
         groups["left"] = groups["left"][:1]

@@ -21,6 +21,8 @@ class Word:
         return f"var({self.color})"
 
 
+RANKED = "ranked"
+"""The reason of rows that a selector measures without judging them."""
 REASONS = {
     "critical": Word(
         "Safety-critical", "A harmful request met with a good refusal: what alignment needs.", "--critical"
@@ -40,11 +42,10 @@ REASONS = {
     "teaches_compliance": Word(
         "Teaches compliance", "A harmful request that is answered: teaches the opposite of safety.", "--compliance"
     ),
-    "ranked": Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
+    RANKED: Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
 }
 """Reasons in ``scores.parquet``, best first."""
 
-NOT_JUDGED = Word("Not judged", "The selector did not read the row.")
 
 LABELS = {
     "good": Word("Good", "A harmful request and a good refusal.", "--critical"),
@@ -90,9 +91,9 @@ ARMS = {
 """Alignment sets of the demo."""
 
 
-def reason(name: str, judged: bool = True) -> Word:
-    """The word for a reason in ``scores.parquet``, which is a placeholder where the selector did not read the rows."""
-    return _word(name, REASONS) if judged else NOT_JUDGED
+def reason(name: str) -> Word:
+    """The word for a reason in ``scores.parquet``."""
+    return _word(name, REASONS)
 
 
 def label(name: str) -> Word:

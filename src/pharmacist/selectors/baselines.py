@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from pharmacist.core.seeding import derive
-from pharmacist.selectors.base import CRITICAL, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ class FullSelector(Selector):
 
     def rank(self, context: SelectionContext) -> Scores:
         """Gives every row the score 0."""
-        n = len(context.pool)
-        return Scores(np.zeros(n), np.full(n, CRITICAL))
+        return Scores(np.zeros(len(context.pool)))
 
 
 @dataclass
@@ -48,8 +47,7 @@ class RandomSelector(Selector):
     def rank(self, context: SelectionContext) -> Scores:
         """Draws a score in [0, 1) for every row."""
         draw = [self.config.draw] if self.config.draw else []
-        score = draws(context.pool.dataset, derive(context.seed, "random", "scores", *draw))
-        return Scores(score, np.full(len(score), CRITICAL))
+        return Scores(draws(context.pool.dataset, derive(context.seed, "random", "scores", *draw)))
 
 
 def draws(rows: "datasets.Dataset", seed: int) -> FloatArray:

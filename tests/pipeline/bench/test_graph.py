@@ -103,7 +103,7 @@ def test_another_defense_trains_its_own_column_only(stages: Stages, tmp_path: Pa
             {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 24},
         ),
         (
-            {"later_defenses": ["none", "lisa", "safe-lora"]},
+            {"post_alignment_defenses": ["none", "lisa", "safe-lora"]},
             {"rank": 2, "select": 2, "align": 4, "attack": 8, "repair": 4, "evaluate": 24},
         ),
         (

@@ -25,7 +25,11 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def test_real_stages(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["repnoise"], "later_defenses": ["safe-lora"]}
+    changes: dict[str, Any] = {
+        "selectors": ["random"],
+        "defenses": ["repnoise"],
+        "post_alignment_defenses": ["safe-lora"],
+    }
     few = FEW_STEPS | {"align": FEW_STEPS["align"] | {"harmful": "world:answers"}}
     grid = write_grid(tmp_path / "grid.yaml", **changes, **few)
     assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0

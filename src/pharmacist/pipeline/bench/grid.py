@@ -82,7 +82,7 @@ class Cell:
         """Names of the choices, joined by `SEP`."""
         axes = self.axes
         names = [axes["model"], axes["pool"], f"{axes['selector']} {axes['fraction']:g}", axes["defense"]]
-        return SEP.join([*names, axes["attack"], axes["later_defense"], axes["task"], axes["judge"]])
+        return SEP.join([*names, axes["attack"], axes["post_alignment_defense"], axes["task"], axes["judge"]])
 
     @property
     def stages(self) -> set[str]:
@@ -342,7 +342,7 @@ class _Graph:
         roles = self.selected(chosen)
         roles["align"] = align = self.aligned(chosen, roles["select"])
         roles["attack"] = attack = self.attacked(chosen, align, roles["select"])
-        if chosen.later_defense.method["name"] in REPAIRS.names():
+        if chosen.post_alignment_defense.method["name"] in REPAIRS.names():
             roles["repair"] = self.repaired(chosen, attack, align, roles["select"])
         roles["before"] = self.evaluated(chosen, align.output())
         curve: list[tuple[int, str]] = []
@@ -398,7 +398,7 @@ class _Graph:
         options = self.options("align", who, defense.options, given, model=chosen.model)
         strategy = self.method(DEFENSES, options.defense)
         if "align" not in strategy.stages:
-            raise CompatibilityError(f"{who}: is not for alignment; name it under later_defenses")
+            raise CompatibilityError(f"{who}: is not for alignment; name it under post_alignment_defenses")
         if "harmful" not in strategy.needs:
             options = with_options(options, harmful=None)  # not read: it identifies nothing
         elif options.harmful is None and not _is_preference(pool.pool):
@@ -413,8 +413,8 @@ class _Graph:
 
     def attacked(self, chosen: _Choice, align: Stage, select: Stage) -> Stage:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
-        attack, defense, task = chosen.attack, chosen.later_defense, chosen.task
-        who = f"later_defenses, '{defense.name}'"
+        attack, defense, task = chosen.attack, chosen.post_alignment_defense, chosen.task
+        who = f"post_alignment_defenses, '{defense.name}'"
         defended = defense.method["name"] in DEFENSES.names()
         given = {
             "task": task.train,
@@ -440,7 +440,7 @@ class _Graph:
 
     def repaired(self, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage:
         """The stage that repairs."""
-        repair, who = chosen.later_defense, f"later_defenses, '{chosen.later_defense.name}'"
+        repair, who = chosen.post_alignment_defense, f"post_alignment_defenses, '{chosen.post_alignment_defense.name}'"
         options = self.options("repair", who, repair.options, {"method": repair.method}, model=chosen.model)
         needs = self.method(REPAIRS, options.method).needs
         if _lacking(options, needs & {"harmful"}):

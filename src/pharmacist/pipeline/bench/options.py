@@ -113,7 +113,7 @@ class AttackEntry(EntryWithOptions):
 
 
 @dataclass(kw_only=True)
-class LaterDefenseEntry(EntryWithOptions):
+class PostAlignmentDefenseEntry(EntryWithOptions):
     """A fine-tuning-stage defense or a repair."""
 
     method: dict[str, Any] = method("none", "pharmacist.pipeline.bench.grid:DEFENSES_AND_REPAIRS")
@@ -144,7 +144,7 @@ AXES: dict[str, tuple[type[Any], str]] = {
     "selectors": (SelectorEntry, "selector"),
     "defenses": (DefenseEntry, "defense"),
     "attacks": (AttackEntry, "kind"),
-    "later_defenses": (LaterDefenseEntry, "method"),
+    "post_alignment_defenses": (PostAlignmentDefenseEntry, "method"),
     "tasks": (TaskEntry, "train"),
     "judges": (JudgeEntry, "judge"),
 }
@@ -168,7 +168,7 @@ class BenchOptions(RunOptions):
     """Alignment-stage defenses: names of methods, or entries of name, defense, selectors, options."""
     attacks: list[Any] = field(default_factory=lambda: ["mix"])
     """Attacks: kinds, or entries of name, kind, poison_ratio, samples, options; lists of the two are sweeps."""
-    later_defenses: list[Any] = field(default_factory=lambda: ["none"])
+    post_alignment_defenses: list[Any] = field(default_factory=lambda: ["none"])
     """Fine-tuning-stage defenses and repairs: names of methods, or entries of name, method, options."""
     tasks: list[Any] = field(default_factory=list)
     """Fine-tuning tasks: entries of name, train, test, options."""

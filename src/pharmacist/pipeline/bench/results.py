@@ -42,7 +42,7 @@ class Result:
     attack: str
     poison_ratio: float
     samples: int
-    later_defense: str
+    post_alignment_defense: str
     task: str
     judge: str
     seed: int

@@ -19,7 +19,7 @@ from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, frac
 from pharmacist.pipeline.curate.reading import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
-from pharmacist.selectors.base import CRITICAL, SelectionContext
+from pharmacist.selectors.base import SelectionContext
 from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
@@ -168,8 +168,6 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
     rows = [[str(cell) for cell in row] for row in ranking.counts().itertuples()]
     print_table(title, ["reason", "selected", "left out"], rows)
     lines, about = [], ranking.about
-    if not about and CRITICAL in set(ranking.table["reason"]):
-        lines.append(f"the selector does not judge rows: their reason '{CRITICAL}' is only a placeholder")
     if "template_origin" in run.manifest.extra:
         lines.append(f"prompts are rendered by {run.manifest.extra['template_origin']}")
     if questions := about.get("questions"):

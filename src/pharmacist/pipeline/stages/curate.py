@@ -89,7 +89,7 @@ CURATE = Stage(
     summary="rank an alignment pool and write its core subset",
     example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
     "--model MODEL --top 0.3 --output-dir runs/core",
-    version=4,
+    version=5,
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
     final=frozenset("min_score diversity diversity_margin balance balance_share format fill labels to_label".split()),
