@@ -316,7 +316,7 @@ def test_the_recipe_reads_what_is_made(
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
     # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, the other defenses: some.
-    arms = 2 * (14 + 12) + 2 * 2 * 5 + 3 * 2 * 6 + 2 * 2 * 5 + 3 * 2 * 5
+    arms = 2 * (15 + 13) + 2 * 2 * 5 + (8 + 7) + 2 * 2 * 6 + 2 * 2 * 5 + 3 * 2 * 5
     assert f"{arms * 2 * 2 * 5} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
