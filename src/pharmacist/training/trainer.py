@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
@@ -156,7 +156,13 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     @_refusing_options()
     def get_train_dataloader(self) -> Any:
         """The stock data loader, likewise."""
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ConfigError(
+                "train.dataloader_drop_last: there are fewer rows than a batch has, so all would be dropped; leave it "
+                "out, or lower train.per_device_train_batch_size"
+            )
+        return loader
 
     @_refusing_options()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
