@@ -188,6 +188,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
         self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
         inputs = self._prepare_inputs(inputs)
+        if self._micro == 0:
+            self.strategy.begin_update(update)
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
@@ -206,8 +208,6 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             weights=None if weights is None else weights.to(inputs["labels"].device),
             autocast=self.accelerator.autocast,
         )
-        if self._micro == 0:
-            self.strategy.begin_update(update)
         with quick_attention(self.model, inputs["input_ids"].shape[1]):
             extra = self.strategy.auxiliary(step)
             if extra is not None:

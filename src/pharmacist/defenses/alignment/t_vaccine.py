@@ -109,9 +109,10 @@ class TVaccine(Perturbing):
         """Measures the layers' probabilities and samples layers, in the steps that are due."""
         if step.micro:
             return
-        if step.update % self.config.score_every == 0:
+        first = not self.active  # not always in update 0, which is left out where it has no target
+        if first or step.update % self.config.score_every == 0:
             self.p = probabilities(self.scores(step)).cpu()
-        if step.update % self.config.sample_every == 0:
+        if first or step.update % self.config.sample_every == 0:
             drawn = sample_layers(self.p, self.count, derive(self.seed, "layers", step.update))
             self.active = from_main(drawn)
 
