@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, DataError
+from tests.support.pairs import Pairs
 from tests.support.training_toy import Stop, rows, same
 
 
@@ -100,6 +101,12 @@ def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) ->
         make("transformers", model, tmp_path, ph.Booster())
     with pytest.raises(DataError, match="'harmful' holds no tokenised rows; pharmacist.tokenize makes them"):
         make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": rows()})
+
+
+def test_pairs_of_rows_without_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    trainer = make("transformers", model, tmp_path, ph.RepNoise(), streams={"paired": Pairs()})
+    with pytest.raises(CompatibilityError, match="batches have no column 'row'; .* remove_unused_columns=False"):
+        trainer.train()
 
 
 def test_what_a_strategy_found_is_kept(model: Path, tmp_path: Path) -> None:
