@@ -41,7 +41,7 @@ class TrainResult:
     Attributes:
         log: One dict per log line: step, loss, learning rate, gradient norm and the strategy's own metrics.
         steps: Optimizer steps in all.
-        tokens: Tokens that the main pass read, padding not counted.
+        tokens: Tokens of all rows times epochs, padding not counted; within an epoch by the mean length of a row.
         found: Modules or tensors on which the strategy acts.
     """
 
