@@ -94,6 +94,9 @@ def test_a_strategy_acts_in_a_users_own_trainer_and_is_resumed(model: Path, tmp_
     resumed = make(kind, model, tmp_path / "cut", **booster)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed), weights(straight))
+    (tmp_path / "cut/checkpoint-4/strategy.json").unlink()  # as after a kill before it was written
+    with pytest.raises(DataError, match="checkpoint-4: has no strategy.json, .*; delete it to go on"):
+        make(kind, model, tmp_path / "cut", **booster).train(resume_from_checkpoint=True)
 
 
 def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) -> None:
