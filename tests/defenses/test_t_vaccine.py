@@ -67,6 +67,16 @@ def test_probabilities_are_the_mean_row_norms_of_the_harmful_gradients():
     assert step.metrics["lowest_sampled_layer"] == min(strategy.active)
 
 
+def test_layers_are_drawn_in_the_first_step_that_has_a_target():
+    net, strategies = toy.model(LAYERS), []
+    for update in (0, 1):  # the Trainer leaves an update without a target out
+        strategies.append(t_vaccine(net))
+        gradient(strategies[-1], net, update=update)
+        gradient(strategies[-1], net, update=update + 1)
+    assert torch.equal(strategies[0].p, strategies[1].p)
+    assert all(len(strategy.active) == 2 for strategy in strategies)
+
+
 def test_only_sampled_layers_are_perturbed_with_the_joint_norm_over_them(monkeypatch):
     net, added = toy.model(LAYERS), []
 

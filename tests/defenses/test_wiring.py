@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.errors import CompatibilityError, NoMatchError
+from pharmacist.defenses import DEFENSES
 from pharmacist.nn.grads import add_to_grad, trainable
 from pharmacist.nn.hooks import activation_gradients, add_offsets, capture, head_at
 from pharmacist.nn.locate import attention_modules, decoder_layers, final_norm, mlp_modules, output_head
@@ -47,16 +48,16 @@ def side():
     return streams | {"paired": Pairs()}
 
 
-def step_gradient(strategy, model, streams=None):
+def step_gradient(strategy, model, streams=None, data=DATA):
     """A step of the Trainer without one."""
     model.zero_grad()
-    step = StepContext(model=model, batch=DATA, streams=streams or side(), rows=[1, 2, 3])
+    step = StepContext(model=model, batch=data, streams=streams or side(), rows=[1, 2, 3])
     extra = strategy.auxiliary(step)
     if extra is not None:
         add_to_grad(step.parameters, extra, 1.0)
     with strategy.around(step):
-        out = step.output(DATA)
-        strategy.objective(step, batch_loss(out.logits, DATA["labels"]), out).backward()
+        out = step.output(data)
+        strategy.objective(step, batch_loss(out.logits, data["labels"]), out).backward()
     strategy.after_backward(step)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(model).items()}
 
@@ -118,6 +119,21 @@ def test_every_defense_acts(name, method):
     assert all(value.isfinite().all() for value in found["on"].values())
     assert toy.difference(found["on"], plain) > 1e-4
     assert toy.hooks(model) == 0
+
+
+@EVERY
+def test_features_of_every_architecture_leave_padding_out(name):
+    """OPT's feed-forward layers see the tokens of all rows in one."""
+    found = []
+    for pad, options in ((0, {}), (3, {}), (0, {"lam": 0.0})):
+        model, strategy = tiny_lora(name).eval(), DEFENSES.build("ldifs", options)
+        strategy.setup(model, 0)
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter *= 1.5
+        found.append(step_gradient(strategy, model, data=toy.batch(SAFE, pad=pad)))
+    assert toy.difference(found[0], found[1]) < 1e-4
+    assert toy.difference(found[0], found[2]) > 1e-2
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -33,3 +33,13 @@ def test_the_peak_is_of_the_work_alone():
     block = bytearray(100_000_000)
     block[::4096] = b"x" * len(block[::4096])
     assert 90 < peak.megabytes() - before < 150
+
+
+def test_the_peak_is_in_bytes_on_macos_and_in_kilobytes_elsewhere(monkeypatch):
+    peak = PeakMemory(torch.device("cpu"))
+    from_proc = peak.megabytes()
+    monkeypatch.setattr(memory, "_read", lambda path: "")
+    assert 0.9 * from_proc < peak.megabytes()
+    elsewhere = peak.megabytes()
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert elsewhere / 1100 < peak.megabytes() < elsewhere / 900

@@ -180,6 +180,39 @@ def test_two_adapters_become_one_on_every_architecture(name: str, head: bool, tm
     torch.testing.assert_close(logits(whole), logits(attacked), rtol=1e-4, atol=1e-4)
 
 
+SELECTIVE = {
+    "rank-stabilised": {"use_rslora": True},
+    "ranks by module": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
+    "scales by module": {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"q_proj": 2}},
+    "some layers": {"layers_to_transform": [0]},
+    "some modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", SELECTIVE)
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_adapter_selects_survives_in_a_stack(kind: str, both: bool, base: Path, tmp_path: Path) -> None:
+    """Merged and continued, the stack gives what the two adapters give, whatever is special about the last."""
+    options = SELECTIVE[kind]
+    aligned = save_adapter(base, tmp_path / "aligned", lora(**options if both else {"target_modules": "all-linear"}))
+    loaded = load_model(str(aligned), device="cpu")
+    attacked = get_peft_model(loaded.model, lora(**options)).eval()
+    with torch.no_grad():
+        for own in adapter_factors(attacked).values():
+            own.B.normal_(std=0.2)
+    expected, modules = logits(attacked), adapter_factors(attacked).keys()
+    (tmp_path / "stacked").mkdir()
+    save_stacked(attacked, loaded.base, tmp_path / "stacked", "content")
+    stock = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "stacked")
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=1e-4)
+    merged = load_model(str(tmp_path / "stacked"), device="cpu")
+    torch.testing.assert_close(logits(merged.model), expected, rtol=1e-4, atol=1e-4)
+    continued = load_model(str(tmp_path / "stacked"), device="cpu", merge=False)
+    torch.testing.assert_close(logits(continued.model), expected, rtol=1e-4, atol=1e-4)
+    assert adapter_factors(continued.model).keys() == modules
+
+
 def tiny_tokenizer_of(size: int) -> Any:
     """A tokenizer of so many words."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w3"))

@@ -120,6 +120,18 @@ def test_the_adapter_is_pefts(aligned: Path) -> None:
     assert config["target_modules"] == sorted(config["target_modules"])  # PEFT's own order is another in each process
 
 
+def test_the_model_of_a_result_is_whole_where_the_adapter_was_merged(data: str, tmp_path: Path) -> None:
+    train = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    output = tmp_path / "out"
+    given = AlignOptions(
+        model=str(BASE_MODEL), data=data, output_dir=str(output), device="cpu", merge=True, train=train
+    )
+    found = align(given).model
+    found.save_pretrained(tmp_path / "again")
+    again, written = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", output / "model"))
+    assert again.keys() == written.keys() and all(torch.equal(again[name], written[name]) for name in written)
+
+
 @pytest.mark.parametrize(("more", "folders"), [(["--merge"], ["adapter", "model"]), (["--tuning", "full"], ["model"])])
 def test_a_whole_model_is_one_of_transformers(
     more: list[str], folders: list[str], aligned: Path, data: str, tmp_path: Path

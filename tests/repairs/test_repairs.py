@@ -16,6 +16,7 @@ from pharmacist.repairs.base import Change, ModelWeights, Plan, References, sum_
 from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
 from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
 from tests.support import toy
+from tests.support.architectures import ARCHITECTURES, tiny
 from tests.support.tiny import TinyDecoder, random_token_rows
 
 
@@ -156,6 +157,18 @@ def test_inputs_are_seen_without_padding(completion_only):
     assert len(sums[0]) == 12
     assert all(torch.allclose(sums[0][name], sums[1][name], rtol=1e-10) for name in sums[0])
     assert toy.hooks(weights.model) == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_inputs_of_every_architecture_are_seen_without_padding(name):
+    """OPT's feed-forward layers see the tokens of all rows in one."""
+    weights = ModelWeights(tiny(name), "weights")
+    alone, together = (
+        sum_over_inputs(weights, ROWS, lambda _, inputs: inputs.square().sum(0), rows_per_batch=size)
+        for size in (1, 6)
+    )
+    assert alone.keys() == together.keys() == weights.tensors().keys()
+    assert all(torch.allclose(alone[module], together[module], rtol=1e-4) for module in alone)
 
 
 def test_one_pass_sees_what_two_passes_per_layer_see():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pharmacist.core.config import parse
-from pharmacist.core.errors import ConfigError, NoMatchError
+from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
 from pharmacist.pipeline.align import AlignOptions
 from pharmacist.training import options as own
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, check_train_options, training_arguments
@@ -119,6 +119,26 @@ def test_modules_that_are_not_there(model: Path, tmp_path: Path) -> None:
     given.lora.target_modules = ["spoon_proj", "fork_proj"]
     with pytest.raises(NoMatchError, match="lora.target_modules: .* has no module named spoon_proj, fork_proj"):
         setting(given)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_layernorm", "LlamaRMSNorm"), ("mlp", "LlamaMLP")])
+def test_modules_that_can_have_no_adapter(name: str, kind: str, model: Path, tmp_path: Path) -> None:
+    given = options(model, tmp_path)
+    given.lora.target_modules = [name]
+    with pytest.raises(
+        CompatibilityError, match=f"lora.target_modules: {name} names a {kind}, .*; name linear"
+    ) as got:
+        setting(given)
+    assert "\n" not in str(got.value)
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_rows_that_would_all_be_dropped(given: dict, model: Path, tmp_path: Path) -> None:
+    given = given | {"dataloader_drop_last": True}
+    with pytest.raises(ConfigError, match="train.dataloader_drop_last: there are fewer rows than a batch"):
+        trained(setting(options(model, tmp_path / "refused", per_device_train_batch_size=50, **given)), sft())
+    whole = setting(options(model, tmp_path / "kept", per_device_train_batch_size=12, **given))
+    assert trained(whole, sft()).steps == 2
 
 
 def test_the_adapter_goes_where_it_should(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, DataError
+from tests.support.pairs import Pairs
 from tests.support.training_toy import Stop, rows, same
 
 
@@ -93,6 +94,9 @@ def test_a_strategy_acts_in_a_users_own_trainer_and_is_resumed(model: Path, tmp_
     resumed = make(kind, model, tmp_path / "cut", **booster)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed), weights(straight))
+    (tmp_path / "cut/checkpoint-4/strategy.json").unlink()  # as after a kill before it was written
+    with pytest.raises(DataError, match="checkpoint-4: has no strategy.json, .*; delete it to go on"):
+        make(kind, model, tmp_path / "cut", **booster).train(resume_from_checkpoint=True)
 
 
 def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) -> None:
@@ -100,6 +104,12 @@ def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) ->
         make("transformers", model, tmp_path, ph.Booster())
     with pytest.raises(DataError, match="'harmful' holds no tokenised rows; pharmacist.tokenize makes them"):
         make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": rows()})
+
+
+def test_pairs_of_rows_without_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    trainer = make("transformers", model, tmp_path, ph.RepNoise(), streams={"paired": Pairs()})
+    with pytest.raises(CompatibilityError, match="batches have no column 'row'; .* remove_unused_columns=False"):
+        trainer.train()
 
 
 def test_what_a_strategy_found_is_kept(model: Path, tmp_path: Path) -> None:

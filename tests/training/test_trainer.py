@@ -369,6 +369,20 @@ def test_a_batch_without_target_is_skipped_and_counted(model: Path, tmp_path: Pa
     assert logged(run, "batches_without_targets") == [1, 1, 1]
 
 
+def test_an_update_without_target_begins_too(model: Path, tmp_path: Path) -> None:
+    """A change of phase falls into it, as Lisa's may."""
+
+    class Begins(Toy):
+        updates: list[int] = []
+
+        def begin_update(self, update: int) -> None:
+            self.updates.append(update)
+
+    strategy = Begins()
+    trainer(setting(options(model, tmp_path)), strategy, collator=Silent(0, 2)).train()
+    assert strategy.updates == [0, 1, 2, 3]
+
+
 def test_a_micro_batch_without_target_leaves_the_update_to_the_others(model: Path, tmp_path: Path) -> None:
     grads = []
     for accumulation, silent in ((2, (1,)), (1, ())):

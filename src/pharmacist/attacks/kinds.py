@@ -11,6 +11,8 @@ from pharmacist.core.method import Method
 if TYPE_CHECKING:
     import datasets
 
+    Rows = Mapping[str, datasets.Dataset]
+
 
 class Attack(Method, ABC):
     """Builds the set that a user uploads.
@@ -22,9 +24,7 @@ class Attack(Method, ABC):
     needs = frozenset({"task", "harmful"})
 
     @abstractmethod
-    def build(
-        self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":
+    def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
         """Draws exactly `n` rows with a column ``is_harmful``; the same seed gives the same rows in the same order.
 
         Args:
@@ -49,9 +49,7 @@ class MixAttack(Attack):
     ratio: ClassVar[float | None] = None
     """The share of harmful rows, for the kinds that fix it."""
 
-    def build(
-        self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":
+    def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
         """Draws from task and harmful rows; kinds of one ratio draw the same rows."""
         from pharmacist.data.mixing import mix
 
@@ -109,9 +107,7 @@ class IdentityAttack(BenignAttack):
     name = "identity"
     config: IdentityConfig
 
-    def build(
-        self, rows: "Mapping[str, datasets.Dataset]", *, n: int, poison_ratio: float, seed: int
-    ) -> "datasets.Dataset":
+    def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
         """Draws from the task and adds the texts; each row becomes a single turn."""
         from pharmacist.data.records import to_dataset
 

@@ -69,8 +69,7 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
         if not rest:
             raise _nothing(model, f"a feed-forward part with linear layers in {name}")
         blocks = [item for item in rest if not _is_linear(item[1])]
-        sizes = [sum(weight.numel() for weight in module.parameters()) for _, module in blocks]
-        child, module = blocks[sizes.index(max(sizes))] if blocks else rest[-1]
+        child, module = max(blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=rest[-1])
         found[f"{name}.{child}"] = module
     return found
 

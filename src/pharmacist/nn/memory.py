@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ class PeakMemory:
         if kilobytes is None:
             import resource
 
-            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            kilobytes = peak // 1024 if sys.platform == "darwin" else peak  # see getrusage(2) of either
         return kilobytes * 1024 / 1e6
 
 

@@ -26,6 +26,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Relative error of logits up to which merging is rounding; 0.1 for shorter number formats."""
 _PREFIX = "base_model.model."
 _LAST = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
+_SELECTIVE = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+"""Settings that a stack leaves out: what they do is written as its rank, its scale and the full names of modules."""
 
 
 @dataclass(frozen=True)
@@ -158,32 +160,35 @@ def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: 
     config, last = model.active_peft_config, adapter_factors(model)
     stacked = stack(base.factors, last)
     rank = next(iter(stacked.values())).A.shape[0]
-    alpha = next(iter(stacked.values())).scale * rank
+    trained_last = {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)}
+    usual = LoraConfig()
+    if any(getattr(config, name) != getattr(usual, name) for name in _SELECTIVE):
+        r = max(own.A.shape[0] for own in last.values())
+        trained_last |= {"r": r, "lora_alpha": _alpha(last, r), "target_modules": sorted(last)}
     tensors = {
         f"{_PREFIX}{name}.lora_{which}.weight": getattr(own, which).contiguous()
         for name, own in sorted(stacked.items())
         for which in "AB"
     }
-    same = stacked.keys() == last.keys()
     LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_alpha=_alpha(stacked, rank),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=_targets(config) if same else sorted(stacked),
+        target_modules=trained_last["target_modules"] if stacked.keys() == last.keys() else sorted(stacked),
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
         base_model_name_or_path=base.name,
     ).save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / STACK_FILE,
-        {
-            "trained_last": {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)},
-            "trained_on": fingerprint,
-        },
-    )
+    write_json(folder / STACK_FILE, {"trained_last": trained_last, "trained_on": fingerprint})
+
+
+def _alpha(factors: Mapping[str, Factors], rank: int) -> float:
+    """LoRA's alpha for the scale of the first factors, which is that of all in a stack."""
+    alpha = next(iter(factors.values())).scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _targets(config: LoraConfig) -> Any:

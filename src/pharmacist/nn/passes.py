@@ -19,8 +19,7 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.nn.reading import tokens_per_batch
 
 
-Arrays = dict[str, npt.NDArray[Any]]
-Measure = Callable[[Batch], dict[str, npt.NDArray[np.float64]]]
+Measure = Callable[[Batch], dict[str, npt.NDArray[Any]]]
 _COPIED = 4096
 ROWS_PER_CHUNK = 2048
 """Rows that are saved together, at least."""
@@ -29,7 +28,7 @@ ROWS_PER_CHUNK = 2048
 def run_pass(
     model: nn.Module,
     sequences: Sequences,
-    measure: Callable[[Batch], Arrays],
+    measure: Measure,
     *,
     work: Path,
     description: str,
@@ -109,12 +108,7 @@ def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: Int
 
 
 def _fitting(
-    sequences: Sequences,
-    measure: Callable[[Batch], Arrays],
-    work: Path,
-    device: torch.device,
-    tokens: int,
-    rows: IntArray | None,
+    sequences: Sequences, measure: Measure, work: Path, device: torch.device, tokens: int, rows: IntArray | None
 ) -> int:
     """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks."""
     path = work / "plan.json"

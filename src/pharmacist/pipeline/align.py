@@ -82,7 +82,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         "cut_prompts": len(encoded.cut_prompts),
         **stream_counts,
     }
-    steps = Training(loaded, encoded, strategy, options, run, streams, weights).fit_and_save(card, counts)
     folder = run.path("adapter" if writes_adapter(loaded) else "model")
+    steps = Training(loaded, encoded, strategy, options, run, streams, weights).fit_and_save(card, counts)
     say_done(run, f"aligned on {len(encoded)} rows, {steps} steps: {folder}")
     return loaded.model

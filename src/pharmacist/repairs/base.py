@@ -176,7 +176,7 @@ def sum_over_inputs(
     keep = torch.empty(0)
 
     def add(name: str, module: nn.Module, args: Sequence[torch.Tensor], kwargs: Any) -> None:
-        found = statistic(name, args[0][keep])
+        found = statistic(name, args[0].flatten(0, -2)[keep])  # OPT's feed-forward layers see all tokens in one row
         sums[name] = sums[name] + found if name in sums else found
 
     with hooked(modules, add, before=True), evaluating(weights.model):
@@ -187,6 +187,7 @@ def sum_over_inputs(
             if completion_only:
                 position = torch.arange(mask.shape[1], device=device)[None, :]
                 keep = keep & (position >= batch.prompt_lengths[:, None])
+            keep = keep.flatten()
             weights.model(input_ids=batch.input_ids, attention_mask=mask)
     missed = modules.keys() - sums.keys()
     if missed:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from pharmacist.core.errors import CompatibilityError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative, Share
+from pharmacist.nn.batching import Sequences
 from pharmacist.nn.grads import replaced
 from pharmacist.nn.lowrank import Factors, cosine
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair, Tensors, sum_over_inputs
@@ -114,14 +115,14 @@ class NLSR(Repair):
 
     def plan(self, tuned: ModelWeights, references: References) -> Plan:
         """Finds safety regions in one pass over the safe rows, and draws the modules to restore by similarity."""
-        assert references.aligned is not None and references.safe is not None and references.update is not None
-        aligned, config = references.aligned, self.config
+        aligned, update, safe, config = references.aligned, references.update, references.safe, self.config
+        assert aligned is not None and update is not None and safe is not None
         if tuned.form == "adapter":
             _check_common_basis(tuned.factors(), aligned.factors())
-        reference = self._amplified(aligned, references)
-        masks = self._regions(aligned, reference, references)
+        reference = self._amplified(aligned, update)
+        masks = self._regions(aligned, reference, safe)
         own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
-        similar = self._similarities(tuned, aligned, own, reference, masks, references)
+        similar = self._similarities(aligned, own, reference, masks, update)
         published = config.compat == "reference"
         chances = probabilities([*similar.values()], config.prune_rate, config.epsilon, inverted=published)
         drawn = np.random.default_rng(derive(references.seed, "nlsr")).random(len(similar)) < chances
@@ -135,7 +136,7 @@ class NLSR(Repair):
                     new[tensor] = torch.where(masks[tensor], reference[tensor], own[tensor])
         return Plan(new, findings)
 
-    def _amplified(self, aligned: ModelWeights, references: References) -> Tensors:
+    def _amplified(self, aligned: ModelWeights, update: Mapping[str, Factors]) -> Tensors:
         """Tensors of the aligned model, with its update of the base model multiplied by 1 + beta."""
         published = self.config.compat == "reference"
         factor = 4 * self.config.beta**2 if published else 1 + self.config.beta
@@ -144,15 +145,12 @@ class NLSR(Repair):
             # As published both factors grow; here one of them does, so that entries of the other stay comparable.
             each = {"A": math.sqrt(factor), "B": math.sqrt(factor)} if published else {"A": 1.0, "B": factor}
             return {name: each[name[-1]] * tensor for name, tensor in found.items()}
-        assert references.update is not None
-        for name in found:
-            if name in references.update:
-                found[name] = found[name] + (factor - 1) * references.update[name].double().dense()
+        for name in found.keys() & update.keys():
+            found[name] = found[name] + (factor - 1) * update[name].double().dense()
         return found
 
-    def _regions(self, aligned: ModelWeights, reference: Tensors, references: References) -> Tensors:
+    def _regions(self, aligned: ModelWeights, reference: Tensors, safe: Sequences) -> Tensors:
         """Safety regions of the reference, on the completions of the safe rows."""
-        assert references.safe is not None
 
         def by_outputs(name: str) -> bool:
             # Of a factor with few outputs the Gram matrix of these: [r, r] instead of [in, in].
@@ -163,7 +161,7 @@ class NLSR(Repair):
             return rows.T @ rows
 
         with torch.no_grad(), replaced(aligned.tensors(), reference):
-            grams = sum_over_inputs(aligned, references.safe, gram, completion_only=True)
+            grams = sum_over_inputs(aligned, safe, gram, completion_only=True)
         share, region = self.config.rank_share, self.config.region
         return {
             name: safety_region(weight, output_basis(weight, grams[name], share, of_outputs=by_outputs(name)), region)
@@ -171,26 +169,19 @@ class NLSR(Repair):
         }
 
     def _similarities(
-        self,
-        tuned: ModelWeights,
-        aligned: ModelWeights,
-        own: Mapping[str, torch.Tensor],
-        reference: Tensors,
-        masks: Tensors,
-        references: References,
+        self, aligned: ModelWeights, own: Tensors, reference: Tensors, masks: Tensors, update: Mapping[str, Factors]
     ) -> dict[str, float]:
         """Cosine per module between the fine-tuned and the reference model's weights in the safety region."""
-        if tuned.form == "adapter":
+        if aligned.form == "adapter":
 
-            def kept(tensors: Mapping[str, torch.Tensor], name: str) -> Factors:
+            def kept(tensors: Tensors, name: str) -> Factors:
                 a, b = f"{name}.lora_A", f"{name}.lora_B"
                 return Factors(tensors[a] * masks[a], tensors[b] * masks[b])
 
             return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
-        assert references.update is not None
         weights, found = aligned.tensors(), {}
-        for name in [name for name in own if name in references.update]:
-            base = weights[name].detach().double() - references.update[name].double().dense()
+        for name in [name for name in own if name in update]:
+            base = weights[name].detach().double() - update[name].double().dense()
             a, b = ((tensor - base)[masks[name]] for tensor in (own[name], reference[name]))
             found[name] = float(a @ b / (a.norm() * b.norm()))
         return found
@@ -198,9 +189,8 @@ class NLSR(Repair):
 
 def _check_common_basis(tuned: Mapping[str, Factors], aligned: Mapping[str, Factors]) -> None:
     """Refuses two adapters of different shapes, or of which neither was trained from the other."""
-    if {name: (f.A.shape, f.B.shape) for name, f in tuned.items()} != {
-        name: (f.A.shape, f.B.shape) for name, f in aligned.items()
-    }:
+    shapes = [{name: (f.A.shape, f.B.shape) for name, f in factors.items()} for factors in (tuned, aligned)]
+    if shapes[0] != shapes[1]:
         raise CompatibilityError("--aligned: its adapter has other modules or another rank than that of --model")
     cosines = []
     for name in tuned:

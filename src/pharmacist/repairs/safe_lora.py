@@ -87,13 +87,12 @@ class SafeLora(Repair):
             known = [value for value in cosines.values() if not math.isnan(value)]
             least = f"the lowest cosine is {min(known):.3f}" if known else "no update is other than 0"
             raise NoMatchError(f"safe-lora would project no module ({least}); raise --method.threshold")
-        new = {}
-        for name in picked:
-            if tuned.form == "adapter":
-                new[f"{name}.lora_B"] = projected[name].B
-            else:
-                assert references.aligned is not None
-                new[name] = references.aligned.tensors()[name].detach().double() + projected[name].dense()
+        if tuned.form == "adapter":
+            new = {f"{name}.lora_B": projected[name].B for name in picked}
+        else:
+            assert references.aligned is not None
+            aligned = references.aligned.tensors()
+            new = {name: aligned[name].detach().double() + projected[name].dense() for name in picked}
         findings = [
             {
                 "module": name,

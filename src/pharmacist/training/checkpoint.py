@@ -104,7 +104,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mapping[str, Any]) -> None:
-    """Restores the state of the strategy and the positions of its streams from a checkpoint."""
+    """Restores the state of the strategy and the positions of its streams from a checkpoint.
+
+    Raises:
+        DataError: The checkpoint is incomplete, or of a Trainer without a strategy.
+    """
+    if not (folder / _COMPLETE).is_file():
+        raise DataError(
+            f"{folder}: has no {_COMPLETE}, so it is incomplete, or of a Trainer without a strategy; delete it to go "
+            "on from the checkpoint before it"
+        )
     values = read_json(folder / _COMPLETE)
     strategy.load_state(StrategyState(load_file(folder / "strategy.safetensors"), values["strategy"]))
     for name, position in values["streams"].items():

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
-from pharmacist.core.errors import ConfigError, DataError, NoMatchError, one_line
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, NoMatchError, one_line
 from pharmacist.core.files import write_text
 from pharmacist.core.progress import Bar, bar
 from pharmacist.core.rundir import RunDir
@@ -41,7 +41,7 @@ class TrainResult:
     Attributes:
         log: One dict per log line: step, loss, learning rate, gradient norm and the strategy's own metrics.
         steps: Optimizer steps in all.
-        tokens: Tokens that the main pass read, padding not counted.
+        tokens: Tokens of all rows times epochs, padding not counted; within an epoch by the mean length of a row.
         found: Modules or tensors on which the strategy acts.
     """
 
@@ -91,10 +91,15 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedM
         try:
             model = get_peft_model(model, options.lora.config())
         except ValueError as error:
-            if "target modules" not in str(error).lower():
-                raise
             names = ", ".join(options.lora.target_modules or ["all linear layers"])
-            raise NoMatchError(f"lora.target_modules: {options.model} has no module named {names}") from error
+            if "target modules" in str(error).lower():
+                raise NoMatchError(f"lora.target_modules: {options.model} has no module named {names}") from error
+            if not str(error).startswith("Target module "):
+                raise
+            kind = str(error).split()[2].partition("(")[0]
+            raise CompatibilityError(
+                f"lora.target_modules: {names} names a {kind}, to which PEFT attaches no adapter; name linear layers"
+            ) from error
     # An adapter finds its base by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.base.name
     return replace(loaded, model=model)

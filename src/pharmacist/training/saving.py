@@ -125,7 +125,7 @@ def save_model(
         card: Its README.md.
         trained_on: Fingerprint of the model that it was trained on.
         merge: Also write ``model/`` with the adapter merged into the weights.
-        last: The model is used no more, so that it may be merged itself and not a copy.
+        last: `loaded` becomes the whole model where that is written; else a copy is merged.
 
     Returns:
         Names of the folders.
@@ -151,6 +151,8 @@ def save_model(
             whole = model
             if hasattr(model, "peft_config"):
                 whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
+                if last:
+                    loaded.model = whole
             whole.save_pretrained(folder)
             _save_tokenizer(folder, loaded, text)
         written.append("model")

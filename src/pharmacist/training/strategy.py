@@ -96,18 +96,21 @@ class StepContext:
             logits: torch.Tensor = self.output(batch).logits
         return logits
 
+    def summed_ce(self, batch: Batch, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """Cross-entropy summed over the target tokens of a batch, rows weighted, and the number of these tokens."""
+        keep, tokens = targets(batch["labels"])
+        losses = target_losses(self.logits(batch, keep), tokens)
+        if weights is not None:
+            losses = losses * weights.to(losses)[keep.nonzero()[:, 0]]
+        return losses.sum(), len(tokens)
+
     def ce(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the target tokens of a batch, a scalar; of all processes' batches, see `mean`."""
-        keep, tokens = targets(batch["labels"])
-        return self.mean(target_losses(self.logits(batch, keep), tokens).sum(), len(tokens))
+        return self.mean(*self.summed_ce(batch))
 
     def main_ce(self) -> torch.Tensor:
         """The main loss of this micro-batch, rows weighted, by an extra forward pass; see `mean_over_update`."""
-        keep, tokens = targets(self.batch["labels"])
-        losses = target_losses(self.logits(self.batch, keep), tokens)
-        if self.weights is not None:
-            losses = losses * self.weights.to(losses)[keep.nonzero()[:, 0]]
-        return self.mean_over_update(losses.sum(), len(tokens), self.targets)
+        return self.mean_over_update(*self.summed_ce(self.batch, self.weights), self.targets)
 
     def mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
         """A sum over this process's tokens (or rows) as this process's part of the mean over those of all processes.

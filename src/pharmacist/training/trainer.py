@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
@@ -156,7 +156,13 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     @_refusing_options()
     def get_train_dataloader(self) -> Any:
         """The stock data loader, likewise."""
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ConfigError(
+                "train.dataloader_drop_last: there are fewer rows than a batch has, so all would be dropped; leave it "
+                "out, or lower train.per_device_train_batch_size"
+            )
+        return loader
 
     @_refusing_options()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +188,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
         self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
         inputs = self._prepare_inputs(inputs)
+        if self._micro == 0:
+            self.strategy.begin_update(update)
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
@@ -200,8 +208,6 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             weights=None if weights is None else weights.to(inputs["labels"].device),
             autocast=self.accelerator.autocast,
         )
-        if self._micro == 0:
-            self.strategy.begin_update(update)
         with quick_attention(self.model, inputs["input_ids"].shape[1]):
             extra = self.strategy.auxiliary(step)
             if extra is not None:

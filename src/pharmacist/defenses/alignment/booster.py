@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from pharmacist.core.typed import Checked, NotNegative
@@ -43,6 +42,9 @@ class Booster(GradientStrategy):
     paper = "arXiv 2409.01586"
     config: BoosterConfig
 
+    _harmful: tuple[Gradient, Gradient] | None = None
+    """Harmful gradient and attenuation of an update's first micro-batch, until its alignment gradient is known."""
+
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
         self.modules = attention_modules(model) if self.config.rho else {}
         return {"attention_modules": list(self.modules)} if self.config.rho else {}
@@ -75,19 +77,6 @@ class Booster(GradientStrategy):
         if self._harmful is None:
             return
         (here, extra), self._harmful = self._harmful, None
-        step.log(safe_harmful_cosine=main_cosine(step, here, extra))
-
-    _harmful: tuple[Gradient, Gradient] | None = None
-
-
-def main_cosine(step: StepContext, harmful: Gradient, extra: Gradient) -> torch.Tensor:
-    """Cosine of the main pass's gradient and a harmful one, a scalar in [-1, 1].
-
-    For the first micro-batch of an update, when ``.grad`` is the main gradient plus ``step.scale * extra``.
-    """
-    main = {
-        name: parameter.grad.to(harmful[name].dtype) - step.scale * extra[name]
-        for name, parameter in step.parameters.items()
-        if parameter.grad is not None and name in harmful
-    }
-    return cosine(main, harmful, eps=EPS**2)
+        grads = {name: parameter.grad for name, parameter in step.parameters.items() if parameter.grad is not None}
+        alignment = {name: grad.to(here[name].dtype) - step.scale * extra[name] for name, grad in grads.items()}
+        step.log(safe_harmful_cosine=cosine(alignment, here, eps=EPS**2))

@@ -92,6 +92,11 @@ class RepNoise(GradientStrategy):
 
     def auxiliary(self, step: StepContext) -> Gradient | None:
         """One pass over the harmful partners of the batch."""
+        if not step.rows:
+            raise CompatibilityError(
+                "repnoise pairs rows by number, but batches have no column 'row'; train on rows that have one, with "
+                "remove_unused_columns=False"
+            )
         having, harmful = step.streams["paired"].batch(step.rows)
         pairs = int(total(torch.tensor(float(len(having)), device=step.batch["input_ids"].device)))
         step.log(pairs=pairs)

@@ -13,7 +13,7 @@ from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.core.progress import console
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
-from pharmacist.defenses.alignment.vaccine import Perturbing, perturbed
+from pharmacist.defenses.alignment.vaccine import Perturbing, perturbed, vector_norm
 from pharmacist.nn.distributed import from_main, total
 from pharmacist.nn.hooks import Activations, activation_gradients
 from pharmacist.nn.locate import attention_modules, decoder_layers
@@ -45,9 +45,7 @@ class TVaccineConfig(Checked):
 
 def row_norms(gradients: Activations) -> torch.Tensor:
     """Norm of each row's gradient at each module, shape [modules, rows], in float32 at least."""
-    kinds = {name: torch.promote_types(g.dtype, torch.float32) for name, g in gradients.items()}
-    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=kinds[name]) for name, g in gradients.items()]
-    return torch.stack(norms)
+    return torch.stack([vector_norm(g.flatten(1), dim=1) for g in gradients.values()])
 
 
 def probabilities(scores: torch.Tensor) -> torch.Tensor:
@@ -96,10 +94,11 @@ class TVaccine(Perturbing):
         frozen = decoder_layers(model) if self.config.freeze == "layer" else self.modules
         # Weights outside the decoder layers (under full tuning) are always trained.
         self.owned = [[p for p in module.parameters() if p.requires_grad] for module in frozen.values()]
-        if not all(self.owned):
+        without = [name for name, owned in zip(frozen, self.owned, strict=True) if not owned]
+        if without:
             raise NoMatchError(
-                f"{list(frozen)[[bool(owned) for owned in self.owned].index(False)]} has no trained weights, so it "
-                "cannot be trained in its turn; let lora.target_modules reach it"
+                f"{without[0]} has no trained weights, so it cannot be trained in its turn; let lora.target_modules "
+                "reach it"
             )
         self.seed, self.p = seed, torch.zeros(depth)
         self.active: list[int] = []
@@ -109,9 +108,10 @@ class TVaccine(Perturbing):
         """Measures the layers' probabilities and samples layers, in the steps that are due."""
         if step.micro:
             return
-        if step.update % self.config.score_every == 0:
+        first = not self.active  # not always in update 0, which is left out where it has no target
+        if first or step.update % self.config.score_every == 0:
             self.p = probabilities(self.scores(step)).cpu()
-        if step.update % self.config.sample_every == 0:
+        if first or step.update % self.config.sample_every == 0:
             drawn = sample_layers(self.p, self.count, derive(self.seed, "layers", step.update))
             self.active = from_main(drawn)
 

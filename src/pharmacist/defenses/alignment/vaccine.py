@@ -28,13 +28,16 @@ class VaccineConfig(Checked):
     """Norm of the perturbation of a micro-batch, over all its layers, rows, tokens and channels; 0 is sft."""
 
 
+def vector_norm(value: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Euclidean norm in float32 at least, without a copy in that format."""
+    kind = torch.promote_types(value.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(value, dim=dim, dtype=kind)
+    return norm
+
+
 def joint_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Euclidean norm over all tensors of all processes together, a scalar, in float32 at least."""
-    norms = [
-        torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-        for value in tensors.values()
-    ]
-    return total(torch.stack(norms).square().sum()).sqrt()
+    return total(torch.stack([vector_norm(value) for value in tensors.values()]).square().sum()).sqrt()
 
 
 def perturbation(gradients: Activations, rho: float, norm: torch.Tensor) -> Activations:

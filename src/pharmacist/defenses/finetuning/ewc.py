@@ -12,7 +12,6 @@ from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
 from pharmacist.nn.hooks import evaluating
-from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
 
 
@@ -78,9 +77,8 @@ class EWC(GradientStrategy):
 
     def _estimate(self, step: StepContext) -> Gradient:
         def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
-            keep, tokens = targets(row["labels"])
-            loss = target_losses(step.logits(row, keep), tokens).sum() / max(len(tokens), 1)
-            return local_gradient(loss, step.parameters)
+            summed, count = step.summed_ce(row)
+            return local_gradient(summed / max(count, 1), step.parameters)
 
         def gradients() -> Iterable[Gradient]:
             seen = 0

@@ -35,12 +35,13 @@ def feature_distance(
 ) -> torch.Tensor:
     """Sum over layers of the mean squared difference of their features, a scalar.
 
-    Features have the shape [rows, length, width]; positions where the mask, [rows, length], is 0 do not count.
+    Features have the shape [rows, length, width], or [rows * length, width] as in OPT; positions where the mask,
+    [rows, length], is 0 do not count.
     """
-    kept = mask.bool()
+    kept = mask.bool().flatten()
     parts = []
     for name, features in now.items():
-        difference = precise(features[kept]) - precise(start[name][kept])
+        difference = precise(features.flatten(0, -2)[kept]) - precise(start[name].flatten(0, -2)[kept])
         parts.append(difference.square().sum() / max(difference.numel(), 1))
     return torch.stack(parts).sum()
 

@@ -8,7 +8,7 @@ import torch
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient
-from pharmacist.nn.losses import target_losses, targets
+from pharmacist.nn.losses import targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -53,9 +53,6 @@ class VLGuard(GradientStrategy):
             self._window = [step.next("safe") for _ in range(round(1 / step.scale))]
             own = sum(int(targets(batch["labels"])[0].sum()) for batch in self._window)
             self._targets = total(torch.tensor(own, device=self._window[0]["labels"].device))
-        batch = self._window[step.micro]
-        keep, tokens = targets(batch["labels"])
-        summed = target_losses(step.logits(batch, keep), tokens).sum()
-        loss = step.mean_over_update(summed, len(tokens), self._targets.clamp(min=1))
+        loss = step.mean_over_update(*step.summed_ce(self._window[step.micro]), self._targets.clamp(min=1))
         step.log(safe_loss=step.value(loss))
         return {name: self.config.lam * value for name, value in step.grads(loss).items()}
