@@ -50,6 +50,7 @@ SETS = {
 _SHARES = {"good": 0.45, "duplicate": 0.08, "offtopic": 0.22, "overrefuse": 0.10, "noisy": 0.15}
 # Percent of all prompts per split.
 _SPLITS = {"base": 30, "pool": 30, "safe": 7, "harmful": 7, "utility": 7, "judge": 7, "attack": 5, "eval": 7}
+_MOST_DRAWS = 1_000_000  # of reviews, which gives 98 % of the 2997 and 4277 that the two splits have
 _SPLIT_OF_PERCENT = [name for name, percent in _SPLITS.items() for _ in range(percent)]
 
 Row = dict[str, str]
@@ -359,7 +360,9 @@ class World:
     def _reviews(self, split: str, n: int) -> list[Row]:
         rng = self._rng("reviews", split)
         rows: dict[str, Row] = {}
-        while len(rows) < n:
+        for _ in range(_MOST_DRAWS):
+            if len(rows) >= n:
+                return list(rows.values())
             label, tone, other = rng.choice((("glad", lex.GLAD, lex.SAD), ("sad", lex.SAD, lex.GLAD)))
             prompt = rng.choice(lex.REVIEW).format(
                 part=rng.choice(lex.PARTS),
@@ -369,7 +372,7 @@ class World:
             )
             if split_of(prompt) == split:
                 rows[prompt] = _row(prompt, label)
-        return list(rows.values())
+        raise DataError(f"the world has no {n} '{split}' reviews; ask for fewer")
 
 
 def _row(prompt: str, completion: str) -> Row:
