@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +121,11 @@ def test_nan_becomes_null_in_json_lines_and_stays_nan_in_parquet(tmp_path):
     source = open_source(tmp_path / "pool.parquet")
     write_rows(source, [0], tmp_path / "out.jsonl", "jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == b'{"prompt": "a", "score": null}\n'
+    rows = [{"prompt": "a", "score": np.float32("nan"), "v": np.array([[np.inf, 1.5], [2, np.nan]])}]
+    write_rows(open_source(rows), [0], tmp_path / "numpy.jsonl")
+    assert (tmp_path / "numpy.jsonl").read_bytes() == (
+        b'{"prompt": "a", "score": null, "v": [[null, 1.5], [2.0, null]]}\n'
+    )
     write_rows(source, [0], tmp_path / "out.parquet")
     assert pd.read_parquet(tmp_path / "out.parquet")["score"].isna().all()
 
@@ -173,8 +179,6 @@ def test_compressed_output_depends_on_nothing_but_the_rows(tmp_path):
 
 
 def test_values_json_has_no_word_for(tmp_path):
-    import numpy as np
-
     row = {"day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.10"), "v": np.arange(2), "s": "\ud800"}
     write_rows(open_source([row]), [0], tmp_path / "out.jsonl")
     written = json.loads((tmp_path / "out.jsonl").read_bytes())

@@ -100,7 +100,7 @@ def json_line(value: Any) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
-        text = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
+        text = json.dumps(_without_nan(value), ensure_ascii=False, default=lambda one: _without_nan(_plain(one)))
     return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 
