@@ -338,6 +338,8 @@ def test_empty_columns_are_nothing_to_name(tmp_path, reader):
         (["label=False"], [1, 3]),
         (["n=2"], [1]),
         (["n=2.0"], [1]),
+        (["id=9007199254740993"], [1]),
+        (["id=9007199254740992.0"], [0]),
         (["x=0.5"], [0, 1]),
         (["kind=good one"], [0, 3]),
         (["label=true", "kind=good one"], [0]),
@@ -354,6 +356,7 @@ def test_where_chooses_rows(tmp_path, reader, given, kept):
             "completion": "c",
             "label": i % 2 == 0,
             "n": i + 1,
+            "id": 2**53 + i,
             "x": 0.5 if i < 2 else 1.5,
             "kind": "good one" if i in (0, 3) else "other",
         }

@@ -46,10 +46,12 @@ class Condition:
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    for kind in (int, float):  # whole numbers beyond 2**53 stay exact
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
 
 
 def parse_where(texts: Iterable[str]) -> list[Condition]:
