@@ -188,6 +188,19 @@ def test_values_json_has_no_word_for(tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_bytes()) == written, "a failed write must leave the file"
 
 
+def test_values_no_dataset_has_room_for(tmp_path):
+    held = {"'a' holds values of several types": '{"a": 1}\n{"a": "x"}\n'}
+    held["'a' holds a number of more than 64 bits"] = f'{{"a": {2**70}}}\n{{}}\n'
+    held["'a' holds a lone surrogate"] = '{"a": "\\ud800"}\n{}\n'
+    held[r"'\ud800' holds a lone surrogate"] = '{"\\ud800": 1}\n{}\n'
+    for message, text in held.items():
+        (tmp_path / "pool.jsonl").write_text(text)
+        with pytest.raises(DataError) as error:
+            open_source(tmp_path / "pool.jsonl").dataset([0, 1])
+        one_line(error, f"pool.jsonl: column {message}, which no dataset can; write the rows to a file")
+    assert open_source([{0: "x"}]).dataset([0]).column_names == ["0"]
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     (tmp_path / "out.jsonl").write_text("precious")
     source = open_source(save(tmp_path / "pool.jsonl", made_rows(3)))
