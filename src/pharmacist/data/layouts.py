@@ -168,9 +168,9 @@ class RowReader:
         for column, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 if ROLE_KEYS & value[0].keys():
-                    return f"fits no row format {columns} but has messages in {spelled(column)}"
+                    return f"fits no row format {columns} but has messages in {spelled(str(column))}"
                 if not self.read_columns & row.keys():
-                    return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
+                    return f"is an object with a list under {spelled(str(column))}; save that list if it is the rows"
         if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion {columns}"
         return f"fits no row format {columns}"
