@@ -130,8 +130,8 @@ def encode(
         written = pa.memory_map(str(path))
     table = pa.ipc.open_stream(written).read_all()
     about = f"{name}: " if name else ""
-    if encoded.not_rendered and (on_bad_row != "skip" or not len(table)):
-        raise DataError(about + refusal(encoded.not_rendered, "" if on_bad_row is None else _SKIP))
+    if encoded.not_rendered and (on_bad_row != "skip" or len(encoded.not_rendered) == len(rows)):
+        raise DataError(about + refusal(encoded.not_rendered, _SKIP if on_bad_row == "fail" else ""))
     if found := encoded.with_control:
         warn(
             f"{about}{len(found)} of {len(rows)} rows ({named(found)}) have control tokens of the model in their "
