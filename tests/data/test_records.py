@@ -145,6 +145,8 @@ def test_mapping_errors(tmp_path, suffix):
         read_records(source, work_dir=tmp_path, columns={"promt": "prompt"})
     with pytest.raises(ConfigError, match="prompt, output belong to no row format together"):
         read_records(source, work_dir=tmp_path, columns={"prompt": "prompt", "output": "completion"})
+    with pytest.raises(ConfigError, match=r"completion belong to no row format together; known are prompt, messages"):
+        read_records(source, work_dir=tmp_path, columns={"completion": "completion"}, prompts_only=True)
 
 
 def test_columns_as_text():

@@ -85,12 +85,13 @@ class RowReader:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
         mapped = set(columns) - set(_BEFORE)
-        known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
-        self.candidates = [layout for layout in known if mapped <= set(layout.required + layout.optional)]
-        if not self.candidates:
-            raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
-        self.mapped = dict(columns)
         self.known = "prompt, messages or instruction[+input]" if prompts_only else _KNOWN
+        layouts = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
+        self.candidates = [layout for layout in layouts if mapped <= set(layout.required + layout.optional)]
+        if not self.candidates:
+            names = ", ".join(columns)
+            raise ConfigError(f"columns: {names} belong to no row format together; known are {self.known}")
+        self.mapped = dict(columns)
         self.read_columns = frozenset(self.column.values()) | _LABELS | _TEXTS
         self.layout: Layout | None = None
         self.without_layout = 0
