@@ -4,6 +4,7 @@ Every kind of input, in every format that can hold it.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import regex
 
 from pharmacist.core.errors import DataError
+from pharmacist.data.conversations import as_messages
 from pharmacist.data.formats import open_source
 from pharmacist.data.formats.json_text import MAX_DEPTH
 from pharmacist.data.mixing import shared_prompts
@@ -152,6 +154,14 @@ def test_conversations_are_read_as_such(tmp_path, kind, reader):
         text = template.render([records.dataset[0]], tiny_tokenizer())[0]
         at = [text.index(content) for _, content in WHOLE[:-1]]
         assert at == sorted(at)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n ", "\r\n", "\n\x0c"])
+def test_a_transcript_with_long_gaps_is_read_in_no_time(blank):
+    start = time.perf_counter()
+    found = as_messages(f"Human: which{blank * 100_000}tea?{blank * 100_000}\n\nAssistant: green.")
+    assert time.perf_counter() - start < 10  # it took minutes when the time grew with the square of a gap
+    assert [(turn["role"], len(turn["content"].split())) for turn in found] == [("Human", 2), ("Assistant", 1)]
 
 
 def test_rejected_transcripts_and_prompts_alone(tmp_path):
