@@ -383,6 +383,13 @@ def test_where_chooses_rows(tmp_path, reader, given, kept):
     assert all("label" not in said for said in records.warnings) == any("label" in text for text in given)
 
 
+@pytest.mark.parametrize("cell", ["nan", float("nan")])
+def test_where_takes_nan_as_text_and_as_a_number(cell):
+    from pharmacist.data.where import Condition
+
+    assert Condition("x", "nan").holds({"x": cell}) and not Condition("x", "1").holds({"x": cell})
+
+
 def test_where_is_for_the_files_that_have_the_column(tmp_path):
     from pharmacist.data.where import conditions_of
 
