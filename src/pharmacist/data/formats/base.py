@@ -15,7 +15,7 @@ import pyarrow as pa
 from pharmacist.core.errors import DataError, one_line
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.typed import Given
-from pharmacist.data.compression import compressed
+from pharmacist.data.compression import split_suffix
 from pharmacist.data.formats.json_text import fits_json, json_line, spelled
 
 
@@ -178,7 +178,8 @@ class Source(Given, ABC):
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
         """Writes rows to `path`, compressed as the name `target` says; see `write_rows`."""
-        with compressed(path, target) as file:
+        # The same content gives the same bytes: Arrow stores neither a time nor a name.
+        with pa.output_stream(str(path), compression=split_suffix(target)[1]) as file:
             for part in self._encoded(numbers, format):
                 file.write(part)
 
