@@ -243,8 +243,5 @@ def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
     """Smallest row of each row's connected component."""
     graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
     _, labels = connected_components(graph, directed=False)
-    # The last assignment to an index stays: that of the smallest row.
-    smallest: IntArray = np.empty(int(labels.max()) + 1, dtype=np.int64)
-    smallest[labels[::-1]] = np.arange(n - 1, -1, -1, dtype=np.int64)
-    clusters: IntArray = smallest[labels]
-    return clusters
+    _, smallest = np.unique(labels, return_index=True)
+    return smallest[labels].astype(np.int64)

@@ -65,11 +65,7 @@ Turns = list[dict[str, str]]
 class RowReader:
     """Converts rows of one layout to canonical rows; the first usable row decides the layout.
 
-    Args:
-        source: The rows.
-        columns: Column of a layout -> the source's column that stands for it.
-        side: ``chosen`` or ``rejected``, the answer of a preference row that becomes its completion.
-        prompts_only: Whether rows need no completion, see `records.read_records`.
+    The arguments are those of `records.read_records`.
 
     Attributes:
         layout: The layout; None before the first row that has one.
@@ -112,9 +108,8 @@ class RowReader:
             if self.layout is None:
                 self.without_layout += 1
                 raise BadRow(self._no_layout(row))
-            used = [name for name in self.layout.required if name not in ("chosen", "rejected")]
-            used += [self.side] if self.layout.name == "preference" else []
-            self.needed = [(name, self.column[name]) for name in used]
+            other = "rejected" if self.side == "chosen" else "chosen"
+            self.needed = [(name, self.column[name]) for name in self.layout.required if name != other]
         values: dict[str, Any] = {}
         for name, column in self.needed:
             value = row.get(column)
@@ -303,12 +298,12 @@ class RowReader:
 
     def _alpaca(self, instruction: Any, output: Any, row: Mapping[str, Any]) -> Canonical:
         columns = [self.column[name] for name in ("instruction", "output", "input")]
-        context = row.get(columns[2])
-        for column, value in zip(columns, (instruction, output, "" if context is None else context), strict=True):
+        context = "" if row.get(columns[2]) is None else row[columns[2]]
+        for column, value in zip(columns, (instruction, output, context), strict=True):
             _text(value, column)
         _check_filled(instruction, columns[0])
         _check_filled(output, columns[1])
-        alone = context is None or is_blank(context)
+        alone = is_blank(context)
         prompt = instruction if alone else f"{instruction}\n\n{context}"
         if alone or self.before:
             return self._conversation([_user(prompt, columns[0]), _assistant(output)], columns[0])

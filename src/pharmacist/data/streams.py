@@ -46,15 +46,11 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
 
 
 class SideStream(EndlessRows):
-    """Endless batches of tokenised rows.
-
-    Args and attributes are those of `EndlessRows`; batches go to `device`.
-    """
+    """`EndlessRows` of tokenised rows, whose batches go to `device`."""
 
     def __init__(
         self, encoded: Encoded, batch_size: int, *, pad_token_id: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.encoded = encoded
         batch = partial(_batch, encoded, pad_token_id=pad_token_id, device=device)
         super().__init__(len(encoded), batch_size, batch, seed=seed)
 

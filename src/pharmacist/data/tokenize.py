@@ -25,7 +25,7 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
 from pharmacist.data.batches import without_middle
 from pharmacist.data.formats.base import Row
-from pharmacist.data.records import Records
+from pharmacist.data.records import SCHEMA, Records
 from pharmacist.data.templates import Template, conversation, refusal
 
 
@@ -205,8 +205,7 @@ def _write(counts: Encoded, sink: Any, rows: datasets.Dataset, texts: "_Texts", 
 
 
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
-    read = ("row", "prompt", "completion", "turns", "instruction", "input")
-    names = [name for name in read if name in rows.column_names]
+    names = [name for name in SCHEMA.names if name in rows.column_names]
     start = 0
     for table in rows.select_columns(names).with_format("arrow").iter(_BATCH):
         yield [{"row": start + position} | row for position, row in enumerate(table.to_pylist())]
