@@ -29,7 +29,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.progress import bar
+from pharmacist.core.progress import bar, track
 from pharmacist.data.normalise import normalised_prompt, visible
 
 
@@ -92,18 +92,16 @@ class _Finder:
         rejected = np.empty(0, dtype=np.int64)
         left: list[IntArray] = []
         right: list[IntArray] = []
-        with bar("near-duplicates", self.bands) as progress:
-            for band in range(self.bands):
-                for a, b in self.candidates(band, distinct, keys[distinct]):
-                    unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
-                    a, b = a[unknown], b[unknown]
-                    same = self.confirm(a, b)
-                    rejected = np.union1d(rejected, (a * n + b)[~same])
-                    if same.any():
-                        left.append(a[same])
-                        right.append(b[same])
-                        cluster = _components(n, np.concatenate(left), np.concatenate(right))
-                progress.advance()
+        for band in track(range(self.bands), "near-duplicates"):
+            for a, b in self.candidates(band, distinct, keys[distinct]):
+                unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
+                a, b = a[unknown], b[unknown]
+                same = self.confirm(a, b)
+                rejected = np.union1d(rejected, (a * n + b)[~same])
+                if same.any():
+                    left.append(a[same])
+                    right.append(b[same])
+                    cluster = _components(n, np.concatenate(left), np.concatenate(right))
         return cluster[original]
 
     def sign(self) -> KeyArray:

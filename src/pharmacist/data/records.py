@@ -77,7 +77,7 @@ class Records:
         """Prints how many rows were left out, and warnings of what is not read."""
         if self.filtered:
             said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
-            console().print(said, soft_wrap=True, markup=False)
+            console().print(said, soft_wrap=True)
         for text in self.warnings:
             warn(text)
 
