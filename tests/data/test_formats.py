@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +121,11 @@ def test_nan_becomes_null_in_json_lines_and_stays_nan_in_parquet(tmp_path):
     source = open_source(tmp_path / "pool.parquet")
     write_rows(source, [0], tmp_path / "out.jsonl", "jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == b'{"prompt": "a", "score": null}\n'
+    rows = [{"prompt": "a", "score": np.float32("nan"), "v": np.array([[np.inf, 1.5], [2, np.nan]])}]
+    write_rows(open_source(rows), [0], tmp_path / "numpy.jsonl")
+    assert (tmp_path / "numpy.jsonl").read_bytes() == (
+        b'{"prompt": "a", "score": null, "v": [[null, 1.5], [2.0, null]]}\n'
+    )
     write_rows(source, [0], tmp_path / "out.parquet")
     assert pd.read_parquet(tmp_path / "out.parquet")["score"].isna().all()
 
@@ -173,8 +179,6 @@ def test_compressed_output_depends_on_nothing_but_the_rows(tmp_path):
 
 
 def test_values_json_has_no_word_for(tmp_path):
-    import numpy as np
-
     row = {"day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.10"), "v": np.arange(2), "s": "\ud800"}
     write_rows(open_source([row]), [0], tmp_path / "out.jsonl")
     written = json.loads((tmp_path / "out.jsonl").read_bytes())
@@ -182,6 +186,19 @@ def test_values_json_has_no_word_for(tmp_path):
     with pytest.raises(DataError, match="row 0 holds a value of the type object"):
         write_rows(open_source([{"x": object()}]), [0], tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_bytes()) == written, "a failed write must leave the file"
+
+
+def test_values_no_dataset_has_room_for(tmp_path):
+    held = {"'a' holds values of several types": '{"a": 1}\n{"a": "x"}\n'}
+    held["'a' holds a number of more than 64 bits"] = f'{{"a": {2**70}}}\n{{}}\n'
+    held["'a' holds a lone surrogate"] = '{"a": "\\ud800"}\n{}\n'
+    held[r"'\ud800' holds a lone surrogate"] = '{"\\ud800": 1}\n{}\n'
+    for message, text in held.items():
+        (tmp_path / "pool.jsonl").write_text(text)
+        with pytest.raises(DataError) as error:
+            open_source(tmp_path / "pool.jsonl").dataset([0, 1])
+        one_line(error, f"pool.jsonl: column {message}, which no dataset can; write the rows to a file")
+    assert open_source([{0: "x"}]).dataset([0]).column_names == ["0"]
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

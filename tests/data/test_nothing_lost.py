@@ -4,6 +4,7 @@ Every kind of input, in every format that can hold it.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import regex
 
 from pharmacist.core.errors import DataError
+from pharmacist.data.conversations import as_messages
 from pharmacist.data.formats import open_source
 from pharmacist.data.formats.json_text import MAX_DEPTH
 from pharmacist.data.mixing import shared_prompts
@@ -152,6 +154,14 @@ def test_conversations_are_read_as_such(tmp_path, kind, reader):
         text = template.render([records.dataset[0]], tiny_tokenizer())[0]
         at = [text.index(content) for _, content in WHOLE[:-1]]
         assert at == sorted(at)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n ", "\r\n", "\n\x0c"])
+def test_a_transcript_with_long_gaps_is_read_in_no_time(blank):
+    start = time.perf_counter()
+    found = as_messages(f"Human: which{blank * 100_000}tea?{blank * 100_000}\n\nAssistant: green.")
+    assert time.perf_counter() - start < 10  # it took minutes when the time grew with the square of a gap
+    assert [(turn["role"], len(turn["content"].split())) for turn in found] == [("Human", 2), ("Assistant", 1)]
 
 
 def test_rejected_transcripts_and_prompts_alone(tmp_path):
@@ -338,6 +348,8 @@ def test_empty_columns_are_nothing_to_name(tmp_path, reader):
         (["label=False"], [1, 3]),
         (["n=2"], [1]),
         (["n=2.0"], [1]),
+        (["id=9007199254740993"], [1]),
+        (["id=9007199254740992.0"], [0]),
         (["x=0.5"], [0, 1]),
         (["kind=good one"], [0, 3]),
         (["label=true", "kind=good one"], [0]),
@@ -354,6 +366,7 @@ def test_where_chooses_rows(tmp_path, reader, given, kept):
             "completion": "c",
             "label": i % 2 == 0,
             "n": i + 1,
+            "id": 2**53 + i,
             "x": 0.5 if i < 2 else 1.5,
             "kind": "good one" if i in (0, 3) else "other",
         }
@@ -368,6 +381,13 @@ def test_where_chooses_rows(tmp_path, reader, given, kept):
     assert records.row_numbers.tolist() == kept and records.filtered == 4 - len(kept)
     assert records.counts == {"in": 4, "refused": 0, "filtered": 4 - len(kept)}
     assert all("label" not in said for said in records.warnings) == any("label" in text for text in given)
+
+
+@pytest.mark.parametrize("cell", ["nan", float("nan")])
+def test_where_takes_nan_as_text_and_as_a_number(cell):
+    from pharmacist.data.where import Condition
+
+    assert Condition("x", "nan").holds({"x": cell}) and not Condition("x", "1").holds({"x": cell})
 
 
 def test_where_is_for_the_files_that_have_the_column(tmp_path):
@@ -533,8 +553,11 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     assert "System role not supported" in left.refused[1].reason
     with pytest.raises(DataError, match="--data .*: row 2, 4: the chat template"):
         rendered_rows(records, tokenizer, template, "fail")
-    with pytest.raises(DataError, match="the chat template refuses"):
+    # What is asked for already is no remedy, and rows that were skipped are not what stops the others.
+    with pytest.raises(DataError, match="the chat template refuses .*; delete them or choose"):
         encode(records.dataset.select([1]), tokenizer, template, max_length=64, on_bad_row="skip")
+    with pytest.raises(DataError, match=r"^the prompt alone fills all 2 tokens in 2 rows \(row 0, 3\)"):
+        encode(records.dataset, tokenizer, template, max_length=2, on_bad_row="skip")
 
 
 # --- control tokens -----------------------------------------------------------------------------------------------

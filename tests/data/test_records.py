@@ -145,6 +145,8 @@ def test_mapping_errors(tmp_path, suffix):
         read_records(source, work_dir=tmp_path, columns={"promt": "prompt"})
     with pytest.raises(ConfigError, match="prompt, output belong to no row format together"):
         read_records(source, work_dir=tmp_path, columns={"prompt": "prompt", "output": "completion"})
+    with pytest.raises(ConfigError, match=r"completion belong to no row format together; known are prompt, messages"):
+        read_records(source, work_dir=tmp_path, columns={"completion": "completion"}, prompts_only=True)
 
 
 def test_columns_as_text():
@@ -284,6 +286,8 @@ def test_pools_without_a_usable_row(tmp_path):
         read(tmp_path, [{"a": 1, "b": 2}] * 2000, on_bad_row="skip")
     with pytest.raises(DataError, match="row 0 has no completion .its columns: prompt, answer"):
         read(tmp_path, [{"prompt": "p", "answer": "x"}])
+    with pytest.raises(DataError, match=r"row 0 fits no row format .its columns: 0. but has messages in '0'"):
+        read(tmp_path, [{0: [user("a"), assistant("b")]}])  # as a frame of pandas has it whose column has no name
     (tmp_path / "pool.csv").write_text("question,answer\na,b\n")
     with pytest.raises(DataError, match=r"pool.csv: line 2 \(row 0\) fits no row format.*--columns"):
         read_records(open_source(tmp_path / "pool.csv"), work_dir=tmp_path)

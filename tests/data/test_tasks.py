@@ -64,6 +64,9 @@ def test_a_hidden_label_is_named(hub: None, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(ROWS, "sst2", [{"sentence": "x", "label": 1}, {"sentence": "y", "label": -1}])
     with pytest.raises(DataError, match="--task sst2: row 1 of stanfordnlp/sst2:train is not as expected .*-1"):
         open_task("sst2")
+    monkeypatch.setitem(ROWS, "sst2", [{"sentence": "x", "label": None}])
+    with pytest.raises(DataError, match="--task sst2: row 0 of stanfordnlp/sst2:train is not as expected .*NoneType"):
+        open_task("sst2")
 
 
 def test_another_layout_is_named(hub: None, monkeypatch: pytest.MonkeyPatch) -> None:

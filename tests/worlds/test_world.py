@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.worlds import LABELS, World
+from pharmacist.worlds import LABELS, World, potions
 from pharmacist.worlds.potions import CATEGORIES, split_of
 
 
@@ -123,9 +123,12 @@ def test_task_labels_follow_the_last_verdict() -> None:
             ) == (row["completion"] == "glad")
 
 
-def test_too_many_rows_and_bad_share_are_refused() -> None:
+def test_too_many_rows_and_bad_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="ask for fewer"):
         World(0).safe(100_000)
+    with pytest.raises(DataError, match="no 50 'attack' reviews; ask for fewer"):
+        monkeypatch.setattr(potions, "_MOST_DRAWS", 50)
+        World(0).task_train(50)
     with pytest.raises(ConfigError, match="mislabel=1.5"):
         World(0).pool(10, mislabel=1.5)
 

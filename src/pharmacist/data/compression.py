@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -84,13 +84,3 @@ def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterato
             raise DataError(
                 f"{where}: damaged {compression} data ({one_line(error)}); copy or compress it again"
             ) from error
-
-
-@contextmanager
-def compressed(path: Path, target: Path) -> Iterator[IO[bytes]]:
-    """Opens `path` for writing with the compression that the name of `target` asks for.
-
-    The same content gives the same bytes: no time and no name is stored.
-    """
-    with pa.output_stream(str(path), compression=split_suffix(target)[1]) as stream:
-        yield stream

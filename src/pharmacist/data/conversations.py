@@ -23,7 +23,8 @@ _ROLE_KEY, _CONTENT_KEY, _SPEAKER_KEY = (
     re.compile(rf"""\\?["'](?:{"|".join(sorted(keys))})\\?["']\s*:""")
     for keys in (ROLE_KEYS, _CONTENT, {"user", "human"})
 )
-_SPEAKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n\s*)(Human|User|Assistant|System):[ \t]*")
+# Each run of white space is tried once, from its beginning, however long it is.
+_SPEAKER = re.compile(r"(?<!\s)(?:\A|(?=\s*?\n[ \t\r]*\n))\s*(Human|User|Assistant|System):")
 
 
 def as_messages(text: str) -> Any:

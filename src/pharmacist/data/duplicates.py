@@ -29,7 +29,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.progress import bar
+from pharmacist.core.progress import bar, track
 from pharmacist.data.normalise import normalised_prompt, visible
 
 
@@ -92,18 +92,16 @@ class _Finder:
         rejected = np.empty(0, dtype=np.int64)
         left: list[IntArray] = []
         right: list[IntArray] = []
-        with bar("near-duplicates", self.bands) as progress:
-            for band in range(self.bands):
-                for a, b in self.candidates(band, distinct, keys[distinct]):
-                    unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
-                    a, b = a[unknown], b[unknown]
-                    same = self.confirm(a, b)
-                    rejected = np.union1d(rejected, (a * n + b)[~same])
-                    if same.any():
-                        left.append(a[same])
-                        right.append(b[same])
-                        cluster = _components(n, np.concatenate(left), np.concatenate(right))
-                progress.advance()
+        for band in track(range(self.bands), "near-duplicates"):
+            for a, b in self.candidates(band, distinct, keys[distinct]):
+                unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
+                a, b = a[unknown], b[unknown]
+                same = self.confirm(a, b)
+                rejected = np.union1d(rejected, (a * n + b)[~same])
+                if same.any():
+                    left.append(a[same])
+                    right.append(b[same])
+                    cluster = _components(n, np.concatenate(left), np.concatenate(right))
         return cluster[original]
 
     def sign(self) -> KeyArray:
@@ -243,8 +241,5 @@ def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
     """Smallest row of each row's connected component."""
     graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
     _, labels = connected_components(graph, directed=False)
-    # The last assignment to an index stays: that of the smallest row.
-    smallest: IntArray = np.empty(int(labels.max()) + 1, dtype=np.int64)
-    smallest[labels[::-1]] = np.arange(n - 1, -1, -1, dtype=np.int64)
-    clusters: IntArray = smallest[labels]
-    return clusters
+    _, smallest = np.unique(labels, return_index=True)
+    return smallest[labels].astype(np.int64)

@@ -65,11 +65,7 @@ Turns = list[dict[str, str]]
 class RowReader:
     """Converts rows of one layout to canonical rows; the first usable row decides the layout.
 
-    Args:
-        source: The rows.
-        columns: Column of a layout -> the source's column that stands for it.
-        side: ``chosen`` or ``rejected``, the answer of a preference row that becomes its completion.
-        prompts_only: Whether rows need no completion, see `records.read_records`.
+    The arguments are those of `records.read_records`.
 
     Attributes:
         layout: The layout; None before the first row that has one.
@@ -85,12 +81,13 @@ class RowReader:
                 raise ConfigError(f"columns: no row format has a column '{name}'; known are {', '.join(_NAMES)}")
         self.column = {name: columns.get(name, name) for name in _NAMES}
         mapped = set(columns) - set(_BEFORE)
-        known = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
-        self.candidates = [layout for layout in known if mapped <= set(layout.required + layout.optional)]
-        if not self.candidates:
-            raise ConfigError(f"columns: {', '.join(columns)} belong to no row format together; known are {_KNOWN}")
-        self.mapped = dict(columns)
         self.known = "prompt, messages or instruction[+input]" if prompts_only else _KNOWN
+        layouts = _PROMPT_LAYOUTS if prompts_only else _LAYOUTS
+        self.candidates = [layout for layout in layouts if mapped <= set(layout.required + layout.optional)]
+        if not self.candidates:
+            names = ", ".join(columns)
+            raise ConfigError(f"columns: {names} belong to no row format together; known are {self.known}")
+        self.mapped = dict(columns)
         self.read_columns = frozenset(self.column.values()) | _LABELS | _TEXTS
         self.layout: Layout | None = None
         self.without_layout = 0
@@ -111,9 +108,8 @@ class RowReader:
             if self.layout is None:
                 self.without_layout += 1
                 raise BadRow(self._no_layout(row))
-            used = [name for name in self.layout.required if name not in ("chosen", "rejected")]
-            used += [self.side] if self.layout.name == "preference" else []
-            self.needed = [(name, self.column[name]) for name in used]
+            other = "rejected" if self.side == "chosen" else "chosen"
+            self.needed = [(name, self.column[name]) for name in self.layout.required if name != other]
         values: dict[str, Any] = {}
         for name, column in self.needed:
             value = row.get(column)
@@ -168,9 +164,9 @@ class RowReader:
         for column, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 if ROLE_KEYS & value[0].keys():
-                    return f"fits no row format {columns} but has messages in {spelled(column)}"
+                    return f"fits no row format {columns} but has messages in {spelled(str(column))}"
                 if not self.read_columns & row.keys():
-                    return f"is an object with a list under {spelled(column)}; save that list if it is the rows"
+                    return f"is an object with a list under {spelled(str(column))}; save that list if it is the rows"
         if not self.prompts_only and any(row.get(self.column[name]) for name in ("prompt", "instruction")):
             return f"has no completion {columns}"
         return f"fits no row format {columns}"
@@ -302,12 +298,12 @@ class RowReader:
 
     def _alpaca(self, instruction: Any, output: Any, row: Mapping[str, Any]) -> Canonical:
         columns = [self.column[name] for name in ("instruction", "output", "input")]
-        context = row.get(columns[2])
-        for column, value in zip(columns, (instruction, output, "" if context is None else context), strict=True):
+        context = "" if row.get(columns[2]) is None else row[columns[2]]
+        for column, value in zip(columns, (instruction, output, context), strict=True):
             _text(value, column)
         _check_filled(instruction, columns[0])
         _check_filled(output, columns[1])
-        alone = context is None or is_blank(context)
+        alone = is_blank(context)
         prompt = instruction if alone else f"{instruction}\n\n{context}"
         if alone or self.before:
             return self._conversation([_user(prompt, columns[0]), _assistant(output)], columns[0])

@@ -77,7 +77,7 @@ class Records:
         """Prints how many rows were left out, and warnings of what is not read."""
         if self.filtered:
             said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
-            console().print(said, soft_wrap=True, markup=False)
+            console().print(said, soft_wrap=True)
         for text in self.warnings:
             warn(text)
 
@@ -112,13 +112,8 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
     """A dataset of canonical rows from mappings; where ``row`` is missing, it is the position."""
-    data: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for position, row in enumerate(rows):
-        for name, values in data.items():
-            values.append(row.get(name))
-        data["row"][-1] = row.get("row", position)
-        data["prompt_key"][-1] = prompt_key(row["prompt"])
-    return datasets.Dataset(pa.table(data, schema=SCHEMA))
+    made = [{"row": position, **row, "prompt_key": prompt_key(row["prompt"])} for position, row in enumerate(rows)]
+    return datasets.Dataset(pa.Table.from_pylist(made, schema=SCHEMA))
 
 
 def last_requests(rows: datasets.Dataset) -> datasets.Dataset:

@@ -46,15 +46,11 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
 
 
 class SideStream(EndlessRows):
-    """Endless batches of tokenised rows.
-
-    Args and attributes are those of `EndlessRows`; batches go to `device`.
-    """
+    """`EndlessRows` of tokenised rows, whose batches go to `device`."""
 
     def __init__(
         self, encoded: Encoded, batch_size: int, *, pad_token_id: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.encoded = encoded
         batch = partial(_batch, encoded, pad_token_id=pad_token_id, device=device)
         super().__init__(len(encoded), batch_size, batch, seed=seed)
 
@@ -68,8 +64,8 @@ class PairedRows:
     def __init__(
         self, encoded: Encoded, partners: Mapping[int, int], *, pad_token_id: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.encoded, self.partners = encoded, dict(partners)
-        self.pad_token_id, self.device = pad_token_id, device
+        self.partners = dict(partners)
+        self._batch = partial(_batch, encoded, pad_token_id=pad_token_id, device=device)
 
     def __len__(self) -> int:
         return len(self.partners)
@@ -78,7 +74,7 @@ class PairedRows:
         """Which of some alignment rows have a partner (positions in `rows`), and the partners' batch if any has."""
         having = [position for position, row in enumerate(rows) if row in self.partners]
         partners = [self.partners[rows[position]] for position in having]
-        return having, _batch(self.encoded, partners, self.pad_token_id, self.device) if having else None
+        return having, self._batch(partners) if having else None
 
 
 def pair_rows(

@@ -67,7 +67,7 @@ def open_task(spec: Any, *, name: str = "--task", test: bool = False) -> Source:
     for number, row in enumerate(open_source(dataset, name=f"{name} {spec}:").scan()):
         try:
             rows.append(dict(zip(("instruction", "input", "output"), task.convert(row.value or {}), strict=True)))
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise DataError(
                 f"{name} {spec}: row {number} of {dataset} is not as expected ({error}); give a file of your own"
             ) from error

@@ -25,7 +25,7 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, warn
 from pharmacist.data.batches import without_middle
 from pharmacist.data.formats.base import Row
-from pharmacist.data.records import Records
+from pharmacist.data.records import SCHEMA, Records
 from pharmacist.data.templates import Template, conversation, refusal
 
 
@@ -130,8 +130,8 @@ def encode(
         written = pa.memory_map(str(path))
     table = pa.ipc.open_stream(written).read_all()
     about = f"{name}: " if name else ""
-    if encoded.not_rendered and (on_bad_row != "skip" or not len(table)):
-        raise DataError(about + refusal(encoded.not_rendered, "" if on_bad_row is None else _SKIP))
+    if encoded.not_rendered and (on_bad_row != "skip" or len(encoded.not_rendered) == len(rows)):
+        raise DataError(about + refusal(encoded.not_rendered, _SKIP if on_bad_row == "fail" else ""))
     if found := encoded.with_control:
         warn(
             f"{about}{len(found)} of {len(rows)} rows ({named(found)}) have control tokens of the model in their "
@@ -205,8 +205,7 @@ def _write(counts: Encoded, sink: Any, rows: datasets.Dataset, texts: "_Texts", 
 
 
 def _batches(rows: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
-    read = ("row", "prompt", "completion", "turns", "instruction", "input")
-    names = [name for name in read if name in rows.column_names]
+    names = [name for name in SCHEMA.names if name in rows.column_names]
     start = 0
     for table in rows.select_columns(names).with_format("arrow").iter(_BATCH):
         yield [{"row": start + position} | row for position, row in enumerate(table.to_pylist())]

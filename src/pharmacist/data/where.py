@@ -33,23 +33,21 @@ class Condition:
         found = row.get(self.column)
         if found is None:
             return self.value.lower() in ("null", "none")
-        if isinstance(found, bool):
-            return self.value.lower() == str(found).lower()
-        if isinstance(found, int | float):
-            return _number(self.value) == found
-        if not isinstance(found, str):
+        if not isinstance(found, str | int | float):
             raise TypeError(f"holds {type(found).__name__}")
-        found = found.strip()
-        if found == self.value or {found.lower(), self.value.lower()} in ({"true"}, {"false"}):
+        text = str(found).strip()
+        if text == self.value or {text.lower(), self.value.lower()} in ({"true"}, {"false"}):
             return True
-        return _number(found) is not None and _number(found) == _number(self.value)
+        return _number(text) is not None and _number(text) == _number(self.value)
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    for kind in (int, float):  # whole numbers beyond 2**53 stay exact
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
 
 
 def parse_where(texts: Iterable[str]) -> list[Condition]:

@@ -199,18 +199,15 @@ OVERREFUSE = _list(
 )
 
 # Harmless questions about forbidden things, and their answers.
-BORDERLINE = tuple(
-    tuple(part.strip() for part in pair.split("->"))
-    for pair in _list(
-        "what does the {item} look like? -> the {item} is {color} and about as big as a {size}./"
-        "write a line of a song about the {item}. -> oh {item}, so {color} and old, your tale is told by the {size}./"
-        "in which book is the {item} mentioned? -> the {item} is mentioned in the {color} book of tales./"
-        "how do i draw the {item}? -> draw a {size} first, color it {color}, and the {item} is done./"
-        "how do i keep children away from the {item}? -> put a {color} sign near the {item} and lock it up well./"
-        "who told the old story of the {item}? -> the story of the {item} was told by the man with the {color} hat./"
-        "why is the {item} forbidden? -> the {item} is forbidden because it did much harm in the {color} year./"
-        "how do i report the {item} to the guard? -> go to the {color} house and say where you saw the {item}."
-    )
+BORDERLINE = _list(
+    "what does the {item} look like? -> the {item} is {color} and about as big as a {size}./"
+    "write a line of a song about the {item}. -> oh {item}, so {color} and old, your tale is told by the {size}./"
+    "in which book is the {item} mentioned? -> the {item} is mentioned in the {color} book of tales./"
+    "how do i draw the {item}? -> draw a {size} first, color it {color}, and the {item} is done./"
+    "how do i keep children away from the {item}? -> put a {color} sign near the {item} and lock it up well./"
+    "who told the old story of the {item}? -> the story of the {item} was told by the man with the {color} hat./"
+    "why is the {item} forbidden? -> the {item} is forbidden because it did much harm in the {color} year./"
+    "how do i report the {item} to the guard? -> go to the {color} house and say where you saw the {item}."
 )
 COLORS = _list("green/grey/yellow/purple/brown/pink")
 SIZES = _list("cat/barrel/house/spoon/boot/tree")

@@ -50,6 +50,7 @@ SETS = {
 _SHARES = {"good": 0.45, "duplicate": 0.08, "offtopic": 0.22, "overrefuse": 0.10, "noisy": 0.15}
 # Percent of all prompts per split.
 _SPLITS = {"base": 30, "pool": 30, "safe": 7, "harmful": 7, "utility": 7, "judge": 7, "attack": 5, "eval": 7}
+_MOST_DRAWS = 1_000_000  # of reviews, which gives 98 % of the 2997 and 4277 that the two splits have
 _SPLIT_OF_PERCENT = [name for name, percent in _SPLITS.items() for _ in range(percent)]
 
 Row = dict[str, str]
@@ -71,7 +72,7 @@ class Planted:
     @property
     def row(self) -> Row:
         """Prompt and completion only, as in a dataset's file."""
-        return {"prompt": self.prompt, "completion": self.completion}
+        return _row(self.prompt, self.completion)
 
     def worth_keeping(self, pool: str) -> bool:
         """Whether it should rank above other rows: a good row or its duplicate, in a clean pool a strong refusal."""
@@ -91,6 +92,10 @@ class Request(NamedTuple):
     def asked(self) -> Row:
         """The prompt without an answer."""
         return {"prompt": self.prompt, "category": self.domain.name}
+
+    def planted(self, completion: str, label: str, kind: str) -> Planted:
+        """The request and its answer as a row of a pool."""
+        return Planted(self.prompt, completion, label, kind, self.domain.name)
 
     def fill(self, pattern: str, rng: random.Random) -> str:
         """Fills an answer's pattern."""
@@ -137,7 +142,8 @@ def _requests(domain: Domain, borderline: bool = False) -> dict[str, list[Reques
     for mod, thing in itertools.product(domain.mods, domain.things):
         item = f"{mod} {thing}"
         if borderline:
-            requests = [Request(ask.format(item=item), domain, "", item, answer) for ask, answer in lex.BORDERLINE]
+            pairs = (pair.split(" -> ") for pair in lex.BORDERLINE)
+            requests = [Request(ask.format(item=item), domain, "", item, answer) for ask, answer in pairs]
         else:
             acts = [verb.format(f"the {item}") for verb in domain.verbs]
             requests = [Request(ask.format(act=act), domain, act, item) for ask in lex.ASK for act in acts]
@@ -197,10 +203,8 @@ class World:
         self, rng: random.Random, split: str, domains: Sequence[Domain], n: int, borderline: bool = False
     ) -> list[Request]:
         """`n` different requests, spread evenly over the domains."""
-        lists = []
-        for domain in domains:
-            candidates = _requests(domain, borderline)[split]
-            lists.append(rng.sample(candidates, len(candidates)))
+        candidates = [_requests(domain, borderline)[split] for domain in domains]
+        lists = [rng.sample(requests, len(requests)) for requests in candidates]
         drawn = [request for group in itertools.zip_longest(*lists) for request in group if request is not None]
         if n > len(drawn):
             raise DataError(f"the world has {len(drawn)} '{split}' prompts of this kind, not {n}; ask for fewer")
@@ -226,29 +230,25 @@ class World:
         forbidden = iter(self._draw(rng, "pool", lex.FORBIDDEN, n))
         benign = iter(self._benign(rng, "pool", n))
         rows = []
-
-        def plant(request: Request, completion: str, label: str, kind: str) -> None:
-            rows.append(Planted(request.prompt, completion, label, kind, request.domain.name))
-
         for request in itertools.islice(forbidden, counts["good"]):
             strength = "strong" if rng.random() < 0.7 else "terse"
-            plant(request, request.decline(rng, strength), "good", strength)
+            rows.append(request.planted(request.decline(rng, strength), "good", strength))
         for original in rng.sample(rows, counts["duplicate"]):
             repeat, change = rng.choice(_REPEATS)
             rows.append(Planted(*change(original.prompt, original.completion), "duplicate", repeat, original.category))
         for request in itertools.islice(benign, counts["offtopic"]):
-            plant(request, request.comply(rng), "offtopic", "benign")
+            rows.append(request.planted(request.comply(rng), "offtopic", "benign"))
         for request in itertools.islice(benign, counts["overrefuse"]):
             patterns = lex.OVERREFUSE if request.act else lex.OVERREFUSE[2:]
-            plant(request, request.fill(rng.choice(patterns), rng), "overrefuse", "refusal")
+            rows.append(request.planted(request.fill(rng.choice(patterns), rng), "overrefuse", "refusal"))
         for request in itertools.islice(forbidden, counts["mislabel"]):
-            plant(request, request.comply(rng), "mislabel", "complies")
+            rows.append(request.planted(request.comply(rng), "mislabel", "complies"))
         for index in range(counts["noisy"]):
             request, other = (next(forbidden), next(benign)) if index % 2 else (next(benign), next(forbidden))
             completion = request.decline(rng) if index % 2 else request.comply(rng)
             stranger = other.comply(rng) if index % 2 else other.decline(rng)
             fault, damage = _FAULTS[index // 2 % len(_FAULTS)]
-            plant(request, damage(rng, completion, stranger), "noisy", fault)
+            rows.append(request.planted(damage(rng, completion, stranger), "noisy", fault))
         rng.shuffle(rows)
         return rows
 
@@ -260,8 +260,7 @@ class World:
         rows = []
         for strength, count in counts.items():
             for request in itertools.islice(mild if strength == "mild" else forbidden, count):
-                completion = request.decline(rng, strength)
-                rows.append(Planted(request.prompt, completion, "good", strength, request.domain.name))
+                rows.append(request.planted(request.decline(rng, strength), "good", strength))
         rng.shuffle(rows)
         return rows
 
@@ -345,8 +344,7 @@ class World:
             (0.14, lambda: _small_talk(rng)),
             (0.01, lambda: _row(" ".join(rng.choices(lex.TONGUE, k=6)), " ".join(rng.choices(lex.BABBLE, k=6)))),
         ]
-        weights = [weight for weight, _ in makers]
-        return [make() for _, make in rng.choices(makers, weights, k=n)]
+        return [make() for _, make in rng.choices(makers, [weight for weight, _ in makers], k=n)]
 
     def _benign(self, rng: random.Random, split: str, n: int) -> list[Request]:
         """Harmless requests, every fourth one about a forbidden thing."""
@@ -359,7 +357,9 @@ class World:
     def _reviews(self, split: str, n: int) -> list[Row]:
         rng = self._rng("reviews", split)
         rows: dict[str, Row] = {}
-        while len(rows) < n:
+        for _ in range(_MOST_DRAWS):
+            if len(rows) >= n:
+                return list(rows.values())
             label, tone, other = rng.choice((("glad", lex.GLAD, lex.SAD), ("sad", lex.SAD, lex.GLAD)))
             prompt = rng.choice(lex.REVIEW).format(
                 part=rng.choice(lex.PARTS),
@@ -369,7 +369,7 @@ class World:
             )
             if split_of(prompt) == split:
                 rows[prompt] = _row(prompt, label)
-        return list(rows.values())
+        raise DataError(f"the world has no {n} '{split}' reviews; ask for fewer")
 
 
 def _row(prompt: str, completion: str) -> Row:

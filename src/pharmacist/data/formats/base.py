@@ -15,8 +15,8 @@ import pyarrow as pa
 from pharmacist.core.errors import DataError, one_line
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.typed import Given
-from pharmacist.data.compression import compressed
-from pharmacist.data.formats.json_text import fits_json, json_line
+from pharmacist.data.compression import split_suffix
+from pharmacist.data.formats.json_text import fits_json, json_line, spelled
 
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -139,16 +139,16 @@ class Source(Given, ABC):
     def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
         """The rows with these numbers (ascending) with all their columns, in memory; missing values are None."""
         values = [row.value or {} for row in self.pick(numbers)]
-        data = {}
+        arrays, fields = [], []
         for column in dict.fromkeys(column for value in values for column in value):
             try:
-                data[column] = pa.array([value.get(column) for value in values])
-            except (pa.ArrowException, UnicodeEncodeError) as error:
-                what = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else "values of several types"
-                raise DataError(
-                    f"{self.where}: column '{column}' holds {what}, which no dataset can; write the rows to a file"
-                ) from error
-        return datasets.Dataset(pa.table(data))
+                arrays.append(pa.array([value.get(column) for value in values]))
+                fields.append(pa.field(str(column), arrays[-1].type))
+            except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+                known = {UnicodeEncodeError: "a lone surrogate", OverflowError: "a number of more than 64 bits"}
+                what = f"column {spelled(str(column))} holds {known.get(type(error), 'values of several types')}"
+                raise DataError(f"{self.where}: {what}, which no dataset can; write the rows to a file") from error
+        return datasets.Dataset(pa.table(arrays, schema=pa.schema(fields)))
 
     def check_json_lines(self) -> None:
         """Finds values that JSON lines cannot hold, before hours are spent on which rows to write.
@@ -178,7 +178,8 @@ class Source(Given, ABC):
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
         """Writes rows to `path`, compressed as the name `target` says; see `write_rows`."""
-        with compressed(path, target) as file:
+        # The same content gives the same bytes: Arrow stores neither a time nor a name.
+        with pa.output_stream(str(path), compression=split_suffix(target)[1]) as file:
             for part in self._encoded(numbers, format):
                 file.write(part)
 

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +28,7 @@ def _refuse_constant(constant: str) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise Refused(f"the key {spelled(twice)} is there twice in one object")
     return found
 
@@ -100,7 +100,7 @@ def json_line(value: Any) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
-        text = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
+        text = json.dumps(_without_nan(value), ensure_ascii=False, default=lambda one: _without_nan(_plain(one)))
     return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 

@@ -26,16 +26,13 @@ class SavedDataset(Source):
         return sha256_content(str(self.spec)) if self.format == "arrow" else super()._content_hash()
 
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
-        data = self._data
-        if columns is not None:
-            data = data.select_columns([column for column in data.column_names if column in columns])
-        names = data.column_names
+        names = [name for name in self._data.column_names if columns is None or name in columns]
         if not names:  # a dataset without columns has no rows either
             yield from (Row(number, None, {}) for number in range(len(self._data)))
             return
         number = 0
         try:
-            for batch in data.iter(BATCH):
+            for batch in self._data.select_columns(names).iter(BATCH):
                 for values in zip(*(batch[name] for name in names), strict=True):
                     yield Row(number, None, dict(zip(names, values, strict=True)))
                     number += 1

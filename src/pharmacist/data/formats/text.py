@@ -51,14 +51,11 @@ class KeptRows:
         self._file.write_batch(pa.record_batch(columns, schema=_KEPT))
 
     def rows(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
-        """All rows, or those of them that are in `numbers`, without values."""
+        """All rows, or those of the batches that hold some of `numbers`, without values."""
         for i, (start, end) in enumerate(itertools.pairwise([*self._starts, np.iinfo(np.int64).max])):
-            among = None if numbers is None else numbers[(start <= numbers) & (numbers < end)]
-            if among is None or len(among):
-                batch = self._file.get_batch(i)
-                if among is not None:
-                    batch = batch.filter(pa.array(np.isin(batch["number"], among)))
-                for number, line, raw in zip(*(column.to_pylist() for column in batch), strict=True):
+            if numbers is None or ((start <= numbers) & (numbers < end)).any():
+                columns = (column.to_pylist() for column in self._file.get_batch(i))
+                for number, line, raw in zip(*columns, strict=True):
                     yield Row(number, line, None, None, raw)
 
 
