@@ -80,11 +80,13 @@ class EndpointConfig(Checked):
             raise ConfigError("endpoint: api_key_env is the name of a variable that holds the key, not the key")
         if self.base_url:
             try:
-                known = httpx.URL(self.base_url).scheme in ("http", "https")
+                url = httpx.URL(self.base_url)
+                known = url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 2**16
             except (httpx.InvalidURL, ValueError):
                 known = False
             if not known:
-                raise ConfigError(f"endpoint: base_url {self.shown}: must begin with http:// or https:// and a host")
+                where = f"endpoint: base_url {self.shown}"
+                raise ConfigError(f"{where}: must begin with http:// or https:// and a host; ports go up to 65535")
 
     @property
     def shown(self) -> str:
@@ -126,7 +128,9 @@ class Endpoint:
             option = name.removeprefix("--").split()[0]
             raise ConfigError(f"{name}: give the endpoint's address, such as --{option}.base_url http://host:8000/v1")
         self.config, self.name = config, name
-        self._key = os.environ.get(config.api_key_env, "")
+        self._key = os.environ.get(config.api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(f"{name}: the key in ${config.api_key_env} has characters that no key has; set it again")
         base = httpx.URL(config.base_url)
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
