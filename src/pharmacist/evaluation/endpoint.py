@@ -268,7 +268,8 @@ def _reply(content: bytearray) -> Answer:
         choice = value["choices"][0]
         message, ended = choice["message"], str(choice.get("finish_reason")).lower()
         text, reasoning = _texts(message.get("content"))
-        thought = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), "")
+        fields = (message.get(name) for name in REASONING_FIELDS)
+        thought = next((value for value in fields if value and isinstance(value, str)), "")
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
