@@ -126,6 +126,9 @@ class Evaluator:
         """Judges and grades answers by prompt set, each without its reasoning."""
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
+        deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
+        for decider in deciders:
+            decider.missing = 0
         for name, found in answers.items():
             added = [self._item(name, position, answer) for position, answer in enumerate(separated(found))]
             metrics |= self._grade(added) if name == "task" else self._judge(name, added)

@@ -195,7 +195,7 @@ class GuardJudge(LocalModelJudge):
         # Templates write their own special tokens.
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         context = LoadedModel(model, tokenizer, None, "").max_length  # type: ignore[arg-type]
-        short, cut = cut_prompts([list(row) for row in ids], context - room, 0)
+        short, cut = cut_prompts(ids, context - room + 1, 1)
         self._cut += cut
         return short
 
