@@ -119,12 +119,15 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         questions = [
             _QUESTION.format(prompt=item.prompt, first=first, second=second)
             for item, other in zip(items, others, strict=True)
-            for first, second in ((item.answer, other or ""), (other or "", item.answer))
+            if other is not None
+            for first, second in ((item.answer, other), (other, item.answer))
         ]
-        replies = self.ask(questions, "compare")
+        replies = iter(self.ask(questions, "compare"))
         grades = [
-            WinGrade(None, note="the other model has no answer") if other is None else _grade(first, second)
-            for other, first, second in zip(others, replies[::2], replies[1::2], strict=True)
+            WinGrade(None, note="the other model has no answer")
+            if other is None
+            else _grade(next(replies), next(replies))
+            for other in others
         ]
         self.check_verdicts([grade.note for grade in grades if grade.score is None], len(grades))
         return grades
