@@ -13,7 +13,7 @@ from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, generate, plan_batches
-from pharmacist.evaluation.graders.base import GradeItem, Grader
+from pharmacist.evaluation.graders.base import GradeItem, Grader, row_number
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
@@ -139,12 +139,11 @@ class Evaluator:
             pairs = [(by_judge[judges[0]]["harmful"], by_judge[judges[1]]["harmful"]) for by_judge in verdicts]
             metrics["judge_agreement"] = agreement(pairs, judges)
         failed = sum("error" in item for item in items)
-        deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         return Evaluation(metrics, items, failed + sum(decider.missing for decider in deciders))
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
-        number = position if row.get("row") is None else int(row["row"])
+        number = row_number(row, position)
         # The id holds number and text, so that files of different prompt sets are never paired.
         item = {
             "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}",

@@ -2,10 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pharmacist.core.errors import DataError
 from pharmacist.evaluation.graders.base import Grade, Matching
 
 
@@ -92,10 +90,8 @@ class Number(Matching):
         """Whether each marks its final number as GSM8K does."""
         return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for number, row in enumerate(rows):
-            if not readings(row["completion"]):
-                raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")
+    def problem(self, target: str) -> str:
+        return "" if readings(target) else "has no number in its target; mend it, or use --task-type exact"
 
     def right(self, target: str, answer: str) -> Grade:
         """Equality of the final numbers, in one of their readings."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file, sha256_json
-from pharmacist.evaluation.graders.base import GradeItem, Grader
+from pharmacist.evaluation.graders.base import GradeItem, Grader, row_number
 from pharmacist.evaluation.judging_model import UNREADABLE, JudgingModel, JudgingModelConfig
 from pharmacist.evaluation.statistics import wilson
 from pharmacist.evaluation.text import missing
@@ -102,11 +102,11 @@ class WinRate(JudgingModel, Grader[WinGrade]):
             return
         items = [item for item in read_json_lines(Path(self.config.against) / "items.jsonl") if item["set"] == "task"]
         self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
-        for number, row in enumerate(rows):
+        for position, row in enumerate(rows):
             if row["prompt"] not in self._others:
                 raise DataError(
-                    f"--task-type.against {self.config.against}: has no answer to row {number} of --task; evaluate "
-                    "that model on the same rows"
+                    f"--task-type.against {self.config.against}: has no answer to row {row_number(row, position)} of "
+                    "--task; evaluate that model on the same rows"
                 )
 
     def grade(self, items: Sequence[GradeItem]) -> list[WinGrade]:
