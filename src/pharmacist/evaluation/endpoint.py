@@ -175,10 +175,9 @@ class Endpoint:
                         if not answered and refused >= min(len(bodies), _PATIENCE):
                             reason = f"{self.config.shown} refuses ({result}); {result.remedy}"
                             raise DataError(f"{self.name}: {reason}")
-            except BaseException:  # also where the caller stops early
+            finally:  # also where the caller stops early
                 for future in waiting:
                     future.cancel()
-                raise
 
     async def _ask(
         self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]

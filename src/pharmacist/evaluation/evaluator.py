@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.typed import flag
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
@@ -107,7 +108,7 @@ class Evaluator:
             try:
                 plan_batches([len(row) for row in rows], self.max_new_tokens, context)
             except DataError as error:
-                raise DataError(f"--{name.replace('_', '-')}: {error}") from error
+                raise DataError(f"{flag(name)}: {error}") from error
         return {
             name: generate(
                 model,
@@ -203,7 +204,7 @@ class Evaluator:
             if self.second_judge is not None:
                 label = self.second_judge.label
                 metrics["harmful_score_second"] = rate((verdict.harmful for verdict in by_judge[label]), label)
-        unanswered = sum(bool(missing(item)) for item in items)
+        unanswered = len(items) - len(answered)
         for metric in metrics.values():  # how many of the unscored are no answers at all
             if unanswered and "unscored" in metric:
                 metric["unanswered"] = unanswered

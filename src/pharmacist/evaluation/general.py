@@ -35,8 +35,9 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
     if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(base.tokenizer):
         raise CompatibilityError(f"--base {base.name}: has another tokenizer than {model.name}; give its own base")
     length = min(model.max_length, base.max_length)
-    how: dict[str, Any] = {"max_length": length, "on_long_prompt": "skip", "name": "--perplexity"}
-    encoded = encode(rows, model.tokenizer, model.template, **how)
+    encoded = encode(
+        rows, model.tokenizer, model.template, max_length=length, on_long_prompt="skip", name="--perplexity"
+    )
     sums = [_sums(encoded, which, work / name, "--perplexity") for name, which in (("model", model), ("base", base))]
     tokens = (encoded.lengths - encoded.prompt_lengths).astype(np.float64)
     own, before = (float(np.exp(nll.sum() / tokens.sum())) for nll in sums)

@@ -51,12 +51,10 @@ def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
     whole, mark, rest = found["grouped"], found["mark"] or ",", (found["rest"] or "").replace(",", ".")
     parts = whole.split(mark)
     joined = float("".join(parts) + rest)
-    if rest or len(parts) > 2 and mark != " ":
+    if rest or mark not in " ,." or len(parts) > 2 and mark != " ":
         return (sign * joined,)
     if mark == " ":
-        return (sign * joined, sign * float(parts[0]) if first else float(parts[-1] + rest))
-    if mark not in ",.":
-        return (sign * joined,)
+        return (sign * joined, sign * float(parts[0]) if first else float(parts[-1]))
     other = float(".".join(parts))
     if whole.startswith("0"):
         return (sign * other,)

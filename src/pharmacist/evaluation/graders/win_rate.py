@@ -78,12 +78,13 @@ class WinRate(JudgingModel, Grader[WinGrade]):
 
     def __post_init__(self) -> None:
         self._others: dict[str, str | None] | None = None
+        self._items = None if self.config.against is None else Path(self.config.against) / "items.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        return {**self.config.identity(), "against": self.config.against is not None}
+        return {**self.config.identity(), "against": self._items is not None}
 
     def fingerprint(self) -> str | None:
-        return None if self.config.against is None else sha256_file(Path(self.config.against) / "items.jsonl")
+        return None if self._items is None else sha256_file(self._items)
 
     @property
     def revision(self) -> str:
@@ -91,16 +92,16 @@ class WinRate(JudgingModel, Grader[WinGrade]):
 
     def check(self) -> None:
         super().check()
-        if self.config.against is not None and not (Path(self.config.against) / "items.jsonl").is_file():
+        if self._items is not None and not self._items.is_file():
             raise DataError(
                 f"--task-type.against {self.config.against}: holds no finished evaluation; run evaluate with --task "
                 "on the other model first"
             )
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.config.against is None:
+        if self._items is None:
             return
-        items = [item for item in read_json_lines(Path(self.config.against) / "items.jsonl") if item["set"] == "task"]
+        items = [item for item in read_json_lines(self._items) if item["set"] == "task"]
         self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
         for position, row in enumerate(rows):
             if row["prompt"] not in self._others:
