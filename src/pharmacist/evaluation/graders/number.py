@@ -64,11 +64,9 @@ def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
 def published_number(text: str) -> float:
     """The final number as published evaluations find it; infinity if there is none."""
     plain = text.replace(",", "")
-    if _PUBLISHED_MARKER in plain:
-        numbers = _PUBLISHED_NUMBER.findall(plain.split(_PUBLISHED_MARKER, 1)[1])[:1]
-    else:
-        numbers = _PUBLISHED_NUMBER.findall(plain)[-1:]
-    return float(numbers[0]) if numbers else math.inf
+    _, marker, after = plain.partition(_PUBLISHED_MARKER)
+    numbers = _PUBLISHED_NUMBER.findall(after if marker else plain)
+    return float(numbers[0 if marker else -1]) if numbers else math.inf
 
 
 class Number(Matching):
