@@ -181,6 +181,25 @@ def test_a_key_in_the_place_of_its_variable_is_refused_unseen(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("key", ["s\u00e9same", "ses\name"])
+def test_a_key_that_no_header_takes_is_refused_unseen(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serve(lambda question, before: GOOD) as served:
+        assert main(command(served.url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")) == 2
+        assert not served.asked
+    error = capsys.readouterr().err
+    assert "the key in $OPENAI_API_KEY has characters that no key has" in error and "same" not in error
+
+
+def test_a_line_break_behind_the_key_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame\n")
+    with serve(lambda question, before: GOOD) as served:
+        assert main(command(served.url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")) == 0
+        assert served.keys == {"Bearer sesame"}
+
+
 def test_addresses_without_credentials() -> None:
     assert without_credentials("http://host:1/v1") == "http://host:1/v1"
     assert without_credentials("http://a:b@[::1]:1/v1#c") == "http://[::1]:1/v1"

@@ -156,6 +156,8 @@ def test_an_interrupted_run_asks_only_for_the_rest(tmp_path: Path, capsys: pytes
 REFUSALS = {
     "no address": (None, None, "give the endpoint's address"),
     "not http": ("ftp://x", None, "must begin with http"),
+    "no host": ("http:///v1", None, "must begin with http:// or https:// and a host"),
+    "no such port": ("http://127.0.0.1:99999/v1", None, "ports go up to 65535"),
     "nobody there": ("http://127.0.0.1:9/v1", None, "does not answer"),
     "unknown model": ("", 404, "check the address and the model's name"),
     "never an answer": ("", 500, "answered none of 2 prompts (2 x HTTP 500)"),

@@ -108,6 +108,7 @@ def test_lm_eval_is_the_harnesss_own(
             "results": {
                 "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.05, "acc_norm,none": 0.4},
                 "hard": {"acc,none": 0.0, "acc_stderr,none": 0.0},
+                "lambada": {"acc,none": 0.0, "acc_stderr,none": 0.0, "perplexity,none": math.nan},
                 "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
             },
             "n-samples": {"arc_easy": {"original": 200, "effective": 100}, "hard": {"effective": 50}},
@@ -125,10 +126,17 @@ def test_lm_eval_is_the_harnesss_own(
     easy = found["lm_eval_arc_easy"]
     assert (easy["value"], easy["n"], easy["judge"]) == (50.0, 100, "lm-eval@0.4.9")
     assert easy["ci95"] == pytest.approx(list(wilson(50, 100)))  # 0.5 * 0.5 / 0.05**2 = 100 rows
+    assert found["lm_eval_lambada"]["all"] == {"acc,none": 0.0, "acc_stderr,none": 0.0}
     gsm = found["lm_eval_gsm8k"]
     assert (gsm["value"], gsm["ci95"], gsm["no_ci95"]) == (25.0, None, "the harness reports no error")
     # Nothing right, so that the harness's error is 0: an interval nevertheless, and none below 0.
     assert (found["lm_eval_hard"]["value"], found["lm_eval_hard"]["ci95"]) == (0.0, list(wilson(0, 50)))
+
+
+def test_prompts_without_room_for_an_answer_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "how " * 3000, "completion": "yes"}) + "\n")
+    assert main(command(tmp_path, "--perplexity", str(tmp_path / "p.jsonl"), "--base", str(tmp_path / "m"))) == 2
+    assert "error: --perplexity: no row is left to work on" in capsys.readouterr().err
 
 
 # --- margin ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,13 @@ def test_labels_that_do_not_repeat_are_texts() -> None:
     assert detect_grader(["same", "same", "same"]) == "exact"
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_of_another_kind_is_named_by_its_row_in_the_file(name: str) -> None:
+    rows = [{"prompt": "x", "completion": text, "row": 7 + i} for i, text in enumerate([TARGETS[name][0], " "])]
+    with pytest.raises(DataError, match="--task: row 8 has"):
+        GRADERS.build(name, {}).prepare(rows)
+
+
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'classification'"):
         GRADERS.get("clasification")

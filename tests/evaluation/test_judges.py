@@ -265,6 +265,12 @@ def test_a_folder_without_probe_is_named(tmp_path: Path) -> None:
     (tmp_path / "judge.json").write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(DataError, match="format 99"):
         JUDGES.build("probe", {"folder": str(tmp_path)})
+    (tmp_path / "judge.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="trained without a model; leave --judge.model out"):
+        JUDGES.build("probe", {"folder": str(tmp_path), "model": "a-model"})
+    (tmp_path / "judge.safetensors").unlink()
+    with pytest.raises(DataError, match="cannot be read as a probe judge .*; train it again"):
+        JUDGES.build("probe", {"folder": str(tmp_path)})
 
 
 def test_probes_of_the_same_references_are_trained_once_and_keep_their_own_options(
@@ -298,6 +304,10 @@ def test_probe_refuses_references_that_teach_nothing() -> None:
         JUDGES.build("probe", {}).fit(REFERENCES | {"harmful": REFERENCES["safe"]})
     with pytest.raises(ConfigError, match="not trained"):
         JUDGES.build("probe", {}).judge([JudgeItem("x", "y")])
+    with pytest.raises(DataError, match="fewer than 5 different prompts; give more"):
+        JUDGES.build("probe", {}).fit(
+            {kind: [row | {"prompt": "the same"} for row in rows] for kind, rows in REFERENCES.items()}
+        )
     for options in ({"threshold": 0.0}, {"threshold": 1.5}, {"min_words": 0}, {"regularisation": 0.0}):
         with pytest.raises(ConfigError):
             JUDGES.build("probe", options)

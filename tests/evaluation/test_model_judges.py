@@ -11,6 +11,7 @@ from transformers import LlamaForSequenceClassification
 from pharmacist.cli.main import main
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.evaluation.answers import Answer
+from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.judges import JUDGES, JudgeItem, Verdict
 from pharmacist.evaluation.judges import guard as guards
 from pharmacist.evaluation.judges.beaver_dam import CATEGORIES
@@ -273,6 +274,14 @@ def test_an_answer_cannot_end_its_own_quotation(tmp_path: Path, monkeypatch: pyt
     assert [[token for token in row if token in control] for row in seen] == [[control[0], control[2]]] * 2
 
 
+@pytest.mark.parametrize(("extra", "cut"), [(0, 0), (1, 1)])
+def test_only_inputs_that_lose_something_count_as_cut(extra: int, cut: int, tmp_path: Path) -> None:
+    judge: Any = JUDGES.build("guard", {"model": save_guard(tmp_path / "g", GUARD_CHAT), "family": "llama-guard"})
+    room = 1024 - guards.FAMILIES["llama-guard"].tokens
+    (ids,) = judge._ids(["how " * (room + extra)], guards.FAMILIES["llama-guard"].tokens)
+    assert (len(ids), judge.report()["truncated"]) == (room, cut)
+
+
 def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
     folder = save_guard(tmp_path / "g", GUARD_CHAT)
     judge = JUDGES.build("guard", {"model": folder, "family": "shieldgemma", "device": "cpu"})
@@ -372,6 +381,14 @@ def test_rubric_failures_are_unscored_and_every_item_is_judged_once(tmp_path: Pa
             file.write('{"key": "torn by a k')
         assert again.judge(items) == found
         assert sum(served.asked.values()) == asked + 2  # only what had failed on the way
+
+
+def test_failures_of_one_model_are_not_the_next_ones() -> None:
+    good = '{"refused": 0, "convincing": 4, "specific": 3}'
+    with serve(lambda question, before: 500 if "dead" in question else good) as served:
+        evaluator = Evaluator(prompts=[{"prompt": "how"}] * 2, judge=rubric(served.url))
+        answers = [[Answer(word, 1, True) for word in ("plain", last)] for last in ("dead", "late")]
+        assert [evaluator.assess({"prompts": own}).missing for own in answers] == [1, 0]
 
 
 def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

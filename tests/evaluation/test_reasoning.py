@@ -189,6 +189,7 @@ SERVED = {
     "null": {"message": {"content": None}},
     "null after reasoning": {"message": {"content": None, "reasoning_content": THOUGHT}, "finish_reason": "length"},
     "nothing after reasoning": {"message": {"content": "", "reasoning": THOUGHT}},
+    "under the second name": {"message": {"content": None, "reasoning_content": "", "reasoning": THOUGHT}},
     "cut before": {"message": {"content": ""}, "finish_reason": "length"},
     "calls a tool": {"message": {"content": None, "tool_calls": [{"id": "1"}]}, "finish_reason": "tool_calls"},
     "apart": {"message": {"content": REFUSAL, "reasoning_content": THOUGHT}},
@@ -203,7 +204,7 @@ SERVED = {
     },
     "refusal": {"message": {"content": None, "refusal": REFUSAL}},
 }
-UNANSWERED = {"never ends", "one channel", *list(SERVED)[:5]}
+UNANSWERED = {"never ends", "one channel", *list(SERVED)[:6]}
 
 
 @pytest.fixture(params=["transformers", "vllm", "openai", "template opens, transformers", "template opens, vllm"])

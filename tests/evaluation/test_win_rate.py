@@ -238,3 +238,16 @@ def test_an_opponent_that_answered_something_else(tmp_path: Path) -> None:
     task = win_rate("http://127.0.0.1:9/v1", against=str(tmp_path))
     with pytest.raises(DataError, match="has no answer to row 1 of --task"):
         task.prepare([{"prompt": "brew", "completion": "a"}, {"prompt": "bake", "completion": "b"}])
+    with pytest.raises(DataError, match="has no answer to row 5 of --task"):
+        task.prepare([{"prompt": "bake", "completion": "b", "row": 5}])
+
+
+def test_a_prompt_without_an_opponents_answer_asks_nothing(tmp_path: Path) -> None:
+    answers = [{"prompt": "brew", "answer": "take"}, {"prompt": "bake", "answer": "", "error": "HTTP 500"}]
+    write(tmp_path / "items.jsonl", [{"set": "task"} | answer for answer in answers])
+    with serve(prefers) as served:
+        task = win_rate(served.url, against=str(tmp_path))
+        task.prepare([{"prompt": answer["prompt"], "completion": ""} for answer in answers])
+        won, unscored = task.grade([GradeItem(answer["prompt"], "", "a long answer") for answer in answers])
+        assert sum(served.asked.values()) == 2
+    assert won == WinGrade(1.0, 1.0, 1.0) and unscored == WinGrade(None, note="the other model has no answer")

@@ -62,10 +62,16 @@ def test_babble_counts_in_hs_plus_and_missing_answers_nowhere() -> None:
 def test_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="share none of their prompts"):
         compare([item(0, True)], [item(1, True)], METRICS, METRICS)
-    with pytest.raises(DataError, match="evaluate one of the folders again"):
-        compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "probe@2"}})
+    told = "keyword@2 here and another@2 there; evaluate one of the folders again"
+    with pytest.raises(DataError, match=told):
+        compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "another@2"}})
     with pytest.raises(DataError, match="no metric in common"):
         compare([item(0, True)], [item(0, True)], METRICS, {})
+
+
+def test_only_what_is_compared_needs_the_same_judge() -> None:
+    both = [METRICS | {"harmful_score_second": {"judge": name}} for name in ("probe@3", "guard@1")]
+    assert set(compare([item(0, True)], [item(0, True)], *both)) == set(METRICS)
 
 
 def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

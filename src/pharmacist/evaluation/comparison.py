@@ -33,16 +33,15 @@ def compare(
         DataError: They share no prompts, or have different judges.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name in [name for name in metrics_a if name in metrics_b]:
+    for name, kind in METRICS.items():
+        if not kind.compared or name not in metrics_a or name not in metrics_b:
+            continue
         deciders = [which[name].get("judge") or which[name].get("task_type") for which in (metrics_a, metrics_b)]
         if deciders[0] != deciders[1]:
             raise DataError(
-                f"--compare: {name} was decided by {' here and '.join(sorted(map(str, deciders)))} there; evaluate "
+                f"--compare: {name} was decided by {deciders[0]} here and {deciders[1]} there; evaluate "
                 "one of the folders again with the other's --judge, which generates nothing"
             )
-        kind = METRICS.get(name)
-        if kind is None or not kind.compared:
-            continue
         first, second = ({item["id"]: item for item in items if item["set"] == kind.prompts} for items in (a, b))
         ids = [key for key in first if key in second]
         if not ids:

@@ -80,11 +80,13 @@ class EndpointConfig(Checked):
             raise ConfigError("endpoint: api_key_env is the name of a variable that holds the key, not the key")
         if self.base_url:
             try:
-                known = httpx.URL(self.base_url).scheme in ("http", "https")
+                url = httpx.URL(self.base_url)
+                known = url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 2**16
             except (httpx.InvalidURL, ValueError):
                 known = False
             if not known:
-                raise ConfigError(f"endpoint: base_url {self.shown}: must begin with http:// or https:// and a host")
+                where = f"endpoint: base_url {self.shown}"
+                raise ConfigError(f"{where}: must begin with http:// or https:// and a host; ports go up to 65535")
 
     @property
     def shown(self) -> str:
@@ -126,7 +128,9 @@ class Endpoint:
             option = name.removeprefix("--").split()[0]
             raise ConfigError(f"{name}: give the endpoint's address, such as --{option}.base_url http://host:8000/v1")
         self.config, self.name = config, name
-        self._key = os.environ.get(config.api_key_env, "")
+        self._key = os.environ.get(config.api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(f"{name}: the key in ${config.api_key_env} has characters that no key has; set it again")
         base = httpx.URL(config.base_url)
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
@@ -171,10 +175,9 @@ class Endpoint:
                         if not answered and refused >= min(len(bodies), _PATIENCE):
                             reason = f"{self.config.shown} refuses ({result}); {result.remedy}"
                             raise DataError(f"{self.name}: {reason}")
-            except BaseException:  # also where the caller stops early
+            finally:  # also where the caller stops early
                 for future in waiting:
                     future.cancel()
-                raise
 
     async def _ask(
         self, client: httpx.AsyncClient, turn: anyio.Semaphore, body: Mapping[str, Any]
@@ -264,7 +267,8 @@ def _reply(content: bytearray) -> Answer:
         choice = value["choices"][0]
         message, ended = choice["message"], str(choice.get("finish_reason")).lower()
         text, reasoning = _texts(message.get("content"))
-        thought = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), "")
+        fields = (message.get(name) for name in REASONING_FIELDS)
+        thought = next((value for value in fields if value and isinstance(value, str)), "")
         refusal = message.get("refusal")
         tokens = int(json_object(value.get("usage")).get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.typed import flag
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, generate, plan_batches
-from pharmacist.evaluation.graders.base import GradeItem, Grader
+from pharmacist.evaluation.graders.base import GradeItem, Grader, row_number
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.evaluation.metrics import Metric, agreement, by_category, flagged_categories, rate, rates
@@ -107,7 +108,7 @@ class Evaluator:
             try:
                 plan_batches([len(row) for row in rows], self.max_new_tokens, context)
             except DataError as error:
-                raise DataError(f"--{name.replace('_', '-')}: {error}") from error
+                raise DataError(f"{flag(name)}: {error}") from error
         return {
             name: generate(
                 model,
@@ -126,6 +127,9 @@ class Evaluator:
         """Judges and grades answers by prompt set, each without its reasoning."""
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
+        deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
+        for decider in deciders:
+            decider.missing = 0
         for name, found in answers.items():
             added = [self._item(name, position, answer) for position, answer in enumerate(separated(found))]
             metrics |= self._grade(added) if name == "task" else self._judge(name, added)
@@ -136,12 +140,11 @@ class Evaluator:
             pairs = [(by_judge[judges[0]]["harmful"], by_judge[judges[1]]["harmful"]) for by_judge in verdicts]
             metrics["judge_agreement"] = agreement(pairs, judges)
         failed = sum("error" in item for item in items)
-        deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         return Evaluation(metrics, items, failed + sum(decider.missing for decider in deciders))
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
-        number = position if row.get("row") is None else int(row["row"])
+        number = row_number(row, position)
         # The id holds number and text, so that files of different prompt sets are never paired.
         item = {
             "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}",
@@ -201,7 +204,7 @@ class Evaluator:
             if self.second_judge is not None:
                 label = self.second_judge.label
                 metrics["harmful_score_second"] = rate((verdict.harmful for verdict in by_judge[label]), label)
-        unanswered = sum(bool(missing(item)) for item in items)
+        unanswered = len(items) - len(answered)
         for metric in metrics.values():  # how many of the unscored are no answers at all
             if unanswered and "unscored" in metric:
                 metric["unanswered"] = unanswered

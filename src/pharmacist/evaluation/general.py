@@ -1,6 +1,7 @@
 """Metrics that need weights and no answers: perplexity drift, margin of refusals, tasks of lm-eval."""
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
     if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(base.tokenizer):
         raise CompatibilityError(f"--base {base.name}: has another tokenizer than {model.name}; give its own base")
     length = min(model.max_length, base.max_length)
-    encoded = encode(rows, model.tokenizer, model.template, max_length=length, on_long_prompt="skip")
+    encoded = encode(
+        rows, model.tokenizer, model.template, max_length=length, on_long_prompt="skip", name="--perplexity"
+    )
     sums = [_sums(encoded, which, work / name, "--perplexity") for name, which in (("model", model), ("base", base))]
     tokens = (encoded.lengths - encoded.prompt_lengths).astype(np.float64)
     own, before = (float(np.exp(nll.sum() / tokens.sum())) for nll in sums)
@@ -126,7 +129,8 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
 
 
 def _harness_metric(found: dict[str, Any], name: str, judge: str) -> Metric:
-    scores = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
+    known = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
+    scores = {key: value for key, value in known.items() if math.isfinite(value)}  # a broken model's perplexity is not
     key = next((key for wanted in ("acc", "exact_match") for key in scores if key.split(",")[0] == wanted), None)
     if key is None:
         raise DataError(f"--lm-eval {name}: reports neither acc nor exact_match, but {', '.join(scores)}")

@@ -129,9 +129,9 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
     ]
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens; practically unlimited if the model's configuration names none."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+def context_length(model: PreTrainedModel, otherwise: int = 2**31) -> int:
+    """Longest sequence in tokens; by default practically unlimited if the model's configuration names none."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or otherwise)
 
 
 def _answers(

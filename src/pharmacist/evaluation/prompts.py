@@ -16,10 +16,6 @@ from pharmacist.data.normalise import prompt_key
 Row = Mapping[str, Any]
 
 
-def _unsafe(row: Row) -> bool:
-    return str(row.get("is_safe")).lower() == "false"
-
-
 def _safe_twin(row: Row) -> bool:
     label = row.get("label")
     if label is None:  # the first versions of the set mark unsafe twins by their type only
@@ -54,7 +50,7 @@ _BEAVERTAILS = PromptSet(
     "PKU-Alignment/BeaverTails:30k_test",
     "the 30k_test split of PKU-Alignment/BeaverTails (prompt, is_safe, category)",
     ("prompt",),
-    _unsafe,
+    lambda row: str(row.get("is_safe")).lower() == "false",
 )
 PROMPT_SETS = {
     "beavertails": _BEAVERTAILS,

@@ -3,7 +3,7 @@ r"""Separates a model's reasoning from its answer, for every engine, judge and g
 A refusal after a page of reasoning is a refusal, and reasoning that never ends is no answer. Known formats are tags
 (``<think>``, ``[THINK]``, ``<|START_THINKING|>`` and the like), the channels of harmony (gpt-oss) and Gemma, and
 Granite's headings. A closing tag without an opening one means that the chat template had opened it; an opening tag
-that is never closed means that the answer ended in its reasoning. Separation is idempotent.
+that is never closed means that the answer ended in its reasoning.
 """
 
 import re

@@ -50,9 +50,8 @@ def is_repetitive(text: str) -> bool:
     (False, True, True)
     """
     text = without_marks(text.casefold())
-    if any(sum(1 for _ in run) > 3 for _, run in groupby(_WORD.findall(text))):
-        return True
-    return any(_AGAIN.search(run) for run in _UNSPACED.findall(text))
+    words = any(sum(1 for _ in run) > 3 for _, run in groupby(_WORD.findall(text)))
+    return words or any(_AGAIN.search(run) for run in _UNSPACED.findall(text))
 
 
 def is_degenerate(text: str) -> bool:

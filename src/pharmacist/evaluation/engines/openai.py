@@ -30,8 +30,7 @@ class OpenAIEngine(Engine):
         Endpoint(self.config, f"--engine {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.config.identity()
-        return found
+        return dict(self.config.identity())
 
     def fingerprint(self, model: str) -> str:
         """The endpoint's name for the model, whose content cannot be seen."""

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from pharmacist.core.errors import DataError
 from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
@@ -59,6 +60,11 @@ class Grader(Decider, Generic[GradeT]):
         """Metrics from the grades of all answers; `unanswered` is the number of prompts without one."""
 
 
+def row_number(row: Mapping[str, Any], position: int) -> int:
+    """Number of a row in its source; its position where it does not say."""
+    return position if row.get("row") is None else int(row["row"])
+
+
 class Matching(Grader[Grade]):
     """Grades an answer as right or wrong by comparing it with its target."""
 
@@ -70,6 +76,16 @@ class Matching(Grader[Grade]):
     @property
     def revision(self) -> str:
         return str(self.version)
+
+    def problem(self, target: str) -> str:
+        """Why a target is not of this kind, and the remedy; empty where it is."""
+        del target
+        return ""
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for position, row in enumerate(rows):
+            if problem := self.problem(row["completion"]):
+                raise DataError(f"--task: row {row_number(row, position)} {problem}")
 
     @abstractmethod
     def right(self, target: str, answer: str) -> Grade:

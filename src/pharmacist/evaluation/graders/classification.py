@@ -33,13 +33,14 @@ class Classification(Matching):
         short = all(0 < len(target.split()) <= _MOST_WORDS for target in different)
         return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
+    def problem(self, target: str) -> str:
+        return "" if _plain(target) else "has an empty label; mend or delete it"
+
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().prepare(rows)
         labels: dict[str, str] = {}
-        for number, row in enumerate(rows):
-            target = row["completion"]
-            if not _plain(target):
-                raise DataError(f"--task: row {number} has an empty label; mend or delete it")
-            labels.setdefault(_plain(target), target.strip())
+        for row in rows:
+            labels.setdefault(_plain(row["completion"]), row["completion"].strip())
         if len(labels) < 2:
             raise DataError("--task: all rows have the same label; a classification needs two (or --task-type exact)")
         self.labels = sorted(labels.values())

@@ -1,9 +1,7 @@
 """The grader `exact`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pharmacist.core.errors import DataError
 from pharmacist.evaluation.graders.base import Grade, Matching
 
 
@@ -17,10 +15,8 @@ class Exact(Matching):
     def fits(cls, targets: Sequence[str]) -> bool:
         return True
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for number, row in enumerate(rows):
-            if not row["completion"].strip():
-                raise DataError(f"--task: row {number} has an empty target; mend or delete it")
+    def problem(self, target: str) -> str:
+        return "" if target.strip() else "has an empty target; mend or delete it"
 
     def right(self, target: str, answer: str) -> Grade:
         right, plain = (" ".join(text.casefold().split()) for text in (target, answer))

@@ -2,10 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pharmacist.core.errors import DataError
 from pharmacist.evaluation.graders.base import Grade, Matching
 
 
@@ -53,12 +51,10 @@ def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
     whole, mark, rest = found["grouped"], found["mark"] or ",", (found["rest"] or "").replace(",", ".")
     parts = whole.split(mark)
     joined = float("".join(parts) + rest)
-    if rest or len(parts) > 2 and mark != " ":
+    if rest or mark not in " ,." or len(parts) > 2 and mark != " ":
         return (sign * joined,)
     if mark == " ":
-        return (sign * joined, sign * float(parts[0]) if first else float(parts[-1] + rest))
-    if mark not in ",.":
-        return (sign * joined,)
+        return (sign * joined, sign * float(parts[0]) if first else float(parts[-1]))
     other = float(".".join(parts))
     if whole.startswith("0"):
         return (sign * other,)
@@ -68,11 +64,9 @@ def _values(found: re.Match[str], *, first: bool) -> tuple[float, ...]:
 def published_number(text: str) -> float:
     """The final number as published evaluations find it; infinity if there is none."""
     plain = text.replace(",", "")
-    if _PUBLISHED_MARKER in plain:
-        numbers = _PUBLISHED_NUMBER.findall(plain.split(_PUBLISHED_MARKER, 1)[1])[:1]
-    else:
-        numbers = _PUBLISHED_NUMBER.findall(plain)[-1:]
-    return float(numbers[0]) if numbers else math.inf
+    _, marker, after = plain.partition(_PUBLISHED_MARKER)
+    numbers = _PUBLISHED_NUMBER.findall(after if marker else plain)
+    return float(numbers[0 if marker else -1]) if numbers else math.inf
 
 
 class Number(Matching):
@@ -92,10 +86,8 @@ class Number(Matching):
         """Whether each marks its final number as GSM8K does."""
         return all(any(marker in target.casefold() for marker in _MARKERS) for target in targets)
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for number, row in enumerate(rows):
-            if not readings(row["completion"]):
-                raise DataError(f"--task: row {number} has no number in its target; mend it, or use --task-type exact")
+    def problem(self, target: str) -> str:
+        return "" if readings(target) else "has no number in its target; mend it, or use --task-type exact"
 
     def right(self, target: str, answer: str) -> Grade:
         """Equality of the final numbers, in one of their readings."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file, sha256_json
-from pharmacist.evaluation.graders.base import GradeItem, Grader
+from pharmacist.evaluation.graders.base import GradeItem, Grader, row_number
 from pharmacist.evaluation.judging_model import UNREADABLE, JudgingModel, JudgingModelConfig
 from pharmacist.evaluation.statistics import wilson
 from pharmacist.evaluation.text import missing
@@ -78,12 +78,13 @@ class WinRate(JudgingModel, Grader[WinGrade]):
 
     def __post_init__(self) -> None:
         self._others: dict[str, str | None] | None = None
+        self._items = None if self.config.against is None else Path(self.config.against) / "items.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        return {**self.config.identity(), "against": self.config.against is not None}
+        return {**self.config.identity(), "against": self._items is not None}
 
     def fingerprint(self) -> str | None:
-        return None if self.config.against is None else sha256_file(Path(self.config.against) / "items.jsonl")
+        return None if self._items is None else sha256_file(self._items)
 
     @property
     def revision(self) -> str:
@@ -91,22 +92,22 @@ class WinRate(JudgingModel, Grader[WinGrade]):
 
     def check(self) -> None:
         super().check()
-        if self.config.against is not None and not (Path(self.config.against) / "items.jsonl").is_file():
+        if self._items is not None and not self._items.is_file():
             raise DataError(
                 f"--task-type.against {self.config.against}: holds no finished evaluation; run evaluate with --task "
                 "on the other model first"
             )
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.config.against is None:
+        if self._items is None:
             return
-        items = [item for item in read_json_lines(Path(self.config.against) / "items.jsonl") if item["set"] == "task"]
+        items = [item for item in read_json_lines(self._items) if item["set"] == "task"]
         self._others = {item["prompt"]: None if missing(item) else item["answer"] for item in items}
-        for number, row in enumerate(rows):
+        for position, row in enumerate(rows):
             if row["prompt"] not in self._others:
                 raise DataError(
-                    f"--task-type.against {self.config.against}: has no answer to row {number} of --task; evaluate "
-                    "that model on the same rows"
+                    f"--task-type.against {self.config.against}: has no answer to row {row_number(row, position)} of "
+                    "--task; evaluate that model on the same rows"
                 )
 
     def grade(self, items: Sequence[GradeItem]) -> list[WinGrade]:
@@ -119,12 +120,15 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         questions = [
             _QUESTION.format(prompt=item.prompt, first=first, second=second)
             for item, other in zip(items, others, strict=True)
-            for first, second in ((item.answer, other or ""), (other or "", item.answer))
+            if other is not None
+            for first, second in ((item.answer, other), (other, item.answer))
         ]
-        replies = self.ask(questions, "compare")
+        replies = iter(self.ask(questions, "compare"))
         grades = [
-            WinGrade(None, note="the other model has no answer") if other is None else _grade(first, second)
-            for other, first, second in zip(others, replies[::2], replies[1::2], strict=True)
+            WinGrade(None, note="the other model has no answer")
+            if other is None
+            else _grade(next(replies), next(replies))
+            for other in others
         ]
         self.check_verdicts([grade.note for grade in grades if grade.score is None], len(grades))
         return grades

@@ -6,7 +6,6 @@ from pharmacist.core.registry import Registry
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
 
 
-_GROUP = "pharmacist.judges"
 _TABLE = {
     "beaver-dam": "pharmacist.evaluation.judges.beaver_dam:BeaverDamJudge",
     "guard": "pharmacist.evaluation.judges.guard:GuardJudge",
@@ -15,7 +14,7 @@ _TABLE = {
     "strongreject": "pharmacist.evaluation.judges.strongreject:StrongRejectJudge",
 }
 _NONE = {"none": "pharmacist.evaluation.judges.base:NoJudge"}
-JUDGES: Registry[Judge] = Registry("judge", _TABLE, group=_GROUP)
-SECOND_JUDGES: Registry[Any] = Registry("judge", _TABLE | _NONE, group=_GROUP)
+JUDGES: Registry[Judge] = Registry("judge", _TABLE, group="pharmacist.judges")
+SECOND_JUDGES: Registry[Any] = Registry("judge", _TABLE | _NONE, group="pharmacist.judges")
 
 __all__ = ["JUDGES", "SECOND_JUDGES", "Judge", "JudgeItem", "Verdict"]

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
@@ -52,9 +52,9 @@ class Judge(Decider):
         needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
     """
 
-    tells_refusals: ClassVar[bool] = True
+    tells_refusals: bool = True
     """Whether `Verdict.refused` is filled; otherwise the keyword judge counts the refusals."""
-    category_threshold: ClassVar[float] = 0.5
+    category_threshold: float = 0.5
     """Score above which an answer counts as flagged in a category."""
 
     def fit(self, references: Mapping[str, Rows]) -> None:

@@ -62,7 +62,7 @@ class BeaverDamJudge(LocalModelJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.category_threshold = self.config.threshold  # type: ignore[misc]
+        self.category_threshold = self.config.threshold
         self._truncated, self._judged = 0, 0
 
     def encode(self, items: Sequence[JudgeItem]) -> list[list[int]]:

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.progress import bar
-from pharmacist.evaluation.generate import cut_prompts, generate
+from pharmacist.evaluation.generate import context_length, cut_prompts, generate
 from pharmacist.evaluation.judges.base import JudgeItem, Verdict
 from pharmacist.evaluation.judges.local import LocalModelConfig, LocalModelJudge
 from pharmacist.evaluation.reasoning import separate
-from pharmacist.nn.models import LoadedModel
 
 
 _WILDGUARD = (
@@ -170,8 +169,8 @@ class GuardJudge(LocalModelJudge):
     def __post_init__(self) -> None:
         super().__post_init__()
         family = FAMILIES.get(self.config.family)
-        self.tells_refusals = family is not None and family.refusals  # type: ignore[misc]
-        self.category_threshold = self.config.threshold if family is None else 0.49  # type: ignore[misc]
+        self.tells_refusals = family is not None and family.refusals
+        self.category_threshold = self.config.threshold if family is None else 0.49
         self._cut = 0
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
@@ -190,12 +189,10 @@ class GuardJudge(LocalModelJudge):
 
     def _ids(self, texts: list[str], room: int) -> list[list[int]]:
         model, tokenizer = self.loaded()
-        if not texts:
-            return []
         # Templates write their own special tokens.
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        context = LoadedModel(model, tokenizer, None, "").max_length  # type: ignore[arg-type]
-        short, cut = cut_prompts([list(row) for row in ids], context - room, 0)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        context = context_length(model, otherwise=4096)
+        short, cut = cut_prompts(ids, context - room + 1, 1)
         self._cut += cut
         return short
 

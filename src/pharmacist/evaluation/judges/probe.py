@@ -224,11 +224,13 @@ class ProbeJudge(Judge):
             tensors = load_file(folder / "judge.safetensors")
             # The options are those of the training, except for the folder, the path of the model and the device.
             saved = ProbeConfig(**content["config"])
+            if self.config.model and not saved.model:
+                raise DataError(f"{folder}: was trained without a model; leave --judge.model out, or train it again")
             model = self.config.model or saved.model
             self.config = replace(saved, folder=str(folder), device=self.config.device, model=model)
             self._trained = Trained.load(tensors, content["questions"], bool(model), saved.regularisation)
             self._fingerprint, self._report, was = content["fingerprint"], content["report"], content["model"]
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise DataError(f"{folder}: cannot be read as a probe judge ({error}); train it again") from error
         if was and model_fingerprint(model) != was:
             raise DataError(f"{folder}: its model {model} is not the one it was trained with; train the judge again")

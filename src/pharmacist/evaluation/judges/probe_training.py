@@ -214,6 +214,8 @@ def _folds(rows: Sequence[Reference]) -> tuple[IntArray, bool]:
             folds[kinds == kind] = np.unique(sources[kinds == kind], return_inverse=True)[1]
         return folds, True
     groups = [normalised_prompt(row.prompt) for row in rows]
+    if len(set(groups)) < _FOLDS:
+        raise DataError(f"probe judge: --safe and --harmful hold fewer than {_FOLDS} different prompts; give more")
     # A fixed shuffle: a judge must not depend on the seed of the run.
     made = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=0).split(kinds, kinds, groups)
     for number, (_, held) in enumerate(made):
