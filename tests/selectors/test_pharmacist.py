@@ -478,6 +478,8 @@ def test_what_a_selector_must_be_given(model, tmp_path):
         ({"cotrain": -0.1}, "cotrain must lie in"),
         ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"),
         ({"tau": 0.0}, "tau must be positive"),
+        ({"mu": -0.5}, "mu must not be negative"),
+        ({"weight_rate": 0.0}, "weight_rate must be positive"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"r": 0}, "r must be at least 1"),
     ],
