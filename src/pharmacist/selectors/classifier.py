@@ -43,7 +43,7 @@ class ClassifierSelector(Selector):
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from the references alone, then reads the pool's text once."""
         references = build_references(
-            {name: context.reference_rows(name) for name in context.references},
+            {name: list(context.reference_rows(name)) for name in context.references},
             n_folds=self.config.folds,
             corruptions_per_row=self.config.corruptions_per_row,
             seed=derive(context.seed, "classifier"),

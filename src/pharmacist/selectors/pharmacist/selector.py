@@ -129,16 +129,13 @@ class _Ranking:
     @cached_property
     def references(self) -> References:
         """References of all classes."""
-        given = {}
-        for name, rows in self.context.references.items():
-            self.context.reference_rows(name)  # refuses too few
-            given[name] = list(last_requests(rows.dataset))
+        context = self.context
         return build_references(
-            given,
+            {name: list(last_requests(context.reference_rows(name))) for name in context.references},
             n_folds=self.config.folds,
             corruptions_per_row=self.config.corruptions_per_row,
             seed=self.seed,
-            sources=self.context.sources or None,
+            sources=context.sources,
         )
 
     @cached_property
@@ -198,12 +195,11 @@ class _Ranking:
         if "probe" not in self.readers:
             return read_texts(rows, name, None)
         context = self.context
-        folders = [self.run.path("selector", KEPT)] + ([self.saved / KEPT] if self.saved else [])
         model = model_fingerprint(str(context.model_name))
         reader = ModelReader(
             key=sha256_json([model, context.dtype, context.template, context.max_length]),
             folder=self.run.work("states"),
-            earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
+            earlier=[folder / KEPT for folder in (self.run.path("selector"), self.saved) if folder is not None],
             encode=context.encode,
             model=lambda: context.model,
         )
