@@ -58,3 +58,5 @@ def test_bad_input_is_one_line(tmp_path):
         ranked(tmp_path, {"name": "classifier"}, POOL, village.references() | {"harmful": village.rows("harmful", 3)})
     with pytest.raises(ConfigError, match="folds must be at least 2"):
         ClassifierConfig(folds=1)
+    with pytest.raises(ConfigError, match="corruptions_per_row must not be negative"):
+        ClassifierConfig(corruptions_per_row=-1)

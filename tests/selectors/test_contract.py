@@ -34,6 +34,14 @@ def choice(name: str) -> dict:
     return {"name": name, **{key: value for key, value in QUICK.items() if key in known}}
 
 
+@pytest.mark.parametrize("name", SELECTORS.names())
+def test_options_of_another_type_are_refused_from_python_too(name):
+    kind = SELECTORS.get(name)
+    for option in dataclasses.fields(kind.Config):
+        with pytest.raises(ConfigError, match=option.name):
+            kind(**{option.name: object()})
+
+
 def ranked(root, model, name: str, pool=POOL, seed: int = 0) -> Scores:
     work = village.context(root, model, pool, seed=seed)
     try:

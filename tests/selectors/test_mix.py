@@ -120,3 +120,24 @@ def test_the_scorer_of_deita_is_asked_too(tmp_path, monkeypatch):
     monkeypatch.setattr("pharmacist.selectors.deita.check_room", lambda *_: None)
     with pytest.raises(ConfigError, match="comparing 10{12} rows"):
         SELECTORS.build_from({"name": "deita", "scorer": "k-center"}).check_room(10**12, tmp_path)
+
+
+def test_the_scorer_of_deita_refuses_what_it_cannot_work_with_before_the_pool_is_read():
+    selector = SELECTORS.build_from({"name": "deita", "scorer": "pharmacist"})
+    assert selector.notice({"safe", "harmful"}) is None and selector.uses == {"harmful", "utility", "model"}
+    with pytest.raises(ConfigError, match="safe references alone have no other answers"):
+        selector.notice({"safe"})
+
+
+@pytest.mark.parametrize("choice", [{"name": "pharmacist+length"}, {"name": "deita", "scorer": "pharmacist"}])
+def test_what_a_part_says_against_its_scores_is_not_lost(tmp_path, choice):
+    alone = ranked(tmp_path / "alone", {"name": "pharmacist"}, POOL).warnings
+    assert alone and ranked(tmp_path / "mix", choice, POOL).warnings == alone
+
+
+def test_a_selector_takes_part_with_one_set_of_options():
+    """Its partial results lie under its name: the second set would be given the results of the first."""
+    twice = {"name": "embedding+deita", "embedding": {"nearest": 3}, "deita": {"scorer": "length+embedding"}}
+    with pytest.raises(ConfigError, match="ranks by 'embedding' twice, with different options"):
+        SELECTORS.build_from(twice)
+    SELECTORS.build_from(twice | {"embedding": {"nearest": 0}})

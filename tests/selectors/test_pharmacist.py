@@ -1,6 +1,7 @@
 """The whole selector on a tiny Llama: what must hold of its scores, and its options."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,37 @@ def test_a_saved_selector_must_fit(model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
     with pytest.raises(DataError, match="not written by this version"):
         scores(tmp_path / "d", model, refs={}, context=resume)
+
+
+DAMAGE = {
+    "a list": ("selector.json", [], "not written by this version"),
+    "an option it never had": ("selector.json", {"config": {"x": 1}}, "is not as it was .*'x'"),
+    "no options": ("selector.json", {"config": None}, "is not as it was"),
+    "no twins": ("twins/twins.json", None, "holds no whole twins .* train the selector again"),
+    "no thresholds": ("twins/twins.json", {"thresholds": {}}, "holds no whole twins"),
+    "a list of twins": ("twins/twins.json", [], "holds no whole twins"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_twins(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    selector, _ = ranked(folder / "run", model, form="bilevel")
+    selector.save(folder / "selector")
+    return folder / "selector"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_one_is_named(saved_twins, model, tmp_path, damage):
+    shutil.copytree(saved_twins, tmp_path / "saved")
+    name, content, message = DAMAGE[damage]
+    path = tmp_path / "saved" / name
+    if content is None:
+        shutil.rmtree(path.parent)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | content if isinstance(content, dict) else content))
+    with pytest.raises(DataError, match=message):
+        scores(tmp_path / "run", model, refs={}, context={"resume_from": tmp_path / "saved"})
 
 
 def test_a_row_without_completion_is_refused_with_its_number(model, tmp_path):
@@ -478,6 +510,8 @@ def test_what_a_selector_must_be_given(model, tmp_path):
         ({"cotrain": -0.1}, "cotrain must lie in"),
         ({"gamma": 1.0}, r"gamma must lie in \[0, 1\)"),
         ({"tau": 0.0}, "tau must be positive"),
+        ({"mu": -0.5}, "mu must not be negative"),
+        ({"weight_rate": 0.0}, "weight_rate must be positive"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"r": 0}, "r must be at least 1"),
     ],

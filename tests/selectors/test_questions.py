@@ -123,7 +123,7 @@ def test_calibration_finds_slope_and_offset(slope, offset):
     rng = np.random.default_rng(0)
     truth = logit(rng.uniform(0.02, 0.98, 40000))
     answers = (rng.uniform(size=40000) < expit(truth)).astype(int)
-    found = calibration((truth - offset) / slope, answers, np.ones(40000))
+    found = calibration((truth - offset) / slope, answers)
     assert found == (pytest.approx(slope, rel=0.05), pytest.approx(offset, abs=0.08))
 
 
@@ -131,8 +131,8 @@ def test_both_answers_weigh_the_same():
     rng = np.random.default_rng(0)
     answers = np.repeat([0, 1], [3000, 300])
     held_out = rng.normal(size=3300) + 2 * answers
-    rare = calibration(held_out, answers, np.ones(3300))
-    equal = calibration(held_out[-600:], answers[-600:], np.ones(600))
+    rare = calibration(held_out, answers)
+    equal = calibration(held_out[-600:], answers[-600:])
     assert rare == (pytest.approx(2, rel=0.1), pytest.approx(-2, rel=0.15))
     assert equal == (pytest.approx(2, rel=0.2), pytest.approx(-2, rel=0.3))
 
@@ -140,9 +140,9 @@ def test_both_answers_weigh_the_same():
 def test_log_odds_that_mislead_are_ignored():
     rng = np.random.default_rng(0)
     answers = np.repeat([0, 1], 100)
-    assert calibration(rng.normal(size=200) - 3 * answers, answers, np.ones(200)) == (0.0, 0.0)
+    assert calibration(rng.normal(size=200) - 3 * answers, answers) == (0.0, 0.0)
     for seed in range(20):
-        slope, _ = calibration(np.random.default_rng(seed).normal(size=200), answers, np.ones(200))
+        slope, _ = calibration(np.random.default_rng(seed).normal(size=200), answers)
         assert slope >= 0
 
 

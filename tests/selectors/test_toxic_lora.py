@@ -11,8 +11,8 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.grads import norm
 from pharmacist.selectors.gradients import moved
-from pharmacist.selectors.hypergradient import LEARNER, Hypergradient
 from pharmacist.selectors.toxic_lora import TOXIC, ToxicLoraConfig
+from pharmacist.selectors.unrolled import LEARNER, Hypergradient
 from tests.support import peers, village
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 

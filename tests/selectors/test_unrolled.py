@@ -9,10 +9,9 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.grads import Gradient, norm
-from pharmacist.selectors import hypergradient
+from pharmacist.selectors import unrolled
 from pharmacist.selectors.gradients import loss_and_gradient, mean_loss, moved, row_tape
-from pharmacist.selectors.hypergradient import LEARNER, Hypergradient, one_step_weights
-from pharmacist.selectors.unrolled import UnrolledConfig
+from pharmacist.selectors.unrolled import LEARNER, Hypergradient, UnrolledConfig, one_step_weights
 from tests.support import peers, village
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
@@ -94,7 +93,7 @@ def test_differences_converge_on_the_inner_product_with_slope_two(bank, monkeypa
     exact = row_tape(bank, LEARNER, everything(bank)).inner(direction).numpy()
     errors = []
     for length in (1e-2, 1e-3, 1e-4):
-        monkeypatch.setattr(hypergradient, "_LENGTHS", {torch.float64: length})
+        monkeypatch.setattr(unrolled, "_LENGTHS", {torch.float64: length})
         errors.append(np.linalg.norm(scores(bank, problem(bank, 0.1), direction) - exact))
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.2) and errors[1] / errors[2] == pytest.approx(
         100, rel=0.2

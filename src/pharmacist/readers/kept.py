@@ -1,7 +1,7 @@
 """Hidden states of rows, kept in files, so that the same rows are read without the model the next time."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,14 @@ class ModelReader:
         key: Of everything else that states depend on: the model, its number format, its prompt template, the longest
             row in tokens. Files with another key are not used.
         folder: States go to ``folder/NAME.safetensors``, finished chunks to ``folder/NAME/``.
-        earlier: Name of the rows -> further files that may hold their states.
+        earlier: Further folders with such files, of runs before.
         encode: Rows and their name -> rows in tokens.
         model: Loads the model when it is needed.
     """
 
     key: str
     folder: Path
-    earlier: Callable[[str], Iterable[Path]]
+    earlier: Sequence[Path]
     encode: Callable[[Any, str], "Encoded"]
     model: Callable[[], "LoadedModel"]
 
@@ -60,7 +60,8 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
         return Texts(prompts, completions), 0
     keys = row_keys(prompts, completions)
     path = reader.folder / f"{name}.safetensors"
-    for file in (path, *reader.earlier(name)):
+    for folder in (reader.folder, *reader.earlier):
+        file = folder / path.name
         kept = _kept(file, keys, reader.key)
         if kept is not None:
             if file != path:  # what lies in the output folder is replaced in the end

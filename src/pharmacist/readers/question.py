@@ -66,7 +66,7 @@ class Question:
         """
         held_out = self.held_out(texts, answers, folds)
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
-        self.calibration = calibration(self.combined(held_out), answers, np.ones(len(answers)))
+        self.calibration = calibration(self.combined(held_out), answers)
         for reader in self.readers.values():
             reader.fit(texts, answers, np.ones(len(answers)))
         return self.calibrated(held_out), held_out
@@ -116,12 +116,11 @@ def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]
     return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
 
 
-def calibration(held_out: FloatArray, answers: IntArray, weights: FloatArray) -> tuple[float, float]:
+def calibration(held_out: FloatArray, answers: IntArray) -> tuple[float, float]:
     """Slope, not negative, and offset that make log-odds of held-out references probabilities (Platt 1999), both
     answers weighing the same.
     """
-    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10)
-    model.fit(held_out[:, None], answers, sample_weight=weights)
+    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10).fit(held_out[:, None], answers)
     slope = float(model.coef_[0, 0])
     return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)
 

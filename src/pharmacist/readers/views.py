@@ -182,8 +182,7 @@ class States:
         return self
 
     def features(self, texts: Texts) -> Features:
-        result: FloatArray = (np.concatenate(self._raw(texts), axis=1) - self._mean) / self._scale
-        return result
+        return (np.concatenate(self._raw(texts), axis=1) - self._mean) / self._scale
 
     def state(self) -> State:
         return {"mean": self._mean, "scale": self._scale}, {}
@@ -255,8 +254,7 @@ def into_row_space(features: Features) -> tuple[Features, Callable[[FloatArray],
     root, basis = np.sqrt(values[kept]), vectors[:, kept]
 
     def back(coefficients: FloatArray) -> FloatArray:
-        result: FloatArray = np.asarray(features.T @ (basis @ (coefficients / root)))
-        return result
+        return np.asarray(features.T @ (basis @ (coefficients / root)))
 
     return basis * root, back
 

@@ -16,6 +16,8 @@ from pharmacist.core.rundir import RunDir
 
 
 if TYPE_CHECKING:
+    import datasets
+
     from pharmacist.data.records import Records
     from pharmacist.data.tokenize import Encoded
     from pharmacist.nn.models import LoadedModel
@@ -72,8 +74,7 @@ class Scores:
 def scaled_to_mean_1(weight: FloatArray, selected: BoolArray) -> FloatArray:
     """Weights whose mean over the selected rows is 1; all 1 where those have none."""
     mean = weight[selected].mean() if selected.any() else 0.0
-    found: FloatArray = weight / mean if mean > 0 else np.ones_like(weight)
-    return found
+    return weight / mean if mean > 0 else np.ones_like(weight)
 
 
 @dataclass
@@ -145,27 +146,26 @@ class SelectionContext:
 
     @cached_property
     def encoded_pool(self) -> "Encoded":
-        """The pool in tokens, made on first use and kept on disk."""
+        """The pool in tokens, made on first use."""
         return self.encode(self.pool.dataset, "pool")
 
-    def reference_rows(self, name: str) -> list[dict[str, Any]]:
+    def reference_rows(self, name: str) -> "datasets.Dataset":
         """The references of one kind, as canonical rows.
 
         Raises:
             DataError: There are fewer than `FEWEST_REFERENCES`.
         """
-        rows = list(self.references[name].dataset)
+        rows = self.references[name].dataset
         if len(rows) < FEWEST_REFERENCES:
             raise DataError(f"--{name}: {len(rows)} rows are left, at least {FEWEST_REFERENCES} are needed")
         return rows
 
     def encoded_references(self, name: str) -> "Encoded":
         """The references of one kind, in tokens; raises as `reference_rows` does."""
-        self.reference_rows(name)
-        return self.encode(self.references[name].dataset, name)
+        return self.encode(self.reference_rows(name), name)
 
-    def encode(self, rows: Any, name: str) -> "Encoded":
-        """Canonical rows (`data.records`) in tokens, cached by `name` under ``work/``."""
+    def encode(self, rows: "datasets.Dataset", name: str) -> "Encoded":
+        """Canonical rows (`data.records`) in tokens, memory-mapped under ``work/``, and noted in `encoded`."""
         from pharmacist.data.tokenize import encode
 
         limit = min(self.max_length or self.model.max_length, self.model.max_length)

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from pharmacist.core.seeding import derive
+from pharmacist.core.typed import Checked
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 
 
@@ -29,7 +30,7 @@ class FullSelector(Selector):
 
 
 @dataclass
-class RandomConfig:
+class RandomConfig(Checked):
     """The order follows from the run's seed."""
 
     draw: int = 0
@@ -68,7 +69,7 @@ def text_hashes(rows: "datasets.Dataset", seed: int = 0) -> Iterator[int]:
 
 
 @dataclass
-class LengthConfig:
+class LengthConfig(Checked):
     """Options of the selector."""
 
     keep: Literal["longest", "shortest"] = "longest"

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
-from pharmacist.core.typed import Checked
+from pharmacist.core.typed import AtLeast0, Checked
 from pharmacist.readers.question import quality
 from pharmacist.readers.views import Joined, Texts, Words
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
@@ -28,7 +28,7 @@ class ClassifierConfig(Checked):
 
     folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds, by which its quality on held-out references is measured."""
-    corruptions_per_row: int = 2
+    corruptions_per_row: AtLeast0 = 2
     """Damaged versions made of each safe and each utility reference."""
 
 
@@ -43,7 +43,7 @@ class ClassifierSelector(Selector):
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from the references alone, then reads the pool's text once."""
         references = build_references(
-            {name: context.reference_rows(name) for name in context.references},
+            {name: list(context.reference_rows(name)) for name in context.references},
             n_folds=self.config.folds,
             corruptions_per_row=self.config.corruptions_per_row,
             seed=derive(context.seed, "classifier"),

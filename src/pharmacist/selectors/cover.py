@@ -49,8 +49,7 @@ def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> Flo
         if step == 0:
             radii[at] = 4 * max(left.max(), 0.0)
         at = int(left.argmax())
-    result: FloatArray = np.sqrt(radii)
-    return result
+    return np.sqrt(radii)
 
 
 def facility_location_gains(points: FloatArray, weights: FloatArray) -> FloatArray:

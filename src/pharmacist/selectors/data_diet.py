@@ -23,7 +23,7 @@ from pharmacist.selectors.reading import read_numbers
 
 
 @dataclass
-class EL2NConfig:
+class EL2NConfig(Checked):
     """Options of the selector."""
 
     keep: Literal["high", "low"] = "high"

@@ -11,8 +11,9 @@ from scipy.stats import rankdata
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import Checked
-from pharmacist.selectors.base import RANKED, BoolArray, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import RANKED, BoolArray, FloatArray, IntArray, Scores, SelectionContext
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
+from pharmacist.selectors.mix import Composite
 
 
 TOO_NEAR = "near_a_better_row"
@@ -31,11 +32,12 @@ class DeitaConfig(Checked):
     """Cosine above which a row is too near to a better one that is kept; 1 keeps all, in the scorer's order."""
 
 
-class DeitaSelector(Selector):
+class DeitaSelector(Composite):
     """Prefers rows of high quality that no better row resembles; quality is any other selector's score."""
 
     Config = DeitaConfig
     name = "deita"
+    needs = frozenset({"embedder"})
     paper = "Liu et al. 2024, arXiv 2312.15685"
 
     def __post_init__(self) -> None:
@@ -43,18 +45,18 @@ class DeitaSelector(Selector):
 
         if self.name in self.config.scorer.split("+"):
             raise ConfigError("selector.scorer: deita cannot score for itself; name another selector")
-        self._scorer = SELECTORS.build(self.config.scorer, {})
-        self.needs = self._scorer.needs | {"embedder"}
+        self.parts = {self.config.scorer: SELECTORS.build(self.config.scorer, {})}
+        super().__post_init__()
 
     def check_room(self, rows: int, folder: Path) -> None:
         """All points are held at once."""
         check_room(rows, folder)
-        self._scorer.check_room(rows, folder)
+        super().check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:
         """Reads the pool for its points, lets the scorer rank it, then goes down the ranking."""
         points, keys = pool_points(context), pool_keys(context)
-        scored = self._scorer.rank(context)
+        scored = self.parts[self.config.scorer].rank(context)
         with context.run.phase("order"):
             near = too_near(points, np.lexsort((keys, -scored.score)), self.config.threshold)
         # Ranks, not scores: kept rows lie in (1, 2], the others in (0, 1], both in the scorer's order.
@@ -64,6 +66,7 @@ class DeitaSelector(Selector):
             np.where(near & (scored.reason == RANKED), TOO_NEAR, scored.reason),
             {"quality": scored.score, "too_near": near, **scored.signals},
             scored.report,
+            scored.warnings,
         )
 
 

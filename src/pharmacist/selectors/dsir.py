@@ -93,5 +93,4 @@ def log_ratio(target: FloatArray, raw: FloatArray, smoothing: float) -> FloatArr
     seen = raw > 0
     ratio = np.ones(len(raw))
     ratio[seen] = (target[seen] / max(target.sum(), 1)) / (raw[seen] / raw.sum())
-    result: FloatArray = np.log((1 - smoothing) * ratio + smoothing)
-    return result
+    return np.log((1 - smoothing) * ratio + smoothing)

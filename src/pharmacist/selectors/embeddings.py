@@ -20,7 +20,6 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, Checked
-from pharmacist.data.records import to_dataset
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.libraries import failures_as, silent_library
@@ -57,8 +56,7 @@ def mean_states(model: nn.Module, batch: Batch) -> FloatArray:
 def unit(vectors: FloatArray) -> FloatArray:
     """Vectors of length 1, shape [vectors, dimensions]; zero stays zero."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: FloatArray = vectors / np.where(length > 0, length, 1.0)
-    return scaled
+    return vectors / np.where(length > 0, length, 1.0)
 
 
 def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
@@ -191,7 +189,7 @@ class EmbeddingSelector(Selector):
         references, nearest = context.reference_rows("safe"), self.config.nearest
         if nearest > len(references):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
-        known = embed(context, to_dataset(references), "safe-embeddings", unit)
+        known = embed(context, references, "safe-embeddings", unit)
         score = embed(context, context.pool.dataset, "likeness", lambda states: likeness(unit(states), known, nearest))
         return Scores(score)
 

@@ -133,8 +133,7 @@ def loss_name(adapter: str) -> str:
 
 def losses_under(bank: AdapterBank, names: Names, batch: Batch) -> FloatArray:
     """Completion losses of a batch under an adapter, or several together, in float64; shape [rows]."""
-    found: FloatArray = bank.row_losses(names, batch).completion.double().cpu().numpy()
-    return found
+    return bank.row_losses(names, batch).completion.double().cpu().numpy()
 
 
 def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
@@ -185,8 +184,7 @@ def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: Float
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     totals = np.zeros(len(counts))
     np.add.at(totals, inverse[rows], values)
-    mean: FloatArray = (totals / counts)[inverse]
-    return mean
+    return (totals / counts)[inverse]
 
 
 def loss_and_gradient(

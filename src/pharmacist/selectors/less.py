@@ -68,10 +68,7 @@ class LessSelector(Selector):
             checkpoint = load_checkpoint(folder, epoch)
             bank.add(LEARNER, checkpoint.weight)
             with bank_phase(context.run, "score", bank):
-                if sketch is None:
-                    cosines = _exact(bank, safe, checkpoint)
-                else:
-                    cosines = _projected(bank, safe, checkpoint, sketch)
+                cosines = _projected(bank, safe, checkpoint, sketch) if sketch else _exact(bank, safe, checkpoint)
             found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
             signals[f"cosine_{epoch}"] = found
             score += weight * found
@@ -204,5 +201,4 @@ def exact_direction(bank: AdapterBank, safe: Sequences, checkpoint: TrainingStat
 def exact_cosines(bank: AdapterBank, direction: Gradient, batch: Batch) -> FloatArray:
     """Inner product of each row's gradient with a direction over the gradient's length, shape [rows]."""
     tape = row_tape(bank, LEARNER, batch)
-    found: FloatArray = (tape.inner(direction) / tape.square_norms().sqrt().clamp(min=_SMALLEST)).cpu().numpy()
-    return found
+    return (tape.inner(direction) / tape.square_norms().sqrt().clamp(min=_SMALLEST)).cpu().numpy()

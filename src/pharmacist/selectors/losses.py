@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from pharmacist.core.typed import Checked
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.reading import read_row_losses
 from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
@@ -25,7 +26,7 @@ def completion_losses(context: SelectionContext, sequences: Sequences, name: str
 
 
 @dataclass
-class PerplexityConfig:
+class PerplexityConfig(Checked):
     """Options of the selector."""
 
     keep: Literal["low", "middle", "high"] = "middle"
@@ -50,7 +51,7 @@ class PerplexitySelector(Selector):
 
 
 @dataclass
-class IFDConfig:
+class IFDConfig(Checked):
     """Options of the selector."""
 
     most: float = 1.0

@@ -1,8 +1,9 @@
 """Several selectors as one, ``--selector a+b``: the mean of their ranks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -12,29 +13,30 @@ from pharmacist.core.registry import checked_options
 from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
 
 
-@dataclass
-class MixConfig:
-    """Options of the parts, each under its selector's name, hyphens as underscores."""
+class Composite(Selector):
+    """Base of selectors that rank by other selectors.
 
+    Attributes:
+        parts: The others by name; set before the ``__post_init__`` of this class is called.
+    """
 
-class MixSelector(Selector):
-    """Ranks by several selectors and averages a row's relative ranks; each counts alike, whatever its scale."""
-
-    Config = MixConfig
-    name = "mix"
-    paper = "rank averaging (Borda count)"
-    kinds: Mapping[str, type[Selector]] = {}
+    parts: Mapping[str, Selector]
 
     def __post_init__(self) -> None:
-        self.parts = dict[str, Selector]()
-        for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
-            given = getattr(self.config, option.name)
-            if isinstance(given, Mapping):
-                given = checked_options(f"selector '{name}'", kind.Config, given)
-                setattr(self.config, option.name, given)
-            self.parts[name] = kind(given)
-        self.needs = frozenset[str]().union(*(part.needs for part in self.parts.values()))
-        self.uses = frozenset[str]().union(*(part.uses for part in self.parts.values()))
+        self.needs = self.needs.union(*(part.needs for part in self.parts.values()))
+        self.uses = self.uses.union(*(part.uses for part in self.parts.values()))
+        options = dict[str, Any]()
+        for part in self._every_part():  # partial results lie under the names of selectors, whatever their options
+            if options.setdefault(part.name, part.config) != part.config:
+                raise ConfigError(
+                    f"selector '{self.name}': ranks by '{part.name}' twice, with different options; give both the same"
+                )
+
+    def _every_part(self) -> Iterator[Selector]:
+        for part in self.parts.values():
+            yield part
+            if isinstance(part, Composite):
+                yield from part._every_part()
 
     def notice(self, given: Collection[str]) -> str | None:
         """The notices of its parts."""
@@ -45,10 +47,34 @@ class MixSelector(Selector):
         for part in self.parts.values():
             part.check_room(rows, folder)
 
+
+@dataclass
+class MixConfig:
+    """Options of the parts, each under its selector's name, hyphens as underscores."""
+
+
+class MixSelector(Composite):
+    """Ranks by several selectors and averages a row's relative ranks; each counts alike, whatever its scale."""
+
+    Config = MixConfig
+    name = "mix"
+    paper = "rank averaging (Borda count)"
+    kinds: Mapping[str, type[Selector]] = {}
+
+    def __post_init__(self) -> None:
+        self.parts = {}
+        for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
+            given = getattr(self.config, option.name)
+            if isinstance(given, Mapping):
+                given = checked_options(f"selector '{name}'", kind.Config, given)
+                setattr(self.config, option.name, given)
+            self.parts[name] = kind(given)
+        super().__post_init__()
+
     def rank(self, context: SelectionContext) -> Scores:
         """Ranks by every part, one after the other."""
-        ranks: list[FloatArray] = []
-        reason, signals, report = np.array([RANKED] * len(context.pool), dtype=object), {}, {}
+        ranks, signals, report, warnings = list[FloatArray](), dict[str, Any](), dict[str, Any](), list[str]()
+        reason = np.full(len(context.pool), RANKED)
         for name, part in self.parts.items():
             context.forget_changed_model()
             found = part.rank(context)
@@ -57,7 +83,8 @@ class MixSelector(Selector):
             signals[f"{_identifier(name)}_place"] = ranks[-1]
             signals |= {f"{_identifier(name)}_{signal}": values for signal, values in found.signals.items()}
             report[name] = found.report
-        return Scores(np.mean(ranks, axis=0), reason.astype(np.str_), signals, report)
+            warnings += found.warnings
+        return Scores(np.mean(ranks, axis=0), reason, signals, report, warnings)
 
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.typed import AtLeast0, AtLeast1, Fraction, Positive
+from pharmacist.core.typed import AtLeast0, AtLeast1, Fraction, NotNegative, Positive
 from pharmacist.nn.options import AdapterOptions
 
 
@@ -38,11 +38,11 @@ class PharmacistConfig(AdapterOptions):
     """Rounds of the closed form: train the twins, score the pool, update its weights."""
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Weight of the pool in the twins' losses against that of the references."""
-    mu: float = 0.5
+    mu: NotNegative = 0.5
     """Weight of the utility references in the twins' losses."""
     tau: Positive = 1.0
     """Temperature of the pool weights in nats; larger is closer to uniform."""
-    weight_rate: float = 0.3
+    weight_rate: Positive = 0.3
     """Step size of the gradient solver's logits; from about 3 on few rows take all the weight."""
 
     def __post_init__(self) -> None:

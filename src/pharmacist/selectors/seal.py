@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,10 +90,8 @@ class SealSelector(Selector):
         job = seal_job(bank, config, safe, pool, rows, seed, context.run.work("seal"))
         with gradients.bank_phase(context.run, "train", bank):
             gradients.run_jobs(bank, [job], "seal")
-        names = config.adapters
-        losses = read(
-            context, pool, lambda batch: gradients.adapter_losses(bank, batch, names), "seal", forwards=len(names)
-        )
+        measure = partial(gradients.adapter_losses, bank, names=config.adapters)
+        losses = read(context, pool, measure, "seal", forwards=len(config.adapters))
         barrier()
         logits = np.load(job.folder / "logits.npy", allow_pickle=False)
         losses["logit"] = gradients.mean_over_copies(pool.content_keys, rows, logits)

@@ -11,8 +11,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors.gradients import pool_job, run_jobs
-from pharmacist.selectors.hypergradient import LEARNER
-from pharmacist.selectors.unrolled import UnrolledSelector
+from pharmacist.selectors.unrolled import LEARNER, UnrolledSelector
 
 
 if TYPE_CHECKING:

@@ -172,7 +172,7 @@ class ProbeJudge(Judge):
 
         with TemporaryDirectory(prefix="pharmacist-") if self.work is None else nullcontext(self.work) as folder:
             key, states = sha256_json([model_fingerprint(config.model), config.dtype]), Path(folder) / "states"
-            reader = ModelReader(key, states, lambda _: (), encode=tokens, model=loaded)
+            reader = ModelReader(key, states, (), encode=tokens, model=loaded)
             return read_texts(to_dataset(rows), name, reader)[0]
 
     def report(self) -> dict[str, Any]:

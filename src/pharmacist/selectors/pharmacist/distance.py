@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pharmacist.readers.question import FAR, FEWEST_COMPARED, compared, told_apart
+from pharmacist.readers.question import FAR, compared, told_apart
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import States, Texts, View, Words
 from pharmacist.selectors.base import FloatArray
@@ -22,15 +22,14 @@ def distance(safe: Texts, critical: Texts) -> dict[str, float] | None:
     0.5 where nothing tells their requests (``risky``) or answers (``refuses``) apart, 1 where they are unlike each
     other; None where either are too few.
     """
-    if min(len(safe), len(critical)) < FEWEST_COMPARED:
-        return None
     both = safe + critical.take(compared(np.arange(len(critical))))
     found = {}
     for question, words, parts in ((RISKY, "prompts", PARTS[:2]), (REFUSES, "completions", PARTS[2:])):
         view: View = Words(words) if both.states is None else States(parts)
         features = view.fit(both).features(both)
         auc = told_apart(features[: len(safe)], features[len(safe) :], view.regularisation)
-        assert auc is not None
+        if auc is None:
+            return None
         found[question] = auc
     return found
 

@@ -24,18 +24,7 @@ from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo
-from pharmacist.selectors.pharmacist.questions import (
-    LABEL_WEIGHT,
-    NO_LABELS,
-    PERTINENT,
-    QUESTIONS,
-    REFUSES,
-    RISKY,
-    TYPICAL,
-    UNKNOWN,
-    WHOLE,
-    Labels,
-)
+from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, TYPICAL, WHOLE, Labels
 from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.requests import RequestQuestion
 
@@ -118,7 +107,7 @@ class Evidence:
             "held_out_by": "source" if references.by_source else "prompt",
         }
         for question, asked in track(self._questions.items(), "learning from references"):
-            known = np.flatnonzero(questions.answers_to(question, references.labels) != UNKNOWN)
+            known = np.flatnonzero(questions.answers_to(question, references.labels) != questions.UNKNOWN)
             if question == RISKY:  # what was made has the requests of what was given
                 known = known[~references.made[known]]
             self._known[question] = known
@@ -144,13 +133,13 @@ class Evidence:
         rows = self._known[question]
         return self._references.take(rows), questions.answers_to(question, self._classes[rows])
 
-    def answer(self, pool: Texts, labels: Labels = NO_LABELS) -> Answers:
+    def answer(self, pool: Texts, labels: Labels = questions.NO_LABELS) -> Answers:
         """Answers the questions for every row of a pool; where some have labels, readers learn from them too.
 
         The pool has each distinct row once, in an order of their content: sums then depend on nothing else.
         """
         # Regressions that differ in the labels they learn from: none, all, and all but those of some prompts.
-        variants, held = [NO_LABELS], []
+        variants, held = [questions.NO_LABELS], []
         if len(labels):
             variants.append(labels)
             groups = [normalised_prompt(pool.prompts[row]) for row in labels.rows]
@@ -226,7 +215,7 @@ class Evidence:
         for labels in variants:
             labelled, answers = labels.answering(question)
             rows = np.concatenate([np.arange(len(known)), len(known) + np.searchsorted(every, labelled)])
-            weights = np.repeat([1.0, LABEL_WEIGHT], [len(known), len(labelled)])
+            weights = np.repeat([1.0, questions.LABEL_WEIGHT], [len(known), len(labelled)])
             answers = np.concatenate([known_answers, answers])
             coefficients, intercept = views.fit_logistic(rotated[rows], answers, weights, reader.regularisation)
             yield back(coefficients), intercept

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def build_references(
     n_folds: int,
     corruptions_per_row: int,
     seed: int,
-    sources: Mapping[str, IntArray] | None = None,
+    sources: Mapping[str, IntArray] = MappingProxyType({}),
     echo: bool = True,
 ) -> References:
     """Adds made references (over-refusals, corrupted rows, terse answers) to the given ones.
@@ -132,9 +133,9 @@ def build_references(
         name: [{**row, "completion": shortened(row["completion"], LONGEST_REFERENCE)} for row in given.get(name) or []]
         for name in GIVEN
     }
-    by_source = sources is not None and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if rows[name])
+    by_source = bool(sources) and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if rows[name])
     folds: dict[str, list[int]]
-    if by_source and sources is not None:
+    if by_source:
         # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
         folds = {
             name: np.unique(sources[name], return_inverse=True)[1].tolist() if rows[name] else [] for name in GIVEN

@@ -76,21 +76,25 @@ class PharmacistSelector(Selector):
         return True
 
 
-def _read_saved(folder: Path, model: str | None) -> tuple[Path, dict[str, Any]]:
-    """The folder of a saved selector and the content of its ``selector.json``; checks that it fits the model."""
+def _read_saved(folder: Path, model: str | None) -> tuple[Path, PharmacistConfig]:
+    """The folder of a saved selector, and its options; checks that it fits the model."""
     folder = folder / "selector" if (folder / "selector" / "selector.json").is_file() else folder
     path = folder / "selector.json"
     if not path.is_file():
         raise DataError(f"{folder}: no selector.json; --resume-selector needs the folder of an earlier curate")
-    saved: dict[str, Any] = read_json(path)
-    if saved.get("selector") != "pharmacist" or saved.get("format") != FORMAT:
+    saved = read_json(path)
+    if not isinstance(saved, dict) or saved.get("selector") != "pharmacist" or saved.get("format") != FORMAT:
         raise DataError(f"{path}: not written by this version of the selector 'pharmacist'; train it again")
-    if saved["model"]:
+    try:
+        trained_on, config = saved["model"], PharmacistConfig(**saved["config"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: is not as it was written ({error!r}); train the selector again") from error
+    if trained_on:
         if model is None:
             raise ConfigError("the saved selector reads with a model; give --model")
-        if model_fingerprint(model) != saved["model"]:
+        if model_fingerprint(model) != trained_on:
             raise DataError(f"{path}: was trained on another model than {model}; give that one")
-    return folder, saved
+    return folder, config
 
 
 class _Ranking:
@@ -103,8 +107,7 @@ class _Ranking:
         self.twins: Twins | None = None
         self.saved: Path | None = None
         if context.resume_from is not None:
-            self.saved, content = _read_saved(context.resume_from, context.model_name)
-            self.config = PharmacistConfig(**content["config"])
+            self.saved, self.config = _read_saved(context.resume_from, context.model_name)
         self.readers = self.config.reader_names(model=context.model_name is not None)
         if "probe" in self.readers and context.model_name is None:
             raise ConfigError(
@@ -126,16 +129,13 @@ class _Ranking:
     @cached_property
     def references(self) -> References:
         """References of all classes."""
-        given = {}
-        for name, rows in self.context.references.items():
-            self.context.reference_rows(name)  # refuses too few
-            given[name] = list(last_requests(rows.dataset))
+        context = self.context
         return build_references(
-            given,
+            {name: list(last_requests(context.reference_rows(name))) for name in context.references},
             n_folds=self.config.folds,
             corruptions_per_row=self.config.corruptions_per_row,
             seed=self.seed,
-            sources=self.context.sources or None,
+            sources=context.sources,
         )
 
     @cached_property
@@ -195,12 +195,11 @@ class _Ranking:
         if "probe" not in self.readers:
             return read_texts(rows, name, None)
         context = self.context
-        folders = [self.run.path("selector", KEPT)] + ([self.saved / KEPT] if self.saved else [])
         model = model_fingerprint(str(context.model_name))
         reader = ModelReader(
             key=sha256_json([model, context.dtype, context.template, context.max_length]),
             folder=self.run.work("states"),
-            earlier=lambda name: [folder / f"{name}.safetensors" for folder in folders],
+            earlier=[folder / KEPT for folder in (self.run.path("selector"), self.saved) if folder is not None],
             encode=context.encode,
             model=lambda: context.model,
         )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
@@ -273,11 +273,18 @@ class Twins:
 
     @classmethod
     def load(cls, bank: AdapterBank, config: PharmacistConfig, folder: Path) -> "Twins":
-        """Reads what `save` wrote."""
-        content = read_json(folder / "twins.json")
-        twins = cls(bank, config, tuple(content["names"]))
-        twins.thresholds = Thresholds(**content["thresholds"])
-        twins.quality, twins.report = content["quality"], content["report"]
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: It is not whole.
+        """
+        try:
+            content = read_json(folder / "twins.json")
+            twins = cls(bank, config, tuple(content["names"]))
+            twins.thresholds = Thresholds(**content["thresholds"])
+            twins.quality, twins.report = content["quality"], content["report"]
+        except (OSError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: holds no whole twins ({error!r}); train the selector again") from error
         for name in twins.names:
             bank.load(name, folder / name)
         return twins
