@@ -111,6 +111,8 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ({"status": "maybe"}, "not a manifest that this version reads"),
         ({"unknown": 1}, "not a manifest that this version reads"),
         ({"schema_version": SCHEMA_VERSION + 1}, "newer version"),
+        ({"schema_version": SCHEMA_VERSION + 1, "unknown": 1}, "newer version"),
+        ({"schema_version": "one"}, "not a manifest that this version reads"),
         (None, "no manifest.json"),
     ],
 )
