@@ -74,6 +74,8 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--quiet"], "quiet", True),
         (["--no-lid"], "lid", False),
         (["--lid"], "lid", True),
+        (["--quiet", "--no-quiet", "--quiet"], "quiet", True),
+        (["--no-lid", "--lid", "--no-lid"], "lid", False),
         (["--kind", "thin"], "kind", "thin"),
         (["--parts", "[0.5, 5e-4]"], "parts", [0.5, 5e-4]),
         (["--inner.r", "3", "--inner.rate", "5e-4", "--inner.names", "[a,b]"], "inner", Inner(3, 5e-4, ["a", "b"])),

@@ -257,7 +257,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
             name = _short(methods).get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
-            found.setdefault(name, []).append(words)
+            found[name] = [*found.pop(name, []), words]  # at the end: of --quiet and --no-quiet the last one wins
         elif words is None:
             raise ConfigError(f"'{word}' belongs to no option; quote values that hold spaces")
         else:
