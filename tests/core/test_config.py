@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pharmacist.core.config import method, parse
+from pharmacist.core.config import from_mapping, method, parse
 from pharmacist.core.errors import ConfigError, PharmacistError, UnknownNameError
 from pharmacist.selectors import SELECTORS
 
@@ -260,6 +260,16 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 def test_what_is_required_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="--output-dir must be given; see cauldron --help"):
         read(required=False)
+
+
+def test_keys_and_values_of_no_command_name_no_help() -> None:
+    for values, message in (
+        ({"zzz": 1}, "grid: unknown key 'zzz'; known: heat, inner.names, "),
+        ({"stirs": 1}, "grid: --output-dir must be given"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            from_mapping(Options, values, where="grid")
+        assert str(caught.value).startswith(message) and "--help" not in str(caught.value)
 
 
 def test_an_unknown_method_is_named_with_the_nearest() -> None:

@@ -298,7 +298,7 @@ def _parsed(
         raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
     missing = [flag(name) for name, option in table.items() if name not in values and option.default is MISSING]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+        raise ConfigError(f"{' and '.join(missing)} must be given" + (f"; see {prog} --help" if prog else ""))
     tree: dict[str, Any] = {}
     for name, declared in table.items():
         _put(tree, name, values[name] if name in values else declared.default)
@@ -330,7 +330,7 @@ def _file_values(
         name = prefix + str(key).replace("-", "_")
         inner = any(known.startswith(f"{name}.") for known in table)
         if not inner and name not in table:
-            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, f'see {prog} --help')}")
+            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, prog and f'see {prog} --help')}")
         if value is None:  # as if the key were not there
             continue
         if inner or table[name].is_method:
