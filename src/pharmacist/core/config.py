@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from docstring_parser import parse_from_object
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry, closest, imported
@@ -120,7 +120,14 @@ def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str =
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows numbers such as 5e-4, which YAML 1.1 takes for text."""
+    """Knows numbers such as 5e-4, which YAML 1.1 takes for text, and says where a value does not fit its tag."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError) as error:  # from PyYAML, for values such as `!!bool many`
+            problem = f"the value does not fit {node.tag}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
@@ -138,12 +145,13 @@ class _Unquoted:
         return self.text
 
 
-class _FileLoader(yaml.SafeLoader):
+class _FileLoader(_Loader):
     """Keeps the text of scalars, and refuses a key that is there twice, of which PyYAML takes the last."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
-        return value if value is None or isinstance(value, str | list | dict) else _Unquoted(str(node.value), value)
+        kept = value is None or isinstance(value, str | list | dict | set)
+        return value if kept else _Unquoted(str(node.value), value)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -187,9 +195,7 @@ def _resolved(value: Any) -> Any:
         return {_resolved(key): _resolved(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolved(inner) for inner in value]
-    if isinstance(value, _Unquoted):
-        return value.value
-    return float(value) if isinstance(value, str) and _SHORT_FLOAT.fullmatch(value) else value
+    return value.value if isinstance(value, _Unquoted) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(f"--config {path}: not valid YAML ({one_line(error, 300)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: needs keys and values at its top level")
     return content
