@@ -223,6 +223,15 @@ def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypat
     assert isinstance(aligned(model, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)), PeftModel)
 
 
+def test_a_path_of_a_model_is_as_good_as_its_text(tmp_path: Path) -> None:
+    said = []
+    for model in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(DataError) as caught:
+            ph.align(model, SETS["pool"])
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "nowhere" in said[0]
+
+
 def test_arguments_of_transformers_become_options() -> None:
     defaults = ph.AlignOptions.TRAIN_DEFAULTS
     assert train_options(ARGS, defaults) == TRAIN

@@ -5,6 +5,7 @@ Called with the stage's options (``align(AlignOptions(...))``), it runs the stag
 """
 
 import inspect
+import os
 import re
 import tempfile
 import textwrap
@@ -43,9 +44,9 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-Rows: TypeAlias = str | datasets.Dataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | Sequence[Mapping[str, Any]]
 """A path, a hub id, a dataset or a list of dicts, in any layout that the commands read."""
-Model: TypeAlias = str | PreTrainedModel | PeftModel
+Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
 """A local folder, a hub id, or a loaded model, which is left as it is."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
@@ -243,7 +244,7 @@ def repair(
     Returns:
         The repaired model; `ModelResult` for options.
     """
-    return _model_from(REPAIR, locals() | {"form": "auto" if isinstance(model, str) else "weights"})
+    return _model_from(REPAIR, locals() | {"form": "auto" if isinstance(model, str | os.PathLike) else "weights"})
 
 
 @explained(EvaluateOptions)
@@ -352,7 +353,7 @@ def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
         value: Any = arguments.get(item.name)
         if value is None and item.name != "data":
             continue
-        if item.name in stage.models and not isinstance(value, str):
+        if item.name in stage.models and not isinstance(value, str | os.PathLike):
             value = wrap_model(value, arguments["tokenizer"], arguments["template"])
         elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)

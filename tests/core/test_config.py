@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pharmacist.core.config import method, parse
+from pharmacist.core.config import from_mapping, method, parse
 from pharmacist.core.errors import ConfigError, PharmacistError, UnknownNameError
 from pharmacist.selectors import SELECTORS
 
@@ -74,6 +74,8 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--quiet"], "quiet", True),
         (["--no-lid"], "lid", False),
         (["--lid"], "lid", True),
+        (["--quiet", "--no-quiet", "--quiet"], "quiet", True),
+        (["--no-lid", "--lid", "--no-lid"], "lid", False),
         (["--kind", "thin"], "kind", "thin"),
         (["--parts", "[0.5, 5e-4]"], "parts", [0.5, 5e-4]),
         (["--inner.r", "3", "--inner.rate", "5e-4", "--inner.names", "[a,b]"], "inner", Inner(3, 5e-4, ["a", "b"])),
@@ -123,6 +125,7 @@ def test_the_line(words: list[str], name: str, value: object) -> None:
         ("output_dir: 12:30", "output_dir", "12:30"),
         ("inner:\n  # r: 3", "inner", Inner()),
         ("train: {a: [2, yes, 3e-4], b: {c: 0.5}}", "train", {"a": [2, True, 3e-4], "b": {"c": 0.5}}),
+        ("train: {run_name: '1e5', tags: ['2e3', 2e3]}", "train", {"run_name": "1e5", "tags": ["2e3", 2e3]}),
         ("train: &base {a: 1, b: 2}\ninner: {}", "train", {"a": 1, "b": 2}),
         ("train:\n  <<: {a: 1, b: 2}\n  b: 3", "train", {"a": 1, "b": 3}),
     ],
@@ -178,6 +181,8 @@ def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Pa
         (["--selector", "pharmacist", "--selector.gama", "1"], "did you mean '--selector.gamma'?"),
         (["--stirs", "3.5"], "--stirs 3.5: must be a whole number"),
         (["--stirs", "many"], "--stirs many: must be a whole number"),
+        (["--stirs", "!!bool many"], "--stirs !!bool many: must be a whole number"),
+        (["--stirs", "!!int ''"], "must be a whole number"),
         (["--stirs"], "--stirs needs a value"),
         (["--heat", "hot"], "--heat hot: must be a number"),
         (["--kind", "thi"], "--kind thi: must be one of thick, thin"),
@@ -234,6 +239,10 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("on: 2", "unknown key 'on'"),
         ("stirs: 2026-11-29", "--stirs 2026-11-29: must be a whole number"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: 1\nb: !!timestamp noon", "the value does not fit tag:yaml.org,2002:timestamp in"),
+        ("a: [!!bool many]", "not valid YAML (the value does not fit tag:yaml.org,2002:bool"),
+        ("a: !!float ''", "the value does not fit tag:yaml.org,2002:float"),
+        ("? !!set {a}\n: b", "not valid YAML"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("stirs: " + "9" * 5000, "not valid YAML (Exceeds the limit"),
         ("stirs: " + "9" * 30, "is too large; whole numbers go up to 9223372036854775807"),
@@ -258,6 +267,16 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 def test_what_is_required_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="--output-dir must be given; see cauldron --help"):
         read(required=False)
+
+
+def test_keys_and_values_of_no_command_name_no_help() -> None:
+    for values, message in (
+        ({"zzz": 1}, "grid: unknown key 'zzz'; known: heat, inner.names, "),
+        ({"stirs": 1}, "grid: --output-dir must be given"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            from_mapping(Options, values, where="grid")
+        assert str(caught.value).startswith(message) and "--help" not in str(caught.value)
 
 
 def test_an_unknown_method_is_named_with_the_nearest() -> None:

@@ -69,6 +69,17 @@ def test_other_packages_add_methods_but_replace_none(monkeypatch: pytest.MonkeyP
     assert known.get("spoon") is Spoon
 
 
+def test_a_package_that_fails_while_it_is_imported_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_ladle.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("ladle", "broken_ladle:Ladle", "g"), EntryPoint("spoon", f"{__name__}:Spoon [extra]", "g")]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points)
+    known = Registry("tool", {}, group="tests.broken")
+    with pytest.raises(ConfigError, match=r"tool 'ladle': its entry point broken_ladle:Ladle cannot be .*no licence"):
+        known.get("ladle")
+    assert known.get("spoon") is Spoon, "extras are no part of the name"
+
+
 def test_streams_are_stable_and_apart() -> None:
     assert derive(0, "readers", "folds") == 6429608829961109110  # of old: other seeds would change published results
     names = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("a", 0), ("a", 1), ("b", "a")]
@@ -111,6 +122,8 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ({"status": "maybe"}, "not a manifest that this version reads"),
         ({"unknown": 1}, "not a manifest that this version reads"),
         ({"schema_version": SCHEMA_VERSION + 1}, "newer version"),
+        ({"schema_version": SCHEMA_VERSION + 1, "unknown": 1}, "newer version"),
+        ({"schema_version": "one"}, "not a manifest that this version reads"),
         (None, "no manifest.json"),
     ],
 )

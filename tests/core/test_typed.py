@@ -1,6 +1,6 @@
 """Ranges in types, and how they are told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +64,20 @@ class Spoon(Checked):
     length: Positive = 1.0
 
 
+@dataclass
+class Cauldron(Checked):
+    """A cauldron, with a spoon in it."""
+
+    spoon: Spoon = field(default_factory=Spoon)
+
+
 def test_python_names_the_argument() -> None:
     assert Spoon(length=2).length == 2.0
     with pytest.raises(ConfigError, match="length must be positive, not -1"):
         Spoon(length=-1)
+
+
+def test_options_within_options_are_of_their_class() -> None:
+    assert Cauldron(spoon=Spoon(length=2)).spoon.length == 2.0
+    with pytest.raises(ConfigError, match="spoon must be an instance of Spoon, not {'length': 2}"):
+        Cauldron(spoon={"length": 2})  # type: ignore[arg-type]

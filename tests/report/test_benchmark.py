@@ -138,6 +138,22 @@ def test_over_all_defenses_runs_are_averaged_before_they_are_compared() -> None:
     assert one.over_defenses is None and "over the defenses" not in to_markdown(one)
 
 
+def test_a_mean_and_its_interval_are_of_the_same_seeds() -> None:
+    """Seeds that one defense of an unfinished grid lacks move neither the mean nor its interval."""
+    table = results({"pharmacist": -12.0})
+    first, late = table["defense"] == "sft", table["seed"] >= 3
+    table.loc[first & ~late & (table["selector"] == "pharmacist"), "harmful_score"] -= 60
+    (shown,) = verdicts(Benchmark(table[first | late]))
+    score = shown["metrics"]["harmful_score"]
+    means = table[late].groupby(["selector", "seed"])["harmful_score"].mean().unstack("selector")
+    assert score["mean"] == pytest.approx((means["pharmacist"] - means["full"]).mean())
+    assert score["low"] < score["mean"] < score["high"] and score["n"] == 2
+    # No seed in all defenses: no interval, certainly not that of one defense.
+    (shown,) = verdicts(Benchmark(table[first != late]))
+    score = shown["metrics"]["harmful_score"]
+    assert score["mean"] < -30 and (score["low"], score["high"], score["n"]) == (None, None, 2)
+
+
 def test_another_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = results({"less": -8.0, "pharmacist": -20.0}, noise=0.5)
     value = line(Benchmark(table, baseline="less"), "pharmacist")["harmful_score"]

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from docstring_parser import parse_from_object
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.registry import Registry, closest, imported
@@ -120,7 +120,14 @@ def _table(options: Any, chosen: tuple[tuple[str, str], ...] = (), prefix: str =
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows numbers such as 5e-4, which YAML 1.1 takes for text."""
+    """Knows numbers such as 5e-4, which YAML 1.1 takes for text, and says where a value does not fit its tag."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError) as error:  # from PyYAML, for values such as `!!bool many`
+            problem = f"the value does not fit {node.tag}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
@@ -138,12 +145,13 @@ class _Unquoted:
         return self.text
 
 
-class _FileLoader(yaml.SafeLoader):
+class _FileLoader(_Loader):
     """Keeps the text of scalars, and refuses a key that is there twice, of which PyYAML takes the last."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
-        return value if value is None or isinstance(value, str | list | dict) else _Unquoted(str(node.value), value)
+        kept = value is None or isinstance(value, str | list | dict | set)
+        return value if kept else _Unquoted(str(node.value), value)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -187,9 +195,7 @@ def _resolved(value: Any) -> Any:
         return {_resolved(key): _resolved(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolved(inner) for inner in value]
-    if isinstance(value, _Unquoted):
-        return value.value
-    return float(value) if isinstance(value, str) and _SHORT_FLOAT.fullmatch(value) else value
+    return value.value if isinstance(value, _Unquoted) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"--config {path}: not usable YAML, it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a whole number of thousands of digits
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(f"--config {path}: not valid YAML ({one_line(error, 300)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: needs keys and values at its top level")
     return content
@@ -257,7 +263,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
             name = _short(methods).get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
-            found.setdefault(name, []).append(words)
+            found[name] = [*found.pop(name, []), words]  # at the end: of --quiet and --no-quiet the last one wins
         elif words is None:
             raise ConfigError(f"'{word}' belongs to no option; quote values that hold spaces")
         else:
@@ -298,7 +304,7 @@ def _parsed(
         raise ConfigError("an option's value is nested too deeply; options need a few levels") from error
     missing = [flag(name) for name, option in table.items() if name not in values and option.default is MISSING]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given; see {prog} --help")
+        raise ConfigError(f"{' and '.join(missing)} must be given" + (f"; see {prog} --help" if prog else ""))
     tree: dict[str, Any] = {}
     for name, declared in table.items():
         _put(tree, name, values[name] if name in values else declared.default)
@@ -330,7 +336,7 @@ def _file_values(
         name = prefix + str(key).replace("-", "_")
         inner = any(known.startswith(f"{name}.") for known in table)
         if not inner and name not in table:
-            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, f'see {prog} --help')}")
+            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, prog and f'see {prog} --help')}")
         if value is None:  # as if the key were not there
             continue
         if inner or table[name].is_method:

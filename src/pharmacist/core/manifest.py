@@ -79,15 +79,16 @@ def read_manifest(folder: str | Path) -> RunManifest:
     if not path.is_file():
         raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
     try:
-        manifest = RunManifest.model_validate(read_json(path))
-    except (ValidationError, DataError) as error:
+        content = read_json(path)
+        # Before the validation, which refuses the further fields of a newer version.
+        if not (isinstance(content, dict) and content.get("schema_version", 0) > SCHEMA_VERSION):
+            return RunManifest.model_validate(content)
+    except (ValidationError, DataError, TypeError) as error:
         detail = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
             f"{path}: not a manifest that this version reads ({detail}); if it was, it is damaged: delete the folder"
         ) from error
-    if manifest.schema_version > SCHEMA_VERSION:
-        raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
-    return manifest
+    raise DataError(f"{path}: written by a newer version of pharmacist; update the package")
 
 
 def options_in(folder: Path, manifest: RunManifest, *names: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
 @cache
 def _plugins(group: str) -> dict[str, str]:
     # Looking through all installed packages takes tens of milliseconds.
-    return {point.name: point.value for point in entry_points(group=group)} if group else {}
+    return {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=group)} if group else {}
 
 
 def imported(path: str) -> Any:
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
         try:
             found: type[T] = imported(table[name])
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # of another package anything may be wrong
             if name in self._table:
                 raise
             raise ConfigError(

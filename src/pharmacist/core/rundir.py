@@ -109,26 +109,23 @@ class RunDir:
             return cls(root, manifest, None, temporary)
         if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
             raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
-        # A folder that is not this run's is not touched, not even by a lock.
-        exists = os.path.isdir(root)
-        if exists and options.overwrite:
-            if not _ours(root):
+        if os.path.isdir(root):  # a folder that is not this run's is not touched, not even by a lock
+            if not options.overwrite:
+                found = _previous(root, manifest, relevant, reopen)
+                check_unchanged(root, *read_again)
+                if found is not None and found.status == "success" and found.key == manifest.key:
+                    lost = missing_output(root, found)
+                    if lost is None:
+                        # It is left where a kill fell between manifest and removal.
+                        remove(root / "work", as_far_as_possible=True)
+                        return cls(root, found, None)
+                    console().print(f"{root}: {lost} is no longer there, so this run is done again", soft_wrap=True)
+            elif not _ours(root):
                 raise ConfigError(
                     f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone"
                 )
-            if (root / "manifest.json").is_file():
+            elif (root / "manifest.json").is_file():
                 read_manifest(root)
-        elif exists:
-            found = _previous(root, manifest, relevant, reopen)
-            check_unchanged(root, *read_again)
-            if found is not None and found.status == "success" and found.key == manifest.key:
-                lost = missing_output(root, found)
-                if lost is None:
-                    # It is left where a kill fell between manifest and removal.
-                    remove(root / "work", as_far_as_possible=True)
-                    return cls(root, found, None)
-                console().print(f"{root}: {lost} is no longer there, so this run is done again", soft_wrap=True)
-        if exists:
             _refuse_links(root, options.overwrite)
         lock = _lock(root)
         with ExitStack() as on_failure:
@@ -220,8 +217,7 @@ class RunDir:
         if all(path.name in ("manifest.json", "work") or _is_hollow(path) for path in parts):
             for path in sorted(parts, key=lambda path: path.name != "manifest.json"):
                 remove(path, as_far_as_possible=True)
-            self._lock.close()
-            self._lock = None
+            self.close()
 
     def close(self) -> None:
         """Releases the folder; partial state stays unless the run is complete."""

@@ -75,6 +75,8 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     number that no library can compute with, or text that no file can hold.
     """
     if isinstance(hint, type) and is_dataclass(hint):
+        if not isinstance(value, hint):
+            raise _refused(name, value, f"must be an instance of {hint.__name__}")
         return value
     if any(isinstance(one, Given) for one in (value if isinstance(value, list) else [value])):
         return value

@@ -263,28 +263,26 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
 
     Returns:
         Per series but the baseline's: ``name``, ``selector``, and by key of a metric in how many of ``n`` comparisons
-        it is ``better`` or ``worse``, the ``mean`` of the differences over them, and ``low`` and ``high`` of its 95 %
-        interval over seeds, None where there are several settings or one seed; ``time_saved`` in percent.
+        it is ``better`` or ``worse``, and the ``mean`` of the differences with ``low`` and ``high`` of its 95 %
+        interval, both over the seeds that all defenses have; where these are fewer than two, or there are several
+        settings, the mean is over all comparisons, and the interval None. ``time_saved`` is in percent.
     """
     found = []
-    overall = benchmark.over_defenses or benchmark
-    alone = {line.series: line.values for line in overall.lines} if len(benchmark.settings()) == 1 else {}
+    overall = benchmark.over_defenses if len(benchmark.order["defense"]) > 1 else benchmark
+    pooled = {line.series: line for line in overall.lines} if overall and len(benchmark.settings()) == 1 else {}
     for series in benchmark.series():
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
-        for key in (metric.key for metric in benchmark.metrics):
-            compared = [it[key] for it in values if key in it and it[key].difference is not None]
-            if compared:
+        for metric in benchmark.metrics:
+            compared = [it[metric.key] for it in values if metric.key in it]
+            differences = [value.difference.mean for value in compared if value.difference]
+            if differences:
                 signs = [value.verdict for value in compared]
-                pooled = alone[series][key].difference if key in alone.get(series, {}) else None
-                by_metric[key] = {
-                    "low": pooled and pooled.low,
-                    "high": pooled and pooled.high,
-                    "better": signs.count(1),
-                    "worse": signs.count(-1),
-                    "n": len(compared),
-                    "mean": float(np.mean([value.difference.mean for value in compared if value.difference])),
-                }
+                figure = pooled[series].figure(metric, True) if series in pooled else None
+                if figure is None or figure.low is None:
+                    figure = Figure(float(np.mean(differences)))
+                counts = {"better": signs.count(1), "worse": signs.count(-1), "n": len(differences)}
+                by_metric[metric.key] = vars(figure) | counts
         saved = [
             -100 * difference.mean / (seconds.mean - difference.mean)
             for it in values

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,8 +60,8 @@ def render_benchmark(
     if {"harmful_score", "fine_tune_accuracy"} <= measured:
         drawn["trade_off"] = trade_off, defenses
     for at, defense in enumerate(defenses):
-        drawn |= {f"curve-{at}": (attack_curves, [defense])} if curves else {}
-        drawn |= {f"margin-{at}": (margin_curves, [defense])} if margins else {}
+        drawn |= {f"curve-{at}": (partial(over_steps, name="harmful_scores"), [defense])} if curves else {}
+        drawn |= {f"margin-{at}": (partial(over_steps, name="loss_margins"), [defense])} if margins else {}
         drawn |= {f"fraction-{at}": (fraction_curves, [defense])} if fractions else {}
     figures = {
         name: [
@@ -69,7 +70,7 @@ def render_benchmark(
         ]
         for name, (figure, shown) in drawn.items()
     }
-    names = [(benchmark.setting_name(setting), look.judge if len(looks) > 1 else "") for setting, look in views]
+    judges = benchmark.order["judge"] if len(looks) > 1 else [""]
     write_page(
         folder / "report.html",
         "benchmark.html.j2",
@@ -78,7 +79,7 @@ def render_benchmark(
         manifest=manifest,
         benchmark=benchmark,
         settings=settings,
-        views=[" · ".join(filter(None, name)) for name in names],
+        views=[" · ".join(filter(None, (benchmark.setting_name(it), judge))) for it in settings for judge in judges],
         defenses=defenses,
         curves=curves,
         margins=margins,
@@ -114,8 +115,8 @@ class Look:
 
     def value(self, line: Line, name: str) -> Value | None:
         """A metric of a line, by the judge."""
-        metrics = (metric for metric in self.benchmark.metrics if metric.name == name)
-        return next((line.values.get(it.key) for it in metrics if it.judge in (None, self.judge)), None)
+        found = (it for it in self.benchmark.metrics if it.name == name and it.judge in (None, self.judge))
+        return next((line.values.get(metric.key) for metric in found), None)
 
 
 def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
@@ -133,23 +134,17 @@ def trade_off(lines: Sequence[Line], look: Look) -> charts.Spec:
     return charts.trade_off(points, look.benchmark.order["selector"], legend, thickness=thickness)
 
 
-def attack_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Chart of harmful score over attack steps."""
-    return _over_steps(lines, look, "harmful_scores")
+def over_steps(lines: Sequence[Line], look: Look, name: Literal["harmful_scores", "loss_margins"]) -> charts.Spec:
+    """Chart of a column over attack steps: means over seeds, and their range as a band where lines are few.
 
-
-def margin_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Chart of loss margin over attack steps; the range of its axis is that of the whole benchmark."""
-    every = np.concatenate([np.asarray(values, dtype=np.float64) for values in look.benchmark.results["loss_margins"]])
-    pad = 0.06 * (float(np.ptp(every)) or 1.0)
-    return _over_steps(lines, look, "loss_margins", (float(every.min()) - pad, float(every.max()) + pad))
-
-
-def _over_steps(
-    lines: Sequence[Line], look: Look, name: str, margins: tuple[float, float] | None = None
-) -> charts.Spec:
-    """Chart of a column over attack steps: means over seeds, and their range as a band where lines are few."""
-    curves = []
+    The axis of loss margins has the range of the whole benchmark.
+    """
+    curves: list[charts.Curve] = []
+    margins: tuple[float, float] | None = None
+    if name == "loss_margins":
+        every = np.concatenate([np.asarray(values, dtype=np.float64) for values in look.benchmark.results[name]])
+        pad = 0.06 * (float(np.ptp(every)) or 1.0)
+        margins = float(every.min()) - pad, float(every.max()) + pad
     for line in lines:
         runs = line.runs[line.runs["judge"] == look.judge]
         found = zip(runs["attack_steps"].map(list), runs[name].map(list), strict=True)

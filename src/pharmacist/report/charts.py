@@ -22,17 +22,6 @@ _NAMES = {"showgrid": False, "tickfont": {"color": _INK}}
 
 
 def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
-    figure = go.Figure(list(traces), layout=go.Layout(template="none", height=height))
-    figure.update_layout(
-        autosize=True,
-        paper_bgcolor=_CLEAR,
-        plot_bgcolor=_CLEAR,
-        margin={"l": 64, "r": 24, "t": 44, "b": 56},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        hovermode="closest",
-        hoverlabel={"bgcolor": _CARD, "bordercolor": _LINE, "font": {"color": _INK}},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": _INK}},
-    )
     axis = {
         "gridcolor": _LINE,
         "linecolor": _LINE,
@@ -42,11 +31,23 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
         "tickfont": {"color": _SOFT},
         "title": {"font": {"color": _SOFT, "size": 13}, "standoff": 12},
     }
-    figure.update_xaxes(axis)
-    figure.update_yaxes(axis)
-    figure.update_layout(layout)
-    spec: Spec = figure.to_plotly_json()
-    return {"data": spec["data"], "layout": spec["layout"]}
+    figure = go.Figure(list(traces))
+    figure.update_layout(
+        template="none",
+        height=height,
+        autosize=True,
+        paper_bgcolor=_CLEAR,
+        plot_bgcolor=_CLEAR,
+        margin={"l": 64, "r": 24, "t": 44, "b": 56},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
+        hovermode="closest",
+        hoverlabel={"bgcolor": _CARD, "bordercolor": _LINE, "font": {"color": _INK}},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": _INK}},
+        xaxis=axis,
+        yaxis=axis,
+    )
+    spec: Spec = figure.update_layout(layout).to_plotly_json()
+    return spec
 
 
 def _bar(names: Any, values: Sequence[float | None], color: Any, hover: str, **more: Any) -> go.Bar:
@@ -278,8 +279,7 @@ def trade_off(
     for group in groups:
         members = [point for point in points if point.group == group]
         color = members[0].color if members else _SOFT
-        marker = {"color": color, "line": {"color": _CARD, "width": 1}}
-        marker |= {name: [getattr(point, name) for point in members] for name in ("size", "symbol")}
+        sizes, symbols = [point.size for point in members], [point.symbol for point in members]
         traces.append(
             go.Scatter(
                 x=[point.accuracy.mean for point in members],
@@ -288,7 +288,7 @@ def trade_off(
                 showlegend=False,
                 error_x=_error_bars([point.accuracy for point in members], color, thickness),
                 error_y=_error_bars([point.score for point in members], color, thickness),
-                marker=marker,
+                marker={"color": color, "size": sizes, "symbol": symbols, "line": {"color": _CARD, "width": 1}},
                 customdata=[[point.name, _hover(point.score), _hover(point.accuracy)] for point in members],
                 hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
                 "<extra></extra>",
@@ -299,11 +299,8 @@ def trade_off(
         go.Scatter(**nothing, name=name, marker={"symbol": symbol, "size": 10, "color": color})
         for name, (symbol, color) in legend.items()
     ]
-    titles = {"accuracy": "fine-tune accuracy, % (more is better)", "score": "harmful score, % (less is better)"}
-    x, y = (
-        {"title": {"text": title}, "range": _span([getattr(point, name) for point in points])}
-        for name, title in titles.items()
-    )
+    x = {"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": _span([it.accuracy for it in points])}
+    y = {"title": {"text": "harmful score, % (less is better)"}, "range": _span([it.score for it in points])}
     return _figure(traces, 480, xaxis=x, yaxis=y, **layout)
 
 
@@ -338,8 +335,7 @@ def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
     ]
     top = max(1e-9, *(max(seeds) for seeds in values.values()))
     scale = {"range": [0, 122], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
-    axis = {"nticks": 5, **scale}
-    return _bar_figure([bar, points], 200, 110, 32, annotations=notes, xaxis=axis, yaxis=_NAMES)
+    return _bar_figure([bar, points], 200, 110, 32, annotations=notes, xaxis={"nticks": 5, **scale}, yaxis=_NAMES)
 
 
 def cost(

@@ -91,12 +91,8 @@ def render_demo(
     pool = read_json_lines(folder / "data" / "pool.jsonl")
     texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
-    found = {
-        "alignment_seconds": METRICS["alignment_seconds"],
-        "fine_tune_accuracy": METRICS["fine_tune_accuracy"],
-        "over_refusal_aligned": METRICS["over_refusal"],
-        "over_refusal": METRICS["over_refusal"],
-    }
+    measured = ("alignment_seconds", "fine_tune_accuracy", "over_refusal_aligned", "over_refusal")
+    found = {name: METRICS[name.removesuffix("_aligned")] for name in measured}
     data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}
     curves = [
         charts.Curve(words.ARMS[arm].title, words.ARMS[arm].css, summary["steps"], charts.over_seeds(seeds), *marks)

@@ -113,8 +113,8 @@ class Rows:
         self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, report: Mapping[str, Any]
     ) -> None:
         self.scores, self.texts, self.known, self.report = scores, texts, labels, report
-        self.reasons = words.ordered(scores["reason"], words.REASONS)
-        self.labels = words.ordered(labels, words.LABELS) if labels is not None else []
+        self.reasons = {name: words.reason(name) for name in words.ordered(scores["reason"], words.REASONS)}
+        self.labels = {name: words.label(name) for name in words.ordered(labels or (), words.LABELS)}
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
     def hidden(self, reason: str) -> int:
@@ -132,14 +132,15 @@ class Rows:
             return [], 0
         table, picked = self.scores.iloc[positions], self.texts.select(positions)[:]
         prompts, completions = picked["prompt"], picked["completion"]
-        reason = [self.reasons.index(str(name)) for name in table["reason"]]
+        reason = pd.Categorical(table["reason"].astype(str), list(self.reasons)).codes.tolist()
+        label = [None if self.known is None else str(self.known[at]) for at in positions]
         hidden = [self.hidden(name) for name in self.reasons]
         columns = (
             table["rank"].tolist(),
             [float(f"{score:.6g}") for score in table["score"]],
             reason,
             table["selected"].astype(int).tolist(),
-            [-1 if self.known is None else self.labels.index(str(self.known[at])) for at in positions],
+            pd.Categorical(label, list(self.labels)).codes.tolist(),
             [text if len(text) <= limit else f"{text[:limit]}…" for text in prompts],
             [text if len(text) <= limit else f"{text[:limit]}…" for text in completions],
             table["row"].tolist(),
@@ -159,13 +160,9 @@ def row_table(rows: Rows) -> dict[str, Any]:
     shown = min(total, MOST_ROWS)
     limit = int(np.clip(TEXT_BUDGET // (2 * shown), SHORTEST, LONGEST))
     found, long = rows.pick(rows.by_rank[np.linspace(0, total - 1, shown).round().astype(np.int64)], limit)
-    by_kind = {
-        "reasons": {name: words.reason(name) for name in rows.reasons},
-        "labels": {name: words.label(name) for name in rows.labels},
-    }
     keys = {
         kind: [{"name": name, "title": word.title, "color": word.css} for name, word in of_kind.items()]
-        for kind, of_kind in by_kind.items()
+        for kind, of_kind in (("reasons", rows.reasons), ("labels", rows.labels))
     }
     return {"total": total, "shown": shown, "limit": limit, "cut": long, **keys, "rows": found}
 
@@ -185,9 +182,8 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
         "left": [("The first that did not", outside[:_AT_THE_CUT])],
     }
     behind = outside[_AT_THE_CUT:]
-    for name in rows.reasons:
-        title = words.reason(name).title
-        groups["left"].append((f"{title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
+    for name, word in rows.reasons.items():
+        groups["left"].append((f"{word.title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
     if not rows.report:
         groups["left"] = groups["left"][:1]
     return {
