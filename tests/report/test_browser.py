@@ -272,6 +272,23 @@ def test_a_benchmark(browser: Browser, bench: Path) -> None:
     page.close()
 
 
+def test_only_real_differences_of_the_harmful_score(browser: Browser, tmp_path: Path) -> None:
+    table = results({"core": -20.0}, judge=["lenient", "strict"], noise=0.5)
+    table.loc[(table["judge"] == "lenient") & (table["selector"] == "core"), "harmful_score"] += 20.0
+    without = results({"core": -20.0}).rename(columns={"harmful_score": "loss_margin"})
+    for name, found in (("two", table), ("none", without)):
+        write_bench(tmp_path / name, found)
+        assert main(["report", str(tmp_path / name), "--quiet"]) == 0
+    page = browser.open(tmp_path / "two" / "report.html")
+    page.check("#real")
+    assert shown(page) == "1 to 2 of 2 cells (out of 4)", "by the second judge alone"
+    page.close()
+    page = browser.open(tmp_path / "none" / "report.html")
+    assert not page.is_visible("#real"), "a loss margin is no harmful score"
+    assert browser.complaints == []
+    page.close()
+
+
 def test_labelling(browser: Browser, tmp_path: Path) -> None:
     asked, rows = [{"prompt": text, "completion": text} for text in NASTY], [{"prompt": "a", "completion": "b"}] * 3
     given = labelling(asked, known={100: "low_quality"})

@@ -9,7 +9,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, lone surrogates, line and paragraph ends
 _JOINERS = "\u200c\u200d"  # which Persian, Indic scripts and emoji are spelled with
-_SECRET = "***"
 _MARKDOWN = re.compile(r"([\\`*~\[\]|]|_(?![^\W_])|(?<![^\W_])_)")
 
 
@@ -50,7 +49,7 @@ def without_credentials(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:  # no address at all, but there may be a secret in it
         return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
-    query = [(name, value if "version" in name.lower() else _SECRET) for name, value in parse_qsl(parts.query)]
+    query = [(name, value if "version" in name.lower() else "***") for name, value in parse_qsl(parts.query)]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(query, safe="*"), ""))
 
 

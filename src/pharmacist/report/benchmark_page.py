@@ -186,9 +186,9 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
     """Data of the table on the page.
 
     Returns:
-        ``columns`` (``title``, ``kind``: name, series, mean or difference, ``digits`` of numbers) and ``rows``; a mean
-        is a list of mean, low and high, a difference one of difference, low, high, corrected p and verdict, both with
-        None for nothing.
+        ``columns`` (``title``, ``kind``: name, series, mean or difference, ``metric`` and ``digits`` of numbers) and
+        ``rows``; a mean is a list of mean, low and high, a difference one of difference, low, high, corrected p and
+        verdict, both with None for nothing.
     """
     shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
     names = [axis.replace("_", " ").capitalize() for axis in shown]
@@ -197,7 +197,7 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
     numbers = benchmark.columns(benchmark.metrics)
     for metric, difference in numbers:
         title, kind = (f"minus {benchmark.baseline}", "difference") if difference else (metric.head, "mean")
-        columns.append({"title": title, "kind": kind, "digits": metric.digits})
+        columns.append({"title": title, "kind": kind, "metric": metric.name, "digits": metric.digits})
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in shown]

@@ -58,11 +58,7 @@ def _bar(names: Any, values: Sequence[float | None], color: Any, hover: str, **m
 
 def _bar_figure(traces: Sequence[Any], height: int, left: int, bottom: int, **layout: Any) -> Spec:
     """A chart without a legend, with room for names on its left."""
-    return _figure(traces, height, showlegend=False, margin=_margin(left, bottom), **layout)
-
-
-def _margin(left: int, bottom: int) -> dict[str, int]:
-    return {"l": left, "r": 24, "t": 12, "b": bottom}
+    return _figure(traces, height, showlegend=False, margin={"l": left, "r": 24, "t": 12, "b": bottom}, **layout)
 
 
 def dashed(at: float, axis: Literal["x", "y"] = "x", color: str = _INK) -> list[dict[str, Any]]:
@@ -240,7 +236,7 @@ def curves(
     if even:
         steps = [f"{value:g}" for value in sorted({value for curve in found for value in curve.x})]
         axis |= {"type": "category", "showgrid": False, "categoryorder": "array", "categoryarray": steps}
-    room = {} if legend else {"margin": _margin(60, 50)}
+    room = {} if legend else {"margin": {"l": 60, "r": 24, "t": 12, "b": 50}}
     y = {"title": {"text": "loss margin, nats"}, "range": margins} if margins else _SCORE
     return _figure([*bands, *lines], height, **{"xaxis": axis, "yaxis": y, **room, **layout})
 

@@ -26,10 +26,10 @@ pharmacist.start(async (DataTable) => {
   };
   const named = columns.flatMap(({ kind }, at) => (kind === "name" || kind === "series" ? [at] : []));
   const names = rows.map((row) => named.map((at) => key[columns[at].kind](row[at])).join("\n").toLowerCase());
-  const first = columns.findIndex(({ kind }) => kind === "difference");
+  const scores = columns.flatMap(({ kind, metric }, at) => (kind === "difference" && metric === "harmful_score" ? [at] : []));
   let wanted = [];
   const real = document.getElementById("real");
-  const passes = (_, row, index) => (!real.checked || Boolean(row[first]?.[4])) && wanted.every((word) => names[index].includes(word));
+  const passes = (_, row, index) => (!real.checked || scores.some((at) => row[at]?.[4])) && wanted.every((word) => names[index].includes(word));
   document.querySelector("#table tbody").replaceChildren();
   const table = new DataTable("#table", {
     ...tableOptions(columns.map(({ title, kind, digits }, at) => ({
@@ -44,6 +44,6 @@ pharmacist.start(async (DataTable) => {
     table.draw();
   });
   real.addEventListener("change", () => table.draw());
-  if (first < 0) real.closest(".choices").hidden = true;
+  if (!scores.length) real.closest(".choices").hidden = true;
   document.getElementById("filters").hidden = false;
 });
