@@ -386,7 +386,7 @@ class Named(RunOptions):
     kind: Literal["out", "in"] = "out"
     columns: str = "out"
 
-    NO_PLACES = RunOptions.NO_PLACES | {"columns"}
+    NOT_PATHS = RunOptions.NOT_PATHS | {"columns"}
 
 
 def test_names_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

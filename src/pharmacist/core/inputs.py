@@ -17,7 +17,7 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     Args:
         root: The output folder; it need not exist.
         options: A dataclass. Every text in it that is the path of something counts (also within ``NAME:PATH`` and
-            ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the options in ``NO_PLACES``,
+            ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the options in ``NOT_PATHS``,
             which are names also where the output folder is called so.
         within: Option of which these are the parts, such as ``evaluate.``.
     """
@@ -28,10 +28,10 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     names = ("adapter", "model", "config.json", "adapter_config.json")
     inner = any(os.path.exists(os.path.join(folder, name)) for name in names)
     hints = get_type_hints(type(options))
-    no_places = frozenset().union(*(vars(base).get("NO_PLACES", ()) for base in type(options).__mro__))
+    not_paths = frozenset().union(*(vars(base).get("NOT_PATHS", ()) for base in type(options).__mro__))
     for field in fields(options):
         value = getattr(options, field.name)
-        itself = field.name not in no_places and (inner or not isinstance(value, Mapping))
+        itself = field.name not in not_paths and (inner or not isinstance(value, Mapping))
         for name, text in _texts(field.name, value) if get_origin(hints[field.name]) is not Literal else ():
             parts = {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}
             for path in filter(os.path.exists, map(os.path.expanduser, parts)):

@@ -30,7 +30,7 @@ class RunOptions(Checked):
     overwrite: bool = False
     """Delete the results of an earlier run in the output folder and start again."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"output_dir"})
+    NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"output_dir"})
     """Options whose text is a name, also where the output folder is called so; those of base classes count too."""
 
     @classmethod
@@ -49,7 +49,7 @@ class RowOptions:
     """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them; curate
     also writes them to refused.jsonl."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"columns"})
+    NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"columns"})
 
 
 @dataclass(kw_only=True)

@@ -195,7 +195,7 @@ class BenchOptions(RunOptions):
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
     """Where stages run: in this process one after the other, or on Ray in parallel."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = RunOptions.NO_PLACES | {"only", *AXES} - {"models"}
+    NOT_PATHS: ClassVar[frozenset[str]] = RunOptions.NOT_PATHS | {"only", *AXES} - {"models"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

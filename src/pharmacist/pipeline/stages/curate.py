@@ -68,7 +68,7 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     """Folder or hub id of a sentence-transformers model that measures distances between rows, for selectors and
     --diversity; without it the hidden states of --model are used. Needs the extra embeddings."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"balance"})
+    NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"balance"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,7 +79,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
     """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
 
-    NO_PLACES: ClassVar[frozenset[str]] = frozenset({"lm_eval"})
+    NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"lm_eval"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
