@@ -242,4 +242,5 @@ def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
     graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
     _, labels = connected_components(graph, directed=False)
     _, smallest = np.unique(labels, return_index=True)
-    return smallest[labels].astype(np.int64)
+    clusters: IntArray = smallest[labels]
+    return clusters
