@@ -255,6 +255,8 @@ def test_probe_is_saved_without_pickle_and_judges_the_same(tmp_path: Path) -> No
     assert loaded.label == judge.label
     assert loaded.report() == judge.report()
     assert loaded.config.threshold == 0.7
+    with pytest.raises(ConfigError, match=r"threshold 0\.2: the judge in .* was trained with 0\.7; leave it out"):
+        JUDGES.build("probe", {"folder": str(tmp_path), "threshold": 0.2})
 
 
 def test_a_folder_without_probe_is_named(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class ProbeConfig(Checked):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the model."""
     folder: str | None = None
-    """Folder of a probe that an earlier evaluate saved; then no references are needed."""
+    """Folder of a probe that an earlier evaluate saved; then no references are needed, and its options hold."""
 
 
 class ProbeJudge(Judge):
@@ -226,6 +226,12 @@ class ProbeJudge(Judge):
             saved = ProbeConfig(**content["config"])
             if self.config.model and not saved.model:
                 raise DataError(f"{folder}: was trained without a model; leave --judge.model out, or train it again")
+            for name in ("threshold", "min_words", "regularisation", "dtype"):
+                given, trained = getattr(self.config, name), getattr(saved, name)
+                if given not in (trained, getattr(ProbeConfig, name)):
+                    raise ConfigError(
+                        f"{name} {given}: the judge in {folder} was trained with {trained}; leave it out"
+                    )
             model = self.config.model or saved.model
             self.config = replace(saved, folder=str(folder), device=self.config.device, model=model)
             self._trained = Trained.load(tensors, content["questions"], bool(model), saved.regularisation)
