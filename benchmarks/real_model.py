@@ -1,11 +1,12 @@
 """The tables of docs/results.md about a real language model, out of a grid's results.
 
     python benchmarks/real_model.py benchmarks/results/smollm2.parquet [--run DIR --data data/natural --page FOLDER]
+    python benchmarks/real_model.py ... --run DIR --page FOLDER --arms full 'full, 4 epochs' 'toxic-lora, 4 epochs'
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
 of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
 are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under SFT;
---page writes the page with them.
+--page writes the page with them, or with some of them.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="output folder of the grid, with its stages")
     parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
     parser.add_argument("--page", type=Path, help="folder for the page")
+    parser.add_argument("--arms", nargs="+", help="selectors that the page shows, in this order; all by default")
     args = parser.parse_args()
     if (args.data or args.page) and args.run is None:
         parser.error("--data and --page need --run")
@@ -42,8 +44,9 @@ def main() -> None:
     print(runs.to_markdown(index=False, floatfmt=("", "", "", ".0f", ".1f", "", ".3f")))
     if args.page:
         args.page.mkdir(parents=True, exist_ok=True)
+        axes["selector"] = args.arms or axes["selector"]
         manifest = json.loads((args.run / "manifest.json").read_text()) | {"counts": {}, "extra": {"axes": axes}}
-        render_benchmark(args.page, results, manifest=manifest)
+        render_benchmark(args.page, results[results["selector"].isin(axes["selector"])], manifest=manifest)
     if args.data:
         print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
 
