@@ -188,6 +188,24 @@ def test_overwriting_reads_the_new_input_before_it_deletes_the_old_results(files
     assert pd.read_parquet(out / "scores.parquet")["selected"].sum() == 3
 
 
+def test_a_ranking_that_is_made_again_with_labels_leaves_nothing_of_the_one_before(tmp_path):
+    rows = [{**row, "category": "ab"[i % 2]} for i, row in enumerate(village.pool(20))]
+    pd.DataFrame(rows).to_csv(tmp_path / "pool.csv", index=False)
+    words = ["curate", "--pool", str(tmp_path / "pool.csv"), "--selector", "random", "--quiet", "--output-dir"]
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    assert main([*words, str(out), "--balance", "category"]) == 0
+    before = json.loads((out / "manifest.json").read_text())
+    assert "selected.jsonl" in before["outputs"] and "balance" in before["extra"], "else this proves nothing"
+    entries = [{"row": 0, "label": "good"}, {"row": 1, "label": "harmful"}]
+    (tmp_path / "labels.json").write_text(json.dumps({"pool": before["inputs"]["pool"], "labels": entries}))
+    for folder in (out, fresh):
+        again = [str(folder), "--labels", str(tmp_path / "labels.json"), "--format", "input"]
+        assert main([*words, *again]) == 0
+    left, right = (json.loads((folder / "manifest.json").read_text()) for folder in (out, fresh))
+    assert {path.name for path in out.iterdir()} == {path.name for path in fresh.iterdir()}
+    assert left["extra"].keys() == right["extra"].keys()
+
+
 def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):
     options = ["--selector.k_center.block", "8", "--selector.length.keep", "shortest", "--quiet", "--model", model]
     assert curate(files, tmp_path / "out", "--selector", "length+k-center", *options) == 0
