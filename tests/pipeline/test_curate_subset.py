@@ -10,8 +10,10 @@ import pytest
 
 import pharmacist as ph
 from pharmacist.cli.main import main
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.pipeline.choosing import changed_by_labels
 from pharmacist.pipeline.select import SelectOptions, select
+from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
 from tests.support import village
 from tests.support.tiny import save_tiny_model
@@ -204,6 +206,31 @@ def test_a_ranking_that_is_made_again_with_labels_leaves_nothing_of_the_one_befo
     left, right = (json.loads((folder / "manifest.json").read_text()) for folder in (out, fresh))
     assert {path.name for path in out.iterdir()} == {path.name for path in fresh.iterdir()}
     assert left["extra"].keys() == right["extra"].keys()
+
+
+def test_labels_are_compared_with_a_ranking_of_the_same_pool_only(files, tmp_path, monkeypatch):
+    assert curate(files, tmp_path / "out", "--selector", "random", "--quiet") == 0
+    pool = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]["pool"]
+    scores = tmp_path / "out" / "scores.parquet"
+    table = pd.read_parquet(scores)
+    after = table.assign(selected=~table["selected"])
+    resumed = CurateOptions(pool=files["pool"], output_dir="", resume_selector=str(tmp_path / "out"))
+    counts = {"entered": int(after["selected"].sum()), "left": int(table["selected"].sum())}
+    assert changed_by_labels(after, resumed, pool) == counts
+    assert changed_by_labels(after, resumed, "another") == {}
+    # Without an output folder the files of the current one are nobody's.
+    (tmp_path / "labels.json").write_text('[{"row": 0, "label": "good"}, {"row": 1, "label": "harmful"}]')
+    monkeypatch.chdir(scores.parent)
+    ranking = ph.rank(files["pool"], selector="random", labels=str(tmp_path / "labels.json"))
+    assert ranking.about["changed"] == {}
+    # What cannot be read is made anew.
+    scores.write_text("damaged")
+    assert changed_by_labels(after, resumed, pool) == {}
+
+
+def test_labels_that_are_not_there_are_told_in_one_line(files, tmp_path):
+    with pytest.raises(DataError, match="--labels .*gone.json: cannot be read .*; give the file that was saved"):
+        ph.rank(files["pool"], selector="random", labels=str(tmp_path / "gone.json"))
 
 
 def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):

@@ -140,7 +140,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
-        scores.report |= {"changed": changed_by_labels(table, options)}
+        scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
     warnings = [*scores.warnings, *shortfall(table, options)]
     for warning in warnings:
         warn(warning)

@@ -12,7 +12,7 @@ from datasets import concatenate_datasets
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import is_whole_tensors, read_json
-from pharmacist.core.hashing import sha256_content, sha256_file
+from pharmacist.core.hashing import sha256_content
 from pharmacist.core.manifest import check_unchanged
 from pharmacist.data.formats import open_source
 from pharmacist.data.mixing import shared_prompts
@@ -28,7 +28,7 @@ from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, check_sentence_encoder
-from pharmacist.selectors.labels import read_labels
+from pharmacist.selectors.labels import labels_fingerprint, read_labels
 
 
 class CurateInputs:
@@ -59,7 +59,7 @@ class CurateInputs:
         hashes: dict[str, Callable[[Any], str]] = {
             "model": model_fingerprint,
             "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
-            "labels": sha256_file,
+            "labels": labels_fingerprint,
             "resume_selector": sha256_content,
         }
         named = {name: getattr(self.options, name) for name in hashes if getattr(self.options, name) is not None}
