@@ -59,6 +59,16 @@ def rows_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "attack_set.jsonl").open(encoding="utf-8")]
 
 
+def test_rows_that_nobody_reads_are_named(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(files, tmp_path / "out", "--kind", "benign", "--samples", "8", "--build-only", "--safe", "unread")
+    assert main(given) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--harmful: the kind 'benign' does not use it" in said
+    assert "--safe: the defense 'sft' does not use it" in said and "--task: the kind" not in said
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1

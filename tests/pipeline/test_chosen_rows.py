@@ -130,6 +130,12 @@ def test_rows_that_the_chat_template_refuses_in_curate(tmp_path: Path, capsys: p
     assert [row["row"] for row in lines_of(tmp_path / "out/refused.jsonl")] == [3, 7]
     assert {"in": 12, "refused": 2, "ranked": 10}.items() <= read_manifest(tmp_path / "out").counts.items()
     assert main(["report", str(tmp_path / "out")]) == 0
+    # Before the ranking, and not after it.
+    capsys.readouterr()
+    too_many = ["--selector", "perplexity", "--on-bad-row", "skip", "--top-k", "11"]
+    assert main(curate_words(pool, tmp_path / "many", *too_many, model=model)) == 2
+    assert "--top-k 11: the pool has 10 rows to rank; give at most that number" in capsys.readouterr().err
+    assert not [*(tmp_path / "many").glob("*")], "the folder is free for another number"
     # What does not read the rows with a model has no template that could refuse them.
     assert main(curate_words(pool, tmp_path / "b", "--selector", "length", "--top", "0.5", model=None)) == 0
     assert len(pd.read_parquet(tmp_path / "b/scores.parquet")) == 12

@@ -10,8 +10,10 @@ import pytest
 
 import pharmacist as ph
 from pharmacist.cli.main import main
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.pipeline.choosing import changed_by_labels
 from pharmacist.pipeline.select import SelectOptions, select
+from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
 from tests.support import village
 from tests.support.tiny import save_tiny_model
@@ -186,6 +188,49 @@ def test_overwriting_reads_the_new_input_before_it_deletes_the_old_results(files
     capfd.readouterr()
     assert curate(files, out, "--selector", "length", "--quiet", "--top-k", "3", "--overwrite") == 0
     assert pd.read_parquet(out / "scores.parquet")["selected"].sum() == 3
+
+
+def test_a_ranking_that_is_made_again_with_labels_leaves_nothing_of_the_one_before(tmp_path):
+    rows = [{**row, "category": "ab"[i % 2]} for i, row in enumerate(village.pool(20))]
+    pd.DataFrame(rows).to_csv(tmp_path / "pool.csv", index=False)
+    words = ["curate", "--pool", str(tmp_path / "pool.csv"), "--selector", "random", "--quiet", "--output-dir"]
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    assert main([*words, str(out), "--balance", "category"]) == 0
+    before = json.loads((out / "manifest.json").read_text())
+    assert "selected.jsonl" in before["outputs"] and "balance" in before["extra"], "else this proves nothing"
+    entries = [{"row": 0, "label": "good"}, {"row": 1, "label": "harmful"}]
+    (tmp_path / "labels.json").write_text(json.dumps({"pool": before["inputs"]["pool"], "labels": entries}))
+    for folder in (out, fresh):
+        again = [str(folder), "--labels", str(tmp_path / "labels.json"), "--format", "input"]
+        assert main([*words, *again]) == 0
+    left, right = (json.loads((folder / "manifest.json").read_text()) for folder in (out, fresh))
+    assert {path.name for path in out.iterdir()} == {path.name for path in fresh.iterdir()}
+    assert left["extra"].keys() == right["extra"].keys()
+
+
+def test_labels_are_compared_with_a_ranking_of_the_same_pool_only(files, tmp_path, monkeypatch):
+    assert curate(files, tmp_path / "out", "--selector", "random", "--quiet") == 0
+    pool = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]["pool"]
+    scores = tmp_path / "out" / "scores.parquet"
+    table = pd.read_parquet(scores)
+    after = table.assign(selected=~table["selected"])
+    resumed = CurateOptions(pool=files["pool"], output_dir="", resume_selector=str(tmp_path / "out"))
+    counts = {"entered": int(after["selected"].sum()), "left": int(table["selected"].sum())}
+    assert changed_by_labels(after, resumed, pool) == counts
+    assert changed_by_labels(after, resumed, "another") == {}
+    # Without an output folder the files of the current one are nobody's.
+    (tmp_path / "labels.json").write_text('[{"row": 0, "label": "good"}, {"row": 1, "label": "harmful"}]')
+    monkeypatch.chdir(scores.parent)
+    ranking = ph.rank(files["pool"], selector="random", labels=str(tmp_path / "labels.json"))
+    assert ranking.about["changed"] == {}
+    # What cannot be read is made anew.
+    scores.write_text("damaged")
+    assert changed_by_labels(after, resumed, pool) == {}
+
+
+def test_labels_that_are_not_there_are_told_in_one_line(files, tmp_path):
+    with pytest.raises(DataError, match="--labels .*gone.json: cannot be read .*; give the file that was saved"):
+        ph.rank(files["pool"], selector="random", labels=str(tmp_path / "gone.json"))
 
 
 def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):

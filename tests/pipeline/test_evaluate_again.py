@@ -63,6 +63,17 @@ def test_another_judge_re_uses_the_answers(
         assert not (tmp_path / "out/judge").exists()
 
 
+def test_counts_of_references_are_those_of_the_judge_now(files: dict[str, str], tmp_path: Path) -> None:
+    answers = {"answers": write(tmp_path / "answers.jsonl", [{"prompt": "ask", "answer": "no"}])}
+    bad = write(tmp_path / "safe.jsonl", [*World(3).safe(48), {"prompt": "ask", "completion": ""}])
+    words = ["--judge", "probe", "--on-bad-row", "skip", "--quiet"]
+    own = answers | some(files, "harmful")
+    for safe, refused in ((bad, 1), (files["safe"], None)):
+        given = [word for name, path in (own | {"safe": safe}).items() for word in (f"--{name}", path)]
+        assert main(["evaluate", *given, *words, "--output-dir", str(tmp_path / "out")]) == 0
+        assert read_manifest(tmp_path / "out").counts.get("safe_refused") == refused
+
+
 def test_a_judge_that_stops_half_way_loses_no_answer(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

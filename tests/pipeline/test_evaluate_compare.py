@@ -9,10 +9,11 @@ import pytest
 from scipy import stats
 
 from pharmacist.cli.main import main
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.statistics import paired_difference
+from pharmacist.pipeline.evaluate import EvaluateOptions
 from pharmacist.worlds.potions import World
 from tests.support.evaluate_words import arguments, write
 from tests.support.tiny import save_tiny_model
@@ -106,3 +107,10 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         assert not (tmp_path / "bad/metrics.json").exists()
+
+
+def test_what_is_not_compared_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--compare: .* leave --model, --perplexity, --base out"):
+        EvaluateOptions(compare=["a", "b"], model="m", perplexity="p", base="b", output_dir="out")
+    with pytest.raises(ConfigError, match="leave --margin out"):
+        EvaluateOptions(compare=["a", "b"], margin="m", output_dir="out")

@@ -7,7 +7,7 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.core.config import parse
-from pharmacist.core.manifest import read_manifest
+from pharmacist.core.manifest import check_unchanged, read_manifest
 from pharmacist.pipeline.evaluate import EvaluateOptions
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.support.evaluate_words import write
@@ -52,6 +52,22 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
 
 
+def test_other_references_of_the_judge_make_a_whole_result(files: list[str], tmp_path: Path) -> None:
+    harmful, out = tmp_path / "harmful.jsonl", tmp_path / "out"
+    write(harmful, World(4).harmful(12))
+    words = ["evaluate", "--models", str(BASE_MODEL), str(BASE_MODEL), *files[:2], "--device", "cpu", "--quiet"]
+    words += ["--max-new-tokens", "4", "--judge", "probe", "--harmful", str(harmful), "--output-dir", str(out)]
+    words += ["--safe", write(tmp_path / "safe.jsonl", World(4).safe(12))]
+    assert main(words) == 0
+    before = read_manifest(out)
+    write(harmful, World(5).harmful(14))
+    assert main(words) == 0
+    found, manifest = json.loads((out / "metrics.json").read_text()), read_manifest(out)
+    assert found != before.metrics, "else this proves nothing"
+    assert manifest.metrics == found and manifest.status == "success" and not (out / "work").exists()
+    check_unchanged(out, *manifest.outputs)
+
+
 def test_a_missing_model_is_named_before_any_is_asked(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +78,14 @@ def test_a_missing_model_is_named_before_any_is_asked(
     assert not list((tmp_path / "out").rglob("answers*"))
     assert main([*words, "--model", "x", "--output-dir", str(tmp_path / "out")]) == 2
     assert "--models: takes the place of --model" in capsys.readouterr().err
+
+
+def test_no_models_leave_the_one_model(files: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(f"model: {BASE_MODEL}\nmodels: []\nmax_new_tokens: 2\ndevice: cpu\n")
+    words = ["evaluate", "--config", str(file), *files[:2], "--quiet", "--output-dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "harmful_score" in json.loads((tmp_path / "out/metrics.json").read_text())
 
 
 def test_the_same_from_a_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.pipeline.label import LabelOptions, label
+from pharmacist.pipeline.ranking import Ranking
 from pharmacist.selectors.labels import read_labels
 from tests.support.world_files import curate_words, write_world
 
@@ -98,6 +99,15 @@ def test_labels_of_the_ranking_are_kept(ranked: Path, tmp_path: Path) -> None:
     assert not {*rows[:2]} & {*asked(tmp_path / "out")}
     found, _ = talk(tmp_path / "out", tmp_path / "more.json", "", "o", "q")
     assert found == {rows[0]: "good", rows[1]: "harmful", asked(tmp_path / "out")[0]: "over_refusal"}
+
+
+def test_a_ranking_that_asks_nothing_keeps_no_questions_of_the_one_before(ranked: Path, tmp_path: Path) -> None:
+    files = {name: str(ranked.parent / f"{name}.jsonl") for name in ("pool", "safe", "harmful", "utility")}
+    talk(ranked, tmp_path / "labels.json", "", "g", "", "h", "q")
+    shutil.copytree(ranked, tmp_path / "out")
+    words = [*LEXICAL, "--to-label", "0", "--labels", str(tmp_path / "labels.json")]
+    assert main(curate_words(files, tmp_path / "out", *words, model=None)) == 0
+    assert not len(Ranking.load(tmp_path / "out").to_label) and not (tmp_path / "out" / "to_label.jsonl").exists()
 
 
 def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

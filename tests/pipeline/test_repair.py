@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_every_method_repairs_and_can_be_loaded(
     assert manifest.status == "success" and 0 < manifest.metrics["share_changed"] <= 1
     assert sum(change["changed"] for change in found["changes"]) == manifest.metrics["entries_changed"] > 0
     assert found["findings"]
+
+
+def test_rows_that_nobody_reads_are_named(
+    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repair(replace(options(world, tmp_path / "out", "fresh", "antidote", safe="unread"), quiet=False))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--safe: the method 'antidote' does not use it" in said and "--harmful: the method" not in said
 
 
 def test_antidote_prunes_the_adapter_on_disk(world: dict[str, str], tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ def test_a_row_of_weight_0_teaches_nothing(ranked: Path, tmp_path: Path) -> None
     assert far(found[1], found[3]) > 1e-4, "unweighted they do teach"
 
 
+def test_a_line_per_row_of_the_file_also_where_rows_are_chosen(
+    ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (ranked / "pool.jsonl").open()][:8]
+    data = Path(write_rows(tmp_path / "data.jsonl", [row | {"part": i % 2} for i, row in enumerate(rows)]))
+    found = []
+    # Weights of rows that are left out have no say but in the mean, which is the same.
+    for name, left_out in (("a", [1.0, 1.0, 5.0, 5.0]), ("b", [5.0, 5.0, 1.0, 1.0]), ("c", [3.0, 3.0, 3.0, 3.0])):
+        weight = np.empty(8)
+        weight[0::2], weight[1::2] = left_out, [0.0, 1.0, 2.0, 9.0] if name != "c" else [9.0, 2.0, 1.0, 0.0]
+        file = tmp_path / f"{name}.parquet"
+        pd.DataFrame({"weight": weight}).to_parquet(file)
+        found.append(aligned(data, tmp_path / name, "--weights", str(file), "--where", "part=1"))
+    assert far(found[0], found[1]) == 0 and far(found[0], found[2]) > 1e-4
+    pd.DataFrame({"weight": np.ones(4)}).to_parquet(tmp_path / "few.parquet")
+    capsys.readouterr()
+    words = ["align", "--data", str(data), "--model", str(BASE_MODEL), "--where", "part=1", *SGD]
+    assert main([*words, "--weights", str(tmp_path / "few.parquet"), "--output-dir", str(tmp_path / "d")]) == 2
+    assert "has 4 rows, but --data has 8" in capsys.readouterr().err
+
+
 def test_every_alignment_defense_takes_them(ranked: Path, tmp_path: Path) -> None:
     data, weights = ranked / "core/selected.jsonl", ["--weights", str(ranked / "core/scores.parquet")]
     for defense in (["vaccine"], ["booster", "--harmful", str(ranked / "harmful.jsonl")]):

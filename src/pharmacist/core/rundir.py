@@ -203,6 +203,16 @@ class RunDir:
             self.close()
         return manifest
 
+    def begin_again(self) -> None:
+        """Takes possession of the folder of a complete run, for `finish` to declare new results of it.
+
+        Raises:
+            ConfigError: It is in use, or cannot be written.
+        """
+        if rank() == 0:
+            self._lock = _lock(self.root)
+        self.manifest.status = "started"
+
     def holds(self, pattern: str) -> bool:
         """Whether a file that matches a pattern, such as ``work/**/*.safetensors``, has content."""
         return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))

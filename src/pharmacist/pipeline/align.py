@@ -48,7 +48,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         harmful = read_harmful_rows(sources, records, strategy, options, run)
         weights = None
         if options.weights is not None:
-            weights = row_weights(options.weights, sources["data"], len(records) + len(records.refused))
+            weights = row_weights(options.weights, sources["data"], records.counts["in"])
     with run.phase("load model"):
         loaded = load(options.model, options)
         encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)

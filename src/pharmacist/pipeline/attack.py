@@ -22,7 +22,7 @@ from pharmacist.data.tasks import open_task
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import base_of, model_fingerprint
-from pharmacist.pipeline.rows import load, read, tokenise
+from pharmacist.pipeline.rows import load, name_unused, read, tokenise
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.pipeline.streams import endless_stream
 from pharmacist.training.loop import Training, prepare_model
@@ -124,6 +124,8 @@ def _read(
 def _attack(
     sources: Mapping[str, Source], strategy: GradientStrategy, kind: Attack, options: AttackOptions, run: RunDir
 ) -> Any:
+    name_unused(options, ["task", "harmful"], kind.needs, f"kind '{options.kind['name']}'")
+    name_unused(options, ["safe"], strategy.needs, f"defense '{options.defense['name']}'")
     with run.phase("build"):
         rows, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:

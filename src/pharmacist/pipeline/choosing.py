@@ -8,9 +8,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
 from pharmacist.data.records import Records
+from pharmacist.pipeline.pages import read_table
 from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions
 from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
 
@@ -169,14 +171,21 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     return []
 
 
-def changed_by_labels(table: pd.DataFrame, options: CurateOptions) -> dict[str, int]:
-    """How many rows entered the selection by the labels and left it, compared with the ranking before."""
-    for folder in (options.output_dir, options.resume_selector):
-        path = None if folder is None else Path(folder) / "scores.parquet"
-        if path is not None and path.is_file():
-            before = pd.read_parquet(path, columns=["row", "selected"])
-            old, new = (set(found.loc[found["selected"], "row"].tolist()) for found in (before, table))
-            return {"entered": len(new - old), "left": len(old - new)}
+def changed_by_labels(table: pd.DataFrame, options: CurateOptions, pool: str) -> dict[str, int]:
+    """How many rows entered the selection by the labels and left it, compared with the ranking before.
+
+    That is the one in the output folder, or else that of the resumed selector where it ranked the same pool, which
+    `pool` is the fingerprint of; nothing where there is none that can be read.
+    """
+    for folder in filter(None, (options.output_dir, options.resume_selector)):
+        try:
+            if read_manifest(folder).inputs.get("pool") != pool:
+                continue
+            before = read_table(Path(folder) / "scores.parquet", "row", "selected")
+        except DataError:
+            continue
+        old, new = (set(found.loc[found["selected"], "row"].tolist()) for found in (before, table))
+        return {"entered": len(new - old), "left": len(old - new)}
     return {}
 
 

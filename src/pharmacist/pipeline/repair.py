@@ -13,7 +13,7 @@ from pharmacist.data.formats import Source, open_source
 from pharmacist.nn.lowrank import Factors, adapter_factors, factorise
 from pharmacist.nn.merge import merge_adapter
 from pharmacist.nn.models import base_of, model_fingerprint, trained_on
-from pharmacist.pipeline.rows import load, read, tokenise
+from pharmacist.pipeline.rows import load, name_unused, read, tokenise
 from pharmacist.pipeline.stages.repair import REPAIR, RepairOptions
 from pharmacist.repairs import REPAIRS
 from pharmacist.repairs.base import Change, Form, ModelWeights, References, Repair, apply
@@ -73,6 +73,7 @@ def _repair(
     sources: Mapping[str, Source], chosen: Repair, form: Form, continued: bool, options: RepairOptions, run: RunDir
 ) -> Any:
     name = options.method["name"]
+    name_unused(options, ["base", "harmful", "safe"], chosen.needs, f"method '{name}'")
     with run.phase("load"):
         loaded = load(options.model, options, merge=form == "weights")
         tuned = ModelWeights(loaded.model.eval(), form)

@@ -1,6 +1,6 @@
 """Opens, reads and tokenises rows and loads models as the options of a stage say."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import datasets
 
 from pharmacist.core.env import rank
 from pharmacist.core.options import RowOptions
+from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
@@ -61,6 +62,13 @@ def read(
         prompts_only=prompts_only,
         keep=keep,
     )
+
+
+def name_unused(options: Any, names: Iterable[str], used: Collection[str], method: str) -> None:
+    """Prints which of some options are given although a method does not use them."""
+    for name in names:
+        if name not in used and getattr(options, name) is not None:
+            console().print(f"--{name}: the {method} does not use it", soft_wrap=True)
 
 
 def texts(records: Records) -> set[tuple[str, str]]:

@@ -16,7 +16,7 @@ from pharmacist.data.streams import PairedRows, SideStream, pair_rows
 from pharmacist.data.tokenize import Encoded
 from pharmacist.data.where import conditions_of
 from pharmacist.nn.models import LoadedModel
-from pharmacist.pipeline.rows import read, texts, tokenise
+from pharmacist.pipeline.rows import name_unused, read, texts, tokenise
 from pharmacist.pipeline.stages.align import AlignOptions
 from pharmacist.training.options import TrainingStageOptions
 from pharmacist.training.strategy import GradientStrategy
@@ -52,9 +52,8 @@ def read_harmful_rows(
         DataError: They are the alignment rows.
     """
     name = options.defense["name"]
+    name_unused(options, ["harmful"], strategy.needs, f"defense '{name}'")
     if "harmful" not in strategy.needs:
-        if "harmful" in sources:
-            console().print(f"--harmful: the defense '{name}' does not use it", soft_wrap=True)
         return None
     if "harmful" not in sources and alignment.layout != "preference":
         raise ConfigError(

@@ -34,7 +34,7 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     Args:
         path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
         data: The alignment set.
-        rows: Its length, refused rows included.
+        rows: Its length, with the rows that are refused or left out by ``where``.
 
     Raises:
         DataError: The weights are of other rows, or no weights.

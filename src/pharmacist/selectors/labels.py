@@ -8,6 +8,7 @@ import numpy as np
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 
@@ -42,6 +43,18 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
     return {position_of[row]: LABELS[label] for row, label in labels.items()}
 
 
+def labels_fingerprint(path: str | Path) -> str:
+    """The content of a file of labels; a DataError where it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise _unreadable(f"--labels {path}", error) from error
+
+
+def _unreadable(where: str, error: OSError) -> DataError:
+    return DataError(f"{where}: cannot be read ({error.strerror}); give the file that was saved")
+
+
 def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
     """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
 
@@ -57,7 +70,7 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
     try:
         content = read_json(path)
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}); give the file that was saved") from error
+        raise _unreadable(where, error) from error
     entries = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')

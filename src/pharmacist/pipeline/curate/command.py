@@ -24,6 +24,10 @@ from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
+_FORMS = frozenset({"json", "csv", "parquet"})
+"""Formats of a pool, besides JSON lines, in which the selected rows can be written."""
+_NOT_ALWAYS = ("to_label.jsonl", "refused.jsonl", *(f"selected.{form}" for form in ("jsonl", *_FORMS)))
+"""Outputs that some rankings have."""
 _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
 
 
@@ -38,7 +42,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     """
     inputs = CurateInputs(options)
     pool = inputs.sources["pool"]
-    form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
+    form = pool.format if options.format == "input" and pool.format in _FORMS else "jsonl"
     if form == "jsonl":
         pool.check_json_lines()  # before the work
     scratch = None
@@ -74,6 +78,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if inputs.selector.save(run.path("selector")):
             outputs.append("selector")
+        for file in set(_NOT_ALWAYS).difference(outputs):
+            remove(run.path(file))  # of a ranking before this one
         ranking.manifest = run.manifest.model_dump(mode="json")
         ranking.report(run.path("report.html"))
         run.finish(outputs=outputs)
@@ -134,7 +140,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
-        scores.report |= {"changed": changed_by_labels(table, options)}
+        scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
     warnings = [*scores.warnings, *shortfall(table, options)]
     for warning in warnings:
         warn(warning)
@@ -149,6 +155,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         own = context.encoded["pool"]
         counts |= {"truncated": own.truncated, "lost_eos": own.lost_eos, "cut_prompts": len(own.cut_prompts)}
     extra: dict[str, Any] = {"selector_report": scores.report}
+    run.manifest.extra.pop("balance", None)  # of a ranking before this one
     if groups is not None:
         extra["balance"] = balance_counts(table, options)
     loaded = context.model if "model" in context.__dict__ else None

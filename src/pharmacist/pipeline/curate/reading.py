@@ -12,7 +12,7 @@ from datasets import concatenate_datasets
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import is_whole_tensors, read_json
-from pharmacist.core.hashing import sha256_content, sha256_file
+from pharmacist.core.hashing import sha256_content
 from pharmacist.core.manifest import check_unchanged
 from pharmacist.data.formats import open_source
 from pharmacist.data.mixing import shared_prompts
@@ -28,7 +28,7 @@ from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, check_sentence_encoder
-from pharmacist.selectors.labels import read_labels
+from pharmacist.selectors.labels import labels_fingerprint, read_labels
 
 
 class CurateInputs:
@@ -59,7 +59,7 @@ class CurateInputs:
         hashes: dict[str, Callable[[Any], str]] = {
             "model": model_fingerprint,
             "embedder": lambda name: sha256_content(name) if Path(name).is_dir() else f"hub:{name}",
-            "labels": sha256_file,
+            "labels": labels_fingerprint,
             "resume_selector": sha256_content,
         }
         named = {name: getattr(self.options, name) for name in hashes if getattr(self.options, name) is not None}
@@ -85,13 +85,19 @@ class CurateInputs:
                     number = f"{len(self.records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
                     raise DataError(f"--{need}: {number}")
             selector.notice(self.records.keys())
-        if options.top_k is not None and options.top_k > n:
-            raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
         selector.check_room(n, folder)
         if options.diversity in SPREAD:
             check_room(n, folder)
         if options.balance is not None:
             self.groups = _groups(self.records["pool"], options.balance)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Checks that the pool has the rows to select, and room for every value of the column to balance by."""
+        options, n = self.options, len(self.records["pool"])
+        if options.top_k is not None and options.top_k > n:
+            raise ConfigError(f"--top-k {options.top_k}: the pool has {n} rows to rank; give at most that number")
+        if self.groups is not None:
             k, values = number_of(options, n), len(set(self.groups.tolist()))
             if values > k:
                 many = f"{k} rows cannot hold one of each of {values} values"
@@ -150,7 +156,11 @@ class CurateInputs:
         return found, files
 
     def render(self, context: SelectionContext) -> None:
-        """Leaves out the rows of pool and references that the model's chat template refuses."""
+        """Leaves out the rows of pool and references that the model's chat template refuses.
+
+        Raises:
+            PharmacistError: Too few rows are left, or none.
+        """
         before, loaded = context.pool.row_numbers, context.model
         how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
         self.records["pool"] = context.pool = rendered_rows(context.pool, *how)
@@ -159,6 +169,7 @@ class CurateInputs:
             context.sources = {}  # it is unknown which sources lost rows: folds are made by prompt
         if self.groups is not None:
             self.groups = self.groups[np.isin(before, context.pool.row_numbers)]
+        self._check_numbers()
 
 
 def _check_models(selector: Selector, options: CurateOptions) -> None:

@@ -60,6 +60,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     Raises:
         PharmacistError: Bad options or input.
     """
-    several = EVALUATE_MODELS if options.models is not None else evaluate_model
+    several = EVALUATE_MODELS if options.models else evaluate_model
     run = COMPARE if options.compare is not None else several
     return EvaluateResult(run(options), Path(options.output_dir))

@@ -22,7 +22,7 @@ from pharmacist.nn.models import load_model
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows
 from pharmacist.pipeline.evaluate.summary import summarise
 from pharmacist.pipeline.rows import model_options
-from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
 
 
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
@@ -55,6 +55,8 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     options, judges = inputs.options, inputs.judges
     with run.phase("read"):
         records, given = inputs.read(run)
+    for count in [count for count in run.manifest.counts if count.startswith(REFERENCES)]:
+        del run.manifest.counts[count]  # of references before these
     for name, rows in records.items():
         number = len(rows.refused)
         _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")

@@ -10,7 +10,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
-from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
+from pharmacist.core.manifest import check_unchanged, missing_output, output_files, read_manifest
 from pharmacist.core.progress import console, print_table
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
@@ -46,6 +46,8 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
             where = str(run.path(name))
             own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
             found[name] = evaluate_model(own)
+        if run.complete and not output_files(run.root, [*found]).items() <= run.manifest.files.items():
+            run.begin_again()  # a model's own run was made again, with other references say
         write_json(run.path("metrics.json"), found)
         partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
         run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)

@@ -86,8 +86,9 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
         if self.compare is not None:
             if len(self.compare) != 2:
                 raise ConfigError("--compare: needs two folders of finished evaluations")
-            if self.model or self.models or any(getattr(self, name) is not None for name in ("answers", *PROMPTS)):
-                raise ConfigError("--compare: compares what was evaluated before; leave --model and prompts out")
+            own = ("model", "models", "answers", *PROMPTS, *GENERAL, "base")
+            if given := [flag(name) for name in own if getattr(self, name)]:
+                raise ConfigError(f"--compare: compares what was evaluated before; leave {', '.join(given)} out")
             return
         if self.answers is not None:
             given = [flag(name) for name in ("model", "models", *PROMPTS, *GENERAL, "base") if getattr(self, name)]
