@@ -24,10 +24,6 @@ from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
-_FORMS = frozenset({"json", "csv", "parquet"})
-"""Formats of a pool, besides JSON lines, in which the selected rows can be written."""
-_NOT_ALWAYS = ("to_label.jsonl", "refused.jsonl", *(f"selected.{form}" for form in ("jsonl", *_FORMS)))
-"""Outputs that some rankings have."""
 _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
 
 
@@ -42,7 +38,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     """
     inputs = CurateInputs(options)
     pool = inputs.sources["pool"]
-    form = pool.format if options.format == "input" and pool.format in _FORMS else "jsonl"
+    form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
     if form == "jsonl":
         pool.check_json_lines()  # before the work
     scratch = None
@@ -78,8 +74,6 @@ def curate(options: CurateOptions) -> Ranking | None:
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if inputs.selector.save(run.path("selector")):
             outputs.append("selector")
-        for file in set(_NOT_ALWAYS).difference(outputs):
-            remove(run.path(file))  # of a ranking before this one
         ranking.manifest = run.manifest.model_dump(mode="json")
         ranking.report(run.path("report.html"))
         run.finish(outputs=outputs)
