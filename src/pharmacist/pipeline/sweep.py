@@ -7,7 +7,7 @@ sweep resumes where it stopped, and a larger grid in the same output folder reus
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console, hushed, print_table
 from pharmacist.core.rundir import RunDir
-from pharmacist.data.formats import open_source
+from pharmacist.data.formats import Source, open_source
 from pharmacist.data.tasks import TASKS
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.prompts import PROMPT_SETS
@@ -187,7 +187,8 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that the evaluations and their judges read."""
     fingerprints = {}
     for name in EVALUATE.files:
-        opener, value = OPENERS.get(name, open_source), getattr(options, name)
+        opener: Callable[..., Source] = OPENERS.get(name, open_source)
+        value = getattr(options, name)
         for number, file in enumerate(value if isinstance(value, list) else [value] if value else [], start=1):
             key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
             fingerprints[key] = opener(file, name=f"--evaluate.{name}").fingerprint()
