@@ -11,9 +11,11 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.manifest import RunManifest, read_manifest
+from pharmacist.core.options import as_json
+from pharmacist.data.tasks import TASKS, NamedTask
 from pharmacist.evaluation.metrics import rate
 from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
-from pharmacist.pipeline.sweep import _points, sweep
+from pharmacist.pipeline.sweep import _evaluate_options, _points, sweep
 from tests.support.tiny import WORDS, save_tiny_model
 from tests.support.world_files import fingerprints, write_rows
 
@@ -71,7 +73,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def wrote(own: Any, stage: str, metrics: dict[str, Any]) -> None:
         folder = Path(own.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        RunManifest(stage=stage, status="success", key="k", config={}, inputs={}, metrics=metrics).write(folder)
+        config = as_json(own)
+        RunManifest(stage=stage, status="success", key="k", config=config, inputs={}, metrics=metrics).write(folder)
 
     def attack(own: Any) -> None:
         asked.append(own.output_dir)
@@ -176,6 +179,47 @@ def test_where_all_diverge_there_is_no_worst_case(files: dict[str, str], tmp_pat
     assert "no worst case" in (out / "sweep.md").read_text() and (out / "report.html").is_file()
 
 
+def test_curves_may_be_left_out_later_but_not_asked_for_later(
+    files: dict[str, str], tmp_path: Path, made_up: list[str]
+) -> None:
+    out = tmp_path / "out"
+    sweep(options(files, out, RATES, curves="none"))
+    with pytest.raises(ConfigError, match="was trained with --curves none, which keeps no snapshots"):
+        sweep(options(files, out, RATES, curves="worst"))
+    assert read_manifest(out).status == "success", "it stays as it was"
+    assert sweep(options(files, out, RATES, curves="worst", overwrite=True)).summary["curves"]
+    assert sweep(options(files, out, RATES, curves="none")).summary["curves"] == {}
+    kept = [read_manifest(folder).config["snapshots"] for folder in (out / "attack").iterdir()]
+    assert kept == [[1, 2]] * 4, "as they were trained"
+
+
+def test_a_file_that_changed_is_measured_again(files: dict[str, str], tmp_path: Path, made_up: list[str]) -> None:
+    margin, judge = tmp_path / "margin.jsonl", save_tiny_model(tmp_path / "judge") / "config.json"
+    config = judge.read_text()
+    own: dict[str, Any] = {"prompts": files["prompts"], "task": files["test"], "margin": str(margin)}
+    own["judge"] = {"name": "guard", "model": str(judge.parent), "family": "wildguard"}
+    asked = []
+    for texts in (("{}", config), ("{}", config), ("[]", config), ("[]", f"{config}\n")):
+        for file, text in zip((margin, judge), texts, strict=True):
+            file.write_text(text)
+        made_up.clear()
+        sweep(options(files, tmp_path / "out", RATES, evaluate=own))
+        asked.append(bool(made_up))
+    assert asked == [True, False, True, True]
+
+
+def test_what_is_measured_has_names_and_hyphens_too(
+    files: dict[str, str], tmp_path: Path, made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bakery = NamedTask("", lambda row: (row["prompt"], "", row["completion"]), files["test"])
+    monkeypatch.setitem(TASKS, "bakery", bakery)
+    measured = {"prompts": files["prompts"], "task": "bakery", "trust-remote-code": True}
+    own = options(files, tmp_path / "out", RATES, evaluate=measured)
+    assert _evaluate_options(own, "model", tmp_path).trust_remote_code
+    sweep(own)
+    assert read_manifest(tmp_path / "out").config["disjoint_from"] == [files["prompts"]]
+
+
 # --- the grid ------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +285,16 @@ def test_snapshots_lie_within_the_attack(
             "--evaluate.seed: the sweep",
         ),
         ({"learning_rate": [1e-3]}, {"build_only": True}, "--build-only"),
+        (
+            {"learning_rate": [1e-3]},
+            {"evaluate": {"prompts": "x", "task": "y", "output-dir": "z"}},
+            "--evaluate.output_dir: the sweep decides it",
+        ),
+        (
+            {"learning_rate": [1e-3]},
+            {"evaluate": {"prompts": "x", "task": "y", "models": ["z"]}},
+            "--evaluate.models: the sweep decides it",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

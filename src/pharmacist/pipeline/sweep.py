@@ -6,7 +6,8 @@ sweep resumes where it stopped, and a larger grid in the same output folder reus
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,19 +27,21 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console, hushed, print_table
 from pharmacist.core.rundir import RunDir
-from pharmacist.data.formats import open_source
+from pharmacist.data.formats import Source, open_source
+from pharmacist.data.tasks import TASKS
 from pharmacist.defenses import DEFENSES
-from pharmacist.evaluation.prompts import PROMPT_SETS, open_prompts
+from pharmacist.evaluation.prompts import PROMPT_SETS
 from pharmacist.evaluation.worst_case import LEVELS, simultaneous, steps_to_reach, within_margin, worst_case
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
+from pharmacist.pipeline.evaluate.reading import OPENERS, judge_files, judges_of
 from pharmacist.pipeline.pages import sweep_page
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import EvaluateOptions
-from pharmacist.pipeline.stages.sweep import MEASURED_WITH, SWEEP, SweepOptions
+from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
+from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
 from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
 
@@ -83,10 +86,9 @@ def sweep(options: SweepOptions) -> SweepResult:
     check_outside(Path(options.output_dir), options)
     check_outside(Path(options.output_dir), measuring, within="evaluate.")
     # No attack set may share a prompt with the evaluation.
-    measured_with = (options.evaluate[name] for name in ("prompts", "task"))
-    files = [file for file in measured_with if str(file).partition(":")[0] not in PROMPT_SETS]
+    files = [file for file in (measuring.prompts, measuring.task) if file is not None and not _is_public(file)]
     options = replace(options, disjoint_from=list(dict.fromkeys([*options.disjoint_from, *files])))
-    points = _points(options, strategy)
+    points = [_with_snapshots_there(point, options) for point in _points(options, strategy)]
     inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
     inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
     with SWEEP.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
@@ -97,6 +99,31 @@ def sweep(options: SweepOptions) -> SweepResult:
         if rank() == 0 and not options.quiet:
             _show(result)
         return result
+
+
+def _is_public(spec: str) -> bool:
+    """Whether prompts or task are a public set by its name."""
+    return not os.path.exists(spec) and (spec in TASKS or spec.partition(":")[0] in PROMPT_SETS)
+
+
+def _with_snapshots_there(point: _Point, options: SweepOptions) -> _Point:
+    """An attack of the grid with the snapshots that it has, where it was begun before; without curves none is needed.
+
+    Raises:
+        ConfigError: It was trained without the snapshots that the curves need.
+    """
+    folder, own = Path(point.options.output_dir), point.options
+    if options.overwrite or not (folder / "manifest.json").is_file():
+        return point
+    there = read_manifest(folder).config.get("snapshots", own.snapshots)
+    if options.curves == "none":
+        return replace(point, options=replace(own, snapshots=there))
+    if own.snapshots and not there:
+        raise ConfigError(
+            f"--curves {options.curves}: {folder} was trained with --curves none, which keeps no snapshots; choose "
+            "another --output-dir, or --overwrite to train all attacks again"
+        )
+    return point
 
 
 def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
@@ -157,15 +184,16 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
-    """Fingerprints of the files that the evaluations read."""
+    """Fingerprints of the files that the evaluations and their judges read."""
     fingerprints = {}
-    for name in MEASURED_WITH:
-        opener = open_prompts if name in ("prompts", "benign_prompts") else open_source
+    for name in EVALUATE.files:
+        opener: Callable[..., Source] = OPENERS.get(name, open_source)
         value = getattr(options, name)
         for number, file in enumerate(value if isinstance(value, list) else [value] if value else [], start=1):
             key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
             fingerprints[key] = opener(file, name=f"--evaluate.{name}").fingerprint()
-    return fingerprints
+    files = judge_files(judges_of(options))
+    return fingerprints | {f"evaluate.{name}": content for name, content in files.items()}
 
 
 @dataclass

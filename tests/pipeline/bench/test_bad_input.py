@@ -16,6 +16,11 @@ LABELLED_POOL: dict[str, Any] = {"name": "pool", "pool": "world", "rows": 60, "l
 FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
 
 
+def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
+    """A grid with one entry on an axis, which has options of its own."""
+    return {axis: [{"name": "own", key: value, "options": options}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -37,6 +42,22 @@ FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
         ({"align": {"seed": 1}}, "align: 'seed' is decided by the grid"),
         ({"attack": {"poison_ratio": 1}}, "attack: 'poison_ratio' is decided by the grid"),
         ({"attack": {"poison-ratio": 1}}, "attack: 'poison-ratio' is decided by the grid"),
+        ({"curate": {"safe": "rows.jsonl"}}, "curate: 'safe' is decided by the grid"),
+        ({"curate": {"top": 0.7}}, "curate: 'top' is decided by the grid"),
+        ({"align": {"on-bad-row": "skip", "on_bad_row": "fail"}}, "'on_bad_row' is there twice, once with a hyphen"),
+        (own("defenses", "defense", "sft", seed=3), "defenses, entry 1: options: 'seed' is decided by the grid"),
+        (own("defenses", "defense", "sft", device="cuda"), "options: 'device' is decided by the grid"),
+        (own("selectors", "selector", "random", top_k=5), "options: 'top_k' is decided by the grid"),
+        (own("attacks", "kind", "mix", **{"poison-ratio": 0.9}), "options: 'poison-ratio' is decided by the grid"),
+        (own("judges", "judge", "keyword", safe="rows.jsonl"), "judges, entry 1: options: 'safe' is decided"),
+        (own("tasks", "train", "world:task:40", judge="probe"), "tasks, entry 1: options: 'judge' is decided"),
+        (own("post_alignment_defenses", "method", "lisa", samples=5), "options: 'samples' is decided by the grid"),
+        (own("post_alignment_defenses", "method", "safe-lora", aligned="x"), "options: 'aligned' is decided"),
+        (own("post_alignment_defenses", "method", "none", merge=True), "'own' is none and runs nothing; leave"),
+        ({"pools": [{"pool": "world", "rows": -5}]}, "--rows -5: must be at least 1"),
+        ({"pools": [{"pool": "rows.jsonl", "rows": 7}]}, "'rows' is of a made-up pool, and rows.jsonl is none"),
+        ({"evaluate": {"prompts": "world:prompts:²"}}, "'²' is no number of rows"),
+        ({"pools": ["rows.jsonl/" + "a" * 300 + ".jsonl"]}, "no such file; check the path"),
         ({"align": {"max_length": 64}}, "align: 'max_length' is decided by the entries of models; give it there"),
         ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
         ({"tasks": [{"name": "nothing"}]}, "give task 'nothing' a 'train'"),

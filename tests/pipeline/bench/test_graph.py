@@ -10,14 +10,17 @@ import pytest
 from pharmacist.core.config import from_mapping
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import set_quiet
+from pharmacist.data.formats import open_source
 from pharmacist.pipeline.bench.command import BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
-from pharmacist.pipeline.bench.results import Result
+from pharmacist.pipeline.bench.results import Result, collect
 from pharmacist.pipeline.bench.stages import run_stage
 from pharmacist.report.benchmark import AXES
+from pharmacist.selectors.labels import write_labels
 from tests.support.bench_fakes import BROKEN, OTHER, Stages
 from tests.support.grids import SMALL, results
+from tests.support.tiny import save_tiny_model
 
 
 TWO_POOLS = [{"name": name, "pool": "world", "rows": rows} for name, rows in (("a", 60), ("b", 50))]
@@ -192,6 +195,12 @@ def test_keys_follow_what_matters(tmp_path: Path) -> None:
     assert changed(evaluate={"prompts": "world:prompts:6"}) == {"evaluate"}
     assert changed(pools=[{"pool": "world", "rows": 61}]) == {"rank", "select", "align", "attack", "evaluate"}
     assert changed(align={"harmful": "world:answers"}) == set()  # neither of the two defenses reads it
+    entry = {"name": "own", "defense": "sft"}
+    for section in ({"on-bad-row": "skip"}, {"on_bad_row": "skip"}):
+        for options in ({"on-bad-row": "fail", "max-length": 64}, {"on_bad_row": "fail", "max_length": 64}):
+            found = plan(align=section, defenses=[entry | {"options": options}])
+            aligned = [stage.options for stage in found.stages.values() if stage.kind == "align"]
+            assert {(one.on_bad_row, one.max_length) for one in aligned} == {("fail", 64)}
 
 
 def test_a_changed_file_is_run_again_with_everything_below(stages: Stages, tmp_path: Path) -> None:
@@ -232,9 +241,60 @@ def test_what_is_below_is_made_again_where_the_content_is_other(
     monkeypatch.setenv(OTHER, "yes")
     assert sorted(again()) == ["attack", "evaluate", "evaluate", "evaluate"]
     stages.began()
+    cell = next(cell for cell in found.cells if victim not in cell.stages)
+    rows = run(tmp_path, only=f"{cell.name} / seed 0").rows
+    assert len(rows) == 3, "what was made of the other content is no result of this one"
+    assert stages.began() == {}
     run(tmp_path)
     assert stages.began() == {"attack": 1, "evaluate": 3}
-    assert run(tmp_path).ran == []
+    assert run(tmp_path).ran == [] and len(results(tmp_path)) == 4
+
+
+def test_a_changed_judge_judges_again_and_nothing_else(stages: Stages, tmp_path: Path) -> None:
+    judge = save_tiny_model(tmp_path / "judge")
+    judges = [{"name": "saved", "judge": {"name": "guard", "model": str(judge), "family": "wildguard"}}]
+    changes: dict[str, Any] = {"judges": judges, "selectors": ["random"], "defenses": ["sft"]}
+    found = expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
+    run(tmp_path / "bench", **changes)
+    for stage in found.stages.values():  # as the real stage notes it
+        if stage.kind == "evaluate":
+            noted = read_manifest(stage.folder)
+            noted.model_copy(update={"inputs": noted.inputs | dict(stage.judge_files)}).write(stage.folder)
+    assert found.waiting() == [] and len(list(collect(found))) == 1
+    with (judge / "config.json").open("a") as file:
+        file.write("\n")
+    again = expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
+    assert again.stages.keys() == found.stages.keys()
+    assert [stage.kind for stage in again.waiting()] == ["evaluate"] * 3 and list(collect(again)) == []
+
+
+def test_labels_are_those_of_the_entry(stages: Stages, tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(f'{{"prompt": "p{n}", "completion": "c{n}"}}\n' for n in range(4)))
+    pools: list[dict[str, Any]] = [{"name": "none", "pool": str(pool)}]
+    for name, good in (("a", (0, 1)), ("b", (2, 3))):
+        known = {row: "good" if row in good else "harmful" for row in range(4)}
+        write_labels(tmp_path / f"{name}.json", open_source(str(pool)).fingerprint(), known)
+        pools.append({"name": name, "pool": str(pool), "labels": str(tmp_path / f"{name}.json")})
+    changes: dict[str, Any] = {"pools": pools, "selectors": ["random"], "defenses": ["sft"]}
+    found = expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
+    run(tmp_path / "bench", **changes)
+    (ranking,) = {found.stages[cell.roles["rank"]].folder for cell in found.cells}
+    scores: dict[str, Any] = {"row": range(4), "rank": range(1, 5), "score": [0.9, 0.8, 0.2, 0.1], "cluster": range(4)}
+    scores["reason"] = ["ranked"] * 4
+    pd.DataFrame(scores).to_parquet(ranking / "scores.parquet")
+    assert [row.ranking_auc for row in collect(found)] == [None, 100, 0]
+
+
+def test_no_page_of_another_grid_stays(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    for name in ("report.html", "tables.md", "tables.tex"):
+        (tmp_path / name).write_text("of the first grid")
+    monkeypatch.setenv(BROKEN, "draw")
+    with pytest.raises(StagesFailed):
+        run(tmp_path, selectors=[{"name": "other", "selector": {"name": "random", "draw": 9}}])
+    assert len(results(tmp_path)) == 0
+    assert {path.suffix for path in tmp_path.iterdir()}.isdisjoint({".html", ".md", ".tex"})
 
 
 def test_no_clock_makes_a_result_stale(stages: Stages, tmp_path: Path) -> None:
@@ -280,7 +340,7 @@ def test_what_fails_takes_only_its_own_with_it(
 
 def test_fail_fast_stops_at_the_first(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BROKEN, "'rho': 2.0")
-    with pytest.raises(StagesFailed, match="1 of 24 stages failed"):
+    with pytest.raises(StagesFailed, match="1 of 24 stages failed, 16 were not begun; the same command"):
         run(tmp_path / "bench", fail_fast=True)
     assert stages.began() == {"rank": 1, "select": 1, "align": 2, "attack": 1, "evaluate": 3}
     assert len(results(tmp_path / "bench")) == 1

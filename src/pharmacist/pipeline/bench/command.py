@@ -27,6 +27,7 @@ from pharmacist.pipeline.pages import bench_page
 _TRAINING = ("align", "attack")
 _OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
 """Phases of an evaluation whose results that of another judge on the same answers reuses."""
+_PAGES = ("report.html", "tables.md", "tables.tex")
 
 
 class StagesFailed(ExceptionGroup[Exception]):
@@ -68,11 +69,13 @@ def bench(options: BenchOptions) -> BenchResult:
             return BenchResult(list(collect(plan)), [], root)
         failed: dict[str, Exception] = {}
         ran: list[str] = []
+        skipped = 0
         try:
             plan.write()
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for number, outcome in enumerate(outcomes, 1):
                     ran += [outcome.stage] if outcome.done else []
+                    skipped += outcome.skipped
                     result = "done" if outcome.done else "not run, needs what failed"
                     result = result if outcome.error is None else _one_line(outcome.error)
                     stage = f"{plain(outcome.stage)} ({plan.stages[outcome.stage].method})"
@@ -84,13 +87,15 @@ def bench(options: BenchOptions) -> BenchResult:
         finally:
             rows = _write(plan, run, failed) if rank() == 0 else []
         if failed:
-            (first, error), left = next(iter(failed.items())), len(waiting) - len(ran) - len(failed)
+            first, error = next(iter(failed.items()))
+            left = len(waiting) - len(ran) - len(failed) - skipped  # by --fail-fast
             text = f"{len(failed)} of {len(waiting)} stages failed"
-            text += f", {left} could not run without them" if left else ""
+            text += f", {skipped} could not run without them" if skipped else ""
+            text += f", {left} were not begun" if left else ""
             text += f"; the same command runs again what is missing; {first}: {_one_line(error)}"
             raise StagesFailed(text, list(failed.values()))
         if rank() == 0 and not plan.waiting():
-            outputs = ("results.parquet", "report.html", "tables.md", "tables.tex", "stages", "data")
+            outputs = ("results.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
         console().print(
             f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet\npage {root}/report.html", soft_wrap=True
@@ -134,6 +139,9 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
     run.manifest.write(run.root)
     if rows:
         bench_page(run.root, run.manifest)
+    else:  # a page from before is of another grid, or of results that are stale
+        for name in _PAGES:
+            run.path(name).unlink(missing_ok=True)
     return rows
 
 

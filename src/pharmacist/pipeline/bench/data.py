@@ -1,5 +1,6 @@
 """Inputs of the stages of a grid: files and models with hashes of their content, and rows of the made-up world."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Data:
         self.texts: dict[Path, str] = {}
         """File -> text of the made-up rows that belong in it."""
         self.worth_keeping: dict[str, dict[int, bool]] = {}
-        """Pool whose labels are known -> row -> whether it is worth keeping; rows without a label are not in it."""
+        """Pool whose labels are known (of a made-up one the file, else the entry's name) -> row -> whether it is worth
+        keeping; rows without a label are not in it."""
         self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, cell: Any) -> Input:
@@ -37,7 +39,7 @@ class Data:
         set of the made-up world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
 
         Raises:
-            DataError: There is no such file.
+            DataError: There is no such file, or it cannot be read.
             ConfigError: There is no such set.
         """
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
@@ -45,11 +47,12 @@ class Data:
         name, colon, file = spec.partition(":")
         path = Path(spec).expanduser()
         check_ordinary(path, f"{where} {spec}")
-        if path.exists():
-            return Input(str(path.resolve()), self._content(path.resolve()))
-        if colon and Path(file).expanduser().exists():
+        # Unlike the methods of Path, these raise no error for names that no file system accepts.
+        if os.path.exists(path):
+            return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+        if colon and os.path.exists(Path(file).expanduser()):
             path = Path(file).expanduser().resolve()
-            return Input(f"{name}:{path}", f"{name}:{self._content(path)}")
+            return Input(f"{name}:{path}", f"{name}:{self._content(path, f'{where} {spec}')}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
@@ -61,7 +64,7 @@ class Data:
             DataError: There is no such folder.
         """
         path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
-        source = str(path.resolve()) if path.is_dir() else spec
+        source = str(path.resolve()) if os.path.isdir(path) else spec
         if source not in self._contents:
             try:
                 self._contents[source] = model_fingerprint(source)
@@ -69,21 +72,26 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(source, self._contents[source])
 
-    def read_labels(self, pool: str, labels: str, where: str) -> None:
-        """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
+    def read_labels(self, pool: PoolEntry) -> None:
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
+        pool everything is known.
 
         Raises:
             DataError: The file is none of labels, or is about another pool.
         """
-        if pool not in self.worth_keeping:
-            source = open_source(pool, name="pool")
+        if pool.labels is not None and pool.pool != WORLD and pool.name not in self.worth_keeping:
+            source = open_source(pool.pool, name="pool")
             rows = [row.number for row in source.scan()]
-            known = read_entries(labels, source.fingerprint(), rows, where=f"{where}, labels {labels}")
-            self.worth_keeping[pool] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
+            where = f"pool '{pool.name}', labels {pool.labels}"
+            known = read_entries(pool.labels, source.fingerprint(), rows, where=where)
+            self.worth_keeping[pool.name] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
 
-    def _content(self, path: Path) -> str:
+    def _content(self, path: Path, what: str) -> str:
         if str(path) not in self._contents:
-            self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
+            try:
+                self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
+            except OSError as error:
+                raise DataError(f"{what}: cannot be read ({error.strerror}); check path and permissions") from error
         return self._contents[str(path)]
 
     def _made_up(self, spec: str, where: str, pool: PoolEntry, seed: int) -> Input:
@@ -92,7 +100,7 @@ class Data:
         known = [*SETS, "answers"]
         if spec != WORLD and name not in known:
             raise ConfigError(f"{where} {spec}: the made-up world has no set '{name}'{closest(name, known)}")
-        if number and not number.isdigit():
+        if number and not number.isdecimal():
             raise ConfigError(f"{where} {spec}: '{number}' is no number of rows")
         if name == "answers" and pool.pool != WORLD:
             raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")

@@ -6,6 +6,7 @@ Models are evaluated after alignment, at the snapshots of the attack, after it, 
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -27,11 +28,12 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
-from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, SelectorEntry
+from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
+from pharmacist.pipeline.evaluate.reading import judge_files, judges_of
 from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
-from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 
@@ -42,6 +44,8 @@ SEP = " / "
 SELECTED = "selected.jsonl"
 _LOADING = [item.name for item in fields(LengthOptions)]
 """Options of stages that an entry of the models decides."""
+_KINDS = {"selectors": "rank", "defenses": "align", "attacks": "attack", "tasks": "evaluate", "judges": "evaluate"}
+"""Axis -> kind of the stages to which the options of its entries belong."""
 _MISSING = "-"
 """Value of a required option until it is known which stage's result it names."""
 
@@ -182,7 +186,11 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
                 if name not in known:
                     hint = closest(name, known)
                     raise ConfigError(f"{owner} '{entry.name}': there is no {axis} '{name}'{hint}")
+    made_up = {item.name: item.default for item in fields(PoolEntry) if item.name in ("rows", "mislabel", "kind")}
     for pool in axes["pool"]:
+        for name, default in made_up.items():
+            if pool.pool != WORLD and getattr(pool, name) != default:
+                raise ConfigError(f"pool '{pool.name}': '{name}' is of a made-up pool, and {pool.pool} is none")
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
@@ -212,8 +220,41 @@ def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
             raise ConfigError(f"{where}: the name '{entry.name}' must not hold '{SEP}'")
         if any(entry.name == other.name for other in entries):
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
+        if own := getattr(entry, "options", {}):
+            entry.options = _own_options(_kind(axis, entry), f"{where}: options", own)
         entries.append(entry)
     return entries
+
+
+def _kind(axis: str, entry: Any) -> str:
+    """The kind of stage to which the options of an entry belong.
+
+    Raises:
+        ConfigError: It belongs to none.
+    """
+    if axis != "post_alignment_defenses":
+        return _KINDS[axis]
+    name = entry.method["name"]
+    if name == NoDefense.name:
+        raise ConfigError(f"{axis}: '{entry.name}' is none and runs nothing; leave its options out")
+    return "repair" if name in REPAIRS.names() else "attack"
+
+
+def _own_options(kind: str, where: str, options: Mapping[Any, Any]) -> dict[str, Any]:
+    """Options of a section or of an entry, with underscores in place of hyphens.
+
+    Raises:
+        ConfigError: The grid decides one of them, or one is there twice.
+    """
+    known, own = KINDS[kind], dict[str, Any]()
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name in known.by_axes | EVERYWHERE:
+            raise ConfigError(f"{where}: '{key}' is decided by the grid; leave it out here")
+        if name in own:
+            raise ConfigError(f"{where}: the key '{name}' is there twice, once with a hyphen")
+        own[name] = value
+    return own
 
 
 def _check_any(axis: str, values: Sequence[Any]) -> None:
@@ -223,7 +264,7 @@ def _check_any(axis: str, values: Sequence[Any]) -> None:
 
 def _stem(path: str) -> str:
     """The name of a file without suffixes, or of a model."""
-    return Path(path).name.partition(".jsonl")[0] if not Path(path).is_dir() else Path(path).resolve().name
+    return Path(path).resolve().name if os.path.isdir(path) else Path(path).name.partition(".jsonl")[0]
 
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:
@@ -256,6 +297,17 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
             yield replace(attack, name=label, **setting)
 
 
+def _sections(grid: BenchOptions) -> dict[str, dict[str, Any]]:
+    """Command -> its options for every cell; a ConfigError where they are decided elsewhere."""
+    sections = {}
+    for kind, known in KINDS.items():
+        sections[known.name] = own = _own_options(kind, known.name, getattr(grid, known.name, {}))
+        for name in own:
+            if name in _LOADING:
+                raise ConfigError(f"{known.name}: '{name}' is decided by the entries of models; give it there")
+    return sections
+
+
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,23 +316,18 @@ class _Graph:
 
     def __init__(self, grid: BenchOptions, root: Path) -> None:
         self.grid, self.data = grid, Data(root)
+        self.sections = _sections(grid)
         self.stages: dict[str, Stage] = {}
         self._checked: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
+        self._judge_files: dict[str, dict[str, str]] = {}
         self._answers: dict[str, str] = {}
         """Hash of a model and of what it is asked -> name of the first evaluation with it."""
 
     def check_sections(self) -> None:
-        """Refuses keys of sections that are unknown or decided elsewhere."""
+        """Refuses sections that the stages cannot have."""
         for kind, known in KINDS.items():
-            section = getattr(self.grid, known.name, {})
-            for key in section:
-                name = str(key).replace("-", "_")
-                if name in known.by_axes | EVERYWHERE:
-                    raise ConfigError(f"{known.name}: '{key}' is decided by the grid; leave it out here")
-                if name in _LOADING:
-                    raise ConfigError(f"{known.name}: '{key}' is decided by the entries of models; give it there")
-            if section:
+            if self.sections.get(known.name):
                 self.options(kind, known.name)
 
     def method(self, registry: Registry[Any], choice: Mapping[str, Any]) -> Any:
@@ -300,7 +347,7 @@ class _Graph:
             for item in fields(known.options)
             if item.default is item.default_factory is MISSING or item.name in ("model", "prompts")
         }
-        values |= getattr(self.grid, known.name, {})
+        values |= self.sections.get(known.name, {})
         if model is not None:
             values |= {item.name: getattr(model, item.name) for item in fields(known.options) if item.name in _LOADING}
         for layer in layers:
@@ -379,8 +426,7 @@ class _Graph:
             return self.stage(kind, options, chosen, method, made, selector.seed)
 
         roles = {"rank": stage("rank", options)}
-        if pool.labels is not None:
-            self.data.read_labels(roles["rank"].options.pool, pool.labels, f"pool '{pool.name}'")
+        self.data.read_labels(pool)
         if selector.labels not in (0, "all"):
             roles["ask"] = roles["rank"]
             own = self.options("label", "labels", {"labels": pool.labels})
@@ -467,8 +513,17 @@ class _Graph:
         first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)
         if first not in (stage.name, stage.like):
             stage = replace(stage, parents=(*stage.parents, first), like=first)
-            self.stages[stage.name] = stage
+        if files := self.judge_files(options):
+            stage = replace(stage, judge_files=files)
+        self.stages[stage.name] = stage
         return stage
+
+    def judge_files(self, options: EvaluateOptions) -> dict[str, str]:
+        """Input -> fingerprint of what the judges of an evaluation read."""
+        key = f"{options.judge!r} {options.second_judge!r}"
+        if key not in self._judge_files:
+            self._judge_files[key] = judge_files(judges_of(options))
+        return self._judge_files[key]
 
 
 def _labels(chosen: _Choice) -> dict[str, Any]:
@@ -500,7 +555,7 @@ def _is_preference(spec: str | None) -> bool:
     """Whether rows have a rejected answer beside the chosen one; assumed of rows that are not on this machine."""
     if spec is None or spec.startswith(WORLD):
         return False
-    if not Path(spec).expanduser().exists():
+    if not os.path.exists(Path(spec).expanduser()):
         return True
     first = next(open_source(spec, name="rows").scan(), None)
     return first is not None and {"chosen", "rejected"} <= set(first.value or ())

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import LengthOptions, RunOptions
+from pharmacist.core.typed import AtLeast1
 from pharmacist.pipeline.stage import Stage
 
 
@@ -58,7 +59,7 @@ class PoolEntry(EntryWithReferences):
     """Rows to rank; world makes them up."""
     labels: str | None = None
     """Labels of its rows by people (labels.json): for selectors that ask for labels, and to measure rankings."""
-    rows: int = 600
+    rows: AtLeast1 = 600
     """Number of rows of a made-up pool."""
     mislabel: float = 0.05
     """Share of its rows whose answers do what is forbidden."""

@@ -19,9 +19,8 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.manifest import RunManifest
 from pharmacist.core.options import as_json
 from pharmacist.evaluation.statistics import curve_area
-from pharmacist.pipeline.bench.data import Data
 from pharmacist.pipeline.bench.grid import Cell, Plan
-from pharmacist.pipeline.bench.stages import Stage
+from pharmacist.pipeline.bench.stages import is_current
 from pharmacist.pipeline.select import chosen_rows
 
 
@@ -89,8 +88,8 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
 
 
 def collect(plan: Plan) -> Iterator[Result]:
-    """The rows of the cells whose stages are all finished, in the grid's order."""
-    manifests = {name: stage.manifest for name, stage in plan.stages.items()}
+    """The rows of the cells whose stages are all finished with their inputs as they are now, in the grid's order."""
+    manifests = {name: stage.manifest for name, stage in plan.stages.items() if is_current(stage, plan.stages)}
     found = {name: manifest for name, manifest in manifests.items() if manifest and manifest.status == "success"}
     for cell in plan.cells:
         if found.keys() >= cell.stages:
@@ -121,7 +120,7 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
         harmful_scores=scores,
         loss_margin_over_attack=curve_area(steps, margins) if margins else None,
         loss_margins=margins,
-        **_by_labels(plan.stages[cell.roles["rank"]], plan.stages[cell.roles["select"]], plan.data),
+        **_by_labels(cell, plan),
         prompts=int(after.get("harmful_score", {}).get("n", 0)),
         pool_rows=by_role["rank"].counts["ranked"],
         alignment_rows=by_role["align"].counts["trained"],
@@ -143,9 +142,11 @@ def _curve(measured: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return values if len(values) == len(measured) > 1 else []
 
 
-def _by_labels(ranking: Stage, selecting: Stage, data: Data) -> dict[str, Any]:
-    """``ranking_auc`` and ``selected_good`` of a ranking and a selection, where labels of the pool are known."""
-    known, scores = data.worth_keeping.get(ranking.options.pool), ranking.folder / "scores.parquet"
+def _by_labels(cell: Cell, plan: Plan) -> dict[str, Any]:
+    """``ranking_auc`` and ``selected_good`` of a cell's ranking and selection, where labels of the pool are known."""
+    ranking, selecting = (plan.stages[cell.roles[role]] for role in ("rank", "select"))
+    labels, scores = plan.data.worth_keeping, ranking.folder / "scores.parquet"
+    known = labels.get(ranking.options.pool) or labels.get(cell.axes["pool"])
     if not known or not scores.is_file():
         return {}
     table = pd.read_parquet(scores)

@@ -4,7 +4,7 @@ import copy
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +77,9 @@ class Stage:
     """The selector, defense, attack, repair or judge, for tables."""
     like: str | None = None
     """Among its parents the evaluation of the same model on the same prompts for another judge, if there is one."""
+    judge_files: Mapping[str, str] = field(default_factory=dict)
+    """Input -> fingerprint of what its judges read, which is no part of the key: an evaluation judges again where one
+    has changed, and keeps its answers."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -229,6 +232,13 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether a stage has finished, with its inputs as they are now, and all its outputs are there."""
     manifest = stage.manifest
-    if manifest is None or manifest.status != "success" or is_stale(stage, stages):
+    if manifest is None or manifest.status != "success" or not is_current(stage, stages):
         return False
     return missing_output(stage.folder, manifest) is None
+
+
+def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether what a stage has found is of its inputs, and by its judges, as they are now."""
+    inputs = {} if stage.manifest is None else stage.manifest.inputs
+    judged = all(inputs.get(name, content) == content for name, content in stage.judge_files.items())
+    return judged and not is_stale(stage, stages)

@@ -24,7 +24,7 @@ from pharmacist.pipeline.rows import open_several, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
 
-_OPENERS: dict[str, Callable[..., Source]] = {
+OPENERS: dict[str, Callable[..., Source]] = {
     "answers": open_source,
     "prompts": open_prompts,
     "benign_prompts": open_prompts,
@@ -35,6 +35,18 @@ _OPENERS: dict[str, Callable[..., Source]] = {
 _JUDGED = ("answers", "prompts", "benign_prompts")
 """Inputs whose answers are judged; the answers to the task are graded."""
 _PROMPT_COLUMNS = {"prompt", "messages", "instruction", "input"}
+
+
+def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
+    """The judge, and the second one where there is one, by option."""
+    names = ["judge"] if options.second_judge["name"] == "none" else ["judge", "second_judge"]
+    return {name: JUDGES.build_from(getattr(options, name)) for name in names}
+
+
+def judge_files(judges: Mapping[str, Judge]) -> dict[str, str]:
+    """Input -> fingerprint of what a judge reads, of the judges that read files or models."""
+    files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in judges.items()}
+    return {name: content for name, content in files.items() if content is not None}
 
 
 class EvaluateInputs:
@@ -64,17 +76,15 @@ class EvaluateInputs:
                 check_lm_eval(options.lm_eval)
                 if world_size() > 1:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
-        named = {name: getattr(options, name) for name in _OPENERS if getattr(options, name) is not None}
-        self.sources: dict[str, Source] = {name: _OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
+        named = {name: getattr(options, name) for name in OPENERS if getattr(options, name) is not None}
+        self.sources: dict[str, Source] = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
         for kind in REFERENCES:
             self.sources |= open_several(kind, getattr(options, kind), flag(kind))
         self._columns = _columns_by_source(self.sources, options.columns)
         self.judges: dict[str, Judge] = {}
         second = options.second_judge["name"] != "none"
         if self.sources.keys() & set(_JUDGED):
-            self.judges["judge"] = JUDGES.build_from(options.judge)
-            if second:
-                self.judges["second_judge"] = JUDGES.build_from(options.second_judge)
+            self.judges = judges_of(options)
         elif second:
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
@@ -93,10 +103,8 @@ class EvaluateInputs:
         found = {name: source.fingerprint() for name, source in self.sources.items()}
         models = {"model": options.model if options.answers is None else None, "base": options.base}
         found |= {name: self.engine.fingerprint(model) for name, model in models.items() if model is not None}
-        files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in self.judges.items()}
-        if self.grader is not None and options.task is not None:
-            files["opponent"] = self.grader.fingerprint()
-        return found | {name: content for name, content in files.items() if content is not None}
+        opponent = None if self.grader is None or options.task is None else self.grader.fingerprint()
+        return found | judge_files(self.judges) | ({} if opponent is None else {"opponent": opponent})
 
     def read(self, run: RunDir) -> tuple[dict[str, Records], list[Answer] | None]:
         """Reads the rows of every input.

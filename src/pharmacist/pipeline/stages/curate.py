@@ -96,7 +96,7 @@ CURATE = Stage(
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),
     again="ranks again",
-    by_axes=frozenset({"selector", "resume_selector", "top_k", "min_score", "format", "labels"}),
+    by_axes=frozenset("pool selector resume_selector top top_k min_score fill format labels".split()) | {*REFERENCES},
 )
 RANK = replace(CURATE, name="rank", run="pharmacist.pipeline.curate:rank", final_inputs=frozenset())
 

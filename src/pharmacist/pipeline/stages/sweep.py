@@ -9,12 +9,10 @@ from pharmacist.core.options import RunOptions
 from pharmacist.core.typed import NotNegative
 from pharmacist.pipeline.stage import Stage
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import PROMPTS, REFERENCES
+from pharmacist.pipeline.stages.evaluate import EVALUATE
 
 
-MEASURED_WITH = (*PROMPTS, *REFERENCES, "perplexity")
-"""Options of evaluate that name files."""
-_EVALUATE_DECIDED = {item.name for item in fields(RunOptions)} | {"model", "compare"}
+_EVALUATE_DECIDED = {item.name for item in fields(RunOptions)} | {"model", "models", "answers", "compare"}
 
 
 @dataclass
@@ -39,7 +37,7 @@ class SweepOptions(AttackOptions):
     """Settings that vary; the other options of the attack hold for all attacks."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Options of evaluate, as --evaluate.prompts FILE. prompts and task are needed; no attack set may share a prompt
-    with either."""
+    with either, where that is a file."""
     margin: NotNegative = 2.0
     """An attack counts as the worst case only if its fine-tune accuracy is at most this many points below the best."""
     curves: Literal["worst", "all", "none"] = "worst"
@@ -66,6 +64,7 @@ class SweepOptions(AttackOptions):
             raise ConfigError("--grid.rank: an adapter that is continued keeps its rank; leave one out")
         if self.grid.poison_ratio and self.kind["name"] != "mix":
             raise ConfigError(f"--grid.poison_ratio: the kind {self.kind['name']} has no such ratio; leave it out")
+        self.evaluate = {str(name).replace("-", "_"): value for name, value in self.evaluate.items()}
         for name in ("prompts", "task"):
             if not self.evaluate.get(name):
                 raise ConfigError(f"--evaluate.{name} must be given; see pharmacist sweep --help")
@@ -85,7 +84,7 @@ SWEEP = Stage(
     version=1,
     unidentifying=frozenset({"executor"}),
     final=frozenset({"grid", "margin", "curves", "evaluate"}),
-    final_inputs=frozenset(f"evaluate.{name}" for name in MEASURED_WITH),
+    final_inputs=frozenset(f"evaluate.{name}" for name in {*EVALUATE.files, *EVALUATE.final_inputs}),
     reopens=True,
     read_again=("sweep.json",),
 )
