@@ -100,7 +100,7 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     for words, message in [
         ([*begin, str(tmp_path), "--output-dir"], "no manifest.json"),
         ([*begin, str(tmp_path / "ab"), "--output-dir"], "no finished evaluation"),
-        (["evaluate", "--model", noise, *pair[1:]], "leave --model and prompts out"),
+        (["evaluate", "--model", noise, *pair[1:]], "leave --model out"),
         (["evaluate", "--output-dir"], "--model must be given"),
     ]:
         assert main([*words, str(tmp_path / "bad")]) == 2
