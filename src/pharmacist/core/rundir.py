@@ -194,11 +194,8 @@ class RunDir:
 
         `outputs` are the files and folders that make up the result; `results` are as in `record`. Of a partial run
         something failed on the way: its results may be used, but the partial state stays, for the same run to go on.
-        Outputs of an earlier run in the folder that are none of this one are removed.
         """
         manifest = self.record(**results)
-        for output in set(manifest.outputs).difference(outputs) if self._lock is not None else ():
-            remove(self.path(output))
         manifest.status, manifest.outputs = "partial" if partial else "success", outputs
         manifest.files = output_files(self.root, outputs) if self._lock is not None else {}
         manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")

@@ -24,6 +24,10 @@ from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
+_NOT_ALWAYS = frozenset(
+    "to_label.jsonl refused.jsonl selected.jsonl selected.json selected.csv selected.parquet".split()
+)
+"""Outputs that some rankings have."""
 _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
 
 
@@ -74,6 +78,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         remove(run.path("selector"))  # a link there would lead elsewhere; what it kept was read into work/
         if inputs.selector.save(run.path("selector")):
             outputs.append("selector")
+        for file in _NOT_ALWAYS.intersection(run.manifest.outputs).difference(outputs):
+            remove(run.path(file))  # of the ranking before this one; other files of such names stay
         ranking.manifest = run.manifest.model_dump(mode="json")
         ranking.report(run.path("report.html"))
         run.finish(outputs=outputs)
