@@ -67,6 +67,8 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
     [
         (["--stirs", "3"], "stirs", 3),
         (["--stirs=-3"], "stirs", -3),
+        (["--stirs", "010"], "stirs", 10),
+        (["--stirs", "0x10"], "stirs", 16),
         (["--heat", "5e-4"], "heat", 5e-4),
         (["--heat", "1E3"], "heat", 1000.0),
         (["--heat", "7"], "heat", 7.0),
@@ -101,6 +103,7 @@ def test_the_line(words: list[str], name: str, value: object) -> None:
     ("yaml", "name", "value"),
     [
         ("stirs: 3", "stirs", 3),
+        ("stirs: -010", "stirs", -10),
         ("heat: 5e-4", "heat", 5e-4),
         ("heat: 5.0e-4", "heat", 5e-4),
         ("heat: null", "heat", None),

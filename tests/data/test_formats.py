@@ -168,6 +168,9 @@ def test_fingerprints_are_of_the_content(tmp_path):
     assert open_source(rows).fingerprint() == open_source([dict(row) for row in rows]).fingerprint()
     assert open_source(rows).fingerprint() != open_source(rows[::-1]).fingerprint()
     assert open_source(datasets.Dataset.from_list(rows)).fingerprint() == open_source(rows).fingerprint()
+    long = [np.arange(5000), np.arange(5000)]
+    long[1][2500] = 0  # numpy writes neither as text
+    assert len({open_source([{"a": array}]).fingerprint() for array in long}) == 2
 
 
 def test_compressed_output_depends_on_nothing_but_the_rows(tmp_path):

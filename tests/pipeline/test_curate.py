@@ -375,9 +375,14 @@ def test_a_preference_file_gives_both_references(files: dict[str, str], ranked: 
     assert main(curate_words(same, tmp_path / "b", *TWINS, "--quiet")) == 0
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "b/scores.parquet").read_bytes()
     harmful = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in pairs]
-    apart = files | {"safe": own["safe"], "harmful": write_rows(tmp_path / "harmful.jsonl", harmful)}
-    assert main(curate_words(apart, tmp_path / "c", *TWINS, "--quiet")) == 0
+    two_files = files | {"safe": own["safe"], "harmful": write_rows(tmp_path / "harmful.jsonl", harmful)}
+    assert main(curate_words(two_files, tmp_path / "c", *TWINS, "--quiet")) == 0
     assert (tmp_path / "a/scores.parquet").read_bytes() == (tmp_path / "c/scores.parquet").read_bytes()
+    halves = [write_rows(tmp_path / f"{n}.jsonl", pairs[n::2]) for n in (0, 1)]
+    how = {"utility": own["utility"], "model": str(BASE_MODEL), "selector": CHEAP_SELECTOR, "device": "cpu"}
+    apart, together = (ph.rank(own["pool"], safe=halves, **how, **more) for more in ({"harmful": halves}, {}))
+    assert together.manifest["counts"]["references_harmful"] == len(pairs)
+    assert together.table.equals(apart.table)
 
 
 def test_the_pools_columns_may_have_other_names(files: dict[str, str], ranked: Path, tmp_path: Path) -> None:

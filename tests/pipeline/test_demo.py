@@ -10,8 +10,9 @@ from pharmacist.cli.main import main
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.manifest import read_manifest
+from pharmacist.core.mappings import merged
 from pharmacist.pipeline import demo as module
-from pharmacist.pipeline.bench.grid import expand, merged
+from pharmacist.pipeline.bench.grid import expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import collect
 from pharmacist.pipeline.demo import ARMS, GRID, demo

@@ -216,6 +216,10 @@ def test_what_is_measured_has_names_and_hyphens_too(
     measured = {"prompts": files["prompts"], "task": "bakery", "trust-remote-code": True}
     own = options(files, tmp_path / "out", RATES, evaluate=measured)
     assert _evaluate_options(own, "model", tmp_path).trust_remote_code
+    own.evaluate["margin"] = files["prompts"]
+    assert _evaluate_options(own, "model", tmp_path).margin == files["prompts"]
+    assert _evaluate_options(own, "model", tmp_path, curve=True).margin is None
+    own.evaluate.pop("margin")
     sweep(own)
     assert read_manifest(tmp_path / "out").config["disjoint_from"] == [files["prompts"]]
 
@@ -240,6 +244,10 @@ def test_every_combination_is_one_attack(files: dict[str, str], tmp_path: Path) 
     assert (own.train["learning_rate"], own.train["num_train_epochs"]) == (0.01, 2.5)
     assert (own.poison_ratio, own.lora.r, own.lora.alpha) == (0.3, 4, 8)
     assert own.train["per_device_train_batch_size"] == 4 and own.output_dir == str(tmp_path / "attack" / last.name)
+    close = points(files, tmp_path, {"learning_rate": [1e-3, 1.0000001e-3]}, train={"num_train_epochs": 1})
+    assert [point.name for point in close] == [
+        f"lr-{rate}_epochs-1_poison-0.1_rank-8" for rate in ("0.001", "0.0010000001")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +280,7 @@ def test_snapshots_lie_within_the_attack(
     ("grid", "more", "message"),
     [
         ({}, {}, "nothing to sweep over"),
+        ({"learning_rate": "high"}, {}, "--grid.learning_rate high: must be a list"),
         ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is there twice"),
         ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
         ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),

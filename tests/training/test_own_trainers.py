@@ -94,6 +94,9 @@ def test_a_strategy_acts_in_a_users_own_trainer_and_is_resumed(model: Path, tmp_
     resumed = make(kind, model, tmp_path / "cut", **booster)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed), weights(straight))
+    other = booster | {"streams": {"harmful": iter([])}}
+    with pytest.raises(DataError, match="checkpoint-4: was trained with a stream 'harmful' that can resume, and now"):
+        make(kind, model, tmp_path / "cut", **other).train(resume_from_checkpoint=True)
     (tmp_path / "cut/checkpoint-4/strategy.json").unlink()  # as after a kill before it was written
     with pytest.raises(DataError, match="checkpoint-4: has no strategy.json, .*; delete it to go on"):
         make(kind, model, tmp_path / "cut", **booster).train(resume_from_checkpoint=True)
@@ -104,6 +107,10 @@ def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) ->
         make("transformers", model, tmp_path, ph.Booster())
     with pytest.raises(DataError, match="'harmful' holds no tokenised rows; pharmacist.tokenize makes them"):
         make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": rows()})
+    safe = {"safe": harmful(model)}
+    with pytest.raises(CompatibilityError, match="VLGuard.* only mixes the safe rows into the training set"):
+        make("transformers", model, tmp_path, ph.VLGuard(), streams=safe)
+    make("transformers", model, tmp_path, ph.VLGuard(mode="joint"), streams=safe).train()
 
 
 def test_pairs_of_rows_without_numbers_are_refused(model: Path, tmp_path: Path) -> None:

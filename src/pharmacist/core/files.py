@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -171,12 +171,3 @@ def is_whole_tensors(path: Path) -> bool:
             return True
     except SafetensorError:
         return False
-
-
-def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors whose names begin so, without that beginning.
-
-    >>> under("a.", {"a.x": 1, "b.x": 2})
-    {'x': 1}
-    """
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, under, write_json
+from pharmacist.core.files import atomic_path, write_json
+from pharmacist.core.mappings import under
 from pharmacist.core.seeding import derive
 from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.batching import Batch

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
@@ -17,10 +17,17 @@ from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
 
 
+T = TypeVar("T")
+
+
 def open_several(kind: str, given: Iterable[Any], name: str) -> dict[str, Source]:
     """Opens the files (or other rows) of one kind, as ``safe``, ``safe 2`` and so on; messages call each `name`."""
-    opened = (open_source(one, name=name) for one in given)
-    return {kind if number == 1 else f"{kind} {number}": source for number, source in enumerate(opened, start=1)}
+    return numbered(kind, (open_source(one, name=name) for one in given))
+
+
+def numbered(kind: str, several: Iterable[T]) -> dict[str, T]:
+    """The inputs of one kind by the names ``safe``, ``safe 2`` and so on."""
+    return {kind if number == 1 else f"{kind} {number}": one for number, one in enumerate(several, start=1)}
 
 
 def read(

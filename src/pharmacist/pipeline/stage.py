@@ -27,6 +27,7 @@ class Stage:
         version: Raised by hand whenever its results change, so that old folders are not taken for new.
         files: Options that name rows.
         models: Options that name models.
+        folders: Options that name other folders or hub ids, such as encoders.
         unidentifying: Options that change no result, besides those of which this is true in every run.
         final: Options that no partial state depends on; an unfinished run goes on when they change.
         final_inputs: Inputs of which the same is true, and of the further files of each (``safe 2``).
@@ -48,6 +49,7 @@ class Stage:
     version: int = 0
     files: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     unidentifying: frozenset[str] = frozenset()
     final: frozenset[str] = frozenset()
     final_inputs: frozenset[str] = frozenset()

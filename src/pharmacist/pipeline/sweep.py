@@ -37,8 +37,9 @@ from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
-from pharmacist.pipeline.evaluate.reading import OPENERS, judge_files, judges_of
+from pharmacist.pipeline.evaluate.reading import OPENERS, grader_of, judges_of, verdict_files
 from pharmacist.pipeline.pages import sweep_page
+from pharmacist.pipeline.rows import numbered
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
 from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
@@ -47,7 +48,7 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
-_NOT_IN_CURVES = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
+_NOT_IN_CURVES = ("benign_prompts", "task", "perplexity", "base", "margin", "lm_eval")
 """Options of evaluate that measure something else than the harmful score."""
 _SHOWN = 20
 
@@ -139,8 +140,8 @@ def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
     points = []
     for combination in itertools.product(*values.values()):
         settings = {name: value for name, value in zip(values, combination, strict=True) if value is not None}
-        length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:g}"
-        name = f"lr-{settings['learning_rate']:g}_{length}_poison-{settings['poison_ratio']:g}"
+        length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:.15g}"
+        name = f"lr-{settings['learning_rate']:.15g}_{length}_poison-{settings['poison_ratio']:.15g}"
         attacking = {item.name: getattr(options, item.name) for item in fields(AttackOptions)}
         attacking |= {"poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False}
         attacking["train"] = options.train | {"learning_rate": settings["learning_rate"]}
@@ -189,11 +190,11 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     for name in EVALUATE.files:
         opener: Callable[..., Source] = OPENERS.get(name, open_source)
         value = getattr(options, name)
-        for number, file in enumerate(value if isinstance(value, list) else [value] if value else [], start=1):
-            key = f"evaluate.{name}" + (f" {number}" if number > 1 else "")
-            fingerprints[key] = opener(file, name=f"--evaluate.{name}").fingerprint()
-    files = judge_files(judges_of(options))
-    return fingerprints | {f"evaluate.{name}": content for name, content in files.items()}
+        files = numbered(name, value if isinstance(value, list) else [value] if value else [])
+        for role, file in files.items():
+            fingerprints[f"evaluate.{role}"] = opener(file, name=f"--evaluate.{name}").fingerprint()
+    read = verdict_files(judges_of(options), grader_of(options))
+    return fingerprints | {f"evaluate.{name}": content for name, content in read.items()}
 
 
 @dataclass
@@ -276,7 +277,9 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     for point in points:
         first.setdefault(point.settings["poison_ratio"], point.options)
     for ratio, options in first.items():
-        attack(replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:g}"))))
+        attack(
+            replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:.15g}")))
+        )
 
 
 def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import under
+from pharmacist.core.mappings import under
 from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
 
 

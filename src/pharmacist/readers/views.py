@@ -12,7 +12,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from pharmacist.core.files import under
+from pharmacist.core.mappings import under
 from pharmacist.core.scripts import TOKEN, WORD_AND_SPACE
 from pharmacist.readers.states import PARTS
 

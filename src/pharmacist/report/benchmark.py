@@ -218,20 +218,22 @@ def _differs(metric: Metric, results: pd.DataFrame) -> bool:
     return bool((runs.max() - runs.min() > 1e-6).any())
 
 
-def _by_seed(metric: Metric, runs: pd.DataFrame) -> "pd.Series[float]":
+def _by_seed(metric: Metric, runs: pd.DataFrame) -> dict[int, float]:
     """A metric by seed, from the rows of its judge or, where it depends on none, from the first that has it."""
-    rows = runs if metric.judge is None else runs[runs["judge"] == metric.judge]
-    values: pd.Series[float] = rows.groupby("seed")[metric.name].first()
-    return values
+    found: dict[int, float] = {}
+    for seed, judge, value in zip(runs["seed"], runs["judge"], runs[metric.name], strict=True):
+        if metric.judge in (None, judge) and pd.notna(value):
+            found.setdefault(seed, float(value))
+    return found
 
 
 def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
     """A metric of some runs, and its difference to other runs of the same seeds."""
-    measured = _by_seed(metric, runs).dropna()
-    if not len(measured):
+    measured, baseline = _by_seed(metric, runs), {} if others is None else _by_seed(metric, others)
+    if not measured:
         return None
-    value = Value(**vars(metric.mean(measured.tolist())), seeds=len(measured))
-    differences = [] if others is None else (measured - _by_seed(metric, others)).dropna().tolist()
+    value = Value(**vars(metric.mean(list(measured.values()))), seeds=len(measured))
+    differences = [own - baseline[seed] for seed, own in measured.items() if seed in baseline]
     if not differences:
         return value
     difference = metric.mean(differences, difference=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from pharmacist.core.mappings import merged
 from pharmacist.report import words
 from pharmacist.report.numbers import Figure
 
@@ -31,22 +32,21 @@ def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
         "tickfont": {"color": _SOFT},
         "title": {"font": {"color": _SOFT, "size": 13}, "standoff": 12},
     }
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        template="none",
-        height=height,
-        autosize=True,
-        paper_bgcolor=_CLEAR,
-        plot_bgcolor=_CLEAR,
-        margin={"l": 64, "r": 24, "t": 44, "b": 56},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        hovermode="closest",
-        hoverlabel={"bgcolor": _CARD, "bordercolor": _LINE, "font": {"color": _INK}},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": _INK}},
-        xaxis=axis,
-        yaxis=axis,
-    )
-    spec: Spec = figure.update_layout(layout).to_plotly_json()
+    usual = {
+        "template": "none",
+        "height": height,
+        "autosize": True,
+        "paper_bgcolor": _CLEAR,
+        "plot_bgcolor": _CLEAR,
+        "margin": {"l": 64, "r": 24, "t": 44, "b": 56},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": _CARD, "bordercolor": _LINE, "font": {"color": _INK}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": _INK}},
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+    spec: Spec = go.Figure(list(traces), merged(usual, layout)).to_plotly_json()
     return spec
 
 

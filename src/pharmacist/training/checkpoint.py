@@ -107,7 +107,7 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
     """Restores the state of the strategy and the positions of its streams from a checkpoint.
 
     Raises:
-        DataError: The checkpoint is incomplete, or of a Trainer without a strategy.
+        DataError: The checkpoint is incomplete, of a Trainer without a strategy, or of one with other streams.
     """
     if not (folder / _COMPLETE).is_file():
         raise DataError(
@@ -115,6 +115,9 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
             "on from the checkpoint before it"
         )
     values = read_json(folder / _COMPLETE)
+    for name in values["streams"]:
+        if not hasattr(streams.get(name), "position"):
+            raise DataError(f"{folder}: was trained with a stream '{name}' that can resume, and now there is none")
     strategy.load_state(StrategyState(load_file(folder / "strategy.safetensors"), values["strategy"]))
     for name, position in values["streams"].items():
         streams[name].position = position

@@ -127,6 +127,11 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             return rows
         if not len(rows) or "input_ids" not in rows[0]:
             raise DataError(f"streams: '{name}' holds no tokenised rows; pharmacist.tokenize makes them from text")
+        if name == "safe" and self.strategy.mixed_in(10**6)[0]:
+            raise CompatibilityError(
+                f"{self.strategy!r} only mixes the safe rows into the training set, before any training: concatenate "
+                "the two and train with SFT, or choose a mode that draws them in every step"
+            )
 
         def batch(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
             items = [{key: rows[number][key] for key in rows[number] if key in _COLUMNS} for number in numbers]

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from pharmacist.core.config import from_mapping
+from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import set_quiet
 from pharmacist.data.formats import open_source
@@ -250,22 +251,48 @@ def test_what_is_below_is_made_again_where_the_content_is_other(
     assert run(tmp_path).ran == [] and len(results(tmp_path)) == 4
 
 
-def test_a_changed_judge_judges_again_and_nothing_else(stages: Stages, tmp_path: Path) -> None:
-    judge = save_tiny_model(tmp_path / "judge")
-    judges = [{"name": "saved", "judge": {"name": "guard", "model": str(judge), "family": "wildguard"}}]
-    changes: dict[str, Any] = {"judges": judges, "selectors": ["random"], "defenses": ["sft"]}
+@pytest.mark.parametrize("what", ["judge", "opponent"])
+def test_a_changed_judge_or_opponent_judges_again_and_nothing_else(stages: Stages, tmp_path: Path, what: str) -> None:
+    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["sft"]}
+    if what == "judge":
+        file = save_tiny_model(tmp_path / "judge") / "config.json"
+        judge = {"name": "guard", "model": str(tmp_path / "judge"), "family": "wildguard"}
+        changes["judges"] = [{"name": "saved", "judge": judge}]
+    else:
+        file = tmp_path / "items.jsonl"
+        file.write_text("{}\n")
+        compared = {"name": "win-rate", "against": str(tmp_path), "base_url": "http://localhost:1/v1", "model": "m"}
+        changes["evaluate"] = SMALL["evaluate"] | {"task_type": compared}
     found = expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
     run(tmp_path / "bench", **changes)
     for stage in found.stages.values():  # as the real stage notes it
         if stage.kind == "evaluate":
             noted = read_manifest(stage.folder)
-            noted.model_copy(update={"inputs": noted.inputs | dict(stage.judge_files)}).write(stage.folder)
+            noted.model_copy(update={"inputs": noted.inputs | dict(stage.verdict_files)}).write(stage.folder)
     assert found.waiting() == [] and len(list(collect(found))) == 1
-    with (judge / "config.json").open("a") as file:
-        file.write("\n")
+    with file.open("a") as text:
+        text.write("\n")
     again = expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
     assert again.stages.keys() == found.stages.keys()
-    assert [stage.kind for stage in again.waiting()] == ["evaluate"] * 3 and list(collect(again)) == []
+    # The evaluations along the curve grade no task.
+    assert [stage.kind for stage in again.waiting()] == ["evaluate"] * (3 if what == "judge" else 2)
+    assert list(collect(again)) == []
+    file.unlink()
+    if what == "opponent":
+        with pytest.raises(DataError, match=r"--task-type.against .*: holds no finished evaluation"):
+            expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
+
+
+def test_another_encoder_ranks_again(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"selectors": ["k-center"], "curate": {"embedder": str(tmp_path)}}
+    (tmp_path / "weights.safetensors").write_text("a")
+    before = plan(**changes)
+    (tmp_path / "weights.safetensors").write_text("b")
+    after = plan(**changes)
+    ranks = [{name for name in found.stages if name.startswith("rank")} for found in (before, after)]
+    assert len(ranks[0]) == len(ranks[1]) == 1 and ranks[0] != ranks[1]
+    named = plan(selectors=["k-center"], curate={"embedder": "some/encoder"})
+    assert next(s for s in named.stages.values() if s.kind == "rank").options.embedder == "some/encoder"
 
 
 def test_labels_are_those_of_the_entry(stages: Stages, tmp_path: Path) -> None:

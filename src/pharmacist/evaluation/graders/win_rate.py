@@ -84,19 +84,18 @@ class WinRate(JudgingModel, Grader[WinGrade]):
         return {**self.config.identity(), "against": self._items is not None}
 
     def fingerprint(self) -> str | None:
-        return None if self._items is None else sha256_file(self._items)
-
-    @property
-    def revision(self) -> str:
-        return f"{self.version}+{self.config.model}+{sha256_json([self.identity(), self.fingerprint()])[:8]}"
-
-    def check(self) -> None:
-        super().check()
-        if self._items is not None and not self._items.is_file():
+        if self._items is None:
+            return None
+        if not self._items.is_file():
             raise DataError(
                 f"--task-type.against {self.config.against}: holds no finished evaluation; run evaluate with --task "
                 "on the other model first"
             )
+        return sha256_file(self._items)
+
+    @property
+    def revision(self) -> str:
+        return f"{self.version}+{self.config.model}+{sha256_json([self.identity(), self.fingerprint()])[:8]}"
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._items is None:

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import under
+from pharmacist.core.mappings import under
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.evaluation.judges.base import Rows
 from pharmacist.evaluation.text import is_empty

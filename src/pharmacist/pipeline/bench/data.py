@@ -72,6 +72,13 @@ class Data:
                 raise DataError(f"{where}: {error}") from error
         return Input(source, self._contents[source])
 
+    def folder(self, spec: str, where: str) -> Input:
+        """A folder that an option names, or a hub id."""
+        path = Path(spec).expanduser()
+        if not os.path.isdir(path):
+            return Input(spec, f"hub:{spec}")
+        return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+
     def read_labels(self, pool: PoolEntry) -> None:
         """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
         pool everything is known.

@@ -20,6 +20,7 @@ from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_text
 from pharmacist.core.hashing import sha256_json
+from pharmacist.core.mappings import merged
 from pharmacist.core.method import Method
 from pharmacist.core.options import LengthOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
@@ -30,7 +31,7 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
 from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
-from pharmacist.pipeline.evaluate.reading import judge_files, judges_of
+from pharmacist.pipeline.evaluate.reading import grader_of, judges_of, verdict_files
 from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
 from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
@@ -85,7 +86,7 @@ class Cell:
     def name(self) -> str:
         """Names of the choices, joined by `SEP`."""
         axes = self.axes
-        names = [axes["model"], axes["pool"], f"{axes['selector']} {axes['fraction']:g}", axes["defense"]]
+        names = [axes["model"], axes["pool"], f"{axes['selector']} {axes['fraction']:.15g}", axes["defense"]]
         return SEP.join([*names, axes["attack"], axes["post_alignment_defense"], axes["task"], axes["judge"]])
 
     @property
@@ -158,19 +159,6 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
         cells.append(Cell(names, seed, {role: stage.name for role, stage in roles.items()}, curve))
     names_of = {axis: list(dict.fromkeys(entry.name for entry in entries)) for axis, entries in axes.items()}
     return Plan(graph.stages, cells, names_of | {"seed": list(grid.seeds)}, graph.data)
-
-
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings merged, recursively; values of the second win.
-
-    >>> merged({"train": {"max_steps": 1}}, {"train": {"seed": 2}})
-    {'train': {'max_steps': 1, 'seed': 2}}
-    """
-    result = dict(first)
-    for key, value in second.items():
-        before = result.get(key)
-        result[key] = merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
-    return result
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
@@ -293,7 +281,7 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
             setting = dict(zip(sweeps, chosen, strict=True))
-            label = " ".join([attack.name, *(f"{name} {value:g}" for name, value in setting.items())])
+            label = " ".join([attack.name, *(f"{name} {value:.15g}" for name, value in setting.items())])
             yield replace(attack, name=label, **setting)
 
 
@@ -320,7 +308,7 @@ class _Graph:
         self.stages: dict[str, Stage] = {}
         self._checked: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
-        self._judge_files: dict[str, dict[str, str]] = {}
+        self._verdict_files: dict[str, dict[str, str]] = {}
         self._answers: dict[str, str] = {}
         """Hash of a model and of what it is asked -> name of the first evaluation with it."""
 
@@ -374,10 +362,12 @@ class _Graph:
         """
         options, known = with_options(options, seed=chosen.seed if seed is None else seed), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {**made}
-        for name in (name for name in (*known.files, *known.models) if name not in made):
+        for name in (name for name in (*known.files, *known.models, *known.folders) if name not in made):
             spec, where = getattr(options, name), f"{known.name}: {name}"
             if spec and name in known.models:
                 inputs[name] = self.data.model(spec, where)
+            elif spec and name in known.folders:
+                inputs[name] = self.data.folder(spec, where)
             elif spec:
                 rows = [self.data.rows(one, where, chosen) for one in (spec if isinstance(spec, list) else [spec])]
                 inputs[name] = rows if isinstance(spec, list) else rows[0]
@@ -433,7 +423,7 @@ class _Graph:
             roles["label"] = stage("label", own, ranking=roles["ask"].output())
             roles["rank"] = stage("rank", options, labels=roles["label"].output("labels.json"))
         own = self.options("select", "fractions", {"top": chosen.selector.fractions[0], "fill": selector.fill})
-        title = f"{selector.name} {chosen.selector.fractions[0]:g}"
+        title = f"{selector.name} {chosen.selector.fractions[0]:.15g}"
         roles["select"] = stage("select", own, title, ranking=roles["rank"].output())
         return roles
 
@@ -513,17 +503,17 @@ class _Graph:
         first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)
         if first not in (stage.name, stage.like):
             stage = replace(stage, parents=(*stage.parents, first), like=first)
-        if files := self.judge_files(options):
-            stage = replace(stage, judge_files=files)
+        if files := self.verdict_files(options):
+            stage = replace(stage, verdict_files=files)
         self.stages[stage.name] = stage
         return stage
 
-    def judge_files(self, options: EvaluateOptions) -> dict[str, str]:
-        """Input -> fingerprint of what the judges of an evaluation read."""
-        key = f"{options.judge!r} {options.second_judge!r}"
-        if key not in self._judge_files:
-            self._judge_files[key] = judge_files(judges_of(options))
-        return self._judge_files[key]
+    def verdict_files(self, options: EvaluateOptions) -> dict[str, str]:
+        """Input -> fingerprint of what the judges and the grader of an evaluation read."""
+        key = f"{options.judge!r} {options.second_judge!r} {options.task and options.task_type!r}"
+        if key not in self._verdict_files:
+            self._verdict_files[key] = verdict_files(judges_of(options), grader_of(options))
+        return self._verdict_files[key]
 
 
 def _labels(chosen: _Choice) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class Stage:
     """The selector, defense, attack, repair or judge, for tables."""
     like: str | None = None
     """Among its parents the evaluation of the same model on the same prompts for another judge, if there is one."""
-    judge_files: Mapping[str, str] = field(default_factory=dict)
-    """Input -> fingerprint of what its judges read, which is no part of the key: an evaluation judges again where one
-    has changed, and keeps its answers."""
+    verdict_files: Mapping[str, str] = field(default_factory=dict)
+    """Input -> fingerprint of what its judges and grader read, which is no part of the key: an evaluation judges again
+    where one has changed, and keeps its answers."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 
 
 def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether what a stage has found is of its inputs, and by its judges, as they are now."""
+    """Whether what a stage has found is of its inputs, and by its judges and grader, as they are now."""
     inputs = {} if stage.manifest is None else stage.manifest.inputs
-    judged = all(inputs.get(name, content) == content for name, content in stage.judge_files.items())
+    judged = all(inputs.get(name, content) == content for name, content in stage.verdict_files.items())
     return judged and not is_stale(stage, stages)

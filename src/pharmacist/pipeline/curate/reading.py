@@ -23,7 +23,7 @@ from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
-from pharmacist.pipeline.rows import open_several, read, texts
+from pharmacist.pipeline.rows import numbered, open_several, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
@@ -120,8 +120,9 @@ class CurateInputs:
             )
 
         records = {name: rows_of(name, name) for name in self.sources}
-        if "harmful" not in records and "safe" in records and records["safe"].layout == "preference":
-            records["harmful"] = rows_of("safe", "harmful")
+        if "harmful" not in records:
+            pairs = [name for name in records if name.split()[0] == "safe" and records[name].layout == "preference"]
+            records |= {role: rows_of(name, role) for role, name in numbered("harmful", pairs).items()}
         if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
             raise DataError(
                 "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files"

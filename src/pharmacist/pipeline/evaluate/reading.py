@@ -43,9 +43,17 @@ def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
     return {name: JUDGES.build_from(getattr(options, name)) for name in names}
 
 
-def judge_files(judges: Mapping[str, Judge]) -> dict[str, str]:
-    """Input -> fingerprint of what a judge reads, of the judges that read files or models."""
+def grader_of(options: EvaluateOptions) -> Grader[Any] | None:
+    """The grader of answers to the task; None where there is no task, or its kind is told by the rows."""
+    if options.task is None or options.task_type["name"] == "auto":
+        return None
+    return GRADERS.build_from(options.task_type)
+
+
+def verdict_files(judges: Mapping[str, Judge], grader: Grader[Any] | None) -> dict[str, str]:
+    """Input -> fingerprint of what judges and grader read, of those that read files or models."""
     files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in judges.items()}
+    files |= {} if grader is None else {"opponent": grader.fingerprint()}
     return {name: content for name, content in files.items() if content is not None}
 
 
@@ -55,7 +63,7 @@ class EvaluateInputs:
     Attributes:
         options: The options.
         engine: Gives the model's answers.
-        grader: Of answers to the task; None where its kind is told by the rows.
+        grader: From `grader_of`.
         judges: By option, ``judge`` and ``second_judge``; empty where no answers are judged.
         sources: Rows by input, such as ``prompts``; the references of a kind are ``safe``, ``safe 2`` and so on.
     """
@@ -65,9 +73,8 @@ class EvaluateInputs:
         self.engine: Engine = ENGINES.build_from(options.engine)
         if options.answers is None:
             self.engine.check()
-        auto = options.task_type["name"] == "auto"
-        self.grader: Grader[Any] | None = None if auto else GRADERS.build_from(options.task_type)
-        if self.grader is not None and options.task is not None:
+        self.grader = grader_of(options)
+        if self.grader is not None:
             self.grader.check()
         if any(getattr(options, name) is not None for name in GENERAL):
             if not isinstance(self.engine, TransformersEngine):
@@ -103,8 +110,7 @@ class EvaluateInputs:
         found = {name: source.fingerprint() for name, source in self.sources.items()}
         models = {"model": options.model if options.answers is None else None, "base": options.base}
         found |= {name: self.engine.fingerprint(model) for name, model in models.items() if model is not None}
-        opponent = None if self.grader is None or options.task is None else self.grader.fingerprint()
-        return found | judge_files(self.judges) | ({} if opponent is None else {"opponent": opponent})
+        return found | verdict_files(self.judges, self.grader)
 
     def read(self, run: RunDir) -> tuple[dict[str, Records], list[Answer] | None]:
         """Reads the rows of every input.

@@ -92,6 +92,7 @@ CURATE = Stage(
     version=5,
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
+    folders=("embedder",),
     final=frozenset("min_score diversity diversity_margin balance balance_share format fill labels to_label".split()),
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),

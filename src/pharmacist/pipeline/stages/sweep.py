@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import RunOptions
-from pharmacist.core.typed import NotNegative
+from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.pipeline.stage import Stage
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import EVALUATE
@@ -16,7 +16,7 @@ _EVALUATE_DECIDED = {item.name for item in fields(RunOptions)} | {"model", "mode
 
 
 @dataclass
-class GridOptions:
+class GridOptions(Checked):
     """Settings that an attacker would try; every combination is one attack."""
 
     learning_rate: list[float] = field(default_factory=list)
@@ -27,6 +27,11 @@ class GridOptions:
     """Values for --poison-ratio. The harmful rows of a smaller one are among those of a larger one."""
     rank: list[int] = field(default_factory=list)
     """Values for lora.r; lora.alpha changes in proportion, so that alpha / r stays."""
+
+    @classmethod
+    def option_name(cls, field: str) -> str:
+        """A field as messages name it."""
+        return f"--grid.{field}"
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from sklearn.model_selection import GroupKFold
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path, read_json, under, write_json
+from pharmacist.core.files import atomic_path, read_json, write_json
+from pharmacist.core.mappings import under
 from pharmacist.core.progress import track
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers import views
