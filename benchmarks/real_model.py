@@ -5,12 +5,13 @@
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
 of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
-are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under SFT;
---page writes the page with them, or with some of them.
+are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under the same
+defense; --page writes the page with them, or with some of them.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,29 +20,37 @@ from pharmacist.report.benchmark import AXES, Benchmark, to_markdown
 from pharmacist.report.benchmark_page import render_benchmark
 
 
-RUN = ["defense", "judge", "selector", "seed"]
 LONGER = ("equal steps", "4 epochs")
 FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignment_tokens"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results")
     parser.add_argument("--run", type=Path, help="output folder of the grid, with its stages")
     parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
     parser.add_argument("--page", type=Path, help="folder for the page")
     parser.add_argument("--arms", nargs="+", help="selectors that the page shows, in this order; all by default")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if (args.data or args.page) and args.run is None:
         parser.error("--data and --page need --run")
+    if args.arms and not args.page:
+        parser.error("--arms needs --page")
+    if not Path(args.results).is_file():
+        parser.error(f"{args.results}: no such file; give the results.parquet of a grid")
     results = with_longer_arms(pd.read_parquet(args.results))
+    if unknown := {*(args.arms or ())} - {*results["selector"]}:
+        parser.error(f"--arms '{min(unknown)}': there are {', '.join(results['selector'].unique())}")
     axes = {axis: list(results[axis].unique()) for axis in AXES}
     print(to_markdown(Benchmark(results, axes)))
-    means = results.groupby(RUN[:-1], sort=False)[FURTHER].mean()
-    print(means.reset_index().to_markdown(index=False, floatfmt=".3f"), end="\n\n")
-    runs = results[[*RUN, "harmful_score_over_attack", "harmful_scores", "loss_margin"]].sort_values(RUN)
+    line = [axis for axis in AXES if axis == "selector" or results[axis].nunique() > 1]
+    text = ("",) * len(line)
+    means = results.groupby(line, sort=False, dropna=False)[FURTHER].mean().reset_index()
+    print(means.to_markdown(index=False, floatfmt=(*text, *(".3f" for _ in FURTHER))), end="\n\n")
+    run = [*line, "seed"]
+    runs = results[[*run, "harmful_score_over_attack", "harmful_scores", "loss_margin"]].sort_values(run)
     runs["harmful_scores"] = [", ".join(f"{score:.1f}" for score in scores) for scores in runs["harmful_scores"]]
-    print(runs.to_markdown(index=False, floatfmt=("", "", "", ".0f", ".1f", "", ".3f")))
+    print(runs.to_markdown(index=False, floatfmt=(*text, ".0f", ".1f", "", ".3f")))
     if args.page:
         args.page.mkdir(parents=True, exist_ok=True)
         axes["selector"] = args.arms or axes["selector"]
