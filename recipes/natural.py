@@ -36,7 +36,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from references import SETS, draw, pairs_of, read, true
+from references import SETS, draw, local_files, pairs_of, read, true
 
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.files import atomic_folder, read_json, write_json, write_text
@@ -113,13 +113,16 @@ def natural(local):
     """All labelled rows, and where they come from."""
     if "pool" in local or "labels" in local:
         pool, labels = (one(local, name) for name in ("pool", "labels"))
-        rows, said = texts(pool, "pool"), read_json(labels)
-        if not isinstance(said, list) or len(said) != len(rows):
-            raise DataError(f"--local labels={labels}: must list one label for each of the {len(rows)} rows of {pool}")
-        found = [row | label for row, label in zip(rows, said, strict=True)]
-        if unknown := next((row for row in found if row.get("label") not in ANSWERS), None):
-            raise DataError(f"--local labels={labels}: label {unknown.get('label')!r} is none of {', '.join(ANSWERS)}")
-        return found, [pool, labels]
+        rows = texts(pool, "pool")
+        for number, label in enumerate(said := labels_of(local, "labels", rows, pool)):
+            where = f"--local labels={labels}: row {number}"
+            if not isinstance(label, dict):
+                raise DataError(f"{where}: {label!r} is no object with {', '.join(ABOUT)}")
+            if label.get("label") not in tuple(ANSWERS):
+                raise DataError(f"{where}: label {label.get('label')!r} is none of {', '.join(ANSWERS)}")
+            if label["label"] == "safe" and "action" not in label:
+                raise DataError(f"{where}: has no action; give -1 where it is not known")
+        return [row | label for row, label in zip(rows, said, strict=True)], [pool, labels]
     places = local.get("do-not-answer", [DO_NOT_ANSWER]), local.get("xstest", SETS["xstest"].places)
     found = []
     for name, own in zip(("do-not-answer", "xstest"), places, strict=True):
@@ -128,7 +131,7 @@ def natural(local):
             rows = read(name, place)
             try:
                 found += do_not_answer(rows) if name == "do-not-answer" else xstest(rows, source)
-            except (KeyError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"--local {name}={place}: a row lacks or garbles a column ({error})") from error
     return found, [*places[0], *places[1]]
 
@@ -141,6 +144,18 @@ def one(local, name):
     if len(files := local.get(name, [])) != 1:
         raise ConfigError(f"--local {name}: give one file")
     return files[0]
+
+
+def labels_of(local, name, rows, of):
+    """One label for each of the rows of a file, out of the one JSON list of a name."""
+    path = one(local, name)
+    try:
+        said = read_json(path)
+    except OSError as error:
+        raise DataError(f"--local {name}={path}: cannot be read ({error.strerror}); check the path") from error
+    if not isinstance(said, list) or len(said) != len(rows):
+        raise DataError(f"--local {name}={path}: must list one label for each of the {len(rows)} rows of {of}")
+    return said
 
 
 def texts(source, name):
@@ -159,11 +174,9 @@ def others(local, name):
         return pairs_of(default, role, [row for place in places for row in read(default, place)], places), places
     rows, places = [row for file in local[name] for row in texts(file, name)], local[name]
     if name == "clean" and "clean-labels" in local:
-        labels = one(local, "clean-labels")
-        said = read_json(labels)
-        if not isinstance(said, list) or len(said) != len(rows):
-            raise DataError(f"--local clean-labels={labels}: must list one label for each of the {len(rows)} rows")
-        rows, places = [row for row, label in zip(rows, said, strict=True) if label == "good"], [*places, labels]
+        said = labels_of(local, "clean-labels", rows, ", ".join(local[name]))
+        rows = [row for row, label in zip(rows, said, strict=True) if label == "good"]
+        places = [*places, *local["clean-labels"]]
     return [(row["prompt"], row["completion"]) for row in rows], places
 
 
@@ -279,6 +292,10 @@ def make(folder, local=None, rows=320, longest=800, seed=0):
     for name in local:
         if name not in NAMES:
             raise ConfigError(f"--local: unknown set '{name}'{closest(name, NAMES)}")
+    if "clean-labels" in local and "clean" not in local:
+        raise ConfigError("--local clean-labels: give the rows too that they are of, --local clean=FILE")
+    if ("pool" in local or "labels" in local) and (unused := local.keys() & {"do-not-answer", "xstest"}):
+        raise ConfigError(f"--local {min(unused)}: pool and labels take its place; give the one or the others")
     if rows < 60 or longest < 1:
         raise ConfigError(f"--rows {rows} --longest {longest}: must be at least 60 and 1")
     asked = {"rows": rows, "longest": longest, "seed": seed, "local": local}
@@ -317,17 +334,12 @@ def make(folder, local=None, rows=320, longest=800, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--local", action="append", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--local", action="extend", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--rows", type=int, default=320, help="rows of each pool (%(default)s)")
     parser.add_argument("--longest", type=int, default=800, help="most characters of a row of them (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    local = {}
-    for name, _, path in (text.partition("=") for texts in given.local for text in texts):
-        if not path:
-            raise ConfigError(f"--local {name}: write it as NAME=FILE")
-        local.setdefault(name, []).append(path)
-    make(given.folder, local, given.rows, given.longest, given.seed)
+    make(given.folder, local_files(given.local), given.rows, given.longest, given.seed)
 
 
 if __name__ == "__main__":

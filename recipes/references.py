@@ -188,6 +188,16 @@ def draw(pairs, rows, longest, seen, rng):
     return found
 
 
+def local_files(texts):
+    """Name -> its files, of words NAME=FILE."""
+    found = {}
+    for name, _, path in (text.partition("=") for text in texts):
+        if not path:
+            raise ConfigError(f"--local {name}: write it as NAME=FILE")
+        found.setdefault(name, []).append(path)
+    return found
+
+
 def make(folder, sets=None, local=None, rows=128, longest=1200, seed=0):
     """Writes the references; a folder that holds them already stays as it is.
 
@@ -206,6 +216,8 @@ def make(folder, sets=None, local=None, rows=128, longest=1200, seed=0):
     for name in (*(sets or ()), *local):
         if name not in SETS:
             raise ConfigError(f"unknown set '{name}'{closest(name, SETS)}")
+    if sets and (unused := next((name for name in local if name not in sets), None)):
+        raise ConfigError(f"--local {unused}: --sets leaves this set out; name it there too, or give no file of it")
     if rows < 1 or longest < 1:
         raise ConfigError(f"--rows {rows} --longest {longest}: must be at least 1")
     places = {name: tuple(local.get(name, SETS[name].places)) for name in SETS}
@@ -244,17 +256,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="all but or-bench by default")
-    parser.add_argument("--local", action="append", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--local", action="extend", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--rows", type=int, default=128, help="most rows of each file (%(default)s)")
     parser.add_argument("--longest", type=int, default=1200, help="most characters of a row (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    local = {}
-    for name, _, path in (text.partition("=") for texts in given.local for text in texts):
-        if not path:
-            raise ConfigError(f"--local {name}: write it as NAME=FILE")
-        local.setdefault(name, []).append(path)
-    make(given.folder, given.sets, local, given.rows, given.longest, given.seed)
+    make(given.folder, given.sets, local_files(given.local), given.rows, given.longest, given.seed)
 
 
 if __name__ == "__main__":

