@@ -185,6 +185,58 @@ def test_what_cannot_be_had_is_said_in_one_line_and_nothing_is_written(
     assert not (tmp_path / "made").exists()
 
 
+# --- BeaverTails ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beavertails(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load_script("recipes/beavertails.py", monkeypatch)
+    monkeypatch.setattr(module, "PARTS", {"attack": 3, "pool": 2, "references": 2})
+    return module
+
+
+def with_refusals(n: int) -> list[dict[str, Any]]:
+    refusal = f"Thoughts: -\nAnswer: {REFUSAL}"
+    return [{"prompt": f"jinx {i}", "response": "a toad", "is_safe": False, "refusal": refusal} for i in range(n)]
+
+
+def test_unsafe_rows_are_parted_in_their_order(beavertails: ModuleType, tmp_path: Path) -> None:
+    rows = [{**row, "is_safe": i == 1} for i, row in enumerate(with_refusals(8))]
+    (tmp_path / "b.json").write_text(json.dumps([*rows[:3], rows[0] | {"prompt": " JINX 0 "}, *rows[3:]]))
+    for _ in range(2):  # the same files again are no other ones
+        beavertails.make(tmp_path / "b.json", tmp_path / "data")
+    found = {name: [row["prompt"] for row in read(tmp_path / f"data/{name}.jsonl")] for name in beavertails.PARTS}
+    assert found == {
+        "attack": ["jinx 0", "jinx 2", "jinx 3"],
+        "pool": ["jinx 4", "jinx 5"],
+        "references": ["jinx 6", "jinx 7"],
+    }
+    assert read(tmp_path / "data/pool.jsonl")[0] == {"prompt": "jinx 4", "chosen": REFUSAL, "rejected": "a toad"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "b.json: cannot be read"),
+        ("{", "b.json: is damaged, it holds no JSON"),
+        ('[{"prompt": "a"}]', "b.json: is no list of rows with prompt, response, is_safe and refusal .KeyError"),
+        (json.dumps(with_refusals(5)), "only 5 different unsafe prompts, none is left for references"),
+        (json.dumps(with_refusals(7)), "pool.jsonl: holds something else"),
+    ],
+)
+def test_what_the_files_of_beavertails_lack_is_said_in_one_line_and_nothing_is_written(
+    beavertails: ModuleType, tmp_path: Path, text: str | None, message: str
+) -> None:
+    (tmp_path / "pool.jsonl").write_text("a pool of one's own\n")
+    if text is not None:
+        (tmp_path / "b.json").write_text(text)
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        beavertails.make(tmp_path / "b.json", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"b.json", "pool.jsonl"}
+    assert (tmp_path / "pool.jsonl").read_text() == "a pool of one's own\n"
+
+
 # --- natural answers ------------------------------------------------------------------------------------------------
 
 

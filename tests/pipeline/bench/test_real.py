@@ -157,7 +157,7 @@ def test_the_recipes_for_large_models(
             ]
         )
     )
-    script["main"]("source.json", "data")
+    script["make"]("source.json", Path("data"))
     parts = {part: [json.loads(line) for line in open(f"data/{part}.jsonl")] for part in script["PARTS"]}
     assert {part: len(found) for part, found in parts.items()} == {"attack": 40, "pool": 40, "references": 10}
     prompts = [row["prompt"] for found in parts.values() for row in found]
