@@ -6,21 +6,24 @@ To the demo's pool (360 rows, 5 % mislabelled) come 40 rows of each of six kinds
 comply (half), that voice doubt and comply (hedged), refusals for another wish's reason (wrong reason), refusals of
 harmless prompts about forbidden things (borderline). Good, though unlike the references: a refusal after a harmless
 turn of talk (two turns), and one that is worded twice or more (long). Prints AUC of the good rows against all bad ones
-and against each kind, the share of each good kind in the top 43 % (which all good rows would just fill), and for
+and against each kind, the share of each good kind in the top 44 % (which all good rows would just fill), and for
 selectors with posteriors the Brier score and the expected calibration error of P(safe). Every ranking is an
-ordinary folder of `pharmacist curate`, so the benchmark resumes.
+ordinary folder of `pharmacist curate`, so the benchmark resumes. Writes hard_pools.json, in which the selectors that
+--only leaves out stay as they were.
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from pharmacist.core.files import write_json, write_text
+from pharmacist.core.errors import PharmacistError
+from pharmacist.core.files import read_json, write_json, write_text
 from pharmacist.core.seeding import derive
 from pharmacist.evaluation.statistics import t_interval
 from pharmacist.pipeline.curate import CurateOptions, curate
@@ -121,12 +124,16 @@ def quality(table, kinds, good):
     return found
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=SELECTORS, default=list(SELECTORS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: must be at least 1")
+    path = arguments.output_dir / "hard_pools.json"
+    earlier = read_json(path) if path.is_file() else {}
     found = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
         root = arguments.output_dir / f"seed-{seed}"
@@ -158,7 +165,7 @@ def main():
             )
             found[name].append(quality(pd.read_parquet(folder / "scores.parquet"), kinds, good))
             print(seed, name, found[name][-1], flush=True)
-            write_json(arguments.output_dir / "hard_pools.json", found)
+            write_json(path, earlier | {name: values for name, values in found.items() if values})
     columns = list(dict.fromkeys(key for values in found.values() for key in values[0]))
     print("| selector | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, values in found.items():
@@ -173,4 +180,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PharmacistError as error:
+        print(f"hard_pools.py: {error}", file=sys.stderr)
+        sys.exit(2)

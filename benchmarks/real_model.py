@@ -5,8 +5,8 @@
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
 of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
-are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under the same
-defense; --page writes the page with them, or with some of them.
+are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under the
+same defense; --page writes the page with them, or with some of them.
 """
 
 import argparse

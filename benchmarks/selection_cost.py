@@ -5,7 +5,7 @@
     python benchmarks/selection_cost.py --world ROWS --output-dir DIR
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
-With --world the made-up world's model reads its pool of so many rows (3700 at most), 5 % of them mislabelled.
+With --world the made-up world's model reads its pool of so many rows (3579 at most), 5 % of them mislabelled.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
 the model in units of the epoch's tokens (whatever else the machine does); what is spent on training does not grow with
@@ -13,16 +13,18 @@ the pool and is shown apart from what is spent per row.
 """
 
 import argparse
-import json
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
+from pharmacist.core.errors import DataError, PharmacistError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
+from pharmacist.data.formats import open_source
 from pharmacist.pipeline.align import AlignOptions, align
 from pharmacist.pipeline.curate import CurateOptions, curate
 from pharmacist.selectors.pharmacist.questions import QUESTIONS, TYPICAL
@@ -66,7 +68,7 @@ def ranking_quality(score, labels):
 def reason_quality(table, labels):
     """Share of rows whose reason is right, over all and by label."""
     right = np.array([reason in REASONS[label] for reason, label in zip(table["reason"], labels, strict=True)])
-    by_label = {label: float(right[(labels == label).to_numpy()].mean()) for label in REASONS}
+    by_label = {label: float(right[(labels == label).to_numpy()].mean()) for label in REASONS if label in set(labels)}
     return {"reason": float(right.mean()), "reason by label": by_label}
 
 
@@ -78,8 +80,27 @@ def made_up(rows, folder, seed):
     return files, read_json(folder / "labels.json")
 
 
+def read_labels(path, pool):
+    """The known label of every row of a pool."""
+    try:
+        labels = read_json(path)
+    except OSError as error:
+        raise DataError(f"--labels {path}: cannot be read ({error.strerror}); check the path") from error
+    if not isinstance(labels, list):
+        raise DataError(f"--labels {path}: is no JSON list of labels; check the file")
+    if unknown := [label for label in labels if label not in tuple(REASONS)]:
+        raise DataError(f"--labels {path}: unknown label {unknown[0]!r}; known are {', '.join(REASONS)}")
+    if len(labels) != (n := sum(1 for _ in open_source(pool, name="--pool").rows())):
+        raise DataError(f"--labels {path}: {len(labels)} labels for {n} rows; give this pool's own")
+    if len({label in FAULTS for label in labels}) < 2:
+        raise DataError(f"--labels {path}: nothing can be told apart without both good and bad rows")
+    return labels
+
+
 def table_line(name, found, rest):
-    cells = [f"{found['auc']:.3f}", f"{found['purity']:.3f}", *(f"{found[fault]:.3f}" for fault in FAULTS)]
+    """Cells are empty where no row has the fault."""
+    faults = (f"{found[fault]:.3f}" if fault in found else "" for fault in FAULTS)
+    cells = [f"{found['auc']:.3f}", f"{found['purity']:.3f}", *faults]
     return f"| {name} | {' | '.join(cells)} | {' | '.join(rest)} |"
 
 
@@ -93,10 +114,12 @@ def main():
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
     files = {name: getattr(arguments, name) for name in (*FILES, "model")}
+    if arguments.world and (arguments.labels or any(files.values())):
+        parser.error("--world makes all files itself; give them, or --world")
     if arguments.world:
         files, labels = made_up(arguments.world, arguments.output_dir / "data", arguments.seed)
     elif arguments.labels and all(files.values()):
-        labels = json.loads(Path(arguments.labels).read_text())
+        labels = read_labels(arguments.labels, arguments.pool)
     else:
         parser.error("give all files, or --world")
     labels, common = pd.Series(labels), {"model": files.pop("model"), "seed": arguments.seed}
@@ -148,4 +171,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PharmacistError as error:
+        print(f"selection_cost.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -123,7 +123,9 @@ def test_each_set_keeps_its_own_good_rows(references: ModuleType, tmp_path: Path
 
 
 def test_a_local_file_of_a_set_that_is_left_out_is_refused(references: ModuleType, tmp_path: Path) -> None:
-    local = {name: [write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])] for name in ("alpaca", "dolly")}
+    local = {
+        name: [write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])] for name in ("alpaca", "dolly")
+    }
     with pytest.raises(ConfigError, match="--local dolly: --sets leaves this set out"):
         references.make(tmp_path / "made", ["alpaca"], local)
 
