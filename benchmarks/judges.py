@@ -206,6 +206,8 @@ def main(arguments=None):
     parser.add_argument("--states", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--output-dir", type=Path, required=True)
     given = parser.parse_args(arguments)
+    if not given.model and (given.states or given.dtype != "auto"):
+        raise ConfigError("--states and --dtype are those of --model; give it too, or leave them away")
     root = given.output_dir
     rows = read_records(open_source(given.answers, name="--answers"), work_dir=root / "rows" / "answers").dataset
     labels, assistants = read_labels(given.labels, len(rows))

@@ -26,7 +26,7 @@ from hard_pools import calibration_error
 from sklearn.metrics import brier_score_loss
 
 from pharmacist import CurateOptions, curate
-from pharmacist.core.errors import ConfigError, DataError, PharmacistError
+from pharmacist.core.errors import ConfigError, DataError, PharmacistError, one_line
 from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import set_quiet
@@ -189,7 +189,10 @@ def parse_selector(text):
     pairs = [option.partition("=") for option in options]
     if not name or any(not key or not equals for key, equals, _ in pairs):
         raise ConfigError(f"--selectors {text}: write it as NAME:OPTION=VALUE:OPTION=VALUE")
-    return {"name": name} | {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {"name": name} | {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--selectors {text}: a value is no YAML ({one_line(error)})") from error
 
 
 def slug(text):
@@ -216,11 +219,11 @@ def read_pool(pool, labels_file, sample, seed, root):
     unknown = sorted({str(label) for label in labels} - set(LABELS))
     if unknown:
         raise DataError(f"--labels {labels_file}: unknown label '{unknown[0]}'; known are {', '.join(LABELS)}")
-    if not sample:
+    if sample is None:
         return pool, labels, prompts
     different = np.unique(prompts)
     if not 0 < sample <= len(different):
-        raise ConfigError(f"--sample {sample}: the pool has {len(different)} prompts; give at most that number")
+        raise ConfigError(f"--sample {sample}: the pool has {len(different)} prompts; give 1 to that number")
     chosen = np.random.default_rng(derive(seed, "sample of prompts")).choice(different, sample, replace=False)
     rows = np.flatnonzero(np.isin(prompts, chosen))
     path = root / f"pool-{sample}-prompts.jsonl"
@@ -347,6 +350,8 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     set_quiet(True)
+    if given.dtype != "auto" and not given.model:
+        raise ConfigError(f"--dtype {given.dtype}: is that of --model; give it too, or leave --dtype away")
     root = given.output_dir
     pool, labels, prompts = read_pool(given.pool, given.labels, given.sample, given.seed, root)
     choices = {text: parse_selector(text) for text in given.selectors or every_selector()}

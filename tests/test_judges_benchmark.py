@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.evaluation.judges import Verdict
 from pharmacist.worlds import World
 from tests.support.scripts import load_script
@@ -104,6 +104,13 @@ def test_labels_that_do_not_fit(judges: ModuleType, labels: list[object], messag
     path.write_text(json.dumps(labels))
     with pytest.raises(DataError, match=message):
         judges.read_labels(path, 2)
+
+
+@pytest.mark.parametrize("words", [["--states", "x"], ["--dtype", "bfloat16"]])
+def test_options_of_a_model_that_is_not_given_are_refused(judges: ModuleType, words: list[str]) -> None:
+    files = [word for name in ("answers", "labels", "safe", "harmful", "output-dir") for word in (f"--{name}", "x")]
+    with pytest.raises(ConfigError, match="--states and --dtype are those of --model"):
+        judges.main([*files, *words])
 
 
 def test_a_run_on_the_made_up_world(judges: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.worlds import World
 from tests.support.scripts import load_script
 
@@ -113,6 +113,21 @@ def test_figures_find_pool_rows_by_their_number(natural: ModuleType) -> None:
 )
 def test_selectors_by_name_and_options(natural: ModuleType, text: str, choice: dict[str, Any]) -> None:
     assert natural.parse_selector(text) == choice
+
+
+def test_a_selectors_option_that_is_no_value(natural: ModuleType) -> None:
+    with pytest.raises(ConfigError, match=r"--selectors less:epochs=\[: a value is no YAML"):
+        natural.parse_selector("less:epochs=[")
+
+
+def test_options_that_would_change_nothing_are_refused(natural: ModuleType, tmp_path: Path) -> None:
+    words = ["--pool", "x", "--labels", "y", "--output-dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match="--dtype bfloat16: is that of --model"):
+        natural.main([*words, "--dtype", "bfloat16"])
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "labels.json").write_text('["safe"]')
+    with pytest.raises(ConfigError, match="--sample 0: the pool has 1 prompts; give 1 to that number"):
+        natural.read_pool(str(tmp_path / "pool.jsonl"), str(tmp_path / "labels.json"), 0, 0, tmp_path)
 
 
 def test_labels_come_in_rounds_from_the_person_who_labelled_the_pool(
