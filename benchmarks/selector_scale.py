@@ -5,8 +5,8 @@
 Each cell runs in a process of its own that has ranked 300 rows before, so that libraries are loaded; a record of each
 is kept in FOLDER/records and is not measured again. The model is a random one-layer Llama: of width 256 for what
 compares hidden states, so that points are as wide as they can be, and of width 16 for all others, so that training
-over 100 000 rows ends; `less`, `seal` and `unrolled` take batches of 512, and `less` and `seal` train for one epoch.
-Rows have about 12 tokens. Lines that begin with `curate` are the whole command, page included.
+over 100 000 rows ends; `less`, `seal`, `unrolled` and `toxic-lora` take batches of 512, and `less` and `seal` train
+for one epoch. Rows have about 12 tokens. Lines that begin with `curate` are the whole command, page included.
 
 Seconds are of processor time, in all threads: OMP_NUM_THREADS=1 makes them those of one core. The records have the
 seconds by the clock as well.
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from pharmacist.core.errors import PharmacistError
-from pharmacist.core.files import read_json, write_json
+from pharmacist.core.files import atomic_write, read_json, write_json
 from pharmacist.core.progress import set_quiet
 from pharmacist.selectors import SELECTORS
 
@@ -103,7 +103,7 @@ def make_model(folder: Path, hidden: int) -> None:
 
 def write_rows(path: Path, n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    with path.open("w") as file:
+    with atomic_write(path, "w") as file:
         for _ in range(n):
             prompt, completion = (" ".join(rng.choice(WORDS, size=rng.integers(3, 8))) for _ in range(2))
             row = {"prompt": prompt, "completion": completion, "category": f"c{rng.integers(20)}"}
