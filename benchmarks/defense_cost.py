@@ -1,6 +1,6 @@
 """Time and memory of a training step under every alignment-stage defense, relative to SFT, side by side in one run.
 
-    python benchmarks/defense_cost.py     # a random tiny Llama, its output head 5 % of it as in models of 8 billion
+    python benchmarks/defense_cost.py     # a random tiny Llama, a tenth of whose weights are those of its output head
     python benchmarks/defense_cost.py --model MODEL --device cuda
 
 Every defense trains its own LoRA adapter on the same model and the same batches with the Trainer's own step (forward,
@@ -13,7 +13,6 @@ before it, from torch's profiler, in a pass of its own.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -28,6 +28,7 @@ from pharmacist.core.files import write_json
 from pharmacist.data.batches import collate
 from pharmacist.defenses import DEFENSES
 from pharmacist.defenses.alignment.t_vaccine import TVaccineConfig
+from pharmacist.nn.locate import decoder_layers, linear_names
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import StepContext
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -92,10 +93,6 @@ class Line:
     """One defense, ready to take steps."""
 
     def __init__(self, name, options, arguments, device, dtype, folder):
-        from peft import LoraConfig, get_peft_model
-
-        from pharmacist.nn.locate import decoder_layers, linear_names
-
         if arguments.model:
             base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
         else:
@@ -203,6 +200,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES))
     parser.add_argument("--json", type=Path, help="write all measurements here")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: must be at least 1")
     logging.set_verbosity_error()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -240,7 +239,7 @@ def main():
         )
     if arguments.json:
         settings = {key: str(value) for key, value in vars(arguments).items()}
-        write_json(arguments.json, json.loads(json.dumps({"settings": settings, "s": seconds, "bytes": memory})))
+        write_json(arguments.json, {"settings": settings, "s": seconds, "bytes": memory})
 
 
 if __name__ == "__main__":
