@@ -2,7 +2,7 @@
 
     python benchmarks/big_pool.py --rows 1000000
 
-Each phase runs in one fresh process whose peak resident memory (file-backed pages included) is the figure reported.
+All phases run in one fresh process, whose peak resident memory (file-backed pages included) is the figure reported.
 The pool has rows of 60 words, 5 % of them exact and 5 % near-duplicates of earlier rows, so that what is found can be
 checked. Exit code 1 where the limit of memory is passed or planted duplicates are missed.
 """
@@ -19,6 +19,8 @@ from pathlib import Path
 
 
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet")
+REFERENCES = 100
+"""Rows of the pool whose prompts the overlap check looks for."""
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -106,8 +108,8 @@ def work(pool: Path, folder: Path) -> None:
     clock = done("fingerprint", clock)
     records = read_records(source, work_dir=folder / "rows", keep=True)
     clock = done("read and check", clock)
-    reference = to_dataset([records.dataset[i] for i in range(100)])
-    report["shared with a reference of 100 rows"] = len(shared_prompts(reference, records.dataset))
+    reference = to_dataset([records.dataset[i] for i in range(REFERENCES)])
+    report[f"shared with a reference of {REFERENCES} rows"] = len(shared_prompts(reference, records.dataset))
     clock = done("overlap check", clock)
     clusters = find_duplicates(records.dataset, work_dir=folder)
     clock = done("duplicates", clock)
@@ -129,6 +131,8 @@ def main() -> int:
     parser.add_argument("--phase", choices=("make", "work"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rows < REFERENCES:
+        parser.error(f"--rows {options.rows}: must be at least {REFERENCES}")
     if options.phase == "make":
         made = options.folder / "pool.jsonl"
         make(made, options.rows, options.seed)

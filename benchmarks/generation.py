@@ -8,10 +8,12 @@ prompts through `pharmacist.evaluation.generate.generate`; the answers are compa
 
 import argparse
 import json
+import sys
 import time
 
 import torch
 
+from pharmacist.core.errors import PharmacistError
 from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.generate import ROWS_PER_BATCH, generate
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.prompts < 1 or options.repeats < 1:
+        parser.error("--prompts and --repeats must be at least 1")
 
     loaded = load_model(options.model, device=options.device)
     world = World(0)
@@ -46,7 +50,7 @@ def main() -> None:
     measure(ROWS_PER_BATCH)  # warms up
     batched, many = measure(0)
     single, one = measure(1)
-    tokens = sum(answer.tokens for answer in many)
+    tokens, tokens_of_one = (sum(answer.tokens for answer in answers) for answers in (many, one))
     same = sum(a == b for a, b in zip(many, one, strict=True))
     found = {
         "model": options.model,
@@ -56,7 +60,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rows_per_batch": ROWS_PER_BATCH,
         "batched_tokens_per_second": round(tokens / batched, 1),
-        "single_tokens_per_second": round(tokens / single, 1),
+        "single_tokens_per_second": round(tokens_of_one / single, 1),
         "ratio": round(single / batched, 2),
         "equal_answers": same,
     }
@@ -64,4 +68,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PharmacistError as error:
+        print(f"generation.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -16,6 +16,7 @@ batches of 8 rows.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from pharmacist.core.errors import PharmacistError
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import read_records
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=0)
     parser.add_argument("--max-length", type=int, default=1024)
     options = parser.parse_args()
+    if options.first < 1 or options.repeats < 1:
+        parser.error("--first and --repeats must be at least 1")
 
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,4 +149,8 @@ def trainings(loaded: LoadedModel, encoded: Encoded, steps: int) -> dict[str, Ca
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PharmacistError as error:
+        print(f"throughput.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
+    if options.steps < 1 or options.layers < 1 or options.width < 8 or options.width % 8:
+        parser.error("--steps and --layers must be at least 1, and --width a multiple of 8")
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, options.seed, options.width, options.layers)
     loss = train(model, tokenizer, options.steps, batch_size=64, seed=options.seed)
