@@ -70,6 +70,8 @@ DEFAULTS = {
 """Name -> set of references.py, and what of it."""
 SIZES = {"safe": 128, "harmful": 60, "utility": 100, "attack": 40, "clean": 0}
 PROMPTS, BENIGN, PAIRS, TRAIN, TEST, LONGEST = 60, 40, 36, 400, 80, 1200
+TASK_LONGEST = 600
+"""Most characters of a task's prompt: a longer one can fill all 200 tokens of a row in the grid, which is refused."""
 ABOUT = ("label", "source", "action", "kind")
 TASKS = ("sst2", "agnews")
 NAMES = (
@@ -197,7 +199,8 @@ def task(local, name, rng):
 
 
 def rows_of(place, name, test=False):
-    return [row for _, row in open_task(place, name=f"--local {name}", test=test).rows()]
+    rows = (row for _, row in open_task(place, name=f"--local {name}", test=test).rows())
+    return [row for row in rows if len(row["prompt"]) <= TASK_LONGEST]
 
 
 def sample(rows, n, rng):

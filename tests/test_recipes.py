@@ -289,7 +289,7 @@ def natural(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[ModuleType
         **{name: rows(name, 80 if name == "clean" else 12) for name in ("clean", "safe", "harmful", "utility")},
         "attack": rows("attack", 20, HELP),
         "sst2": [{"prompt": f"review {i}", "completion": "positive"} for i in range(170)],
-        "agnews": [{"prompt": f"story {i}", "completion": "World"} for i in range(160)],
+        "agnews": [{"prompt": f"story {i}" + " on" * 300 * (i % 8 == 0), "completion": "World"} for i in range(180)],
         "agnews-test": [{"prompt": f"other story {i}", "completion": "Sports"} for i in range(9)],
     }
     return script, {name: [write(tmp_path / f"{name}.jsonl", own)] for name, own in sets.items()}
@@ -328,6 +328,7 @@ def test_natural_rows_and_what_is_held_out(natural: tuple[ModuleType, dict[str, 
         assert row["chosen"].startswith(REFUSAL) and not row["rejected"].startswith(REFUSAL)
     assert len(found["clean"]) == 60 and len(found["agnews-test"]) == 8 and len(found["sst2-test"]) == 8
     assert {row["prompt"] for row in found["sst2-test"]}.isdisjoint(row["prompt"] for row in found["sst2"])
+    assert found["agnews"] and max(len(row["prompt"]) for row in found["agnews"]) < 600, "longer ones fill a row"
 
 
 def test_natural_rows_that_are_labelled_already(
