@@ -243,6 +243,8 @@ def test_phases_add_up_over_resumes(tmp_path: Path) -> None:
     with run.phase("score") as phase:
         phase.tokens += 4
         phase.extra["note"] = 1
+    with run.phase("train") as phase:
+        phase.tokens = 10  # of the whole training, which had ended before, unlike the run
     run.finish(outputs=[])
     phases = read_manifest(tmp_path / "out").phases
     assert {name: phase.tokens for name, phase in phases.items()} == {"train": 10, "score": 7}

@@ -163,15 +163,18 @@ class RunDir:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Measures a phase; its wall time and tokens add up over resumes and end in the manifest."""
+        """Measures a phase; its wall time adds up over resumes and ends in the manifest.
+
+        So do its tokens, which begin at those of earlier attempts: add to them what was read in this one, or set them
+        to those of all.
+        """
         path = self.work("phases", f"{name}.json")
         before = _read_phase(path) if path.is_file() else Phase()
-        current, start = Phase(extra=before.extra), time.perf_counter()
+        current, start = Phase(tokens=before.tokens, extra=before.extra), time.perf_counter()
         try:
             yield current
         finally:
             current.seconds = before.seconds + time.perf_counter() - start
-            current.tokens += before.tokens
             self.manifest.phases[name] = current
             if self._lock is not None:
                 write_json(path, current.model_dump(mode="json"))

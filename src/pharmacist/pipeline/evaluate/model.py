@@ -155,7 +155,8 @@ def _answers(
         engine.open(options.model, run.work("model"), **model_options(options))
     with run.phase("generate") as phase:
         answers = engine.answers(evaluator, run.work("answers"))
-        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - tokens_before
+        known = max(0, tokens_before - phase.tokens)  # of a run that is finished: its phase is not gone on with
+        phase.tokens = sum(answer.tokens for found in answers.values() for answer in found) - known
     report = engine.report()
     extra = {name: report.get(name) for name in ("template", "template_origin", "dtype")}
     run.record(device=report["device"], extra=extra | {"engine": engine.name})
