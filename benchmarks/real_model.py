@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pharmacist.report.benchmark import AXES, Benchmark, to_markdown
+from pharmacist.report.benchmark import AXES, BASELINE, Benchmark, to_markdown
 from pharmacist.report.benchmark_page import render_benchmark
 
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
     parser.add_argument("--page", type=Path, help="folder for the page")
     parser.add_argument("--arms", nargs="+", help="selectors that the page shows, in this order; all by default")
+    parser.add_argument("--baseline", default=BASELINE, help="arm that the others are compared with (%(default)s)")
     args = parser.parse_args(arguments)
     if (args.data or args.page) and args.run is None:
         parser.error("--data and --page need --run")
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = with_longer_arms(pd.read_parquet(args.results))
     if unknown := {*(args.arms or ())} - {*results["selector"]}:
         parser.error(f"--arms '{min(unknown)}': there are {', '.join(results['selector'].unique())}")
+    if args.baseline not in set(results["selector"]):
+        parser.error(f"--baseline '{args.baseline}': there are {', '.join(results['selector'].unique())}")
     axes = {axis: list(results[axis].unique()) for axis in AXES}
-    print(to_markdown(Benchmark(results, axes)))
+    print(to_markdown(Benchmark(results, axes, args.baseline)))
     line = [axis for axis in AXES if axis == "selector" or results[axis].nunique() > 1]
     text = ("",) * len(line)
     means = results.groupby(line, sort=False, dropna=False)[FURTHER].mean().reset_index()

@@ -32,12 +32,18 @@ def test_means_and_runs_are_of_one_pool(
         assert len(lines) == 1 + len(own), "one line of means, and one of each run"
 
 
+def test_any_arm_may_be_the_baseline(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main([str(RESULTS), "--baseline", "random"])
+    assert "minus random" in (said := capsys.readouterr().out) and "minus full" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([str(RESULTS), "--arms", "full"], "--arms needs --page"),
         ([str(RESULTS), "--run", "x", "--page", "y", "--arms", "fool"], "--arms 'fool': there are full, "),
         (["nowhere.parquet"], "nowhere.parquet: no such file"),
+        ([str(RESULTS), "--baseline", "fool"], "--baseline 'fool': there are full, "),
     ],
 )
 def test_what_cannot_be_shown_is_said(
