@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is recorded, and measure nothing")
     options = parser.parse_args()
     sizes = sorted(options.rows)
+    failed = False
     if not options.table:
         prepare(options.folder, sizes)
         (options.folder / "records").mkdir(exist_ok=True)
@@ -272,9 +274,12 @@ def main() -> None:
                     worker = processes.Process(target=cell, args=(name, rows, options.folder, record))
                     worker.start()
                     worker.join()
+                    failed |= not record.is_file()
                     said = json.dumps(read_json(record)) if record.is_file() else f"{name}, {rows} rows: failed"
                     print(said, flush=True)
     print(table(options.folder, options.only, sizes))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 
 The bare loop calls the model (which makes all logits) and reads nothing of them. The pass is that of the selector
 `pharmacist`: hidden states and statistics of token losses, as it runs in `curate`, with its files. Both take turns,
-and the ratio is that of the medians of CPU time, for other work on the machine slows both. With --tokens-per-batch the
-pass is also timed at other sizes of batch, against its own.
+and the ratio is that of the medians of CPU time, for other work on the machine slows both; on a GPU by the clock. With
+--tokens-per-batch the pass is also timed at other sizes of batch, against its own.
 
 *Training* (with --train-steps): LoRA steps of our Trainer with plain SFT over those of the stock Trainer, on the same
 batches of 8 rows.
@@ -105,17 +105,18 @@ def main() -> None:
 def timed(
     ways: Mapping[Any, Callable[[], object]], repeats: int, device: torch.device
 ) -> tuple[dict[Any, float], dict[Any, int]]:
-    """CPU seconds (median) and peak memory in MB of each way; they take turns, and the first round warms up."""
+    """Seconds (median) and peak memory in MB of each way; they take turns, and the first round warms up."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[Any, list[float]] = {name: [] for name in ways}
     memory = {}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            peak, start = PeakMemory(device), time.process_time()
+            peak, start = PeakMemory(device), clock()
             way()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
                 memory[name] = round(peak.megabytes())
     return {name: median(values) for name, values in seconds.items()}, memory
 

@@ -36,7 +36,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from references import SETS, draw, local_files, pairs_of, read, true
+from references import SETS, contents, draw, local_files, pairs_of, read, true
 
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.files import atomic_folder, read_json, write_json, write_text
@@ -301,7 +301,7 @@ def make(folder, local=None, rows=320, longest=800, seed=0):
         raise ConfigError(f"--local {min(unused)}: pool and labels take its place; give the one or the others")
     if rows < 60 or longest < 1:
         raise ConfigError(f"--rows {rows} --longest {longest}: must be at least 60 and 1")
-    asked = {"rows": rows, "longest": longest, "seed": seed, "local": local}
+    asked = {"rows": rows, "longest": longest, "seed": seed, "local": local, "contents": contents(local)}
     if (folder / "sources.json").is_file() and read_json(folder / "sources.json")["asked"] == asked:
         print(f"{folder}: complete already")
         return

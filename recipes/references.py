@@ -39,6 +39,7 @@ import numpy as np
 from pharmacist.core.env import offline
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError
 from pharmacist.core.files import atomic_folder, read_json, write_json, write_text
+from pharmacist.core.hashing import sha256_file
 from pharmacist.core.registry import closest
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import open_source
@@ -198,6 +199,12 @@ def local_files(texts):
     return found
 
 
+def contents(local):
+    """File -> hash of its content, of the files of `local_files`."""
+    files = [file for own in local.values() for file in own if Path(file).is_file()]
+    return {file: sha256_file(file) for file in files}
+
+
 def make(folder, sets=None, local=None, rows=128, longest=1200, seed=0):
     """Writes the references; a folder that holds them already stays as it is.
 
@@ -226,6 +233,7 @@ def make(folder, sets=None, local=None, rows=128, longest=1200, seed=0):
         if not places[name]:
             raise ConfigError(f"set '{name}' has prompts alone; answer them and give --local {name}=FILE")
     asked = {"rows": rows, "longest": longest, "seed": seed, "from": {name: list(places[name]) for name in wanted}}
+    asked["contents"] = contents(local)
     if (folder / "sources.json").is_file() and read_json(folder / "sources.json")["asked"] == asked:
         print(f"{folder}: complete already")
         return

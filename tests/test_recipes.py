@@ -155,6 +155,9 @@ def test_a_complete_folder_stays_and_another_is_not_touched(
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds something else"):
         references.make(tmp_path / "made", ["alpaca"], local, seed=1)
+    write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "changed"}])
+    with pytest.raises(ConfigError, match="holds something else"):
+        references.make(tmp_path / "made", ["alpaca"], local)
     assert read(tmp_path / "made/utility/alpaca.jsonl") == [{"prompt": "a", "completion": "b"}]
 
 
