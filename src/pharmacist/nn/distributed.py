@@ -51,6 +51,16 @@ def from_main(value: T) -> T:
     return value
 
 
+def from_all(value: T) -> list[T]:
+    """Every process's `value`, in the order of the processes; the same on each."""
+    if world_size() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    _state()
+    return list(gather_object([value]))
+
+
 def total(tensor: "torch.Tensor") -> "torch.Tensor":
     """Sum of a tensor over all processes, detached; the same on each."""
     if world_size() == 1:

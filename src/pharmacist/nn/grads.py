@@ -34,8 +34,9 @@ def gradient(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> Grad
     Raises:
         DivergedError: Loss or gradient is NaN or infinite.
     """
-    if not torch.isfinite(loss):
-        raise DivergedError(f"the loss of an auxiliary pass is {loss.item()}; lower the learning rate or the strength")
+    if not torch.isfinite(everywhere := total(loss)):  # so that all processes raise alike, and none waits for another
+        found = everywhere.item()
+        raise DivergedError(f"the loss of an auxiliary pass is {found}; lower the learning rate or the strength")
     result = averaged(local_gradient(loss, parameters))
     if not torch.isfinite(norm(result)):
         raise DivergedError("the gradient of an auxiliary pass is not finite; lower the learning rate or the strength")

@@ -146,8 +146,11 @@ class StepContext:
 
     @staticmethod
     def check(*values: torch.Tensor) -> None:
-        """Raises `DivergedError` where an auxiliary pass gave NaN or infinity, before anything is changed by it."""
-        if not all(bool(torch.isfinite(value)) for value in values):
+        """Raises `DivergedError` where an auxiliary pass gave NaN or infinity, before anything is changed by it.
+
+        All processes of a data-parallel run must call, and raise alike where one has such a value.
+        """
+        if not all(bool(torch.isfinite(total(value))) for value in values):
             raise DivergedError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
 
     def grads(self, loss: torch.Tensor) -> Gradient:

@@ -1,5 +1,6 @@
 """A Trainer for gradient strategies: it overrides the training step, and leaves the main pass to the stock Trainer."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, D
 from pharmacist.core.seeding import derive
 from pharmacist.data.streams import EndlessRows
 from pharmacist.nn.attention import quick_attention
-from pharmacist.nn.distributed import total
+from pharmacist.nn.distributed import from_all, total
 from pharmacist.nn.grads import add_to_grad
 from pharmacist.nn.hooks import head_at
 from pharmacist.nn.losses import batch_loss, targets
@@ -255,12 +256,15 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def _check(self, what: str, value: torch.Tensor) -> None:
-        if not torch.isfinite(value):
-            numbers = ", ".join(map(str, self._rows[:_NAMED])) + (", ..." if len(self._rows) > _NAMED else "")
+        """Raises `DivergedError` on all processes where the value of one is not finite: none waits for another."""
+        if not torch.isfinite(everywhere := total(value)):
+            parts = from_all((math.isfinite(value), self._rows))
+            found = [row for finite, rows in parts if not finite for row in rows]
+            numbers = ", ".join(map(str, found[:_NAMED])) + (", ..." if len(found) > _NAMED else "")
             rows = f" (rows {numbers})" if numbers else ""
             raise DivergedError(
-                f"the {what} is {value.item()} at step {self._update + 1}{rows}; the weights were not touched: look "
-                "at these rows, or lower train.learning_rate or the method's strength"
+                f"the {what} is {everywhere.item()} at step {self._update + 1}{rows}; the weights were not touched: "
+                "look at these rows, or lower train.learning_rate or the method's strength"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
