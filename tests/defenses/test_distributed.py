@@ -38,12 +38,13 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     two = launched("tests.support.ddp", model, tmp_path)
     one = gradients(model, tmp_path / "one", 8)
     assert two[0].keys() == two[1].keys() == one.keys()
-    worst = dict.fromkeys(["sft", *NAMES], 0.0)
+    worst = dict.fromkeys(["sft", *NAMES, "metrics"], 0.0)
     for key, expected in one.items():
         name = key.split(".")[0]
         assert torch.equal(two[0][key], two[1][key]), key
         worst[name] = max(worst[name], float((two[0][key] - expected).abs().max()))
     assert max(worst.values()) < 1e-6, worst
+    assert {key.split(".")[1] for key in one if key.startswith("metrics.")} == {*NAMES}
     # What would be noticed: every defense adds something, and the second step is another one.
     for name in NAMES:
         for accumulation in (1, 2):

@@ -1,4 +1,4 @@
-"""Started by the launcher: gradients of the first two steps of every alignment-stage defense."""
+"""Started by the launcher: gradients and metrics of the first two steps of every alignment-stage defense."""
 
 from pathlib import Path
 
@@ -8,8 +8,12 @@ from tests.support.defense_cases import NAMES, build, streams
 from tests.support.training_toy import Watch, options, randomise_lora_b, rows, setting, sft, trainer, write_gradients
 
 
+STOCK = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+"""What the stock Trainer logs."""
+
+
 def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
-    """Name of defense, accumulation, step and parameter -> gradient.
+    """Name of defense, accumulation, step and parameter -> gradient; ``metrics`` before all that -> logged number.
 
     Args:
         model: Folder of the tiny model.
@@ -26,9 +30,13 @@ def gradients(model: Path, output: Path, size: int) -> dict[str, torch.Tensor]:
             own.model.double()
             randomise_lora_b(own.model)
             strategy = sft() if name == "sft" else build(name)
-            trainer(own, strategy, watch, streams=streams(own, batch), strategy_seed=5).train()
-            for step, grads in enumerate(watch.grads):
-                found |= {f"{name}.{accumulation}.{step}.{key}": grad for key, grad in grads.items()}
+            training = trainer(own, strategy, watch, streams=streams(own, batch), strategy_seed=5)
+            training.train()
+            for step, (grads, line) in enumerate(zip(watch.grads, training.state.log_history, strict=False)):
+                where = f"{name}.{accumulation}.{step}"
+                found |= {f"{where}.{key}": grad for key, grad in grads.items()}
+                logged = {key: torch.tensor(line[key], dtype=torch.float64) for key in line.keys() - STOCK}
+                found |= {f"metrics.{where}.{key}": value for key, value in logged.items()}
     return found
 
 

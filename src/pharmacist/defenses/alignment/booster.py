@@ -8,7 +8,7 @@ from torch import nn
 
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import EPS, perturbed
-from pharmacist.nn.grads import Gradient, cosine, norm, shifted
+from pharmacist.nn.grads import Gradient, averaged, cosine, norm, shifted
 from pharmacist.nn.locate import attention_modules
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
@@ -79,4 +79,6 @@ class Booster(GradientStrategy):
         (here, extra), self._harmful = self._harmful, None
         grads = {name: parameter.grad for name, parameter in step.parameters.items() if parameter.grad is not None}
         alignment = {name: grad.to(here[name].dtype) - step.scale * extra[name] for name, grad in grads.items()}
+        if step.scale < 1:  # before an update's last micro-batch each process holds its own part
+            alignment = averaged(alignment)
         step.log(safe_harmful_cosine=cosine(alignment, here, eps=EPS**2))

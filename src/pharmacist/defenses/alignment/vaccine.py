@@ -75,7 +75,7 @@ class Perturbing(GradientStrategy):
     reads_outputs = False
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        step.log(perturbed_loss=loss.detach() / step.scale)
+        step.log(perturbed_loss=step.value(loss) / step.scale)
         return loss
 
 
