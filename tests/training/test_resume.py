@@ -12,7 +12,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.training.checkpoint import newest_checkpoint
 from pharmacist.training.loop import Snapshots
 from pharmacist.training.strategy import StrategyState
@@ -143,6 +143,22 @@ def test_where_all_checkpoints_are_damaged_the_folder_to_delete_is_named(
     assert checkpoints(own) == ["checkpoint-2", "checkpoint-3"]
     shutil.rmtree(folder)
     assert trained(setting(options(model, own, **LONG)), Noise()).steps == 8
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(model: Path, cut: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(cut, tmp_path / "own")
+    folder = own / "work/train/checkpoints/checkpoint-3"
+    marks = json.loads((folder / "strategy.json").read_text())
+    digest = marks["files"].pop("rng_state.pth")
+    for number in range(2):  # as two processes leave it
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{number}.pth")
+        marks["files"][f"rng_state_{number}.pth"] = digest
+    (folder / "rng_state.pth").unlink()
+    (folder / "strategy.json").write_text(json.dumps(marks))
+    assert newest_checkpoint(folder.parent) == folder
+    with pytest.raises(CompatibilityError, match=r"checkpoint-3: was written by .*\(2, now 1\).* start as many"):
+        trained(setting(options(model, own, **LONG)), Noise())
+    assert checkpoints(own) == ["checkpoint-2", "checkpoint-3"]
 
 
 class Bomb:

@@ -11,8 +11,8 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pharmacist.core.env import rank
-from pharmacist.core.errors import DataError
+from pharmacist.core.env import rank, world_size
+from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json, remove, write_json
 from pharmacist.core.progress import console
 from pharmacist.nn.distributed import barrier, from_main
@@ -108,6 +108,7 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
 
     Raises:
         DataError: The checkpoint is incomplete, of a Trainer without a strategy, or of one with other streams.
+        CompatibilityError: Another number of processes wrote it, whose batches and random states were others.
     """
     if not (folder / _COMPLETE).is_file():
         raise DataError(
@@ -115,6 +116,13 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
             "on from the checkpoint before it"
         )
     values = read_json(folder / _COMPLETE)
+    # The Trainer writes the random state of every process, unless it is told to save the model only.
+    processes = len(list(folder.glob("rng_state*.pth")))
+    if processes not in (0, world_size()):
+        raise CompatibilityError(
+            f"{folder}: was written by another number of processes ({processes}, now {world_size()}), whose batches "
+            "and random numbers were others; start as many as then, or delete the checkpoints to begin again"
+        )
     for name in values["streams"]:
         if not hasattr(streams.get(name), "position"):
             raise DataError(f"{folder}: was trained with a stream '{name}' that can resume, and now there is none")
