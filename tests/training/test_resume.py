@@ -156,7 +156,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(model: Path, cut: Path,
     (folder / "rng_state.pth").unlink()
     (folder / "strategy.json").write_text(json.dumps(marks))
     assert newest_checkpoint(folder.parent) == folder
-    with pytest.raises(CompatibilityError, match=r"checkpoint-3: was written by .*\(2, now 1\).* start as many"):
+    with pytest.raises(CompatibilityError, match=r"checkpoint-3: was written by .*\(2, now 1\).* start that many"):
         trained(setting(options(model, own, **LONG)), Noise())
     assert checkpoints(own) == ["checkpoint-2", "checkpoint-3"]
 

@@ -121,7 +121,7 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
     if processes not in (0, world_size()):
         raise CompatibilityError(
             f"{folder}: was written by another number of processes ({processes}, now {world_size()}), whose batches "
-            "and random numbers were others; start as many as then, or delete the checkpoints to begin again"
+            "and random numbers were others; start that many, or delete the checkpoints to begin again"
         )
     for name in values["streams"]:
         if not hasattr(streams.get(name), "position"):
