@@ -21,14 +21,30 @@ curate(CurateOptions(**json.loads(sys.argv[1])))
 """
 
 
-def curated(root: Path, options: dict, processes: int) -> pd.DataFrame:
-    (root / "run.py").write_text(SCRIPT)
+IN_MEMORY = """
+import json, sys
+import pharmacist
+from pharmacist.core.env import rank
+options = json.loads(sys.argv[1])
+folder = options.pop("folder")
+pharmacist.rank(**options).table.to_parquet(f"{folder}/table-{rank()}.parquet")
+"""
+
+
+def launch(script: str, root: Path, options: dict, processes: int) -> None:
+    (root / "run.py").write_text(script)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(root / "run.py"), json.dumps(options)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-6000:]
-    return pd.read_parquet(Path(options["output_dir"]) / "scores.parquet")
+
+
+def given(model: Path, root: Path, selector: dict) -> dict:
+    files = {"pool": village.pool(40), **village.references()}
+    for name, rows in files.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": str(model), "selector": selector} | {name: str(root / f"{name}.jsonl") for name in files}
 
 
 @pytest.mark.slow
@@ -41,12 +57,19 @@ def curated(root: Path, options: dict, processes: int) -> pd.DataFrame:
     ],
 )
 def test_two_processes_rank_like_one(model, tmp_path, options):
-    files = {"pool": village.pool(40), **village.references()}
-    for name, rows in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {name: str(tmp_path / f"{name}.jsonl") for name in files}
-    common = {"model": str(model), "selector": options, **given}
-    tables = [curated(tmp_path, common | {"output_dir": str(tmp_path / f"{n}")}, n) for n in (1, 2)]
+    common, tables = given(model, tmp_path, options), []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        launch(SCRIPT, tmp_path, common | {"output_dir": str(output)}, processes)
+        tables.append(pd.read_parquet(output / "scores.parquet"))
     # More than the promised rank correlation: jobs and chunks are shared out whole, so nothing is summed differently.
     for column in tables[0]:
         assert np.array_equal(tables[0][column], tables[1][column]), column
+
+
+@pytest.mark.slow
+def test_two_processes_without_an_output_folder_share_one(model, tmp_path):
+    selector = {"name": "less", "epochs": 1, "batch_size": 4, "r": 2}
+    launch(IN_MEMORY, tmp_path, given(model, tmp_path, selector) | {"folder": str(tmp_path)}, 2)
+    first, second = (pd.read_parquet(tmp_path / f"table-{number}.parquet") for number in range(2))
+    pd.testing.assert_frame_equal(first, second)

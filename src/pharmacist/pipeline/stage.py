@@ -127,6 +127,8 @@ class Stage:
         )
         try:
             run.manifest = from_main(run.manifest)
+            if run.temporary is not None:  # all processes share the first's
+                run.root = from_main(run.root)
             if run.complete and self.again:
                 console().print(f"{run.root}: complete already; --overwrite {self.again}", soft_wrap=True)
             yield run
