@@ -46,7 +46,7 @@ class Options:
     """What it becomes."""
     parts: list[float] = field(default_factory=list)
     """Shares."""
-    counts: list[AtLeast1] = field(default_factory=list)
+    numbers: list[AtLeast1] = field(default_factory=list)
     """Numbers from 1 on."""
     inner: Inner = field(default_factory=Inner)
     """Inner options."""
