@@ -10,15 +10,19 @@ import inspect
 import re
 import runpy
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
 from pharmacist.core.config import docs_of, method_fields, registry_of
 from pharmacist.core.rundir import RunOptions
+from pharmacist.core.typed import flag, parts_of
 
 
 COMMON = [field.name for field in dataclasses.fields(RunOptions)]
 REQUIRED = "required"
+STAGES = {"align": "align", "attack": "finetune", "sweep": "finetune"}
+"""Command -> the stage of the defenses that it takes."""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -26,20 +30,27 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |" for line in lines)
 
 
+def _escaped(text: object) -> str:
+    return str(text).replace("|", "\\|")
+
+
 def _code(text: object) -> str:
-    return "`" + str(text).replace("|", "\\|") + "`"
+    return f"`{_escaped(text)}`"
 
 
-def _kind(hint: Any) -> str:
-    """Values in words of the command line; nothing for a switch."""
+def _kind(hint: Any, dotted: bool) -> str:
+    """Values in words of the command line; nothing for a switch, which a dotted option is not."""
     if hint is bool:
-        return ""
-    text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else str(hint)
-    choices = re.findall(r"'([^']*)'", text) if "Literal" in text else []
-    return " ".join(map(_code, choices)) if choices else _code(text.removeprefix("typing.").replace(" | None", ""))
+        return "`true` `false`" if dotted else ""
+    kinds: list[Any] = []
+    for part in parts_of(hint):
+        if part is not NoneType:
+            named = inspect.formatannotation(part).replace("typing.", "")
+            kinds += get_args(part) if get_origin(part) is Literal else [named]
+    return " ".join(map(_code, kinds))
 
 
-def _default(field: "dataclasses.Field[Any]") -> str:
+def _default(field: "dataclasses.Field[Any]", dotted: bool) -> str:
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
         value = value.get("name", "") if "registry" in field.metadata else value
@@ -47,25 +58,35 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         value = field.default
     if value is dataclasses.MISSING:
         return REQUIRED
-    return "" if value in (None, "", False, {}, []) else _code(value)
+    if isinstance(value, bool):
+        return _code(str(value).lower()) if dotted or value else ""
+    return "" if value is None or value in ("", {}, []) else _code(value)
 
 
-def _options(options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def _methods(command: str, field: "dataclasses.Field[Any]") -> list[str]:
+    """Names of the methods that a command can be told to use: defenses of its own stage."""
+    registry, stage = registry_of(field), STAGES.get(command)
+    defenses = field.name == "defense" and stage is not None
+    return [name for name in registry.names() if not defenses or stage in registry.get(name).stages]
+
+
+def _options(
+    command: str, options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()
+) -> list[tuple[str, ...]]:
     """Rows of a table: a field that is a dataclass itself gives one row per option of its own."""
     hints, docs, rows = get_type_hints(options), docs_of(options), []
     for field in dataclasses.fields(options):
         if field.name in leave_out:
             continue
         if dataclasses.is_dataclass(hints[field.name]):
-            rows += _options(hints[field.name], f"{prefix}{field.name}.")
+            rows += _options(command, hints[field.name], f"{prefix}{field.name}.")
             continue
-        name = prefix + field.name
-        flag, kind = "--" + (name if prefix else name.replace("_", "-")), _kind(hints[field.name])
+        option, kind = flag(prefix + field.name), _kind(hints[field.name], bool(prefix))
         if "registry" in field.metadata:
-            kind = " ".join(map(_code, registry_of(field).names()))
+            kind = " ".join(map(_code, _methods(command, field)))
         elif get_origin(hints[field.name]) is dict:
-            flag, kind = f"{flag}.NAME", ""
-        rows.append((_code(flag), kind, _default(field), docs.get(field.name, "")))
+            option, kind = f"{option}.NAME", ""
+        rows.append((_code(option), kind, _default(field, bool(prefix)), _escaped(docs.get(field.name, ""))))
     return rows
 
 
@@ -89,12 +110,12 @@ def options(name: str) -> str:
     """The table of a command's own options; those that all commands share are at `common`."""
     own = options_of(name)
     shared = tuple(COMMON) if issubclass(own, RunOptions) else ()
-    return _table(HEAD, _options(own, leave_out=shared))
+    return _table(HEAD, _options(name, own, leave_out=shared))
 
 
 def common() -> str:
     """The table of the options that every run has."""
-    return _table(HEAD, _options(RunOptions))
+    return _table(HEAD, _options("", RunOptions))
 
 
 def methods(name: str) -> str:
@@ -102,13 +123,13 @@ def methods(name: str) -> str:
     parts = []
     for option, field in method_fields(options_of(name)).items():
         registry = registry_of(field)
-        for method in registry.names():
+        for method in _methods(name, field):
             found = registry.get(method)
             about = inspect.getdoc(found) or ""
             if about.startswith("See the module"):
                 about = inspect.getdoc(inspect.getmodule(found)) or ""
-            about, rows = about.split("\n\n")[0], _options(registry.config_type(method), f"{option}.")
-            parts += [f"### `--{option} {method}`", about, _table(HEAD, rows) if rows else "It has no options."]
+            about, rows = about.split("\n\n")[0], _options(name, registry.config_type(method), f"{option}.")
+            parts += [f"### `{flag(option)} {method}`", about, _table(HEAD, rows) if rows else "It has no options."]
     return "\n\n".join(parts)
 
 

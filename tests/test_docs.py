@@ -14,6 +14,7 @@ import pytest
 import pharmacist
 from pharmacist.cli.main import COMMANDS, main
 from pharmacist.core.config import docs_of, parse
+from pharmacist.defenses import DEFENSES
 
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,31 @@ def test_the_files_and_names_of_the_code_on_its_page_are_there() -> None:
 def test_every_option_is_explained(name: str) -> None:
     explained = docs_of(options_of(name))
     assert [field.name for field in fields(options_of(name)) if not explained.get(field.name)] == []
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """Rows of a Markdown table by their first cell; pipes that are escaped part no cells."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("| `--")]
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_tables_of_options_show_every_default_and_whole_meanings() -> None:
+    tables = runpy.run_path(str(DOCS / "_hooks.py"))
+    curate, repair = cells(tables["options"]("curate")), cells(tables["methods"]("repair"))
+    assert curate["--max-length"][:2] == ["`int`", "`0`"] and curate["--top"][:2] == ["`float`", ""]
+    assert cells(tables["common"]())["--seed"][1] == "`0`" and curate["--fill"][:2] == ["", ""]
+    assert cells(tables["methods"]("curate"))["--selector.per_word"][:2] == ["`true` `false`", "`false`"]
+    assert len(repair["--method.projector"]) == 3 and repair["--method.projector"][2].endswith("only shrinks.")
+    assert "### `--second-judge probe`" in tables["methods"]("evaluate")
+
+
+@pytest.mark.parametrize(("command", "stage"), [("align", "align"), ("attack", "finetune")])
+def test_help_and_docs_tell_which_defenses_a_command_takes(command: str, stage: str) -> None:
+    methods = runpy.run_path(str(DOCS / "_hooks.py"))["methods"](command)
+    taken = {name for name in DEFENSES.names() if stage in DEFENSES.get(name).stages}
+    assert set(re.findall(r"^### `--defense ([\w-]+)`$", methods, flags=re.M)) == taken
+    _, _, refused = docs_of(options_of(command))["defense"].partition("For ")
+    assert set(re.findall(r"[a-z][\w-]+", refused)) & set(DEFENSES.names()) == set(DEFENSES.names()) - taken
 
 
 @pytest.mark.parametrize(

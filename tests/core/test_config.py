@@ -8,6 +8,7 @@ import pytest
 
 from pharmacist.core.config import from_mapping, method, parse
 from pharmacist.core.errors import ConfigError, PharmacistError, UnknownNameError
+from pharmacist.core.typed import AtLeast1
 from pharmacist.selectors import SELECTORS
 
 
@@ -45,6 +46,8 @@ class Options:
     """What it becomes."""
     parts: list[float] = field(default_factory=list)
     """Shares."""
+    numbers: list[AtLeast1] = field(default_factory=list)
+    """Numbers from 1 on."""
     inner: Inner = field(default_factory=Inner)
     """Inner options."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -296,6 +299,7 @@ def test_help_shows_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> N
     for doc in ("Where it goes.", "How often to stir. (type: int, default: 1)", "Rank of the update.", "Who chooses."):
         assert doc in text
     assert f"One of: {', '.join(SELECTORS.names())}" in text
+    assert "Numbers from 1 on. (type: list[int])" in text  # ranges are no types
     assert "--selector.gamma" in text  # the chosen method's options
     assert "--selector NAME" in text and "selector.name" not in text
     assert "example: cauldron --stirs 3" in text

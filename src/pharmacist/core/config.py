@@ -63,6 +63,13 @@ def docs_of(options: Any) -> dict[str, str]:
     return found
 
 
+def _shown_type(kind: Any) -> str:
+    """A type as the help names it, without ranges: ``list[int]`` of a list of numbers from 1 on."""
+    if get_origin(kind) is list:
+        return f"list[{'|'.join(map(inspect.formatannotation, parts_of(*get_args(kind))))}]"
+    return inspect.formatannotation(kind)
+
+
 class _Option:
     """One option: its name (dotted, with underscores), its type, its field and the dataclass that declares it."""
 
@@ -89,7 +96,7 @@ class _Option:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
         elif not self.is_switch:
             names = [
-                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else inspect.formatannotation(kind)
+                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else _shown_type(kind)
                 for kind in parts_of(self.hint)
                 if kind is not NoneType
             ]

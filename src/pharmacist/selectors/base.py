@@ -188,7 +188,7 @@ class Selector(Method, ABC):
     Attributes:
         needs: Required inputs: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); those of an instance may depend on its options.
-        uses: Optional inputs; a grid passes no others.
+        uses: Optional inputs. A grid gives a selector that needs and uses nothing neither model nor references.
         weighs: Whether `Scores.weight` is filled.
         asks: Whether `Scores.telling` is filled, so that a person can be asked for labels.
         keeps_all: Whether all rows are kept, since nothing is ranked.

@@ -12,7 +12,7 @@ from pharmacist.pipeline.stage import Stage
 
 @dataclass(kw_only=True)
 class DemoOptions(RunOptions):
-    """The whole story on the embedded world: rank, select, align on full, random and core subset, attack, evaluate."""
+    """The whole story on the made-up world: rank, select, align on full, random and core subset, attack, evaluate."""
 
     rows: Annotated[int, Ge(100)] = 600
     """Rows in the alignment pool."""
@@ -28,7 +28,7 @@ DEMO = Stage(
     name="demo",
     options=DemoOptions,
     run="pharmacist.pipeline.demo:demo",
-    summary="the whole story on the embedded world, offline, in minutes",
+    summary="the whole story on the made-up world, offline, in minutes",
     example="pharmacist demo --output-dir runs/demo",
     version=3,
     read_again=("demo.json",),
