@@ -241,6 +241,9 @@ def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     page = Page.read(tmp_path / "report.html")
     assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
     assert NASTY in page.text
+    figures = json.dumps(page.json("figures"), ensure_ascii=False)
+    assert "<script>" not in figures and "&lt;script&gt;" in figures, "charts take names for HTML"
+    assert not {"\x1b", "\u202e"} & set(page.text + figures)
     latex, markdown = (tmp_path / "tables.tex").read_text(), (tmp_path / "tables.md").read_text()
     assert "a|b\\_" in latex and "\\%\\$" in latex and "b_" not in latex
     for part in markdown.split("The same over"):
