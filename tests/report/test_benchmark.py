@@ -262,6 +262,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"page {tmp_path}" in capsys.readouterr().err.replace("\n", "")
     page = Page.read(tmp_path / "report.html")
     assert "Benchmark · 20 cells · 5 seeds" in page.text
+    assert ", seeds 0, 1, 2, 3, 4." in page.text
     assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text), "no interval over settings"
     assert re.search(r"random 30 % [+−]0\.\d not shown in any of 4", page.text)
     assert "Not all of the grid" not in page.text

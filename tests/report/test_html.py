@@ -272,6 +272,13 @@ def test_one_row(tmp_path: Path) -> None:
     assert sum(page.json("figures")["histogram"]["data"][0]["y"]) == 1
 
 
+def test_no_row_is_selected(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    page = render(tmp_path / "page.html", rows, ["teaches_compliance"] * 3, selected=0)
+    assert "No row is selected, so there is no cut" in page.text and "Nothing: no row is selected" in page.text
+    assert "ll rows are selected" not in page.text
+
+
 def test_the_cut(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 4
     clean = render(tmp_path / "page.html", rows, ["critical"] * 4, selected=2)
