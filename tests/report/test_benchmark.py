@@ -254,6 +254,15 @@ def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     assert "<script>" not in markdown and not re.search(r"(?<!\\)[`\[](?=c|e)", markdown)
 
 
+def test_names_are_no_arguments_of_line_breaks() -> None:
+    table = results({"[core]": -12.0, "*": 0.0}, defenses=["<b~"])
+    rows = [line for line in to_latex(Benchmark(table)).splitlines() if line.endswith("\\\\") and " & " in line]
+    assert any(row.startswith("{[}core] &") for row in rows) and any(row.startswith("{*} &") for row in rows)
+    assert not [row for row in rows if row.startswith(("[", "*"))], "LaTeX reads these as arguments of the \\\\ before"
+    several = to_latex(Benchmark(results({"core": -12.0}, defenses=["<b~", "sft"])))
+    assert "$<$b\\textasciitilde{} &" in several
+
+
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selectors = ["full", "random", "pharmacist"]
     table = results({"random": 0.0, "pharmacist": -20.0}, fractions=(0.1, 0.3), attack=["mild", "hard"], noise=0.5)

@@ -393,6 +393,7 @@ def to_latex(benchmark: Benchmark) -> str:
 
 _LATEX = str.maketrans(
     {special: f"\\{special}" for special in "&%$#_{}"}
+    | {"[": "{[}", "*": "{*}"}  # which a row would take for arguments of the line break before it
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$"}
 )
 
@@ -410,7 +411,7 @@ def _latex(benchmark: Benchmark, label: str, what: str) -> str:
         table.columns = table.columns.get_level_values(1)
         judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
         # Names are the user's and are escaped; the numbers contain LaTeX of this module.
-        style = table.style.format(escape="latex", subset=list[Hashable](names))
+        style = table.style.format(_latex_text, subset=list[Hashable](names))
         text += (
             style.format_index(escape="latex", axis=1)
             .hide(axis="index")
