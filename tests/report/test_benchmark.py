@@ -384,3 +384,12 @@ def test_a_benchmark_without_results(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "no cell is finished yet" in error and "results.parquet: cannot be read" in error and error.count("\n") == 2
+
+
+def test_time_saved_is_of_the_seeds_that_both_have() -> None:
+    table = results({"core": -12.0}, defenses=["sft"], seeds=2)
+    times = {("full", 0): 100.0, ("core", 0): 30.0, ("core", 1): 90.0}
+    table = table[[key in times for key in zip(table["selector"], table["seed"], strict=True)]]
+    seconds = [times[key] for key in zip(table["selector"], table["seed"], strict=True)]
+    (core,) = verdicts(Benchmark(table.assign(alignment_seconds=seconds)))
+    assert core["time_saved"] == pytest.approx(70.0)

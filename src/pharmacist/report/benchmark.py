@@ -41,6 +41,8 @@ class Value(Figure):
     seeds: int = 1
     difference: Figure | None = None
     """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
+    baseline: float | None = None
+    """Mean of the baseline over the seeds of the difference."""
     p: float | None = None
     """p of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
@@ -233,12 +235,13 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
     if not measured:
         return None
     value = Value(**vars(metric.mean(list(measured.values()))), seeds=len(measured))
-    differences = [own - baseline[seed] for seed, own in measured.items() if seed in baseline]
-    if not differences:
+    pairs = [(own, baseline[seed]) for seed, own in measured.items() if seed in baseline]
+    if not pairs:
         return value
+    differences = [own - other for own, other in pairs]
     difference = metric.mean(differences, difference=True)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue) if difference.low is not None else None
-    return replace(value, difference=difference, p=p)
+    return replace(value, difference=difference, baseline=float(np.mean([other for _, other in pairs])), p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
@@ -286,9 +289,9 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
                 counts = {"better": signs.count(1), "worse": signs.count(-1), "n": len(differences)}
                 by_metric[metric.key] = vars(figure) | counts
         saved = [
-            -100 * difference.mean / (seconds.mean - difference.mean)
+            -100 * difference.mean / seconds.baseline
             for it in values
-            if (seconds := it.get("alignment_seconds")) and (difference := seconds.difference)
+            if (seconds := it.get("alignment_seconds")) and (difference := seconds.difference) and seconds.baseline
         ]
         if by_metric:
             about = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
