@@ -264,6 +264,10 @@ def test_a_benchmark(browser: Browser, bench: Path) -> None:
     before = page.evaluate(points)
     page.select_option("#setting", "1")
     assert page.evaluate(points) != before, "charts follow the setting"
+    page.goto("about:blank")
+    page.go_back()
+    page.wait_for_selector("html[data-ready]")
+    assert (page.input_value("#setting"), page.evaluate(points)) == ("0", before), "and the setting the charts"
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
     page.click("#theme")
