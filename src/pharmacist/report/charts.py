@@ -146,7 +146,7 @@ def composition(groups: Sequence[Mapping[str, Any]]) -> Spec:
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
-                textfont={"color": "var(--on-color)"},
+                textfont={"color": f"var(--on{word.color[1:]}, var(--on-color))"},
             )
         )
     x = {"range": [0, 100], "ticksuffix": " %", "showgrid": False}
@@ -340,7 +340,7 @@ def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
         {"x": max([mean, *seeds]), "y": word.title, "text": f"{mean:.1f} {unit}", **note} for word, seeds, mean in arms
     ]
     top = max(1e-9, *(max(seeds) for seeds in values.values()))
-    scale = {"range": [0, 122], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
+    scale = {"range": [0, 130], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
     return _bar_figure([bar, points], 200, 110, 32, annotations=notes, xaxis={"nticks": 5, **scale}, yaxis=_NAMES)
 
 
