@@ -401,8 +401,8 @@ _LATEX = str.maketrans(
 )
 
 
-def _latex_text(text: str) -> str:
-    return text.translate(_LATEX)
+def _latex_text(text: object) -> str:
+    return str(text).translate(_LATEX)
 
 
 def _latex(benchmark: Benchmark, label: str, what: str) -> str:
