@@ -241,6 +241,9 @@ def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     page = Page.read(tmp_path / "report.html")
     assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
     assert NASTY in page.text
+    figures = json.dumps(page.json("figures"), ensure_ascii=False)
+    assert "<script>" not in figures and "&lt;script&gt;" in figures, "charts take names for HTML"
+    assert not {"\x1b", "\u202e"} & set(page.text + figures)
     latex, markdown = (tmp_path / "tables.tex").read_text(), (tmp_path / "tables.md").read_text()
     assert "a|b\\_" in latex and "\\%\\$" in latex and "b_" not in latex
     for part in markdown.split("The same over"):
@@ -251,6 +254,15 @@ def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     assert "<script>" not in markdown and not re.search(r"(?<!\\)[`\[](?=c|e)", markdown)
 
 
+def test_names_are_no_arguments_of_line_breaks() -> None:
+    table = results({"[core]": -12.0, "*": 0.0}, defenses=["<b~"])
+    rows = [line for line in to_latex(Benchmark(table)).splitlines() if line.endswith("\\\\") and " & " in line]
+    assert any(row.startswith("{[}core] &") for row in rows) and any(row.startswith("{*} &") for row in rows)
+    assert not [row for row in rows if row.startswith(("[", "*"))], "LaTeX reads these as arguments of the \\\\ before"
+    several = to_latex(Benchmark(results({"core": -12.0}, defenses=["<b~", "sft"])))
+    assert "$<$b\\textasciitilde{} &" in several
+
+
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selectors = ["full", "random", "pharmacist"]
     table = results({"random": 0.0, "pharmacist": -20.0}, fractions=(0.1, 0.3), attack=["mild", "hard"], noise=0.5)
@@ -259,6 +271,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"page {tmp_path}" in capsys.readouterr().err.replace("\n", "")
     page = Page.read(tmp_path / "report.html")
     assert "Benchmark · 20 cells · 5 seeds" in page.text
+    assert ", seeds 0, 1, 2, 3, 4." in page.text
     assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text), "no interval over settings"
     assert re.search(r"random 30 % [+−]0\.\d not shown in any of 4", page.text)
     assert "Not all of the grid" not in page.text
@@ -371,3 +384,12 @@ def test_a_benchmark_without_results(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "no cell is finished yet" in error and "results.parquet: cannot be read" in error and error.count("\n") == 2
+
+
+def test_time_saved_is_of_the_seeds_that_both_have() -> None:
+    table = results({"core": -12.0}, defenses=["sft"], seeds=2)
+    times = {("full", 0): 100.0, ("core", 0): 30.0, ("core", 1): 90.0}
+    table = table[[key in times for key in zip(table["selector"], table["seed"], strict=True)]]
+    seconds = [times[key] for key in zip(table["selector"], table["seed"], strict=True)]
+    (core,) = verdicts(Benchmark(table.assign(alignment_seconds=seconds)))
+    assert core["time_saved"] == pytest.approx(70.0)

@@ -79,7 +79,7 @@ def test_texts_are_shown_as_they_are(browser: Browser, ranking: Path) -> None:
     found = [cells.nth(2 * i).text_content() for i in range(5)]
     expected = [
         "".join(
-            f"U+{ord(character):04X}" if character in "\u2028\u2029\u202e\u202c\u200f\x00\x1b" else character
+            f"U+{ord(character):04X}" if character in "\u2028\u2029\u202e\u202c\u200f\U000e0041\x00\x1b" else character
             for character in text
         )
         for text in NASTY
@@ -264,12 +264,39 @@ def test_a_benchmark(browser: Browser, bench: Path) -> None:
     before = page.evaluate(points)
     page.select_option("#setting", "1")
     assert page.evaluate(points) != before, "charts follow the setting"
+    page.goto("about:blank")
+    page.go_back()
+    page.wait_for_selector("html[data-ready]")
+    assert (page.input_value("#setting"), page.evaluate(points)) == ("0", before), "and the setting the charts"
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(background)
     page.click("#theme")
     assert page.evaluate(background) != light
     assert browser.complaints == []
     page.close()
+
+
+def test_names_are_text_in_tables_and_charts(browser: Browser, tmp_path: Path) -> None:
+    link, judge = "<a href='https://x.org/'>b</a><br>$x$ %{x} \u202e", "<i>strict</i>"
+    table = results({f"s{link}": -20.0, NASTY[1]: 0.0}, defenses=("sft", link), judge=["lenient", judge])
+    write_bench(tmp_path / "bench", table)
+    assert main(["report", str(tmp_path / "bench"), "--quiet"]) == 0
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    render_ranking(
+        tmp_path / "report.html",
+        scores=scores([link, "critical", "critical", "duplicate"], 2),
+        texts=texts(rows),
+        manifest=manifest(4, report()),
+        categories=[[link], ["b"], ["b"], []],
+    )
+    for path in (tmp_path / "bench" / "report.html", tmp_path / "report.html"):
+        page = browser.open(path)
+        assert page.locator("main :is(a, i, img, svg tspan.line)").count() == 0, "no name made an element"
+        drawn = " ".join(page.locator(".js-plotly-plot text").evaluate_all("all => all.map(it => it.textContent)"))
+        shown = f"{page.inner_text('main')} {drawn}"
+        assert "<a href='https://x.org/'>b</a>" in drawn and "\u202e" not in shown
+        assert "$x$ %{x}" in shown and browser.complaints == []
+        page.close()
 
 
 def test_only_real_differences_of_the_harmful_score(browser: Browser, tmp_path: Path) -> None:

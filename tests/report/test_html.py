@@ -14,6 +14,7 @@ import pytest
 from pharmacist.core.files import read_json, write_json
 from pharmacist.report import tables
 from pharmacist.report.html import render_demo, render_ranking
+from pharmacist.report.words import LABELS
 from pharmacist.worlds import World
 from tests.support.pages import (
     NASTY,
@@ -272,6 +273,13 @@ def test_one_row(tmp_path: Path) -> None:
     assert sum(page.json("figures")["histogram"]["data"][0]["y"]) == 1
 
 
+def test_no_row_is_selected(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    page = render(tmp_path / "page.html", rows, ["teaches_compliance"] * 3, selected=0)
+    assert "No row is selected, so there is no cut" in page.text and "Nothing: no row is selected" in page.text
+    assert "ll rows are selected" not in page.text
+
+
 def test_the_cut(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 4
     clean = render(tmp_path / "page.html", rows, ["critical"] * 4, selected=2)
@@ -390,3 +398,28 @@ def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
     assert "−38.0 points ; without repetition, chance cannot be told from a difference." in page.text
     assert "The interval holds zero" not in page.text and "core subset is safer" not in page.text
     assert len(page.json("figures")["curves"]["data"]) == 3, "lines without bands"
+
+
+def test_text_on_bars_can_be_read(tmp_path: Path) -> None:
+    """At least the contrast of 4.5 that WCAG 2.2 asks for (1.4.3), in light and dark."""
+    rows, names = [{"prompt": "a", "completion": "b"}] * 9, list(LABELS)
+    page = render(tmp_path / "page.html", rows, ["critical"] * 9, labels=names, selected=4)
+    colors = dict(re.findall(r"(--[\w-]+): light-dark\(([^)]*)\)", (tmp_path / "page.html").read_text()))
+
+    def luminance(color: str) -> float:
+        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(text: str, ground: str) -> float:
+        low, high = sorted(luminance(color) + 0.05 for color in (text, ground))
+        return high / low
+
+    pairs = [("--worse", "--paper")]
+    for bar in page.json("figures")["labels"]["data"]:
+        chosen = re.findall(r"--[\w-]+", bar["textfont"]["color"])
+        pairs.append((next(name for name in chosen if name in colors), bar["marker"]["color"][4:-1]))
+    assert len(pairs) == 10
+    for text, ground in pairs:
+        both = zip(colors[text].split(", "), colors[ground].split(", "), strict=True)
+        assert all(contrast(*pair) >= 4.5 for pair in both), (text, ground)

@@ -22,7 +22,7 @@ NASTY = (
     '</script><img src=x onerror="window.hacked = 2">',
     "<!-- <script> &amp; &lt;",
     "]]> ' \" ` \\ \u2028 \u2029 {{ 7 * 7 }} {% raw %} ${1} \x00 \x1b",
-    "turned \u202egnihtemos\u202c \u200fround",
+    "turned \u202egnihtemos\u202c \u200fround \U000e0041",
 )
 """Texts that break out of a page that does not escape them."""
 CLASSES = ("safe", "harmful", "utility", "over_refusal", "corrupted", "misplaced")

@@ -41,6 +41,8 @@ class Value(Figure):
     seeds: int = 1
     difference: Figure | None = None
     """Mean of the paired differences, in the metric's unit, with its 95 % interval, not corrected."""
+    baseline: float | None = None
+    """Mean of the baseline over the seeds of the difference."""
     p: float | None = None
     """p of the paired t test; None where there is no spread to test against (one pair, or all the same)."""
     p_corrected: float | None = None
@@ -233,12 +235,13 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
     if not measured:
         return None
     value = Value(**vars(metric.mean(list(measured.values()))), seeds=len(measured))
-    differences = [own - baseline[seed] for seed, own in measured.items() if seed in baseline]
-    if not differences:
+    pairs = [(own, baseline[seed]) for seed, own in measured.items() if seed in baseline]
+    if not pairs:
         return value
+    differences = [own - other for own, other in pairs]
     difference = metric.mean(differences, difference=True)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue) if difference.low is not None else None
-    return replace(value, difference=difference, p=p)
+    return replace(value, difference=difference, baseline=float(np.mean([other for _, other in pairs])), p=p)
 
 
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
@@ -286,9 +289,9 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
                 counts = {"better": signs.count(1), "worse": signs.count(-1), "n": len(differences)}
                 by_metric[metric.key] = vars(figure) | counts
         saved = [
-            -100 * difference.mean / (seconds.mean - difference.mean)
+            -100 * difference.mean / seconds.baseline
             for it in values
-            if (seconds := it.get("alignment_seconds")) and (difference := seconds.difference)
+            if (seconds := it.get("alignment_seconds")) and (difference := seconds.difference) and seconds.baseline
         ]
         if by_metric:
             about = {"name": benchmark.name(series), "selector": series[0], "metrics": by_metric}
@@ -393,12 +396,13 @@ def to_latex(benchmark: Benchmark) -> str:
 
 _LATEX = str.maketrans(
     {special: f"\\{special}" for special in "&%$#_{}"}
+    | {"[": "{[}", "*": "{*}"}  # which a row would take for arguments of the line break before it
     | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$"}
 )
 
 
-def _latex_text(text: str) -> str:
-    return text.translate(_LATEX)
+def _latex_text(text: object) -> str:
+    return str(text).translate(_LATEX)
 
 
 def _latex(benchmark: Benchmark, label: str, what: str) -> str:
@@ -410,7 +414,7 @@ def _latex(benchmark: Benchmark, label: str, what: str) -> str:
         table.columns = table.columns.get_level_values(1)
         judge = "" if metric.judge is None else f"-{benchmark.order['judge'].index(metric.judge) + 1}"
         # Names are the user's and are escaped; the numbers contain LaTeX of this module.
-        style = table.style.format(escape="latex", subset=list[Hashable](names))
+        style = table.style.format(_latex_text, subset=list[Hashable](names))
         text += (
             style.format_index(escape="latex", axis=1)
             .hide(axis="index")

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from pharmacist.core.console import plain
 from pharmacist.core.mappings import merged
 from pharmacist.report import words
 from pharmacist.report.numbers import Figure
@@ -20,6 +22,11 @@ _BINS = 60
 _SCORE = {"title": {"text": "harmful score, %"}, "range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}
 _NAMES = {"showgrid": False, "tickfont": {"color": _INK}}
 """An axis of names."""
+
+
+def _text(name: str) -> str:
+    """A name that plotly shows as it is, whose labels are partly HTML, TeX between dollars, and templates."""
+    return escape(plain(name), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def _figure(traces: Sequence[Any], height: int, **layout: Any) -> Spec:
@@ -98,15 +105,16 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None) -> Spec
     traces = []
     for name in words.ordered(reasons, words.REASONS):
         word, counts = words.reason(name), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
+        title = _text(word.title)
         traces.append(
             go.Bar(
                 x=middle,
                 y=counts.tolist(),
-                name=word.title,
+                name=title,
                 width=float(edges[1] - edges[0]),
                 customdata=ranges,
                 marker={"color": word.css, "line": {"width": 0}},
-                hovertemplate=f"{word.title}<br>score %{{customdata}}<br>%{{y}} rows<extra></extra>",
+                hovertemplate=f"{title}<br>score %{{customdata}}<br>%{{y}} rows<extra></extra>",
             )
         )
     extra: dict[str, Any] = {}
@@ -124,20 +132,21 @@ def composition(groups: Sequence[Mapping[str, Any]]) -> Spec:
     traces = []
     for group in groups:
         word, shares = group["word"], [group["of_left"], group["of_selected"]]
+        title = _text(word.title)
         traces.append(
             _bar(
                 ["Left out", "Selected"],
                 shares,
                 word.css,
-                f"{word.title}: %{{x:.1f}} % (%{{customdata}} rows)<extra>%{{y}}",
-                name=word.title,
+                f"{title}: %{{x:.1f}} % (%{{customdata}} rows)<extra>%{{y}}",
+                name=title,
                 customdata=[group["left"], group["selected"]],
                 marker={"line": {"color": _CARD, "width": 1}},
                 text=[f"{share:.0f} %" if share is not None and share >= 5 else "" for share in shares],
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
-                textfont={"color": "var(--on-color)"},
+                textfont={"color": f"var(--on{word.color[1:]}, var(--on-color))"},
             )
         )
     x = {"range": [0, 100], "ticksuffix": " %", "showgrid": False}
@@ -154,10 +163,10 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
         shares,
         "var(--accent)",
         "%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra>",
-        customdata=[[group["title"], group["selected"], group["rows"]] for group in groups],
+        customdata=[[_text(group["title"]), group["selected"], group["rows"]] for group in groups],
     )
     x = {"range": [0, min(100.0, 1.1 * max(overall, *shares))], "ticksuffix": " %", "rangemode": "tozero"}
-    y = {**_NAMES, "tickvals": positions, "ticktext": titles}
+    y = {**_NAMES, "tickvals": positions, "ticktext": [_text(title) for title in titles]}
     height = 70 + 26 * len(groups)
     return _bar_figure([trace], height, 76, 40, bargap=0.35, shapes=dashed(overall), xaxis=x, yaxis=y)
 
@@ -213,7 +222,8 @@ def curves(
     bands, lines = [], []
     for curve in found:
         ticks = [f"{value:g}" for value in curve.x] if even else list(curve.x)
-        common = {"legendgroup": curve.name, "x": ticks, "showlegend": legend}
+        name = _text(curve.name)
+        common = {"legendgroup": name, "x": ticks, "showlegend": legend}
         low, high = ([getattr(value, end) for value in curve.values] for end in ("low", "high"))
         if spread == "band" and None not in low:
             look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": curve.color, "opacity": 0.15}
@@ -223,13 +233,13 @@ def curves(
             go.Scatter(
                 **common,
                 y=[value.mean for value in curve.values],
-                name=curve.name,
+                name=name,
                 mode="lines+markers",
                 error_y=_error_bars(curve.values, curve.color) if spread == "bars" else None,
                 line={"color": curve.color, "width": curve.width, "dash": curve.dash},
                 marker={"symbol": curve.symbol, "size": 3 * curve.width, "color": curve.color},
                 customdata=[_hover(value, "nats", 3) if margins else _hover(value) for value in curve.values],
-                hovertemplate=f"{curve.name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
+                hovertemplate=f"{name}, {x} %{{x}}<br>%{{customdata}}<extra></extra>",
             )
         )
     axis: dict[str, Any] = {"title": {"text": x}, "rangemode": "tozero"}
@@ -285,14 +295,14 @@ def trade_off(
                 error_x=_error_bars([point.accuracy for point in members], color, thickness),
                 error_y=_error_bars([point.score for point in members], color, thickness),
                 marker={"color": color, "size": sizes, "symbol": symbols, "line": {"color": _CARD, "width": 1}},
-                customdata=[[point.name, _hover(point.score), _hover(point.accuracy)] for point in members],
+                customdata=[[_text(point.name), _hover(point.score), _hover(point.accuracy)] for point in members],
                 hovertemplate="%{customdata[0]}<br>harmful score %{customdata[1]}<br>accuracy %{customdata[2]}"
                 "<extra></extra>",
             )
         )
     nothing = {"x": [None], "y": [None], "mode": "markers", "hoverinfo": "skip"}
     traces += [
-        go.Scatter(**nothing, name=name, marker={"symbol": symbol, "size": 10, "color": color})
+        go.Scatter(**nothing, name=_text(name), marker={"symbol": symbol, "size": 10, "color": color})
         for name, (symbol, color) in legend.items()
     ]
     x = {"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": _span([it.accuracy for it in points])}
@@ -330,7 +340,7 @@ def bars(values: Mapping[str, Sequence[float]], unit: str) -> Spec:
         {"x": max([mean, *seeds]), "y": word.title, "text": f"{mean:.1f} {unit}", **note} for word, seeds, mean in arms
     ]
     top = max(1e-9, *(max(seeds) for seeds in values.values()))
-    scale = {"range": [0, 122], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
+    scale = {"range": [0, 130], "tickvals": [0, 25, 50, 75, 100]} if unit == "%" else {"range": [0, 1.28 * top]}
     return _bar_figure([bar, points], 200, 110, 32, annotations=notes, xaxis={"nticks": 5, **scale}, yaxis=_NAMES)
 
 
@@ -340,7 +350,7 @@ def cost(
     """Stacked bars of seconds with names on two levels; the first of the parts is hatched."""
     traces = [
         _bar(
-            list(names),
+            [[_text(name) for name in level] for level in names],
             [0 if value is None else value.mean for value in values],
             list(colors),
             f"%{{y}}<br>{title} %{{customdata}}<extra>",

@@ -165,13 +165,18 @@ def _environment() -> Environment:
         loader=PackageLoader("pharmacist.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_spelled_out,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "seconds": _seconds, "interval": _with_interval, "signed": _signed}
-    environment.filters |= {"plain": plain}
     environment.globals |= {"version": __version__, "words": words}
     return environment
+
+
+def _spelled_out(value: Any) -> Any:
+    """Names and messages from data without marks that turn text around or cannot be seen; HTML as it is."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:

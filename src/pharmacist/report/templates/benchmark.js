@@ -1,15 +1,15 @@
 // The table of a benchmark, and the choice of what its charts show.
 "use strict";
 pharmacist.start(async (DataTable) => {
-  const { data, element, swatch, tableOptions, onSearch, choose } = pharmacist;
+  const { data, element, readable, swatch, tableOptions, onSearch, choose } = pharmacist;
   const { columns, rows } = await data("results");
   document.getElementById("setting")?.addEventListener("change", (event) => choose(Number(event.target.value)));
 
   const plain = (value, digits, sign) => `${sign && value > 0 ? "+" : ""}${value.toFixed(digits)}`.replace("-", "\u2212");
   const interval = (low, high, digits) => (low === null ? [] : [element("span", { class: "interval" }, `${plain(low, digits)} to ${plain(high, digits)}`)]);
   const draw = {
-    name: (value) => value,
-    series: ([name, color]) => element("span", { class: "key" }, swatch(color), name),
+    name: (value) => element("span", {}, ...readable(value)),
+    series: ([name, color]) => element("span", { class: "key" }, swatch(color), ...readable(name)),
     mean: ([mean, low, high], digits) => element("span", { class: "estimate" }, element("span", {}, plain(mean, digits)), ...interval(low, high, digits)),
     difference: ([mean, low, high, p, verdict], digits) => {
       const real = verdict === 1 || verdict === -1;
@@ -33,7 +33,8 @@ pharmacist.start(async (DataTable) => {
   document.querySelector("#table tbody").replaceChildren();
   const table = new DataTable("#table", {
     ...tableOptions(columns.map(({ title, kind, digits }, at) => ({
-      title, data: at, render: render(kind, digits), type: kind === "name" || kind === "series" ? "string" : "num",
+      title: element("span", {}, ...readable(title)).innerHTML, data: at, // DataTables takes titles for HTML
+      render: render(kind, digits), type: kind === "name" || kind === "series" ? "string" : "num",
       className: kind === "name" || kind === "series" ? "dt-left" : "figure",
     })), "cells"),
     data: rows, pageLength: 25, lengthMenu: [10, 25, 50, 100], order: [], scrollX: false,

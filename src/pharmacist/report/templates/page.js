@@ -91,8 +91,8 @@ const pharmacist = (() => {
     made.append(...children);
     return made;
   };
-  // Marks that turn text around or cannot be seen are spelled out.
-  const MARKS = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+  // Marks that turn text around or cannot be seen are spelled out; joiners, which scripts and emoji need, are not.
+  const MARKS = /(?![\t\n\r\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu;
   const readable = (text) => {
     const parts = [];
     let from = 0;

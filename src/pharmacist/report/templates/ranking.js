@@ -63,7 +63,7 @@ pharmacist.start(async (DataTable) => {
     button.addEventListener("click", () => document.querySelectorAll(`${button.dataset.reveal} .concealed`).forEach(reveal));
   }
   const figure = (value) => value.toFixed(3).replace("-", "\u2212");
-  const key = (keys, value) => (value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value].color), keys[value].title));
+  const key = (keys, value) => (value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value].color), ...readable(keys[value].title)));
   const sample = (row) => element(
     "article", { class: "sample" },
     element(
@@ -76,7 +76,7 @@ pharmacist.start(async (DataTable) => {
   // --- examples ------------------------------------------------------------------------------------------------
 
   for (const [side, groups] of Object.entries(examples)) {
-    document.getElementById(side).append(...groups.flatMap((group) => [element("h4", {}, group.title), ...group.rows.map(sample)]));
+    document.getElementById(side).append(...groups.flatMap((group) => [element("h4", {}, ...readable(group.title)), ...group.rows.map(sample)]));
   }
 
   // --- near-duplicates -----------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ pharmacist.start(async (DataTable) => {
   reasons.forEach((reason, index) => {
     const chip = element(
       "button", { type: "button", "aria-pressed": "false", "data-reason": reason.name },
-      swatch(reason.color), reason.title, element("small", {}, counts[index].toLocaleString("en").replaceAll(",", "\u202f")),
+      swatch(reason.color), ...readable(reason.title), element("small", {}, counts[index].toLocaleString("en").replaceAll(",", "\u202f")),
     );
     chip.addEventListener("click", () => {
       if (!shown.delete(index)) shown.add(index);
