@@ -1,23 +1,26 @@
 """The Python interface of objects: results as by files, nothing of the caller's changed, nothing left behind."""
 
+import copy
 import dataclasses
 import inspect
 import json
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from docstring_parser import parse_from_object
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 import pharmacist as ph
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.worlds import BASE_MODEL, World
@@ -239,6 +242,78 @@ def test_arguments_of_transformers_become_options() -> None:
     assert train_options(strange, {})["optim"] == "sgd"
     with pytest.raises(ConfigError, match="train.eval_strategy: is decided by another option"):
         ph.align(str(BASE_MODEL), SETS["pool"], args=strange)
+
+
+def test_random_states_are_the_callers(model: PreTrainedModel) -> None:
+    def states() -> list[Any]:
+        return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+    before = states()
+    aligned(model)
+    assert states() == before
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_token_without_embedding_leaves_no_hook_on_the_callers_model(model: PreTrainedModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    own = aligned(model, tokenizer=tokenizer)
+    assert not model.get_input_embeddings()._forward_pre_hooks
+    with pytest.raises(DataError, match="holds '<image>', a token that the model has no embedding for"):
+        own(torch.tensor([[len(tokenizer) - 1]]))
+
+
+def test_an_adapter_is_continued_with_all_its_parts_and_no_others(model: PreTrainedModel) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    start = get_peft_model(copy.deepcopy(model), config)
+    start.add_adapter("other", LORA)
+    before = {name: value.clone() for name, value in start.named_parameters()}
+    given = {"task": SETS["task"], "kind": "benign", "samples": 8, "args": ARGS}
+    own = ph.attack(start, adapter="continue", **given)
+    assert all(torch.equal(value, before[name]) for name, value in start.named_parameters())
+    trained = {name for name, value in own.named_parameters() if value.requires_grad}
+    moved = {name for name, value in own.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == trained and all(".default." in name for name in moved)
+    assert any("modules_to_save" in name for name in moved) and any("lora_B" in name for name in moved)
+
+
+def test_adapters_that_cannot_be_trained_on_are_named(model: PreTrainedModel) -> None:
+    disabled = get_peft_model(copy.deepcopy(model), LORA)
+    disabled.disable_adapter_layers()
+    with pytest.raises(CompatibilityError, match=r"adapters are disabled; enable_adapter_layers\(\)"):
+        aligned(disabled)
+    added = copy.deepcopy(model)
+    added.add_adapter(LORA)
+    with pytest.raises(CompatibilityError, match="by transformers' add_adapter, which cannot be trained on"):
+        aligned(added)
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "class": (lambda model: ph.rank(SETS["pool"], selector=ph.LengthSelector), "selector: must be a Selector, its"),
+    "kind": (lambda model: ph.align(model, SETS["pool"], defense=ph.LengthSelector()), "defense: must be a Gradient"),
+    "nameless": (lambda model: ph.rank(SETS["pool"], selector={"keep": "long"}), "a mapping with its 'name', not"),
+    "columns": (lambda model: ph.rank(SETS["pool"], columns=["prompt"]), "columns: must be a mapping such as"),
+    "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
+    "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
+    "model": (lambda model: ph.evaluate(5), "model: must be a path, a hub id or a loaded causal language model"),
+    "args": (lambda model: ph.align(model, SETS["pool"], args={"max_steps": 2}), "args: must be transformers'"),
+    "peft": (
+        lambda model: ph.align(model, SETS["pool"], peft_config=IA3Config()),
+        "peft_config: must be a LoraConfig",
+    ),
+    "side": (
+        lambda model: ph.tokenize([], AutoTokenizer.from_pretrained(BASE_MODEL), side="left"),
+        "side must be one",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_one_clear_line(model: PreTrainedModel, wrong: str) -> None:
+    call, message = WRONG[wrong]
+    with pytest.raises(ConfigError, match=message) as caught:
+        call(model)
+    assert "\n" not in str(caught.value)
 
 
 OPTIONS: list[tuple[Callable[..., Any], type]] = [

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from pharmacist.attacks import Attack
 from pharmacist.core.config import docs_of, method_fields
-from pharmacist.core.method import Method
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.typed import checked, cut
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import read_records
@@ -316,8 +317,12 @@ def tokenize(
         transformers and TRL's ``SFTTrainer``.
 
     Raises:
+        ConfigError: Arguments that cannot be used.
         DataError: Rows that cannot be used.
     """
+    checked("side", Literal["chosen", "rejected"], side)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"tokenizer: must be a loaded tokenizer, not {cut(repr(tokenizer))}")
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:
         records = read_records(open_source(rows, name="rows"), work_dir=folder, side=side)
         encoded = encode(records.dataset, tokenizer, choose_template(tokenizer, template), max_length=max_length)
@@ -343,10 +348,14 @@ def _model_from(stage: Stage, arguments: dict[str, Any]) -> Any:
 def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
     """A stage's options from the arguments of its function; None stands for the default."""
     if (args := arguments.get("args")) is not None:
+        if not isinstance(args, TrainingArguments):
+            raise ConfigError(f"args: must be transformers' TrainingArguments, not {cut(repr(args))}")
         arguments["train"] = train_options(args, stage.options.TRAIN_DEFAULTS)
         arguments |= {"device": "cpu" if args.use_cpu else "auto", "dtype": "bfloat16" if args.bf16 else "auto"}
         arguments["seed"] = args.seed if arguments["seed"] is None else arguments["seed"]
     if (lora := arguments.get("peft_config")) is not None:
+        if not isinstance(lora, LoraConfig):
+            raise ConfigError(f"peft_config: must be a LoraConfig of PEFT, not {cut(repr(lora))}")
         arguments["lora"] = PeftLoraOptions.of(lora)
     values: dict[str, Any] = {"output_dir": arguments.pop("output_dir") or ""}
     for item in fields(stage.options):
@@ -358,9 +367,9 @@ def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
         elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):
-            value = _choice(value)
+            value = _choice(item.name, value)
         elif item.name == "columns" and not isinstance(value, str):
-            value = ",".join(f"{name}={column}" for name, column in value.items())
+            value = _columns(value)
         values[item.name] = value
     return stage.options(**values)
 
@@ -373,7 +382,34 @@ def _rows(rows: Any, name: str, *, several: bool) -> Any:
     return rows if rows is None or isinstance(rows, str) else open_source(rows, name=name)
 
 
-def _choice(method: Choice | Method) -> dict[str, Any]:
-    if isinstance(method, Method):
-        return method.choice()
-    return {"name": method} if isinstance(method, str) else dict(method)
+def _columns(columns: Any) -> str | None:
+    """Other column names as an option holds them."""
+    if not isinstance(columns, Mapping):
+        raise ConfigError(f'columns: must be a mapping such as {{"prompt": "question"}}, not {cut(repr(columns))}')
+    for name in columns.values():
+        if set(",=") & set(str(name)):
+            raise ConfigError(f"columns: the name {name!r} holds a comma or an equals sign; rename that column")
+    return ",".join(f"{name}={column}" for name, column in columns.items()) or None
+
+
+_KINDS: dict[str, type[Any]] = {
+    "selector": Selector,
+    "defense": GradientStrategy,
+    "kind": Attack,
+    "method": Repair,
+    "task_type": Grader,
+    "judge": Judge,
+    "second_judge": Judge,
+}
+"""Arguments that hold methods, and the base class of these."""
+
+
+def _choice(argument: str, method: Any) -> dict[str, Any]:
+    if isinstance(method, _KINDS[argument]):
+        return method.choice()  # type: ignore[no-any-return]
+    if isinstance(method, str):
+        return {"name": method}
+    if isinstance(method, Mapping) and isinstance(method.get("name"), str):
+        return dict(method)
+    kind = _KINDS[argument].__name__
+    raise ConfigError(f"{argument}: must be a {kind}, its name, or a mapping with its 'name', not {cut(repr(method))}")

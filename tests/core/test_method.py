@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import Parameter
 
 import pytest
 
@@ -82,3 +83,9 @@ def test_methods_wait_until_they_are_asked_for() -> None:
     code += "print(before, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_options_are_given_by_name_as_help_shows() -> None:
+    assert {option.kind for option in inspect.signature(ph.Vaccine).parameters.values()} == {Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match="Vaccine: options are given by name"):
+        ph.Vaccine(2)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
-from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.training.checkpoint import newest_checkpoint
 from tests.support.pairs import Pairs
 from tests.support.training_toy import Stop, rows, same
 
@@ -41,6 +42,7 @@ def make(kind: str, model: Path, output: Path, strategy: Any, *callbacks: Any, *
         "disable_tqdm": True,
         "gradient_checkpointing": False,
     }
+    given |= more.pop("arguments", {})
     shared = {"strategy": strategy, "callbacks": list(callbacks), "processing_class": tokenizer} | more
     if kind == "trl":
         pairs = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows()]
@@ -129,3 +131,41 @@ def test_what_a_strategy_found_is_kept(model: Path, tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer.found["sampled_at_a_time"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("strategy", [ph.KL(lam=50), ph.ConstrainedSFT(beta=1)], ids=lambda strategy: strategy.name)
+def test_a_strategy_that_reads_outputs_acts_in_trl(model: Path, tmp_path: Path, strategy: Any) -> None:
+    plain, defended = (make("trl", model, tmp_path / own.name, own) for own in (ph.SFT(), strategy))
+    for trainer in (plain, defended):
+        trainer.train()
+    assert not same(weights(plain), weights(defended))
+
+
+def test_batches_and_checkpointing_that_hide_gradients_are_refused(model: Path, tmp_path: Path) -> None:
+    packed = {"packing": True}
+    with pytest.raises(CompatibilityError, match="vaccine needs batches with an attention_mask, .*='wrapped'"):
+        make("trl", model, tmp_path, ph.Vaccine(), arguments=packed).train()
+    make("trl", model, tmp_path, ph.SFT(), arguments=packed).train()
+    kind: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(CompatibilityError, match="vaccine cannot see gradients under reentrant"):
+        make("transformers", model, tmp_path, ph.Vaccine(), arguments=kind).train()
+    kind["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    make("transformers", model, tmp_path, ph.Vaccine(), arguments=kind).train()
+
+
+def test_checkpoints_of_an_adapter_with_a_name_of_its_own_are_whole(model: Path, tmp_path: Path) -> None:
+    trainer = make("transformers", model, tmp_path, ph.SFT())
+    trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LORA, adapter_name="mine")
+    trainer.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "mine" / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_what_is_no_strategy_or_stream_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="strategy: must be a method such as"):
+        make("transformers", model, tmp_path, ph.Vaccine)
+    endless = {"harmful": harmful(model).to_iterable_dataset()}
+    with pytest.raises(DataError, match="'harmful' .IterableDataset. has no length"):
+        make("transformers", model, tmp_path, ph.Booster(), streams=endless)

@@ -44,14 +44,17 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        signature = inspect.signature(cls.Config).replace(return_annotation=inspect.Signature.empty)
-        cls.__signature__ = signature  # type: ignore[attr-defined]
+        signature = inspect.signature(cls.Config)
+        options = [option.replace(kind=option.KEYWORD_ONLY) for option in signature.parameters.values()]
+        cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         if "name" not in vars(cls):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(self, config: Any = None, /, **options: Any) -> None:
         if config is not None and options:
             raise TypeError(f"{type(self).__name__}: give a config or its fields, not both")
+        if config is not None and not isinstance(config, self.Config):
+            raise TypeError(f"{type(self).__name__}: options are given by name, not as {config!r}")
         self.config = self.Config(**options) if config is None else config
         self.__post_init__()
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 import xxhash
 from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.env import offline
-from pharmacist.core.errors import CompatibilityError, DataError, one_line
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
 from pharmacist.core.hashing import sha256_content, sha256_json
 from pharmacist.core.typed import Given
 from pharmacist.data.templates import Template, check_template, choose_template, load_template
@@ -22,7 +24,7 @@ from pharmacist.nn.devices import resolve_device, resolve_dtype
 from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
 from pharmacist.nn.model_folders import ModelSource, adapter_folder, base_name, is_output, lineage
-from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer
+from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding
 
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -173,13 +175,26 @@ def wrap_model(
         template: As in `load_model`.
 
     Raises:
+        ConfigError: What is given is no model or no tokenizer.
         DataError: There is no tokenizer.
-        CompatibilityError: The tokenizer does not fit.
+        CompatibilityError: The tokenizer does not fit, or the model's adapters are disabled.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        kind = type(model).__name__
+        raise ConfigError(f"model: must be a path, a hub id or a loaded causal language model, not {kind}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"tokenizer: must be a loaded tokenizer, not {type(tokenizer).__name__}")
     path = str(getattr(model, "name_or_path", "") or "")
     remedy = "give tokenizer=TOKENIZER"
     with failures_as(DataError, lambda error: f"the model comes with no tokenizer ({one_line(error)}); {remedy}"):
         found = AutoTokenizer.from_pretrained(path, local_files_only=offline()) if tokenizer is None else tokenizer
+    if isinstance(model, PeftModel) and any(
+        layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+    ):
+        raise CompatibilityError(
+            f"{path or 'the model'}: its adapters are disabled; enable_adapter_layers() turns them on, and unload() "
+            "gives the model without them"
+        )
     found = copy.deepcopy(found)  # a padding token and a template may be set
     name = path or type(model).__name__
     check_tokenizer(name, found, model)
@@ -191,18 +206,28 @@ def wrap_model(
 def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
     """A copy of the model that shares its weights, but for those that may be changed.
 
-    These are an adapter's, or all where an adapter is merged into the model.
+    These are the active adapter's, or all where an adapter is merged into the model.
     """
     model: Any = loaded.model
     if isinstance(model, PeftModel) and merge:
         whole = merge_adapter(copy.deepcopy(model).eval(), loaded.name).requires_grad_(False)
+        guard_embedding(loaded.name, loaded.tokenizer, whole)
         return replace(loaded, model=whole.eval())
     shared: dict[int, Any] = {}
+    active = model.active_adapters if isinstance(model, PeftModel) else []
     for name, parameter in model.named_parameters():
-        trained = isinstance(model, PeftModel) and "lora_" in name
+        trained = _adapter_of(name) in active
         value = parameter.detach().clone() if trained else parameter.detach()
         shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
-    return replace(loaded, model=copy.deepcopy(model, shared).eval(), shared=True)
+    copied = copy.deepcopy(model, shared).eval()
+    guard_embedding(loaded.name, loaded.tokenizer, copied)
+    return replace(loaded, model=copied, shared=True)
+
+
+def _adapter_of(parameter: str) -> str | None:
+    """The adapter that a parameter of a PEFT model is part of, by its name."""
+    kinds = ("lora_", "modules_to_save", "trainable_tokens_")
+    return next((after for part, after in pairwise(parameter.split(".")) if part.startswith(kinds)), None)
 
 
 @dataclass(frozen=True)
@@ -236,6 +261,7 @@ class _Loader:
                 "would be random; give a complete model"
             )
         check_tokenizer(name, tokenizer, model)
+        guard_embedding(name, tokenizer, model)
         model = model.to(self.device).eval().requires_grad_(False)
         folder = Path(name)
         base = name if not folder.is_dir() else None if is_output(folder) else str(Path(path).resolve())

@@ -44,6 +44,7 @@ def adapter_tokenizer(
         if own is None:
             tokenizer.chat_template = base.chat_template
         check_tokenizer(str(adapter), tokenizer, model)
+        guard_embedding(str(adapter), tokenizer, model)
         return tokenizer, own is not None
     path = adapter / "chat_template.jinja"
     if path.is_file():
@@ -61,7 +62,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -
     Args:
         name: Of the model, for messages.
         tokenizer: Pads with the end-of-sequence token from here on where it has no padding token that can be used.
-        model: Gets a hook that refuses special tokens without an embedding when a text holds one.
+        model: Which the embedding is of.
 
     Raises:
         CompatibilityError: The tokenizer cannot end a text, or does not belong to the model.
@@ -72,7 +73,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -
             "set eos_token in tokenizer_config.json"
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    beyond = _beyond(tokenizer, model)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i for i, token in added.items() if token.special}
     needed = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
@@ -88,6 +89,17 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -
         why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
         console().print(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, model: Any) -> dict[int, str]:
+    """Tokens that the model has no embedding for, by id."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+
+
+def guard_embedding(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Gives a model a hook that refuses special tokens without an embedding when a text holds one."""
+    beyond = _beyond(tokenizer, model)
     if not beyond:
         return
 

@@ -54,11 +54,12 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             own = self.strategy.state()
             save_file({k: v.contiguous() for k, v in own.tensors.items()}, folder / "strategy.safetensors")
-            for path in folder.iterdir():
+            paths = [path for path in folder.rglob("*") if path.is_file()]  # adapters of other names lie in folders
+            for path in paths:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             positions = {n: stream.position for n, stream in self.streams.items() if hasattr(stream, "position")}
-            files = {path.name: _digest(path) for path in folder.iterdir()}
+            files = {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
             write_json(folder / _COMPLETE, {"strategy": own.values, "streams": positions, "files": files})
 
 

@@ -1,15 +1,17 @@
 """The training of a stage: a loaded model on tokenised rows with a gradient strategy, resumable, and its output."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -24,6 +26,7 @@ from pharmacist.data.batches import collate
 from pharmacist.data.tokenize import Encoded
 from pharmacist.nn.devices import resolve_dtype
 from pharmacist.nn.distributed import barrier
+from pharmacist.nn.hooks import replayed_rng
 from pharmacist.nn.libraries import silent_library
 from pharmacist.nn.memory import PeakMemory
 from pharmacist.nn.models import LoadedModel
@@ -82,6 +85,11 @@ class _Collator:
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedModel:
     """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the adapter it has, or all weights."""
     model: Any = loaded.model
+    if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
+        raise CompatibilityError(
+            f"{options.model}: has an adapter by transformers' add_adapter, which cannot be trained on; load it with "
+            "PeftModel.from_pretrained"
+        )
     if options.tuning == "full":
         return replace(loaded, model=(deepcopy(model) if loaded.shared else model).float().requires_grad_(True))
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
@@ -103,6 +111,18 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedM
     # An adapter finds its base by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.base.name
     return replace(loaded, model=model)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the random states that a Trainer seeds: the caller's are as before."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with replayed_rng(device):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -235,7 +255,8 @@ class Training:
 
         with run.phase("train") as phase:
             memory = PeakMemory(self.loaded.device)
-            result = self.fit([Snapshots(snapshots, save)])
+            with _own_random_state(self.loaded.device):
+                result = self.fit([Snapshots(snapshots, save)])
             phase.tokens = result.tokens
             phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
         barrier()

@@ -62,6 +62,13 @@ def _refusing_options() -> Iterator[None]:
         raise ConfigError(f"train: {one_line(error, 300)}") from error
 
 
+def _is_reentrant(model: nn.Module) -> bool:
+    """Whether a model repeats forward passes by torch's reentrant gradient checkpointing."""
+    saving = (module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in saving)
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
 _Trainer: Any = object
 """Base of the mix-in for type checkers: the classes that it is mixed into have a Trainer's attributes."""
 
@@ -101,6 +108,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     ) -> None:
         with _refusing_options():
             super().__init__(*args, **kwargs)
+        if not isinstance(strategy, GradientStrategy):
+            raise ConfigError(f"strategy: must be a method such as pharmacist.Vaccine(rho=2), not {strategy!r}")
         self.strategy, self.found = strategy, dict[str, Any]()
         self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
         self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
@@ -126,6 +135,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         """Endless batches of a dataset of tokenised rows; anything else is a stream already."""
         if not hasattr(rows, "__getitem__"):
             return rows
+        if not has_length(rows):
+            raise DataError(f"streams: '{name}' ({type(rows).__name__}) has no length; give a datasets.Dataset")
         if not len(rows) or "input_ids" not in rows[0]:
             raise DataError(f"streams: '{name}' holds no tokenised rows; pharmacist.tokenize makes them from text")
         if name == "safe" and self.strategy.mixed_in(10**6)[0]:
@@ -201,6 +212,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
             return torch.zeros((), device=inputs["labels"].device)
         model.train()
+        self._check_passes(inputs)
         step = StepContext(
             model=self.model,
             batch=inputs,
@@ -232,6 +244,22 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             self._sums.setdefault(key, []).append(value)
         return loss
 
+    def _check_passes(self, inputs: Mapping[str, Any]) -> None:
+        """Refuses what a strategy's own passes over the batch cannot work with."""
+        kind = type(self.strategy)
+        if kind.auxiliary is GradientStrategy.auxiliary and kind.around is GradientStrategy.around:
+            return
+        if "attention_mask" not in inputs:
+            raise CompatibilityError(
+                f"{self.strategy.name} needs batches with an attention_mask, and padding_free has none; leave it out, "
+                "and packing too, or give packing_strategy='wrapped'"
+            )
+        if self._micro == 0 and _is_reentrant(self.model):
+            raise CompatibilityError(
+                f"{self.strategy.name} cannot see gradients under reentrant gradient checkpointing; give "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -251,6 +279,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             )
         loss, outputs = found if with_outputs else (found, None)
         if step is not None:
+            if overridden and self.strategy.reads_outputs and not outputs["logits"].requires_grad:
+                outputs = step.output(inputs)  # TRL's own outputs are without a graph
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
