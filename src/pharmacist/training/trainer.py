@@ -279,7 +279,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             )
         loss, outputs = found if with_outputs else (found, None)
         if step is not None:
-            if overridden and self.strategy.reads_outputs and not outputs["logits"].requires_grad:
+            if outputs is not None and not outputs["logits"].requires_grad:
                 outputs = step.output(inputs)  # TRL's own outputs are without a graph
             loss = self.strategy.objective(step, loss, outputs)
             self._check("loss", loss)

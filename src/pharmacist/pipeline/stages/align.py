@@ -17,7 +17,7 @@ class AlignOptions(TrainingStageOptions):
     data: str
     """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
-    """Alignment-stage defense; sft is none. For `attack` are constrained-sft, ewc, kl, ldifs, lisa and vlguard."""
+    """Alignment-stage defense; sft is none."""
     harmful: str | None = None
     """Harmful rows for the defenses that use them: harmful prompt, harmful answer. Of a preference file the rejected
     answers are taken, and so they are of --data where this is left out."""

@@ -27,7 +27,7 @@ class AttackOptions(TrainingStageOptions):
     samples: AtLeast1 = 1000
     """Rows in the set."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
-    """Fine-tuning-stage defense; sft is none. For `align` are booster, repnoise, t-vaccine, tar and vaccine."""
+    """Fine-tuning-stage defense; sft is none."""
     safe: str | None = None
     """The defender's safe rows, for the defenses that use them."""
     adapter: Literal["fresh", "continue"] = "fresh"
