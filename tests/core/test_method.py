@@ -43,7 +43,7 @@ def test_a_method_is_its_options() -> None:
     assert repr(stir) == "WoodenStir(rounds=5, address='')" and eval(repr(stir)).config == stir.config
     assert stir.choice() == {"name": "wooden-stir", "rounds": 5, "address": ""}
     assert WoodenStir(StirConfig(4)).turns == 8
-    assert str(inspect.signature(WoodenStir)) == "(rounds: int = 3, address: str = '')"
+    assert str(inspect.signature(WoodenStir)) == "(*, rounds: int = 3, address: str = '')"
     with pytest.raises(TypeError, match="unexpected keyword argument 'round'"):
         WoodenStir(round=5)
     with pytest.raises(TypeError, match="a config or its fields"):
@@ -66,7 +66,9 @@ def test_every_method_is_built_from_keywords_and_shows_them(registry: Registry, 
     kind = registry.get(name)
     assert issubclass(kind, Method) and kind.name == name and kind.__doc__
     assert getattr(ph, kind.__name__) is kind and kind.__name__ in dir(ph)
-    assert inspect.signature(kind).parameters == inspect.signature(kind.Config).parameters
+    options = inspect.signature(kind.Config).parameters.values()
+    by_name = [option.replace(kind=option.KEYWORD_ONLY) for option in options]
+    assert [*inspect.signature(kind).parameters.values()] == by_name
     built = kind(**GIVEN.get(name, {}))
     assert repr(built).startswith(f"{kind.__name__}(") and registry.build_from(built.choice()).config == built.config
 
