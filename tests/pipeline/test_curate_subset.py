@@ -11,10 +11,12 @@ import pytest
 import pharmacist as ph
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.data.formats import open_source
 from pharmacist.pipeline.choosing import changed_by_labels
 from pharmacist.pipeline.select import SelectOptions, select
 from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
+from pharmacist.selectors.labels import write_labels
 from tests.support import village
 from tests.support.tiny import save_tiny_model
 
@@ -53,6 +55,17 @@ def test_balance_keeps_every_value_and_says_so(files, tmp_path, capfd):
     assert curate(files, tmp_path / "b", "--selector", "length", "--top-k", "12", "--quiet") == 0
     plain = pd.read_parquet(tmp_path / "b" / "scores.parquet")
     assert "group" not in plain and not plain["selected"][30:].any(), "else this proves nothing"
+
+
+def test_no_model_is_aligned_on_no_row(files, tmp_path, capfd):
+    labels, few = tmp_path / "labels.json", {"pool": files["few"]}
+    said_of = dict(enumerate(["harmful", "over_refusal", "harmful", "harmful", "harmful"]))
+    write_labels(labels, open_source(files["few"]).fingerprint(), said_of)
+    for number, more in enumerate([(), ("--labels", str(labels))]):
+        assert curate(few, tmp_path / str(number), "--selector", "length", "--top-k", "2", *more) == 0
+        said = "".join(capfd.readouterr())
+        assert ("5 rows ranked, 0 selected" in said) == (number == 1)
+        assert ("next: pharmacist align" in said) == (number == 0)
 
 
 def test_balance_by_numbers_lists_and_python(files):

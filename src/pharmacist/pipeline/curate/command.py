@@ -198,6 +198,7 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
     lines += [f"without more references it cannot see: {reason}" for reason in about.get("cannot_see", [])]
     lines += [f"scores {run.path('scores.parquet')}", f"core subset {run.path(selected)}"]
     lines += [f"page {run.path('report.html')}"]
-    lines += [f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR"]
+    if ranking.table["selected"].any():
+        lines += [f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR"]
     for line in lines:
         console().print(line, soft_wrap=True, markup=False)
