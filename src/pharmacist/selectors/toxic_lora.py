@@ -26,7 +26,8 @@ class ToxicLoraConfig(AdapterOptions):
     """Options of the selector."""
 
     toxic_steps: AtLeast0 = 60
-    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; 0 is `unrolled`."""
+    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; with 0 the selector is
+    `unrolled` with the same lookahead."""
     attached: Literal["upper", "both"] = "both"
     """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
     learned, so that rows count for what they teach a model that is attacked already."""
