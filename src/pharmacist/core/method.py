@@ -53,7 +53,7 @@ class Method:
     def __init__(self, config: Any = None, /, **options: Any) -> None:
         if config is not None and options:
             raise TypeError(f"{type(self).__name__}: give a config or its fields, not both")
-        if config is not None and not isinstance(config, self.Config):
+        if config is not None and not dataclasses.is_dataclass(config):
             raise TypeError(f"{type(self).__name__}: options are given by name, not as {config!r}")
         self.config = self.Config(**options) if config is None else config
         self.__post_init__()
