@@ -298,4 +298,4 @@ def test_a_disk_that_is_really_full(
         for name in ("scores.parquet", "selected.jsonl"):
             assert (disk / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

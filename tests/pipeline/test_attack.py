@@ -423,4 +423,4 @@ def test_a_disk_that_is_really_full(
         assert main(given) == 0
         assert (disk / "out" / WEIGHTS).read_bytes() == (attacked / WEIGHTS).read_bytes()
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
