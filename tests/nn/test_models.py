@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pharmacist.core.errors import CompatibilityError, DataError
@@ -13,7 +14,7 @@ from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
 from pharmacist.nn.devices import resolve_device, resolve_dtype
-from pharmacist.nn.models import load_model, model_fingerprint
+from pharmacist.nn.models import load_model, model_fingerprint, wrap_model
 from pharmacist.nn.tokenizers import tokenizer_fingerprint
 from tests.support.tiny import random_token_rows, save_tiny_model, tiny_llama, tiny_tokenizer
 
@@ -150,6 +151,19 @@ def test_a_fingerprint_is_of_content(folder, adapter, tmp_path):
     middle = model_fingerprint(str(tmp_path / "adapter"))
     save_tiny_model(tmp_path / "base", seed=1)
     assert len({before, middle, model_fingerprint(str(tmp_path / "adapter"))}) == 3
+
+
+def test_a_fingerprint_of_a_loaded_model_knows_its_adapters(folder):
+    def loaded(alpha: int, active: str = "default") -> str:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+        model.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+        model.set_adapter(active)
+        return model_fingerprint(wrap_model(model, tiny_tokenizer()))
+
+    assert loaded(4) == loaded(4)
+    assert len({loaded(4), loaded(8), loaded(4, "second")}) == 3
 
 
 def test_tokenizer_fingerprints_tell_special_tokens_apart():

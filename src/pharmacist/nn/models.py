@@ -89,15 +89,18 @@ class LoadedModel(Given):
 
 
 def model_fingerprint(name: str | LoadedModel) -> str:
-    """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one's weights.
+    """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one.
 
-    The fingerprint of a hub id is the id itself. A `DataError` where a name can be neither folder nor hub id.
+    That of a loaded one is over its weights, its active adapters and the settings of all adapters. The fingerprint of
+    a hub id is the id itself. A `DataError` where a name can be neither folder nor hub id.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128()
         for key, tensor in name.model.state_dict().items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        if isinstance(name.model, PeftModel):
+            digest.update(sha256_json([name.model.active_adapters, _adapter_settings(name.model)]).encode())
         return f"weights:{digest.hexdigest()}"
     base, *adapters = lineage(name)
     found = sha256_content(base.weights) if Path(base.name).is_dir() else f"hub:{base.name}"
@@ -105,6 +108,19 @@ def model_fingerprint(name: str | LoadedModel) -> str:
         assert source.adapter is not None
         found = sha256_json([sha256_content(source.adapter), found])
     return found
+
+
+def _adapter_settings(model: PeftModel) -> dict[str, Any]:
+    """Adapter -> what its weights do not show, such as alpha; not where its base came from, nor its last use."""
+    settings = {adapter: config.to_dict() for adapter, config in model.peft_config.items()}
+    return {
+        adapter: {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in config.items()
+            if key not in ("base_model_name_or_path", "inference_mode")
+        }
+        for adapter, config in settings.items()
+    }
 
 
 def trained_on(name: str | LoadedModel) -> str | None:
