@@ -17,7 +17,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("benchmarks/real_model.py", monkeypatch)
 
 
-def test_means_and_runs_are_of_one_pool(
+def test_means_and_runs_are_of_one_pool_and_task(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = pd.read_parquet(RESULTS)
@@ -25,9 +25,9 @@ def test_means_and_runs_are_of_one_pool(
     some.to_parquet(tmp_path / "results.parquet")
     script.main([str(tmp_path / "results.parquet")])
     after_the_page = capsys.readouterr().out.partition("loss_margin_before")[2].splitlines()
-    assert set(some["pool"]) == {"natural", "clean"}
-    for pool, own in some.groupby("pool"):
-        lines = [line for line in after_the_page if line.startswith(f"| {pool} ")]
+    assert set(some["pool"]) == {"natural", "clean"} and set(some["task"]) == {"SST-2", "AG News"}
+    for where, own in some.groupby(["pool", "task"]):
+        lines = [line for line in after_the_page if [cell.strip() for cell in line.split("|")][1:3] == [*where]]
         assert f"{own['loss_margin_before'].mean():.3f}" in lines[0]
         assert len(lines) == 1 + len(own), "one line of means, and one of each run"
 
