@@ -305,6 +305,14 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: ph.tokenize([], AutoTokenizer.from_pretrained(BASE_MODEL), side="left"),
         "side must be one",
     ),
+    "beside options": (
+        lambda model: ph.align(ph.AlignOptions(data="d", model="m", output_dir="o"), SETS["pool"]),
+        "data: has no effect beside AlignOptions; set it there",
+    ),
+    "beside options, a number": (
+        lambda model: ph.evaluate(ph.EvaluateOptions(model="m", prompts="p", output_dir="o"), max_new_tokens=4),
+        "max_new_tokens: has no effect beside EvaluateOptions",
+    ),
 }
 
 

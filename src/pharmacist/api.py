@@ -171,7 +171,7 @@ def align(
     Returns:
         The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
     """
-    return _model_from(ALIGN, locals())
+    return _model_from(ALIGN, align, locals())
 
 
 @explained(AttackOptions)
@@ -212,7 +212,7 @@ def attack(
     Returns:
         The attacked model; `ModelResult` for options.
     """
-    return _model_from(ATTACK, locals())
+    return _model_from(ATTACK, attack, locals())
 
 
 @explained(RepairOptions)
@@ -245,7 +245,8 @@ def repair(
     Returns:
         The repaired model; `ModelResult` for options.
     """
-    return _model_from(REPAIR, locals() | {"form": "auto" if isinstance(model, str | os.PathLike) else "weights"})
+    arguments = locals() | {"form": "auto" if isinstance(model, str | os.PathLike) else "weights"}
+    return _model_from(REPAIR, repair, arguments)
 
 
 @explained(EvaluateOptions)
@@ -287,7 +288,7 @@ def evaluate(
     """
     arguments = locals()
     if isinstance(model, EvaluateOptions):
-        return EVALUATE(model)  # type: ignore[no-any-return]
+        return EVALUATE(_alone(evaluate, arguments))  # type: ignore[no-any-return]
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as temporary:
         own = {"output_dir": output_dir or temporary, "quiet": output_dir is None}
         found: EvaluateResult = EVALUATE(_options(EVALUATE, arguments | own))
@@ -334,15 +335,25 @@ def tokenize(
     return datasets.Dataset.from_list(made)
 
 
-def _model_from(stage: Stage, arguments: dict[str, Any]) -> Any:
+def _model_from(stage: Stage, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """The model of a stage that was just run, or the one that a complete run wrote earlier."""
     if isinstance(arguments["model"], stage.options):
-        return stage(arguments["model"])
+        return stage(_alone(function, arguments))
     options = _options(stage, arguments)
     model = stage(options).model
     if model is None or (options.output_dir and not isinstance(options.model, LoadedModel)):
         return load_model(options.output_dir, device=options.device, merge=False).model
     return model
+
+
+def _alone(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The options of a stage that a function was given, beside which nothing else may stand."""
+    _, *others = inspect.signature(function).parameters.values()
+    for other in others:
+        value = arguments[other.name]
+        if value is not other.default and (not isinstance(value, type(other.default)) or value != other.default):
+            raise ConfigError(f"{other.name}: has no effect beside {type(arguments['model']).__name__}; set it there")
+    return arguments["model"]
 
 
 def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
