@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.manifest import read_manifest
+from pharmacist.pipeline.evaluate.command import EvaluateResult
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.worlds import BASE_MODEL, World
@@ -154,6 +157,8 @@ def test_a_ranking_of_objects(model: PreTrainedModel, files: dict[str, str]) -> 
     own = ph.rank(datasets.Dataset.from_list(SETS["pool"]), safe=[SETS["safe"]], model=model, **given)
     by_files = ph.rank(files["pool"], safe=files["safe"], model=str(BASE_MODEL), **given)
     assert own.table.equals(by_files.table) and len(own.select(fraction=0.5)) == 20
+    with pytest.raises(DataError, match="--labels nowhere.json: cannot be read"):
+        ph.rank(SETS["pool"], selector="length", labels=Path("nowhere.json"))
     other = ph.rank(SETS["pool"], safe=SETS["safe"], model=model, selector={"name": "embedding", "nearest": 0})
     assert not other.table.equals(own.table)
     del own, by_files, other  # their rows lie in temporary folders
@@ -189,6 +194,12 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
     assert isinstance(attacked, PeftModel) and (tmp_path / "b" / "model").is_dir(), (
         "no plain base holds the aligned model"
     )
+    kept = {"task": SETS["task"], "kind": ph.BenignAttack(), "samples": 8, "output_dir": str(tmp_path / "c")}
+    others = [tmp_path / "other.jsonl", SETS["prompts"], SETS["test"][:2]]
+    others[0].write_text('{"prompt": "elsewhere", "completion": "yes"}\n')
+    for _ in range(2):  # the identity of the run does not hold where objects lie in memory
+        ph.attack(first, disjoint_from=others, args=ARGS, peft_config=LORA, **kept)
+    assert len([name for name in read_manifest(tmp_path / "c").inputs if name.startswith("disjoint")]) == 3
     scores = ph.evaluate(attacked, prompts=SETS["prompts"], max_new_tokens=4, output_dir=str(tmp_path / "scores"))
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == scores.metrics
 
@@ -217,6 +228,9 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     assert table.loc["harmful_score", ["low", "high"]].tolist() == harmful["ci95"]
     assert table.loc["harmful_score", "n"] == 8 and table.loc["harmful_score", "by"] == harmful["judge"]
     assert "<td>harmful score</td>" in scores._repr_html_() and "fine-tune accuracy" in scores._repr_html_()
+    margin = {"value": 0.0423, "ci95": [0.012, 0.073], "n": 9, "unit": "nats per token"}
+    cells = re.findall("<td>(.*?)</td>", EvaluateResult({"loss_margin": margin}, Path())._repr_html_())
+    assert cells[1:4] == ["0.042", "0.012", "0.073"] and "9" in cells
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

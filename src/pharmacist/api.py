@@ -29,6 +29,7 @@ from pharmacist.data.templates import choose_template
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.graders import Grader
 from pharmacist.evaluation.judges import Judge
+from pharmacist.nn.distributed import barrier, from_main
 from pharmacist.nn.models import LoadedModel, load_model, wrap_model
 from pharmacist.pipeline.evaluate import EvaluateResult
 from pharmacist.pipeline.ranking import Ranking
@@ -186,7 +187,7 @@ def attack(
     defense: Choice | GradientStrategy = "sft",
     safe: Rows | None = None,
     adapter: Literal["fresh", "continue"] = "fresh",
-    disjoint_from: Sequence[str] = (),
+    disjoint_from: Sequence[Rows] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     args: TrainingArguments | None = None,
     peft_config: LoraConfig | None = None,
@@ -290,9 +291,11 @@ def evaluate(
     if isinstance(model, EvaluateOptions):
         return EVALUATE(_alone(evaluate, arguments))  # type: ignore[no-any-return]
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as temporary:
-        own = {"output_dir": output_dir or temporary, "quiet": output_dir is None}
+        own = {"output_dir": output_dir or from_main(temporary), "quiet": output_dir is None}
         found: EvaluateResult = EVALUATE(_options(EVALUATE, arguments | own))
+        barrier()  # the first process's folder holds the answers of all, until all have read them
         found._items = None if output_dir else found.items()
+        barrier()
     return found
 
 
@@ -375,7 +378,7 @@ def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
             continue
         if item.name in stage.models and not isinstance(value, str | os.PathLike):
             value = wrap_model(value, arguments["tokenizer"], arguments["template"])
-        elif item.name in stage.files:
+        elif item.name in stage.files and item.name != "labels":
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):
             value = _choice(item.name, value)

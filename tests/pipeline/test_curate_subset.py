@@ -178,6 +178,17 @@ def test_every_selector_says_which_references_are_missing_or_too_few(
         assert not list((tmp_path / "out").glob("*"))
 
 
+def test_the_order_of_reference_files_does_not_matter(files, tmp_path, capfd):
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(row) + "\n" for row in village.rows("harmful", 8, seed=98)))
+    orders = ([files["few"], str(many)], [str(many), files["few"]])
+    tables = []
+    for number, both in enumerate(orders):
+        assert curate(files, tmp_path / str(number), "--selector", "dsir", "--safe", *both) == 0
+        tables.append(pd.read_parquet(tmp_path / str(number) / "scores.parquet"))
+    assert (tables[0]["rank"] == tables[1]["rank"]).all()
+
+
 def test_most_selectors_that_learn_from_references_need_them():
     assert {name for name, _ in _needs()} >= {"pharmacist", "seal", "less", "unrolled", "embedding", "dsir"}
 

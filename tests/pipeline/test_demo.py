@@ -111,7 +111,7 @@ def test_the_grid_of_the_demo_is_one_of_bench(tmp_path):
     )
 
 
-@pytest.mark.parametrize("wrong", [{"rows": 99}, {"mislabel": 0.6}, {"seeds": 0}])
+@pytest.mark.parametrize("wrong", [{"rows": 99}, {"mislabel": 0.6}, {"seeds": 0}, {"mislabel": 0.1, "pool": "clean"}])
 def test_impossible_options(wrong, tmp_path):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         DemoOptions(output_dir=str(tmp_path), **wrong)

@@ -52,6 +52,22 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
 
 
+def test_another_judge_and_a_further_model_reuse_the_answers(files: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["evaluate", *files[:2], "--device", "cpu", "--quiet", "--max-new-tokens", "4", "--output-dir", str(out)]
+    words += ["--models", str(BASE_MODEL)]
+    assert main(words) == 0
+    first = out / f"1-{BASE_MODEL.name}"
+    answers = [json.loads(line)["answer"] for line in (first / "items.jsonl").open()]
+    for name in ("safe", "harmful"):
+        write(tmp_path / f"{name}.jsonl", getattr(World(4), name)(12))
+    probe = ["--judge", "probe", "--safe", str(tmp_path / "safe.jsonl"), "--harmful", str(tmp_path / "harmful.jsonl")]
+    assert main([*words, str(save_tiny_model(tmp_path / "tiny")), *probe]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert [found[name]["harmful_score"]["judge"][:5] for name in found] == ["probe", "probe"]
+    assert [json.loads(line)["answer"] for line in (first / "items.jsonl").open()] == answers
+
+
 def test_other_references_of_the_judge_make_a_whole_result(files: list[str], tmp_path: Path) -> None:
     harmful, out = tmp_path / "harmful.jsonl", tmp_path / "out"
     write(harmful, World(4).harmful(12))

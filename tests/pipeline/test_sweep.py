@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+import pharmacist.pipeline.evaluate
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.manifest import RunManifest, read_manifest
@@ -206,6 +208,54 @@ def test_a_file_that_changed_is_measured_again(files: dict[str, str], tmp_path: 
         sweep(options(files, tmp_path / "out", RATES, evaluate=own))
         asked.append(bool(made_up))
     assert asked == [True, False, True, True]
+
+
+def test_a_sweep_with_failed_verdicts_is_partial_and_asks_again(
+    files: dict[str, str], tmp_path: Path, made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, own = tmp_path / "out", options(files, tmp_path / "out", {"learning_rate": [1e-1]}, curves="none")
+    evaluate, status = pharmacist.pipeline.evaluate.evaluate, "partial"
+
+    def failing(given: Any) -> None:
+        evaluate(given)
+        if given.output_dir.endswith("end"):
+            read_manifest(Path(given.output_dir)).model_copy(update={"status": status}).write(Path(given.output_dir))
+
+    monkeypatch.setattr("pharmacist.pipeline.evaluate.evaluate", failing)
+    sweep(own)
+    assert read_manifest(out).status == "partial" and (out / "report.html").is_file()
+    status = "success"
+    made_up.clear()
+    sweep(own)
+    assert read_manifest(out).status == "success" and any(place.endswith("end") for place in made_up)
+    made_up.clear()
+    sweep(own)
+    assert not made_up
+
+
+def test_another_evaluation_is_made_again_in_its_folder(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real evaluations; attacks are made up."""
+    monkeypatch.setattr("pharmacist.pipeline.attack.attack", lambda own: _copied(files["model"], own))
+    out, rows = tmp_path / "out", {"prompts": files["prompts"], "task": files["test"]}
+    for length in (3, 5):
+        own = options(files, out, {"learning_rate": [1e-1]}, curves="none", evaluate=rows | {"max_new_tokens": length})
+        sweep(own)
+        assert read_manifest(out).status == "success"
+        places = [out / "evaluate/before", *(out / "evaluate").glob("*/end")]
+        assert [read_manifest(place).config["max_new_tokens"] for place in places] == [length, length]
+    told = options(files, out, {"learning_rate": [1e-1]}, template="alpaca")
+    assert _evaluate_options(told, "model", tmp_path).template == "alpaca"
+
+
+def _copied(model: str, own: Any) -> None:
+    """Writes the model as it is where the attacked one belongs."""
+    folder = Path(own.output_dir)
+    if not own.build_only and not (folder / "manifest.json").is_file():
+        shutil.copytree(model, folder / "model")
+        written = {"stage": "attack", "status": "success", "key": "k", "inputs": {}, "metrics": {"steps": 4}}
+        RunManifest(config=as_json(own), outputs=["model"], **written).write(folder)
 
 
 def test_what_is_measured_has_names_and_hyphens_too(

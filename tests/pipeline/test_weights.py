@@ -136,8 +136,8 @@ def test_a_line_per_row_of_the_file_also_where_rows_are_chosen(
     rows = [json.loads(line) for line in (ranked / "pool.jsonl").open()][:8]
     data = Path(write_rows(tmp_path / "data.jsonl", [row | {"part": i % 2} for i, row in enumerate(rows)]))
     found = []
-    # Weights of rows that are left out have no say but in the mean, which is the same.
-    for name, left_out in (("a", [1.0, 1.0, 5.0, 5.0]), ("b", [5.0, 5.0, 1.0, 1.0]), ("c", [3.0, 3.0, 3.0, 3.0])):
+    # Weights of rows that are left out have no say.
+    for name, left_out in (("a", [1.0, 1.0, 5.0, 5.0]), ("b", [0.0, 7.0, 90.0, 1.0]), ("c", [3.0, 3.0, 3.0, 3.0])):
         weight = np.empty(8)
         weight[0::2], weight[1::2] = left_out, [0.0, 1.0, 2.0, 9.0] if name != "c" else [9.0, 2.0, 1.0, 0.0]
         file = tmp_path / f"{name}.parquet"
@@ -145,10 +145,13 @@ def test_a_line_per_row_of_the_file_also_where_rows_are_chosen(
         found.append(aligned(data, tmp_path / name, "--weights", str(file), "--where", "part=1"))
     assert far(found[0], found[1]) == 0 and far(found[0], found[2]) > 1e-4
     pd.DataFrame({"weight": np.ones(4)}).to_parquet(tmp_path / "few.parquet")
+    pd.DataFrame({"weight": [1.0, 0.0] * 4}).to_parquet(tmp_path / "zero.parquet")
     capsys.readouterr()
     words = ["align", "--data", str(data), "--model", str(BASE_MODEL), "--where", "part=1", *SGD]
     assert main([*words, "--weights", str(tmp_path / "few.parquet"), "--output-dir", str(tmp_path / "d")]) == 2
     assert "has 4 rows, but --data has 8" in capsys.readouterr().err
+    assert main([*words, "--weights", str(tmp_path / "zero.parquet"), "--output-dir", str(tmp_path / "d")]) == 2
+    assert "all weights are 0" in capsys.readouterr().err
 
 
 def test_every_alignment_defense_takes_them(ranked: Path, tmp_path: Path) -> None:

@@ -254,6 +254,14 @@ def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     assert "<script>" not in markdown and not re.search(r"(?<!\\)[`\[](?=c|e)", markdown)
 
 
+def test_numbers_and_names_in_markdown_are_as_written() -> None:
+    table = with_margin(results({"2e1": -12.0}, pool=["007"], defenses=["sft"], seeds=1))
+    text = to_markdown(Benchmark(table))
+    assert "| 2e1 " in text and "| 007 " not in text, "one pool needs no column"
+    assert "0.300 |" in text and "+0.500 |" in text, "three digits and the sign of a difference"
+    assert "| 007 " in to_markdown(Benchmark(results({"2e1": -12.0}, pool=["007", "2e1"], defenses=["sft"], seeds=1)))
+
+
 def test_names_are_no_arguments_of_line_breaks() -> None:
     table = results({"[core]": -12.0, "*": 0.0}, defenses=["<b~"])
     rows = [line for line in to_latex(Benchmark(table)).splitlines() if line.endswith("\\\\") and " & " in line]
@@ -298,6 +306,18 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = [(tmp_path / name).read_bytes() for name in ("report.html", "tables.md", "tables.tex")]
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     assert [(tmp_path / name).read_bytes() for name in ("report.html", "tables.md", "tables.tex")] == before
+
+
+def test_ends_of_curves_are_one_where_seeds_have_other_numbers_of_steps(tmp_path: Path) -> None:
+    table = results({"core": -20.0}, defenses=["sft"])
+    table["attack_steps"] = [[0, 8, 63 + seed % 2] for seed in table["seed"]]
+    write_bench(tmp_path, table, extra={"axes": {"selector": ["full", "core"]}, "failed": []})
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    curves = Page.read(tmp_path / "report.html").json("figures")["curve-0"][0]["data"]
+    (curve,) = [it for it in curves if it.get("name", "").startswith("core") and not it.get("fill")]
+    core = table[table["selector"] == "core"]
+    assert curve["x"] == ["0", "8", "64"]
+    assert curve["y"] == pytest.approx(np.mean(core["harmful_scores"].tolist(), axis=0).tolist()), "of all seeds"
 
 
 def with_margin(table: pd.DataFrame) -> pd.DataFrame:

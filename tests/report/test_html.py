@@ -354,6 +354,7 @@ def test_demo(tmp_path: Path) -> None:
         "Core subset 36 2.3 % 0.8 to 3.8 90.0 % 88.5 to 91.5 4.0 % 0.0 to 16.7 4.0 % 0.0 to 16.7 4.0 % 0.0 to 16.7 "
         "4.0 s 0.0 to 16.7"
     ) in page.text
+    assert "Random subset 31 20.3 %" in page.text, "an arm has the rows that it was aligned on"
     assert "core minus full: −38.0 points , 95 % interval −39.5 to −36.5. The core subset is safer." in page.text
     assert "core minus random: −1.0 points , 95 % interval −6.0 to +4.0. The interval holds zero" in page.text
     assert "−95 % core subset against full pool" in page.text

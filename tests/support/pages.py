@@ -123,6 +123,10 @@ def write_demo(folder: Path, rows: int = 120) -> list[str]:
     config = {"seed": 0, "rows": rows, "mislabel": 0.05, "pool": "planted"}
     RunManifest(stage="demo", status="success", key="k", config=config, inputs={}).write(folder)
     arms = ("full", "random", "core")
+    for arm, trained in zip(arms, (rows, 31, 36), strict=True):
+        (folder / "align" / f"{arm}-0").mkdir(parents=True)
+        made = RunManifest(stage="align", status="success", key="k", config={}, inputs={}, counts={"trained": trained})
+        made.write(folder / "align" / f"{arm}-0")
     start = {"full": 40.0, "random": 20.0, "core": 2.0}
     curves = {arm: [[start[arm] + seed, 50.0, 90.0] for seed in (0, 2)] for arm in arms}
 

@@ -13,7 +13,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.rows import load, read, tokenise
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
-from pharmacist.pipeline.weights import row_weights, weights_fingerprint
+from pharmacist.pipeline.weights import row_weights, scaled, weights_fingerprint
 from pharmacist.training.loop import Training, prepare_model
 from pharmacist.training.saving import Card, ModelResult, say_done, writes_adapter
 from pharmacist.training.strategy import GradientStrategy
@@ -52,6 +52,8 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
     with run.phase("load model"):
         loaded = load(options.model, options)
         encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)
+        if weights is not None:
+            weights = scaled(weights, encoded.dataset["row"], options.weights or "")
         streams, stream_counts = alignment_streams(strategy, records, encoded, harmful, loaded, options, run)
         loaded = prepare_model(loaded, options)
     if encoded.truncated:

@@ -68,7 +68,11 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
             raise ConfigError(f"{method} needs --{name} FILE")
     opened = {"task": open_task}
     sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
-    return sources | {f"disjoint:{file}": open_source(file, name="--disjoint-from") for file in options.disjoint_from}
+    for file in options.disjoint_from:
+        source = open_source(file, name="--disjoint-from")
+        name, same = f"disjoint:{source.label}", sum(it.label == source.label for it in sources.values())
+        sources[f"{name} {same + 1}" if name in sources else name] = source
+    return sources
 
 
 def build_attack_set(

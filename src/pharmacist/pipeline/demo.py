@@ -163,7 +163,7 @@ def _show(result: DemoResult) -> None:
     """Prints the comparison of the arms and the next command to try."""
     summary, out = result.summary, console()
     pool = summary["pool"]
-    kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.0f} % mislabelled"
+    kind = "clean" if pool["kind"] == "clean" else f"{100 * pool['mislabel']:.3g} % mislabelled"
     rows = []
     for arm in summary["arms"]:
         saved = summary["time_saved"].get(arm)

@@ -59,7 +59,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
     talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
     talk.say(*(f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in LABELS.items()))
     _ask(talk, asked, labels, keep=lambda: write_labels(output, pool, labels))
-    kept = f"{len(labels)} labels in {output}; give them to the command that made the ranking: --labels {output}"
+    kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
     talk.say(kept if output.is_file() else "nothing was written")
     return labels
 

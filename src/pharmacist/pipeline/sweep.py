@@ -25,7 +25,7 @@ from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import console, hushed, print_table
+from pharmacist.core.progress import console, hushed, print_table, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.tasks import TASKS
@@ -48,6 +48,8 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
+_SHARED = ("seed", "device", "dtype", "quiet", "trust_remote_code", "template")
+"""Options of the attacks that the evaluations have too."""
 _NOT_IN_CURVES = ("benign_prompts", "task", "perplexity", "base", "margin", "lm_eval")
 """Options of evaluate that measure something else than the harmful score."""
 _SHOWN = 20
@@ -178,7 +180,7 @@ def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepO
 
 def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve: bool = False) -> EvaluateOptions:
     """Options of the evaluation of a model; for a curve without what is no harmful score."""
-    values = {name: getattr(options, name) for name in ("seed", "device", "dtype", "quiet", "trust_remote_code")}
+    values = {name: getattr(options, name) for name in _SHARED}
     values |= {name: value for name, value in options.evaluate.items() if not (curve and name in _NOT_IN_CURVES)}
     values |= {"model": model, "output_dir": str(folder)}
     return from_mapping(EvaluateOptions, values, where="--evaluate")
@@ -254,6 +256,10 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     summary = summarise(entries, _metrics(before), options.margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
+    evaluations = [stage for stage in sweep.stages.values() if stage.kind == "evaluate"]
+    partial = any(it.manifest is not None and it.manifest.status == "partial" for it in evaluations)
+    if partial:
+        warn("answers or verdicts failed; the figures are over the rest, and the same command asks for them again")
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)
@@ -263,7 +269,8 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
             metrics={"worst": summary["worst"]},
         )
         sweep_page(run.root, run.manifest)
-        run.finish(outputs=["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"])
+        outputs = ["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"]
+        run.finish(outputs=outputs, partial=partial)
     return SweepResult(summary, run.root)
 
 
@@ -320,8 +327,9 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
         entry["within_margin"] = kept
     position = worst_case(harmful, accuracy, [entry.get("steps") for entry in attacks], margin)
     interval = None
-    if position is not None and "count" in (found := attacks[position]["harmful_score"]):
-        interval = list(simultaneous(found["count"], found["n"], sum(value is not None for value in harmful)))
+    scored = sum(value is not None for value in harmful)
+    if position is not None and scored > 1 and "count" in (found := attacks[position]["harmful_score"]):
+        interval = list(simultaneous(found["count"], found["n"], scored))
     return {
         "margin": margin,
         "best_accuracy": max((value for value in accuracy if value is not None), default=None),

@@ -1,5 +1,7 @@
 """Weights of rows for `align`: from the ranking that selected them, or from a file of one's own."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def weights_fingerprint(path: str | None) -> dict[str, str]:
 
 
 def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
-    """Weight of every row of the alignment set, by its number in the file, with mean 1.
+    """Weight of every row of the alignment set, by its number in the file.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
     each selected row, in input order, which is the order of ``selected.jsonl``.
@@ -64,9 +66,19 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     if len(bad):
         found = table["weight"].iloc[int(bad[0])]
         raise DataError(f"--weights {path}: the weight of row {bad[0]} is {str(found)[:40]!r}, not a number from 0 up")
-    if not weight.any():
+    return dict(enumerate(weight.tolist()))
+
+
+def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str) -> dict[int, float]:
+    """Weights of the rows that are trained on, by their number in the file, with mean 1.
+
+    Raises:
+        DataError: They are all 0.
+    """
+    mean = math.fsum(weights[row] for row in rows) / len(rows)
+    if not mean:
         raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")
-    return dict(enumerate((weight / weight.mean()).tolist()))
+    return {row: weights[row] / mean for row in rows}
 
 
 def _check_content(path: Path, data: Source, whole: bool) -> None:

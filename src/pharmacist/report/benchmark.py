@@ -373,12 +373,13 @@ def _markdown(benchmark: Benchmark) -> str:
     text = ""
     for title, metrics in benchmark.groups.items():
         table = _cells(benchmark, metrics, "\N{MINUS SIGN}", "**{}**")
+        align = ["right" if head[0] else "left" for head in table.columns]
         # Names are the user's and are escaped; the numbers contain Markdown of this module.
         for head in [head for head in table.columns if not head[0]]:
             table[head] = table[head].map(markdown)
         table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
         text += f"{markdown(title)}\n\n" if title else ""
-        text += f"{table.to_markdown(index=False)}\n\n"
+        text += f"{table.to_markdown(index=False, disable_numparse=True, colalign=align)}\n\n"
     return f"{text}{note(benchmark)}\n"
 
 

@@ -150,9 +150,12 @@ def over_steps(lines: Sequence[Line], look: Look, name: Literal["harmful_scores"
         found = zip(runs["attack_steps"].map(list), runs[name].map(list), strict=True)
         seeds = [(steps, values) for steps, values in found if values]
         if seeds:
-            steps = seeds[0][0]
-            values = charts.over_seeds([values for own_steps, values in seeds if own_steps == steps])
-            curves.append(look.curve(line, steps, values))
+            # An attack measured in epochs can be a few steps longer with one seed than with another: ends are one.
+            last = max(steps[-1] for steps, _ in seeds)
+            measured = [dict(zip([*steps[:-1], last], values, strict=True)) for steps, values in seeds]
+            common = [step for step in measured[0] if all(step in own for own in measured)]
+            values = charts.over_seeds([[own[step] for step in common] for own in measured])
+            curves.append(look.curve(line, common, values))
     spread: Literal["band", "none"] = "band" if len(lines) <= _BANDS else "none"
     return charts.curves(curves, "attack steps", spread=spread, margins=margins)
 

@@ -103,7 +103,7 @@ def render_demo(
         {
             "word": words.ARMS[name],
             "name": name,
-            "rows": summary["pool"]["rows"] if name == "full" else int(scores["selected"].sum()),
+            "rows": read_manifest(folder / "align" / f"{name}-{summary['seeds'][0]}").counts["trained"],
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
             **{key: metric.mean(summary[key][name]) for key, metric in found.items()},
         }

@@ -55,6 +55,8 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         (own("post_alignment_defenses", "method", "safe-lora", aligned="x"), "options: 'aligned' is decided"),
         (own("post_alignment_defenses", "method", "none", merge=True), "'own' is none and runs nothing; leave"),
         ({"pools": [{"pool": "world", "rows": -5}]}, "--rows -5: must be at least 1"),
+        ({"pools": [{"pool": "world", "kind": "clean", "mislabel": 0.3}]}, "'mislabel' is of the kind planted"),
+        ({"seed": 7, "seeds": [0, 1]}, "--seed 7: the grid names its seeds"),
         ({"pools": [{"pool": "rows.jsonl", "rows": 7}]}, "'rows' is of a made-up pool, and rows.jsonl is none"),
         ({"evaluate": {"prompts": "world:prompts:²"}}, "'²' is no number of rows"),
         ({"pools": ["rows.jsonl/" + "a" * 300 + ".jsonl"]}, "no such file; check the path"),

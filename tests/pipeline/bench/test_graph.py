@@ -196,6 +196,13 @@ def test_keys_follow_what_matters(tmp_path: Path) -> None:
     assert changed(evaluate={"prompts": "world:prompts:6"}) == {"evaluate"}
     assert changed(pools=[{"pool": "world", "rows": 61}]) == {"rank", "select", "align", "attack", "evaluate"}
     assert changed(align={"harmful": "world:answers"}) == set()  # neither of the two defenses reads it
+    assert changed(attack=SMALL["attack"] | {"safe": "world:safe"}) == set()  # nor does the plain attack
+    assert {stage.options.seed for stage in plan(seed=7).stages.values()} == {7}
+    general = {"perplexity": "world:safe:8", "base": "world", "lm_eval": "arc_easy"}
+    found = plan(evaluate=SMALL["evaluate"] | general).stages.values()
+    measured = [stage for stage in found if stage.kind == "evaluate"]
+    snapshots = ["snapshots" in stage.options.model for stage in measured]
+    assert [stage.options.lm_eval is None for stage in measured] == snapshots and 0 < sum(snapshots) < len(snapshots)
     entry = {"name": "own", "defense": "sft"}
     for section in ({"on-bad-row": "skip"}, {"on_bad_row": "skip"}):
         for options in ({"on-bad-row": "fail", "max-length": 64}, {"on_bad_row": "fail", "max_length": 64}):

@@ -97,9 +97,8 @@ def bench(options: BenchOptions) -> BenchResult:
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
-        console().print(
-            f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet\npage {root}/report.html", soft_wrap=True
-        )
+        page = f"\npage {root}/report.html" if rows else ""
+        console().print(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}", soft_wrap=True)
         return BenchResult(rows, ran, root)
 
 
@@ -169,7 +168,7 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
         total=["all", "", str(len(plan.stages)), str(len(waiting)), "", "", hours if known.any() else "-"],
     )
     if known.any():
-        measured = sum(stage.manifest is not None for stage in plan.stages.values())
+        measured = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
         out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
     if unknown := int(costs.loc[~known, "waiting"].sum()):
         out.print(

@@ -179,6 +179,8 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for name, default in made_up.items():
             if pool.pool != WORLD and getattr(pool, name) != default:
                 raise ConfigError(f"pool '{pool.name}': '{name}' is of a made-up pool, and {pool.pool} is none")
+        if pool.kind == "clean" and pool.mislabel != made_up["mislabel"]:
+            raise ConfigError(f"pool '{pool.name}': 'mislabel' is of the kind planted; leave it out for a clean one")
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
@@ -469,6 +471,8 @@ class _Graph:
         if "finetune" not in strategy.stages:
             raise CompatibilityError(f"{who}: is not for fine-tuning; name it under defenses")
         made = {"model": align.output()}
+        if "safe" not in strategy.needs:
+            options = with_options(options, safe=None)  # not read: it identifies nothing
         if _lacking(options, strategy.needs & {"safe"}):
             made["safe"] = select.output(SELECTED)  # the defender's own rows
         method = f"{attack.name}, {defense.name}" if defended else attack.name
@@ -479,6 +483,7 @@ class _Graph:
         repair, who = chosen.post_alignment_defense, f"post_alignment_defenses, '{chosen.post_alignment_defense.name}'"
         options = self.options("repair", who, repair.options, {"method": repair.method}, model=chosen.model)
         needs = self.method(REPAIRS, options.method).needs
+        options = with_options(options, **dict.fromkeys({"harmful", "safe"} - needs))  # not read
         if _lacking(options, needs & {"harmful"}):
             raise ConfigError(f"{who} needs harmful rows: give 'harmful' under repair")
         made = {"model": attack.output(), "aligned": align.output()}
@@ -497,7 +502,7 @@ class _Graph:
         if options.prompts == _MISSING:
             raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
         if prompts_only:
-            options = with_options(options, benign_prompts=None, task=None)
+            options = with_options(options, benign_prompts=None, task=None, perplexity=None, base=None, lm_eval=None)
         stage = self.stage("evaluate", options, chosen, judge.name, {"model": model})
         asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
         first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)

@@ -176,7 +176,7 @@ class BenchOptions(RunOptions):
     judges: list[Any] = field(default_factory=lambda: ["keyword"])
     """Judges: names, or entries of name, judge, safe, harmful, utility, options."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds; each makes another made-up pool."""
+    """Seeds, by default --seed alone; each makes another made-up pool."""
     curate: dict[str, Any] = field(default_factory=dict)
     """Options of curate for every cell."""
     align: dict[str, Any] = field(default_factory=dict)
@@ -202,6 +202,10 @@ class BenchOptions(RunOptions):
         super().__post_init__()
         if "://" in self.output_dir:
             raise ConfigError(f"--output-dir {self.output_dir}: must be a folder; one that all machines share will do")
+        if self.seed:
+            if self.seeds not in ([0], [self.seed]):
+                raise ConfigError(f"--seed {self.seed}: the grid names its seeds; change 'seeds' there")
+            self.seeds = [self.seed]
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
 

@@ -197,8 +197,9 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
         except BusyError:  # a worker that outlived its driver is still at it
             time.sleep(1)
         except OtherRunError:
-            # A folder named by all options and inputs can only be another run's where an input was computed again.
-            if options.overwrite or stage.folder.name != stage.name:
+            # A folder named by all options and inputs can only be another run's where an input was computed again; one
+            # with a readable name, as in a sweep, is made again where that costs no training.
+            if options.overwrite or (stage.folder.name != stage.name and stage.kind != "evaluate"):
                 raise
             options = with_options(options, overwrite=True)
 

@@ -81,9 +81,9 @@ class CurateInputs:
                     raise ConfigError(
                         f"selector '{options.selector['name']}' needs {need} references; give --{need} FILE"
                     )
-                if len(self.records[need]) < FEWEST_REFERENCES:
-                    number = f"{len(self.records[need])} rows are left, at least {FEWEST_REFERENCES} are needed"
-                    raise DataError(f"--{need}: {number}")
+                left = sum(len(found) for name, found in self.records.items() if name.split()[0] == need)
+                if left < FEWEST_REFERENCES:
+                    raise DataError(f"--{need}: {left} rows are left, at least {FEWEST_REFERENCES} are needed")
             selector.notice(self.records.keys())
         selector.check_room(n, folder)
         if options.diversity in SPREAD:

@@ -17,8 +17,8 @@ class EvaluateResult:
     """The result of `evaluate`.
 
     Attributes:
-        metrics: Content of ``metrics.json``: name -> value in percent, n, count, ci95, judge; with several models,
-            such a mapping per model.
+        metrics: Content of ``metrics.json``: name -> value (of rates in percent), n, count, ci95, judge; with several
+            models, such a mapping per model.
         folder: Folder of the files.
     """
 
@@ -32,7 +32,7 @@ class EvaluateResult:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
-        its 95 % interval in percent, ``count`` of ``n``, and ``by``, the judge or the matching of answers.
+        its 95 % interval (rates in percent), ``count`` of ``n``, and ``by``, the judge or the matching of answers.
         """
         one = any("value" in metric for metric in self.metrics.values())
         rows = []
@@ -46,8 +46,13 @@ class EvaluateResult:
 
     def _repr_html_(self) -> str:
         table = self.to_pandas()
+        digits = table["metric"].map(lambda name: 3 if name == "loss_margin" else 1)
+        for name in ("value", "low", "high"):
+            values = zip(table[name], digits, strict=True)
+            table[name] = [None if pd.isna(value) else f"{value:.{places}f}" for value, places in values]
+        table["count"] = table["count"].astype("Int64")
         table["metric"] = table["metric"].map(lambda name: NAMES.get(name, name))
-        shown: str = table.to_html(index=False, float_format="{:.1f}".format, na_rep="")
+        shown: str = table.to_html(index=False, na_rep="")
         return shown
 
 

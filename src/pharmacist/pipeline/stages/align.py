@@ -25,7 +25,7 @@ class AlignOptions(TrainingStageOptions):
     """Harmful rows per pass; 0 means as many as alignment rows."""
     weights: str | None = None
     """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
-    weight and a line per row. They count relative to each other: their mean over the rows is set to 1."""
+    weight and a line per row. They count relative to each other: their mean over the rows that train is set to 1."""
     pair_by: Literal["prompt", "row", "turn"] = "prompt"
     """How repnoise finds the harmful row of an alignment row: equal prompts, equal row numbers, or one after the
     other, over and over, where harmful rows have prompts of their own."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import RunOptions
 from pharmacist.core.typed import AtLeast1
 from pharmacist.pipeline.stage import Stage
@@ -22,6 +23,11 @@ class DemoOptions(RunOptions):
     """planted: a pool with known faults. clean: one without any, whose refusals differ only in force."""
     seeds: AtLeast1 = 3
     """Repetitions with other seeds, for the intervals."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool == "clean" and self.mislabel != DemoOptions.mislabel:
+            raise ConfigError("--mislabel: is of the planted pool, and a clean one has no such rows; leave it out")
 
 
 DEMO = Stage(

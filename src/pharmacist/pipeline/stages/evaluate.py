@@ -138,5 +138,7 @@ EVALUATE_MODELS = Stage(
     run="pharmacist.pipeline.evaluate.several:evaluate_models",
     version=1,
     unidentifying=frozenset({"show_harmful"}),
+    final=EVALUATE.final | {"models"},  # every model's own run watches over the rest
+    reopens=True,
     again="",
 )
