@@ -5,8 +5,8 @@
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
 of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
-are. Arms that train for longer, such as "sft equal steps" in the recipe, are compared with the full pool under the
-same defense; --page writes the page with them, or with some of them.
+are. Arms that train otherwise, such as "sft equal steps" in the recipe, are compared with the full pool under the same
+defense; --page writes the page with them, or with some of them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pharmacist.report.benchmark import AXES, BASELINE, Benchmark, to_markdown
 from pharmacist.report.benchmark_page import render_benchmark
 
 
-LONGER = ("equal steps", "4 epochs")
+OTHERWISE = ("equal steps", "4 epochs", "batch 4")
 FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignment_tokens"]
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--arms needs --page")
     if not Path(args.results).is_file():
         parser.error(f"{args.results}: no such file; give the results.parquet of a grid")
-    results = with_longer_arms(pd.read_parquet(args.results))
+    results = with_other_arms(pd.read_parquet(args.results))
     if unknown := {*(args.arms or ())} - {*results["selector"]}:
         parser.error(f"--arms '{min(unknown)}': there are {', '.join(results['selector'].unique())}")
     if args.baseline not in set(results["selector"]):
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
 
 
-def with_longer_arms(results: pd.DataFrame) -> pd.DataFrame:
-    """Results in which the arms that train for longer are selectors of their own, not defenses."""
-    for name in LONGER:
-        longer = results["defense"].str.endswith(f" {name}")
-        results.loc[longer, "selector"] += f", {name}"
-        results.loc[longer, "defense"] = results.loc[longer, "defense"].str.removesuffix(f" {name}")
+def with_other_arms(results: pd.DataFrame) -> pd.DataFrame:
+    """Results in which the arms that train otherwise are selectors of their own, not defenses."""
+    for name in OTHERWISE:
+        other = results["defense"].str.endswith(f" {name}")
+        results.loc[other, "selector"] += f", {name}"
+        results.loc[other, "defense"] = results.loc[other, "defense"].str.removesuffix(f" {name}")
     return results
 
 
