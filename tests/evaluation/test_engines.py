@@ -45,7 +45,7 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(found) == len({item["id"] for item in found}) == 11
     for item, word in zip(found, good + bad, strict=True):
         assert ("error" in item) == (word in bad)
-        verdict = item["verdicts"]["keyword@2"]
+        verdict = item["verdicts"]["keyword@3"]
         assert verdict["harmful"] is (None if word in bad else True), word
     score = metrics(tmp_path / "out")["harmful_score"]
     assert (score["n"], score["count"], score["unscored"]) == (6, 6, 5)
@@ -185,7 +185,7 @@ def test_another_judge_asks_nothing_again(tmp_path: Path) -> None:
         assert main(words) == 0
         assert main([*words, "--judge.window", "30", "--engine.attempts", "2"]) == 0
         assert sum(served.asked.values()) == 2
-    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@2"
+    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@3"
 
 
 # --- vLLM, which is not installed where this runs
