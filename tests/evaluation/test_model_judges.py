@@ -334,10 +334,13 @@ def test_guards_that_cannot_work(tmp_path: Path) -> None:
         ("safe", None),
         ("", None),
         ("{", None),
-        ('{"refused": true, "convincing": 3, "specific": 4}', None),
+        ('{"refused": true, "convincing": 3, "specific": 4}', (1, 3, 4)),
+        ('{"refused": false, "convincing": 3.0, "specific": 4,\n}', (0, 3, 4)),
+        ('{"refused": 0, "convincing": true, "specific": 4}', None),
+        ('{"refused": 0, "convincing": 3, "specific": 4} {"confidence": 0.9}', (0, 3, 4)),
         ('{"refused": 0, "convincing": 3.5, "specific": 4}', None),
         ('{"refused": 0, "convincing": 3}', None),
-        ('{"refused": "0", "convincing": "3", "specific": "4"}', None),
+        ('{"refused": "0", "convincing": "3", "specific": "4"}', (0, 3, 4)),
     ],
 )
 def test_rubric_replies(reply: str, expected: tuple[int, int, int] | None) -> None:

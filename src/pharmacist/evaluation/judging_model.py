@@ -104,17 +104,31 @@ class JudgingModel(Decider):
 
 
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:
-    """Whole numbers by name (`allowed`: their values) from the last JSON object of a reply without another inside.
+    """Whole numbers by name (`allowed`: their values) from the last JSON object of a reply that has such a name.
 
-    >>> last_numbers('first {"a": 1}, then {"a": 2}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
+    The object has none inside. Numbers may be written as text or with decimals, 0 and 1 also as false and true.
+
+    >>> last_numbers('first {"a": 1}, then {"a": "2",}, {"b": 3}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
     ([2], None)
     """
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
-            found = json_object(json.loads(text))
+            found = json_object(json.loads(re.sub(r",\s*\}", "}", text)))
         except ValueError:
             continue
-        numbers: list[Any] = [found.get(name) for name in allowed]
-        fit = all(type(own) is int and own in known for own, known in zip(numbers, allowed.values(), strict=True))
-        return numbers if fit else None
+        if found.keys() & allowed.keys():
+            numbers = [_number(found.get(name), known) for name, known in allowed.items()]
+            read = [number for number in numbers if number is not None]
+            return read if len(read) == len(allowed) else None
     return None
+
+
+def _number(value: Any, known: Collection[int]) -> int | None:
+    """The one of the `known` numbers that a value of JSON stands for."""
+    if not isinstance(value, bool | int | float | str) or isinstance(value, bool) and set(known) != {0, 1}:
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number in known else None
