@@ -303,6 +303,16 @@ def test_probe_label_follows_its_references() -> None:
     shuffled = JUDGES.build("probe", {})
     shuffled.fit({name: rows[::-1] for name, rows in REFERENCES.items()})
     assert judge.label == shuffled.label != other.label
+    # Prompts and sources decide which references are held out together.
+    for before, source in (("please, ", 0), ("", 1)):
+        changed = JUDGES.build("probe", {})
+        changed.fit(
+            {
+                name: [{**row, "prompt": before + row["prompt"], "source": source} for row in rows]
+                for name, rows in REFERENCES.items()
+            }
+        )
+        assert changed.label != judge.label
 
 
 def test_probe_refuses_references_that_teach_nothing() -> None:
