@@ -13,6 +13,7 @@ from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.decider import Decider
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
+from pharmacist.nn.distributed import on_main
 
 
 UNREADABLE = "verdict cannot be read"
@@ -57,8 +58,9 @@ class JudgingModel(Decider):
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks the judging model.
 
-        Equal questions are asked once, and replies are kept in `work` as they arrive, without their reasoning.
-        Failures are not kept: the next call asks again. A reply that was cut counts as a failure.
+        Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
+        without their reasoning. Failures are not kept: the next call asks again. A reply that was cut counts as a
+        failure.
 
         Args:
             questions: Texts of the user's turn.
@@ -70,6 +72,13 @@ class JudgingModel(Decider):
         Raises:
             DataError: The endpoint cannot be reached or refuses.
         """
+        replies = on_main(lambda: self._replies(questions, description))
+        self.missing += sum(isinstance(reply, Failure) for reply in replies)
+        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
+        return [UNREADABLE if numbers is None else numbers for numbers in read]
+
+    def _replies(self, questions: Sequence[str], description: str) -> list[str | Failure]:
+        """Replies without their reasoning."""
         config: JudgingModelConfig = self.config
         turns = ([{"role": "system", "content": self.system}, {"role": "user", "content": text}] for text in questions)
         bodies = [config.request(config.model, messages, config.max_tokens) for messages in turns]
@@ -89,10 +98,7 @@ class JudgingModel(Decider):
                 found[key] = separate(reply.text).answer
                 if log is not None:
                     append_json_lines(log, [{"key": key, "reply": found[key]}])
-        replies = [found[key] for key in keys]
-        self.missing += sum(isinstance(reply, Failure) for reply in replies)
-        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
-        return [UNREADABLE if numbers is None else numbers for numbers in read]
+        return [found[key] for key in keys]
 
     def check_verdicts(self, unscored: Sequence[str], asked: int) -> None:
         """Raises a DataError with the reasons if all of `asked` answers are unscored."""
