@@ -173,7 +173,6 @@ def by_selector(name: str, rows: int, folder: Path, work: Path) -> dict[str, flo
         references={kind: records(folder / f"{kind}.jsonl") for kind in ("safe", "harmful", "utility")},
         model_name=str(folder / f"model-{width(name)}"),
         seed=0,
-        fraction=0.3,
         device="cpu",
     )
     selector = SELECTORS.build_from(LINES[name])

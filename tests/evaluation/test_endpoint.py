@@ -13,7 +13,7 @@ from pharmacist.cli.main import main
 from pharmacist.core.console import without_credentials
 from pharmacist.core.errors import ConfigError
 from pharmacist.evaluation.endpoint import EndpointConfig, count_reasons
-from tests.support.evaluations import command, items, metrics, prompts
+from tests.support.evaluations import command, items, metrics, prompts, write
 from tests.support.server import Raw, serve
 
 
@@ -147,12 +147,27 @@ def test_what_is_sent_can_be_chosen(tmp_path: Path) -> None:
     assert (body["max_completion_tokens"], body["top_p"]) == (9, 0.5)
 
 
+def test_a_prompt_that_is_quoted_is_no_filter(tmp_path: Path) -> None:
+    def behave(question: str, before: int) -> Any:
+        quoting = {
+            "a": refusal(400, f"odd: {question}"),
+            "b": Raw(json.dumps({"detail": [{"input": question}]}).encode(), 422),
+        }
+        return quoting.get(question[-1], GOOD)
+
+    rows = [{"prompt": f'what is a "content filter"\n{word}'} for word in "abc"]
+    with serve(behave) as served:
+        assert main(command(served.url, {"prompts": write(tmp_path / "p.jsonl", rows)}, tmp_path / "o")) == 0
+    errors = [item.get("error", "") for item in items(tmp_path / "o")]
+    assert [error[:8] for error in errors] == ["HTTP 400", "HTTP 422", ""] and "filter" not in "".join(errors)
+
+
 @pytest.mark.parametrize("models", [["--model", "m"], ["--models", "m", "n"]], ids=["one", "several"])
 def test_credentials_in_the_address_are_used_and_never_shown(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sesame-key")
-    with serve(lambda question, before: refusal(400, "sesame-key or sesame-word?") if before else GOOD) as served:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serve(lambda question, before: refusal(400, "sesame-word?") if before else GOOD) as served:
         url = served.url.replace("http://", "http://ali:sesame-word@") + "?key=sesame-query"
         words = command(url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")
         words = [word for word in words if word != "--quiet"]
@@ -168,6 +183,19 @@ def test_credentials_in_the_address_are_used_and_never_shown(
     with pytest.raises(ConfigError) as caught:
         EndpointConfig("ftp://ali:sesame@host")
     assert "sesame" not in str(caught.value)
+
+
+def test_a_key_is_never_shown_nor_left_out_for_credentials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    assert "HTTP 400: ***?" in told(tmp_path, capsys, refusal(400, "sesame?"))
+    with serve(lambda question, before: GOOD) as served:
+        url = served.url.replace("http://", "http://ali:word@")
+        assert main(command(url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "p")) == 2
+        assert not served.asked
+    error = capsys.readouterr().err
+    assert "its address holds credentials, and $OPENAI_API_KEY a key; leave one out" in error and "word" not in error
 
 
 @pytest.mark.parametrize("key", ["sk-proj-sesame", "hf_sesame", "gsk_sesame", "sesame=="])

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import pytest
 
 from pharmacist.cli.main import main
+from pharmacist.core.env import rank
+from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.engines import ENGINES
+from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.generate import Decoder
+from pharmacist.evaluation.judges import JUDGES, JudgeItem
+from pharmacist.nn import distributed
 from tests.support.evaluations import command, items, metrics, prompts, write
 from tests.support.server import serve
 from tests.support.tiny import save_tiny_model
@@ -45,7 +51,7 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(found) == len({item["id"] for item in found}) == 11
     for item, word in zip(found, good + bad, strict=True):
         assert ("error" in item) == (word in bad)
-        verdict = item["verdicts"]["keyword@2"]
+        verdict = item["verdicts"]["keyword@3"]
         assert verdict["harmful"] is (None if word in bad else True), word
     score = metrics(tmp_path / "out")["harmful_score"]
     assert (score["n"], score["count"], score["unscored"]) == (6, 6, 5)
@@ -185,7 +191,7 @@ def test_another_judge_asks_nothing_again(tmp_path: Path) -> None:
         assert main(words) == 0
         assert main([*words, "--judge.window", "30", "--engine.attempts", "2"]) == 0
         assert sum(served.asked.values()) == 2
-    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@2"
+    assert metrics(tmp_path / "out")["harmful_score"]["judge"] != "keyword@3"
 
 
 # --- vLLM, which is not installed where this runs
@@ -199,6 +205,40 @@ def test_vllm_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFixture
     except ImportError:
         assert main([*words, "--engine", "vllm"]) == 2
         assert "pip install 'pharmacist[vllm]'" in capsys.readouterr().err
+
+
+def test_options_that_an_engine_does_not_use_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(lambda question, before: "take the root then") as served:
+        words = command(served.url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "out")
+        words.remove("--quiet")
+        assert main([*words, "--dtype", "float32", "--batch-size", "4", "--device", "auto"]) == 0
+    assert "--engine openai: --dtype, --batch-size not used" in capsys.readouterr().err
+    assert ENGINES.get("vllm").unused == ("batch_size",)
+
+
+@pytest.mark.parametrize("error", [None, DataError("gone")])
+def test_only_the_first_process_asks(error: DataError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others get its answers and verdicts, or its error."""
+    sent: list[Any] = []
+    monkeypatch.setattr(distributed, "from_main", lambda value: sent[0] if rank() else (sent.append(value), value)[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rubric = '{"refused": 0, "convincing": 5, "specific": 5}'
+    with serve(lambda question, before: rubric if error is None else 401) as served:
+        where = {"base_url": served.url, "max_wait": 0.02}
+        judge = JUDGES.build("strongreject", where | {"model": "m"})
+        engine = ENGINES.build("openai", where)
+        engine.open("m", tmp_path)
+        evaluator = Evaluator(prompts=[{"prompt": "how"}], judge=judge)
+        for job in (lambda: judge.judge([JudgeItem("how", "so")]), lambda: engine.answers(evaluator, tmp_path)):
+            sent.clear()
+            found = []
+            for number in "01":
+                monkeypatch.setenv("RANK", number)
+                before = sum(served.asked.values())
+                with nullcontext() if error is None else pytest.raises(DataError, match="HTTP 401"):
+                    found.append(job())
+                assert (sum(served.asked.values()) > before) == (number == "0")
+            assert found[1:] == found[:1]
 
 
 def stub_vllm(seen: dict[str, Any], decode: Decoder | None = None) -> ModuleType:

@@ -38,10 +38,10 @@ def test_failures_of_a_judge_are_not_safety() -> None:
     assert (score["value"], score["n"], score["count"], score["unscored"]) == (50.0, 2, 1, 1)
     assert score["judge"] == "moody@7"
     # The judge says nothing of refusals, so the keyword judge counts them, by its own name.
-    assert found.metrics["refusal_rate"] == found.metrics["refusal_rate"] | {"count": 1, "n": 3, "judge": "keyword@2"}
+    assert found.metrics["refusal_rate"] == found.metrics["refusal_rate"] | {"count": 1, "n": 3, "judge": "keyword@3"}
     unscored = {"harmful": None, "score": None, "refused": None, "note": "no reply"}
     assert found.items[0]["verdicts"]["moody@7"] == unscored
-    assert found.items[2]["verdicts"]["keyword@2"]["refused"] is True
+    assert found.items[2]["verdicts"]["keyword@3"]["refused"] is True
     assert [item["harmful"] for item in found.items] == [None, True, False]
 
 

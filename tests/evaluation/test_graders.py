@@ -44,6 +44,7 @@ def test_the_kind_is_found_from_the_targets(name: str) -> None:
 
 
 def test_labels_that_do_not_repeat_are_texts() -> None:
+    assert detect_grader(["#### Step 1", "#### Step 2"]) == "exact"
     assert detect_grader(["a", "b", "c"]) == "exact"
     assert detect_grader(["same", "same", "same"]) == "exact"
 
@@ -134,6 +135,16 @@ def test_targets_that_do_not_fit_are_refused(name: str, targets: list[str], mess
         ("0,125", 0.125, 125),
         ("1.5e3", 1500, 3),
         ("\N{ARABIC-INDIC DIGIT SEVEN}", 7, 7),
+        ("#### Step 2: multiply\n4*5 = 20. So she has 20 apples.", 20, 20),
+        ("#### 1. Compute\n4*5 = 20\n#### 2) Answer\nShe has 20.", 20, 20),
+        ("#### **(2) Answer**\nShe has 20.", 20, 20),
+        ("#### **18** of 20", 18, 20),
+        ("#### US$18.\nIt costs 20", 18, 20),
+        (r"\boxed{2,\!125}", 2125, 125),
+        ("- $5", -5, 5),
+        ("-US$5", -5, 5),
+        ("10 - $5", 5, 5),
+        ("they are:\n- $5", 5, 5),
     ],
 )
 def test_final_numbers(text: str, ours: float | None, published: float) -> None:
@@ -157,6 +168,8 @@ def test_final_numbers(text: str, ours: float | None, published: float) -> None:
         ("#### 5", "5\n#### 6", False),
         ("#### 300", "it is 10 200 300", True),
         ("#### 200", "it is 10 200 300", False),
+        ("#### 1,200", "1.2", False),
+        ("#### 1,200", "1,200", True),
     ],
 )
 def test_numbers_in_the_writing_of_other_places(target: str, answer: str, right: bool) -> None:

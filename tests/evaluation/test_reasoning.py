@@ -378,7 +378,8 @@ def test_marks_are_kept_in_decoding_and_nothing_else_is() -> None:
 
 
 def test_an_answer_that_was_separated_stays_as_it_is() -> None:
-    texts = ("<think>a</think>b", "<think>a", "b", HARMONY.format("a", "b"), "a</think>b")
+    twice = "<think>a</think>\n<analysis>b"  # whose answer looks like another reasoning
+    texts = ("<think>a</think>b", "<think>a", "b", HARMONY.format("a", "b"), "a</think>b", twice)
     said = [Answer(text, 3, True) for text in texts]
     once = separated([*said, Answer("a", 3, False)])
     assert separated(once) == once
@@ -396,13 +397,15 @@ def test_a_template_that_opens_the_reasoning_is_seen_by_those_that_close_it() ->
 
 
 def test_answers_that_lie_there_are_judged_again_without_their_reasoning() -> None:
-    rows, keyword = [{"prompt": f"how {name}"} for name in "abc"], JUDGES.build("keyword", {})
+    rows, keyword = [{"prompt": f"how {name}"} for name in "abcd"], JUDGES.build("keyword", {})
     said = [
         Answer(f"<think>{THOUGHT}</think>{REFUSAL}", 9, True),
         Answer("<think>", 9, False),
         Answer("", 0, False, unanswered=CUT),
+        Answer("<think>plan</think>\n<analysis>Take the thing and go on", 9, True),
     ]
     first = Evaluator(prompts=rows, judge=keyword).assess({"prompts": said})
+    assert first.items[3]["answer"] == "<analysis>Take the thing and go on"
     again = Evaluator(prompts=rows, judge=keyword)
     kept = again.answers_of(json.loads(json.dumps(first.items)))
     assert again.assess(kept).items == first.items and again.assess(kept).metrics == first.metrics

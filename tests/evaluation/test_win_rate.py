@@ -30,9 +30,12 @@ from tests.support.server import serve
         ("{", None),
         ('{"better": 3}', None),
         ('{"better": -1}', None),
-        ('{"better": "1"}', None),
+        ('{"better": "1"}', 1),
+        ('{"better": "first"}', None),
         ('{"better": true}', None),
-        ('{"better": 1.0}', None),
+        ('{"better": 1.0}', 1),
+        ('{"better": 1.5}', None),
+        ('{"better": 1e999}', None),
         ('{"best": 1}', None),
         ('{"better": [1]}', None),
         ('{"better": null}', None),
@@ -78,7 +81,7 @@ def test_both_orders_ties_half_and_the_interval() -> None:
     found = task.metrics(grades, unanswered=0)["win_rate"]
     assert (found["value"], found["n"], found["ci95"]) == (50.0, 4, list(wilson(2.0, 4)))
     assert found["outcomes"] == {"won": 1, "tied": 2, "lost": 1} and found["swayed_by_place"] == 0
-    assert found["judge"].startswith("win-rate@1+grader+")
+    assert found["judge"].startswith("win-rate@2+grader+")
 
 
 @pytest.mark.parametrize("favoured", [1, 2])

@@ -67,6 +67,15 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path, killed_at):
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
+def test_a_pass_over_other_rows_begins_anew(tmp_path):
+    rows = random_token_rows(50, VOCABULARY)
+    passed(rows, tmp_path)
+    fewer = TokenRows(rows.pairs[5:])
+    assert passed(fewer, tmp_path)["sum"].tolist() == [sum(p) + sum(c) for p, c in fewer.pairs]
+    asked = np.arange(20, 45)
+    assert passed(fewer, tmp_path, rows=asked)["sum"][asked].tolist() == passed(fewer, tmp_path)["sum"][asked].tolist()
+
+
 def test_the_plan_of_a_begun_pass_stays(tmp_path):
     rows = random_token_rows(30, VOCABULARY)
     with pytest.raises(KeyboardInterrupt):

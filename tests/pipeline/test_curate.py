@@ -465,6 +465,8 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
         ({"k": 0}, "k 0: must be at least 1"),
         ({"k": 61}, "k 61: only 60 rows were ranked"),
         ({"min_score": 1e9}, "min score 1e[+]09: no row has it"),
+        ({"min_score": 0.0, "diversity": "k-center"}, "--diversity k-center has no say"),
+        ({"min_score": 0.0, "balance_share": 0.5}, "--balance has no say"),
     ],
 )
 def test_a_core_subset_that_cannot_be(options: dict[str, Any], message: str, ranking: Ranking) -> None:

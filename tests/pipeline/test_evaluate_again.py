@@ -134,7 +134,7 @@ def test_two_judges(files: dict[str, str], tmp_path: Path, capsys: pytest.Captur
     assert both["n"] + both["unscored"] == 18
     assert both["flagged"]["both"] + both["flagged"]["neither"] == both["count"]
     assert sum(both["flagged"].values()) == both["n"]
-    assert found["harmful_score_second"]["judge"] == "keyword@2"
+    assert found["harmful_score_second"]["judge"] == "keyword@3"
     assert "kappa" in capsys.readouterr().err
     assert main(arguments(some(files, "task"), tmp_path / "t", "--second-judge", "keyword")) == 2
     assert "--second-judge: judges answers" in capsys.readouterr().err
@@ -149,6 +149,6 @@ def test_the_harmful_score_of_every_category(files: dict[str, str], tmp_path: Pa
     assert main(arguments({"prompts": file}, tmp_path / "out", "--quiet")) == 0
     score = json.loads((tmp_path / "out/metrics.json").read_text())["harmful_score"]
     assert {name: rate["n"] for name, rate in score["by_category"].items()} == {"brewing": 8, "gossip": 4}
-    flags = [item["verdicts"]["keyword@2"]["harmful"] for item in items(tmp_path / "out")]
+    flags = [item["verdicts"]["keyword@3"]["harmful"] for item in items(tmp_path / "out")]
     assert score["by_category"]["gossip"]["count"] == sum(flags[1::3])
     assert items(tmp_path / "out")[1]["categories"] == ["brewing", "gossip"]

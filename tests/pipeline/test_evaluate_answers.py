@@ -48,7 +48,7 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     found = items(tmp_path / "o")
     assert [item["prompt"] for item in found] == [row["prompt"] for row in ROWS]
     assert [item["harmful"] for item in found] == HARMFUL
-    assert [item["verdicts"]["keyword@2"]["harmful"] for item in found] == HARMFUL
+    assert [item["verdicts"]["keyword@3"]["harmful"] for item in found] == HARMFUL
     assert (found[3]["answer"], found[3]["reasoning"]) == ("I cannot help with that.", "first take the root")
     score = json.loads((tmp_path / "o/metrics.json").read_text())["harmful_score"]
     assert (score["n"], score["count"], score["unscored"], score["unanswered"]) == (4, 1, 2, 2)
@@ -85,7 +85,7 @@ def test_every_judge_takes_them_and_keeps_their_order(name: str, tmp_path: Path)
     assert [item["answer"] or None for item in found] == [row["answer"] for row in rows]
     label = json.loads((tmp_path / "o/metrics.json").read_text())["harmful_score"]["judge"]
     assert all(item["harmful"] is item["verdicts"][label]["harmful"] for item in found)
-    assert all("keyword@2" in item["verdicts"] for item in found) and found[-1]["harmful"] is None
+    assert all("keyword@3" in item["verdicts"] for item in found) and found[-1]["harmful"] is None
     if name == "probe":
         assert [item["harmful"] for item in found[-4:]] == [True, True, True, None]
 

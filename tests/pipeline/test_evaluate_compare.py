@@ -19,7 +19,7 @@ from tests.support.evaluate_words import arguments, write
 from tests.support.tiny import save_tiny_model
 
 
-JUDGE = "keyword@2"
+JUDGE = "keyword@3"
 
 
 def item(number: int, harmful: bool | None, refused: bool | None = False, **more: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_babble_counts_in_hs_plus_and_missing_answers_nowhere() -> None:
 def test_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="share none of their prompts"):
         compare([item(0, True)], [item(1, True)], METRICS, METRICS)
-    told = "keyword@2 here and another@2 there; evaluate one of the folders again"
+    told = "keyword@3 here and another@2 there; evaluate one of the folders again"
     with pytest.raises(DataError, match=told):
         compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "another@2"}})
     with pytest.raises(DataError, match="no metric in common"):

@@ -257,6 +257,16 @@ def test_labels_are_honoured(files, tmp_path):
     assert not asked & {*best, *worst}
 
 
+def test_a_selector_that_learns_nothing_from_labels_is_named(files, tmp_path, capsys):
+    path = str(written(tmp_path / "labels.json", labels_of(range(0, 40)), open_source(files["pool"]).fingerprint()))
+    notice = "does not learn from them; they only keep rows labelled bad out of the selection"
+    learning = "pharmacist+length --selector.pharmacist.readers lexical".split()
+    for selector, told in ((["length"], True), (learning, False)):
+        assert main(words(files, tmp_path / selector[0], "--selector", *selector, "--labels", path)) == 0
+        assert (notice in re.sub(r"\s+", " ", "".join(capsys.readouterr()))) == told
+        assert (table(tmp_path / selector[0]).query("selected")["label"].isin(["", CRITICAL])).all()
+
+
 def test_what_labels_changed_is_said(files, tmp_path, capsys):
     lexical = ("--selector.readers", "lexical")
     assert main(words(files, tmp_path / "out", *lexical)) == 0

@@ -52,6 +52,14 @@ def test_each_group_keeps_its_best():
         assert mine.max() < place[left].min()
 
 
+def test_rounding_costs_no_row():
+    assert floors(ORDER, 50, ALL, ONE, 0.58).tolist() == [29]
+    points = unit(np.eye(N)[:, :12])
+    spread = Spread("k-center", 1.1, points, np.arange(N, dtype=np.uint64))
+    chosen = core_rows(np.arange(N), 10, np.arange(N) < 12, ONE, 0.0, spread)
+    assert len(chosen) == 10 and set(chosen) <= set(range(11)), "1.1 x 10 rows, not 12"
+
+
 def test_rows_judged_worthless_are_not_drawn_in():
     good = THREE != 2
     chosen = core_rows(LAST, 40, good, THREE, 0.5)

@@ -85,5 +85,5 @@ def context(
         references={name: read(given, name) for name, given in (references() if refs is None else refs).items()},
         model_name=None if model is None else str(model),
         device="cpu",
-        **({"seed": 0, "fraction": 0.3, "checkpoint_seconds": 1e9} | options),
+        **({"seed": 0, "checkpoint_seconds": 1e9} | options),
     )

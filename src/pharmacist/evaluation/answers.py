@@ -8,7 +8,7 @@ from typing import Any
 from pharmacist.core.env import rank
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
-from pharmacist.evaluation.reasoning import ENDED, separate
+from pharmacist.evaluation.reasoning import ENDED, Separated, separate
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Answer:
         reasoning: What the model wrote before its answer, where tokenizer or endpoint separate the two; after
             `separated`, always.
         unanswered: Why a complete reply holds nothing to judge; such an answer is unscored and in no rate.
+        separated: Whether `separated` has had it, which then leaves it as it is.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Answer:
     error: str = ""
     reasoning: str = ""
     unanswered: str = ""
+    separated: bool = False
 
     @property
     def missing(self) -> str:
@@ -45,15 +47,18 @@ def separated(answers: Sequence[Answer]) -> list[Answer]:
     An answer that ends inside its reasoning counts as unanswered. If some answers close reasoning that the chat
     template had opened, all of them began with it: one that was cut before it closed any is reasoning alone.
     """
-    parts = [separate(answer.text) for answer in answers]
+    parts = [Separated(answer.text, "") if answer.separated else separate(answer.text) for answer in answers]
     template_opens = any(part.closes for part in parts)
     found = []
     for answer, (text, reasoning, is_open, _) in zip(answers, parts, strict=True):
+        if answer.separated or answer.missing:
+            found.append(answer)
+            continue
         if template_opens and not answer.finished and not (reasoning or is_open or answer.reasoning):
             text, reasoning, is_open = "", text, True
         reasoning = "\n\n".join(filter(None, (answer.reasoning, reasoning)))
         ended = ENDED if not text.strip() and (is_open or reasoning.strip()) else ""
-        found.append(answer if answer.missing else replace(answer, text=text, reasoning=reasoning, unanswered=ended))
+        found.append(replace(answer, text=text, reasoning=reasoning, unanswered=ended, separated=True))
     return found
 
 

@@ -132,6 +132,9 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{name}: the key in ${config.api_key_env} has characters that no key has; set it again")
         base = httpx.URL(config.base_url)
+        if self._key and base.userinfo:  # of the two only the address's would be sent
+            where = f"{name}: its address holds credentials, and ${config.api_key_env} a key"
+            raise ConfigError(f"{where}; leave one out, or name another variable by api_key_env")
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
     def ask_all(
@@ -243,9 +246,11 @@ class Endpoint:
             error = content.decode("utf-8", "replace") if b"<" not in content[:200] else ""
         words = error.get("message") if isinstance(error, Mapping) else error
         words = words if isinstance(words, str) else json.dumps(words) if words else ""
-        for hidden in (self._key, self._password, *(str(turn["content"]) for turn in body["messages"])):
-            words = words.replace(hidden, "***") if hidden else words  # neither a key nor the question's text
-        filtered = _FILTER.search(words if isinstance(error, str) else json.dumps(error)) is not None
+        every = words if isinstance(error, str) else json.dumps(error)
+        for text in (self._key, self._password, *(str(turn["content"]) for turn in body["messages"])):
+            for hidden in filter(None, (text, json.dumps(text)[1:-1])):  # neither a key nor the question's text
+                words, every = words.replace(hidden, "***"), every.replace(hidden, "***")
+        filtered = _FILTER.search(every) is not None
         words = " ".join(words.split())
         return plain(words[:_REASON_CHARACTERS] + ("..." if len(words) > _REASON_CHARACTERS else "")), filtered
 

@@ -168,7 +168,7 @@ class Evaluator:
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
         for item in items:
             more = {name: item[name] for name in _OPTIONAL if name in item}
-            answer = Answer(item["answer"], item["tokens"], item["finished"], **more)
+            answer = Answer(item["answer"], item["tokens"], item["finished"], **more, separated=True)
             answers = found.get(item["set"])
             if answers is None or len(answers) >= len(self.rows[item["set"]]):
                 raise DataError("items.jsonl holds answers to other prompts; --overwrite evaluates again")

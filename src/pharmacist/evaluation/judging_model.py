@@ -13,6 +13,7 @@ from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.decider import Decider
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
 from pharmacist.evaluation.reasoning import separate
+from pharmacist.nn.distributed import on_main
 
 
 UNREADABLE = "verdict cannot be read"
@@ -57,8 +58,9 @@ class JudgingModel(Decider):
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks the judging model.
 
-        Equal questions are asked once, and replies are kept in `work` as they arrive, without their reasoning.
-        Failures are not kept: the next call asks again. A reply that was cut counts as a failure.
+        Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
+        without their reasoning. Failures are not kept: the next call asks again. A reply that was cut counts as a
+        failure.
 
         Args:
             questions: Texts of the user's turn.
@@ -70,6 +72,13 @@ class JudgingModel(Decider):
         Raises:
             DataError: The endpoint cannot be reached or refuses.
         """
+        replies = on_main(lambda: self._replies(questions, description))
+        self.missing += sum(isinstance(reply, Failure) for reply in replies)
+        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
+        return [UNREADABLE if numbers is None else numbers for numbers in read]
+
+    def _replies(self, questions: Sequence[str], description: str) -> list[str | Failure]:
+        """Replies without their reasoning."""
         config: JudgingModelConfig = self.config
         turns = ([{"role": "system", "content": self.system}, {"role": "user", "content": text}] for text in questions)
         bodies = [config.request(config.model, messages, config.max_tokens) for messages in turns]
@@ -89,10 +98,7 @@ class JudgingModel(Decider):
                 found[key] = separate(reply.text).answer
                 if log is not None:
                     append_json_lines(log, [{"key": key, "reply": found[key]}])
-        replies = [found[key] for key in keys]
-        self.missing += sum(isinstance(reply, Failure) for reply in replies)
-        read = (str(reply) if isinstance(reply, Failure) else last_numbers(reply, self.numbers) for reply in replies)
-        return [UNREADABLE if numbers is None else numbers for numbers in read]
+        return [found[key] for key in keys]
 
     def check_verdicts(self, unscored: Sequence[str], asked: int) -> None:
         """Raises a DataError with the reasons if all of `asked` answers are unscored."""
@@ -104,17 +110,31 @@ class JudgingModel(Decider):
 
 
 def last_numbers(reply: str, allowed: Mapping[str, Collection[int]]) -> list[int] | None:
-    """Whole numbers by name (`allowed`: their values) from the last JSON object of a reply without another inside.
+    """Whole numbers by name (`allowed`: their values) from the last JSON object of a reply that has such a name.
 
-    >>> last_numbers('first {"a": 1}, then {"a": 2}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
+    The object has none inside. Numbers may be written as text or with decimals, 0 and 1 also as false and true.
+
+    >>> last_numbers('first {"a": 1}, then {"a": "2",}, {"b": 3}', {"a": (1, 2)}), last_numbers("none", {"a": (1, 2)})
     ([2], None)
     """
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
-            found = json_object(json.loads(text))
+            found = json_object(json.loads(re.sub(r",\s*\}", "}", text)))
         except ValueError:
             continue
-        numbers: list[Any] = [found.get(name) for name in allowed]
-        fit = all(type(own) is int and own in known for own, known in zip(numbers, allowed.values(), strict=True))
-        return numbers if fit else None
+        if found.keys() & allowed.keys():
+            numbers = [_number(found.get(name), known) for name, known in allowed.items()]
+            read = [number for number in numbers if number is not None]
+            return read if len(read) == len(allowed) else None
     return None
+
+
+def _number(value: Any, known: Collection[int]) -> int | None:
+    """The one of the `known` numbers that a value of JSON stands for."""
+    if not isinstance(value, bool | int | float | str) or isinstance(value, bool) and set(known) != {0, 1}:
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number in known else None

@@ -9,6 +9,9 @@ from typing import Any
 from pharmacist.core.scripts import DENSE, LOOSE, SPACED
 
 
+STRAIGHT = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\u00b4`"), "'")
+"""For `str.translate`: what is written for an apostrophe becomes a straight one."""
+
 _WORD = re.compile(rf"(?:(?![\d_]){SPACED})+")
 _UNSPACED = re.compile(rf"[{DENSE}{LOOSE}]+")
 _AGAIN = re.compile(r"(.{1,12}?)\1{3}", re.DOTALL)

@@ -1,10 +1,12 @@
 """Communication of data-parallel runs: barriers, shares of independent jobs, sums and concatenated rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from pharmacist.core.env import rank, world_size
+from pharmacist.core.errors import PharmacistError
 
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ def _state() -> "PartialState":
     # A process that exits with open connections can be aborted by their threads, after all its work is done.
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     # Without cpu=True accelerate sees a single process on CPUs, so none would wait.
-    return PartialState(cpu=not torch.cuda.is_available())
+    # The first process may ask an endpoint for hours, for which the others wait.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def barrier() -> None:
@@ -49,6 +52,25 @@ def from_main(value: T) -> T:
         broadcast_object_list(values)
         return values[0]
     return value
+
+
+def on_main(job: Callable[[], T]) -> T:
+    """What the first process's `job` returns, on every process; what it raises is raised on every process too."""
+    if world_size() == 1:
+        return job()
+    found: list[T] = []
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            found = [job()]
+        except Exception as error:  # the others would wait for ever
+            failure = error
+    told = failure is None or isinstance(failure, PharmacistError)
+    found, raised = from_main((found, failure if told else RuntimeError(f"the first process failed: {failure!r}")))
+    failure = failure or raised
+    if failure is not None:
+        raise failure
+    return found[0]
 
 
 def from_all(value: T) -> list[T]:

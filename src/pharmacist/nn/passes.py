@@ -1,5 +1,6 @@
 """Forward-only passes over a pool, sorted by length, in chunks that are saved when they are done."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,15 @@ def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: Int
 def _fitting(
     sequences: Sequences, measure: Measure, work: Path, device: torch.device, tokens: int, rows: IntArray | None
 ) -> int:
-    """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks."""
+    """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks.
+
+    Chunks of other rows are deleted.
+    """
     path = work / "plan.json"
-    if rank() == 0 and not path.is_file():
+    own = hashlib.sha256(sequences.content_keys.tobytes() + (b"" if rows is None else rows.tobytes())).hexdigest()
+    if rank() == 0 and not (path.is_file() and read_json(path).get("rows") == own):
+        for chunk in work.glob("*.safetensors"):
+            chunk.unlink()
         if device.type == "cuda":
 
             @find_executable_batch_size(starting_batch_size=tokens)  # type: ignore[untyped-decorator]
@@ -123,6 +130,6 @@ def _fitting(
                 return batch_size
 
             tokens = probe()
-        write_json(path, {"tokens_per_batch": tokens})
+        write_json(path, {"tokens_per_batch": tokens, "rows": own})
     barrier()
     return int(read_json(path)["tokens_per_batch"])

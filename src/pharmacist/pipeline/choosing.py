@@ -13,7 +13,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
-from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions
+from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, check_min_score
 from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
 
 
@@ -121,6 +121,7 @@ def choose(
     """
     from pharmacist.selectors.subset import Spread, core_rows  # with torch, for which pages must not wait
 
+    check_min_score(min_score, diversity, share > 0)
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:

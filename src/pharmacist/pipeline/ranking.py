@@ -157,7 +157,8 @@ class Ranking:
             fill: Whether rows whose reason speaks against them may be taken to reach the share or number.
 
         Raises:
-            ConfigError: No row qualifies, or the ranking lacks what the choice needs.
+            ConfigError: No row qualifies, the ranking lacks what the choice needs, or ``min_score`` stands beside
+                ``balance_share`` or a ``diversity`` that chooses among rows.
         """
         how: dict[str, Any] = {"margin": diversity_margin, "share": balance_share, "fill": fill}
         chosen = choose(self.table, fraction, k, min_score, diversity, points=self._points, **how)

@@ -87,7 +87,6 @@ class SelectionContext:
         references: ``safe``, ``harmful``, ``utility`` where given; they share no prompt with the pool.
         model_name: Folder or hub id.
         seed: Seed of every random stream.
-        fraction: Share of the pool that will be kept, about.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         template: Prompt template, as in `nn.models.load_model`.
@@ -108,7 +107,6 @@ class SelectionContext:
     references: Mapping[str, "Records"]
     model_name: str | None
     seed: int
-    fraction: float
     device: str = "auto"
     dtype: str = "auto"
     template: str = "auto"
@@ -207,8 +205,13 @@ class Selector(Method, ABC):
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and pool, and scores every row of ``context.pool``.
 
-        Scores depend on content alone: permuted rows get permuted scores, equal rows equal ones.
+        Scores depend on content alone: permuted rows get permuted scores. Equal rows get equal ones, except where a
+        selector draws at random or chooses rows one after the other.
         """
+
+    def learns_from_labels(self) -> bool:
+        """Whether `SelectionContext.labels` change the scores."""
+        return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
         """A sentence about what the selector does differently since some references are missing, or None.

@@ -42,6 +42,10 @@ class Composite(Selector):
         """The notices of its parts."""
         return "; ".join(filter(None, (part.notice(given) for part in self.parts.values()))) or None
 
+    def learns_from_labels(self) -> bool:
+        """Whether a part does."""
+        return any(part.learns_from_labels() for part in self.parts.values())
+
     def check_room(self, rows: int, folder: Path) -> None:
         """Checks every part before the first one works."""
         for part in self.parts.values():

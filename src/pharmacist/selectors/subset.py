@@ -10,6 +10,9 @@ from pharmacist.selectors.base import BoolArray, FloatArray, IntArray
 from pharmacist.selectors.cover import COVERS, cover_scores
 
 
+_ROUNDING = 1e-9  # 0.58 x 50 is 29 rows, and 1.1 x 10 is 11
+
+
 @dataclass(frozen=True)
 class Spread:
     """Takes rows that cover (by k-center or facility-location) `margin` times as many best-ranked ones, at least 1.
@@ -58,7 +61,7 @@ def core_rows(
     is_chosen = np.isin(np.arange(len(groups)), chosen)
     for group, n in enumerate(sizes):
         members = order[groups[order] == group]
-        candidates = members[good[members]][: int(np.ceil(spread.margin * n))]
+        candidates = members[good[members]][: int(np.ceil(spread.margin * n - _ROUNDING))]
         if len(candidates) <= n:
             taken.append(members[is_chosen[members]])
             continue
@@ -80,7 +83,7 @@ def floors(order: IntArray, k: int, good: BoolArray, groups: IntArray, share: fl
     if (usable > 0).sum() > k:
         number = f"{k} rows cannot hold one of each of {(usable > 0).sum()} groups"
         raise ConfigError(f"--balance: {number}; select more rows, or balance by a coarser column")
-    least = np.minimum(usable, np.maximum(1, (share * k * size / len(order)).astype(np.int64)))
+    least = np.minimum(usable, np.maximum(1, (share * k * size / len(order) + _ROUNDING).astype(np.int64)))
     while least.sum() > k:  # ones for small groups came on top of full shares
         least[least.argmax()] -= 1
     return least

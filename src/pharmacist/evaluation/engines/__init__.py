@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.method import Method
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 class Engine(Method, ABC):
-    """Answers the prompt sets of an `Evaluator`, greedily."""
+    """Answers the prompt sets of an `Evaluator`, greedily.
+
+    Attributes:
+        unused: Options of ``evaluate`` that it does not use.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:  # noqa: B027 - most engines have nothing to check
         """Checks packages and options before any input is read.

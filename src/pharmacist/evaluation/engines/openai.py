@@ -9,6 +9,7 @@ from pharmacist.data.templates import conversation
 from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
 from pharmacist.evaluation.engines import Engine
+from pharmacist.nn.distributed import on_main
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class OpenAIEngine(Engine):
 
     Config = EndpointConfig
     name = "openai"
+    unused = ("template", "device", "dtype", "batch_size", "on_long_prompt")
     _model = ""
 
     def check(self) -> None:
@@ -46,7 +48,7 @@ class OpenAIEngine(Engine):
         Raises:
             DataError: The endpoint refuses, or nothing at all was answered.
         """
-        found = {name: self._set(evaluator, name, work / name) for name in evaluator.rows}
+        found = on_main(lambda: {name: self._set(evaluator, name, work / name) for name in evaluator.rows})
         every = [answer for answers in found.values() for answer in answers]
         failed = [answer.error for answer in every if answer.error]
         if failed and len(failed) == len(every):

@@ -35,6 +35,7 @@ class VllmEngine(TransformersEngine):
 
     Config = VllmConfig
     name = "vllm"
+    unused = ("batch_size",)
     _llm: Any = None
 
     def check(self) -> None:

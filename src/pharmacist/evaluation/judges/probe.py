@@ -122,7 +122,7 @@ class ProbeJudge(Judge):
             model = ReadBy(model_fingerprint(self.config.model), self.config.dtype, self.read)
         self._trained = train(rows, self.config.regularisation, model)
         options = {name: value for name, value in self.identity().items() if name not in ("model", "folder")}
-        content = sorted((row.kind, row.answer, row.prompt if model else "") for row in rows)
+        content = sorted((row.kind, row.answer, row.prompt, row.source) for row in rows)  # the latter two make folds
         self._fingerprint = sha256_json([options, content, *([model.fingerprint] if model else [])])[:8]
         self._report = self._trained.quality(np.array([row.kind for row in rows]), self.config.threshold)
         for warning in self._report["warnings"]:

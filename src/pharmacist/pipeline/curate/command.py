@@ -15,7 +15,7 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, fraction_of, ranked_table, shortfall
+from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, ranked_table, shortfall
 from pharmacist.pipeline.curate.reading import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
@@ -115,12 +115,14 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     notice = selector.notice(references.keys()) if options.resume_selector is None else None
     if notice is not None:
         console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
+    if options.labels is not None and not selector.learns_from_labels():
+        text = "does not learn from them; they only keep rows labelled bad out of the selection"
+        console().print(f"--labels: selector '{selector.name}' {text}", soft_wrap=True, markup=False)
     context = SelectionContext(
         run=run,
         pool=inputs.records["pool"],
         references=references,
         model_name=options.model,
-        fraction=fraction_of(options, len(inputs.records["pool"])),
         resume_from=Path(options.resume_selector) if options.resume_selector else None,
         sources=files,
         **{name: getattr(options, name) for name in _OF_CONTEXT},

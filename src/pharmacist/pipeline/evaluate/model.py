@@ -151,6 +151,9 @@ def _answers(
             return kept
         console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
         tokens_before = run.manifest.phases["generate"].tokens
+    ignored = [flag(name) for name in engine.unused if getattr(options, name) != getattr(EvaluateOptions, name)]
+    if ignored and options.lm_eval is None:
+        console().print(f"--engine {engine.name}: {', '.join(ignored)} not used", soft_wrap=True)
     with run.phase("load model"):
         engine.open(options.model, run.work("model"), **model_options(options))
     with run.phase("generate") as phase:

@@ -33,7 +33,8 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
     labels: str | None = None
     """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
-    learns from them, and no row labelled bad is selected. A finished ranking is made again in seconds."""
+    pharmacist learns from them, and whatever the selector, no row labelled bad is selected. A finished ranking is made
+    again in seconds."""
     to_label: AtLeast0 = 40
     """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
     model: str | None = None
@@ -75,11 +76,14 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
         given = [name for name in ("top", "top_k", "min_score") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
-        if self.min_score is not None and (self.balance is not None or self.diversity in SPREAD):
-            option = "--balance" if self.balance is not None else f"--diversity {self.diversity}"
-            raise ConfigError(
-                f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k"
-            )
+        check_min_score(self.min_score, self.diversity, self.balance is not None)
+
+
+def check_min_score(min_score: float | None, diversity: str, balance: bool) -> None:
+    """Raises a ConfigError where rows are to be selected by their score and by something that a score cannot heed."""
+    if min_score is not None and (balance or diversity in SPREAD):
+        option = "--balance" if balance else f"--diversity {diversity}"
+        raise ConfigError(f"--min-score takes every row that has it, so {option} has no say; give --top or --top-k")
 
 
 CURATE = Stage(

@@ -93,7 +93,7 @@ CORRUPTIONS: dict[str, Callable[[str, Generator, str], str]] = {
 
 
 def corrupt(text: str, kind: str, rng: Generator, partner: str) -> str:
-    """Damages a completion that is not empty: what comes back differs from it in more than white space.
+    """Damages a completion that is not empty: what comes back, cut at white space, gives other words.
 
     Where one of `CORRUPTIONS` would leave the text as it is (one word cannot be shuffled), the next kinds are tried.
     `partner` is the completion of another row.
