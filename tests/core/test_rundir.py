@@ -230,6 +230,12 @@ def test_places_that_cannot_be_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start(Path("~/out")).close()
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
 def test_phases_add_up_over_resumes(tmp_path: Path) -> None:
     run = start(tmp_path / "out")
     with run.phase("train") as phase:

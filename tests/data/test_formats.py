@@ -242,6 +242,13 @@ def test_missing_files(tmp_path):
     fails(str(tmp_path / "no.jsonl"), "no such file")
     fails("no.parquet", "no such file")
     fails("  ", "empty path")
+    fails("~nobody-of-this-name/pool.jsonl", "no such file")
+
+
+def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "~$pool.jsonl", made_rows(2))
+    assert read("~$pool.jsonl") == made_rows(2)
 
 
 def test_wrong_kinds_of_input(tmp_path):

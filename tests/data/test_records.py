@@ -115,6 +115,43 @@ def test_alpaca_inputs(tmp_path):
     assert (second["prompt"], second["instruction"], second["input"]) == ("j", None, None)
 
 
+DIALOGUE = "User: Hi\n\nAssistant: Hello\n\nUser: Bye"
+LOOKS_LIKE_MESSAGES = [
+    DIALOGUE,
+    json.dumps([user("a"), assistant("b")]),
+    '[{"role": "user", "content": "a"}',
+    "[1, 2]",
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_MESSAGES)
+def test_text_that_looks_like_messages_stays_text(tmp_path, text):
+    for prompt, answer in (("instruction", "output"), ("prompt", "completion"), ("prompt", "response")):
+        (row,) = read(tmp_path, [{prompt: "p", answer: text}]).dataset
+        assert (row["prompt"], row["completion"], row["turns"]) == ("p", text, None)
+    (row,) = read(tmp_path, [{"instruction": text, "input": "x", "output": "o"}]).dataset
+    assert (row["instruction"], row["input"], row["completion"]) == (text, "x", "o")
+
+
+def test_an_answer_in_messages_begins_with_the_assistant(tmp_path):
+    for text in (json.dumps([assistant("c"), user("d")]), "Assistant: c\n\nHuman: d", "{'from': 'gpt', 'value': 'c'}"):
+        (row,) = read(tmp_path, [{"prompt": "p", "completion": text}]).dataset
+        assert (row["prompt"], row["completion"]) == ("p", "c")
+
+
+def test_lists_in_alpaca_columns_are_bad_rows(tmp_path):
+    rows = [{"instruction": "i", "output": "o"}, {"instruction": "i", "output": [assistant("o")]}]
+    assert read(tmp_path, rows, on_bad_row="skip").refused[0].reason == "'output' is a list, not text"
+
+
+def test_the_first_usable_row_decides(tmp_path):
+    rows = [{"prompt": "", "completion": "c"}, {"instruction": "i", "output": "o"}]
+    records = read(tmp_path, rows, on_bad_row="skip")
+    assert (records.layout, [row.number for row in records.refused]) == ("instruction-output", [0])
+    with pytest.raises(DataError, match="1 row of 2 cannot be used: row 0 has an empty 'prompt'"):
+        read(tmp_path, rows)
+
+
 def test_the_first_layout_that_fits_decides(tmp_path):
     both = {"prompt": "p", "completion": "c", "response": "r", "messages": [user("u"), assistant("m")]}
     assert read(tmp_path, [both]).dataset["completion"][:] == ["c"]
