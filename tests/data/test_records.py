@@ -8,7 +8,15 @@ import pytest
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.normalise import normalised_prompt, prompt_key
-from pharmacist.data.records import SCHEMA, last_requests, parse_columns, read_records, to_dataset
+from pharmacist.data.records import (
+    SCHEMA,
+    columns_in,
+    first_row,
+    last_requests,
+    parse_columns,
+    read_records,
+    to_dataset,
+)
 from tests.support.files import SUFFIXES, TEXTS, save
 
 
@@ -184,6 +192,17 @@ def test_mapping_errors(tmp_path, suffix):
         read_records(source, work_dir=tmp_path, columns={"prompt": "prompt", "output": "completion"})
     with pytest.raises(ConfigError, match=r"completion belong to no row format together; known are prompt, messages"):
         read_records(source, work_dir=tmp_path, columns={"completion": "completion"}, prompts_only=True)
+
+
+def test_columns_of_a_source_are_those_of_its_first_readable_row(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{\n{"question": "q", "answer": "a"}\n{"question": "q", "sys": "s"}\n')
+    columns = {"prompt": "question", "completion": "answer", "system": "sys"}
+    for missing in ({}, {"response": "sys"}, {"history": "turns"}):
+        assert columns_in(open_source(tmp_path / "pool.jsonl"), columns | missing) == columns
+    frame = datasets.Dataset.from_list([{"question": "q"}])
+    assert columns_in(open_source(frame), columns) == {"prompt": "question"}
+    assert first_row(open_source(tmp_path / "pool.jsonl")) == {"question": "q", "answer": "a"}
+    assert first_row(open_source([])) == {}
 
 
 def test_columns_as_text():
