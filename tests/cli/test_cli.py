@@ -175,6 +175,39 @@ def test_an_unexpected_failure_is_1_with_a_log(
     assert main(chance(pool, tmp_path / "out", "--quiet")) == 0  # and the folder is still good
 
 
+@pytest.mark.parametrize(("code", "status"), [("no such luck", 1), (3, 3), (None, 0)])
+def test_a_library_that_exits(
+    code: object, status: int, pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stop(*_: object) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(stage, "_rank", stop)
+    assert main(chance(pool, tmp_path / "out", "--quiet")) == status
+    assert ("no such luck" in capsys.readouterr().err) == (status == 1)
+
+
+@pytest.mark.parametrize("shut", ["out", "saved"])
+def test_folders_of_other_users_are_bad_input(
+    shut: str,
+    pool: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def is_file(path: Path) -> bool:
+        if path.parent == tmp_path / shut:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os.path.isfile(path)
+
+    (tmp_path / shut).mkdir()
+    monkeypatch.setattr(Path, "is_file", is_file)
+    given = {"pool": str(tmp_path / "saved")} if shut == "saved" else pool
+    assert main(chance(given, tmp_path / "out", "--quiet")) == 2
+    line = one_line(capsys)
+    assert f"error: {tmp_path / shut}/" in line and line.endswith("you may not use it; check its permissions")
+
+
 def test_a_log_is_not_left_in_somebody_elses_folder(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

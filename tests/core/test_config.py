@@ -84,6 +84,12 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--kind", "thin"], "kind", "thin"),
         (["--parts", "[0.5, 5e-4]"], "parts", [0.5, 5e-4]),
         (["--inner.r", "3", "--inner.rate", "5e-4", "--inner.names", "[a,b]"], "inner", Inner(3, 5e-4, ["a", "b"])),
+        (["--parts", "0.5"], "parts", [0.5]),
+        (["--numbers", "15"], "numbers", [15]),
+        (["--inner.names", "q_proj"], "inner", Inner(names=["q_proj"])),
+        (["--inner.names", "1"], "inner", Inner(names=["1"])),
+        (["--inner.names", "null"], "inner", Inner()),
+        (["--train.a", "1", "--train", "{b: 2}", "--train", "{c: 3}"], "train", {"a": 1, "b": 2, "c": 3}),
         (["--inner.names", "a", "1", "--inner.names", "b"], "inner", Inner(names=["a", "1", "b"])),
         (["--train.max_steps", "20", "--train.lr", "5e-4"], "train", {"max_steps": 20, "lr": 5e-4}),
         (["--selector", "full"], "selector", {"name": "full"}),
@@ -164,6 +170,7 @@ def test_the_line_wins_over_the_file(tmp_path: Path) -> None:
         assert (found.stirs, found.heat, found.quiet, found.lid) == (4, 2.0, False, True)
         assert found.inner == Inner(5, 0.5)
         assert found.train == {"a": 1, "b": 3}
+        assert parse(Options, [*line, "--train", "{b: {c: 4}}"]).train == {"a": 1, "b": {"c": 4}}
         chosen = {name: found.selector[name] for name in ("name", "gamma", "mu", "tau")}
         assert chosen == {"name": "pharmacist", "gamma": 0.1, "mu": 0.75, "tau": 1.0}
 
@@ -192,7 +199,7 @@ def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Pa
         (["--stirs"], "--stirs needs a value"),
         (["--heat", "hot"], "--heat hot: must be a number"),
         (["--kind", "thi"], "--kind thi: must be one of thick, thin"),
-        (["--parts", "half"], "--parts half: must be a list, written [a, b]"),
+        (["--parts", "half"], "--parts ['half']: must be a list, written [a, b]"),
         (["--inner.rate", "fast"], "--inner.rate fast: must be a number"),
         (["--inner.r", "0"], "inner.r must be positive, not 0"),
         (["--selector", "pharmacist", "--selector.gamma", "x"], "--selector.gamma x: must be a number"),
@@ -241,6 +248,11 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("stirs: 1\nstirs: 2", "not valid YAML (the key 'stirs' is there twice"),
         ("inner: {r: 1, rate: 2, r: 3}", "the key 'r' is there twice"),
         ("output-dir: a\noutput_dir: b", "the key 'output_dir' is there twice, once with a hyphen"),
+        ("inner: {na-mes: [a], na_mes: [b]}", "the key 'inner.na_mes' is there twice, once with a hyphen"),
+        (
+            "selector: {name: seal, inner-steps: 1, inner_steps: 2}",
+            "the key 'selector.inner_steps' is there twice, once with a hyphen",
+        ),
         ("1: 2", "unknown key '1'"),
         ("on: 2", "unknown key 'on'"),
         ("stirs: 2026-11-29", "--stirs 2026-11-29: must be a whole number"),

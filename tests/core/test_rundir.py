@@ -1,12 +1,14 @@
 """Output folders: resume, complete, refusal, overwriting, lock, phases."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -208,6 +210,22 @@ def test_a_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
     start(tmp_path / "out").close()
 
 
+def test_a_lock_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, flock = start(tmp_path / "out"), fcntl.flock
+
+    def finish_first(*arguments: Any) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "out" / "work")  # as the run that has the folder does in the end
+        held.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    run = start(tmp_path / "out")
+    with pytest.raises(ConfigError, match="another process is working in this folder"):
+        start(tmp_path / "out")
+    run.close()
+
+
 def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
     code = (
         "import os\nfrom pathlib import Path\nfrom tests.core.test_rundir import start\n"
@@ -228,6 +246,12 @@ def test_places_that_cannot_be_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         start(tmp_path / ("x" * 300))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start(Path("~/out")).close()
+    assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 def test_phases_add_up_over_resumes(tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_saved_folders_and_datasets_in_memory(tmp_path):
     assert saved.fingerprint() == open_source(str(tmp_path / "saved")).fingerprint() != open_source(data).fingerprint()
 
 
+def test_images_are_read_as_bytes(tmp_path):
+    pictures = pa.array([{"bytes": b"x", "path": None}], datasets.Image().pa_type)
+    kinds = {"prompt": datasets.Value("string"), "image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    table = pa.table({"prompt": ["a"], "image": pictures, "images": pa.ListArray.from_arrays([0, 1], pictures)})
+    schema = datasets.Features(kinds | {"json": datasets.Json()}).arrow_schema
+    data = datasets.Dataset(table.append_column("json", pa.array(['{"a": [1, "b"]}'])).cast(schema))
+    data.save_to_disk(tmp_path / "saved")
+    picture = {"bytes": b"x", "path": None}
+    row = {"prompt": "a", "image": picture, "images": [picture], "json": {"a": [1, "b"]}}
+    assert read(tmp_path / "saved") == read(data) == [row]
+    assert open_source(data).fingerprint() == open_source(data.select([0])).fingerprint()
+    assert open_source(data).dataset([0]).features == data.features
+
+
 def test_messages_of_changing_shape_come_back_from_parquet(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": "a", "weight": 1}]},
@@ -242,6 +256,13 @@ def test_missing_files(tmp_path):
     fails(str(tmp_path / "no.jsonl"), "no such file")
     fails("no.parquet", "no such file")
     fails("  ", "empty path")
+    fails("~nobody-of-this-name/pool.jsonl", "no such file")
+
+
+def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "~$pool.jsonl", made_rows(2))
+    assert read("~$pool.jsonl") == made_rows(2)
 
 
 def test_wrong_kinds_of_input(tmp_path):
@@ -293,6 +314,17 @@ def test_several_frames_are_one_file(tmp_path):
         path = tmp_path / f"pool.jsonl.{suffix}"
         path.write_bytes(compress(b'{"a": 1}\n{"a"', path.name) + compress(b": 2}\n", path.name))
         assert read(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_padding_and_skippable_frames_are_no_data(tmp_path):
+    skippable = b"\x5f\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    for suffix, before, after in (("gz", b"", b"\0" * 2048), ("zst", skippable, skippable)):
+        path = tmp_path / f"pool.jsonl.{suffix}"
+        path.write_bytes(before + compress(b'{"a": 1}\n', path.name) + after)
+        assert read(path) == [{"a": 1}]
+    path = tmp_path / "more.jsonl.gz"
+    path.write_bytes(compress(b'{"a": 1}\n', path.name) + b"more")
+    fails(path, "damaged gzip")
 
 
 def test_bad_lines_are_named(tmp_path):
@@ -357,6 +389,15 @@ def test_broken_json_arrays(tmp_path):
     fails(path, "is not UTF-8 near line 1")
     path.write_text("[]")
     assert read(path) == []
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_columns_are_counted_across_chunks(tmp_path, monkeypatch, space):
+    monkeypatch.setattr(json_array, "CHUNK", 64)
+    text = "[" + f",{space}".join(['{"a": "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}'] * 20 + ['{"a": }'])
+    (tmp_path / "pool.json").write_text(text + "]")
+    column = text.index("}", text.index('": }')) - text.rfind("\n")
+    fails(tmp_path / "pool.json", f"line {1 + text.count(chr(10))} is not", f"(Expecting value at column {column})")
 
 
 def test_a_long_json_element_is_refused(tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "'prompt' is written like a list",
     ),
     "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
-    "a completion that is cut": ({"prompt": "p", "completion": CUT}, "'completion' is written like a list of mess"),
+    "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' is written like a list of"),
     "a key twice": (
         {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},
         "'prompt' is written li",
@@ -387,7 +387,8 @@ def test_where_chooses_rows(tmp_path, reader, given, kept):
 def test_where_takes_nan_as_text_and_as_a_number(cell):
     from pharmacist.data.where import Condition
 
-    assert Condition("x", "nan").holds({"x": cell}) and not Condition("x", "1").holds({"x": cell})
+    assert Condition("x", "nan").holds({"x": cell}) and Condition("x", "NaN").holds({"x": cell})
+    assert not Condition("x", "1").holds({"x": cell})
 
 
 def test_where_is_for_the_files_that_have_the_column(tmp_path):

@@ -8,7 +8,15 @@ import pytest
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.normalise import normalised_prompt, prompt_key
-from pharmacist.data.records import SCHEMA, last_requests, parse_columns, read_records, to_dataset
+from pharmacist.data.records import (
+    SCHEMA,
+    columns_in,
+    first_row,
+    last_requests,
+    parse_columns,
+    read_records,
+    to_dataset,
+)
 from tests.support.files import SUFFIXES, TEXTS, save
 
 
@@ -115,6 +123,43 @@ def test_alpaca_inputs(tmp_path):
     assert (second["prompt"], second["instruction"], second["input"]) == ("j", None, None)
 
 
+DIALOGUE = "User: Hi\n\nAssistant: Hello\n\nUser: Bye"
+LOOKS_LIKE_MESSAGES = [
+    DIALOGUE,
+    json.dumps([user("a"), assistant("b")]),
+    '[{"role": "user", "content": "a"}',
+    "[1, 2]",
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_MESSAGES)
+def test_text_that_looks_like_messages_stays_text(tmp_path, text):
+    for prompt, answer in (("instruction", "output"), ("prompt", "completion"), ("prompt", "response")):
+        (row,) = read(tmp_path, [{prompt: "p", answer: text}]).dataset
+        assert (row["prompt"], row["completion"], row["turns"]) == ("p", text, None)
+    (row,) = read(tmp_path, [{"instruction": text, "input": "x", "output": "o"}]).dataset
+    assert (row["instruction"], row["input"], row["completion"]) == (text, "x", "o")
+
+
+def test_an_answer_in_messages_begins_with_the_assistant(tmp_path):
+    for text in (json.dumps([assistant("c"), user("d")]), "Assistant: c\n\nHuman: d", "{'from': 'gpt', 'value': 'c'}"):
+        (row,) = read(tmp_path, [{"prompt": "p", "completion": text}]).dataset
+        assert (row["prompt"], row["completion"]) == ("p", "c")
+
+
+def test_lists_in_alpaca_columns_are_bad_rows(tmp_path):
+    rows = [{"instruction": "i", "output": "o"}, {"instruction": "i", "output": [assistant("o")]}]
+    assert read(tmp_path, rows, on_bad_row="skip").refused[0].reason == "'output' is a list, not text"
+
+
+def test_the_first_usable_row_decides(tmp_path):
+    rows = [{"prompt": "", "completion": "c"}, {"instruction": "i", "output": "o"}]
+    records = read(tmp_path, rows, on_bad_row="skip")
+    assert (records.layout, [row.number for row in records.refused]) == ("instruction-output", [0])
+    with pytest.raises(DataError, match="1 row of 2 cannot be used: row 0 has an empty 'prompt'"):
+        read(tmp_path, rows)
+
+
 def test_the_first_layout_that_fits_decides(tmp_path):
     both = {"prompt": "p", "completion": "c", "response": "r", "messages": [user("u"), assistant("m")]}
     assert read(tmp_path, [both]).dataset["completion"][:] == ["c"]
@@ -147,6 +192,17 @@ def test_mapping_errors(tmp_path, suffix):
         read_records(source, work_dir=tmp_path, columns={"prompt": "prompt", "output": "completion"})
     with pytest.raises(ConfigError, match=r"completion belong to no row format together; known are prompt, messages"):
         read_records(source, work_dir=tmp_path, columns={"completion": "completion"}, prompts_only=True)
+
+
+def test_columns_of_a_source_are_those_of_its_first_readable_row(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{\n{"question": "q", "answer": "a"}\n{"question": "q", "sys": "s"}\n')
+    columns = {"prompt": "question", "completion": "answer", "system": "sys"}
+    for missing in ({}, {"response": "sys"}, {"history": "turns"}):
+        assert columns_in(open_source(tmp_path / "pool.jsonl"), columns | missing) == columns
+    frame = datasets.Dataset.from_list([{"question": "q"}])
+    assert columns_in(open_source(frame), columns) == {"prompt": "question"}
+    assert first_row(open_source(tmp_path / "pool.jsonl")) == {"question": "q", "answer": "a"}
+    assert first_row(open_source([])) == {}
 
 
 def test_columns_as_text():

@@ -41,6 +41,12 @@ def asked(run: Path) -> list[int]:
     return [json.loads(line)["row"] for line in (run / "to_label.jsonl").open()]
 
 
+def test_the_output_may_lie_in_the_home_folder(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    talk(ranked, Path("~/labels.json"), "", "g", "q")
+    assert (tmp_path / "labels.json").is_file()
+
+
 def talk(run: Path, output: Path, *lines: str) -> tuple[dict[int, str], str]:
     """Labels and what was shown, for these answers of a person."""
     shown = io.StringIO()

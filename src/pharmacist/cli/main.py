@@ -5,12 +5,11 @@ import sys
 import tempfile
 import traceback
 import warnings
-from pathlib import Path
 
 from pharmacist import __version__
 from pharmacist.core.config import parse
 from pharmacist.core.console import plain
-from pharmacist.core.errors import PharmacistError
+from pharmacist.core.errors import PharmacistError, one_line
 from pharmacist.core.files import FULL_DISK
 from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import closest
@@ -70,8 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         kept = "interrupted; what was finished is kept, run the same command again to resume"
         print(f"{after_echo}{where}: {kept}", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+    except SystemExit as stop:  # --help, or of a library
+        return _fail(where, stop.code, 1) if isinstance(stop.code, str) else int(stop.code or 0)
+    except PermissionError as error:
+        return _fail(where, f"{error.filename or one_line(error)}: you may not use it; check its permissions", 2)
     except Exception as error:
         output_dir = getattr(options, "output_dir", None)
         full = isinstance(error, OSError) and error.errno in FULL_DISK
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _write_log(output_dir: str | None) -> str:
     # Only in the folder of a run: a log alone would make a folder look like one with files of others.
-    is_run = output_dir is not None and (Path(output_dir) / "manifest.json").is_file()
+    is_run = output_dir is not None and os.path.isfile(os.path.join(output_dir, "manifest.json"))
     folder = output_dir if is_run else None
     try:  # a new file, so that no link of this name is followed
         descriptor, path = tempfile.mkstemp(".log", f"pharmacist-error-{os.getpid()}-", folder)

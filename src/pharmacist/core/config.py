@@ -25,6 +25,7 @@ from docstring_parser import parse_from_object
 from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
+from pharmacist.core.mappings import merged
 from pharmacist.core.registry import Registry, closest, imported
 from pharmacist.core.typed import checked, flag, hints_of, parts_of
 
@@ -293,11 +294,7 @@ def _parsed(
     options: Any, config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]], prog: str, example: str
 ) -> Any:
     """Options from keys and values and from a command line, which wins."""
-    keys = [str(key).replace("-", "_") for key in config]
-    if twice := _repeated(keys):
-        raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
-    config = dict(zip(keys, config.values(), strict=True))
-    methods = method_fields(options)
+    config, methods = _underscored(config, where), method_fields(options)
     for key, full in _short(methods).items():
         if key in config:
             name, _, option = full.partition(".")
@@ -324,6 +321,14 @@ def _parsed(
     return _built(options, tree)
 
 
+def _underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Keys and values of a file, with `prefix` and without hyphens."""
+    keys = [prefix + str(key).replace("-", "_") for key in config]
+    if twice := _repeated(keys):
+        raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
+    return dict(zip(keys, config.values(), strict=True))
+
+
 def _chosen_methods(
     methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]]
 ) -> dict[str, str]:
@@ -345,8 +350,7 @@ def _file_values(
     table: Mapping[str, _Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + str(key).replace("-", "_")
+    for name, value in _underscored(config, where, prefix).items():
         inner = any(known.startswith(f"{name}.") for known in table)
         if not inner and name not in table:
             raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, prog and f'see {prog} --help')}")
@@ -387,10 +391,16 @@ def _add_line_values(
         if option.is_method:
             continue
         words = list(itertools.chain.from_iterable(given))
+        if option.is_mapping:
+            for word in words:
+                more = checked(flag(name), option.hint, _from_text(option.hint, word))
+                values[name] = merged(values.get(name) or option.default, more)
+            continue
         value: Any = words
         if not option.several:
-            several = option.of and len(words) > 1
-            value = [_from_text(option.of, word) for word in words] if several else _from_text(option.hint, words[-1])
+            value = None if option.of and len(words) > 1 else _from_text(option.hint, words[-1])
+            if option.of and not isinstance(value, list) and words != ["null"]:
+                value = [_from_text(option.of, word) for word in words]
         value = checked(flag(name), option.hint, value)
         if head:
             values[head] = copy.deepcopy(values.get(head) or table[head].default)

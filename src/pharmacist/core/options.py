@@ -1,6 +1,7 @@
 """Options that several commands share: of every run, of row files, of models."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -32,6 +33,10 @@ class RunOptions(Checked):
 
     NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"output_dir"})
     """Options whose text is a name, also where the output folder is called so; those of base classes count too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.output_dir = os.path.expanduser(self.output_dir)
 
     @classmethod
     def option_name(cls, field: str) -> str:

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -285,9 +285,10 @@ def _refuse_links(root: Path, overwrite: bool) -> None:
 
 
 def _lock(root: Path) -> IO[str]:
+    path = root / "work" / "lock"
     try:
-        (root / "work").mkdir(parents=True, exist_ok=True)
-        lock = (root / "work" / "lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
     except OSError as error:
         if error.errno in FULL_DISK:
             raise
@@ -301,7 +302,11 @@ def _lock(root: Path) -> IO[str]:
         ) from error
     except OSError:
         pass  # a file system without locks, such as Lustre mounted without flock: the user must see to it
-    return lock
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+            return lock
+    lock.close()  # a run that finished in between has deleted the file
+    return _lock(root)
 
 
 def _ours(root: Path) -> bool:

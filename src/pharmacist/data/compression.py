@@ -1,8 +1,11 @@
-"""Byte streams over plain, gzip and zstd files, by Arrow: fsspec needs a further package for zstd."""
+"""Byte streams over plain, gzip and zstd files; zstd by Arrow, for fsspec needs a further package."""
 
 import codecs
+import gzip
 import hashlib
 import io
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,8 @@ from pharmacist.core.errors import DataError, one_line
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 """File suffix -> compression."""
 
-_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+# A zstd file may begin with a skippable frame.
+_MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
 
 
 def split_suffix(path: Path) -> tuple[str, str | None]:
@@ -38,7 +42,7 @@ def check_magic(path: Path, where: str) -> None:
     expected = split_suffix(path)[1]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and expected is None:
         raise DataError(f"{where}: is UTF-16 or UTF-32 text; save it as UTF-8")
-    suffix = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), "")
+    suffix = next((suffix for suffix, magic in _MAGIC.items() if magic.match(start)), "")
     if suffix and SUFFIXES[suffix] != expected:
         raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
     if start and expected and not suffix:
@@ -78,9 +82,11 @@ def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterato
             yield plain
             return
         try:
-            with pa.CompressedInputStream(plain, compression) as stream:
+            # Unlike Arrow, the standard library reads gzip data that are padded with zeros.
+            gz = compression == "gzip"
+            with gzip.GzipFile(fileobj=plain) if gz else pa.CompressedInputStream(plain, compression) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{where}: damaged {compression} data ({one_line(error)}); copy or compress it again"
             ) from error

@@ -38,6 +38,9 @@ _PROMPT_LAYOUTS = (
 )
 _BEFORE = ("system", "history")
 """Columns of any layout that hold turns before those of the layout."""
+OPTIONAL = frozenset({"input", *_BEFORE})
+"""Columns that rows may lack."""
+_PLAIN, _ANSWERS = ({"instruction", "output"}, {"completion", "response"})
 _NAMES = tuple(dict.fromkeys([*(name for of in _LAYOUTS for name in of.required + of.optional), *_BEFORE]))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
 _TYPE: dict[type, str] = {str: "text", list: "a list of messages"}
@@ -68,10 +71,10 @@ class RowReader:
     The arguments are those of `records.read_records`.
 
     Attributes:
-        layout: The layout; None before the first row that has one.
+        layout: The layout of the first usable row; before that one of the last row, None where it has none.
         known: The layouts, for messages.
         read_columns: Columns that are read.
-        without_layout: Number of rows before the first one that has a layout.
+        without_layout: Number of rows without a layout before the first usable one.
     """
 
     def __init__(self, source: Source, columns: Mapping[str, str], side: str, prompts_only: bool) -> None:
@@ -103,7 +106,7 @@ class RowReader:
         row, self.where = source_row.value, source_row.where
         if row is None:
             raise BadRow(source_row.reason)
-        if self.layout is None:
+        if not self.kinds:  # no row could be used so far
             self.layout = self._fitting(row)
             if self.layout is None:
                 self.without_layout += 1
@@ -115,7 +118,7 @@ class RowReader:
             value = row.get(column)
             if not isinstance(value, str | list):
                 self._refuse(name, value, row)
-            values[name] = self._turns(value, column, must=name == "messages")
+            values[name] = _text(value, column) if name in _PLAIN else self._turns(value, name)
             kind = type(value)
             if self.kinds.get(name, kind) is not kind and name != "messages":
                 before = _TYPE[self.kinds[name]]
@@ -186,16 +189,20 @@ class RowReader:
             f"{self.source.where}: mixed row formats: {self.where} {what}; one file needs one row format, so split it"
         )
 
-    def _turns(self, value: str | list[Any], column: str, *, must: bool = False) -> str | Turns:
-        """The turns of a conversation, a list or text; other text unchanged, a BadRow if there `must` be turns."""
-        read: Any = value
+    def _turns(self, value: str | list[Any], name: str) -> str | Turns:
+        """The turns of a conversation, a list or text; other text unchanged, a BadRow where messages are needed."""
+        read, column = value, self.column[name]
         if isinstance(value, str):
             try:
                 read = as_messages(value)
             except ValueError as error:
+                if name in _ANSWERS:
+                    return value
                 raise BadRow(f"'{column}' {error}") from error
+            if name in _ANSWERS and read and not (isinstance(read, list) and _is_answer(read[0])):
+                return value  # an answer that is itself a dialogue
             if isinstance(read, str):
-                if not must:
+                if name != "messages":
                     return read
                 _check_filled(value, column)
                 read = as_list(read)
@@ -206,7 +213,7 @@ class RowReader:
     def _turn(self, message: Any, column: str) -> dict[str, str]:
         if not isinstance(message, Mapping):
             raise BadRow(f"'{column}' holds {_kind(message)} where a message is expected")
-        role = message["from"] if message.get("role") is None and "from" in message else message.get("role")
+        role = _role(message)
         content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
         name = role.strip().lower() if isinstance(role, str) else ""
         if name in _TOOL_CALLS or any(_is_there(message[key]) for key in message.keys() & _TOOL_CALLS):
@@ -296,11 +303,9 @@ class RowReader:
         prompt = "\n".join(turn["content"] for turn in turns)
         return prompt, completion, json.dumps(turns, ensure_ascii=False), None, None
 
-    def _alpaca(self, instruction: Any, output: Any, row: Mapping[str, Any]) -> Canonical:
+    def _alpaca(self, instruction: str, output: str, row: Mapping[str, Any]) -> Canonical:
         columns = [self.column[name] for name in ("instruction", "output", "input")]
-        context = "" if row.get(columns[2]) is None else row[columns[2]]
-        for column, value in zip(columns, (instruction, output, context), strict=True):
-            _text(value, column)
+        context = "" if row.get(columns[2]) is None else _text(row[columns[2]], columns[2])
         _check_filled(instruction, columns[0])
         _check_filled(output, columns[1])
         alone = is_blank(context)
@@ -318,6 +323,14 @@ def _user(text: str, column: str) -> dict[str, str]:
 
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def _role(message: Mapping[str, Any]) -> Any:
+    return message["from"] if message.get("role") is None and "from" in message else message.get("role")
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return ROLES.get(str(_role(message)).strip().lower()) == "assistant"
 
 
 def _holds_messages(chosen: Any) -> bool:

@@ -19,7 +19,7 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
 from pharmacist.data.formats import Row, Source
 from pharmacist.data.formats.text import KeptRows, TextFile
-from pharmacist.data.layouts import BadRow, Canonical, RowReader
+from pharmacist.data.layouts import OPTIONAL, BadRow, Canonical, RowReader
 from pharmacist.data.normalise import is_blank, prompt_key
 from pharmacist.data.where import Condition
 
@@ -108,6 +108,22 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     if any(len(set(names)) < len(pairs) for names in zip(*pairs, strict=True)):
         raise ConfigError(f"--columns {text}: names a column twice")
     return dict(pairs)
+
+
+def first_row(source: Source) -> Mapping[str, Any]:
+    """The first row that can be read; empty where there is none."""
+    return next((row.value for row in source.scan() if row.value is not None), {})
+
+
+def columns_in(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """Those pairs of ``--columns`` whose column is in a source: in its first row, or in any if rows may lack it."""
+    there = first_row(source) if columns and source.columns is None else source.columns or ()
+
+    def has(name: str, column: str) -> bool:
+        some = name in OPTIONAL and source.columns is None
+        return column in there or (some and any(column in (row.value or ()) for row in source.scan()))
+
+    return {name: column for name, column in columns.items() if has(name, column)}
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:

@@ -17,7 +17,7 @@ class Condition:
 
     Attributes:
         column: The column.
-        value: The value as text: true, false, a number, null or a text.
+        value: The value as text: true, false, a number, NaN, null or a text.
         of: The one source that it applies to (``harmful`` for ``--harmful``); None for all that have the column.
     """
 
@@ -36,7 +36,7 @@ class Condition:
         if not isinstance(found, str | int | float):
             raise TypeError(f"holds {type(found).__name__}")
         text = str(found).strip()
-        if text == self.value or {text.lower(), self.value.lower()} in ({"true"}, {"false"}):
+        if text == self.value or {text.lower(), self.value.lower()} in ({"true"}, {"false"}, {"nan"}):
             return True
         return _number(text) is not None and _number(text) == _number(self.value)
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pharmacist.core.env import offline
@@ -92,7 +91,7 @@ def open_prompts(spec: Any, name: str) -> Source:
     if known not in PROMPT_SETS or os.path.exists(spec):
         return open_source(spec, name=name)
     chosen = PROMPT_SETS[known]
-    if colon and not os.path.exists(Path(file).expanduser()):
+    if colon and not os.path.exists(os.path.expanduser(file)):
         raise DataError(f"{name} {spec}: no such file {file}; give {chosen.file}")
     try:
         source = open_source(file if colon else chosen.hub, name=name)

@@ -35,7 +35,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         ConfigError: The output lies in the run's folder, or there is no terminal.
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
-    folder, output = Path(options.run), Path(options.output)
+    folder, output = Path(options.run), Path(os.path.expanduser(options.output))
     pool = ranking_manifest(folder).inputs["pool"]
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")

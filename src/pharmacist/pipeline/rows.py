@@ -11,7 +11,8 @@ from pharmacist.core.options import RowOptions
 from pharmacist.core.progress import console
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.layouts import OPTIONAL
+from pharmacist.data.records import Records, columns_in, parse_columns, read_records
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
@@ -50,15 +51,16 @@ def read(
         work: Prefix of the folder that each process writes the rows to.
         harmful: Whether a preference row gives its rejected answer.
         columns: Used instead of the options' columns.
-        usual_names: Whether a source that lacks the options' columns is read by the usual names.
+        usual_names: Whether a source that lacks columns of the options, but for those that rows may lack, is read by
+            the usual names.
         where: As in `read_records`, like `prompts_only` and `keep`.
         prompts_only: Whether rows need no completion.
         keep: Whether the user's own columns travel along.
     """
     columns = parse_columns(options.columns) if columns is None else columns
     if columns is not None and usual_names:
-        first = next(source.scan(), None)
-        columns = columns if first is not None and set(columns.values()) <= set(first.value or ()) else None
+        there = columns_in(source, columns)
+        columns = there if columns.keys() - there.keys() <= OPTIONAL else None
     return read_records(
         source,
         work_dir=f"{work}-{rank()}",

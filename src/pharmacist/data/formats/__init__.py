@@ -48,7 +48,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     if not isinstance(spec, str | os.PathLike):
         return open_memory(spec, name)
     text = os.fspath(spec)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not text.strip():
         raise DataError(f"{name}: an empty path; give a file, a folder saved by datasets or a hub id")
     # Unlike the methods of Path, these raise no error for names that no file system accepts.
@@ -57,8 +57,8 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     if os.path.exists(path):
         return _open_file(path, text, name)
     folder, _, split = text.rpartition(":")
-    if folder and os.path.isdir(Path(folder).expanduser()):
-        return open_folder(Path(folder).expanduser(), split, text, name)
+    if folder and os.path.isdir(os.path.expanduser(folder)):
+        return open_folder(Path(os.path.expanduser(folder)), split, text, name)
     known = split_suffix(path)[0] in _READERS or path.suffix.lower() in SUFFIXES
     if isinstance(spec, os.PathLike) or known or not _HUB_ID.fullmatch(text):
         raise DataError(f"{name} {text}: no such file; check the path")

@@ -64,6 +64,7 @@ class _Window:
         self._file, self._where = file, where
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._ended = "", 0, False
+        self._left = 0  # characters before the window in its first line
         self.line = 1
 
     def _more(self) -> bool:
@@ -78,8 +79,12 @@ class _Window:
         except UnicodeDecodeError as error:
             line = self.line + self._text.count("\n", self._at) + error.object[: error.start].count(b"\n")
             raise DataError(f"{self._where}: is not UTF-8 near line {line}; save it as UTF-8") from error
+        if self._ended:  # the window stays, for positions in it
+            return False
+        gone = self._text[: self._at]
+        self._left = len(gone) - gone.rfind("\n") - 1 + (0 if "\n" in gone else self._left)
         self._text, self._at = self._text[self._at :] + new, 0
-        return not self._ended
+        return True
 
     def take(self, count: int) -> str:
         taken = self._text[self._at : self._at + count]
@@ -108,10 +113,11 @@ class _Window:
                 too_long = len(self._text) - self._at > MAX_ROW_BYTES
                 if not too_long and not isinstance(error, Refused | RecursionError) and self._more():
                     continue
-                reason = TOO_LONG if too_long and "Unterminated" in str(error) else why_no_json(error)
                 line = self.line
                 if isinstance(error, json.JSONDecodeError):
                     line += self._text.count("\n", self._at, error.pos)
+                    error.colno += 0 if "\n" in self._text[: error.pos] else self._left
+                reason = TOO_LONG if too_long and "Unterminated" in str(error) else why_no_json(error)
                 raise DataError(f"{self._where}: line {line} {reason}; mend the file") from error
             # A number at the very end of the window may go on in the next chunk.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._more():

@@ -1,6 +1,7 @@
 """Rows that were saved by `datasets`, lie on the hub, or are in memory."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class SavedDataset(Source):
     def __init__(self, spec: Any, label: str, name: str, format: str, data: datasets.Dataset) -> None:
         super().__init__(spec, label, name)
         self.format, self._data, self.schema = format, data.with_format(None), data.features.arrow_schema
+        self._features = datasets.Features(_undecoded(data.features))
 
     def _content_hash(self) -> str:
         return sha256_content(str(self.spec)) if self.format == "arrow" else super()._content_hash()
@@ -32,7 +34,8 @@ class SavedDataset(Source):
             return
         number = 0
         try:
-            for batch in self._data.select_columns(names).iter(BATCH):
+            for table in self._data.select_columns(names).with_format("arrow").iter(BATCH):
+                batch = self._features.decode_batch(table.to_pydict())
                 for values in zip(*(batch[name] for name in names), strict=True):
                     yield Row(number, None, dict(zip(names, values, strict=True)))
                     number += 1
@@ -52,6 +55,18 @@ class SavedDataset(Source):
 
     def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
         return self._data.select([int(number) for number in numbers])
+
+
+def _undecoded(kind: Any) -> Any:
+    """A type of `datasets`, or several by column, in which images, sound and the like stay bytes."""
+    if isinstance(kind, dict):
+        return {name: _undecoded(inner) for name, inner in kind.items()}
+    if isinstance(kind, list):
+        return [_undecoded(inner) for inner in kind]
+    if hasattr(kind, "feature"):
+        return replace(kind, feature=_undecoded(kind.feature))
+    media = hasattr(kind, "decode") and not isinstance(kind, datasets.Json)
+    return replace(kind, decode=False) if media else kind
 
 
 class Mappings(Source):

@@ -45,13 +45,13 @@ class Data:
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
             return self._made_up(spec, where, cell.pool, cell.seed)
         name, colon, file = spec.partition(":")
-        path = Path(spec).expanduser()
+        path = Path(os.path.expanduser(spec))
         check_ordinary(path, f"{where} {spec}")
         # Unlike the methods of Path, these raise no error for names that no file system accepts.
         if os.path.exists(path):
             return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
-        if colon and os.path.exists(Path(file).expanduser()):
-            path = Path(file).expanduser().resolve()
+        if colon and os.path.exists(os.path.expanduser(file)):
+            path = Path(os.path.expanduser(file)).resolve()
             return Input(f"{name}:{path}", f"{name}:{self._content(path, f'{where} {spec}')}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
             raise DataError(f"{where} {spec}: no such file; check the path")
@@ -63,7 +63,7 @@ class Data:
         Raises:
             DataError: There is no such folder.
         """
-        path = Path(str(BASE_MODEL) if spec == WORLD else spec).expanduser()
+        path = Path(BASE_MODEL if spec == WORLD else os.path.expanduser(spec))
         source = str(path.resolve()) if os.path.isdir(path) else spec
         if source not in self._contents:
             try:
@@ -74,7 +74,7 @@ class Data:
 
     def folder(self, spec: str, where: str) -> Input:
         """A folder that an option names, or a hub id."""
-        path = Path(spec).expanduser()
+        path = Path(os.path.expanduser(spec))
         if not os.path.isdir(path):
             return Input(spec, f"hub:{spec}")
         return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))

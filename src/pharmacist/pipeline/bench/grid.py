@@ -550,7 +550,7 @@ def _is_preference(spec: str | None) -> bool:
     """Whether rows have a rejected answer beside the chosen one; assumed of rows that are not on this machine."""
     if spec is None or spec.startswith(WORLD):
         return False
-    if not os.path.exists(Path(spec).expanduser()):
+    if not os.path.exists(os.path.expanduser(spec)):
         return True
     first = next(open_source(spec, name="rows").scan(), None)
     return first is not None and {"chosen", "rejected"} <= set(first.value or ())

@@ -1,6 +1,6 @@
 """What `evaluate` reads: rows, engine, judges and grader, opened and checked before any work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
 from pharmacist.data.formats import Row, Source, open_source
-from pharmacist.data.records import Records, parse_columns
+from pharmacist.data.records import Records, columns_in, first_row, parse_columns
 from pharmacist.data.tasks import open_task
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.engines import ENGINES, Engine
@@ -121,7 +121,7 @@ class EvaluateInputs:
         """
         sources, columns = dict(self.sources), dict(self._columns)
         if "margin" in sources:
-            first = _first_row(sources["margin"])
+            first = first_row(sources["margin"])
             if not {columns["margin"].get(answer, answer) for answer in ("chosen", "rejected")} <= set(first):
                 raise DataError(
                     f"{sources['margin'].where}: needs preference rows, prompt, chosen (the refusal) and rejected "
@@ -153,10 +153,6 @@ class EvaluateInputs:
         return flag((shown | {"rejected": "margin"}).get(name, name))
 
 
-def _first_row(source: Source) -> Mapping[str, Any]:
-    return next((row.value for row in source.scan() if row.value is not None), {})
-
-
 def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[str, str]]:
     """The pairs of --columns that each source can use: those whose column it has.
 
@@ -166,11 +162,8 @@ def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[
     pairs = parse_columns(text) or {}
     found: dict[str, dict[str, str]] = {}
     for name, source in sources.items():
-        present: Sequence[str] = source.columns or ()
-        if pairs and source.columns is None:
-            present = list(_first_row(source))
         usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
-        found[name] = {to: column for to, column in pairs.items() if column in present and to in usable}
+        found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
     for to, column in pairs.items():
         if not any(to in own for own in found.values()):
             files = ", ".join(map(flag, sources))
