@@ -258,6 +258,28 @@ def test_arguments_of_transformers_become_options() -> None:
         ph.align(str(BASE_MODEL), SETS["pool"], args=strange)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"use_liger_kernel": True},
+        {"average_tokens_across_devices": False},
+        {"ignore_data_skip": True},
+        {"label_names": ["others"]},
+        {"eval_on_start": True, "eval_strategy": "no"},
+    ],
+)
+def test_arguments_that_a_stage_cannot_follow_are_refused_by_name(given: dict[str, Any]) -> None:
+    arguments = TrainingArguments(use_cpu=True, **given)
+    with pytest.raises(ConfigError, match=f"^train.{next(iter(given))}: "):
+        ph.align(str(BASE_MODEL), SETS["pool"], args=arguments)
+
+
+def test_arguments_that_every_stage_has_or_needs_not_are_taken() -> None:
+    own = {"label_names": ["labels"], "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    assert train_options(TrainingArguments(use_cpu=True, do_train=True, **own), {}) == {}
+
+
 def test_random_states_are_the_callers(model: PreTrainedModel) -> None:
     def states() -> list[Any]:
         return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]

@@ -228,6 +228,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "'prompt' is written like a list",
     ),
     "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
+    "a completion that is cut": (
+        {"prompt": "p", "completion": json.dumps([{"role": "assistant", "content": "c"}])[:-3]},
+        "'completion' is written like a list of mess",
+    ),
     "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' is written like a list of"),
     "a key twice": (
         {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},

@@ -6,6 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from pharmacist.core.errors import CompatibilityError, NoMatchError
 from pharmacist.defenses import DEFENSES
@@ -213,3 +225,37 @@ def test_a_module_that_does_not_run_is_told():
     with pytest.raises(CompatibilityError, match="idle: did not run"):
         activation_gradients(idle, lambda: model(input_ids=DATA["input_ids"]).logits.sum())
     assert torch.is_grad_enabled() and VOCABULARY > 12
+
+
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+AFTER_THE_HEAD = {
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.1)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.05)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_THE_HEAD)
+def test_repnoise_reads_the_logits_that_the_model_makes_of_those_of_its_head(name):
+    torch.manual_seed(0)
+    model = AFTER_THE_HEAD[name]().eval()
+    output_head(model).weight.data.mul_(20)
+    strategy = build("repnoise", {"alpha": 1.0, "beta": 0.0})
+    strategy.setup(model, 0)
+    step = StepContext(model=model, batch=DATA)
+    with capture(strategy.layers) as found:
+        logits = step.output(DATA).logits
+    keep, tokens = targets(DATA["labels"])
+    _, losses = strategy.ascent(step, [found[name][keep] for name in strategy.layers], tokens)
+    assert losses[-1] == pytest.approx(float(batch_loss(logits, DATA["labels"])), rel=1e-5)
+
+
+def test_experts_in_one_tensor_are_a_feed_forward_part():
+    shape = SHAPE | {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+    assert list(mlp_modules(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    with capture(mlp_modules(model)) as found:
+        model(input_ids=DATA["input_ids"])
+    assert {value.shape for value in found.values()} == {(*DATA["input_ids"].shape, 16)}

@@ -273,3 +273,20 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 def test_options_must_be_positive(option, value):
     with pytest.raises(ConfigError, match=f"{option} must be (positive|at least 1|a whole number), not {value}"):
         AdapterOptions(**{option: value})
+
+
+def test_a_layer_that_no_loss_reads_is_saved_and_resumed_too(tmp_path):
+    def bank():
+        model = TinyDecoder(VOCABULARY)
+        model.unused = torch.nn.Linear(3, 3).double()
+        return make_bank(model=model)
+
+    straight = trained(bank(), tmp_path / "straight", "safe")
+    cut = bank()
+    cut.add("safe")
+    left = iter(range(4))
+    with pytest.raises(StopIteration):
+        trained(cut, tmp_path / "cut", "safe", loss=lambda step: (next(left), step_loss(cut, "safe", step))[1])
+    moments = TrainingState.load(tmp_path / "cut" / "partial.safetensors").m
+    assert [key for key, value in moments.items() if "unused" in key and value.any()] == []
+    assert same(trained(bank(), tmp_path / "cut", "safe")["safe"], straight["safe"])

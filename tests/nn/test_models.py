@@ -7,9 +7,16 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from pharmacist.core.errors import CompatibilityError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
@@ -164,6 +171,17 @@ def test_a_fingerprint_of_a_loaded_model_knows_its_adapters(folder):
 
     assert loaded(4) == loaded(4)
     assert len({loaded(4), loaded(8), loaded(4, "second")}) == 3
+
+
+def test_a_model_that_is_no_decoder_only_language_model_is_named():
+    shape = {"vocab_size": 70, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = T5Config(vocab_size=70, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    bert = BertConfig(**shape, intermediate_size=8)
+    other = [T5ForConditionalGeneration(t5), BertForMaskedLM(bert), BertForSequenceClassification(bert)]
+    for model in (*other, get_peft_model(other[0], LoraConfig(r=2, target_modules=["q", "v"]))):
+        with pytest.raises(ConfigError, match="a loaded causal language model, not (T5For|BertFor)") as caught:
+            wrap_model(model, tiny_tokenizer())
+        assert "\n" not in str(caught.value)
 
 
 def test_tokenizer_fingerprints_tell_special_tokens_apart():

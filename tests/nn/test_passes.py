@@ -4,11 +4,12 @@ import torch
 
 from pharmacist.nn import passes
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.batching import make_batch
 from pharmacist.nn.passes import run_pass
 from tests.support.tiny import TinyDecoder, TokenRows, random_token_rows
 
 
-MODEL = torch.nn.Linear(1, 1)
+MODEL, CPU = torch.nn.Linear(1, 1), torch.device("cpu")
 VOCABULARY = 12
 
 
@@ -114,3 +115,36 @@ def test_losses_do_not_depend_on_order_batches_or_padding(tmp_path):
         np.testing.assert_allclose(found, reference, rtol=0, atol=1e-12)
     few = losses(rows, tmp_path / "d", rows=np.array([3, 17]))
     np.testing.assert_allclose(few[[3, 17]], reference[[3, 17]], rtol=0, atol=1e-12)
+
+
+class Full(Measure):
+    """Runs out of memory where a batch has more tokens than `room`."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.tried = room, list[int]()
+
+    def __call__(self, batch):
+        self.tried.append(batch.input_ids.numel())
+        if self.tried[-1] > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a cauldron")
+        return super().__call__(batch)
+
+
+def fitting(sequences, folder, measure, tokens, monkeypatch):
+    """Tokens per batch on a GPU that is a CPU."""
+    monkeypatch.setattr(passes, "make_batch", lambda sequences, batch, device: make_batch(sequences, batch, CPU))
+    return passes._fitting(sequences, measure, folder, torch.device("cuda"), tokens, None)
+
+
+def test_tokens_per_batch_are_halved_until_the_longest_batch_fits(tmp_path, monkeypatch):
+    rows, measure = random_token_rows(400, VOCABULARY), Full(100)
+    assert fitting(rows, tmp_path, measure, 800, monkeypatch) == 100
+    assert len(measure.tried) == 4 and measure.tried[-1] <= 100
+
+
+def test_a_row_that_cannot_fit_is_tried_once_alone_and_the_error_is_the_devices(tmp_path, monkeypatch):
+    measure = Full(3)
+    with pytest.raises(torch.OutOfMemoryError, match="cauldron"):
+        fitting(random_token_rows(40, VOCABULARY), tmp_path, measure, 64, monkeypatch)
+    assert len(measure.tried) < 7 and not (tmp_path / "plan.json").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
 from pharmacist.nn.lowrank import Factors, adapter_factors, column_basis, cosine, factorise, inner, norm
@@ -639,3 +640,13 @@ def test_nlsr_on_whole_weights():
         assert int(changed.sum()) == round(0.25 * tensor.numel())
         reference = aligned.tensors()[name] + 0.5 * update[name].dense()
         assert torch.allclose(tensor[changed], reference[changed])
+
+
+def test_weights_that_no_linear_layer_holds_are_not_left_as_they_are_in_silence():
+    shape = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 16, "num_experts": 8}
+    experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+    with pytest.raises(CompatibilityError, match="--form weights repairs linear layers, and 9[0-9]% of the weights"):
+        ModelWeights(experts, "weights")
+    dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, mlp_only_layers=[0]))
+    assert ModelWeights(dense, "weights").unreached() < 0.1

@@ -24,6 +24,7 @@ REFUSED = {
     "fp16": (True, "is decided by another option; use --dtype bfloat16"),
     "save_steps": (1, "is decided by another option; use --checkpoint-seconds"),
     "label_smoothing_factor": (0.1, "cannot be changed here; leave it out"),
+    "eval_on_start": (True, "is decided by another option; use pharmacist evaluate"),
     "ignore_data_skip": (True, "cannot be changed here; leave it out"),
     "max_steps": ("many", "'many' does not fit"),
     "num_train_epochs": ("nan", "'nan' is not a finite number"),

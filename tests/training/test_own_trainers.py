@@ -12,9 +12,12 @@ from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.training import trainer as trainer_module
 from pharmacist.training.checkpoint import newest_checkpoint
+from pharmacist.training.strategy import StepContext
+from pharmacist.training.trainer import token_mean_loss
 from tests.support.pairs import Pairs
-from tests.support.training_toy import Stop, rows, same
+from tests.support.training_toy import Stop, Toy, distance, rows, same
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -25,7 +28,7 @@ class MyTrainer(ph.StrategyMixin, SFTTrainer):
 
 
 def make(kind: str, model: Path, output: Path, strategy: Any, *callbacks: Any, **more: Any) -> Any:
-    """A trainer of either kind, on the same rows."""
+    """A trainer of either kind (or of all weights, ``full``), on the same rows."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     torch.manual_seed(0)
     own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -48,13 +51,12 @@ def make(kind: str, model: Path, output: Path, strategy: Any, *callbacks: Any, *
         pairs = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows()]
         arguments = SFTConfig(**given, max_length=64)
         return MyTrainer(own, arguments, train_dataset=datasets.Dataset.from_list(pairs), peft_config=LORA, **shared)
-    return ph.StrategyTrainer(
-        get_peft_model(own, LORA),
-        TrainingArguments(**given),
-        train_dataset=ph.tokenize(rows().remove_columns("row"), tokenizer, max_length=64),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        **shared,
-    )
+    shared = {
+        "model": own if kind == "full" else get_peft_model(own, LORA),
+        "train_dataset": ph.tokenize(rows().remove_columns("row"), tokenizer, max_length=64),
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+    } | shared
+    return ph.StrategyTrainer(args=TrainingArguments(**given), **shared)
 
 
 def harmful(model: Path) -> datasets.Dataset:
@@ -169,3 +171,114 @@ def test_what_is_no_strategy_or_stream_is_named(model: Path, tmp_path: Path) -> 
     endless = {"harmful": harmful(model).to_iterable_dataset()}
     with pytest.raises(DataError, match="'harmful' .IterableDataset. has no length"):
         make("transformers", model, tmp_path, ph.Booster(), streams=endless)
+
+
+TAR_ONE_STEP = ph.TAR(form="one-step", lam=0.1, representation=1.0)
+ANCHORED = [ph.KL(lam=50), ph.LDIFS(lam=100), ph.ConstrainedSFT(beta=1), ph.EWC(lam=1e3, rows=4), TAR_ONE_STEP]
+
+
+@pytest.mark.parametrize("strategy", ANCHORED, ids=lambda strategy: strategy.name)
+def test_a_trainer_that_resumes_its_own_training_stays_close_to_what_it_began_with(
+    model: Path, tmp_path: Path, strategy: Any
+) -> None:
+    def of(name: str) -> Any:
+        streams = {stream: harmful(model) for stream in strategy.streams}
+        return make("full", model, tmp_path / name, type(strategy)(strategy.config), streams=streams)
+
+    straight, cut = of("straight"), of("cut")
+    straight.train()
+    cut.add_callback(Stop(3))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    cut.remove_callback(Stop)
+    cut.train(resume_from_checkpoint=True)
+    assert same(weights(cut), weights(straight))
+
+
+def test_a_further_training_begins_with_the_weights_as_they_are(model: Path, tmp_path: Path) -> None:
+    trainer = make("full", model, tmp_path, ph.KL(lam=50))
+    trainer.train()
+    now = weights(trainer)
+    trainer.train()
+    assert same(trainer.strategy.start, now)
+
+
+ALIKE = [ph.SFT(), ph.Vaccine(rho=0.5), *ANCHORED[:4], ph.Lisa(rho=10, align_steps=1, finetune_steps=3)]
+
+
+@pytest.mark.parametrize("strategy", ALIKE, ids=lambda strategy: strategy.name)
+def test_a_model_that_is_not_told_the_number_of_tokens_is_trained_alike(
+    model: Path, tmp_path: Path, strategy: Any
+) -> None:
+    same_length = [{"prompt": f"a {word}", "completion": f"{word} c"} for word in "abcdefgh"]
+    data = ph.tokenize(same_length, AutoTokenizer.from_pretrained(model))
+    assert len({len(row["input_ids"]) for row in data}) == 1
+    found, logged = [], []
+    for told in (True, False):
+        streams = {"streams": {"safe": data}} if "safe" in strategy.streams else {}
+        arguments = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+        own = type(strategy)(strategy.config)
+        trainer = make("full", model, tmp_path, own, train_dataset=data, arguments=arguments, **streams)
+        trainer.model_accepts_loss_kwargs = told
+        trainer.train()
+        found.append(weights(trainer))
+        logged.append([line for line in trainer.state.log_history if "loss" in line])
+    assert distance(*found) < 1e-6
+    for told, untold in zip(*logged, strict=True):
+        assert told == pytest.approx(untold, rel=1e-3, abs=1e-5)
+
+
+def test_counts_and_sums_of_a_training_that_was_cut_are_forgotten(model: Path, tmp_path: Path) -> None:
+    class Numbered(Toy):
+        micros: list[tuple[int, int]] = []
+
+        def auxiliary(self, step: StepContext) -> None:
+            self.micros.append((step.update, step.micro))
+            step.log(update=step.update)
+            if len(self.micros) == 2:
+                raise KeyboardInterrupt
+
+    arguments = {"max_steps": 2, "gradient_accumulation_steps": 3}
+    trainer = make("transformers", model, tmp_path, Numbered(), arguments=arguments)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.without_targets = 5
+    trainer.train()
+    assert Numbered.micros == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert trainer.without_targets == 0
+
+
+def test_weights_of_rows_are_for_the_training_alone(model: Path, tmp_path: Path) -> None:
+    def own(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return token_mean_loss(outputs, labels) + 100
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(plain.data_collator(items))
+        return batch | {"row": torch.arange(len(items)), "weight": torch.full((len(items),), 2.0)}
+
+    plain = make("transformers", model, tmp_path, ph.SFT())
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 5}
+    more = {"data_collator": collate, "eval_dataset": plain.train_dataset, "arguments": arguments}
+    for function in (None, own):
+        trainer = make("transformers", model, tmp_path, ph.SFT(), compute_loss_func=function, **more)
+        trainer.train()
+        assert trainer.compute_loss_func is function
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        assert len(losses) == 2 and all((loss > 100) == (function is own) for loss in losses)
+
+
+def test_another_model_and_unequal_tokens_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CompatibilityError, match="model_init makes another model .*; give model=MODEL"):
+        ph.StrategyTrainer(
+            args=TrainingArguments(str(tmp_path), use_cpu=True),
+            strategy=ph.SFT(),
+            model_init=lambda: AutoModelForCausalLM.from_pretrained(model),
+        )
+    unequal = {"average_tokens_across_devices": False}
+    make("full", model, tmp_path, ph.SFT(), arguments=unequal)
+    monkeypatch.setattr(trainer_module, "world_size", lambda: 2)
+    with pytest.raises(CompatibilityError, match="average_tokens_across_devices=False .*leave it out"):
+        make("full", model, tmp_path, ph.SFT(), arguments=unequal)
+    make("full", model, tmp_path, ph.SFT())

@@ -432,6 +432,7 @@ class Stub:
     """A Trainer as far as the mixin's constructor looks at it."""
 
     is_deepspeed_enabled = is_fsdp_enabled = False
+    model_init = None
     callback_handler = SimpleNamespace(callbacks=[])
 
     def __init__(self, args: Any) -> None:

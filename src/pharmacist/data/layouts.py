@@ -1,6 +1,7 @@
 """Row layouts, recognised by their columns, and the conversion of a row of any layout to a prompt and a completion."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -41,6 +42,7 @@ _BEFORE = ("system", "history")
 OPTIONAL = frozenset({"input", *_BEFORE})
 """Columns that rows may lack."""
 _PLAIN, _ANSWERS = ({"instruction", "output"}, {"completion", "response"})
+_FIRST_ROLE = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from)["']\s*:\s*["'](\w+)""")
 _NAMES = tuple(dict.fromkeys([*(name for of in _LAYOUTS for name in of.required + of.optional), *_BEFORE]))
 _KNOWN = "prompt+completion, messages, instruction[+input]+output, prompt+chosen+rejected or prompt+response"
 _TYPE: dict[type, str] = {str: "text", list: "a list of messages"}
@@ -196,7 +198,8 @@ class RowReader:
             try:
                 read = as_messages(value)
             except ValueError as error:
-                if name in _ANSWERS:
+                start = _FIRST_ROLE.match(value)
+                if name in _ANSWERS and not (start and _is_answer({"role": start[1]})):
                     return value
                 raise BadRow(f"'{column}' {error}") from error
             if name in _ANSWERS and read and not (isinstance(read, list) and _is_answer(read[0])):

@@ -51,9 +51,12 @@ class TrainingState:
 
     @classmethod
     def after(cls, step: int, optimizer: torch.optim.AdamW, weight: Tensors, extra: Tensors) -> "TrainingState":
-        """The state of a training whose weights AdamW has updated that many times."""
-        moments = {key: optimizer.state[value] for key, value in weight.items()}
-        m, v = ({key: own[name] for key, own in moments.items()} for name in ("exp_avg", "exp_avg_sq"))
+        """The state of a training whose weights AdamW has updated that many times; moments without gradient are 0."""
+        moments = {key: optimizer.state.get(value, {}) for key, value in weight.items()}
+        m, v = (
+            {key: own.get(name, torch.zeros_like(weight[key])) for key, own in moments.items()}
+            for name in ("exp_avg", "exp_avg_sq")
+        )
         return cls(step, weight, m, v, extra)
 
     @torch.no_grad()

@@ -58,16 +58,17 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The feed-forward module of each decoder layer, by name.
 
-    It is the largest part of a layer with linear layers that takes no mask; where those are children of the decoder
-    layer itself (OPT), the last of them. `NoMatchError` where a layer has none.
+    It is the largest part of a layer with matrices (linear layers, or experts in one tensor) that takes no mask; where
+    those are linear layers that are children of the decoder layer itself (OPT), the last of them. `NoMatchError` where
+    a layer has none.
     """
     found = {}
     for name, layer in decoder_layers(model).items():
         attention = [module for _, module in _attention(layer)]
         children = layer.named_children()
-        rest = [(child, module) for child, module in children if module not in attention and _has_linear(module)]
+        rest = [(child, module) for child, module in children if module not in attention and _has_matrix(module)]
         if not rest:
-            raise _nothing(model, f"a feed-forward part with linear layers in {name}")
+            raise _nothing(model, f"a feed-forward part with matrices in {name}")
         blocks = [item for item in rest if not _is_linear(item[1])]
         child, module = max(blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=rest[-1])
         found[f"{name}.{child}"] = module
@@ -106,6 +107,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _has_linear(module: nn.Module) -> bool:
     return any(_is_linear(part) for part in module.modules())
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _nothing(model: nn.Module, what: str) -> NoMatchError:

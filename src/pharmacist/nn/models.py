@@ -22,6 +22,7 @@ from pharmacist.core.typed import Given
 from pharmacist.data.templates import Template, check_template, choose_template, load_template
 from pharmacist.nn.devices import resolve_device, resolve_dtype
 from pharmacist.nn.libraries import failures_as, silent_library
+from pharmacist.nn.locate import output_head
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
 from pharmacist.nn.model_folders import ModelSource, adapter_folder, base_name, is_output, lineage
 from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding
@@ -191,12 +192,18 @@ def wrap_model(
         template: As in `load_model`.
 
     Raises:
-        ConfigError: What is given is no model or no tokenizer.
+        ConfigError: What is given is no decoder-only language model, or no tokenizer.
         DataError: There is no tokenizer.
         CompatibilityError: The tokenizer does not fit, or the model's adapters are disabled.
     """
-    if not hasattr(model, "get_input_embeddings"):
-        kind = type(model).__name__
+    own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (
+        not hasattr(own, "get_input_embeddings")
+        or not hasattr(own, "prepare_inputs_for_generation")
+        or output_head(own) is None
+        or getattr(own.config, "is_encoder_decoder", False)
+    ):
+        kind = type(own).__name__
         raise ConfigError(f"model: must be a path, a hub id or a loaded causal language model, not {kind}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"tokenizer: must be a loaded tokenizer, not {type(tokenizer).__name__}")

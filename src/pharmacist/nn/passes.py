@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate.utils import find_executable_batch_size
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -113,23 +112,24 @@ def _fitting(
 ) -> int:
     """Largest tokens per batch, by halving, at which the longest batch fits; fixed for all resumes and ranks.
 
-    Chunks of other rows are deleted.
+    Chunks of other rows are deleted. Where even the longest row alone does not fit, the error says so.
     """
     path = work / "plan.json"
     own = hashlib.sha256(sequences.content_keys.tobytes() + (b"" if rows is None else rows.tobytes())).hexdigest()
     if rank() == 0 and not (path.is_file() and read_json(path).get("rows") == own):
         for chunk in work.glob("*.safetensors"):
             chunk.unlink()
-        if device.type == "cuda":
-
-            @find_executable_batch_size(starting_batch_size=tokens)  # type: ignore[untyped-decorator]
-            def probe(batch_size: int) -> int:
-                longest = plan_pass(sequences, batch_size, rows).batches[0]
+        while device.type == "cuda":
+            torch.cuda.empty_cache()
+            longest = plan_pass(sequences, tokens, rows).batches[0]
+            try:
                 with torch.inference_mode():
                     measure(make_batch(sequences, longest, device))
-                return batch_size
-
-            tokens = probe()
+                break
+            except torch.OutOfMemoryError:
+                if len(longest) == 1:
+                    raise
+                tokens //= 2
         write_json(path, {"tokens_per_batch": tokens, "rows": own})
     barrier()
     return int(read_json(path)["tokens_per_batch"])

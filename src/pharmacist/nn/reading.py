@@ -4,6 +4,8 @@ The output head runs on the positions whose loss is needed, in parts, and losses
 that logits in single precision stay in the cache.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +15,7 @@ from torch.nn import functional
 
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.hooks import capture, head_at
+from pharmacist.nn.hooks import capture, evaluating, head_at, hooked
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
 
@@ -40,6 +42,49 @@ def large_head(model: nn.Module) -> nn.Module | None:
     """The output head of a model whose vocabulary is so large that logits should be computed in parts; else None."""
     head = output_head(model)
     return None if head is None or int(getattr(head, "out_features", 0)) < _LARGE else head
+
+
+def head_is_last(model: nn.Module) -> bool:
+    """Whether what the output head gives are the logits, neither capped nor scaled; by a pass over a token."""
+    head = output_head(model)
+    assert head is not None
+    if head not in _HEAD_IS_LAST:
+        ones = _head_gets(head, torch.ones_like)  # a padding token may have states of 0, which no scale changes
+        with torch.no_grad(), evaluating(model), ones, capture({"head": head}, inputs=True) as seen:
+            logits = _of_one_token(model)
+            _HEAD_IS_LAST[head] = torch.equal(head(seen["head"]), logits)
+    return _HEAD_IS_LAST[head]
+
+
+def logits_from(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Logits of what the output head gets, as the model computes them: where it caps or scales those of its head, too.
+
+    Args:
+        model: The model, which then reads a single token, whose head gets the states instead.
+        states: Shape [positions, width].
+    """
+    head = output_head(model)
+    assert head is not None
+    if head_is_last(model):
+        logits: torch.Tensor = head(states)
+        return logits
+    with _head_gets(head, lambda own: states):
+        return _of_one_token(model)
+
+
+def _head_gets(head: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+    """Gives the head what `other` makes of its input, for the block."""
+
+    def replace(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (other(args[0]), *args[1:]), kwargs
+
+    return hooked({"head": head}, replace, before=True)
+
+
+def _of_one_token(model: nn.Module) -> torch.Tensor:
+    ids = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits
 
 
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pharmacist.core.errors import NoMatchError
+from pharmacist.core.errors import CompatibilityError, NoMatchError
 from pharmacist.core.method import Method
 from pharmacist.nn.batching import Sequences, make_batch
 from pharmacist.nn.hooks import evaluating, hooked
-from pharmacist.nn.locate import linear_names
+from pharmacist.nn.locate import linear_names, output_head
 from pharmacist.nn.lowrank import Factors, adapter_factors, adapter_layers
 
 
 Form = Literal["adapter", "weights"]
 Tensors = dict[str, torch.Tensor]
+_UNREACHED = 0.5
+"""Share of the weights, in no linear layer, above which a model is not repaired."""
 
 
 @dataclass
@@ -28,10 +30,29 @@ class ModelWeights:
     Attributes:
         model: In evaluation mode.
         form: ``adapter``: the factors of a PEFT model's adapter. ``weights``: the weights of the linear layers.
+
+    Raises:
+        CompatibilityError: Most of the weights are in no linear layer, so that a repair would leave them as they are.
     """
 
     model: nn.Module
     form: Form
+
+    def __post_init__(self) -> None:
+        if self.form == "weights" and (share := self.unreached()) > _UNREACHED:
+            raise CompatibilityError(
+                f"--form weights repairs linear layers, and {share:.0%} of the weights between embeddings and output "
+                "head are in none (experts in one tensor): the repair would leave them as they are"
+            )
+
+    def unreached(self) -> float:
+        """Share of the weights between embeddings and output head that are not among `tensors`."""
+        ends = [part for part in self.model.modules() if isinstance(part, nn.Embedding)] + [output_head(self.model)]
+        inner = set(self.model.parameters()) - {
+            weight for part in ends if part is not None for weight in part.parameters()
+        }
+        reached = sum(tensor.numel() for tensor in self.tensors().values())
+        return 1 - reached / sum(weight.numel() for weight in inner)
 
     def factors(self) -> dict[str, Factors]:
         """Factors of the adapter by module, in the form ``adapter``."""

@@ -118,12 +118,12 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
 
 
 _CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
+_OWN = {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
+"""Fields that have these values in every stage."""
 _FIXED = (
-    "remove_unused_columns",
-    "label_names",
+    *_OWN,
     "do_train",
     "label_smoothing_factor",
-    "logging_nan_inf_filter",
     "ignore_data_skip",
     "average_tokens_across_devices",
     "use_liger_kernel",
@@ -141,7 +141,9 @@ _SET_BY_OPTION = {
     "auto_find_batch_size": "a fixed batch size",
     "deepspeed": "accelerate launch with DDP",
     **dict.fromkeys(_CHECKPOINTS, "--checkpoint-seconds"),
-    **dict.fromkeys(("eval_strategy", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate"),
+    **dict.fromkeys(
+        ("eval_strategy", "eval_on_start", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate"
+    ),
 }
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio",
@@ -158,7 +160,7 @@ _REFUSED = {
     **{name: f"transformers no longer has it; {remedy}" for name, remedy in _REMOVED.items()},
 }
 """Fields of `TrainingArguments` that ``train`` does not take, and why."""
-_DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", *_CHECKPOINTS, *_FIXED}
+_DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", "do_train", *_CHECKPOINTS}
 """Fields that the stage sets, whatever arguments from Python say."""
 _LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0}
 """Least values that train anything; transformers itself accepts lower ones."""
@@ -166,6 +168,8 @@ _LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "n
 
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
+
+    Those that a stage cannot give are among them, for `check_train_options` to refuse.
 
     Args:
         arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
@@ -176,9 +180,10 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
     usual = TrainingArguments(use_cpu=arguments.use_cpu)
     options = {}
     for item in dataclasses.fields(TrainingArguments):
-        value = getattr(arguments, item.name)
-        if item.init and item.name not in _DECIDED and (item.name in defaults or value != getattr(usual, item.name)):
-            options[item.name] = value.value if isinstance(value, Enum) else value
+        name, value, default = item.name, getattr(arguments, item.name), getattr(usual, item.name)
+        asked = name in defaults or value not in (default, _OWN.get(name, default))
+        if item.init and name not in _DECIDED and asked:
+            options[name] = value.value if isinstance(value, Enum) else value
     return options
 
 
@@ -246,12 +251,10 @@ def training_arguments(
             data_seed=seed,
             use_cpu=device.type == "cpu",
             bf16=dtype == torch.bfloat16,
-            remove_unused_columns=False,
-            label_names=["labels"],
             disable_tqdm=True,
             save_strategy="no",
             save_total_limit=2,
-            logging_nan_inf_filter=False,
+            **_OWN,
             **values,
         )
     except (ValueError, TypeError, ImportError) as error:

@@ -170,12 +170,15 @@ class GradientStrategy(Method):
         streams: Auxiliary streams that it draws from, keys of `STREAMS`.
         reads_outputs: Whether `objective` reads the model's outputs, for which TRL needs a further forward pass.
         held_out: Share of the harmful rows' prompts that go to the stream ``held_out`` and not to ``harmful``.
+        start: What `setup` keeps of the initial model. It is in no checkpoint: a Trainer that resumes its own training
+            hands over what the first `setup` kept, another process has the initial model again.
     """
 
     stages: ClassVar[frozenset[str]] = frozenset({"align"})
     streams: tuple[str, ...] = ()
     reads_outputs: ClassVar[bool] = True
     held_out: float = 0.0
+    start: Any = None
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

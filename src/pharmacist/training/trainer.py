@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
+from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
 from pharmacist.data.streams import EndlessRows
@@ -29,6 +30,8 @@ from pharmacist.training.strategy import GradientStrategy, StepContext
 _NAMED = 20
 _COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "completion_mask"})
 """Columns of an auxiliary stream's rows that a collator gets."""
+_TRAINING_ONLY = frozenset({"row", "weight"})
+"""Columns of a batch that the model does not get."""
 
 
 def token_mean_loss(
@@ -92,11 +95,13 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
 
     Attributes:
         found: Modules or tensors on which the strategy acts, when training has begun.
-        without_targets: Micro-batches so far that had no target token, and therefore no effect.
+        without_targets: Micro-batches of the training so far that had no target token, and therefore no effect.
 
     Raises:
         CompatibilityError: Settings under which a strategy cannot see gradients.
     """
+
+    compute_loss_func: Any  # the Trainer's
 
     def __init__(
         self,
@@ -114,20 +119,24 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
         self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
         self._step: StepContext | None = None
-        self._update, self._micro = -1, 0
-        self._tokens: torch.Tensor | None = None  # of the update, padding not counted
-        self._rows: list[int] = []  # of the update so far
-        self._sums: dict[str, list[float]] = {}
-        self.without_targets = 0
+        self._start: Any = None  # of the strategy, when this Trainer first began
+        self._forget()
         name = strategy.name
         for missing in set(strategy.streams) - self.streams.keys():
             raise CompatibilityError(f"{name} draws from '{missing}' rows; give streams={{'{missing}': ROWS}}")
+        if self.model_init is not None:
+            raise CompatibilityError("model_init makes another model when training begins; give model=MODEL instead")
         if self.args.n_gpu > 1:
             raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
         if self.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
+        if world_size() > 1 and not self.args.average_tokens_across_devices:
+            raise CompatibilityError(
+                "average_tokens_across_devices=False gives the processes' tokens unequal weights, unlike a strategy's "
+                "terms; leave it out"
+            )
         if not any(isinstance(callback, Checkpoints) for callback in self.callback_handler.callbacks):
             self.add_callback(Checkpoints(strategy, streams=self.streams))
 
@@ -152,13 +161,26 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         size, seed = self.args.per_device_train_batch_size, derive(self.strategy_seed, "stream", name)
         return EndlessRows(len(rows), size, batch, seed=seed)
 
+    def _forget(self) -> None:
+        """Counts and sums of a training as they are before its first step."""
+        self._update, self._micro = -1, 0
+        self._tokens: torch.Tensor | None = None  # of the update, padding not counted
+        self._rows: list[int] = []  # of the update so far
+        self._sums: dict[str, list[float]] = {}
+        self.without_targets = 0
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The stock training, between the strategy's `setup` and `close`."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
+        self._forget()
         try:
             self.found = self.strategy.setup(self.model, self.strategy_seed)
+            # What this Trainer has trained and now resumes is half trained, and no longer what it began with.
+            if folder and self._start is not None:
+                self.strategy.start = self._start
+            self._start = self.strategy.start
             if folder:
                 load_strategy_state(Path(folder), self.strategy, self.streams)
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -265,25 +287,44 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     ) -> Any:
         """The stock loss, then the strategy's objective; a loss that is not finite stops the training."""
         step = self._step
-        if step is not None and step.weights is not None:
-            self.compute_loss_func = partial(token_mean_loss, weights=step.weights)
         # Outputs are asked for only where they are used: TRL pays for them with a further forward pass.
         overridden = type(self.strategy).objective is not GradientStrategy.objective
         with_outputs = (overridden and self.strategy.reads_outputs) or return_outputs
         # For `token_mean_loss` a large output head computes logits at targets alone.
-        function, head = self.compute_loss_func, large_head(self.model)
+        own, head = self.compute_loss_func, large_head(self.model)
+        weights = None if step is None else step.weights
+        function = own if weights is None else partial(token_mean_loss, weights=weights)
         at_targets = getattr(function, "func", function) is token_mean_loss and head is not None and not with_outputs
-        with head_at(head, targets(inputs["labels"])[0]) if at_targets else nullcontext():
-            found = super().compute_loss(
-                model, dict(inputs), return_outputs=with_outputs, num_items_in_batch=num_items_in_batch
-            )
+        self.compute_loss_func = function
+        try:
+            with head_at(head, targets(inputs["labels"])[0]) if at_targets else nullcontext():
+                found = super().compute_loss(
+                    model, dict(inputs), return_outputs=with_outputs, num_items_in_batch=num_items_in_batch
+                )
+        finally:
+            self.compute_loss_func = own
         loss, outputs = found if with_outputs else (found, None)
         if step is not None:
             if outputs is not None and not outputs["logits"].requires_grad:
                 outputs = step.output(inputs)  # TRL's own outputs are without a graph
-            loss = self.strategy.objective(step, loss, outputs)
+            # An objective gets and gives the micro-batch's part of the update, also where the Trainer divides later.
+            share = step.scale if self._divides(num_items_in_batch) else 1.0
+            loss = self.strategy.objective(step, loss * share, outputs) / share
             self._check("loss", loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _divides(self, num_items_in_batch: Any) -> bool:
+        """Whether the stock training step divides the loss by the accumulation steps, by its own rule."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a Trainer says of its losses, in newer versions
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return not scaled
+
+    def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The stock step of an evaluation, on a batch without the columns that are for the training."""
+        own = {name: value for name, value in inputs.items() if name not in _TRAINING_ONLY}
+        return super().prediction_step(model, own, *args, **kwargs)
 
     def _check(self, what: str, value: torch.Tensor) -> None:
         """Raises `DivergedError` on all processes where the value of one is not finite: none waits for another."""

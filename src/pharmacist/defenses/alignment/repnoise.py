@@ -16,6 +16,7 @@ from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
 from pharmacist.nn.losses import mmd2, precise, target_losses, targets
+from pharmacist.nn.reading import logits_from
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -86,7 +87,7 @@ class RepNoise(GradientStrategy):
         head = output_head(model)
         if head is None:
             raise CompatibilityError("repnoise predicts from hidden states, but the model names no output head")
-        self.tail = nn.Sequential(final_norm(model), head)
+        self.norm, self.head = final_norm(model), head
         self.seed = seed
         return {"layers": list(layers), "mlp_modules": list(self.mlps)}
 
@@ -135,14 +136,14 @@ class RepNoise(GradientStrategy):
             depths: Hidden states at the positions of the target `tokens`, each of shape [targets, width].
             tokens: Shape [targets].
         """
-        weights = [p for p in self.tail.parameters() if p.requires_grad]
+        weights = [p for part in (self.norm, self.head) for p in part.parameters() if p.requires_grad]
         values, found = [], []
         for hidden in depths:
             # Frozen embeddings, the first depth, need no derivative.
             own = hidden.detach().requires_grad_(hidden.requires_grad)
             inputs = [value for value in (own, *weights) if value.requires_grad]
             with step.autocast():
-                logits = self.tail(own)
+                logits = logits_from(step.model, self.norm(own))
             loss = step.mean(target_losses(logits, tokens).sum(), len(tokens))
             values.append(loss.detach())
             moved = [value for value in (hidden, *weights) if value.requires_grad]

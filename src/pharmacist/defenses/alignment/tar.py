@@ -161,11 +161,11 @@ class TAR(GradientStrategy):
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Keeps the initial model for the representation term: the base of a LoRA model, else a copy."""
-        self.seed, self.base = seed, None
+        self.seed, self.start = seed, None
         if not self.config.representation:
             return {}
         if not hasattr(model, "disable_adapter"):
-            self.base = copy.deepcopy(model).requires_grad_(False).eval()
+            self.start = copy.deepcopy(model).requires_grad_(False).eval()
         return {"hidden_states": len(decoder_layers(model)) + 1}
 
     def auxiliary(self, step: StepContext) -> Gradient:
@@ -235,8 +235,8 @@ class TAR(GradientStrategy):
 
     @contextmanager
     def _initial(self, model: Any) -> Iterator[nn.Module]:
-        if self.base is not None:
-            yield self.base
+        if self.start is not None:
+            yield self.start
             return
         with evaluating(model), model.disable_adapter():
             yield model

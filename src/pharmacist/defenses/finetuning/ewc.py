@@ -105,7 +105,7 @@ class EWC(GradientStrategy):
         return loss + step.scale * penalty.to(loss.dtype)
 
     def state(self) -> StrategyState:
-        """The Fisher information; the initial weights follow from the same model and seed."""
+        """The Fisher information; the initial weights are in no checkpoint, see `GradientStrategy`."""
         return StrategyState(dict(self.fisher))
 
     def load_state(self, state: StrategyState) -> None:
