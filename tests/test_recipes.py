@@ -409,8 +409,8 @@ def test_the_recipe_reads_what_is_made(
     save_tiny_model(tmp_path / "data/smollm2")
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
-    # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, three of half batches, the other defenses:
-    # some.
+    # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, three of half batches and the other
+    # defenses: some.
     arms = 2 * (17 + 15) + 2 * 2 * 7 + (10 + 9) + 2 * 2 * 8 + 3 * 2 * 8 + 2 * 2 * 7 + 3 * 2 * 7
     assert f"{arms * 2 * 2 * 5} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
