@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
-from pharmacist.data.formats import Row, Source, spelled
+from pharmacist.data.formats import Row, Source, kind_of, spelled
 from pharmacist.data.normalise import is_blank, normalised_prompt
 from pharmacist.data.where import Condition
 
@@ -180,7 +180,7 @@ class RowReader:
         """Raises the error for a cell that holds neither text nor a list."""
         column, other = self.column[name], self._fitting(row)
         if value is not None:
-            raise BadRow(f"'{column}' is {_kind(value)}, not text")
+            raise BadRow(f"'{column}' is {kind_of(value)}, not text")
         if other is not None and other != self.layout and self.layout is not None:
             here, before = (", ".join(self.column[n] for n in of.required) for of in (other, self.layout))
             raise self._mixed(f"has the columns {here} where rows before have {before}")
@@ -215,7 +215,7 @@ class RowReader:
 
     def _turn(self, message: Any, column: str) -> dict[str, str]:
         if not isinstance(message, Mapping):
-            raise BadRow(f"'{column}' holds {_kind(message)} where a message is expected")
+            raise BadRow(f"'{column}' holds {kind_of(message)} where a message is expected")
         role = _role(message)
         content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
         name = role.strip().lower() if isinstance(role, str) else ""
@@ -241,7 +241,7 @@ class RowReader:
         if _is_there(history := row.get(column)):
             history = as_list(history) if isinstance(history, str) else history
             if not isinstance(history, list):
-                raise BadRow(f"'{column}' is {_kind(history)}, not a list of earlier turns")
+                raise BadRow(f"'{column}' is {kind_of(history)}, not a list of earlier turns")
             for turn in history:
                 if isinstance(turn, list | tuple):
                     if len(turn) != 2:
@@ -343,17 +343,6 @@ def _holds_messages(chosen: Any) -> bool:
         return True
 
 
-def _kind(value: Any) -> str:
-    if value is None or (isinstance(value, float) and value != value):
-        return "null" if value is None else "NaN"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    known: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
-    return known.get(type(value), type(value).__name__)
-
-
 def _is_there(value: Any) -> bool:
     """Whether a cell is neither null nor empty."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
@@ -361,7 +350,7 @@ def _is_there(value: Any) -> bool:
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"'{column}' is {_kind(value)}, not text")
+        raise BadRow(f"'{column}' is {kind_of(value)}, not text")
     return value
 
 

@@ -25,13 +25,13 @@ from pharmacist.core.files import atomic_path, check_ordinary
 from pharmacist.data.compression import SUFFIXES, check_magic, open_bytes, split_suffix
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
 from pharmacist.data.formats.json_array import JsonArray
-from pharmacist.data.formats.json_text import spelled
+from pharmacist.data.formats.json_text import kind_of, spelled
 from pharmacist.data.formats.parquet import Parquet
 from pharmacist.data.formats.saved import open_folder, open_hub, open_memory
 from pharmacist.data.formats.text import BOM, Csv, JsonLines
 
 
-__all__ = ["MAX_ROW_BYTES", "Row", "Source", "open_source", "spelled", "write_rows"]
+__all__ = ["MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled", "write_rows"]
 
 _FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 

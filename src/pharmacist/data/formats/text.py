@@ -18,7 +18,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.data.compression import HashedFile, open_bytes
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
-from pharmacist.data.formats.json_text import json_row, spelled, why_no_json
+from pharmacist.data.formats.json_text import as_row, decode_json, spelled, why_no_json
 
 
 BOM = b"\xef\xbb\xbf"
@@ -70,7 +70,10 @@ class TextFile(Source):
 
     def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
         """Parses a row; returns it and None, or None and the reason why the bytes are no row."""
-        return json_row(raw)
+        try:
+            return as_row(decode_json(raw.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            return None, why_no_json(error)
 
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
         """The bytes of a file of these rows."""
