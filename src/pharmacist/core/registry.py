@@ -101,9 +101,8 @@ class Registry(Generic[T]):
 
     def build_from(self, choice: Mapping[str, Any]) -> T:
         """Builds from ``{"name": ..., **params}``, the form that options files hold."""
-        params = dict(choice)
-        name = params.pop("name")
+        name, params = choice["name"], {key: value for key, value in choice.items() if key != "name"}
         if isinstance(choice, Choice):
-            method: Any = choice.method
-            return method(checked_options(f"{self.kind} '{name}'", method.Config, params))  # type: ignore[no-any-return]
+            options = checked_options(f"{self.kind} '{name}'", choice.method.Config, params)
+            return choice.method(options)  # type: ignore[return-value]
         return self.build(name, params)

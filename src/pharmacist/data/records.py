@@ -117,13 +117,8 @@ def first_row(source: Source) -> Mapping[str, Any]:
 
 def columns_in(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
     """Those pairs of ``--columns`` whose column is in a source: in its first row, or in any if rows may lack it."""
-    there = first_row(source) if columns and source.columns is None else source.columns or ()
-
-    def has(name: str, column: str) -> bool:
-        some = name in OPTIONAL and source.columns is None
-        return column in there or (some and any(column in (row.value or ()) for row in source.scan()))
-
-    return {name: column for name, column in columns.items() if has(name, column)}
+    first = first_row(source) if columns and source.columns is None else source.columns or ()
+    return {to: name for to, name in columns.items() if name in first or (to in OPTIONAL and source.has(name))}
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:

@@ -88,6 +88,12 @@ class Source(Given, ABC):
         """Column names, where the format fixes them for all rows."""
         return None if self.schema is None else list(self.schema.names)
 
+    def has(self, column: str) -> bool:
+        """Whether any row has a column; where the format does not fix them, rows are read until one has it."""
+        if self.columns is not None:
+            return column in self.columns
+        return any(column in (row.value or ()) for row in self.scan())
+
     def fingerprint(self) -> str:
         """Hex sha256 of the content: of a file's bytes, or of the rows where there is no single file."""
         if self._fingerprint is None:
