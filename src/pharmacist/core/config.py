@@ -66,9 +66,11 @@ def docs_of(options: Any) -> dict[str, str]:
 
 def _shown_type(kind: Any) -> str:
     """A type as the help names it, without ranges: ``list[int]`` of a list of numbers from 1 on."""
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
-        return f"list[{'|'.join(map(inspect.formatannotation, parts_of(*get_args(kind))))}]"
-    return inspect.formatannotation(kind)
+        return f"list[{'|'.join(map(_shown_type, parts_of(*get_args(kind))))}]"
+    return inspect.formatannotation(kind).replace("typing.", "")
 
 
 class _Option:
@@ -96,12 +98,8 @@ class _Option:
         if self.is_method:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
         elif not self.is_switch:
-            names = [
-                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else _shown_type(kind)
-                for kind in parts_of(self.hint)
-                if kind is not NoneType
-            ]
-            about.append(f"type: {'|'.join(dict.fromkeys(names)).replace('typing.', '')}")
+            names = dict.fromkeys(_shown_type(kind) for kind in parts_of(self.hint) if kind is not NoneType)
+            about.append(f"type: {'|'.join(names)}")
         default = self.default["name"] if self.is_method else self.default
         if default is MISSING:
             about.append("required")
