@@ -154,7 +154,6 @@ def test_batches_do_not_show(monkeypatch):
     pairs = planted(9, 40)
     whole = find_duplicates(rows_of(pairs))
     monkeypatch.setattr(duplicates, "_BATCH", 7)
-    monkeypatch.setattr(duplicates, "_PAIRS", 3)
     np.testing.assert_array_equal(find_duplicates(rows_of(pairs)), whole)
 
 

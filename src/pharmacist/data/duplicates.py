@@ -41,7 +41,6 @@ PERMUTATIONS = 128
 
 _RECALL = 0.995
 _BATCH = 2048
-_PAIRS = 1 << 16
 # Words, single characters of scripts without spaces, and signs that change a sum; punctuation does not count.
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s.,;:!?'\"()\[\]{}…–—-]")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
@@ -147,16 +146,13 @@ class _Finder:
         same = np.zeros(len(a), dtype=np.bool_)
         # Three standard errors below the threshold, so that a pair at it is hardly ever lost to the estimate.
         least = self.threshold - 3 * np.sqrt(self.threshold * (1 - self.threshold) / PERMUTATIONS)
-        for start in range(0, len(a), _PAIRS):
+        for start in range(0, len(a), _BATCH):
             # Mapped anew for each portion, so that pages that were read do not pile up.
             signatures = np.memmap(self.folder / "signatures", np.uint8, "r").reshape(-1, PERMUTATIONS)
-            part = slice(start, start + _PAIRS)
-            likely = (signatures[a[part]] == signatures[b[part]]).mean(axis=1) >= least
-            del signatures
-            positions = start + np.flatnonzero(likely)
-            for at in range(0, len(positions), _BATCH):
-                portion = positions[at : at + _BATCH]
-                same[portion] = self.compare(a[portion], b[portion])
+            part = slice(start, start + _BATCH)
+            likely = start + np.flatnonzero((signatures[a[part]] == signatures[b[part]]).mean(axis=1) >= least)
+            if len(likely):
+                same[likely] = self.compare(a[likely], b[likely])
         return same
 
     def compare(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:

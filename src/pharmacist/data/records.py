@@ -184,10 +184,8 @@ def read_records(
     held, refused, skip = list[tuple[Row, Canonical]](), list[Row](), on_bad_row == "skip"
     total = bad = filtered = characters = 0
     path = Path(work_dir) / "rows.arrow"
-    kept = KeptRows() if keep and isinstance(source, TextFile) else None
+    kept = KeptRows(path.parent) if keep and isinstance(source, TextFile) else None
     with ExitStack() as stack:
-        if kept is not None:
-            stack.enter_context(kept.written_to(path.with_name("kept.arrow")))
         file = stack.enter_context(pa.OSFile(str(stack.enter_context(atomic_path(path))), "wb"))
         out = stack.enter_context(pa.ipc.new_stream(file, SCHEMA))
         progress = stack.enter_context(bar(f"read {source.name}"))

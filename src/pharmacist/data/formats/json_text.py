@@ -97,28 +97,23 @@ def fits_json(kind: pa.DataType) -> bool:
 
 def json_line(value: Any) -> bytes:
     """A row as one line of JSON, with null for NaN and infinities; a TypeError or RecursionError on other values."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
-    except ValueError:
-        text = json.dumps(_without_nan(value), ensure_ascii=False, default=lambda one: _without_nan(_plain(one)))
+    text = json.dumps(_as_json(value), ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
         return str(value)
     if hasattr(value, "tolist"):
-        return value.tolist()
+        return _as_json(value.tolist())
     raise TypeError(f"a value of the type {type(value).__name__}")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value
