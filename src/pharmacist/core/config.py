@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -26,7 +27,7 @@ from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.mappings import merged
-from pharmacist.core.registry import Registry, closest, imported
+from pharmacist.core.registry import Registry, closest
 from pharmacist.core.typed import checked, flag, hints_of, parts_of
 
 
@@ -47,7 +48,7 @@ def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
 
 def registry_of(item: "Field[Any]") -> Registry[Any]:
     """The registry of a `method` field."""
-    registry: Registry[Any] = imported(item.metadata["registry"])
+    registry: Registry[Any] = resolve_name(item.metadata["registry"])
     return registry
 
 

@@ -26,11 +26,9 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(path: str | Path, counts: Callable[[Path], bool] | None = None) -> str:
-    """Hex sha256 over the relative names and contents of the files in a folder, or of those that count."""
-    root = Path(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file() and (counts is None or counts(file)))
-    return sha256_json([[str(file.relative_to(root)), sha256_file(file)] for file in files])
+def sha256_folder(path: str | Path, suffixes: tuple[str, ...] | None = None) -> str:
+    """Hex sha256 over the relative names and contents of the files in a folder, or of those with these suffixes."""
+    return _sha256_files(Path(path), lambda file: suffixes is None or file.suffix in suffixes)
 
 
 def sha256_content(path: str | Path) -> str:
@@ -45,4 +43,9 @@ def sha256_content(path: str | Path) -> str:
         cache = file.suffix == ".arrow" and file.name.startswith(("cache-", "tmp")) or "__pycache__" in parts
         return not cache and file.suffix not in _NOT_LOADED and not any(part.startswith(".") for part in parts)
 
-    return sha256_folder(path, counts)
+    return _sha256_files(Path(path), counts)
+
+
+def _sha256_files(root: Path, counts: Callable[[Path], bool]) -> str:
+    files = sorted(file for file in root.rglob("*") if file.is_file() and counts(file))
+    return sha256_json([[str(file.relative_to(root)), sha256_file(file)] for file in files])

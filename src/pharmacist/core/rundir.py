@@ -207,11 +207,7 @@ class RunDir:
         return manifest
 
     def begin_again(self) -> None:
-        """Takes possession of the folder of a complete run, for `finish` to declare new results of it.
-
-        Raises:
-            ConfigError: It is in use, or cannot be written.
-        """
+        """Takes possession of the folder of a complete run, for `finish` to declare new results; raises as `open`."""
         if rank() == 0:
             self._lock = _lock(self.root)
         self.manifest.status = "started"
