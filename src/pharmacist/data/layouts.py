@@ -127,12 +127,11 @@ class RowReader:
                 raise self._mixed(f"has {_TYPE[kind]} in '{column}' where rows before have {before}")
         self.before = self._turns_before(row)
         canonical = self._prompt(values, row) if self.prompts_only else self._row(values, row)
-        for text in canonical:
-            try:
-                (text or "").encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = ord(error.object[error.start])
-                raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
+        try:
+            "".join(filter(None, canonical)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
         if not self.kinds:
             self.kinds = {name: type(row[column]) for name, column in self.needed}
         self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}

@@ -19,6 +19,7 @@ from pharmacist.data.compression import split_suffix
 from pharmacist.data.formats.json_text import fits_json, json_line, spelled
 
 
+FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 MAX_ROW_BYTES = 16 * 2**20
 """Longest row of a text format."""
 
