@@ -290,7 +290,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
 def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: str, example: str) -> Any:
     """Options from keys and values and from a command line, which wins."""
     config = _underscored(config, where)
-    chosen = _chosen_methods(method_fields(options), config, where, line)
+    chosen = _chosen_methods(options, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
         _print_help(options, table, prog, example)
@@ -317,12 +317,10 @@ def _underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dic
     return dict(zip(keys, config.values(), strict=True))
 
 
-def _chosen_methods(
-    methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Line
-) -> dict[str, str]:
+def _chosen_methods(options: Any, config: dict[str, Any], where: str, line: Line) -> dict[str, str]:
     """Field -> name of the method, which decides which options exist; only the options stay in `config`."""
     chosen = {}
-    for name, item in methods.items():
+    for name, item in method_fields(options).items():
         choice = config.pop(name, None)
         choice = {"name": choice} if isinstance(choice, str) else {} if choice is None else choice
         if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
