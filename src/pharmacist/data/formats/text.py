@@ -30,16 +30,15 @@ class KeptRows:
         self._file = tempfile.TemporaryFile(dir=folder)
         self._places = array("q")  # of each row its number, its line, and how many bytes it has
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Writes a batch."""
-        for row in rows:
-            raw = row.raw or b""
-            self._file.write(raw)
-            self._places.extend((row.number, row.line or 0, len(raw)))
-        self._file.flush()
+    def add(self, row: Row) -> None:
+        """Keeps a row that is a text file's."""
+        raw = row.raw or b""
+        self._file.write(raw)
+        self._places.extend((row.number, row.line or 0, len(raw)))
 
     def rows(self) -> Iterator[Row]:
         """All rows, without values."""
+        self._file.flush()
         start, places = 0, iter(self._places)
         for number, line, size in zip(places, places, places, strict=True):
             yield Row(number, line, None, None, os.pread(self._file.fileno(), size, start))
