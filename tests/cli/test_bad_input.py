@@ -251,6 +251,7 @@ CASES: dict[str, tuple[Case, str]] = {
     # --- options
     "top 0": (options("--top", "0"), "--top 0: must lie in (0, 1]"),
     "top 1.5": (options("--top", "1.5"), "--top 1.5: must lie in (0, 1]"),
+    "threshold 0": (options("--duplicate-threshold", "0"), "--duplicate-threshold 0: must lie in (0, 1]"),
     "top text": (options("--top", "third"), "--top third: must be a number"),
     "top and top-k": (options("--top", "0.3", "--top-k", "5"), "--top and --top-k exclude each other"),
     "top-k 0": (options("--top-k", "0"), "--top-k 0: must be at least 1"),

@@ -25,7 +25,7 @@ def test_an_exception_leaves_what_was_there(before: bytes | None, tmp_path: Path
             if isinstance(handle, Path):
                 handle.write_bytes(b"half of it")
             else:
-                handle.write(b"half of it")
+                handle.write("half of it")
                 handle.flush()
             raise Stop
         assert (path.read_bytes() if path.exists() else None) == before
@@ -50,7 +50,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
-    with atomic_write(path, "w") as file:
+    with atomic_write(path) as file:
         file.write("new")
         file.flush()
         assert path.read_text() == "old"

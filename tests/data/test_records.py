@@ -262,7 +262,7 @@ BAD_MESSAGES = [
     ([user("a"), {"role": "assistant"}], "without text in 'role' and 'content'"),
     ([user("a"), {"role": "assistant", "content": [{"type": "text"}]}], "without text in 'role' and 'content'"),
     ([user("a"), None], "holds null where a message is expected"),
-    ([user("a"), "b"], "holds str where a message is expected"),
+    ([user("a"), "b"], "holds a text where a message is expected"),
     ([user("a\ud800"), user("b"), assistant("b")], "lone surrogate"),
     ("hello", "'messages' is text, not a list of messages"),
     (5, "'messages' is a number, not text"),

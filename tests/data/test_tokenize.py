@@ -126,22 +126,18 @@ def test_content_keys_tell_rows_apart():
 
 def test_batches_are_padded_masked_and_labelled():
     tokenizer = tiny_tokenizer()
-    encoded = encode(dataset(("how do you", "no"), ("how", "yes bad day")), tokenizer, CHAT, max_length=64)
+    encoded = encode(dataset(("how do you", "no"), ("how", "yes day")), tokenizer, CHAT, max_length=64)
     eos = tokenizer.eos_token_id
     items = list(encoded.dataset)
     # Padding with EOS changes neither masks nor labels: the real EOS keeps its label, the padding gets none.
-    batch = collate(items, pad_token_id=eos, multiple_of=4)
+    batch = collate(items, pad_token_id=eos)
     first, second = items
-    assert batch["input_ids"].tolist() == [first["input_ids"] + [eos], second["input_ids"] + [eos]]
-    assert batch["attention_mask"].tolist() == [[1] * 7 + [0], [1] * 7 + [0]]
-    no, yes, bad, day = tokenizer.convert_tokens_to_ids(["no", "yes", "bad", "day"])
-    assert batch["labels"].tolist() == [
-        [IGNORED] * 5 + [no, eos, IGNORED],
-        [IGNORED] * 3 + [yes, bad, day, eos, IGNORED],
-    ]
+    assert batch["input_ids"].tolist() == [first["input_ids"], second["input_ids"] + [eos]]
+    assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 6 + [0]]
+    no, yes, day = tokenizer.convert_tokens_to_ids(["no", "yes", "day"])
+    assert batch["labels"].tolist() == [[IGNORED] * 5 + [no, eos], [IGNORED] * 3 + [yes, day, eos, IGNORED]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert collate(items, pad_token_id=0)["input_ids"].shape == (2, 7)
-    other = collate(items, pad_token_id=3, multiple_of=4)
+    other = collate(items, pad_token_id=3)
     assert torch.equal(other["labels"], batch["labels"]) and torch.equal(
         other["attention_mask"], batch["attention_mask"]
     )
@@ -159,7 +155,7 @@ def test_eos_inside_a_prompt_does_not_move_the_border():
     (encoded,) = encode(to_dataset([row]), tokenizer, CHAT, max_length=64).dataset
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     assert tokens == ["<s>", "how", "<ans>", "no", "</s>", "do", "<ans>", "yes", "</s>"] and encoded["n_prompt"] == 7
-    batch = collate([encoded], tokenizer.pad_token_id, multiple_of=16)
+    batch = collate([encoded], tokenizer.pad_token_id)
     assert int((batch["labels"] != IGNORED).sum()) == 2 and int(batch["attention_mask"].sum()) == 9
 
 

@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _write_log(output_dir: str | None) -> str:
     # Only in the folder of a run: a log alone would make a folder look like one with files of others.
-    is_run = output_dir is not None and os.path.isfile(os.path.join(output_dir, "manifest.json"))
-    folder = output_dir if is_run else None
+    folder = output_dir if output_dir and os.path.isfile(os.path.join(output_dir, "manifest.json")) else None
     try:  # a new file, so that no link of this name is followed
         descriptor, path = tempfile.mkstemp(".log", f"pharmacist-error-{os.getpid()}-", folder)
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -26,11 +27,13 @@ from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.mappings import merged
-from pharmacist.core.registry import Registry, closest, imported
+from pharmacist.core.registry import Registry, closest
 from pharmacist.core.typed import checked, flag, hints_of, parts_of
 
 
 T = TypeVar("T")
+Line = Mapping[str, list[list[str]]]
+"""Field name of each option on the command line -> for each time it occurs, the words that follow it."""
 
 
 def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
@@ -45,7 +48,7 @@ def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
 
 def registry_of(item: "Field[Any]") -> Registry[Any]:
     """The registry of a `method` field."""
-    registry: Registry[Any] = imported(item.metadata["registry"])
+    registry: Registry[Any] = resolve_name(item.metadata["registry"])
     return registry
 
 
@@ -66,9 +69,11 @@ def docs_of(options: Any) -> dict[str, str]:
 
 def _shown_type(kind: Any) -> str:
     """A type as the help names it, without ranges: ``list[int]`` of a list of numbers from 1 on."""
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
-        return f"list[{'|'.join(map(inspect.formatannotation, parts_of(*get_args(kind))))}]"
-    return inspect.formatannotation(kind)
+        return f"list[{'|'.join(map(_shown_type, parts_of(*get_args(kind))))}]"
+    return inspect.formatannotation(kind).replace("typing.", "")
 
 
 class _Option:
@@ -96,12 +101,8 @@ class _Option:
         if self.is_method:
             doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
         elif not self.is_switch:
-            names = [
-                "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else _shown_type(kind)
-                for kind in parts_of(self.hint)
-                if kind is not NoneType
-            ]
-            about.append(f"type: {'|'.join(dict.fromkeys(names)).replace('typing.', '')}")
+            names = dict.fromkeys(_shown_type(kind) for kind in parts_of(self.hint) if kind is not NoneType)
+            about.append(f"type: {'|'.join(names)}")
         default = self.default["name"] if self.is_method else self.default
         if default is MISSING:
             about.append("required")
@@ -264,17 +265,18 @@ def from_mapping(options: type[T], values: Mapping[str, Any], *, where: str) -> 
 
 
 def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Field name of each option on the command line -> for each time it occurs, the words that follow it."""
+    """Takes a command line apart, see `Line`."""
     leading = [item.name for item in fields(options) if item.metadata.get("first")]
     if leading and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{leading[0]}", *arguments]
     methods, found, words = method_fields(options), dict[str, list[list[str]]](), None
+    short = {name: f"{of}.{name}" for of, item in methods.items() for name in item.metadata["short"]}
     for word in arguments:
         if word in ("-h", "--help"):
             found["help"] = []
         elif word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
-            name = _short(methods).get(name, name)
+            name = short.get(name, name)
             name = name.removesuffix(".name") if name.removesuffix(".name") in methods else name
             words = [word.partition("=")[2]] if "=" in word else []
             found[name] = [*found.pop(name, []), words]  # at the end: of --quiet and --no-quiet the last one wins
@@ -285,24 +287,10 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
     return found
 
 
-def _short(methods: Mapping[str, "Field[Any]"]) -> dict[str, str]:
-    """Short names -> field and option."""
-    return {name: f"{of}.{name}" for of, item in methods.items() for name in item.metadata["short"]}
-
-
-def _parsed(
-    options: Any, config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]], prog: str, example: str
-) -> Any:
+def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: str, example: str) -> Any:
     """Options from keys and values and from a command line, which wins."""
-    config, methods = _underscored(config, where), method_fields(options)
-    for key, full in _short(methods).items():
-        if key in config:
-            name, _, option = full.partition(".")
-            choice = config.get(name) or {}
-            choice = {"name": choice} if isinstance(choice, str) else choice
-            if isinstance(choice, Mapping):  # else it is refused below
-                config[name] = {**choice, option: config.pop(key)}
-    chosen = _chosen_methods(methods, config, where, line)
+    config = _underscored(config, where)
+    chosen = _chosen_methods(options, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
         _print_help(options, table, prog, example)
@@ -329,16 +317,15 @@ def _underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dic
     return dict(zip(keys, config.values(), strict=True))
 
 
-def _chosen_methods(
-    methods: Mapping[str, "Field[Any]"], config: dict[str, Any], where: str, line: Mapping[str, list[list[str]]]
-) -> dict[str, str]:
+def _chosen_methods(options: Any, config: dict[str, Any], where: str, line: Line) -> dict[str, str]:
     """Field -> name of the method, which decides which options exist; only the options stay in `config`."""
     chosen = {}
-    for name, item in methods.items():
+    for name, item in method_fields(options).items():
         choice = config.pop(name, None)
         choice = {"name": choice} if isinstance(choice, str) else {} if choice is None else choice
         if not isinstance(choice, Mapping) or not isinstance(choice.get("name", ""), str):
             raise ConfigError(f"{where}: '{name}' needs the name of a method, or name and options of one")
+        choice = {**choice, **{key: config.pop(key) for key in item.metadata["short"] if key in config}}
         in_file = choice.get("name", item.metadata["default"])
         chosen[name] = next(iter(line[name][-1]), in_file) if name in line else in_file
         if chosen[name] == in_file:  # else the line names another method, to which the file's options do not belong
@@ -365,9 +352,7 @@ def _file_values(
     return values
 
 
-def _add_line_values(
-    values: dict[str, Any], table: Mapping[str, _Option], line: Mapping[str, list[list[str]]], prog: str
-) -> None:
+def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line: Line, prog: str) -> None:
     """Reads a command line into `values`."""
     switches = {f"no_{name}": name for name, option in table.items() if option.is_switch}
     for name, given in line.items():

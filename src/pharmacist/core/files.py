@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -90,17 +90,15 @@ def show_in(folder: Path, files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file, ``"wb"`` or ``"w"`` (UTF-8), that becomes `path` when the block succeeds."""
-    with atomic_path(path) as temporary:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
-            yield file
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Opens a temporary text file (UTF-8) that becomes `path` when the block succeeds."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text atomically."""
-    with atomic_write(path, "w") as file:
+    with atomic_write(path) as file:
         file.write(text)
 
 

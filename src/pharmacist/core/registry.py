@@ -4,8 +4,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 from pharmacist.core.errors import ConfigError, UnknownNameError
@@ -26,12 +26,6 @@ def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
 def _plugins(group: str) -> dict[str, str]:
     # Looking through all installed packages takes tens of milliseconds.
     return {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=group)} if group else {}
-
-
-def imported(path: str) -> Any:
-    """Imports the object at ``"module:name"``."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
@@ -74,7 +68,7 @@ class Registry(Generic[T]):
         if name not in table:
             raise UnknownNameError(f"unknown {self.kind} '{name}'{closest(name, table)}")
         try:
-            found: type[T] = imported(table[name])
+            found: type[T] = resolve_name(table[name])
         except Exception as error:  # of another package anything may be wrong
             if name in self._table:
                 raise
@@ -91,7 +85,7 @@ class Registry(Generic[T]):
     def config_type(self, name: str) -> type[Any]:
         """The options dataclass of the method called `name`."""
         apart = self._options.get(name)
-        found: type[Any] = imported(apart) if apart else self.get(name).Config  # type: ignore[attr-defined]
+        found: type[Any] = resolve_name(apart) if apart else self.get(name).Config  # type: ignore[attr-defined]
         return found
 
     def build(self, name: str, params: Mapping[str, Any]) -> T:
@@ -101,9 +95,8 @@ class Registry(Generic[T]):
 
     def build_from(self, choice: Mapping[str, Any]) -> T:
         """Builds from ``{"name": ..., **params}``, the form that options files hold."""
-        params = dict(choice)
-        name = params.pop("name")
+        name, params = choice["name"], {key: value for key, value in choice.items() if key != "name"}
         if isinstance(choice, Choice):
-            method: Any = choice.method
-            return method(checked_options(f"{self.kind} '{name}'", method.Config, params))  # type: ignore[no-any-return]
+            options = checked_options(f"{self.kind} '{name}'", choice.method.Config, params)
+            return choice.method(options)  # type: ignore[return-value]
         return self.build(name, params)

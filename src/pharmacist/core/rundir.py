@@ -1,7 +1,6 @@
 """Output folders of runs: locking, identity, completeness and resuming."""
 
 import fcntl
-import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -208,11 +207,7 @@ class RunDir:
         return manifest
 
     def begin_again(self) -> None:
-        """Takes possession of the folder of a complete run, for `finish` to declare new results of it.
-
-        Raises:
-            ConfigError: It is in use, or cannot be written.
-        """
+        """Takes possession of the folder of a complete run, for `finish` to declare new results; raises as `open`."""
         if rank() == 0:
             self._lock = _lock(self.root)
         self.manifest.status = "started"
@@ -275,8 +270,7 @@ def _refuse_links(root: Path, overwrite: bool) -> None:
             if link.is_symlink():
                 link.unlink()
         return
-    below = (Path(folder, name) for folder, *names in os.walk(work) for name in itertools.chain(*names))
-    for path in (work, *below):
+    for path in (work, *work.rglob("*")):
         if path.is_symlink():
             raise ConfigError(
                 f"{path}: is a link, but partial results must lie in the output folder itself; delete the link (to "

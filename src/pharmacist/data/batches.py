@@ -39,16 +39,14 @@ def without_middle(ids: Sequence[int], length: int) -> list[int]:
 
 
 def pad(
-    ids: Sequence[Sequence[int] | npt.NDArray[np.int32]], fill: int = 0, *, left: bool = False, multiple_of: int = 1
+    ids: Sequence[Sequence[int] | npt.NDArray[np.int32]], fill: int = 0, *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads rows of ids to the length of the longest, or the next multiple of `multiple_of`.
-
-    Padding goes behind, or in front (`left`) for generation; `fill` has no influence on the mask.
+    """Pads rows of ids with `fill` to the length of the longest: behind, or in front (`left`) for generation.
 
     Returns:
         Token ids, and 1 on tokens and 0 on padding: int64 of shape [rows, length].
     """
-    shape = (len(ids), -(-max(map(len, ids)) // multiple_of) * multiple_of)
+    shape = (len(ids), max(map(len, ids)))
     padded, mask = np.full(shape, fill, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for i, row in enumerate(ids):
         where = slice(shape[1] - len(row), None) if left else slice(len(row))
@@ -56,14 +54,14 @@ def pad(
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
-def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
+def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pads rows with ``input_ids`` and ``n_prompt`` on the right into a batch to train on.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape [rows, length]; a label is its token on the
         completion and its EOS, and `IGNORED` on prompt and padding, whatever the padding token is.
     """
-    input_ids, attention_mask = pad([item["input_ids"] for item in items], pad_token_id, multiple_of=multiple_of)
+    input_ids, attention_mask = pad([item["input_ids"] for item in items], pad_token_id)
     position = torch.arange(input_ids.shape[1])
     prompts = torch.tensor([int(item["n_prompt"]) for item in items])
     labels = input_ids.masked_fill((attention_mask == 0) | (position < prompts[:, None]), IGNORED)

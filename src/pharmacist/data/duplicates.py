@@ -23,14 +23,12 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar, track
-from pharmacist.data.normalise import normalised_prompt, visible
+from pharmacist.data.normalise import normalised_prompt, text_key, visible
 
 
 IntArray = npt.NDArray[np.int64]
@@ -38,10 +36,11 @@ KeyArray = npt.NDArray[np.uint64]
 
 SHINGLE = 3
 """Words per shingle."""
+PERMUTATIONS = 128
+"""Of MinHash; more find pairs at the threshold more surely."""
 
 _RECALL = 0.995
 _BATCH = 2048
-_PAIRS = 1 << 16
 # Words, single characters of scripts without spaces, and signs that change a sum; punctuation does not count.
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s.,;:!?'\"()\[\]{}…–—-]")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
@@ -49,38 +48,31 @@ _SALT = np.array([0x27D4EB2F165667C5, 0x85EBCA77C2B2AE63], dtype=np.uint64)
 
 
 def find_duplicates(
-    rows: datasets.Dataset,
-    *,
-    threshold: float = 0.8,
-    num_perm: int = 128,
-    work_dir: str | os.PathLike[str] | None = None,
+    rows: datasets.Dataset, *, threshold: float = 0.8, work_dir: str | os.PathLike[str] | None = None
 ) -> IntArray:
     """Finds rows that say the same; a chain of near-duplicates is one cluster.
 
     Args:
         rows: Canonical rows (`data.records`).
         threshold: Least Jaccard similarity of near-duplicates, in (0, 1].
-        num_perm: MinHash permutations; more find pairs at the threshold more surely.
         work_dir: Folder for signatures (about 300 bytes a row), removed afterwards; a temporary one by default.
 
     Returns:
         Per row the smallest position in its cluster, shape [rows]; for a row without duplicates its position.
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"duplicate threshold {threshold}: must lie in (0, 1]")
     if not len(rows):
         return np.empty(0, dtype=np.int64)
     if work_dir is not None:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="duplicates-", dir=work_dir) as folder:
-        return _Finder(rows, threshold, num_perm, Path(folder)).run()
+        return _Finder(rows, threshold, Path(folder)).run()
 
 
 class _Finder:
-    def __init__(self, rows: datasets.Dataset, threshold: float, num_perm: int, folder: Path) -> None:
+    def __init__(self, rows: datasets.Dataset, threshold: float, folder: Path) -> None:
         self.rows = rows.select_columns(["prompt", "completion"]).with_format("arrow")
-        self.threshold, self.num_perm, self.folder = threshold, num_perm, folder
-        self.bands, self.band_rows = choose_bands(threshold, num_perm)
+        self.threshold, self.folder = threshold, folder
+        self.bands, self.band_rows = choose_bands(threshold, PERMUTATIONS)
 
     def run(self) -> IntArray:
         n = len(self.rows)
@@ -90,8 +82,7 @@ class _Finder:
         distinct = np.unique(first).astype(np.int64)
         cluster = np.arange(n, dtype=np.int64)
         rejected = np.empty(0, dtype=np.int64)
-        left: list[IntArray] = []
-        right: list[IntArray] = []
+        pairs = np.empty((2, 0), dtype=np.int64)
         for band in track(range(self.bands), "near-duplicates"):
             for a, b in self.candidates(band, distinct, keys[distinct]):
                 unknown = (cluster[a] != cluster[b]) & ~np.isin(a * n + b, rejected)
@@ -99,15 +90,14 @@ class _Finder:
                 same = self.confirm(a, b)
                 rejected = np.union1d(rejected, (a * n + b)[~same])
                 if same.any():
-                    left.append(a[same])
-                    right.append(b[same])
-                    cluster = _components(n, np.concatenate(left), np.concatenate(right))
+                    pairs = np.concatenate([pairs, [a[same], b[same]]], axis=1)
+                    cluster = _components(n, pairs)
         return cluster[original]
 
     def sign(self) -> KeyArray:
         """Writes signatures and band keys; returns a hash of each row's normalised text, shape [rows]."""
         keys = np.empty(len(self.rows), dtype=np.uint64)
-        sketch = MinHash(num_perm=self.num_perm, seed=1, hashfunc=int)
+        sketch = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
         odd = np.random.default_rng(0).integers(1, 2**63, self.band_rows, dtype=np.uint64) | np.uint64(1)
         at = 0
         with ExitStack() as stack, bar("sign rows", len(keys)) as progress:
@@ -115,16 +105,15 @@ class _Finder:
             bands = [stack.enter_context((self.folder / f"band{i}").open("wb")) for i in range(self.bands)]
             for table in self.rows.iter(_BATCH):
                 prompts, completions = (table.column(name).to_pylist() for name in ("prompt", "completion"))
-                batch = np.empty((len(prompts), self.num_perm), dtype=np.uint32)
+                batch = np.empty((len(prompts), PERMUTATIONS), dtype=np.uint32)
                 shingles, ends = _shingles(prompts, completions)
                 numbers = (shingles & np.uint64(0xFFFFFFFF)).tolist()
                 for i, (start, end) in enumerate(itertools.pairwise([0, *ends[1::2].tolist()])):
                     sketch.clear()
                     sketch.update_batch(numbers[start:end])
                     batch[i] = sketch.hashvalues
-                    text = f"{normalised_prompt(prompts[i])}\0{normalised_prompt(completions[i])}"
-                    keys[at + i] = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
-                # The low byte is enough to compare two signatures, and keeps the file at num_perm bytes a row.
+                    keys[at + i] = text_key(f"{normalised_prompt(prompts[i])}\0{normalised_prompt(completions[i])}")
+                # The low byte is enough to compare two signatures, and keeps the file at one byte a permutation.
                 # (Not numpy's tofile, which drops what a full disk does not take without a word.)
                 signatures.write((batch & np.uint32(0xFF)).astype(np.uint8).data)
                 used = batch[:, : self.bands * self.band_rows].astype(np.uint64)
@@ -156,17 +145,14 @@ class _Finder:
         """Whether the rows of each pair are near-duplicates."""
         same = np.zeros(len(a), dtype=np.bool_)
         # Three standard errors below the threshold, so that a pair at it is hardly ever lost to the estimate.
-        least = self.threshold - 3 * np.sqrt(self.threshold * (1 - self.threshold) / self.num_perm)
-        for start in range(0, len(a), _PAIRS):
+        least = self.threshold - 3 * np.sqrt(self.threshold * (1 - self.threshold) / PERMUTATIONS)
+        for start in range(0, len(a), _BATCH):
             # Mapped anew for each portion, so that pages that were read do not pile up.
-            signatures = np.memmap(self.folder / "signatures", np.uint8, "r").reshape(-1, self.num_perm)
-            part = slice(start, start + _PAIRS)
-            likely = (signatures[a[part]] == signatures[b[part]]).mean(axis=1) >= least
-            del signatures
-            positions = start + np.flatnonzero(likely)
-            for at in range(0, len(positions), _BATCH):
-                portion = positions[at : at + _BATCH]
-                same[portion] = self.compare(a[portion], b[portion])
+            signatures = np.memmap(self.folder / "signatures", np.uint8, "r").reshape(-1, PERMUTATIONS)
+            part = slice(start, start + _BATCH)
+            likely = start + np.flatnonzero((signatures[a[part]] == signatures[b[part]]).mean(axis=1) >= least)
+            if len(likely):
+                same[likely] = self.compare(a[likely], b[likely])
         return same
 
     def compare(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:
@@ -192,10 +178,7 @@ def _similar(one: list[KeyArray], other: list[KeyArray], threshold: float) -> bo
     return shared >= threshold * total
 
 
-@lru_cache(1 << 17)
-def _word(word: str) -> int:
-    value: int = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
-    return value
+_word = lru_cache(1 << 17)(text_key)
 
 
 def _shingles(prompts: list[str], completions: list[str]) -> tuple[KeyArray, IntArray]:
@@ -237,9 +220,9 @@ def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
     return num_perm, 1
 
 
-def _components(n: int, a: IntArray, b: IntArray) -> IntArray:
-    """Smallest row of each row's connected component."""
-    graph: Any = coo_array((np.ones(len(a), dtype=np.bool_), (a, b)), shape=(n, n))
+def _components(n: int, pairs: IntArray) -> IntArray:
+    """Smallest row of each row's connected component; `pairs` of rows that are connected, shape [2, pairs]."""
+    graph: Any = coo_array((np.ones(pairs.shape[1], dtype=np.bool_), tuple(pairs)), shape=(n, n))
     _, labels = connected_components(graph, directed=False)
     _, smallest = np.unique(labels, return_index=True)
     clusters: IntArray = smallest[labels]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.conversations import ROLE_KEYS, ROLES, as_list, as_messages
-from pharmacist.data.formats import Row, Source, spelled
+from pharmacist.data.formats import Row, Source, kind_of, spelled
 from pharmacist.data.normalise import is_blank, normalised_prompt
 from pharmacist.data.where import Condition
 
@@ -127,12 +127,11 @@ class RowReader:
                 raise self._mixed(f"has {_TYPE[kind]} in '{column}' where rows before have {before}")
         self.before = self._turns_before(row)
         canonical = self._prompt(values, row) if self.prompts_only else self._row(values, row)
-        for text in canonical:
-            try:
-                (text or "").encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = ord(error.object[error.start])
-                raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
+        try:
+            "".join(filter(None, canonical)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
         if not self.kinds:
             self.kinds = {name: type(row[column]) for name, column in self.needed}
         self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}
@@ -180,7 +179,7 @@ class RowReader:
         """Raises the error for a cell that holds neither text nor a list."""
         column, other = self.column[name], self._fitting(row)
         if value is not None:
-            raise BadRow(f"'{column}' is {_kind(value)}, not text")
+            raise BadRow(f"'{column}' is {kind_of(value)}, not text")
         if other is not None and other != self.layout and self.layout is not None:
             here, before = (", ".join(self.column[n] for n in of.required) for of in (other, self.layout))
             raise self._mixed(f"has the columns {here} where rows before have {before}")
@@ -215,7 +214,7 @@ class RowReader:
 
     def _turn(self, message: Any, column: str) -> dict[str, str]:
         if not isinstance(message, Mapping):
-            raise BadRow(f"'{column}' holds {_kind(message)} where a message is expected")
+            raise BadRow(f"'{column}' holds {kind_of(message)} where a message is expected")
         role = _role(message)
         content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
         name = role.strip().lower() if isinstance(role, str) else ""
@@ -241,7 +240,7 @@ class RowReader:
         if _is_there(history := row.get(column)):
             history = as_list(history) if isinstance(history, str) else history
             if not isinstance(history, list):
-                raise BadRow(f"'{column}' is {_kind(history)}, not a list of earlier turns")
+                raise BadRow(f"'{column}' is {kind_of(history)}, not a list of earlier turns")
             for turn in history:
                 if isinstance(turn, list | tuple):
                     if len(turn) != 2:
@@ -343,17 +342,6 @@ def _holds_messages(chosen: Any) -> bool:
         return True
 
 
-def _kind(value: Any) -> str:
-    if value is None or (isinstance(value, float) and value != value):
-        return "null" if value is None else "NaN"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    known: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
-    return known.get(type(value), type(value).__name__)
-
-
 def _is_there(value: Any) -> bool:
     """Whether a cell is neither null nor empty."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
@@ -361,7 +349,7 @@ def _is_there(value: Any) -> bool:
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"'{column}' is {_kind(value)}, not text")
+        raise BadRow(f"'{column}' is {kind_of(value)}, not text")
     return value
 
 

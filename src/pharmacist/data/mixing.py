@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pharmacist.core.console import named
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import column
 
@@ -20,11 +20,9 @@ def assert_disjoint(a: datasets.Dataset, b: datasets.Dataset, *, names: tuple[st
     """Checks that two sets of canonical rows share no prompt; a DataError names them and rows of `b` that do."""
     shared = shared_prompts(a, b)
     if len(shared):
-        numbers = b["row"] if "row" in b.column_names else range(len(b))
-        which = named([numbers[int(position)] for position in shared])
         raise DataError(
-            f"{names[1]}: {len(shared)} of {len(b)} rows share a prompt with {names[0]} ({which}); "
-            "delete them from one of the two"
+            f"{names[1]}: {len(shared)} of {len(b)} rows share a prompt with {names[0]} "
+            f"({named(column(b, 'row')[shared].tolist())}); delete them from one of the two"
         )
 
 
@@ -40,21 +38,16 @@ def mix(
     Returns:
         The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is their number in their source.
     """
-    if n < 1 or not 0 <= poison_ratio <= 1:
-        wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
-        raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
-    n_benign = n - n_harmful
-    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
+    if 0 < n_harmful < n:
+        assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))
+    parts, order = [], []
+    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n - n_harmful)):
         if count > len(rows):
             raise DataError(
                 f"{count} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
                 "or more rows"
             )
-    if n_harmful and n_benign:
-        assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))
-    parts, order = [], []
-    for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n_benign)):
         rng = np.random.default_rng(derive(seed, "mix", name))
         chosen = rng.permutation(len(rows))[:count]
         # The position of a row in the order is drawn once, whatever else is in the set.

@@ -44,6 +44,11 @@ def normalised_prompt(text: str) -> str:
     return text.rstrip(" .?!…\"'") or text
 
 
+def text_key(text: str) -> int:
+    """64-bit hash of a text."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
 def prompt_key(text: str) -> int:
     """64-bit hash of a prompt's normalised text."""
-    return xxhash.xxh3_64_intdigest(normalised_prompt(text).encode("utf-8", "surrogatepass"))
+    return text_key(normalised_prompt(text))

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, console, warn
 from pharmacist.data.formats import Row, Source
 from pharmacist.data.formats.text import KeptRows, TextFile
-from pharmacist.data.layouts import OPTIONAL, BadRow, Canonical, RowReader
+from pharmacist.data.layouts import OPTIONAL, BadRow, RowReader
 from pharmacist.data.normalise import is_blank, prompt_key
 from pharmacist.data.where import Condition
 
@@ -117,13 +116,8 @@ def first_row(source: Source) -> Mapping[str, Any]:
 
 def columns_in(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
     """Those pairs of ``--columns`` whose column is in a source: in its first row, or in any if rows may lack it."""
-    there = first_row(source) if columns and source.columns is None else source.columns or ()
-
-    def has(name: str, column: str) -> bool:
-        some = name in OPTIONAL and source.columns is None
-        return column in there or (some and any(column in (row.value or ()) for row in source.scan()))
-
-    return {name: column for name, column in columns.items() if has(name, column)}
+    first = first_row(source) if columns and source.columns is None else source.columns or ()
+    return {to: name for to, name in columns.items() if name in first or (to in OPTIONAL and source.has(name))}
 
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
@@ -186,24 +180,20 @@ def read_records(
         if missing:
             names = ", ".join(source.columns)
             raise DataError(f"{source.where}: has no column '{missing[0]}'; its columns are {names}")
-    held, refused, skip = list[tuple[Row, Canonical]](), list[Row](), on_bad_row == "skip"
+    held, refused, skip = list[tuple[Any, ...]](), list[Row](), on_bad_row == "skip"
     total = bad = filtered = characters = 0
     path = Path(work_dir) / "rows.arrow"
-    kept = KeptRows() if keep and isinstance(source, TextFile) else None
-    with ExitStack() as stack:
-        if kept is not None:
-            stack.enter_context(kept.written_to(path.with_name("kept.arrow")))
-        file = stack.enter_context(pa.OSFile(str(stack.enter_context(atomic_path(path))), "wb"))
-        out = stack.enter_context(pa.ipc.new_stream(file, SCHEMA))
-        progress = stack.enter_context(bar(f"read {source.name}"))
+    kept = KeptRows(path.parent) if keep and isinstance(source, TextFile) else None
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMA) as out,
+        bar(f"read {source.name}") as progress,
+    ):
 
         def flush() -> None:
             if held:
-                texts = list(zip(*(canonical for _, canonical in held), strict=True))
-                columns = [[row.number for row, _ in held], *texts, [prompt_key(prompt) for prompt in texts[0]]]
-                out.write_batch(pa.record_batch(columns, schema=SCHEMA))
-                if kept is not None:
-                    kept.add([row for row, _ in held])
+                out.write_batch(pa.record_batch(list(zip(*held, strict=True)), schema=SCHEMA))
                 held.clear()
 
         for row in source.scan(reader.read_columns | {condition.column for condition in where or ()}):
@@ -221,8 +211,10 @@ def read_records(
                 progress.advance(_FLUSH_ROWS)
             try:
                 canonical = reader.read(row)
-                held.append((row._replace(value=None), canonical))
-                characters += len(canonical[0]) + len(canonical[1]) + len(row.raw or b"")
+                held.append((row.number, *canonical, prompt_key(canonical[0])))
+                if kept is not None:
+                    kept.add(row)
+                characters += len(canonical[0]) + len(canonical[1])
                 if len(held) >= _FLUSH_ROWS or characters > _FLUSH_CHARACTERS:
                     flush()
                     characters = 0

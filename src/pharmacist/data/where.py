@@ -65,13 +65,7 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
-
-    def has(column: str) -> bool:
-        if source.columns is not None:
-            return column in source.columns
-        return any(column in (row.value or ()) for row in source.scan())  # as many rows are read as it takes
-
-    return [one for one in parse_where(texts) if one.of in (None, name) and has(one.column)]
+    return [one for one in parse_where(texts) if one.of in (None, name) and source.has(one.column)]
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:

@@ -181,7 +181,7 @@ def _write_set(path: Path, rows: datasets.Dataset) -> None:
     """The set as `align` and `curate` read it back: one layout, with ``is_harmful`` and each row's source number."""
     messages = any(turns is not None for turns in rows["turns"])
     with_input = not messages and any(rows["input"])
-    with atomic_write(path, "w") as file:
+    with atomic_write(path) as file:
         for row in rows:
             own: dict[str, Any] = {"prompt": row["prompt"], "completion": row["completion"]}
             if messages:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
+from pkgutil import resolve_name
 from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import console
-from pharmacist.core.registry import imported
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 
@@ -63,7 +63,7 @@ class Stage:
     @property
     def function(self) -> Any:
         """What does the work."""
-        return imported(self.run)
+        return resolve_name(self.run)
 
     def __call__(self, options: Any) -> Any:
         """Does the work."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pharmacist.core.files import atomic_write
+from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, track
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
@@ -62,11 +62,11 @@ class Job:
             keep=self.keep,
         )
         if self.logits is not None:
-            with atomic_write(self.folder / "logits.npy") as file:
+            with atomic_path(self.folder / "logits.npy") as path:
                 # Through memory: numpy's own writing to files drops what a full disk does not take without a word.
                 buffer = io.BytesIO()
                 np.save(buffer, self.logits.numpy(), allow_pickle=False)
-                file.write(buffer.getbuffer())
+                path.write_bytes(buffer.getbuffer())
         for name in self.adapters:
             bank.save(name, self.folder / name)
         checkpoint.unlink(missing_ok=True)

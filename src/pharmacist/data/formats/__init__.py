@@ -23,17 +23,15 @@ from typing import Any
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, check_ordinary
 from pharmacist.data.compression import SUFFIXES, check_magic, open_bytes, split_suffix
-from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
+from pharmacist.data.formats.base import FORMATS, MAX_ROW_BYTES, Row, Source
 from pharmacist.data.formats.json_array import JsonArray
-from pharmacist.data.formats.json_text import spelled
+from pharmacist.data.formats.json_text import kind_of, spelled
 from pharmacist.data.formats.parquet import Parquet
 from pharmacist.data.formats.saved import open_folder, open_hub, open_memory
 from pharmacist.data.formats.text import BOM, Csv, JsonLines
 
 
-__all__ = ["MAX_ROW_BYTES", "Row", "Source", "open_source", "spelled", "write_rows"]
-
-_FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
+__all__ = ["MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled", "write_rows"]
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:
@@ -62,7 +60,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     known = split_suffix(path)[0] in _READERS or path.suffix.lower() in SUFFIXES
     if isinstance(spec, os.PathLike) or known or not _HUB_ID.fullmatch(text):
         raise DataError(f"{name} {text}: no such file; check the path")
-    return open_hub(text, name, _FORMATS)
+    return open_hub(text, name)
 
 
 def write_rows(source: Source, rows: Sequence[int], path: str | os.PathLike[str], format: str | None = None) -> None:
@@ -115,7 +113,7 @@ def _open_file(path: Path, label: str, name: str) -> Source:
     check_ordinary(path, where)
     suffix, compression = split_suffix(path)
     if suffix not in _READERS:
-        raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {_FORMATS}")
+        raise DataError(f"{where}: unknown kind of file '{path.suffix}'; known are {FORMATS}")
     if suffix == ".parquet" and compression is not None:
         raise DataError(f"{where}: Parquet compresses by itself; unpack the file and give the .parquet inside")
     try:

@@ -19,6 +19,7 @@ from pharmacist.data.compression import split_suffix
 from pharmacist.data.formats.json_text import fits_json, json_line, spelled
 
 
+FORMATS = ".jsonl, .json, .csv (each also .gz or .zst) and .parquet"
 MAX_ROW_BYTES = 16 * 2**20
 """Longest row of a text format."""
 
@@ -88,6 +89,12 @@ class Source(Given, ABC):
         """Column names, where the format fixes them for all rows."""
         return None if self.schema is None else list(self.schema.names)
 
+    def has(self, column: str) -> bool:
+        """Whether any row has a column; where the format does not fix them, rows are read until one has it."""
+        if self.columns is not None:
+            return column in self.columns
+        return any(column in (row.value or ()) for row in self.scan())
+
     def fingerprint(self) -> str:
         """Hex sha256 of the content: of a file's bytes, or of the rows where there is no single file."""
         if self._fingerprint is None:
@@ -111,11 +118,7 @@ class Source(Given, ABC):
         return ((row.number, row.value or {}) for row in self.pick())
 
     def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
-        """The rows with these numbers (ascending), or all, none of which may be unreadable.
-
-        Raises:
-            DataError: A row cannot be read, or is not there (the file has changed).
-        """
+        """The rows with these numbers (ascending), or all; a DataError where one cannot be read or is not there."""
         return map(self._usable, self._among(self.scan(columns), numbers))
 
     def _among(self, rows: Iterator[Row], numbers: Iterable[int] | None) -> Iterator[Row]:
@@ -156,11 +159,7 @@ class Source(Given, ABC):
         return datasets.Dataset(pa.table(arrays, schema=pa.schema(fields)))
 
     def check_json_lines(self) -> None:
-        """Finds values that JSON lines cannot hold, before hours are spent on which rows to write.
-
-        Raises:
-            DataError: A column holds such values.
-        """
+        """Refuses values that JSON lines cannot hold, before hours are spent on which rows to write (DataError)."""
         doubtful: list[list[str] | None] = [None]
         if self.schema is not None:
             doubtful = [[field.name] for field in self.schema if not fits_json(field.type)]

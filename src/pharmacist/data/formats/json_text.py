@@ -14,7 +14,8 @@ import pyarrow as pa
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row of JSON."""
 
-_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+_KINDS: dict[Any, str] = {bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
+_KINDS |= {str: "a text", bytes: "bytes", type(None): "null"}
 
 
 class Refused(ValueError):
@@ -37,9 +38,9 @@ DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_o
 """Refuses NaN, infinities and keys that are there twice."""
 
 
-def spelled(name: str, longest: int = 40) -> str:
+def spelled(name: str) -> str:
     """A name from a file as messages show it: in quotes, shortened, with escapes for unprintable characters."""
-    return ascii(name[:longest]) + ("..." if len(name) > longest else "")
+    return ascii(name[:40]) + ("..." if len(name) > 40 else "")
 
 
 def decode_json(text: str) -> Any:
@@ -60,17 +61,16 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, inner), default=0)
 
 
-def json_row(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """Parses a row; returns it and None, or None and the reason why the bytes are no row."""
-    try:
-        return as_row(decode_json(raw.decode("utf-8")))
-    except (ValueError, RecursionError) as error:
-        return None, why_no_json(error)
-
-
 def as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
     """Returns a JSON object and None, or for another value None and the reason why it is no row."""
-    return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {_KINDS[type(value)]}")
+    return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {kind_of(value)}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, as messages name it."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def why_no_json(error: Exception) -> str:
@@ -97,28 +97,23 @@ def fits_json(kind: pa.DataType) -> bool:
 
 def json_line(value: Any) -> bytes:
     """A row as one line of JSON, with null for NaN and infinities; a TypeError or RecursionError on other values."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
-    except ValueError:
-        text = json.dumps(_without_nan(value), ensure_ascii=False, default=lambda one: _without_nan(_plain(one)))
+    text = json.dumps(_as_json(value), ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
         return str(value)
     if hasattr(value, "tolist"):
-        return value.tolist()
+        return _as_json(value.tolist())
     raise TypeError(f"a value of the type {type(value).__name__}")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value

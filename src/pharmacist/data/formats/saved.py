@@ -12,7 +12,7 @@ from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError, one_line
 from pharmacist.core.files import read_json
 from pharmacist.core.hashing import sha256_content
-from pharmacist.data.formats.base import Row, Source
+from pharmacist.data.formats.base import FORMATS, Row, Source
 from pharmacist.data.formats.parquet import BATCH, check_names
 
 
@@ -123,8 +123,8 @@ def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
     return SavedDataset(path, label, name, "arrow", data)
 
 
-def open_hub(text: str, name: str, formats: str) -> Source:
-    """A dataset on the hub, ``name[:config][:split]``; a DataError that names `formats` where it cannot be had."""
+def open_hub(text: str, name: str) -> Source:
+    """A dataset on the hub, ``name[:config][:split]``; a DataError where it cannot be had."""
     identifier, *parts = text.split(":")
     where = f"{name} {text}"
     try:
@@ -133,7 +133,7 @@ def open_hub(text: str, name: str, formats: str) -> Source:
         if offline():
             raise DataError(
                 f"{where}: no such file or folder, and HF_HUB_OFFLINE forbids to look on the hub; "
-                f"download it and give a file ({formats}) or a folder saved by datasets"
+                f"download it and give a file ({FORMATS}) or a folder saved by datasets"
             ) from error
         raise DataError(
             f"{where}: no such file or folder, and the hub cannot give it ({one_line(error)}); "

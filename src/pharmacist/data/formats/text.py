@@ -3,60 +3,46 @@
 import copy
 import csv
 import itertools
+import os
 import re
+import tempfile
 from abc import abstractmethod
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import atomic_path
-from pharmacist.data.compression import HashedFile, open_bytes
-from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source, ascending
-from pharmacist.data.formats.json_text import json_row, spelled, why_no_json
+from pharmacist.data.compression import open_bytes
+from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
+from pharmacist.data.formats.json_text import as_row, decode_json, spelled, why_no_json
 
 
 BOM = b"\xef\xbb\xbf"
 TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MB"
-_KEPT = pa.schema([("number", pa.int64()), ("line", pa.int64()), ("raw", pa.binary())])
 
 
 class KeptRows:
-    """The bytes of usable rows in a file that is read in batches, instead of a second pass over the source.
+    """The bytes of usable rows in a file without a name, instead of a second pass over the source."""
 
-    The file is not memory-mapped, for the pages that were read would count as memory in use.
-    """
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._places = array("q")  # of each row its number, its line, and how many bytes it has
 
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._file: Any = None
+    def add(self, row: Row) -> None:
+        """Keeps a row that is a text file's."""
+        raw = row.raw or b""
+        self._file.write(raw)
+        self._places.extend((row.number, row.line or 0, len(raw)))
 
-    @contextmanager
-    def written_to(self, path: Path) -> Iterator[None]:
-        """Rows can be added in the block and read after it; from then on the file may be deleted."""
-        with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-            with pa.ipc.new_file(file, _KEPT) as self._file:
-                yield
-        self._file = pa.ipc.open_file(pa.OSFile(str(path)))
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Writes a batch."""
-        self._starts.append(rows[0].number if self._starts else 0)
-        columns = [[getattr(row, name) for row in rows] for name in _KEPT.names]
-        self._file.write_batch(pa.record_batch(columns, schema=_KEPT))
-
-    def rows(self, numbers: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
-        """All rows, or those of the batches that hold some of `numbers`, without values."""
-        for i, (start, end) in enumerate(itertools.pairwise([*self._starts, np.iinfo(np.int64).max])):
-            if numbers is None or ((start <= numbers) & (numbers < end)).any():
-                columns = (column.to_pylist() for column in self._file.get_batch(i))
-                for number, line, raw in zip(*columns, strict=True):
-                    yield Row(number, line, None, None, raw)
+    def rows(self) -> Iterator[Row]:
+        """All rows, without values."""
+        self._file.flush()
+        start, places = 0, iter(self._places)
+        for number, line, size in zip(places, places, places, strict=True):
+            yield Row(number, line, None, None, os.pread(self._file.fileno(), size, start))
+            start += size
 
 
 class TextFile(Source):
@@ -70,26 +56,22 @@ class TextFile(Source):
 
     def parse(self, raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
         """Parses a row; returns it and None, or None and the reason why the bytes are no row."""
-        return json_row(raw)
+        try:
+            return as_row(decode_json(raw.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            return None, why_no_json(error)
 
     def join(self, rows: Iterable[bytes]) -> Iterator[bytes]:
         """The bytes of a file of these rows."""
         return (raw + b"\n" for raw in rows)
 
     def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
-        """All rows or those with these numbers (ascending), as `split` gives them.
-
-        The first reading to the end of the file gives its fingerprint too.
-        """
+        """All rows or those with these numbers (ascending), as `split` gives them."""
         if self._kept is not None:
-            chosen = None if numbers is None else ascending(numbers)
-            yield from self._among(self._kept.rows(chosen), chosen)
+            yield from self._among(self._kept.rows(), numbers)
             return
-        hashed = HashedFile(self.spec) if self._fingerprint is None else None
-        with open_bytes(self.spec, self.where, hashed) as file:
+        with open_bytes(self.spec, self.where) as file:
             yield from self._among(self.split(file), numbers)
-            if hashed is not None:
-                self._fingerprint = hashed.sha256()
 
     def with_kept(self, rows: KeptRows) -> "TextFile":
         """A copy of the source that reads its usable rows from where they were kept."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
@@ -16,7 +17,6 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import hushed
-from pharmacist.core.registry import imported
 from pharmacist.core.rundir import made_from
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.stage import Stage as Declaration
@@ -183,7 +183,7 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
-    function = imported(stage.function)
+    function = resolve_name(stage.function)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     if stage.like is not None and stage.like in stages and stage.manifest is None:
         _take_answers(stages[stage.like], stage)

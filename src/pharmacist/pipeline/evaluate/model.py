@@ -38,7 +38,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             return metrics
         found = _evaluate(inputs, run)
         if rank() == 0:
-            with atomic_write(run.path("items.jsonl"), "w") as file:
+            with atomic_write(run.path("items.jsonl")) as file:
                 file.writelines(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in found.items)
             write_json(run.path("metrics.json"), found.metrics)
             remove(run.path("judge"))  # of a judge before this one
