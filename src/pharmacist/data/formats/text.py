@@ -36,12 +36,13 @@ class KeptRows:
         self._file.write(raw)
         self._places.extend((row.number, row.line or 0, len(raw)))
 
-    def rows(self) -> Iterator[Row]:
-        """All rows, without values."""
+    def rows(self, numbers: Collection[int] | None = None) -> Iterator[Row]:
+        """All rows, or those with these numbers, without values."""
         self._file.flush()
         start, places = 0, iter(self._places)
         for number, line, size in zip(places, places, places, strict=True):
-            yield Row(number, line, None, None, os.pread(self._file.fileno(), size, start))
+            if numbers is None or number in numbers:
+                yield Row(number, line, None, None, os.pread(self._file.fileno(), size, start))
             start += size
 
 
@@ -68,7 +69,8 @@ class TextFile(Source):
     def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
         """All rows or those with these numbers (ascending), as `split` gives them."""
         if self._kept is not None:
-            yield from self._among(self._kept.rows(), numbers)
+            chosen = None if numbers is None else list(numbers)
+            yield from self._among(self._kept.rows(None if chosen is None else set(chosen)), chosen)
             return
         with open_bytes(self.spec, self.where) as file:
             yield from self._among(self.split(file), numbers)
