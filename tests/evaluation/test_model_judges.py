@@ -288,7 +288,7 @@ def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
     judge.fit({})
     found = judge.judge(ITEMS)
     assert [verdict for item in ITEMS for verdict in judge.judge([item])] == found
-    model, tokenizer = judge.loaded()  # type: ignore[attr-defined]
+    model, tokenizer = judge.loaded  # type: ignore[attr-defined]
     for item, verdict in zip(ITEMS, found, strict=True):
         assert len(verdict.categories) == 4 and verdict.score == max(verdict.categories.values())
         text = tokenizer.apply_chat_template(

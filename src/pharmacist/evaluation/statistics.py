@@ -1,6 +1,6 @@
 """Intervals and comparisons: Wilson for rates, Newcombe for paired differences of rates, Student's t over seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, nan, sqrt
 from typing import Any
@@ -86,13 +86,12 @@ def four_counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]
     return both, only_first, only_second, len(pairs) - both - only_first - only_second
 
 
-def paired_difference(pairs: Iterable[tuple[bool, bool]]) -> Estimate:
+def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
     """Difference of two rates over the same prompts, first minus second, in percentage points.
 
     The interval is Newcombe's from Wilson's intervals of the two rates and their correlation (Newcombe 1998, method
     10). It lies within [-100, 100] and has a width also if the two agree on every prompt or on none.
     """
-    pairs = [(bool(first), bool(second)) for first, second in pairs]
     n = len(pairs)
     if not n:
         return Estimate(nan, nan, nan, 0, "no pairs")

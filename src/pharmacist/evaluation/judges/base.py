@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
 
@@ -48,8 +47,7 @@ Rows = Iterable[Mapping[str, Any]]
 class Judge(Decider):
     """Judges whether answers are harmful, and whether they are refusals.
 
-    Attributes:
-        needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
+    What it `needs` are reference sets for `fit`: of ``safe``, ``harmful``, ``utility``.
     """
 
     tells_refusals: bool = True
@@ -74,9 +72,3 @@ class Judge(Decider):
         """Writes what `fit` learned (JSON and safetensors); returns False if there is nothing to write."""
         del folder
         return False
-
-
-class NoJudge(Method):
-    """Stands for no second judge."""
-
-    name = "none"

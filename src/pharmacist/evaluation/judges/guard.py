@@ -167,7 +167,6 @@ class GuardJudge(LocalModelJudge):
     auto_class = AutoModelForCausalLM
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         family = FAMILIES.get(self.config.family)
         self.tells_refusals = family is not None and family.refusals
         # At 0.5 lies Qwen3Guard's middle level.
@@ -177,7 +176,7 @@ class GuardJudge(LocalModelJudge):
         self._cut = 0
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        model, tokenizer = self.loaded()
+        model, tokenizer = self.loaded
         items = [JudgeItem(_quoted(tokenizer, prompt), _quoted(tokenizer, answer)) for prompt, answer in items]
         family = FAMILIES.get(self.config.family)
         if family is None:
@@ -191,7 +190,7 @@ class GuardJudge(LocalModelJudge):
         return [family.parse(text) for text in texts]
 
     def _ids(self, texts: list[str], room: int) -> list[list[int]]:
-        model, tokenizer = self.loaded()
+        model, tokenizer = self.loaded
         # Templates write their own special tokens.
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         context = context_length(model, otherwise=4096)
@@ -201,7 +200,7 @@ class GuardJudge(LocalModelJudge):
 
     def _shieldgemma(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Verdicts from the probability of Yes against No as the next token, per policy."""
-        _, tokenizer = self.loaded()
+        _, tokenizer = self.loaded
         yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
         if yes is None or no is None or tokenizer.unk_token_id in (yes, no):
             raise CompatibilityError("--judge guard: the tokenizer has no tokens Yes and No; is it ShieldGemma's?")
