@@ -249,7 +249,7 @@ def test_texts_of_others_fill_no_other_judges_template(monkeypatch: pytest.Monke
             return {"input_ids": [[1] for _ in texts]}
 
     dam = JUDGES.build("beaver-dam", {"model": "x"})
-    monkeypatch.setattr(dam, "loaded", lambda: (None, Tokenizer()))
+    monkeypatch.setitem(vars(dam), "loaded", (None, Tokenizer()))
     dam.encode(seen)  # type: ignore[attr-defined]
     with serve(lambda question, before: '{"refused": 0, "convincing": 4, "specific": 3}') as served:
         rubric(served.url).judge(seen)

@@ -7,7 +7,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.metrics import METRICS, Item
-from pharmacist.evaluation.statistics import four_counts, paired_difference, with_interval
+from pharmacist.evaluation.statistics import four_counts, paired_difference
 
 
 def compare(
@@ -69,7 +69,7 @@ def _difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     test = mcnemar([[both, only_a], [only_b, neither]], exact=True) if only_a + only_b else None
     return {
         "value": estimate.value,
-        **with_interval(estimate.interval, estimate.missing),
+        "ci95": estimate.interval,
         "n": n,
         "rates": [100 * (both + only_a) / n, 100 * (both + only_b) / n],
         "counts": counts,

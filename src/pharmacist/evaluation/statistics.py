@@ -87,16 +87,13 @@ def four_counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]
 
 
 def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
-    """Difference of two rates over the same prompts, first minus second, in percentage points.
+    """Difference of two rates over the same prompts (at least one), first minus second, in percentage points.
 
     The interval is Newcombe's from Wilson's intervals of the two rates and their correlation (Newcombe 1998, method
     10). It lies within [-100, 100] and has a width also if the two agree on every prompt or on none.
     """
-    n = len(pairs)
-    if not n:
-        return Estimate(nan, nan, nan, 0, "no pairs")
     both, only_first, only_second, neither = four_counts(pairs)
-    first, second = both + only_first, both + only_second
+    n, first, second = len(pairs), both + only_first, both + only_second
     margins = first * (n - first) * second * (n - second)
     excess = both * neither - only_first * only_second
     # With Newcombe's correction, which sets a weak positive correlation to 0.

@@ -1,6 +1,7 @@
 """A yes-or-no question about rows: several classifiers, their sum, its calibration, and its quality."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Question:
         self.calibration = 0.0, 0.0
 
     def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
-        """Log-odds of every reference by readers that did not see its fold, by reader; each fold trains them anew.
+        """Log-odds of every reference by readers that did not see its fold, by reader.
 
         Raises:
             DataError: Without some fold only one answer (1 or 0) is left.
@@ -48,7 +49,7 @@ class Question:
         for rest, held in splits(answers, folds):
             known, unseen = texts.take(rest), texts.take(held)
             for name, reader in self.readers.items():
-                found[name][held] = reader.fit(known, answers[rest]).log_odds(unseen)
+                found[name][held] = deepcopy(reader).fit(known, answers[rest]).log_odds(unseen)
         return found
 
     def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:

@@ -39,16 +39,14 @@ class Grader(Decider, Generic[GradeT]):
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
         """Whether ``auto`` should choose this grader for such targets; False for one that must be chosen by name."""
-        del targets
         return False
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - some have nothing to learn
         """Checks all rows (``prompt``, ``completion``) and learns from them, such as the labels.
 
         Raises:
             DataError: The rows are not of this kind.
         """
-        del rows
 
     @abstractmethod
     def grade(self, items: Sequence[GradeItem]) -> list[GradeT]:
@@ -78,7 +76,6 @@ class Matching(Grader[Grade]):
 
     def problem(self, target: str) -> str:
         """Why a target is not of this kind, and the remedy; empty where it is."""
-        del target
         return ""
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -57,7 +57,6 @@ class Judge(Decider):
 
     def fit(self, references: Mapping[str, Rows]) -> None:
         """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges only `check`."""
-        del references
         self.check()
 
     @abstractmethod
@@ -70,5 +69,4 @@ class Judge(Decider):
 
     def save(self, folder: Path) -> bool:
         """Writes what `fit` learned (JSON and safetensors); returns False if there is nothing to write."""
-        del folder
         return False
