@@ -15,8 +15,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
-    Outcomes are paired by the items' id, which holds the prompt's text, so that only answers to equal prompts are
-    compared.
+    Outcomes are paired by the items' id, which holds the prompt's text: only answers to equal prompts are compared.
 
     Args:
         a: Items of the first evaluation, as in ``items.jsonl``.

@@ -60,8 +60,7 @@ def with_interval(ends: list[float] | None, missing: str) -> dict[str, Any]:
 def t_interval(values: Sequence[float], bounds: tuple[float, float] = (-inf, inf)) -> Estimate:
     """Mean with Student's t interval, cut at the bounds of the mean, such as `RATE`.
 
-    A single value has no interval, and neither have values that are all the same: they contain no information on the
-    spread.
+    A single value has no interval, and neither have values that are all the same: they say nothing of the spread.
     """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)

@@ -114,9 +114,7 @@ def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]
 
 
 def calibration(held_out: FloatArray, answers: IntArray) -> tuple[float, float]:
-    """Slope, not negative, and offset that make log-odds of held-out references probabilities (Platt 1999), both
-    answers weighing the same.
-    """
+    """Slope (not negative) and offset that calibrate held-out log-odds (Platt 1999); both answers weigh the same."""
     model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10).fit(held_out[:, None], answers)
     slope = float(model.coef_[0, 0])
     return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)

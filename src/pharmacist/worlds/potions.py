@@ -320,8 +320,7 @@ class World:
     def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
         """`n` rows of each kind of reference for the training of a judge, apart from those of the selector.
 
-        Safe and harmful rows share no prompt where both are made with the same `n`; of two worlds with different `n`
-        they may.
+        Safe and harmful rows share no prompt if both are made with the same `n`.
         """
         rng = self._rng("judge")
         requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)
