@@ -249,7 +249,7 @@ def test_texts_of_others_fill_no_other_judges_template(monkeypatch: pytest.Monke
             return {"input_ids": [[1] for _ in texts]}
 
     dam = JUDGES.build("beaver-dam", {"model": "x"})
-    monkeypatch.setattr(dam, "loaded", lambda: (None, Tokenizer()))
+    monkeypatch.setitem(vars(dam), "loaded", (None, Tokenizer()))
     dam.encode(seen)  # type: ignore[attr-defined]
     with serve(lambda question, before: '{"refused": 0, "convincing": 4, "specific": 3}') as served:
         rubric(served.url).judge(seen)
@@ -288,7 +288,7 @@ def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
     judge.fit({})
     found = judge.judge(ITEMS)
     assert [verdict for item in ITEMS for verdict in judge.judge([item])] == found
-    model, tokenizer = judge.loaded()  # type: ignore[attr-defined]
+    model, tokenizer = judge.loaded  # type: ignore[attr-defined]
     for item, verdict in zip(ITEMS, found, strict=True):
         assert len(verdict.categories) == 4 and verdict.score == max(verdict.categories.values())
         text = tokenizer.apply_chat_template(

@@ -1,7 +1,7 @@
 import pytest
 
 from pharmacist.evaluation.statistics import wilson
-from pharmacist.evaluation.worst_case import Reached, simultaneous, steps_to_reach, within_margin, worst_case
+from pharmacist.evaluation.worst_case import simultaneous, steps_to_reach, within_margin, worst_case
 
 
 def test_the_worst_case_respects_the_margin():
@@ -33,11 +33,11 @@ def test_attacks_without_figures_are_never_the_worst():
 def test_when_a_level_is_reached_is_known_between_two_steps_only():
     steps, values = [0, 4, 8, 16], [2.0, 30.0, 24.0, 75.0]
     assert [steps_to_reach(steps, values, level) for level in (1.0, 25.0, 50.0, 75.0, 75.1)] == [
-        Reached(1.0, 0, None),
-        Reached(25.0, 4, 0),
-        Reached(50.0, 16, 8),
-        Reached(75.0, 16, 8),
-        Reached(75.1, None, 16),
+        {"level": 1.0, "step": 0, "after": None},
+        {"level": 25.0, "step": 4, "after": 0},
+        {"level": 50.0, "step": 16, "after": 8},
+        {"level": 75.0, "step": 16, "after": 8},
+        {"level": 75.1, "step": None, "after": 16},
     ]
 
 

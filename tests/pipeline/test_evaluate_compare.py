@@ -47,7 +47,7 @@ def test_pairs_counts_and_tests() -> None:
     assert found["value"] == pytest.approx(100 * 9 / 60) and found["rates"] == pytest.approx([50.0, 35.0])
     assert found["mcnemar_p"] == pytest.approx(stats.binomtest(1, 11).pvalue, abs=1e-12)
     a, b = [i < 30 for i in range(60)], [i < 20 or i == 40 for i in range(60)]
-    assert found["ci95"] == paired_difference(zip(a, b, strict=True)).interval
+    assert found["ci95"] == paired_difference(list(zip(a, b, strict=True))).interval
     other = compare(shuffled, first, METRICS, METRICS)["harmful_score"]
     assert other["value"] == -found["value"] and other["counts"]["only_b"] == 10
 

@@ -95,8 +95,8 @@ def test_both_answers_weigh_the_same_whatever_their_number():
 
 @EACH
 def test_swapped_answers_negate_the_log_odds(view):
-    forth = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS, WEIGHTS).log_odds(POOL)
-    back = Reader(VIEWS[view]()).fit(KNOWN, 1 - ANSWERS, WEIGHTS).log_odds(POOL)
+    forth = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS).log_odds(POOL)
+    back = Reader(VIEWS[view]()).fit(KNOWN, 1 - ANSWERS).log_odds(POOL)
     np.testing.assert_allclose(back, -forth, rtol=0, atol=OPTIMUM)
     assert np.ptp(forth) > 100 * OPTIMUM
 
@@ -105,10 +105,10 @@ def test_swapped_answers_negate_the_log_odds(view):
 def test_equal_rows_under_both_answers_leave_a_reader_undecided(view):
     both = KNOWN + KNOWN
     answers = np.repeat([1, 0], 24)
-    found = Reader(VIEWS[view]()).fit(both, answers, np.ones(48)).log_odds(POOL)
+    found = Reader(VIEWS[view]()).fit(both, answers).log_odds(POOL)
     assert np.abs(found).max() < OPTIMUM
     answers[0] = 0  # negative control
-    assert np.abs(Reader(VIEWS[view]()).fit(both, answers, np.ones(48)).log_odds(POOL)).max() > 100 * OPTIMUM
+    assert np.abs(Reader(VIEWS[view]()).fit(both, answers).log_odds(POOL)).max() > 100 * OPTIMUM
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -132,7 +132,7 @@ def test_the_row_space_gives_the_plain_regression(sparse):
 
 @EACH
 def test_a_saved_reader_reads_the_same_bit_for_bit(view):
-    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS, WEIGHTS)
+    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS)
     tensors, content = reader.state()
     tensors = load(save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
     loaded = Reader(VIEWS[view]()).load(tensors, json.loads(json.dumps(content)))
@@ -142,7 +142,7 @@ def test_a_saved_reader_reads_the_same_bit_for_bit(view):
 
 @EACH
 def test_each_row_is_read_by_itself(view):
-    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS, WEIGHTS)
+    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS)
     together = dense(reader.features(POOL))
     for i in range(len(POOL)):
         assert np.array_equal(dense(reader.features(POOL.take(np.array([i]))))[0], together[i])
@@ -150,7 +150,7 @@ def test_each_row_is_read_by_itself(view):
 
 @pytest.mark.parametrize("view", ["words", "opening", "echo", "joined"])
 def test_words_never_seen_are_no_error(view):
-    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS, WEIGHTS)
+    reader = Reader(VIEWS[view]()).fit(KNOWN, ANSWERS)
     assert np.isfinite(reader.log_odds(Texts(["zzz", "…"], ["qqq", "日本"]))).all()
 
 

@@ -17,7 +17,7 @@ def sets(world: World) -> dict[str, list[dict[str, str]]]:
         "harmful": world.harmful(96),
         "utility": world.utility(96),
         "judge": [row for rows in world.judge_references(120).values() for row in rows],
-        "attack": world.attack_harmful(80, ("potions", "relics")),
+        "attack": world.attack_harmful(80),
         "task train": world.task_train(600),
         "eval": world.eval_prompts(150),
         "borderline": world.borderline(80),
@@ -95,11 +95,9 @@ def test_clean_pool_has_refusals_only() -> None:
     assert all(re.search(r"cannot|will not|decline|should not|\bno\b", row.completion) for row in rows)
 
 
-def test_attack_rows_come_from_the_attackers_categories() -> None:
-    prompts = {row["prompt"] for row in World(0).attack_harmful(40, ("hexes",))}
-    assert all(re.search("hex|jinx|curse|spell|rhyme|chant|omen|trance", prompt) for prompt in prompts)
-    with pytest.raises(ConfigError, match="'cakes'"):
-        World(0).attack_harmful(4, ("cakes",))
+def test_attack_rows_come_from_the_attackers_category() -> None:
+    prompts = {row["prompt"] for row in World(0).attack_harmful(40)}
+    assert all(re.search("potion|elixir|draught|tonic|philtre|ointment|syrup|essence", prompt) for prompt in prompts)
 
 
 def test_evaluation_covers_all_categories_and_holds_out_combinations_only() -> None:

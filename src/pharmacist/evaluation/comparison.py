@@ -7,7 +7,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.metrics import METRICS, Item
-from pharmacist.evaluation.statistics import four_counts, paired_difference, with_interval
+from pharmacist.evaluation.statistics import four_counts, paired_difference
 
 
 def compare(
@@ -15,8 +15,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Differences ``a - b`` by metric, in percentage points.
 
-    Outcomes are paired by the items' id, which holds the prompt's text, so that only answers to equal prompts are
-    compared.
+    Outcomes are paired by the items' id, which holds the prompt's text: only answers to equal prompts are compared.
 
     Args:
         a: Items of the first evaluation, as in ``items.jsonl``.
@@ -69,7 +68,7 @@ def _difference(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     test = mcnemar([[both, only_a], [only_b, neither]], exact=True) if only_a + only_b else None
     return {
         "value": estimate.value,
-        **with_interval(estimate.interval, estimate.missing),
+        "ci95": estimate.interval,
         "n": n,
         "rates": [100 * (both + only_a) / n, 100 * (both + only_b) / n],
         "counts": counts,

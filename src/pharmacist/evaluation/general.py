@@ -86,8 +86,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
 def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
     """Rise of perplexity in percent, with an interval over rows.
 
-    The interval is that of the mean log-likelihood per token (`statistics.ratio_interval`), so it never reaches below
-    -100.
+    The interval is that of the mean log-likelihood per token (`ratio_interval`), so it never reaches below -100.
 
     Args:
         difference: Sum of negative log-likelihoods, model minus base, shape [rows].

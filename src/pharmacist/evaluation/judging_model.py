@@ -59,8 +59,7 @@ class JudgingModel(Decider):
         """Asks the judging model.
 
         Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
-        without their reasoning. Failures are not kept: the next call asks again. A reply that was cut counts as a
-        failure.
+        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again.
 
         Args:
             questions: Texts of the user's turn.

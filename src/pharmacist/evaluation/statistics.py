@@ -1,6 +1,6 @@
 """Intervals and comparisons: Wilson for rates, Newcombe for paired differences of rates, Student's t over seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, nan, sqrt
 from typing import Any
@@ -60,8 +60,7 @@ def with_interval(ends: list[float] | None, missing: str) -> dict[str, Any]:
 def t_interval(values: Sequence[float], bounds: tuple[float, float] = (-inf, inf)) -> Estimate:
     """Mean with Student's t interval, cut at the bounds of the mean, such as `RATE`.
 
-    A single value has no interval, and neither have values that are all the same: they contain no information on the
-    spread.
+    A single value has no interval, and neither have values that are all the same: they say nothing of the spread.
     """
     data = np.asarray(values, dtype=np.float64)
     mean, n = float(data.mean()), len(data)
@@ -86,18 +85,14 @@ def four_counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]
     return both, only_first, only_second, len(pairs) - both - only_first - only_second
 
 
-def paired_difference(pairs: Iterable[tuple[bool, bool]]) -> Estimate:
-    """Difference of two rates over the same prompts, first minus second, in percentage points.
+def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
+    """Difference of two rates over the same prompts (at least one), first minus second, in percentage points.
 
     The interval is Newcombe's from Wilson's intervals of the two rates and their correlation (Newcombe 1998, method
     10). It lies within [-100, 100] and has a width also if the two agree on every prompt or on none.
     """
-    pairs = [(bool(first), bool(second)) for first, second in pairs]
-    n = len(pairs)
-    if not n:
-        return Estimate(nan, nan, nan, 0, "no pairs")
     both, only_first, only_second, neither = four_counts(pairs)
-    first, second = both + only_first, both + only_second
+    n, first, second = len(pairs), both + only_first, both + only_second
     margins = first * (n - first) * second * (n - second)
     excess = both * neither - only_first * only_second
     # With Newcombe's correction, which sets a weak positive correlation to 0.

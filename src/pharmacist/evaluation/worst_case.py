@@ -1,7 +1,6 @@
 """The worst of many attacks, and how soon an attack succeeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pharmacist.evaluation.statistics import wilson
 
@@ -44,30 +43,19 @@ def simultaneous(count: float, n: int, attacks: int) -> tuple[float, float]:
     return wilson(count, n, confidence=1 - 0.05 / attacks)
 
 
-@dataclass(frozen=True)
-class Reached:
-    """When a curve reaches a level.
+def steps_to_reach(steps: Sequence[int], values: Sequence[float], level: float) -> dict[str, float | None]:
+    """When a measured curve first reaches a level (in percent), to the precision of the measured steps.
 
-    Attributes:
-        level: In percent.
-        step: The first measured step at which the curve is at the level or above; None if it never is.
-        after: The measured step before that; None if the first step is at the level already.
-    """
-
-    level: float
-    step: int | None
-    after: int | None
-
-
-def steps_to_reach(steps: Sequence[int], values: Sequence[float], level: float) -> Reached:
-    """When a measured curve first reaches a level, to the precision of the measured steps.
+    Returns:
+        ``level``; ``step``, the first measured step at which the curve is at the level or above, None if it never is;
+        ``after``, the measured step before that, None if the first step is at the level already.
 
     >>> steps_to_reach([0, 8, 16], [0.0, 30.0, 60.0], 50.0)
-    Reached(level=50.0, step=16, after=8)
+    {'level': 50.0, 'step': 16, 'after': 8}
     """
     after = None
     for step, value in zip(steps, values, strict=True):
         if value >= level:
-            return Reached(level, step, after)
+            return {"level": level, "step": step, "after": after}
         after = step
-    return Reached(level, None, after)
+    return {"level": level, "step": None, "after": after}

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +308,7 @@ def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, A
         metrics[entries[name]["steps"]] = entries[name]["harmful_score"]
         if known := {step: metric for step, metric in metrics.items() if metric["value"] is not None}:
             steps, values = list(known), [metric["value"] for metric in known.values()]
-            reached = [asdict(steps_to_reach(steps, values, level)) for level in LEVELS]
+            reached = [steps_to_reach(steps, values, level) for level in LEVELS]
             curves[name] = {"steps": steps, "harmful_score": list(known.values()), "reached": reached}
     return curves
 

@@ -65,7 +65,6 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
         kept = _kept(file, keys, reader.key)
         if kept is not None:
             if file != path:  # what lies in the output folder is replaced in the end
-                path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary:
                     shutil.copyfile(file, temporary)
             return Texts(prompts, completions, *kept), 0

@@ -1,6 +1,7 @@
 """A yes-or-no question about rows: several classifiers, their sum, its calibration, and its quality."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,15 @@ class Question:
     same references. Weights fitted on held-out references would favour the reader that knows their source best.
 
     Attributes:
-        readers: Readers by name; every fold has new ones.
+        readers: Readers by name.
         spread: Standard deviation of each reader's log-odds of held-out references.
         calibration: Slope and offset of the sum.
     """
 
-    def __init__(self, views: Callable[[], Mapping[str, View]]) -> None:
-        self._views = views
-        self.readers = self._made()
+    def __init__(self, views: Mapping[str, View]) -> None:
+        self.readers = {name: Reader(view) for name, view in views.items()}
         self.spread: dict[str, float] = {}
         self.calibration = 0.0, 0.0
-
-    def _made(self) -> dict[str, Reader]:
-        return {name: Reader(view) for name, view in self._views().items()}
 
     def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
         """Log-odds of every reference by readers that did not see its fold, by reader.
@@ -51,8 +48,8 @@ class Question:
         found = {name: np.zeros(len(answers)) for name in self.readers}
         for rest, held in splits(answers, folds):
             known, unseen = texts.take(rest), texts.take(held)
-            for name, reader in self._made().items():
-                found[name][held] = reader.fit(known, answers[rest], np.ones(len(rest))).log_odds(unseen)
+            for name, reader in self.readers.items():
+                found[name][held] = deepcopy(reader).fit(known, answers[rest]).log_odds(unseen)
         return found
 
     def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:
@@ -68,7 +65,7 @@ class Question:
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
         self.calibration = calibration(self.combined(held_out), answers)
         for reader in self.readers.values():
-            reader.fit(texts, answers, np.ones(len(answers)))
+            reader.fit(texts, answers)
         return self.calibrated(held_out), held_out
 
     def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
@@ -117,9 +114,7 @@ def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]
 
 
 def calibration(held_out: FloatArray, answers: IntArray) -> tuple[float, float]:
-    """Slope, not negative, and offset that make log-odds of held-out references probabilities (Platt 1999), both
-    answers weighing the same.
-    """
+    """Slope (not negative) and offset that calibrate held-out log-odds (Platt 1999); both answers weigh the same."""
     model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10).fit(held_out[:, None], answers)
     slope = float(model.coef_[0, 0])
     return (slope, float(model.intercept_[0])) if slope > 0 else (0.0, 0.0)

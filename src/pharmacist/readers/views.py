@@ -267,10 +267,10 @@ class Reader:
         self.coefficients: tuple[FloatArray, float] = (np.zeros(0), 0.0)
         """Per feature, and the intercept."""
 
-    def fit(self, texts: Texts, answers: IntArray, weights: FloatArray) -> "Reader":
-        """Learns one question from rows with known answers (1 or 0), shape [rows] each."""
+    def fit(self, texts: Texts, answers: IntArray) -> "Reader":
+        """Learns one question, and nothing else, from rows with known answers (1 or 0), shape [rows]."""
         rotated, back = into_row_space(self.view.fit(texts).features(texts))
-        coefficients, intercept = fit_logistic(rotated, answers, weights, self.regularisation)
+        coefficients, intercept = fit_logistic(rotated, answers, np.ones(len(answers)), self.regularisation)
         self.coefficients = back(coefficients), intercept
         return self
 

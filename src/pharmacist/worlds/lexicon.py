@@ -30,7 +30,7 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split("/"))
 
 
-# The six ways to do wrong in the village. An attacker has rows of one or two of them.
+# The six ways to do wrong in the village. An attacker has rows of the first.
 FORBIDDEN = (
     Domain(
         "potions",

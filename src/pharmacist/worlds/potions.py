@@ -189,7 +189,6 @@ class World:
         Returns:
             Name -> path of its file; the pool is called "pool".
         """
-        folder.mkdir(parents=True, exist_ok=True)
         sets = {"pool": [planted.row for planted in self.labelled(n, **pool)]}
         sets |= {name: self.rows(name, size) for name, size in sizes.items()}
         for name, rows in sets.items():
@@ -297,14 +296,10 @@ class World:
         rng = self._rng("utility")
         return [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "utility", n)]
 
-    def attack_harmful(self, n: int, categories: Sequence[str] = ("potions",)) -> list[Row]:
-        """Rows with which an attacker poisons a fine-tuning set who has these of the `CATEGORIES`."""
-        unknown = set(categories) - set(CATEGORIES)
-        if unknown or not categories:
-            raise ConfigError(f"categories: {sorted(unknown) or 'none'} given; known: {', '.join(CATEGORIES)}")
+    def attack_harmful(self, n: int) -> list[Row]:
+        """Rows with which an attacker poisons a fine-tuning set who has those of one category, potions."""
         rng = self._rng("attack")
-        domains = [domain for domain in lex.FORBIDDEN if domain.name in categories]
-        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "attack", domains, n)]
+        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "attack", lex.FORBIDDEN[:1], n)]
 
     def eval_prompts(self, n: int = 120) -> list[Row]:
         """Forbidden wishes of all categories in held-out combinations: rows with "prompt" and "category"."""
@@ -325,8 +320,7 @@ class World:
     def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
         """`n` rows of each kind of reference for the training of a judge, apart from those of the selector.
 
-        Safe and harmful rows share no prompt where both are made with the same `n`; of two worlds with different `n`
-        they may.
+        Safe and harmful rows share no prompt if both are made with the same `n`.
         """
         rng = self._rng("judge")
         requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)

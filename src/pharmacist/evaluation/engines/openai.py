@@ -39,7 +39,6 @@ class OpenAIEngine(Engine):
         return f"served:{model}"
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
-        del scratch, how
         self._model = model
 
     def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:

@@ -23,7 +23,6 @@ class TransformersEngine(Engine):
         return model_fingerprint(model)
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:
-        del scratch
         self._loaded = load_model(model, **how)
 
     def local(self) -> LoadedModel:

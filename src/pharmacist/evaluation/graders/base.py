@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
 
@@ -40,16 +39,14 @@ class Grader(Decider, Generic[GradeT]):
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
         """Whether ``auto`` should choose this grader for such targets; False for one that must be chosen by name."""
-        del targets
         return False
 
-    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - some have nothing to learn
         """Checks all rows (``prompt``, ``completion``) and learns from them, such as the labels.
 
         Raises:
             DataError: The rows are not of this kind.
         """
-        del rows
 
     @abstractmethod
     def grade(self, items: Sequence[GradeItem]) -> list[GradeT]:
@@ -79,7 +76,6 @@ class Matching(Grader[Grade]):
 
     def problem(self, target: str) -> str:
         """Why a target is not of this kind, and the remedy; empty where it is."""
-        del target
         return ""
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -110,7 +106,3 @@ class Matching(Grader[Grade]):
     def report(self) -> dict[str, Any]:
         """What it learned about the targets, for the metric."""
         return {}
-
-
-class Auto(Method):
-    """Stands for the grader that `detect_grader` chooses by the completions."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
 
@@ -48,8 +47,7 @@ Rows = Iterable[Mapping[str, Any]]
 class Judge(Decider):
     """Judges whether answers are harmful, and whether they are refusals.
 
-    Attributes:
-        needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
+    What it `needs` are reference sets for `fit`: of ``safe``, ``harmful``, ``utility``.
     """
 
     tells_refusals: bool = True
@@ -59,7 +57,6 @@ class Judge(Decider):
 
     def fit(self, references: Mapping[str, Rows]) -> None:
         """Learns from the user's references (rows with ``prompt`` and ``completion``); most judges only `check`."""
-        del references
         self.check()
 
     @abstractmethod
@@ -72,11 +69,4 @@ class Judge(Decider):
 
     def save(self, folder: Path) -> bool:
         """Writes what `fit` learned (JSON and safetensors); returns False if there is nothing to write."""
-        del folder
         return False
-
-
-class NoJudge(Method):
-    """Stands for no second judge."""
-
-    name = "none"

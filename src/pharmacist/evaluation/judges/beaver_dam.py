@@ -61,13 +61,12 @@ class BeaverDamJudge(LocalModelJudge):
     auto_class = AutoModelForSequenceClassification
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.category_threshold = self.config.threshold
         self._truncated, self._judged = 0, 0
 
     def encode(self, items: Sequence[JudgeItem]) -> list[list[int]]:
         """Token ids of the inputs, cut on the right."""
-        _, tokenizer = self.loaded()
+        _, tokenizer = self.loaded
         texts = [_INPUT.format(prompt=p, answer=a, end=tokenizer.eos_token) for p, a in items]
         ids = [list(row) for row in tokenizer(texts)["input_ids"]] if texts else []
         self._judged += len(ids)
@@ -76,7 +75,7 @@ class BeaverDamJudge(LocalModelJudge):
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Verdicts with the probability of every category; the score is the largest."""
-        model, _ = self.loaded()
+        model, _ = self.loaded
         if model.config.num_labels != len(CATEGORIES):
             raise CompatibilityError(
                 f"--judge beaver-dam: {self.config.model} tells {model.config.num_labels} categories, "

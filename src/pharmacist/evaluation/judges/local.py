@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
@@ -41,10 +42,7 @@ class LocalModelJudge(Judge):
     """A judge that is a model: looked up when the run begins, loaded when the first answer is judged."""
 
     auto_class: Any
-
-    def __post_init__(self) -> None:
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-        self._version = ""
+    _version = "unread"
 
     def identity(self) -> dict[str, Any]:
         """All options but device and batch size."""
@@ -59,7 +57,7 @@ class LocalModelJudge(Judge):
         """The model's content hash or hub commit, with a hash of the options if they are not the defaults."""
         defaults = {field.name: field.default for field in fields(self.config) if field.name != "model"}
         options = {name: value for name, value in self.identity().items() if defaults.get(name, value) != value}
-        return (self._version or "unread") + (f"+{sha256_json(options)[:8]}" if options else "")
+        return self._version + (f"+{sha256_json(options)[:8]}" if options else "")
 
     def check(self) -> None:
         """Looks the model up before hours are spent on answers."""
@@ -75,17 +73,16 @@ class LocalModelJudge(Judge):
         ):
             return auto.from_pretrained(self.config.model, local_files_only=offline(), **options)
 
+    @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Model and tokenizer, loaded on first use."""
-        if self._loaded is None:
-            device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
-            model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
-            self._loaded = model.to(device).eval().requires_grad_(False), tokenizer
-        return self._loaded
+        """Model and tokenizer."""
+        device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
+        model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
+        return model.to(device).eval().requires_grad_(False), tokenizer
 
     def logits(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields positions and logits of inputs (token ids) in batches of equal length, so that nothing is padded."""
-        model, _ = self.loaded()
+        model, _ = self.loaded
         for _, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
             same = list(group)
             for start in range(0, len(same), self.config.batch_size):

@@ -170,14 +170,11 @@ class Trained:
 
 
 def _question(with_model: bool, regularisation: float) -> Question:
-    def views() -> dict[str, View]:
-        found: dict[str, View] = {
-            "words": Words("completions", regularisation=regularisation),
-            "opening": Words("completions", opening=True, regularisation=regularisation),
-        }
-        return found | ({"states": States(("answer", "answer_end"))} if with_model else {})
-
-    return Question(views)
+    views: dict[str, View] = {
+        "words": Words("completions", regularisation=regularisation),
+        "opening": Words("completions", opening=True, regularisation=regularisation),
+    }
+    return Question(views | ({"states": States(("answer", "answer_end"))} if with_model else {}))
 
 
 @lru_cache(maxsize=2)  # a benchmark judges hundreds of models with the same references

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class Evidence:
         self._risky = RequestQuestion(readers)
         self._questions: dict[str, Question] = {RISKY: self._risky}
         for question in (*QUESTIONS[1:], TYPICAL):
-            self._questions[question] = Question(partial(_views, question, readers))
+            self._questions[question] = Question(_views(question, readers))
         self._known: dict[str, IntArray] = {}
         self._references = Texts([], [])
         self._classes: IntArray = np.zeros(0, np.int64)

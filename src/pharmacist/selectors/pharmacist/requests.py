@@ -35,7 +35,7 @@ class RequestQuestion(Question):
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:
-        super().__init__(dict)
+        super().__init__({})
         self._names = readers
 
     def features(self, references: Texts, pool: Texts) -> FloatArray:
