@@ -109,8 +109,8 @@ class Benchmark:
         """Metrics under a common title: those by each of several judges, and those that need none."""
         self.metrics = [metric for metrics in self.groups.values() for metric in metrics]
         self.has_baseline = baseline in self.order["selector"]
-        self.several = [axis for axis in _CELL if len(self.order[axis]) > 1]
-        """Axes with more than one value; the others need not be shown."""
+        self.several = [axis for axis in (*SETTING, "defense") if len(self.order[axis]) > 1]
+        """Axes besides the series with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
         self.lines = list(self._lines())
         values = ((metric.name, line.values.get(metric.key)) for line in self.lines for metric in self.metrics)
@@ -247,9 +247,7 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
     """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
 
-    Args:
-        values: Of the family; None where nothing was measured.
-        better: 1 where higher is better, -1 where lower is.
+    A value is None where nothing was measured; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
@@ -325,13 +323,12 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
 
 def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
     """A table of texts: means with intervals, and differences, the significant ones in `bold`."""
-    shown = [axis for axis in benchmark.several if axis not in _SERIES]
-    heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
+    heads = [("", axis.replace("_", " ")) for axis in benchmark.several] + [("", "aligned on")]
     columns = benchmark.columns(metrics)
     heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in columns]
     rows = []
     for line in benchmark.lines:
-        row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
+        row = [*(plain(line.axes[axis]) for axis in benchmark.several), plain(benchmark.name(line.series))]
         for metric, difference in columns:
             figure, sign = line.figure(metric, difference), "+" if difference else ""
             text = "" if figure is None else figure.text(digits=metric.digits, sign=sign).replace("-", minus)
