@@ -14,7 +14,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative, Share
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.grads import replaced
-from pharmacist.nn.lowrank import Factors, cosine
+from pharmacist.nn.lowrank import Factors, adapter_factors, cosine
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair, Tensors, sum_over_inputs
 
 
@@ -81,12 +81,11 @@ def probabilities(
     The similarity is a cosine; `inverted` is as published: highest for the most similar module.
     """
     n = len(similarities)
-    if n == 1:
-        return [min(max(prune_rate, 0.0), 1.0)]
-    order = sorted(range(n), key=lambda i: -math.inf if math.isnan(similarities[i]) else similarities[i])
-    found = [0.0] * n
-    for rank, position in enumerate(reversed(order) if inverted else order):
-        found[position] = min(max(prune_rate + epsilon * (1 - 2 * rank / (n - 1)), 0.0), 1.0)
+    order = np.argsort(np.nan_to_num(similarities, nan=-math.inf), kind="stable")
+    spread = 1 - 2 * np.arange(n) / (n - 1) if n > 1 else np.zeros(n)
+    chances = np.empty(n)
+    chances[order[::-1] if inverted else order] = np.clip(prune_rate + epsilon * spread, 0, 1)
+    found: list[float] = chances.tolist()
     return found
 
 
@@ -118,7 +117,7 @@ class NLSR(Repair):
         aligned, update, safe, config = references.aligned, references.update, references.safe, self.config
         assert aligned is not None and update is not None and safe is not None
         if tuned.form == "adapter":
-            _check_common_basis(tuned.factors(), aligned.factors())
+            _check_common_basis(adapter_factors(tuned.model), adapter_factors(aligned.model))
         reference = self._amplified(aligned, update)
         masks = self._regions(aligned, reference, safe)
         own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
@@ -178,7 +177,9 @@ class NLSR(Repair):
                 a, b = f"{name}.lora_A", f"{name}.lora_B"
                 return Factors(tensors[a] * masks[a], tensors[b] * masks[b])
 
-            return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
+            return {
+                name: float(cosine(kept(own, name), kept(reference, name))) for name in adapter_factors(aligned.model)
+            }
         weights, found = aligned.tensors(), {}
         for name in [name for name in own if name in update]:
             base = weights[name].detach().double() - update[name].double().dense()
