@@ -14,7 +14,7 @@ from pharmacist.core.method import Method
 from pharmacist.nn.batching import Sequences, make_batch
 from pharmacist.nn.hooks import evaluating, hooked
 from pharmacist.nn.locate import linear_names, output_head
-from pharmacist.nn.lowrank import Factors, adapter_layers
+from pharmacist.nn.lowrank import Factors, adapter_factors, adapter_layers
 
 
 Form = Literal["adapter", "weights"]
@@ -53,6 +53,10 @@ class ModelWeights:
         }
         reached = sum(tensor.numel() for tensor in self.tensors().values())
         return 1 - reached / sum(weight.numel() for weight in inner)
+
+    def factors(self) -> dict[str, Factors]:
+        """Factors of the adapter by module, in the form ``adapter``."""
+        return adapter_factors(self.model)
 
     def tensors(self) -> Tensors:
         """Views of the weights by name, shape [out, in] each.

@@ -14,7 +14,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative, Share
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.grads import replaced
-from pharmacist.nn.lowrank import Factors, adapter_factors, cosine
+from pharmacist.nn.lowrank import Factors, cosine
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair, Tensors, sum_over_inputs
 
 
@@ -117,7 +117,7 @@ class NLSR(Repair):
         aligned, update, safe, config = references.aligned, references.update, references.safe, self.config
         assert aligned is not None and update is not None and safe is not None
         if tuned.form == "adapter":
-            _check_common_basis(adapter_factors(tuned.model), adapter_factors(aligned.model))
+            _check_common_basis(tuned.factors(), aligned.factors())
         reference = self._amplified(aligned, update)
         masks = self._regions(aligned, reference, safe)
         own = {name: tensor.detach().double() for name, tensor in tuned.tensors().items() if name in reference}
@@ -177,9 +177,7 @@ class NLSR(Repair):
                 a, b = f"{name}.lora_A", f"{name}.lora_B"
                 return Factors(tensors[a] * masks[a], tensors[b] * masks[b])
 
-            return {
-                name: float(cosine(kept(own, name), kept(reference, name))) for name in adapter_factors(aligned.model)
-            }
+            return {name: float(cosine(kept(own, name), kept(reference, name))) for name in aligned.factors()}
         weights, found = aligned.tensors(), {}
         for name in [name for name in own if name in update]:
             base = weights[name].detach().double() - update[name].double().dense()

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from pharmacist.core.errors import CompatibilityError, NoMatchError
-from pharmacist.nn.lowrank import Factors, adapter_factors, column_basis, cosine, norm
+from pharmacist.nn.lowrank import Factors, column_basis, cosine, norm
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair
 from pharmacist.repairs.options import SafeLoraConfig
 
@@ -107,7 +107,7 @@ class SafeLora(Repair):
     def _user_updates(self, tuned: ModelWeights, references: References) -> dict[str, Factors]:
         """Fine-tuned minus aligned model, by module."""
         if tuned.form == "adapter":
-            return {name: own.double() for name, own in adapter_factors(tuned.model).items()}
+            return {name: own.double() for name, own in tuned.factors().items()}
         assert references.aligned is not None
         aligned = references.aligned.tensors()
         found = {}
