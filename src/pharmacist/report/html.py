@@ -99,7 +99,6 @@ def render_demo(
     arms = [
         {
             "word": words.ARMS[name],
-            "name": name,
             "rows": read_manifest(folder / "align" / f"{name}-{summary['seeds'][0]}").counts["trained"],
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
             **{key: metric.mean(summary[key][name]) for key, metric in found.items()},

@@ -38,8 +38,8 @@ def composition(groups: Iterable[object], selected: "pd.Series[Any]", known: wor
     """Counts and shares of reasons or labels among selected and other rows, known names first.
 
     Returns:
-        Per group its ``name``, ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent
-        ``of_selected`` and ``of_left`` (None where there are no such rows).
+        Per group its ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent ``of_selected`` and
+        ``of_left`` (None where there are no such rows).
     """
     names = [str(group) for group in groups]
     shown = known.of(names)
@@ -48,7 +48,6 @@ def composition(groups: Iterable[object], selected: "pd.Series[Any]", known: wor
     n_selected, n_left = counts.sum().tolist()
     return [
         {
-            "name": name,
             "word": shown[name],
             "rows": inside + outside,
             "selected": inside,

@@ -36,8 +36,7 @@ def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:
     for found in gradients:
         count += 1
         for name, value in found.items():
-            square = value.square()
-            summed[name] = summed[name] + square if name in summed else square
+            summed[name] = summed.get(name, 0) + value.square()
     return {name: value / count for name, value in summed.items()} if normalize == "mean" else summed
 
 
