@@ -113,6 +113,11 @@ class Benchmark:
         """Axes besides the series with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
         self.lines = list(self._lines())
+        found = {line.series for line in self.lines}
+        self.series = [it for it in itertools.product(*(self.order[axis] for axis in _SERIES)) if it in found]
+        """Selectors with their fractions."""
+        self.settings = list(dict.fromkeys(line.setting for line in self.lines))
+        """Choices on the axes of `SETTING` that occur."""
         values = ((metric.name, line.values.get(metric.key)) for line in self.lines for metric in self.metrics)
         tested = [name for name, value in values if value is not None and value.p is not None]
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
@@ -139,19 +144,10 @@ class Benchmark:
         means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
         return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
-    def series(self) -> list[tuple[str, float]]:
-        """Selectors with their fractions."""
-        found = {line.series for line in self.lines}
-        return [series for series in itertools.product(*(self.order[axis] for axis in _SERIES)) if series in found]
-
-    def settings(self) -> list[tuple[Any, ...]]:
-        """Choices on the axes of `SETTING` that occur."""
-        return list(dict.fromkeys(line.setting for line in self.lines))
-
     def name(self, series: tuple[str, float]) -> str:
         """Name of a series in tables, with the fraction where a selector has several."""
         selector, fraction = series
-        several = len({other for name, other in self.series() if name == selector}) > 1
+        several = len({other for name, other in self.series if name == selector}) > 1
         return f"{selector} {100 * fraction:g} %" if several else selector
 
     def setting_name(self, setting: Sequence[Any]) -> str:
@@ -272,8 +268,8 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     """
     found = []
     overall = benchmark.over_defenses if len(benchmark.order["defense"]) > 1 else benchmark
-    pooled = {line.series: line for line in overall.lines} if overall and len(benchmark.settings()) == 1 else {}
-    for series in benchmark.series():
+    pooled = {line.series: line for line in overall.lines} if overall and len(benchmark.settings) == 1 else {}
+    for series in benchmark.series:
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
         for metric in benchmark.metrics:

@@ -36,7 +36,7 @@ def render_benchmark(
         DataError: The results cannot be used.
     """
     benchmark = Benchmark(results, manifest["extra"].get("axes"), baseline or BASELINE)
-    settings, defenses = benchmark.settings(), benchmark.order["defense"]
+    settings, defenses = benchmark.settings, benchmark.order["defense"]
     looks = [Look(benchmark, judge) for judge in benchmark.order["judge"]]
     views, colors = list(itertools.product(settings, looks)), looks[0].colors
     measured = {metric.name for metric in benchmark.metrics}
