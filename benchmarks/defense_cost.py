@@ -125,7 +125,7 @@ class Line:
         )
         self.trainer = StrategyTrainer(
             model=model,
-            args=training_arguments(given, folder=folder, device=device, dtype=dtype, seed=0),
+            args=training_arguments(given, folder=folder, device=device, bf16=dtype == torch.bfloat16, seed=0),
             train_dataset=[0],
             compute_loss_func=token_mean_loss,
             strategy=self.strategy,

@@ -211,9 +211,9 @@ def test_the_order_is_that_of_the_grid() -> None:
         ("vaccine", "zebra"),
         ("vaccine", "ant"),
     ]
-    assert [name for name, _ in benchmark.series()] == order["selector"]
+    assert [name for name, _ in benchmark.series] == order["selector"]
     several = Benchmark(results({"ant": 0}, fractions=(0.1, 0.3)))
-    assert [several.name(series) for series in several.series()] == ["full", "ant 10 %", "ant 30 %"]
+    assert [several.name(series) for series in several.series] == ["full", "ant 10 %", "ant 30 %"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.models import LoadedModel, load_model
-from pharmacist.training.loop import Training, TrainResult, _Collator, _Rows, prepare_model
+from pharmacist.training.loop import Training, TrainResult, _collate, _Rows, prepare_model
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -105,15 +105,14 @@ class Watch(TrainerCallback):
         self.grads.append({name.removeprefix("module."): grad for name, grad in own.items()})
 
 
-class Numbers(_Collator):
+class Numbers:
     """Keeps the row numbers of every batch; `hidden` keeps them from the Trainer."""
 
     def __init__(self, pad_token_id: int, hidden: bool = False) -> None:
-        super().__init__(pad_token_id)
-        self.hidden, self.batches = hidden, []
+        self.pad_token_id, self.hidden, self.batches = pad_token_id, hidden, []
 
     def __call__(self, items: Any) -> dict[str, torch.Tensor]:
-        batch = super().__call__(items)
+        batch = _collate(items, self.pad_token_id)
         self.batches.append(batch["row"].tolist())
         if self.hidden:
             del batch["row"]
@@ -180,7 +179,7 @@ def trainer(
 ) -> Trainer:
     """A Trainer of ours, or the stock one where there is no strategy."""
     arguments = training_arguments(
-        own.options, folder=own.options.output_dir, device=torch.device("cpu"), dtype=torch.float32, seed=SEED
+        own.options, folder=own.options.output_dir, device=torch.device("cpu"), bf16=False, seed=SEED
     )
     given = {"compute_loss_func": token_mean_loss, "strategy": strategy} if strategy is not None else {}
     given |= {"train_dataset": _Rows(own.encoded)}

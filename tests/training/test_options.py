@@ -84,7 +84,7 @@ def test_negative_lengths_are_refused(tmp_path: Path) -> None:
 
 def test_arguments_are_what_the_stage_says(model: Path, tmp_path: Path) -> None:
     given = options(model, tmp_path, lr_scheduler_type="cosine")
-    made = training_arguments(given, folder=str(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16, seed=5)
+    made = training_arguments(given, folder=str(tmp_path), device=torch.device("cpu"), bf16=True, seed=5)
     assert (made.seed, made.data_seed, made.bf16, made.use_cpu) == (5, 5, True, True)
     assert (made.lr_scheduler_type, made.learning_rate) == ("cosine", 1e-2)
     assert (made.report_to, made.remove_unused_columns, made.logging_nan_inf_filter) == ([], False, False)

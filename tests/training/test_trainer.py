@@ -15,7 +15,7 @@ from pharmacist.core.errors import CompatibilityError, DataError, PharmacistErro
 from pharmacist.nn import reading
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
-from pharmacist.training.loop import _Collator, _Rows
+from pharmacist.training.loop import _collate, _Rows
 from pharmacist.training.strategy import StepContext
 from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 from tests.support.training_toy import (
@@ -222,7 +222,7 @@ def test_weighted_rows_give_the_weighted_sum_of_their_gradients(
     at = {number: position for position, number in enumerate(own.encoded.dataset["row"])}
     total, tokens = torch.zeros(()), 0
     for number in drawn:
-        batch = _Collator(0)([_Rows(own.encoded)[at[number]]])
+        batch = _collate([_Rows(own.encoded)[at[number]]], 0)
         logits = own.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         count = int((batch["labels"] != -100).sum())
         total, tokens = total + WEIGHTS[number] * batch_loss(logits, batch["labels"]) * count, tokens + count

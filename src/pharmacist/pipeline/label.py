@@ -57,7 +57,7 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
     talk = _Talk(answers or sys.stdin, out or sys.stdout)
     width = max(map(len, LABELS))
     talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
-    talk.say(*(f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in LABELS.items()))
+    talk.say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
     _ask(talk, asked, labels, keep=lambda: write_labels(output, pool, labels))
     kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
     talk.say(kept if output.is_file() else "nothing was written")

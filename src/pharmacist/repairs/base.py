@@ -124,9 +124,7 @@ class Repair(Method, ABC):
     def check(self, form: Form, *, continued: bool) -> None:  # noqa: B027
         """Refuses models that it cannot repair, before any is loaded.
 
-        Args:
-            form: As in `ModelWeights`.
-            continued: Whether the fine-tuned adapter was trained on from the aligned one, on the same base model.
+        An adapter is `continued` where it was trained on from the aligned one, on the same base model.
 
         Raises:
             CompatibilityError: It cannot repair them.
@@ -134,11 +132,7 @@ class Repair(Method, ABC):
 
     @abstractmethod
     def plan(self, tuned: ModelWeights, references: References) -> Plan:
-        """Computes the new weights; changes nothing.
-
-        Args:
-            tuned: The fine-tuned model.
-            references: All that the repair `needs`.
+        """Computes the new weights of the fine-tuned model from all that the repair `needs`; changes nothing.
 
         Raises:
             PharmacistError: The references do not fit.
@@ -155,7 +149,7 @@ def apply(tuned: ModelWeights, plan: Plan) -> list[Change]:
     tensors, changes = tuned.tensors(), []
     for name, value in plan.tensors.items():
         tensor = tensors[name]
-        value = value.to(tensor.dtype).to(tensor.device)
+        value = value.to(tensor)
         if not torch.isfinite(value).all():
             raise NoMatchError(f"{name}: the repaired values are not finite; the models cannot be repaired like this")
         changed = int((value != tensor).sum())

@@ -81,12 +81,11 @@ def probabilities(
     The similarity is a cosine; `inverted` is as published: highest for the most similar module.
     """
     n = len(similarities)
-    if n == 1:
-        return [min(max(prune_rate, 0.0), 1.0)]
-    order = sorted(range(n), key=lambda i: -math.inf if math.isnan(similarities[i]) else similarities[i])
-    found = [0.0] * n
-    for rank, position in enumerate(reversed(order) if inverted else order):
-        found[position] = min(max(prune_rate + epsilon * (1 - 2 * rank / (n - 1)), 0.0), 1.0)
+    order = np.argsort(np.nan_to_num(similarities, nan=-math.inf), kind="stable")
+    spread = 1 - 2 * np.arange(n) / (n - 1) if n > 1 else np.zeros(n)
+    chances = np.empty(n)
+    chances[order[::-1] if inverted else order] = np.clip(prune_rate + epsilon * spread, 0, 1)
+    found: list[float] = chances.tolist()
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from pharmacist.core.errors import CompatibilityError, NoMatchError
-from pharmacist.nn.lowrank import Factors, column_basis, inner, norm
+from pharmacist.nn.lowrank import Factors, column_basis, cosine, norm
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair
 from pharmacist.repairs.options import SafeLoraConfig
 
@@ -35,8 +35,7 @@ def project(update: Factors, columns: torch.Tensor, kind: Kind = "orthogonal") -
 
 def similarity(own: Factors, projected: Factors) -> float:
     """Cosine of an update and its projection, in [0, 1]; NaN where one of them is 0."""
-    size = float(norm(own) * norm(projected))
-    return min(max(float(inner(own, projected)) / size, 0.0), 1.0) if size > 0 else math.nan
+    return float(cosine(own, projected).clamp(0, 1))
 
 
 def chosen(cosines: Sequence[float], config: SafeLoraConfig) -> list[int]:

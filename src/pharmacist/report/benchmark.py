@@ -109,10 +109,15 @@ class Benchmark:
         """Metrics under a common title: those by each of several judges, and those that need none."""
         self.metrics = [metric for metrics in self.groups.values() for metric in metrics]
         self.has_baseline = baseline in self.order["selector"]
-        self.several = [axis for axis in _CELL if len(self.order[axis]) > 1]
-        """Axes with more than one value; the others need not be shown."""
+        self.several = [axis for axis in (*SETTING, "defense") if len(self.order[axis]) > 1]
+        """Axes besides the series with more than one value; the others need not be shown."""
         self.seeds = sorted(int(seed) for seed in results["seed"].unique())
         self.lines = list(self._lines())
+        found = {line.series for line in self.lines}
+        self.series = [it for it in itertools.product(*(self.order[axis] for axis in _SERIES)) if it in found]
+        """Selectors with their fractions."""
+        self.settings = list(dict.fromkeys(line.setting for line in self.lines))
+        """Choices on the axes of `SETTING` that occur."""
         values = ((metric.name, line.values.get(metric.key)) for line in self.lines for metric in self.metrics)
         tested = [name for name, value in values if value is not None and value.p is not None]
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
@@ -139,19 +144,10 @@ class Benchmark:
         means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
         return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
 
-    def series(self) -> list[tuple[str, float]]:
-        """Selectors with their fractions."""
-        found = {line.series for line in self.lines}
-        return [series for series in itertools.product(*(self.order[axis] for axis in _SERIES)) if series in found]
-
-    def settings(self) -> list[tuple[Any, ...]]:
-        """Choices on the axes of `SETTING` that occur."""
-        return list(dict.fromkeys(line.setting for line in self.lines))
-
     def name(self, series: tuple[str, float]) -> str:
         """Name of a series in tables, with the fraction where a selector has several."""
         selector, fraction = series
-        several = len({other for name, other in self.series() if name == selector}) > 1
+        several = len({other for name, other in self.series if name == selector}) > 1
         return f"{selector} {100 * fraction:g} %" if several else selector
 
     def setting_name(self, setting: Sequence[Any]) -> str:
@@ -247,9 +243,7 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
     """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
 
-    Args:
-        values: Of the family; None where nothing was measured.
-        better: 1 where higher is better, -1 where lower is.
+    A value is None where nothing was measured; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
@@ -274,8 +268,8 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
     """
     found = []
     overall = benchmark.over_defenses if len(benchmark.order["defense"]) > 1 else benchmark
-    pooled = {line.series: line for line in overall.lines} if overall and len(benchmark.settings()) == 1 else {}
-    for series in benchmark.series():
+    pooled = {line.series: line for line in overall.lines} if overall and len(benchmark.settings) == 1 else {}
+    for series in benchmark.series:
         values = [line.values for line in benchmark.lines if line.series == series]
         by_metric = {}
         for metric in benchmark.metrics:
@@ -325,13 +319,12 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
 
 def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
     """A table of texts: means with intervals, and differences, the significant ones in `bold`."""
-    shown = [axis for axis in benchmark.several if axis not in _SERIES]
-    heads = [("", axis.replace("_", " ")) for axis in shown] + [("", "aligned on")]
+    heads = [("", axis.replace("_", " ")) for axis in benchmark.several] + [("", "aligned on")]
     columns = benchmark.columns(metrics)
     heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in columns]
     rows = []
     for line in benchmark.lines:
-        row = [*(plain(line.axes[axis]) for axis in shown), plain(benchmark.name(line.series))]
+        row = [*(plain(line.axes[axis]) for axis in benchmark.several), plain(benchmark.name(line.series))]
         for metric, difference in columns:
             figure, sign = line.figure(metric, difference), "+" if difference else ""
             text = "" if figure is None else figure.text(digits=metric.digits, sign=sign).replace("-", minus)

@@ -12,17 +12,7 @@ import pandas as pd
 
 from pharmacist.core.files import write_text
 from pharmacist.report import charts
-from pharmacist.report.benchmark import (
-    BASELINE,
-    SETTING,
-    Benchmark,
-    Line,
-    Value,
-    note,
-    to_latex,
-    to_markdown,
-    verdicts,
-)
+from pharmacist.report.benchmark import BASELINE, Benchmark, Line, Value, note, to_latex, to_markdown, verdicts
 from pharmacist.report.html import write_page
 from pharmacist.report.numbers import Figure
 
@@ -38,18 +28,15 @@ _CROWD = 15  # points from which on their intervals would hide them
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> Benchmark:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, and returns its numbers.
 
     Selectors are compared with the baseline, by default the full dataset.
-
-    Returns:
-        The numbers of the page.
 
     Raises:
         DataError: The results cannot be used.
     """
     benchmark = Benchmark(results, manifest["extra"].get("axes"), baseline or BASELINE)
-    settings, defenses = benchmark.settings(), benchmark.order["defense"]
+    settings, defenses = benchmark.settings, benchmark.order["defense"]
     looks = [Look(benchmark, judge) for judge in benchmark.order["judge"]]
     views, colors = list(itertools.product(settings, looks)), looks[0].colors
     measured = {metric.name for metric in benchmark.metrics}
@@ -193,8 +180,7 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
         ``rows``; a mean is a list of mean, low and high, a difference one of difference, low, high, corrected p and
         verdict, both with None for nothing.
     """
-    shown = [axis for axis in (*SETTING, "defense") if axis in benchmark.several]
-    names = [axis.replace("_", " ").capitalize() for axis in shown]
+    names = [axis.replace("_", " ").capitalize() for axis in benchmark.several]
     columns: list[dict[str, Any]] = [{"title": name, "kind": "name"} for name in names]
     columns.append({"title": "Aligned on", "kind": "series"})
     numbers = benchmark.columns(benchmark.metrics)
@@ -203,7 +189,7 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
         columns.append({"title": title, "kind": kind, "metric": metric.name, "digits": metric.digits})
     rows = []
     for line in benchmark.lines:
-        row: list[Any] = [str(line.axes[axis]) for axis in shown]
+        row: list[Any] = [str(line.axes[axis]) for axis in benchmark.several]
         row.append([benchmark.name(line.series), colors[line.axes["selector"]]])
         for metric, difference in numbers:
             figure, value = line.figure(metric, difference), line.values.get(metric.key)

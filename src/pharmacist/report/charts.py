@@ -103,9 +103,8 @@ def score_histogram(scores: pd.DataFrame, cut: Mapping[str, Any] | None) -> Spec
     middle = ((edges[:-1] + edges[1:]) / 2).tolist()
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     traces = []
-    for name in words.ordered(reasons, words.REASONS):
-        word, counts = words.reason(name), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
-        title = _text(word.title)
+    for name, word in words.REASONS.of(reasons).items():
+        title, counts = _text(word.title), np.histogram(values[(reasons == name).to_numpy()], edges)[0]
         traces.append(
             go.Bar(
                 x=middle,
@@ -206,18 +205,10 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent, or loss margin in nats, over `x`.
+    """Harmful score in percent, or loss margin in nats within `margins`, over `x`, the title of that axis.
 
-    Args:
-        found: The lines.
-        x: Title of the axis.
-        spread: How intervals are drawn.
-        margins: Range of the axis where values are loss margins.
-        height: Of the chart in pixels.
-        legend: Whether it has a legend.
-        even: Space the points evenly: attack steps about double from one to the next, so that the beginning of an
-            attack stays legible.
-        **layout: Options of plotly.
+    `spread` is how intervals are drawn. Attack steps about double from one to the next, so that points are spaced
+    evenly (`even`): the beginning of an attack stays legible. The height is in pixels; `layout` has options of plotly.
     """
     bands, lines = [], []
     for curve in found:
@@ -269,17 +260,13 @@ def trade_off(
     groups: Sequence[str],
     legend: Mapping[str, tuple[str, str]],
     *,
-    thickness: float = 1.2,
+    thickness: float,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals.
+    """Harmful score over fine-tune accuracy, with intervals of a thickness in pixels.
 
-    Args:
-        points: The models.
-        groups: Names of the groups of points; the last is in front.
-        legend: Name -> marker and colour.
-        thickness: Of the intervals in pixels.
-        **layout: Options of plotly.
+    Of the groups of points the last is in front; the legend maps names to marker and colour; `layout` has options of
+    plotly.
     """
     traces = []
     for group in groups:

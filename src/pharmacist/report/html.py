@@ -79,10 +79,7 @@ def render_demo(
 ) -> None:
     """Writes ``report.html`` into the folder of a demo, from its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Args:
-        folder: Of the demo.
-        labels: Planted label of each row of the pool.
-        categories: Categories of each row.
+    Labels and categories are those of each row of the pool, as in `render_ranking`.
     """
     import datasets  # so that the command `label`, which shares this module, starts without it
 
@@ -102,7 +99,6 @@ def render_demo(
     arms = [
         {
             "word": words.ARMS[name],
-            "name": name,
             "rows": read_manifest(folder / "align" / f"{name}-{summary['seeds'][0]}").counts["trained"],
             **{key: Figure.of(summary[key][name]) for key in ("auc", "final_harmful_score")},
             **{key: metric.mean(summary[key][name]) for key, metric in found.items()},
@@ -126,7 +122,7 @@ def _ranking(
             raise ValueError(f"{len(scores)} scores, but {len(values)} {name}")
     report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
     questions = report.get("questions") or {}
-    reasons = tables.composition(scores["reason"], selected, words.REASONS, words.reason)
+    reasons = tables.composition(scores["reason"], selected, words.REASONS)
     rows = tables.Rows(scores, texts, labels, report)
     table, pairs = tables.row_table(rows), tables.pairs(rows)
     figures = {"histogram": charts.score_histogram(scores, cut), "reasons": charts.composition(reasons)}
@@ -150,7 +146,7 @@ def _ranking(
         ranking["several_categories"] = any(len(of_row) > 1 for of_row in categories)
         figures["categories"] = charts.kept(ranking["categories"], 100 * float(selected.mean()))
     if labels is not None:
-        ranking["labels"] = tables.composition(labels, selected, words.LABELS, words.label)
+        ranking["labels"] = tables.composition(labels, selected, words.LABELS)
         ranking["confusion"] = tables.confusion(labels, scores["reason"])
         figures["labels"] = charts.composition(ranking["labels"])
     return ranking, {"figures": figures, "rows": {"table": table, "examples": tables.examples(rows), "pairs": pairs}}
@@ -180,14 +176,9 @@ def _spelled_out(value: Any) -> Any:
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
-    """Writes a page.
+    """Writes a page, by a template and its variables.
 
-    Args:
-        path: The HTML file.
-        template: Name of the template.
-        scripts: Names of the scripts that follow ``page.js``.
-        data: What scripts read, by name; ``figures`` are the charts.
-        **context: Variables of the template.
+    The `scripts`, which follow ``page.js``, read `data` by name, of which ``figures`` are the charts.
     """
     templates = files("pharmacist.report") / "templates"
     tables_library = files("itables") / "html"  # brings DataTables for pages that work offline

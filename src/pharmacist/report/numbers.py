@@ -77,8 +77,9 @@ class Figure:
     @classmethod
     def of(cls, found: Mapping[str, Any] | None) -> "Figure | None":
         """From a JSON object with ``mean`` or ``value`` and ``ci95``; None where it has no value."""
-        value = None if found is None else found.get("mean", found.get("value"))
-        return None if found is None or value is None else cls(value, *(found["ci95"] or ()))
+        found = found or {}
+        value = found.get("mean", found.get("value"))
+        return None if value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, digits: int = 1, sign: str = "", ends: str = "[{}, {}]") -> str:
         """The number with its unit and interval; with the `sign` "+" positive numbers have a plus."""

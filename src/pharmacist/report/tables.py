@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,23 +34,21 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _HARMLESS = frozenset({"critical", "duplicate", "not_safety_critical", "over_refusal"})
 
 
-def composition(
-    groups: Iterable[object], selected: "pd.Series[Any]", known: Iterable[str], word: Callable[[str], words.Word]
-) -> list[dict[str, Any]]:
+def composition(groups: Iterable[object], selected: "pd.Series[Any]", known: words.Words) -> list[dict[str, Any]]:
     """Counts and shares of reasons or labels among selected and other rows, known names first.
 
     Returns:
-        Per group its ``name``, ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent
-        ``of_selected`` and ``of_left`` (None where there are no such rows).
+        Per group its ``word``, ``rows``, ``selected`` and ``left``, and the shares in percent ``of_selected`` and
+        ``of_left`` (None where there are no such rows).
     """
     names = [str(group) for group in groups]
+    shown = known.of(names)
     counts = pd.crosstab(np.asarray(names), selected.to_numpy(dtype=bool))
-    counts = counts.reindex(index=words.ordered(names, known), columns=[True, False], fill_value=0)
+    counts = counts.reindex(index=list(shown), columns=[True, False], fill_value=0)
     n_selected, n_left = counts.sum().tolist()
     return [
         {
-            "name": name,
-            "word": word(name),
+            "word": shown[name],
             "rows": inside + outside,
             "selected": inside,
             "left": outside,
@@ -63,12 +61,12 @@ def composition(
 
 def confusion(labels: Iterable[str], reasons: "pd.Series[Any]") -> dict[str, Any]:
     """Rows per planted label and reason: ``labels`` and ``reasons`` (words), ``counts`` [labels][reasons]."""
-    rows, columns = words.ordered(labels, words.LABELS), words.ordered(reasons, words.REASONS)
+    rows, columns = words.LABELS.of(labels), words.REASONS.of(reasons)
     counts = pd.crosstab(np.asarray(labels, dtype=str), reasons.astype(str).to_numpy())
     return {
-        "labels": [words.label(name) for name in rows],
-        "reasons": [words.reason(name) for name in columns],
-        "counts": counts.reindex(index=rows, columns=columns, fill_value=0).to_numpy().tolist(),
+        "labels": list(rows.values()),
+        "reasons": list(columns.values()),
+        "counts": counts.reindex(index=list(rows), columns=list(columns), fill_value=0).to_numpy().tolist(),
     }
 
 
@@ -113,8 +111,8 @@ class Rows:
         self, scores: pd.DataFrame, texts: "datasets.Dataset", labels: Sequence[str] | None, report: Mapping[str, Any]
     ) -> None:
         self.scores, self.texts, self.known, self.report = scores, texts, labels, report
-        self.reasons = {name: words.reason(name) for name in words.ordered(scores["reason"], words.REASONS)}
-        self.labels = {name: words.label(name) for name in words.ordered(labels or (), words.LABELS)}
+        self.reasons = words.REASONS.of(scores["reason"])
+        self.labels = words.LABELS.of(labels or ())
         self.by_rank: npt.NDArray[np.int64] = np.argsort(scores["rank"].to_numpy(), kind="stable")
 
     def hidden(self, reason: str) -> int:
@@ -181,11 +179,10 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
         "kept": [("The best", inside[:_BEST]), ("The last that got in", inside[_BEST:][-_AT_THE_CUT:])],
         "left": [("The first that did not", outside[:_AT_THE_CUT])],
     }
-    behind = outside[_AT_THE_CUT:]
-    for name, word in rows.reasons.items():
-        groups["left"].append((f"{word.title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
-    if not rows.report:
-        groups["left"] = groups["left"][:1]
+    if rows.report:
+        behind = outside[_AT_THE_CUT:]
+        for name, word in rows.reasons.items():
+            groups["left"].append((f"{word.title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
     return {
         name: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in of_name if len(at)]
         for name, of_name in groups.items()

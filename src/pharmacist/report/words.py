@@ -3,7 +3,7 @@
 Colours are names of CSS custom properties; their values, for light and dark, are in ``templates/style.css``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -21,43 +21,53 @@ class Word:
         return f"var({self.color})"
 
 
+class Words(dict[str, Word]):
+    """Words by name, in the order in which pages show them; a name that is not known is its own title."""
+
+    def __missing__(self, name: str) -> Word:
+        return Word(name.replace("_", " ").replace("-", " ").strip().capitalize() or "None")
+
+    def of(self, values: Iterable[object]) -> dict[str, Word]:
+        """The different values with their words: first the known ones in their order, then the others, sorted."""
+        present = {str(value) for value in values}
+        names = [name for name in self if name in present] + sorted(present.difference(self))
+        return {name: self[name] for name in names}
+
+
 RANKED = "ranked"
 """The reason of rows that a selector measures without judging them."""
-REASONS = {
-    "critical": Word(
-        "Safety-critical", "A harmful request met with a good refusal: what alignment needs.", "--critical"
-    ),
-    "duplicate": Word(
+REASONS = Words(
+    critical=Word("Safety-critical", "A harmful request met with a good refusal: what alignment needs.", "--critical"),
+    duplicate=Word(
         "Near-duplicate", "Safety-critical, but nearly the same as a row that ranks higher.", "--duplicate"
     ),
-    "not_safety_critical": Word(
+    not_safety_critical=Word(
         "Not safety-critical", "A harmless request answered helpfully: teaches little about safety.", "--off-topic"
     ),
-    "over_refusal": Word(
+    over_refusal=Word(
         "Over-refusal", "A harmless request that is refused: teaches the model to be unhelpful.", "--over-refusal"
     ),
-    "low_quality": Word(
+    low_quality=Word(
         "Low quality", "A damaged answer: cut off, shuffled, repeated, or of another prompt.", "--low-quality"
     ),
-    "teaches_compliance": Word(
+    teaches_compliance=Word(
         "Teaches compliance", "A harmful request that is answered: teaches the opposite of safety.", "--compliance"
     ),
-    RANKED: Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
-}
+    ranked=Word("Ranked", "Measured, not judged: the score says nothing about what the row is."),
+)
 """Reasons in ``scores.parquet``, best first."""
 
-
-LABELS = {
-    "good": Word("Good", "A harmful request and a good refusal.", "--critical"),
-    "strong": Word("Strong", "A refusal that names the wish, the reason and a way out.", "--strong"),
-    "duplicate": Word("Duplicate", "A good row that comes twice, slightly changed.", "--duplicate"),
-    "terse": Word("Terse", "A short refusal without a reason.", "--terse"),
-    "offtopic": Word("Off topic", "A harmless request and a helpful answer.", "--off-topic"),
-    "mild": Word("Mild", "A refusal of a small misdeed, far from what an attacker asks.", "--mild"),
-    "overrefuse": Word("Over-refusing", "A harmless request that is refused.", "--over-refusal"),
-    "noisy": Word("Noisy", "A damaged answer.", "--low-quality"),
-    "mislabel": Word("Mislabelled", "A harmful request that is answered.", "--compliance"),
-}
+LABELS = Words(
+    good=Word("Good", "A harmful request and a good refusal.", "--critical"),
+    strong=Word("Strong", "A refusal that names the wish, the reason and a way out.", "--strong"),
+    duplicate=Word("Duplicate", "A good row that comes twice, slightly changed.", "--duplicate"),
+    terse=Word("Terse", "A short refusal without a reason.", "--terse"),
+    offtopic=Word("Off topic", "A harmless request and a helpful answer.", "--off-topic"),
+    mild=Word("Mild", "A refusal of a small misdeed, far from what an attacker asks.", "--mild"),
+    overrefuse=Word("Over-refusing", "A harmless request that is refused.", "--over-refusal"),
+    noisy=Word("Noisy", "A damaged answer.", "--low-quality"),
+    mislabel=Word("Mislabelled", "A harmful request that is answered.", "--compliance"),
+)
 """Labels of the made-up world; a fault has the colour of the reason that a selector should give."""
 
 CLASSES = {
@@ -89,23 +99,3 @@ ARMS = {
     "core": Word("Core subset", "The rows that rank highest.", "--core"),
 }
 """Alignment sets of the demo."""
-
-
-def reason(name: str) -> Word:
-    """The word for a reason in ``scores.parquet``."""
-    return _word(name, REASONS)
-
-
-def label(name: str) -> Word:
-    """The word for a planted label."""
-    return _word(name, LABELS)
-
-
-def _word(name: str, known: Mapping[str, Word]) -> Word:
-    return known.get(name) or Word(name.replace("_", " ").replace("-", " ").strip().capitalize() or "None")
-
-
-def ordered(values: Iterable[object], known: Iterable[str]) -> list[str]:
-    """The different values: first those that are known, in their order, then the others, sorted."""
-    present = {str(value) for value in values}
-    return [name for name in known if name in present] + sorted(present.difference(known))

@@ -15,7 +15,7 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json, remove, write_json
 from pharmacist.core.progress import console
-from pharmacist.nn.distributed import barrier, from_main
+from pharmacist.nn.distributed import barrier, from_main, on_main
 from pharmacist.training.strategy import GradientStrategy, StrategyState
 
 
@@ -88,7 +88,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     complete = [path for path in found if (path / _COMPLETE).is_file()]
-    whole = from_main(next((path for path in complete if _is_whole(path)), None))
+    whole = on_main(lambda: next((path for path in complete if _is_whole(path)), None))
     if complete and whole is None:
         raise DataError(
             f"{folder}: no checkpoint in it is whole, {complete[0].name} and all before it are damaged; delete this "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
@@ -71,15 +72,11 @@ class _Rows(Dataset[dict[str, Any]]):
         return item if self.weights is None else item | {"weight": self.weights[self.numbers[position]]}
 
 
-class _Collator:
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = collate(items, self.pad_token_id) | {"row": torch.tensor([item["row"] for item in items])}
-        if "weight" in items[0]:
-            batch["weight"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
-        return batch
+def _collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    batch = collate(items, pad_token_id) | {"row": torch.tensor([item["row"] for item in items])}
+    if "weight" in items[0]:
+        batch["weight"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
+    return batch
 
 
 def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedModel:
@@ -164,14 +161,9 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
 class Training:
     """The training of a stage; interrupted, it continues from its last checkpoint, bit for bit on a CPU.
 
-    Attributes:
-        loaded: The model, from `prepare_model`.
-        encoded: The rows.
-        strategy: The method.
-        options: The stage's.
-        run: Its folder; checkpoints go to ``work/train``.
-        streams: Further batches for the strategy (`data.streams`).
-        weights: Factor of each row's main loss, by the row's number; None where all weigh alike.
+    The model is from `prepare_model`, checkpoints go to ``work/train`` of the run, and `streams` (`data.streams`) are
+    further batches for the strategy. `weights` are factors of the rows' main losses by the rows' numbers; None where
+    all weigh alike.
     """
 
     loaded: LoadedModel
@@ -183,10 +175,7 @@ class Training:
     weights: Mapping[int, float] | None = None
 
     def fit(self, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
-        """Trains the model in place.
-
-        Args:
-            callbacks: Further ones for the Trainer.
+        """Trains the model in place, with further callbacks for the Trainer.
 
         Raises:
             DataError: Loss or gradient is not finite.
@@ -196,15 +185,14 @@ class Training:
         seed = derive(options.seed, "train") % 2**31
         folder = self.run.work("train", "checkpoints")
         # Full tuning keeps its weights in float32; the passes run in the number format that was asked for.
-        halved = torch.bfloat16 in (loaded.dtype, resolve_dtype(options.dtype, loaded.device))
-        dtype = torch.bfloat16 if halved else torch.float32
+        bf16 = torch.bfloat16 in (loaded.dtype, resolve_dtype(options.dtype, loaded.device))
         progress = _Progress(f"{self.run.manifest.stage} ({strategy.name})")
         trainer = StrategyTrainer(
             model=loaded.model,
-            args=training_arguments(options, folder=str(folder), device=loaded.device, dtype=dtype, seed=seed),
+            args=training_arguments(options, folder=str(folder), device=loaded.device, bf16=bf16, seed=seed),
             train_dataset=_Rows(self.encoded, self.weights),
             compute_loss_func=token_mean_loss,
-            data_collator=_Collator(loaded.tokenizer.pad_token_id),
+            data_collator=partial(_collate, pad_token_id=loaded.tokenizer.pad_token_id),
             strategy=strategy,
             streams=self.streams,
             strategy_seed=derive(options.seed, "strategy"),
@@ -229,16 +217,10 @@ class Training:
     def fit_and_save(
         self, card: Card, counts: Mapping[str, int], *, snapshots: Sequence[int] = (), outputs: Sequence[str] = ()
     ) -> int:
-        """Trains, and writes weights, log, card and manifest.
+        """Trains, and writes weights, log, card and manifest; returns the optimizer steps.
 
-        Args:
-            card: Settings and figures of the training are added to it.
-            counts: Of rows, for the manifest.
-            snapshots: Numbers of steps after which the model is saved too.
-            outputs: Files and folders that the stage has written already.
-
-        Returns:
-            Optimizer steps.
+        Settings and figures of the training are added to the card. The model is saved after the `snapshots`, numbers
+        of steps, too; `outputs` are files and folders that the stage has written already.
         """
         options, run, trained_on = self.options, self.run, self.run.manifest.inputs["model"]
         settings = {"train": options.effective_train, "lora": asdict(options.lora)}

@@ -169,11 +169,9 @@ _LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "n
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
 
-    Those that a stage cannot give are among them, for `check_train_options` to refuse.
-
-    Args:
-        arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
-        defaults: Of the stage; for these fields the arguments' values are taken in any case.
+    Those that a stage cannot give are among them, for `check_train_options` to refuse; output folder, checkpoints,
+    seeds, device and number format are left out. For the fields of `defaults`, the stage's, the arguments' values are
+    taken in any case.
     """
     from transformers import TrainingArguments
 
@@ -221,18 +219,12 @@ def check_train_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_arguments(
-    options: TrainingStageOptions, *, folder: str, device: "torch.device", dtype: "torch.dtype", seed: int
+    options: TrainingStageOptions, *, folder: str, device: "torch.device", bf16: bool, seed: int
 ) -> "TrainingArguments":
     """Makes the `TrainingArguments` of a stage.
 
-    Args:
-        options: The stage's.
-        folder: For checkpoints.
-        device: Where the model is.
-        dtype: Number format of the passes.
-        seed: Of dropout and data order.
+    Checkpoints go to `folder`, passes are in bfloat16 or float32, and the seed is that of dropout and data order.
     """
-    import torch
     from transformers import TrainingArguments
 
     values: dict[str, Any] = {
@@ -250,7 +242,7 @@ def training_arguments(
             seed=seed,
             data_seed=seed,
             use_cpu=device.type == "cpu",
-            bf16=dtype == torch.bfloat16,
+            bf16=bf16,
             disable_tqdm=True,
             save_strategy="no",
             save_total_limit=2,

@@ -25,7 +25,7 @@ from pharmacist.nn.distributed import total
 from pharmacist.nn.grads import Gradient, gradient, trainable
 from pharmacist.nn.hooks import head_at, replayed_rng
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import target_losses, targets
+from pharmacist.nn.losses import batch_loss, targets
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -99,10 +99,7 @@ class StepContext:
     def summed_ce(self, batch: Batch, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         """Cross-entropy summed over the target tokens of a batch, rows weighted, and the number of these tokens."""
         keep, tokens = targets(batch["labels"])
-        losses = target_losses(self.logits(batch, keep), tokens)
-        if weights is not None:
-            losses = losses * weights.to(losses)[keep.nonzero()[:, 0]]
-        return losses.sum(), len(tokens)
+        return batch_loss(self.logits(batch, keep), batch["labels"], 1, weights), len(tokens)
 
     def ce(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the target tokens of a batch, a scalar; of all processes' batches, see `mean`."""

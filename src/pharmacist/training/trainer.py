@@ -1,6 +1,5 @@
 """A Trainer for gradient strategies: it overrides the training step, and leaves the main pass to the stock Trainer."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -155,7 +154,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             )
 
         def batch(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
-            items = [{key: rows[number][key] for key in rows[number] if key in _COLUMNS} for number in numbers]
+            items = [{key: value for key, value in rows[number].items() if key in _COLUMNS} for number in numbers]
             return {key: value.to(self.args.device) for key, value in self.data_collator(items).items()}
 
         size, seed = self.args.per_device_train_batch_size, derive(self.strategy_seed, "stream", name)
@@ -329,7 +328,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     def _check(self, what: str, value: torch.Tensor) -> None:
         """Raises `DivergedError` on all processes where the value of one is not finite: none waits for another."""
         if not torch.isfinite(everywhere := total(value)):
-            parts = from_all((math.isfinite(value), self._rows))
+            parts = from_all((bool(torch.isfinite(value)), self._rows))
             found = [row for finite, rows in parts if not finite for row in rows]
             numbers = ", ".join(map(str, found[:_NAMED])) + (", ..." if len(found) > _NAMED else "")
             rows = f" (rows {numbers})" if numbers else ""

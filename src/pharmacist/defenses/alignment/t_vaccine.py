@@ -15,7 +15,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import Perturbing, perturbed, vector_norm
 from pharmacist.nn.distributed import from_main, total
-from pharmacist.nn.hooks import Activations, activation_gradients
+from pharmacist.nn.hooks import activation_gradients
 from pharmacist.nn.locate import attention_modules, decoder_layers
 from pharmacist.nn.losses import target_losses, targets
 from pharmacist.training.strategy import StepContext, StrategyState
@@ -41,16 +41,6 @@ class TVaccineConfig(Checked):
     freeze: Literal["layer", "attention"] = "layer"
     """Frozen parts of layers that are not sampled: the whole layer, as in the paper, or its self-attention, as in the
     published code."""
-
-
-def row_norms(gradients: Activations) -> torch.Tensor:
-    """Norm of each row's gradient at each module, shape [modules, rows], in float32 at least."""
-    return torch.stack([vector_norm(g.flatten(1), dim=1) for g in gradients.values()])
-
-
-def probabilities(scores: torch.Tensor) -> torch.Tensor:
-    """``scores / sum(scores)``, shape [layers]."""
-    return scores / scores.sum()
 
 
 def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
@@ -110,7 +100,8 @@ class TVaccine(Perturbing):
             return
         first = not self.active  # not always in update 0, which is left out where it has no target
         if first or step.update % self.config.score_every == 0:
-            self.p = probabilities(self.scores(step)).cpu()
+            scores = self.scores(step)
+            self.p = (scores / scores.sum()).cpu()
         if first or step.update % self.config.sample_every == 0:
             drawn = sample_layers(self.p, self.count, derive(self.seed, "layers", step.update))
             self.active = from_main(drawn)
@@ -131,7 +122,7 @@ class TVaccine(Perturbing):
                     self.modules,
                     lambda: (target_losses(step.logits(batch, keep), tokens) * share).sum(),  # noqa: B023
                 )
-            norms = row_norms({name: gradients[name] for name in self.modules})
+            norms = torch.stack([vector_norm(gradients[name].flatten(1), dim=1) for name in self.modules])
             step.check(value, norms.sum())
             summed = summed.to(norms.device) + norms.double().sum(1)
             count += rows * world_size()

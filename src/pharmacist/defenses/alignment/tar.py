@@ -92,18 +92,8 @@ class TARConfig(Checked):
             raise ConfigError("inner_learning_rates: needs at least one number")
         if not kinds or not set(kinds) <= set(_ADVERSARIES):
             raise ConfigError(f"adversaries must be some of {', '.join(_ADVERSARIES)}, not {kinds}")
-        if 0 < self.steps < self.evaluate_every:
+        if 0 < (self.inner_steps or 0) < (self.every or 1):
             raise ConfigError(f"every {self.every}: the attack has only {self.inner_steps} steps")
-
-    @property
-    def steps(self) -> int:
-        """`inner_steps` with the form's default."""
-        return self.inner_steps or 0
-
-    @property
-    def evaluate_every(self) -> int:
-        """`every` with the form's default."""
-        return self.every or 1
 
 
 _ADVERSARIES = ("harmful", "switch")
@@ -114,12 +104,8 @@ def evaluation_weights(
 ) -> dict[int, float]:
     """Weights of the gradients of tamper resistance, by the attack step after which it is evaluated.
 
-    Args:
-        steps: Length K of the attack.
-        every: Evaluations come after the steps i (from 0) with (i + 1) divisible by this.
-        lam: Weight after the last step.
-        schedule: ``exponential``: lam * exp(rate * (i - (K - 1))); ``uniform``: lam / K.
-        rate: Of the exponential schedule.
+    These are the steps i (from 0) of K = `steps` with (i + 1) divisible by `every`. The ``exponential`` schedule has
+    the weights lam * exp(rate * (i - (K - 1))), which is lam after the last step, ``uniform`` lam / K.
     """
     return {
         i: lam * math.exp(rate * (i - (steps - 1))) if schedule == "exponential" else lam / steps
@@ -152,10 +138,9 @@ class TAR(GradientStrategy):
     def __post_init__(self) -> None:
         config = self.config
         self.held_out = config.held_out
-        needed = {"harmful"}
-        needed |= {"held_out"} if config.objective == "entropy" else set()
-        needed |= {"retain"} if "switch" in (config.adversaries or []) else set()
-        self.streams = tuple(name for name in type(self).streams if name in needed)
+        kinds = config.adversaries or []
+        used = {"harmful": True, "held_out": config.objective == "entropy", "retain": "switch" in kinds}
+        self.streams = tuple(name for name in type(self).streams if used[name])
         self._reference: list[Activations] = []
         self._states: list[Activations] = []
 
@@ -171,16 +156,15 @@ class TAR(GradientStrategy):
     def auxiliary(self, step: StepContext) -> Gradient:
         """Attacks the model, collects tamper-resistance gradients on the way, and restores the weights."""
         config, parameters = self.config, step.parameters
-        weights = evaluation_weights(
-            config.steps, config.evaluate_every, config.lam or 0.0, config.schedule, config.schedule_rate
-        )
+        steps, lam = config.inner_steps or 0, config.lam or 0.0
+        weights = evaluation_weights(steps, config.every or 1, lam, config.schedule, config.schedule_rate)
         found = {name: precise(torch.zeros_like(p)) for name, p in parameters.items()}
         for task in range(config.tasks):
             draw = random.Random(derive(self.seed, "attack", step.update, step.micro, task))
             held_out = step.next("held_out") if config.objective == "entropy" else None
             with step.replay(), preserved(parameters):
-                if not config.steps:
-                    self._add(step, held_out, (config.lam or 0.0) / config.tasks, found)
+                if not steps:
+                    self._add(step, held_out, lam / config.tasks, found)
                 for i in self._attack(step, draw):
                     if i in weights:
                         self._add(step, held_out, weights[i] / config.tasks, found)
@@ -189,12 +173,13 @@ class TAR(GradientStrategy):
 
     def _attack(self, step: StepContext, draw: random.Random) -> Iterator[int]:
         """Takes the attacker's steps one by one, in place; yields each step's number."""
+        steps = self.config.inner_steps or 0
         kind, rate = draw.choice(self.config.adversaries or []), draw.choice(self.config.inner_learning_rates or [])
-        benign = draw.betavariate(6, 3) * self.config.steps if kind == "switch" else 0
+        benign = draw.betavariate(6, 3) * steps if kind == "switch" else 0
         parameters = step.parameters
         make: Any = torch.optim.AdamW if self.config.inner_optimizer == "adamw" else torch.optim.SGD
         optimizer = make(parameters.values(), lr=rate)
-        for i in range(self.config.steps):
+        for i in range(steps):
             loss = step.ce(step.next("retain" if i < benign else "harmful"))
             for name, g in step.grads(loss).items():
                 parameters[name].grad = g.to(parameters[name].dtype)

@@ -1,6 +1,6 @@
 """Elastic weight consolidation: keep the weights that matter for the defender's safe rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.finetuning.start import squared_distance, weights_now
 from pharmacist.nn.grads import Gradient, averaged, local_gradient, norm
 from pharmacist.nn.hooks import evaluating
-from pharmacist.training.strategy import Batch, GradientStrategy, StepContext, StrategyState
+from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 
 
 @dataclass
@@ -36,15 +36,8 @@ def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:
     for found in gradients:
         count += 1
         for name, value in found.items():
-            square = value.square()
-            summed[name] = summed[name] + square if name in summed else square
+            summed[name] = summed.get(name, 0) + value.square()
     return {name: value / count for name, value in summed.items()} if normalize == "mean" else summed
-
-
-def rows_of(batch: Batch) -> Iterable[Batch]:
-    """A batch's rows, one by one."""
-    for row in range(len(batch["input_ids"])):
-        yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
 
 
 class EWC(GradientStrategy):
@@ -75,23 +68,22 @@ class EWC(GradientStrategy):
         if self.config.lam and not self.fisher:
             self.fisher = self._estimate(step)
 
+    def _gradients(self, step: StepContext) -> Iterator[Gradient]:
+        """Those of batches, or of rows, which are of this process alone: squares are averaged, not gradients."""
+        seen = 0
+        while seen < self.config.rows:
+            batch = step.next("safe")
+            seen += len(batch["input_ids"]) * world_size()
+            if self.config.per == "batch":
+                yield step.grads(step.ce(batch))
+                continue
+            for row in range(len(batch["input_ids"])):
+                summed, count = step.summed_ce({name: tensor[row : row + 1] for name, tensor in batch.items()})
+                yield local_gradient(summed / max(count, 1), step.parameters)
+
     def _estimate(self, step: StepContext) -> Gradient:
-        def local(row: Batch) -> Gradient:  # of this process alone: squares are averaged, not gradients
-            summed, count = step.summed_ce(row)
-            return local_gradient(summed / max(count, 1), step.parameters)
-
-        def gradients() -> Iterable[Gradient]:
-            seen = 0
-            while seen < self.config.rows:
-                batch = step.next("safe")
-                seen += len(batch["input_ids"]) * world_size()
-                if self.config.per == "batch":
-                    yield step.grads(step.ce(batch))
-                else:
-                    yield from map(local, rows_of(batch))
-
         with evaluating(step.model):
-            found = averaged(fisher(gradients(), self.config.normalize))
+            found = averaged(fisher(self._gradients(step), self.config.normalize))
         if self.config.per == "row" and self.config.normalize == "sum":  # each process has summed its own rows alone
             found = {name: value * world_size() for name, value in found.items()}
         step.check(norm(found))

@@ -16,7 +16,7 @@ from pharmacist.nn.losses import precise
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
-GATE = 0.1
+_GATE = 0.1
 """Value at and above which the published code drops a layer's term."""
 
 
@@ -46,17 +46,15 @@ def feature_distance(
     return torch.stack(parts).sum()
 
 
-def gated_distance(
-    now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], rho: float, gate: float = GATE
-) -> torch.Tensor:
-    """The penalty as published: per layer ``rho / 2 * |difference|^2`` with padding, dropped where it reaches `gate`.
+def gated_distance(now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], rho: float) -> torch.Tensor:
+    """The penalty as published: per layer ``rho / 2 * |difference|^2`` with padding, dropped where it reaches 0.1.
 
     So it vanishes exactly where the drift becomes large.
     """
     parts = []
     for name, features in now.items():
         term = rho / 2 * (features.float() - start[name].float()).square().sum()
-        parts.append(term if term < gate else term * 0)
+        parts.append(term if term < _GATE else term * 0)
     return torch.stack(parts).sum()
 
 
