@@ -12,7 +12,7 @@ from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import atomic_write
 from pharmacist.core.hashing import sha256_text
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
@@ -145,7 +145,7 @@ def _attack(
     if options.build_only:
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
-            console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
+            say(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}")
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")

@@ -1,4 +1,4 @@
-"""The command `label`: asks a person, in a terminal, for the labels that would help a ranking most."""
+"""Labels of the rows that a ranking asks for: by a person in a terminal (`label`), or known before (in a grid)."""
 
 import os
 import sys
@@ -6,16 +6,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import pandas as pd
+
 from pharmacist.core.console import plain
+from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
+from pharmacist.core.hashing import sha256_file
+from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.pages import ranking_manifest, read_table
-from pharmacist.pipeline.stages.curate import LabelOptions
+from pharmacist.pipeline.stages.curate import KNOWN_LABELS, KnownLabelsOptions, LabelOptions
 from pharmacist.report import words
 from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
 
 
 _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
+
+
+def known_labels(options: KnownLabelsOptions) -> Path:
+    """Writes ``labels.json`` with the known labels of the rows of ``to_label.jsonl``, and returns its path.
+
+    Raises:
+        DataError: The ranking asks for none, or a row that it asks for has no label.
+    """
+    pool, asked, scores = _asked(Path(options.ranking))
+    inputs = {"to_label": sha256_file(Path(options.ranking) / "to_label.jsonl"), "labels": sha256_file(options.labels)}
+    with KNOWN_LABELS.open(options, inputs=inputs) as run:
+        path = run.path("labels.json")
+        if rank() == 0 and not run.complete:
+            with run.phase("label"):
+                known = read_entries(options.labels, pool, scores["row"].to_numpy(), where=f"labels {options.labels}")
+                rows = [row["row"] for row in asked]
+                if missing := [row for row in rows if row not in known]:
+                    raise DataError(f"labels {options.labels}: row {missing[0]} has none; label every row of the pool")
+                write_labels(path, pool, {row: known[row] for row in rows})
+            run.finish(outputs=[path.name], counts={"labels": len(rows)})
+        barrier()
+        return path
 
 
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
@@ -36,19 +63,12 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
     folder, output = Path(options.run), Path(os.path.expanduser(options.output))
-    pool = ranking_manifest(folder).inputs["pool"]
+    pool, asked, scores = _asked(folder)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
-    if not (folder / "to_label.jsonl").is_file():
-        raise DataError(
-            f"{folder}: no to_label.jsonl; rank with the selector pharmacist, of form evidence or both, and not with "
-            "--to-label 0"
-        )
-    asked = read_json_lines(folder / "to_label.jsonl")
     # The labels that the ranking was made with, overruled by those in the output.
-    scores = read_table(folder / "scores.parquet", "row")
     labels = labels_of(scores)
     if output.exists():
         labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
@@ -62,6 +82,17 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
     kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
     talk.say(kept if output.is_file() else "nothing was written")
     return labels
+
+
+def _asked(folder: Path) -> tuple[str, list[Any], pd.DataFrame]:
+    """Of a finished ranking: fingerprint of its pool, lines of ``to_label.jsonl``, and ``scores.parquet``."""
+    pool = ranking_manifest(folder).inputs["pool"]
+    if not (folder / "to_label.jsonl").is_file():
+        raise DataError(
+            f"{folder}: no to_label.jsonl; rank with the selector pharmacist, of form evidence or both, and not with "
+            "--to-label 0"
+        )
+    return pool, read_json_lines(folder / "to_label.jsonl"), read_table(folder / "scores.parquet", "row")
 
 
 def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import check_unchanged, read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.pipeline.pages import bench_page, demo_page, sweep_page
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.report import ReportOptions
@@ -43,5 +43,5 @@ def report(options: ReportOptions) -> str:
         if options.baseline is not None:
             raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     pages[manifest.stage]()
-    console().print(f"page {folder}/report.html", soft_wrap=True)
+    say(f"page {folder}/report.html")
     return f"{folder}/report.html"

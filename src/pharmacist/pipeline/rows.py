@@ -8,7 +8,7 @@ import datasets
 
 from pharmacist.core.env import rank
 from pharmacist.core.options import RowOptions
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.layouts import OPTIONAL
@@ -77,7 +77,7 @@ def name_unused(options: Any, names: Iterable[str], used: Collection[str], metho
     """Prints which of some options are given although a method does not use them."""
     for name in names:
         if name not in used and getattr(options, name) is not None:
-            console().print(f"--{name}: the {method} does not use it", soft_wrap=True)
+            say(f"--{name}: the {method} does not use it")
 
 
 def texts(records: Records) -> set[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.registry import imported
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
@@ -130,7 +130,7 @@ class Stage:
             if run.temporary is not None:  # all processes share the first's
                 run.root = from_main(run.root)
             if run.complete and self.again:
-                console().print(f"{run.root}: complete already; --overwrite {self.again}", soft_wrap=True)
+                say(f"{run.root}: complete already; --overwrite {self.again}")
             yield run
         except PharmacistError:
             if not any(run.holds(pattern) for pattern in self.costly):

@@ -58,11 +58,7 @@ class Data:
         return Input(spec, f"hub:{spec}")
 
     def model(self, spec: str, where: str) -> Input:
-        """A model that an option names; ``world`` is the tiny model of the made-up world.
-
-        Raises:
-            DataError: There is no such folder.
-        """
+        """A model that an option names, or a DataError; ``world`` is the tiny model of the made-up world."""
         path = Path(BASE_MODEL if spec == WORLD else os.path.expanduser(spec))
         source = str(path.resolve()) if os.path.isdir(path) else spec
         if source not in self._contents:
@@ -80,11 +76,9 @@ class Data:
         return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
 
     def read_labels(self, pool: PoolEntry) -> None:
-        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
-        pool everything is known.
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
 
-        Raises:
-            DataError: The file is none of labels, or is about another pool.
+        Of a made-up pool everything is known. A DataError where the file is none of labels, or is about another pool.
         """
         if pool.labels is not None and pool.pool != WORLD and pool.name not in self.worth_keeping:
             source = open_source(pool.pool, name="pool")
@@ -111,13 +105,13 @@ class Data:
             raise ConfigError(f"{where} {spec}: '{number}' is no number of rows")
         if name == "answers" and pool.pool != WORLD:
             raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
-        world = seed if pool.seed is None else pool.seed
-        text = _text(name, world, int(number) if number else None, (pool.rows, pool.mislabel, pool.kind))
+        world, planted = seed if pool.seed is None else pool.seed, (pool.rows, pool.mislabel, pool.kind)
+        text = _text(name, world, int(number) if number else None, planted)
         content = sha256_text(text)
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         if not name and path not in self.texts:
-            planted = World(world).labelled(pool.rows, pool.mislabel, pool.kind)
-            self.worth_keeping[str(path)] = {n: row.worth_keeping(pool.kind) for n, row in enumerate(planted)}
+            rows = World(world).labelled(*planted)
+            self.worth_keeping[str(path)] = {n: row.worth_keeping(pool.kind) for n, row in enumerate(rows)}
         self.texts[path] = text
         return Input(str(path), content)
 

@@ -61,7 +61,6 @@ class EvaluateInputs:
     """What the options name, built and checked before any row is read.
 
     Attributes:
-        options: The options.
         engine: Gives the model's answers.
         grader: From `grader_of`.
         judges: By option, ``judge`` and ``second_judge``; empty where no answers are judged.
@@ -88,11 +87,8 @@ class EvaluateInputs:
         for kind in REFERENCES:
             self.sources |= open_several(kind, getattr(options, kind), flag(kind))
         self._columns = _columns_by_source(self.sources, options.columns)
-        self.judges: dict[str, Judge] = {}
-        second = options.second_judge["name"] != "none"
-        if self.sources.keys() & set(_JUDGED):
-            self.judges = judges_of(options)
-        elif second:
+        self.judges = judges_of(options) if self.sources.keys() & set(_JUDGED) else {}
+        if not self.judges and options.second_judge["name"] != "none":
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
         for option, judge in self.judges.items():
@@ -183,11 +179,9 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
     return found
 
 
-def categories_of(records: Records | None) -> list[list[str]]:
+def categories_of(records: Records) -> list[list[str]]:
     """Categories of harmful prompts, where their file has such a column; else nothing."""
-    if records is None:
-        return []
-    found = [category_names(row.value) for row in records.source.pick(records.dataset["row"])]
+    found = [category_names(row) for row in records.originals()]
     return found if any(found) else []
 
 

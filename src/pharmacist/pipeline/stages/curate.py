@@ -156,7 +156,7 @@ class KnownLabelsOptions(RunOptions):
 KNOWN_LABELS = Stage(
     name="label",
     options=KnownLabelsOptions,
-    run="pharmacist.pipeline.bench.known_labels:known_labels",
+    run="pharmacist.pipeline.label:known_labels",
     version=1,
     files=("ranking", "labels"),
 )
