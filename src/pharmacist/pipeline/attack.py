@@ -66,8 +66,8 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
     for name, method in needed.items():
         if getattr(options, name) is None:
             raise ConfigError(f"{method} needs --{name} FILE")
-    opened = {"task": open_task}
-    sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
+    openers = {"task": open_task}
+    sources = {name: openers.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
     for file in options.disjoint_from:
         source = open_source(file, name="--disjoint-from")
         name, same = f"disjoint:{source.label}", sum(it.label == source.label for it in sources.values())
@@ -171,9 +171,8 @@ def _attack(
     )
     training = Training(loaded, encoded, strategy, options, run, streams)
     steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
-    say_done(
-        run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
-    )
+    rows_trained = f"{counts['samples']} rows, {counts['harmful']} of them harmful"
+    say_done(run, f"fine-tuned on {rows_trained}, {steps} steps: {run.root}")
     return loaded.model
 
 

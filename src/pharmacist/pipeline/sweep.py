@@ -111,8 +111,7 @@ def _is_public(spec: str) -> bool:
 def _with_snapshots_there(point: _Point, options: SweepOptions) -> _Point:
     """An attack of the grid with the snapshots that it has, where it was begun before; without curves none is needed.
 
-    Raises:
-        ConfigError: It was trained without the snapshots that the curves need.
+    A ConfigError where it was trained without the snapshots that the curves need.
     """
     folder, own = Path(point.options.output_dir), point.options
     if options.overwrite or not (folder / "manifest.json").is_file():
@@ -167,10 +166,8 @@ def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepO
         return []
     train = point.effective_train
     added, replaces = strategy.mixed_in(point.samples) if "safe" in strategy.streams else (0, False)
-    batches = math.ceil(
-        (point.samples + (0 if replaces else added)) / (int(train["per_device_train_batch_size"]) * world_size())
-    )
-    updates = math.ceil(batches / int(train.get("gradient_accumulation_steps", 1)))
+    rows, batch = point.samples + (0 if replaces else added), int(train["per_device_train_batch_size"]) * world_size()
+    updates = math.ceil(math.ceil(rows / batch) / int(train.get("gradient_accumulation_steps", 1)))
     steps = int(train.get("max_steps", -1))
     steps = steps if steps > 0 else math.ceil(train["num_train_epochs"] * updates)
     snapshots = options.snapshots or [steps // 16, steps // 8, steps // 4, steps // 2]
@@ -255,8 +252,8 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     summary = summarise(entries, _metrics(before), options.margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
-    evaluations = [stage for stage in sweep.stages.values() if stage.kind == "evaluate"]
-    partial = any(it.manifest is not None and it.manifest.status == "partial" for it in evaluations)
+    manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
+    partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
     if partial:
         warn("answers or verdicts failed; the figures are over the rest, and the same command asks for them again")
     if rank() == 0:
@@ -283,9 +280,8 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     for point in points:
         first.setdefault(point.settings["poison_ratio"], point.options)
     for ratio, options in first.items():
-        attack(
-            replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:.15g}")))
-        )
+        folder = str(run.work("sets", f"poison-{ratio:.15g}"))
+        attack(replace(options, build_only=True, snapshots=[], output_dir=folder))
 
 
 def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,10 +49,10 @@ class Data:
         check_ordinary(path, f"{where} {spec}")
         # Unlike the methods of Path, these raise no error for names that no file system accepts.
         if os.path.exists(path):
-            return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+            return self._local(path, f"{where} {spec}")
         if colon and os.path.exists(os.path.expanduser(file)):
-            path = Path(os.path.expanduser(file)).resolve()
-            return Input(f"{name}:{path}", f"{name}:{self._content(path, f'{where} {spec}')}")
+            found = self._local(Path(os.path.expanduser(file)), f"{where} {spec}")
+            return Input(f"{name}:{found.source}", f"{name}:{found.content}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
@@ -71,9 +71,7 @@ class Data:
     def folder(self, spec: str, where: str) -> Input:
         """A folder that an option names, or a hub id."""
         path = Path(os.path.expanduser(spec))
-        if not os.path.isdir(path):
-            return Input(spec, f"hub:{spec}")
-        return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+        return self._local(path, f"{where} {spec}") if os.path.isdir(path) else Input(spec, f"hub:{spec}")
 
     def read_labels(self, pool: PoolEntry) -> None:
         """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
@@ -87,13 +85,14 @@ class Data:
             known = read_entries(pool.labels, source.fingerprint(), rows, where=where)
             self.worth_keeping[pool.name] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
 
-    def _content(self, path: Path, what: str) -> str:
+    def _local(self, path: Path, what: str) -> Input:
+        path = path.resolve()
         if str(path) not in self._contents:
             try:
                 self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
             except OSError as error:
                 raise DataError(f"{what}: cannot be read ({error.strerror}); check path and permissions") from error
-        return self._contents[str(path)]
+        return Input(str(path), self._contents[str(path)])
 
     def _made_up(self, spec: str, where: str, pool: PoolEntry, seed: int) -> Input:
         _, _, rest = spec.partition(":")

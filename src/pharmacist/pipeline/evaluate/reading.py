@@ -150,13 +150,8 @@ class EvaluateInputs:
 
 
 def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[str, str]]:
-    """The pairs of --columns that each source can use: those whose column it has.
-
-    Raises:
-        ConfigError: A pair is of use to no source.
-    """
-    pairs = parse_columns(text) or {}
-    found: dict[str, dict[str, str]] = {}
+    """The pairs of --columns that each source can use, since it has the column; each pair must be of use to one."""
+    pairs, found = parse_columns(text) or {}, dict[str, dict[str, str]]()
     for name, source in sources.items():
         usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
         found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
@@ -188,8 +183,7 @@ def categories_of(records: Records) -> list[list[str]]:
 def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:
     """Prompts with the answers in a column of their file, in order; an answer that is null counts as unanswered.
 
-    Raises:
-        DataError: Rows without the column, or with something else than text or null in it.
+    A DataError where rows lack the column, or have something else than text or null in it.
     """
     answers, bad = list[Answer](), dict[int, Row]()
     for position, row in enumerate(records.source.pick(records.dataset["row"])):

@@ -16,7 +16,7 @@ from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, ranked_table, shortfall
-from pharmacist.pipeline.curate.reading import CurateInputs
+from pharmacist.pipeline.curate_inputs import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
 from pharmacist.selectors.base import SelectionContext

@@ -35,7 +35,6 @@ class CurateInputs:
     """What the options name: pool, references, labels and selector.
 
     Attributes:
-        options: The options.
         selector: Ranks the pool.
         sources: Rows by input: ``pool``; the references of a kind are ``safe``, ``safe 2`` and so on.
         records: The rows of each input, once `read` has read them.
@@ -157,11 +156,7 @@ class CurateInputs:
         return found, files
 
     def render(self, context: SelectionContext) -> None:
-        """Leaves out the rows of pool and references that the model's chat template refuses.
-
-        Raises:
-            PharmacistError: Too few rows are left, or none.
-        """
+        """Leaves out the rows of pool and references that the model's chat template refuses, if enough are left."""
         before, loaded = context.pool.row_numbers, context.model
         how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
         self.records["pool"] = context.pool = rendered_rows(context.pool, *how)
