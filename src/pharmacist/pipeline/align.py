@@ -36,8 +36,7 @@ def align(options: AlignOptions) -> ModelResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()}
     inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
     with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
-        model = None if run.complete else _align(sources, strategy, options, run)
-        return ModelResult.of(run, model)
+        return ModelResult.of(run, None if run.complete else _align(sources, strategy, options, run))
 
 
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
         inputs.read(Path(scratch.name))
         inputs.labels()
-    contents, methods = inputs.fingerprints(), {"selector": inputs.selector}
-    with CURATE.open(options, inputs=contents, methods=methods, reopens=options.labels is not None) as run:
+    stage = replace(CURATE, reopens=options.labels is not None)
+    with stage.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         if run.complete:
             return None
         ranking = _rank(inputs, run)

@@ -92,12 +92,7 @@ class Stage:
 
     @contextmanager
     def open(
-        self,
-        options: RunOptions,
-        *,
-        inputs: Mapping[str, str],
-        methods: Mapping[str, Any] | None = None,
-        reopens: bool | None = None,
+        self, options: RunOptions, *, inputs: Mapping[str, str], methods: Mapping[str, Any] | None = None
     ) -> Iterator[RunDir]:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
@@ -107,7 +102,6 @@ class Stage:
             options: Of the run.
             inputs: Fingerprint per input.
             methods: As in `identity`.
-            reopens: Instead of the declaration's.
 
         Yields:
             The folder; `RunDir.complete` and the manifest are the first process's, on every process.
@@ -122,7 +116,7 @@ class Stage:
             inputs=inputs,
             final=self.final,
             final_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
-            reopen=self.reopens if reopens is None else reopens,
+            reopen=self.reopens,
             read_again=self.read_again,
         )
         try:
