@@ -48,12 +48,8 @@ def known_labels(options: KnownLabelsOptions) -> Path:
 def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
     """Asks for a label of each row of ``to_label.jsonl`` that has none, and writes the labels to ``--output``.
 
-    A text is shown only when an empty line asks for it.
-
-    Args:
-        options: Folder of the ranking, and the file of labels.
-        answers: The person's answers, a line each; by default standard input, which must be a terminal.
-        out: What the person reads; by default standard output.
+    A text is shown only when an empty line asks for it. The person answers on standard input, a terminal, and reads
+    standard output, where `answers` and `out` name no others.
 
     Returns:
         Row number -> label, those of earlier sessions included.

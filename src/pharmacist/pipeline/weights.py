@@ -27,12 +27,8 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     """Weight of every row of the alignment set, by its number in the file.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
-    each selected row, in input order, which is the order of ``selected.jsonl``.
-
-    Args:
-        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
-        data: The alignment set.
-        rows: Its length, with the rows that are refused or left out by ``where``.
+    each selected row, in input order, which is the order of ``selected.jsonl``. `rows` is the length of the alignment
+    set `data`, with the rows that are refused or left out by ``where``.
 
     Raises:
         DataError: The weights are of other rows, or no weights.

@@ -89,7 +89,6 @@ def check_min_score(min_score: float | None, diversity: str, balance: bool) -> N
 CURATE = Stage(
     name="curate",
     options=CurateOptions,
-    run="pharmacist.pipeline.curate:curate",
     summary="rank an alignment pool and write its core subset",
     example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
     "--model MODEL --top 0.3 --output-dir runs/core",
@@ -118,9 +117,7 @@ class SelectOptions(RunOptions):
     """Fill the share with rows whose own reason speaks against them, where too few others are left."""
 
 
-SELECT = Stage(
-    name="select", options=SelectOptions, run="pharmacist.pipeline.select:select", version=3, files=("ranking",)
-)
+SELECT = Stage(name="select", options=SelectOptions, version=3, files=("ranking",))
 
 
 @dataclass(kw_only=True)
@@ -136,7 +133,6 @@ class LabelOptions:
 LABEL = Stage(
     name="label",
     options=LabelOptions,
-    run="pharmacist.pipeline.label:label",
     summary="label the rows of a ranking that would teach it most, in a terminal",
     example="pharmacist label runs/core --output labels.json",
     page="label-forty-rows",

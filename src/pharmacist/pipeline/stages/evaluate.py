@@ -105,7 +105,6 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
 EVALUATE = Stage(
     name="evaluate",
     options=EvaluateOptions,
-    run="pharmacist.pipeline.evaluate:evaluate",
     summary="harmful score, fine-tune accuracy, over-refusal, with intervals",
     example="pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
     "--harmful harmful.jsonl --output-dir runs/scores",
