@@ -23,7 +23,7 @@ from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
-from pharmacist.pipeline.rows import numbered, open_several, read, texts
+from pharmacist.pipeline.rows import numbered, open_references, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
@@ -46,8 +46,7 @@ class CurateInputs:
         """`option` formats the names of inputs for messages."""
         self.options = options
         self.sources = {"pool": open_source(options.pool, name=option.format("pool"))}
-        for kind in REFERENCES:
-            self.sources |= open_several(kind, getattr(options, kind), option.format(kind))
+        self.sources |= open_references(options, option)
         self.selector: Selector = SELECTORS.build_from(options.selector)
         self.records: dict[str, Records] = {}
         self.left_out: dict[str, int] = {}

@@ -65,6 +65,8 @@ class Stage:
 
     kind: str
     """Key of `KINDS`."""
+    command: Declaration
+    """Declaration of the command, which a worker takes from here and not from its own `KINDS`."""
     key: str
     options: Any
     """Options of the command, with all paths filled in."""
@@ -137,7 +139,7 @@ def make_stage(
     output_dir = str(folder or root / "stages" / f"{kind}-{key[:16]}")
     filled = with_options(options, **of_inputs("source"), output_dir=output_dir)
     makers = [one.maker for one in inputs.values() if isinstance(one, Input) and one.maker]
-    return Stage(kind, key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
+    return Stage(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     while True:
         try:
             with made_from(results):
-                KINDS[stage.kind](options)
+                stage.command(options)
             barrier()  # only then has the first process written all that the next stage reads
             return
         except BusyError:  # a worker that outlived its driver is still at it

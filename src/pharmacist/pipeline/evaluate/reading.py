@@ -20,7 +20,7 @@ from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.text import writable
-from pharmacist.pipeline.rows import open_several, read
+from pharmacist.pipeline.rows import open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
 
@@ -83,9 +83,8 @@ class EvaluateInputs:
                 if world_size() > 1:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
         named = {name: getattr(options, name) for name in OPENERS if getattr(options, name) is not None}
-        self.sources: dict[str, Source] = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
-        for kind in REFERENCES:
-            self.sources |= open_several(kind, getattr(options, kind), flag(kind))
+        self.sources = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
+        self.sources |= open_references(options)
         self._columns = _columns_by_source(self.sources, options.columns)
         self.judges = judges_of(options) if self.sources.keys() & set(_JUDGED) else {}
         if not self.judges and options.second_judge["name"] != "none":
