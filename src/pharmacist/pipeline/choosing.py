@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import say
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
-from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, check_min_score
+from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, SelectOptions, check_min_score
 from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, IntArray, Scores, scaled_to_mean_1
 
 
@@ -141,6 +142,12 @@ def choose(
     good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
     spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
     return core_rows(order, min(k, len(order)), good, groups, share, spread)
+
+
+def chosen_rows(table: pd.DataFrame, config: Mapping[str, Any], options: SelectOptions) -> IntArray:
+    """Positions of the rows to select, as `choose` finds them; `config` holds the ranking's options."""
+    share = config["balance_share"] if config["balance"] is not None else 0.0
+    return choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
 
 
 def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:

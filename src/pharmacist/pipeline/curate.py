@@ -1,4 +1,4 @@
-"""The stage `curate`: rank an alignment pool, write scores, core subset and page."""
+"""The stages of a ranking: rank an alignment pool, write scores, core subset and page; select another share later."""
 
 import json
 import tempfile
@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import remove, write_text
+from pharmacist.core.files import atomic_path, remove, write_text
+from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, ranked_table, shortfall
+from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, chosen_rows, ranked_table, shortfall
 from pharmacist.pipeline.curate_inputs import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
-from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
-from pharmacist.selectors.base import SelectionContext
+from pharmacist.pipeline.stages.curate import CURATE, RANK, SELECT, SPREAD, CurateOptions, SelectOptions
+from pharmacist.selectors.base import SelectionContext, scaled_to_mean_1
 from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
+WEIGHTS = "weights.parquet"
+"""File with the weights of the rows that `select` chose, if the ranking has weights."""
 _NOT_ALWAYS = frozenset(
     "to_label.jsonl refused.jsonl selected.jsonl selected.json selected.csv selected.parquet".split()
 )
@@ -92,6 +96,36 @@ def rank(options: CurateOptions) -> Ranking:
         ranking._scratch, run.temporary = run.temporary, None  # its rows lie there
     ranking.manifest = run.manifest.model_dump(mode="json")
     return ranking
+
+
+def select(options: SelectOptions) -> Path:
+    """Writes ``selected.jsonl``, the ranking's best rows unchanged and in input order; returns that file.
+
+    Diversity and balance are those of the ranking. If the ranking has weights, those of the selected rows are written
+    to `WEIGHTS`, with mean 1.
+
+    Raises:
+        DataError: The folder holds no finished ranking, or its pool has changed.
+        ConfigError: The ranking's diversity needs distances between rows, which a folder does not hold.
+    """
+    ranking = Ranking.load(options.ranking)
+    table, manifest = ranking.table, ranking.manifest
+    scores = sha256_file(Path(options.ranking) / "scores.parquet")
+    with SELECT.open(options, inputs={"ranking": scores, "pool": manifest["inputs"]["pool"]}) as run:
+        path = run.path("selected.jsonl")
+        if process() == 0 and not run.complete:
+            with run.phase("select"):
+                chosen = chosen_rows(table, manifest["config"], options)
+                rows = table["row"].to_numpy()[chosen]
+                write_rows(ranking.source, rows.tolist(), path, format="jsonl")
+                if "weight" in table:
+                    own = scaled_to_mean_1(table["weight"].to_numpy()[chosen], np.ones(len(chosen), dtype=bool))
+                    with atomic_path(run.path(WEIGHTS)) as temporary:
+                        pd.DataFrame({"row": rows, "weight": own}).to_parquet(temporary, index=False)
+            outputs = [path.name, *([WEIGHTS] if "weight" in table else [])]
+            run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
+        barrier()
+        return path
 
 
 def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:

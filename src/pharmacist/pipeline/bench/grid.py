@@ -31,8 +31,8 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
 from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
+from pharmacist.pipeline.curate import WEIGHTS
 from pharmacist.pipeline.evaluate.reading import grader_of, judges_of, verdict_files
-from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
 from pharmacist.pipeline.stages.evaluate import EVALUATE
 from pharmacist.repairs import REPAIRS

@@ -19,8 +19,8 @@ from pharmacist.core.options import as_json
 from pharmacist.evaluation.statistics import curve_area
 from pharmacist.pipeline.bench.grid import Cell, Plan
 from pharmacist.pipeline.bench.stages import is_current
+from pharmacist.pipeline.choosing import chosen_rows
 from pharmacist.pipeline.pages import write_table
-from pharmacist.pipeline.select import chosen_rows
 
 
 _BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")

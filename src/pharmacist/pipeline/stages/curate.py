@@ -117,7 +117,9 @@ class SelectOptions(RunOptions):
     """Fill the share with rows whose own reason speaks against them, where too few others are left."""
 
 
-SELECT = Stage(name="select", options=SelectOptions, version=3, files=("ranking",))
+SELECT = Stage(
+    name="select", options=SelectOptions, run="pharmacist.pipeline.curate:select", version=3, files=("ranking",)
+)
 
 
 @dataclass(kw_only=True)
