@@ -95,37 +95,35 @@ def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Call
     """Asks for labels of the rows without one, in order; `keep` is called whenever `labels` has changed."""
     waiting = [row for row in asked if row["row"] not in labels]
     past: list[bool] = []  # whether a label was given, per row of `waiting` that has been asked
-    shown = False
+    shown: Any = None  # the row that was shown last
     while len(past) < len(waiting):
         row = waiting[len(past)]
         done = sum(one["row"] in labels for one in asked)
         hidden = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it"
-        said = talk.ask(f"{', '.join(LABELS) if shown else hidden}, or skip, undo, quit > ")
+        said = talk.ask(f"{', '.join(LABELS) if shown is row else hidden}, or skip, undo, quit > ")
         if said is None or (said and _QUIT.startswith(said)):
             return
         if not said:
-            if not shown:
+            if shown is not row:
                 talk.show(row)
-            shown = True
+            shown = row
         elif _UNDO.startswith(said):
             if not past:
                 talk.say("nothing to undo")
                 continue
-            shown = False
+            shown = None
             if past.pop():
                 del labels[waiting[len(past)]["row"]]
                 keep()
         elif _SKIP.startswith(said):
             past.append(False)
-            shown = False
         elif found := [name for name in LABELS if name.startswith(said)]:
-            if not shown:
+            if shown is not row:
                 talk.say("not seen yet; Enter shows it")
                 continue
             labels[row["row"]] = found[0]
             keep()
             past.append(True)
-            shown = False
         else:
             talk.say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
     skipped = past.count(False)

@@ -25,6 +25,7 @@ from pharmacist.core.method import Method
 from pharmacist.core.options import LengthOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
+from pharmacist.data.records import first_row
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
@@ -511,5 +512,4 @@ def _is_preference(spec: str | None) -> bool:
         return False
     if not os.path.exists(os.path.expanduser(spec)):
         return True
-    first = next(open_source(spec, name="rows").scan(), None)
-    return first is not None and {"chosen", "rejected"} <= set(first.value or ())
+    return {"chosen", "rejected"} <= set(first_row(open_source(spec, name="rows")))
