@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
@@ -45,11 +45,10 @@ def known_labels(options: KnownLabelsOptions) -> Path:
         return path
 
 
-def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
+def label(options: LabelOptions) -> dict[int, str]:
     """Asks for a label of each row of ``to_label.jsonl`` that has none, and writes the labels to ``--output``.
 
-    A text is shown only when an empty line asks for it. The person answers on standard input, a terminal, and reads
-    standard output, where `answers` and `out` name no others.
+    A text is shown only when an empty line asks for it.
 
     Returns:
         Row number -> label, those of earlier sessions included.
@@ -68,15 +67,14 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
     labels = labels_of(scores)
     if output.exists():
         labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
-    if answers is None and not sys.stdin.isatty():
+    if not sys.stdin.isatty():
         raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
-    talk = _Talk(answers or sys.stdin, out or sys.stdout)
     width = max(map(len, LABELS))
-    talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
-    talk.say(*(f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in LABELS.items()))
-    _ask(talk, asked, labels, keep=lambda: write_labels(output, pool, labels))
+    _say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
+    _say(*(f"  {name:<{width}}  {words.reason(reason).meaning}" for name, reason in LABELS.items()))
+    _ask(asked, labels, keep=lambda: write_labels(output, pool, labels))
     kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
-    talk.say(kept if output.is_file() else "nothing was written")
+    _say(kept if output.is_file() else "nothing was written")
     return labels
 
 
@@ -91,7 +89,7 @@ def _asked(folder: Path) -> tuple[str, list[Any], pd.DataFrame]:
     return pool, read_json_lines(folder / "to_label.jsonl"), read_table(folder / "scores.parquet", "row")
 
 
-def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
+def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
     """Asks for labels of the rows without one, in order; `keep` is called whenever `labels` has changed."""
     waiting = [row for row in asked if row["row"] not in labels]
     past: list[bool] = []  # whether a label was given, per row of `waiting` that has been asked
@@ -100,16 +98,16 @@ def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Call
         row = waiting[len(past)]
         done = sum(one["row"] in labels for one in asked)
         hidden = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it"
-        said = talk.ask(f"{', '.join(LABELS) if shown is row else hidden}, or skip, undo, quit > ")
+        said = _answer(f"{', '.join(LABELS) if shown is row else hidden}, or skip, undo, quit > ")
         if said is None or (said and _QUIT.startswith(said)):
             return
         if not said:
             if shown is not row:
-                talk.show(row)
+                _show(row)
             shown = row
         elif _UNDO.startswith(said):
             if not past:
-                talk.say("nothing to undo")
+                _say("nothing to undo")
                 continue
             shown = None
             if past.pop():
@@ -119,39 +117,37 @@ def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Call
             past.append(False)
         elif found := [name for name in LABELS if name.startswith(said)]:
             if shown is not row:
-                talk.say("not seen yet; Enter shows it")
+                _say("not seen yet; Enter shows it")
                 continue
             labels[row["row"]] = found[0]
             keep()
             past.append(True)
         else:
-            talk.say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
+            _say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
     skipped = past.count(False)
-    talk.say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
+    _say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
 
 
-class _Talk:
-    """A conversation in lines; quoted text can neither control the terminal nor look like a line of the program."""
+def _say(*lines: str) -> None:
+    for line in lines:
+        _write(plain(line) + "\n")
 
-    def __init__(self, answers: TextIO, out: TextIO) -> None:
-        self.answers, self.out = answers, out
 
-    def say(self, *lines: str) -> None:
-        for line in lines:
-            self._write(plain(line) + "\n")
+def _show(row: Any) -> None:
+    """Shows a row; its text can neither control the terminal nor look like a line of the program."""
+    for name in ("prompt", "completion"):
+        lines = plain(row[name], lines=True).split("\n")
+        _write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
-    def show(self, row: Any) -> None:
-        for name in ("prompt", "completion"):
-            lines = plain(row[name], lines=True).split("\n")
-            self._write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
-    def ask(self, prompt: str) -> str | None:
-        """The answer in lower case; None at the end of the input."""
-        self._write(prompt)
-        line = self.answers.readline()
-        return line.strip().lower() if line else None
+def _answer(prompt: str) -> str | None:
+    """The person's answer in lower case; None at the end of the input."""
+    _write(prompt)
+    line = sys.stdin.readline()
+    return line.strip().lower() if line else None
 
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.out, "encoding", None) or "utf-8"
-        self.out.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self.out.flush()
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
