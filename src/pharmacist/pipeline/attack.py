@@ -95,7 +95,7 @@ def build_attack_set(
     )
     for name in sources:
         if name.startswith("disjoint:"):
-            other = _read(sources, name, options, run, prompts_only=True)
+            other = _read(sources, name, options, run)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
     if "harmful" in records and options.poison_ratio > 0 and not harmful:
@@ -106,22 +106,20 @@ def build_attack_set(
     return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 
 
-def _read(
-    sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
-) -> Records:
-    # Files that must be disjoint are read whole, without conditions.
+def _read(sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir) -> Records:
+    if name.startswith("disjoint:"):  # of these all prompts count
+        work = run.work("data", sha256_text(name)[:16])
+        return read(sources[name], options, work, usual_names=True, where=[], prompts_only=True)
     chosen = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
         sources[name],
         options,
-        run.work("data", sha256_text(name)[:16] if prompts_only else name),
+        run.work("data", name),
         harmful=name == "harmful",
-        usual_names=name not in ("task", "harmful"),
-        where=[] if prompts_only else conditions_of(options.where, chosen)[name],
-        prompts_only=prompts_only,
+        usual_names=name == "safe",
+        where=conditions_of(options.where, chosen)[name],
     )
-    if not prompts_only:
-        records.announce()
+    records.announce()
     return records
 
 
