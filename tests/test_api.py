@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
-from pharmacist.pipeline.evaluate.command import EvaluateResult
+from pharmacist.pipeline.evaluate import EvaluateResult
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.worlds import BASE_MODEL, World

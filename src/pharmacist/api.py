@@ -63,7 +63,6 @@ _EXPLAINED = {
     "peft_config": "PEFT's configuration of the adapter; rank 8 on all linear layers by default.",
 }
 """Arguments of several functions that are no options, or not the same."""
-_REFUSED = "Rows, models or options that cannot be used."
 
 
 def explained(options: Any) -> Callable[[F], F]:
@@ -78,8 +77,8 @@ def explained(options: Any) -> Callable[[F], F]:
         for name in inspect.signature(function).parameters:
             text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), f"{name}: {docs[name]}")
             lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
-        lines += ["", rest[rest.index("Returns:") :], "", "Raises:", f"    PharmacistError: {_REFUSED}"]
-        function.__doc__ = "\n".join(lines)
+        raises = "    PharmacistError: Rows, models or options that cannot be used."
+        function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
         return function
 
     return complete
@@ -125,9 +124,6 @@ def rank(
     Args:
         pool: Rows to rank.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
-        top: Share of the pool that will be kept, in (0, 1]; 0.3 by default.
-        top_k: Number of rows that will be kept, instead.
-        min_score: Least score of the rows that will be kept, instead.
         to_label: Number of rows to suggest for labelling, those whose label is most informative.
         output_dir: Folder of partial state, so that an interrupted ranking resumes; a temporary one by default.
 

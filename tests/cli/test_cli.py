@@ -21,7 +21,7 @@ from pharmacist.core import files as core_files
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.registry import Registry
 from pharmacist.defenses import DEFENSES
-from pharmacist.pipeline.curate import command as stage
+from pharmacist.pipeline import curate as stage
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 from tests.support.world_files import CHEAP, curate_words, write_world

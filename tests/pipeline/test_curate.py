@@ -306,9 +306,7 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
     words: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("pharmacist.selectors.embeddings.available_memory", lambda: 1000)
-    monkeypatch.setattr(
-        "pharmacist.pipeline.curate.command.find_duplicates", lambda *_, **__: pytest.fail("work was done")
-    )
+    monkeypatch.setattr("pharmacist.pipeline.curate.find_duplicates", lambda *_, **__: pytest.fail("work was done"))
     assert main(curate_words({"pool": files["pool"]}, tmp_path / "out", *words.split(), "--device", "cpu")) == 2
     assert "comparing 60 rows with each other needs" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "out").iterdir())

@@ -13,7 +13,7 @@ from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.choosing import changed_by_labels
-from pharmacist.pipeline.select import SelectOptions, select
+from pharmacist.pipeline.curate import SelectOptions, select
 from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.labels import write_labels

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -47,10 +48,18 @@ def test_the_output_may_lie_in_the_home_folder(ranked: Path, tmp_path: Path, mon
     assert (tmp_path / "labels.json").is_file()
 
 
-def talk(run: Path, output: Path, *lines: str) -> tuple[dict[int, str], str]:
+class Person(io.StringIO):
+    """Types lines into a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def talk(run: Path, output: Path, *lines: str, by: type[Person] = Person) -> tuple[dict[int, str], str]:
     """Labels and what was shown, for these answers of a person."""
-    shown = io.StringIO()
-    found = label(LabelOptions(run=str(run), output=str(output)), io.StringIO("".join(f"{x}\n" for x in lines)), shown)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "stdin", by("".join(f"{line}\n" for line in lines)))
+        found = label(LabelOptions(run=str(run), output=str(output)))
     return found, shown.getvalue()
 
 
@@ -75,12 +84,12 @@ def test_words_letters_skip_undo_and_resume(ranked: Path, tmp_path: Path) -> Non
 def test_every_label_is_written_at_once(ranked: Path, tmp_path: Path) -> None:
     output, counts = tmp_path / "labels.json", []
 
-    class Person(io.StringIO):
+    class Watched(Person):
         def readline(self, *_: object) -> str:  # type: ignore[override]
             counts.append(len(read_json(output)["labels"]) if output.exists() else 0)
             return super().readline()
 
-    label(LabelOptions(run=str(ranked), output=str(output)), Person("\ng\n\nh\nu\n"), io.StringIO())
+    talk(ranked, output, "", "g", "", "h", "u", by=Watched)
     assert counts == [0, 0, 1, 1, 2, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
 

@@ -49,6 +49,11 @@ def set_quiet(quiet: bool) -> None:
     console().quiet = quiet or rank() != 0
 
 
+def say(text: str) -> None:
+    """Prints a message; its lines are not broken where the terminal is narrow, so that paths can be copied."""
+    console().print(text, soft_wrap=True)
+
+
 def print_table(
     title: str,
     head: Sequence[str],
@@ -80,7 +85,7 @@ def warn(text: str) -> None:
     quiet = console().quiet
     set_quiet(False)
     try:
-        console().print(f"warning: {plain(text)}", soft_wrap=True)
+        say(f"warning: {plain(text)}")
     finally:
         console().quiet = quiet
 

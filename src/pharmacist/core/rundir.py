@@ -20,7 +20,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import Phase, RunManifest, check_unchanged, missing_output, output_files, read_manifest
 from pharmacist.core.options import RunOptions, as_json, identifying
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import say, warn
 
 
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
@@ -118,7 +118,7 @@ class RunDir:
                         # It is left where a kill fell between manifest and removal.
                         remove(root / "work", as_far_as_possible=True)
                         return cls(root, found, None)
-                    console().print(f"{root}: {lost} is no longer there, so this run is done again", soft_wrap=True)
+                    say(f"{root}: {lost} is no longer there, so this run is done again")
             elif not _ours(root):
                 raise ConfigError(
                     f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone"
@@ -243,7 +243,7 @@ def _drop_damaged_tensors(work: Path) -> None:
     """Deletes damaged tensors of a run's partial state, so that they are computed again."""
     for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
         if not is_whole_tensors(path):
-            console().print(f"{path}: is damaged and deleted; it is computed again", soft_wrap=True, markup=False)
+            say(f"{path}: is damaged and deleted; it is computed again")
             path.unlink()
             (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pharmacist.core.console import NAMED_ROWS, by_reason
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
-from pharmacist.core.progress import bar, console, warn
+from pharmacist.core.progress import bar, say, warn
 from pharmacist.data.formats import Row, Source
 from pharmacist.data.formats.text import KeptRows, TextFile
 from pharmacist.data.layouts import OPTIONAL, BadRow, RowReader
@@ -76,7 +76,7 @@ class Records:
         """Prints how many rows were left out, and warnings of what is not read."""
         if self.filtered:
             said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
-            console().print(said, soft_wrap=True)
+            say(said)
         for text in self.warnings:
             warn(text)
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pharmacist.core.console import plain
 from pharmacist.core.errors import CompatibilityError, DataError, one_line
 from pharmacist.core.hashing import sha256_text
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.nn.libraries import failures_as
 
 
@@ -87,7 +87,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in beyond:
         # Harmless: masks come from lengths and labels from concatenation, so no padding id is ever read.
         why = "no pad token" if tokenizer.pad_token_id is None else "no embedding for the pad token"
-        console().print(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
+        say(f"{plain(name)}: {why}; padding with the end-of-sequence token, masked everywhere")
         tokenizer.pad_token = tokenizer.eos_token
 
 

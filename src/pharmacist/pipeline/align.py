@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pharmacist.core.errors import CompatibilityError
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.where import conditions_of
@@ -36,17 +36,15 @@ def align(options: AlignOptions) -> ModelResult:
     inputs = {name: source.fingerprint() for name, source in sources.items()}
     inputs |= {"model": model_fingerprint(options.model)} | weights_fingerprint(options.weights)
     with ALIGN.open(options, inputs=inputs, methods={"defense": strategy}) as run:
-        model = None if run.complete else _align(sources, strategy, options, run)
-        return ModelResult.of(run, model)
+        return ModelResult.of(run, None if run.complete else _align(sources, strategy, options, run))
 
 
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:
-    conditions = conditions_of(options.where, sources)
+    conditions, weights = conditions_of(options.where, sources), None
     with run.phase("read"):
         records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
         records.announce()
         harmful = read_harmful_rows(sources, records, strategy, options, run)
-        weights = None
         if options.weights is not None:
             weights = row_weights(options.weights, sources["data"], records.counts["in"])
     with run.phase("load model"):
@@ -57,7 +55,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         streams, stream_counts = alignment_streams(strategy, records, encoded, harmful, loaded, options, run)
         loaded = prepare_model(loaded, options)
     if encoded.truncated:
-        console().print(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
+        say(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     name = options.defense["name"]
     card = Card(
         title=f"aligned with {name}",

@@ -12,7 +12,7 @@ from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import atomic_write
 from pharmacist.core.hashing import sha256_text
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
@@ -66,8 +66,8 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
     for name, method in needed.items():
         if getattr(options, name) is None:
             raise ConfigError(f"{method} needs --{name} FILE")
-    opened = {"task": open_task}
-    sources = {name: opened.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
+    openers = {"task": open_task}
+    sources = {name: openers.get(name, open_source)(getattr(options, name), name=f"--{name}") for name in needed}
     for file in options.disjoint_from:
         source = open_source(file, name="--disjoint-from")
         name, same = f"disjoint:{source.label}", sum(it.label == source.label for it in sources.values())
@@ -95,7 +95,7 @@ def build_attack_set(
     )
     for name in sources:
         if name.startswith("disjoint:"):
-            other = _read(sources, name, options, run, prompts_only=True)
+            other = _read(sources, name, options, run)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
     harmful = sum(rows["is_harmful"])
     if "harmful" in records and options.poison_ratio > 0 and not harmful:
@@ -106,22 +106,20 @@ def build_attack_set(
     return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 
 
-def _read(
-    sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir, *, prompts_only: bool = False
-) -> Records:
-    # Files that must be disjoint are read whole, without conditions.
+def _read(sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir) -> Records:
+    if name.startswith("disjoint:"):  # of these all prompts count
+        work = run.work("data", sha256_text(name)[:16])
+        return read(sources[name], options, work, usual_names=True, where=[], prompts_only=True)
     chosen = {other: source for other, source in sources.items() if not other.startswith("disjoint:")}
     records = read(
         sources[name],
         options,
-        run.work("data", sha256_text(name)[:16] if prompts_only else name),
+        run.work("data", name),
         harmful=name == "harmful",
-        usual_names=name not in ("task", "harmful"),
-        where=[] if prompts_only else conditions_of(options.where, chosen)[name],
-        prompts_only=prompts_only,
+        usual_names=name == "safe",
+        where=conditions_of(options.where, chosen)[name],
     )
-    if not prompts_only:
-        records.announce()
+    records.announce()
     return records
 
 
@@ -145,7 +143,7 @@ def _attack(
     if options.build_only:
         if rank() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
-            console().print(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}", soft_wrap=True)
+            say(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}")
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
@@ -171,9 +169,8 @@ def _attack(
     )
     training = Training(loaded, encoded, strategy, options, run, streams)
     steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
-    say_done(
-        run, f"fine-tuned on {counts['samples']} rows, {counts['harmful']} of them harmful, {steps} steps: {run.root}"
-    )
+    rows_trained = f"{counts['samples']} rows, {counts['harmful']} of them harmful"
+    say_done(run, f"fine-tuned on {rows_trained}, {steps} steps: {run.root}")
     return loaded.model
 
 

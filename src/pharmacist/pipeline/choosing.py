@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,28 +11,20 @@ import pandas as pd
 from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
-from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, check_min_score
-from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
+from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, SelectOptions, check_min_score
+from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, IntArray, Scores, scaled_to_mean_1
 
 
-IntArray = npt.NDArray[np.int64]
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]
 """Coordinates of each row, and a key per row that does not depend on their order; see `subset.Spread`."""
 
 
-def fraction_of(options: CurateOptions, n: int) -> float:
-    """The share of `n` ranked rows to select."""
-    if options.top_k is not None:
-        return min(1.0, options.top_k / n)
-    return options.top if options.top is not None else 0.3
-
-
 def number_of(options: CurateOptions, n: int) -> int:
     """The number of rows to select from `n` ranked ones."""
-    return options.top_k or _rows_of(fraction_of(options, n), n)
+    return options.top_k or _rows_of(0.3 if options.top is None else options.top, n)
 
 
 def _rows_of(fraction: float, n: int) -> int:
@@ -49,14 +42,9 @@ def ranked_table(
 ) -> pd.DataFrame:
     """The content of ``scores.parquet``, a row per row of the pool.
 
-    Args:
-        pool: The ranked rows.
-        scores: The selector's verdict on them.
-        clusters: Number of each row's cluster of near-duplicates, shape [rows].
-        options: Decide which rows are selected.
-        groups: Each row's value of the column to balance by.
-        points: For a diversity that needs distances between rows.
-        labels: Position -> reason that a person gave the row.
+    `clusters` holds the number of each row's cluster of near-duplicates, shape [rows], `groups` each row's value of
+    the column to balance by, and `labels` the reason that a person gave the row at a position; `points` serve a
+    diversity that needs distances between rows.
     """
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))
@@ -136,7 +124,7 @@ def choose(
         if not len(chosen):
             best = table["score"].max()
             raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
-        return np.sort(chosen)
+        return chosen
     if fraction is not None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
@@ -153,7 +141,13 @@ def choose(
     groups = pd.factorize(table["group"], sort=True)[0] if share else np.zeros(len(table), dtype=np.int64)
     good = table["reason"].isin((CRITICAL, RANKED)).to_numpy()
     spread = Spread(diversity, margin, *points) if diversity in SPREAD and points is not None else None
-    return np.sort(core_rows(order, min(k, len(order)), good, groups, share, spread))
+    return core_rows(order, min(k, len(order)), good, groups, share, spread)
+
+
+def chosen_rows(table: pd.DataFrame, config: Mapping[str, Any], options: SelectOptions) -> IntArray:
+    """Positions of the rows to select, as `choose` finds them; `config` holds the ranking's options."""
+    share = config["balance_share"] if config["balance"] is not None else 0.0
+    return choose(table, options.top, None, None, config["diversity"], share=share, fill=options.fill)
 
 
 def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
@@ -201,5 +195,5 @@ def balance_counts(table: pd.DataFrame, options: CurateOptions) -> dict[str, dic
         if selected == 0:
             message = f"none of its {n} rows is selected, since none is judged worth keeping"
         if selected == 0 or selected > by_rank:
-            console().print(f"--balance {options.balance}: {plain(group)}: {message}", soft_wrap=True, markup=False)
+            say(f"--balance {options.balance}: {plain(group)}: {message}")
     return counts

@@ -45,11 +45,7 @@ class DemoResult:
 
 
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
-    """Runs the demo and writes ``demo.json`` and ``report.html``.
-
-    Args:
-        options: Of the command.
-        grid: A benchmark with the selectors full, random and core, one pool and one model.
+    """Runs the demo, on a grid with the selectors full, random and core, and writes ``demo.json`` and its page.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
@@ -110,16 +106,12 @@ def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
     table = pd.read_parquet(folder / "scores.parquet")
     rows, table["label"] = planted_pool(vars(options))
     keep = [row.worth_keeping(options.pool) for row in rows]
-    selected = table.loc[table["selected"], "label"].value_counts()
     reasons = table.groupby(["label", "reason"]).size().reset_index(name="rows")
     return {
         "auc": float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None,
         "keep": "good and duplicate" if options.pool == "planted" else "strong",
-        "selected": {str(label): int(count) for label, count in selected.items()},
-        "reasons": [
-            {"label": label, "reason": str(reason), "rows": count}
-            for label, reason, count in reasons.itertuples(index=False, name=None)
-        ],
+        "selected": table.loc[table["selected"], "label"].value_counts().to_dict(),
+        "reasons": reasons.to_dict("records"),
     }
 
 

@@ -1,16 +1,21 @@
-"""The command `label`: asks a person, in a terminal, for the labels that would help a ranking most."""
+"""Labels of the rows that a ranking asks for: by a person in a terminal (`label`), or known before (in a grid)."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import pandas as pd
 
 from pharmacist.core.console import plain
+from pharmacist.core.env import rank
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
+from pharmacist.core.hashing import sha256_file
+from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.pages import ranking_manifest, read_table
-from pharmacist.pipeline.stages.curate import LabelOptions
+from pharmacist.pipeline.stages.curate import KNOWN_LABELS, KnownLabelsOptions, LabelOptions
 from pharmacist.report import words
 from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
 
@@ -18,15 +23,32 @@ from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_l
 _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
 
 
-def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | None = None) -> dict[int, str]:
+def known_labels(options: KnownLabelsOptions) -> Path:
+    """Writes ``labels.json`` with the known labels of the rows of ``to_label.jsonl``, and returns its path.
+
+    Raises:
+        DataError: The ranking asks for none, or a row that it asks for has no label.
+    """
+    pool, asked, scores = _asked(Path(options.ranking))
+    inputs = {"to_label": sha256_file(Path(options.ranking) / "to_label.jsonl"), "labels": sha256_file(options.labels)}
+    with KNOWN_LABELS.open(options, inputs=inputs) as run:
+        path = run.path("labels.json")
+        if rank() == 0 and not run.complete:
+            with run.phase("label"):
+                known = read_entries(options.labels, pool, scores["row"].to_numpy(), where=f"labels {options.labels}")
+                rows = [row["row"] for row in asked]
+                if missing := [row for row in rows if row not in known]:
+                    raise DataError(f"labels {options.labels}: row {missing[0]} has none; label every row of the pool")
+                write_labels(path, pool, {row: known[row] for row in rows})
+            run.finish(outputs=[path.name], counts={"labels": len(rows)})
+        barrier()
+        return path
+
+
+def label(options: LabelOptions) -> dict[int, str]:
     """Asks for a label of each row of ``to_label.jsonl`` that has none, and writes the labels to ``--output``.
 
     A text is shown only when an empty line asks for it.
-
-    Args:
-        options: Folder of the ranking, and the file of labels.
-        answers: The person's answers, a line each; by default standard input, which must be a terminal.
-        out: What the person reads; by default standard output.
 
     Returns:
         Row number -> label, those of earlier sessions included.
@@ -36,97 +58,96 @@ def label(options: LabelOptions, answers: TextIO | None = None, out: TextIO | No
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
     folder, output = Path(options.run), Path(os.path.expanduser(options.output))
-    pool = ranking_manifest(folder).inputs["pool"]
+    pool, asked, scores = _asked(folder)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(f"--output {output}: lies in the run's folder, which --overwrite empties; choose another")
     if output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; give the name of a file, such as {output / 'labels.json'}")
+    # The labels that the ranking was made with, overruled by those in the output.
+    labels = labels_of(scores)
+    if output.exists():
+        labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
+    if not sys.stdin.isatty():
+        raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
+    width = max(map(len, LABELS))
+    _say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
+    _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
+    _ask(asked, labels, keep=lambda: write_labels(output, pool, labels))
+    kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
+    _say(kept if output.is_file() else "nothing was written")
+    return labels
+
+
+def _asked(folder: Path) -> tuple[str, list[Any], pd.DataFrame]:
+    """Of a finished ranking: fingerprint of its pool, lines of ``to_label.jsonl``, and ``scores.parquet``."""
+    pool = ranking_manifest(folder).inputs["pool"]
     if not (folder / "to_label.jsonl").is_file():
         raise DataError(
             f"{folder}: no to_label.jsonl; rank with the selector pharmacist, of form evidence or both, and not with "
             "--to-label 0"
         )
-    asked = read_json_lines(folder / "to_label.jsonl")
-    # The labels that the ranking was made with, overruled by those in the output.
-    scores = read_table(folder / "scores.parquet", "row")
-    labels = labels_of(scores)
-    if output.exists():
-        labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
-    if answers is None and not sys.stdin.isatty():
-        raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
-    talk = _Talk(answers or sys.stdin, out or sys.stdout)
-    width = max(map(len, LABELS))
-    talk.say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
-    talk.say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
-    _ask(talk, asked, labels, keep=lambda: write_labels(output, pool, labels))
-    kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
-    talk.say(kept if output.is_file() else "nothing was written")
-    return labels
+    return pool, read_json_lines(folder / "to_label.jsonl"), read_table(folder / "scores.parquet", "row")
 
 
-def _ask(talk: "_Talk", asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
+def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None]) -> None:
     """Asks for labels of the rows without one, in order; `keep` is called whenever `labels` has changed."""
     waiting = [row for row in asked if row["row"] not in labels]
     past: list[bool] = []  # whether a label was given, per row of `waiting` that has been asked
-    shown = False
+    shown: Any = None  # the row that was shown last
     while len(past) < len(waiting):
         row = waiting[len(past)]
         done = sum(one["row"] in labels for one in asked)
         hidden = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it"
-        said = talk.ask(f"{', '.join(LABELS) if shown else hidden}, or skip, undo, quit > ")
+        said = _answer(f"{', '.join(LABELS) if shown is row else hidden}, or skip, undo, quit > ")
         if said is None or (said and _QUIT.startswith(said)):
             return
         if not said:
-            if not shown:
-                talk.show(row)
-            shown = True
+            if shown is not row:
+                _show(row)
+            shown = row
         elif _UNDO.startswith(said):
             if not past:
-                talk.say("nothing to undo")
+                _say("nothing to undo")
                 continue
-            shown = False
+            shown = None
             if past.pop():
                 del labels[waiting[len(past)]["row"]]
                 keep()
         elif _SKIP.startswith(said):
             past.append(False)
-            shown = False
         elif found := [name for name in LABELS if name.startswith(said)]:
-            if not shown:
-                talk.say("not seen yet; Enter shows it")
+            if shown is not row:
+                _say("not seen yet; Enter shows it")
                 continue
             labels[row["row"]] = found[0]
             keep()
             past.append(True)
-            shown = False
         else:
-            talk.say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
+            _say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
     skipped = past.count(False)
-    talk.say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
+    _say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
 
 
-class _Talk:
-    """A conversation in lines; quoted text can neither control the terminal nor look like a line of the program."""
+def _say(*lines: str) -> None:
+    for line in lines:
+        _write(plain(line) + "\n")
 
-    def __init__(self, answers: TextIO, out: TextIO) -> None:
-        self.answers, self.out = answers, out
 
-    def say(self, *lines: str) -> None:
-        for line in lines:
-            self._write(plain(line) + "\n")
+def _show(row: Any) -> None:
+    """Shows a row; its text can neither control the terminal nor look like a line of the program."""
+    for name in ("prompt", "completion"):
+        lines = plain(row[name], lines=True).split("\n")
+        _write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
-    def show(self, row: Any) -> None:
-        for name in ("prompt", "completion"):
-            lines = plain(row[name], lines=True).split("\n")
-            self._write("".join([f"{name}:\n", *(f"  | {line}\n" for line in lines)]))
 
-    def ask(self, prompt: str) -> str | None:
-        """The answer in lower case; None at the end of the input."""
-        self._write(prompt)
-        line = self.answers.readline()
-        return line.strip().lower() if line else None
+def _answer(prompt: str) -> str | None:
+    """The person's answer in lower case; None at the end of the input."""
+    _write(prompt)
+    line = sys.stdin.readline()
+    return line.strip().lower() if line else None
 
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.out, "encoding", None) or "utf-8"
-        self.out.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self.out.flush()
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()

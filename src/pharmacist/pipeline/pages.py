@@ -1,13 +1,15 @@
 """Reads the results of finished runs and writes their pages, without a model and so without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import check_ordinary, read_json_lines
+from pharmacist.core.files import atomic_path, check_ordinary, read_json_lines
 from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
 from pharmacist.core.progress import print_table
 from pharmacist.core.registry import closest
@@ -20,11 +22,7 @@ from pharmacist.worlds.potions import Planted
 
 
 def ranking_manifest(folder: str | Path) -> RunManifest:
-    """The manifest of a finished ranking.
-
-    Raises:
-        DataError: The run is none, is not finished, or its files have changed since.
-    """
+    """The manifest of a finished ranking; a DataError where it is none, or its files have changed since."""
     manifest = read_manifest(folder)
     if manifest.stage != "curate":
         raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
@@ -44,6 +42,12 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
     if missing := [name for name in columns if name not in table]:
         raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
     return table
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> None:
+    """Writes a Parquet file, whole or not at all: `columns` are names and Arrow types; what a row lacks is null."""
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), temporary)
 
 
 def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None) -> None:

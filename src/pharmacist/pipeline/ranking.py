@@ -13,6 +13,7 @@ import pandas as pd
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json_lines
+from pharmacist.core.manifest import options_in
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.where import conditions_for
@@ -65,9 +66,7 @@ class Ranking:
             DataError: The folder holds no finished ranking, or the pool has changed since.
         """
         folder, manifest = Path(folder), ranking_manifest(folder)
-        config = manifest.config
-        if missing := [name for name in ("pool", "columns", "on_bad_row") if name not in config]:
-            raise DataError(f"{folder}: manifest.json lacks the option {missing[0]}; run the command again")
+        config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
         pool = f"{folder}: the pool {config['pool']}"
         again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"

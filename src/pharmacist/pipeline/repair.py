@@ -36,8 +36,7 @@ def repair(options: RepairOptions) -> ModelResult:
     chosen.check(form, continued=continued)
     inputs = {name: source.fingerprint() for name, source in sources.items()} | fingerprints
     with REPAIR.open(options, inputs=inputs, methods={"method": chosen}) as run:
-        model = None if run.complete else _repair(sources, chosen, form, continued, options, run)
-        return ModelResult.of(run, model)
+        return ModelResult.of(run, None if run.complete else _repair(sources, chosen, form, continued, options, run))
 
 
 def _check_given(chosen: Repair, options: RepairOptions) -> None:
@@ -178,7 +177,8 @@ def _show(changes: list[Change], metrics: Mapping[str, Any], name: str) -> None:
         parts = change.tensor.split(".")
         groups.setdefault(".".join(parts[-2:] if parts[-1].startswith("lora_") else parts[-1:]), []).append(change)
     rows = []
-    for group, own in ((group, _metrics(members)) for group, members in groups.items()):
+    for group, members in groups.items():
+        own = _metrics(members)
         changed = f"{own['tensors_changed']} of {own['tensors']}", f"{100 * own['share_changed']:.1f} %"
         rows.append([group, *changed, f"{own['norm_before']:.4g}", f"{own['norm_after']:.4g}"])
     title = f"{name}: {metrics['tensors_changed']} of {metrics['tensors']} tensors changed"

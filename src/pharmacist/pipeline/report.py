@@ -5,17 +5,14 @@ from pathlib import Path
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import check_unchanged, read_manifest
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.pipeline.pages import bench_page, demo_page, sweep_page
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.report import ReportOptions
 
 
 def report(options: ReportOptions) -> str:
-    """Writes ``report.html`` of a finished folder again.
-
-    Returns:
-        Path of the page.
+    """Writes ``report.html`` of a finished folder again, and returns its path.
 
     Raises:
         DataError: The folder holds no finished run, or the pool has changed since it was ranked.
@@ -43,5 +40,5 @@ def report(options: ReportOptions) -> str:
         if options.baseline is not None:
             raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     pages[manifest.stage]()
-    console().print(f"page {folder}/report.html", soft_wrap=True)
+    say(f"page {folder}/report.html")
     return f"{folder}/report.html"

@@ -8,7 +8,7 @@ import datasets
 
 from pharmacist.core.env import rank
 from pharmacist.core.options import RowOptions
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.layouts import OPTIONAL
@@ -16,14 +16,18 @@ from pharmacist.data.records import Records, columns_in, parse_columns, read_rec
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
+from pharmacist.pipeline.stages.curate import REFERENCES
 
 
 T = TypeVar("T")
 
 
-def open_several(kind: str, given: Iterable[Any], name: str) -> dict[str, Source]:
-    """Opens the files (or other rows) of one kind, as ``safe``, ``safe 2`` and so on; messages call each `name`."""
-    return numbered(kind, (open_source(one, name=name) for one in given))
+def open_references(options: Any, option: str = "--{}") -> dict[str, Source]:
+    """Opens the references that options name, as ``safe``, ``safe 2`` and so on; `option` is a kind in messages."""
+    found: dict[str, Source] = {}
+    for kind in REFERENCES:
+        found |= numbered(kind, (open_source(one, name=option.format(kind)) for one in getattr(options, kind)))
+    return found
 
 
 def numbered(kind: str, several: Iterable[T]) -> dict[str, T]:
@@ -77,7 +81,7 @@ def name_unused(options: Any, names: Iterable[str], used: Collection[str], metho
     """Prints which of some options are given although a method does not use them."""
     for name in names:
         if name not in used and getattr(options, name) is not None:
-            console().print(f"--{name}: the {method} does not use it", soft_wrap=True)
+            say(f"--{name}: the {method} does not use it")
 
 
 def texts(records: Records) -> set[tuple[str, str]]:

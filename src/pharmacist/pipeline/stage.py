@@ -8,7 +8,7 @@ from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 
@@ -20,7 +20,8 @@ class Stage:
     Attributes:
         name: Of its command, and in manifests.
         options: Class of its options, whose doc says what each means.
-        run: ``"module:function"`` that does the work, imported when it is asked for.
+        run: ``"module:function"`` that does the work, imported when it is asked for; by default what is called like
+            the stage, function and module.
         summary: What it does, in a line of the command line's usage.
         example: A command line.
         page: Name of its how-to page, where that is not its own.
@@ -42,7 +43,7 @@ class Stage:
 
     name: str
     options: type[Any]
-    run: str
+    run: str = ""
     summary: str = ""
     example: str = ""
     page: str | None = None
@@ -63,7 +64,7 @@ class Stage:
     @property
     def function(self) -> Any:
         """What does the work."""
-        return resolve_name(self.run)
+        return resolve_name(self.run or f"pharmacist.pipeline.{self.name}:{self.name}")
 
     def __call__(self, options: Any) -> Any:
         """Does the work."""
@@ -72,9 +73,7 @@ class Stage:
     def identity(self, options: Any, methods: Mapping[str, Any]) -> Any:
         """The options that identify a run: what changes no result at its default, methods with all their own options.
 
-        Args:
-            options: Of the run.
-            methods: Option -> the method that it names, whose options count whether given or left at their defaults.
+        `methods` are those that options name, by option; what they leave at its default counts too.
         """
         defaults = {
             item.name: item.default if item.default_factory is MISSING else item.default_factory()
@@ -92,22 +91,12 @@ class Stage:
 
     @contextmanager
     def open(
-        self,
-        options: RunOptions,
-        *,
-        inputs: Mapping[str, str],
-        methods: Mapping[str, Any] | None = None,
-        reopens: bool | None = None,
+        self, options: RunOptions, *, inputs: Mapping[str, str], methods: Mapping[str, Any] | None = None
     ) -> Iterator[RunDir]:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
         A run that fails on bad input frees its folder for one with mended input, unless it holds costly results.
-
-        Args:
-            options: Of the run.
-            inputs: Fingerprint per input.
-            methods: As in `identity`.
-            reopens: Instead of the declaration's.
+        `inputs` are fingerprints, `methods` as in `identity`.
 
         Yields:
             The folder; `RunDir.complete` and the manifest are the first process's, on every process.
@@ -122,7 +111,7 @@ class Stage:
             inputs=inputs,
             final=self.final,
             final_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
-            reopen=self.reopens if reopens is None else reopens,
+            reopen=self.reopens,
             read_again=self.read_again,
         )
         try:
@@ -130,7 +119,7 @@ class Stage:
             if run.temporary is not None:  # all processes share the first's
                 run.root = from_main(run.root)
             if run.complete and self.again:
-                console().print(f"{run.root}: complete already; --overwrite {self.again}", soft_wrap=True)
+                say(f"{run.root}: complete already; --overwrite {self.again}")
             yield run
         except PharmacistError:
             if not any(run.holds(pattern) for pattern in self.costly):

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source
@@ -40,12 +40,7 @@ def read_harmful_rows(
 ) -> Records | None:
     """Reads the harmful rows of `align`; None where the defense needs none.
 
-    Args:
-        sources: The opened ``data`` and maybe ``harmful``; without it the rejected answers of a preference file.
-        alignment: The rows of ``data``.
-        strategy: The defense.
-        options: The stage's.
-        run: Its folder.
+    Without ``harmful`` among the sources they are the rejected answers of ``data``, whose rows `alignment` holds.
 
     Raises:
         ConfigError: There are no harmful rows.
@@ -61,8 +56,8 @@ def read_harmful_rows(
             "rejected"
         )
     source = "harmful" if "harmful" in sources else "data"
-    where, work = conditions_of(options.where, sources)[source], run.work("data", "harmful")
-    harmful = read(sources[source], options, work, harmful=True, usual_names=True, where=where)
+    conditions, work = conditions_of(options.where, sources), run.work("data", "harmful")
+    harmful = read(sources[source], options, work, harmful=True, usual_names=True, where=conditions[source])
     harmful.announce()
     if texts(harmful) == texts(alignment):
         raise DataError("--data and --harmful hold the same rows; check the two files")
@@ -80,14 +75,7 @@ def alignment_streams(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Makes the streams that an alignment-stage defense draws from (`GradientStrategy.streams`).
 
-    Args:
-        strategy: The defense.
-        alignment: The alignment rows.
-        encoded: Those of them that are trained on, tokenised.
-        harmful: From `read_harmful_rows`.
-        loaded: The model.
-        options: The stage's.
-        run: Its folder.
+    `encoded` are the alignment rows that are trained on, tokenised; `harmful` comes from `read_harmful_rows`.
 
     Returns:
         The streams by name, and numbers of rows for the manifest.
@@ -120,8 +108,7 @@ def _pair(
     tokens: Encoded, alignment: Records, encoded: Encoded, harmful: Records, loaded: LoadedModel, options: AlignOptions
 ) -> PairedRows:
     """Batches of the harmful partners of alignment rows, out of the tokenised harmful rows."""
-    by = options.pair_by
-    position = {row: number for number, row in enumerate(tokens.dataset["row"])}
+    by, position = options.pair_by, {row: number for number, row in enumerate(tokens.dataset["row"])}
     trained = set(encoded.dataset["row"])
     found = pair_rows(alignment.dataset, harmful.dataset, by)
     pairs = {row: position[partner] for row, partner in found.items() if row in trained and partner in position}
@@ -131,8 +118,7 @@ def _pair(
             "answers to the same prompts, or --pair-by turn"
         )
     how = "in turn" if by == "turn" else f"same {by}"
-    message = f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner ({how})"
-    console().print(message, soft_wrap=True)
+    say(f"{len(pairs)} of {len(encoded)} alignment rows have a harmful partner ({how})")
     return PairedRows(tokens, pairs, pad_token_id=loaded.tokenizer.pad_token_id, device=loaded.device)
 
 

@@ -15,17 +15,16 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import ConfigError, DivergedError
-from pharmacist.core.files import atomic_path, read_json, write_json, write_text
+from pharmacist.core.files import read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import console, hushed, print_table, warn
+from pharmacist.core.progress import hushed, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.tasks import TASKS
@@ -38,7 +37,7 @@ from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
 from pharmacist.pipeline.evaluate.reading import OPENERS, grader_of, judges_of, verdict_files
-from pharmacist.pipeline.pages import sweep_page
+from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.rows import numbered
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
@@ -112,8 +111,7 @@ def _is_public(spec: str) -> bool:
 def _with_snapshots_there(point: _Point, options: SweepOptions) -> _Point:
     """An attack of the grid with the snapshots that it has, where it was begun before; without curves none is needed.
 
-    Raises:
-        ConfigError: It was trained without the snapshots that the curves need.
+    A ConfigError where it was trained without the snapshots that the curves need.
     """
     folder, own = Path(point.options.output_dir), point.options
     if options.overwrite or not (folder / "manifest.json").is_file():
@@ -168,10 +166,8 @@ def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepO
         return []
     train = point.effective_train
     added, replaces = strategy.mixed_in(point.samples) if "safe" in strategy.streams else (0, False)
-    batches = math.ceil(
-        (point.samples + (0 if replaces else added)) / (int(train["per_device_train_batch_size"]) * world_size())
-    )
-    updates = math.ceil(batches / int(train.get("gradient_accumulation_steps", 1)))
+    rows, batch = point.samples + (0 if replaces else added), int(train["per_device_train_batch_size"]) * world_size()
+    updates = math.ceil(math.ceil(rows / batch) / int(train.get("gradient_accumulation_steps", 1)))
     steps = int(train.get("max_steps", -1))
     steps = steps if steps > 0 else math.ceil(train["num_train_epochs"] * updates)
     snapshots = options.snapshots or [steps // 16, steps // 8, steps // 4, steps // 2]
@@ -256,8 +252,8 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     summary = summarise(entries, _metrics(before), options.margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
-    evaluations = [stage for stage in sweep.stages.values() if stage.kind == "evaluate"]
-    partial = any(it.manifest is not None and it.manifest.status == "partial" for it in evaluations)
+    manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
+    partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
     if partial:
         warn("answers or verdicts failed; the figures are over the rest, and the same command asks for them again")
     if rank() == 0:
@@ -284,9 +280,8 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
     for point in points:
         first.setdefault(point.settings["poison_ratio"], point.options)
     for ratio, options in first.items():
-        attack(
-            replace(options, build_only=True, snapshots=[], output_dir=str(run.work("sets", f"poison-{ratio:.15g}")))
-        )
+        folder = str(run.work("sets", f"poison-{ratio:.15g}"))
+        attack(replace(options, build_only=True, snapshots=[], output_dir=folder))
 
 
 def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,19 +351,16 @@ def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
             metric = entry.get(name) or {}
             low, high = metric.get("ci95") or (None, None)
             row |= {name: metric.get("value"), f"{name}_low": low, f"{name}_high": high, f"{name}_n": metric.get("n")}
-        rows.append({name: row.get(name) for name in columns})
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), temporary)
+        rows.append(row)
+    write_table(path, rows, columns)
 
 
 def _show(result: SweepResult) -> None:
-    out, summary = console(), result.summary
-    head, lines = attack_table(summary)
+    head, lines = attack_table(result.summary)
     title = f"{len(lines)} attacks, in %, 95 % intervals over prompts"
     names = [name.replace(" ", "\n") for name in head]
     print_table(title, names, lines[:_SHOWN], text=(len(head) - 1,), wrap=False)
     if len(lines) > _SHOWN:
-        out.print(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}", soft_wrap=True)
-    for line in sentences(summary):
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(f"page {result.folder / 'report.html'}\nfigures {result.folder / 'sweep.json'}", soft_wrap=True)
+        say(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}")
+    files = [f"page {result.folder / 'report.html'}", f"figures {result.folder / 'sweep.json'}"]
+    say("\n".join([*sentences(result.summary), *files]))

@@ -15,11 +15,7 @@ from pharmacist.data.formats import Source, open_source
 
 
 def weights_fingerprint(path: str | None) -> dict[str, str]:
-    """The file's content, by the name of its option; nothing without a file.
-
-    Raises:
-        DataError: There is no such file.
-    """
+    """The file's content, by the name of its option; nothing without a file, a DataError where it is missing."""
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -31,12 +27,8 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     """Weight of every row of the alignment set, by its number in the file.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
-    each selected row, in input order, which is the order of ``selected.jsonl``.
-
-    Args:
-        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
-        data: The alignment set.
-        rows: Its length, with the rows that are refused or left out by ``where``.
+    each selected row, in input order, which is the order of ``selected.jsonl``. `rows` is the length of the alignment
+    set `data`, with the rows that are refused or left out by ``where``.
 
     Raises:
         DataError: The weights are of other rows, or no weights.
@@ -70,11 +62,7 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
 
 
 def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str) -> dict[int, float]:
-    """Weights of the rows that are trained on, by their number in the file, with mean 1.
-
-    Raises:
-        DataError: They are all 0.
-    """
+    """Weights of the rows that are trained on, by their number in the file, with mean 1; a DataError if all are 0."""
     mean = math.fsum(weights[row] for row in rows) / len(rows)
     if not mean:
         raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")
@@ -89,10 +77,10 @@ def _check_content(path: Path, data: Source, whole: bool) -> None:
     manifest = read_manifest(folder)
     if manifest.stage != "curate" or (whole and data.fingerprint() == manifest.inputs["pool"]):
         return
-    for file in (folder / name for name in manifest.outputs if name.startswith("selected.")):
-        if file.is_file() and open_source(str(file), name="selected").fingerprint() == data.fingerprint():
-            return
-    raise DataError(
-        f"--weights {path}: belongs to other rows than --data {data.label}; give the selected rows (or the pool) of "
-        f"that run, or copy the file elsewhere if its rows are the same in another form"
-    )
+    files = [folder / name for name in manifest.outputs if name.startswith("selected.")]
+    selected = [open_source(str(file), name="selected").fingerprint() for file in files if file.is_file()]
+    if data.fingerprint() not in selected:
+        raise DataError(
+            f"--weights {path}: belongs to other rows than --data {data.label}; give the selected rows (or the pool) "
+            "of that run, or copy the file elsewhere if its rows are the same in another form"
+        )

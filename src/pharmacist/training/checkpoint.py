@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json, remove, write_json
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.nn.distributed import barrier, from_main, on_main
 from pharmacist.training.strategy import GradientStrategy, StrategyState
 
@@ -97,7 +97,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     if rank() == 0:
         damaged = complete[: complete.index(whole)] if whole is not None else []
         for path in damaged:
-            console().print(f"{path}: is damaged; the training goes on from the checkpoint before it", soft_wrap=True)
+            say(f"{path}: is damaged; the training goes on from the checkpoint before it")
         for path in {*found} - {*complete} | {*damaged}:
             remove(path)
     barrier()

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from pharmacist.core.console import markdown
 from pharmacist.core.env import rank, versions
 from pharmacist.core.files import atomic_folder, show_in, write_text
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.templates import save_template
 from pharmacist.nn.distributed import from_main
@@ -189,11 +189,11 @@ def finish(
         extra=extra | loaded.facts,
         **results,
     )
-    console().print(f"prompts are rendered by {loaded.template_origin}", markup=False, soft_wrap=True)
+    say(f"prompts are rendered by {loaded.template_origin}")
 
 
 def say_done(run: RunDir, text: str) -> None:
     """Prints the last lines of a stage: what was done, and how to measure it."""
     if rank() == 0 and run.temporary is None:
         following = f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR"
-        console().print(f"{text}\n{following}", soft_wrap=True)
+        say(f"{text}\n{following}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError, DataError, NoMatchError
-from pharmacist.core.progress import console
+from pharmacist.core.progress import say
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative
 from pharmacist.defenses.alignment.vaccine import Perturbing, perturbed, vector_norm
@@ -80,7 +80,7 @@ class TVaccine(Perturbing):
         if self.count > depth:
             raise ConfigError(f"defense.layers {self.count}: the model has {depth} layers; give at most that")
         if self.config.layers is None and depth <= _LAYERS:
-            console().print(f"t-vaccine: the model has {depth} layers, and all of them are trained and perturbed")
+            say(f"t-vaccine: the model has {depth} layers, and all of them are trained and perturbed")
         frozen = decoder_layers(model) if self.config.freeze == "layer" else self.modules
         # Weights outside the decoder layers (under full tuning) are always trained.
         self.owned = [[p for p in module.parameters() if p.requires_grad] for module in frozen.values()]

@@ -13,7 +13,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
-from pharmacist.core.progress import bar, console, print_table
+from pharmacist.core.progress import bar, print_table, say
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
@@ -65,7 +65,7 @@ def bench(options: BenchOptions) -> BenchResult:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
         if run.complete and not waiting:
-            console().print(f"{root}: complete already, nothing to run", soft_wrap=True)
+            say(f"{root}: complete already, nothing to run")
             return BenchResult(list(collect(plan)), [], root)
         failed: dict[str, Exception] = {}
         ran: list[str] = []
@@ -79,7 +79,7 @@ def bench(options: BenchOptions) -> BenchResult:
                     result = "done" if outcome.done else "not run, needs what failed"
                     result = result if outcome.error is None else _one_line(outcome.error)
                     stage = f"{plain(outcome.stage)} ({plan.stages[outcome.stage].method})"
-                    console().print(f"{number}/{len(waiting)} {stage}: {result}", soft_wrap=True, markup=False)
+                    say(f"{number}/{len(waiting)} {stage}: {result}")
                     if outcome.error is not None:
                         failed[outcome.stage] = outcome.error
                         if options.fail_fast:
@@ -98,7 +98,7 @@ def bench(options: BenchOptions) -> BenchResult:
             outputs = ("results.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
         page = f"\npage {root}/report.html" if rows else ""
-        console().print(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}", soft_wrap=True)
+        say(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}")
         return BenchResult(rows, ran, root)
 
 
@@ -150,7 +150,7 @@ def _one_line(error: Exception) -> str:
 
 def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
-    costs, out = _costs(plan, {stage.name for stage in waiting}), console()
+    costs = _costs(plan, {stage.name for stage in waiting})
     known, hours = costs["seconds"].notna(), f"{costs['seconds'].sum() / 3600:.2f}"
     groups = costs.groupby(["kind", "method"], sort=False).sum(min_count=1).reset_index()
     order = {kind: at for at, kind in enumerate(groups["kind"].unique())}
@@ -169,15 +169,14 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
     )
     if known.any():
         measured = sum(is_finished(stage, plan.stages) for stage in plan.stages.values())
-        out.print(f"hours of one device, as measured on {measured} stages in {plan.data.root}", soft_wrap=True)
+        say(f"hours of one device, as measured on {measured} stages in {plan.data.root}")
     if unknown := int(costs.loc[~known, "waiting"].sum()):
-        out.print(
+        say(
             f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
-            "--only 'PART OF ITS NAME', then ask again",
-            soft_wrap=True,
+            "--only 'PART OF ITS NAME', then ask again"
         )
     names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
-    out.print(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""), soft_wrap=True)
+    say(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""))
 
 
 def _costs(plan: Plan, waiting: Collection[str]) -> pd.DataFrame:

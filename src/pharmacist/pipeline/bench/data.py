@@ -49,20 +49,16 @@ class Data:
         check_ordinary(path, f"{where} {spec}")
         # Unlike the methods of Path, these raise no error for names that no file system accepts.
         if os.path.exists(path):
-            return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+            return self._local(path, f"{where} {spec}")
         if colon and os.path.exists(os.path.expanduser(file)):
-            path = Path(os.path.expanduser(file)).resolve()
-            return Input(f"{name}:{path}", f"{name}:{self._content(path, f'{where} {spec}')}")
+            found = self._local(Path(os.path.expanduser(file)), f"{where} {spec}")
+            return Input(f"{name}:{found.source}", f"{name}:{found.content}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
 
     def model(self, spec: str, where: str) -> Input:
-        """A model that an option names; ``world`` is the tiny model of the made-up world.
-
-        Raises:
-            DataError: There is no such folder.
-        """
+        """A model that an option names, or a DataError; ``world`` is the tiny model of the made-up world."""
         path = Path(BASE_MODEL if spec == WORLD else os.path.expanduser(spec))
         source = str(path.resolve()) if os.path.isdir(path) else spec
         if source not in self._contents:
@@ -75,16 +71,12 @@ class Data:
     def folder(self, spec: str, where: str) -> Input:
         """A folder that an option names, or a hub id."""
         path = Path(os.path.expanduser(spec))
-        if not os.path.isdir(path):
-            return Input(spec, f"hub:{spec}")
-        return Input(str(path.resolve()), self._content(path.resolve(), f"{where} {spec}"))
+        return self._local(path, f"{where} {spec}") if os.path.isdir(path) else Input(spec, f"hub:{spec}")
 
     def read_labels(self, pool: PoolEntry) -> None:
-        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
-        pool everything is known.
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
 
-        Raises:
-            DataError: The file is none of labels, or is about another pool.
+        Of a made-up pool everything is known. A DataError where the file is none of labels, or is about another pool.
         """
         if pool.labels is not None and pool.pool != WORLD and pool.name not in self.worth_keeping:
             source = open_source(pool.pool, name="pool")
@@ -93,13 +85,14 @@ class Data:
             known = read_entries(pool.labels, source.fingerprint(), rows, where=where)
             self.worth_keeping[pool.name] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
 
-    def _content(self, path: Path, what: str) -> str:
+    def _local(self, path: Path, what: str) -> Input:
+        path = path.resolve()
         if str(path) not in self._contents:
             try:
                 self._contents[str(path)] = sha256_file(path) if path.is_file() else sha256_content(path)
             except OSError as error:
                 raise DataError(f"{what}: cannot be read ({error.strerror}); check path and permissions") from error
-        return self._contents[str(path)]
+        return Input(str(path), self._contents[str(path)])
 
     def _made_up(self, spec: str, where: str, pool: PoolEntry, seed: int) -> Input:
         _, _, rest = spec.partition(":")
@@ -111,13 +104,13 @@ class Data:
             raise ConfigError(f"{where} {spec}: '{number}' is no number of rows")
         if name == "answers" and pool.pool != WORLD:
             raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
-        world = seed if pool.seed is None else pool.seed
-        text = _text(name, world, int(number) if number else None, (pool.rows, pool.mislabel, pool.kind))
+        world, planted = seed if pool.seed is None else pool.seed, (pool.rows, pool.mislabel, pool.kind)
+        text = _text(name, world, int(number) if number else None, planted)
         content = sha256_text(text)
         path = self.root / "data" / f"{name or 'pool'}-{content[:16]}.jsonl"
         if not name and path not in self.texts:
-            planted = World(world).labelled(pool.rows, pool.mislabel, pool.kind)
-            self.worth_keeping[str(path)] = {n: row.worth_keeping(pool.kind) for n, row in enumerate(planted)}
+            rows = World(world).labelled(*planted)
+            self.worth_keeping[str(path)] = {n: row.worth_keeping(pool.kind) for n, row in enumerate(rows)}
         self.texts[path] = text
         return Input(str(path), content)
 

@@ -7,7 +7,7 @@ Models are evaluated after alignment, at the snapshots of the attack, after it, 
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,16 +25,17 @@ from pharmacist.core.method import Method
 from pharmacist.core.options import LengthOptions, as_json, identifying
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
+from pharmacist.data.records import first_row
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
 from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
 from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
+from pharmacist.pipeline.curate import WEIGHTS
 from pharmacist.pipeline.evaluate.reading import grader_of, judges_of, verdict_files
-from pharmacist.pipeline.select import WEIGHTS
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
-from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import EVALUATE
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 
@@ -119,11 +120,8 @@ class Plan:
     def waiting(self, pattern: str | None = None) -> list[Stage]:
         """Stages that are still to be run for the cells that match a pattern, each after those that it needs.
 
-        A stage is run where its result is missing or stale, and where a stage that it needs is run.
-
-        Raises:
-            ConfigError: No cell matches.
-            DataError: A result was written by a newer version of this package.
+        A stage is run where its result is missing or stale, and where a stage that it needs is run. A ConfigError
+        where no cell matches, a DataError where a newer version of this package wrote a result.
         """
         cells = [cell for cell in self.cells if pattern is None or cell.matches(pattern)]
         if not cells:
@@ -137,15 +135,9 @@ class Plan:
 
 
 def expand(grid: BenchOptions, root: Path) -> Plan:
-    """Expands a grid into its graph in the folder `root`, and checks everything that can be checked before any work.
-
-    Raises:
-        PharmacistError: The grid has an error.
-    """
+    """Expands a grid into its graph in the folder `root`; a PharmacistError where that shows an error of the grid."""
     _check_any("seeds", grid.seeds)
-    graph, cells = _Graph(grid, root), []
-    graph.check_sections()
-    axes = _axes(grid)
+    graph, axes, cells = _Graph(grid, root), _axes(grid), []
     for seed, *entries in itertools.product(grid.seeds, *axes.values()):
         chosen = _Choice(**dict(zip(axes, entries, strict=True)), seed=seed)
         if chosen.pool.name not in (chosen.selector.pools or [chosen.pool.name]):
@@ -172,23 +164,18 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for entry in axes[owner]:
             for name in getattr(entry, f"{axis}s"):
                 if name not in known:
-                    hint = closest(name, known)
-                    raise ConfigError(f"{owner} '{entry.name}': there is no {axis} '{name}'{hint}")
-    made_up = {item.name: item.default for item in fields(PoolEntry) if item.name in ("rows", "mislabel", "kind")}
+                    raise ConfigError(f"{owner} '{entry.name}': there is no {axis} '{name}'{closest(name, known)}")
     for pool in axes["pool"]:
-        for name, default in made_up.items():
-            if pool.pool != WORLD and getattr(pool, name) != default:
+        for name in ("rows", "mislabel", "kind"):
+            if pool.pool != WORLD and getattr(pool, name) != getattr(PoolEntry, name):
                 raise ConfigError(f"pool '{pool.name}': '{name}' is of a made-up pool, and {pool.pool} is none")
-        if pool.kind == "clean" and pool.mislabel != made_up["mislabel"]:
+        if pool.kind == "clean" and pool.mislabel != PoolEntry.mislabel:
             raise ConfigError(f"pool '{pool.name}': 'mislabel' is of the kind planted; leave it out for a clean one")
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
-    axes["selector"] = [
-        replace(selector, fractions=[fraction])
-        for selector in axes["selector"]
-        for fraction in _fractions(selector, grid)
-    ]
+    selectors = axes["selector"]
+    axes["selector"] = [replace(one, fractions=[share]) for one in selectors for share in _fractions(one, grid)]
     axes["attack"] = list(_swept(axes["attack"]))
     return axes
 
@@ -217,11 +204,7 @@ def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
 
 
 def _kind(axis: str, entry: Any) -> str:
-    """The kind of stage to which the options of an entry belong.
-
-    Raises:
-        ConfigError: It belongs to none.
-    """
+    """The kind of stage to which the options of an entry belong; a ConfigError where it belongs to none."""
     if axis != "post_alignment_defenses":
         return _KINDS[axis]
     name = entry.method["name"]
@@ -233,8 +216,7 @@ def _kind(axis: str, entry: Any) -> str:
 def _own_options(kind: str, where: str, options: Mapping[Any, Any]) -> dict[str, Any]:
     """Options of a section or of an entry, with underscores in place of hyphens.
 
-    Raises:
-        ConfigError: The grid decides one of them, or one is there twice.
+    A ConfigError where the grid decides one of them, or one is there twice.
     """
     known, own = KINDS[kind], dict[str, Any]()
     for key, value in options.items():
@@ -287,45 +269,36 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
             yield replace(attack, name=label, **setting)
 
 
-def _sections(grid: BenchOptions) -> dict[str, dict[str, Any]]:
-    """Command -> its options for every cell; a ConfigError where they are decided elsewhere."""
-    sections = {}
-    for kind, known in KINDS.items():
-        sections[known.name] = own = _own_options(kind, known.name, getattr(grid, known.name, {}))
-        for name in own:
-            if name in _LOADING:
-                raise ConfigError(f"{known.name}: '{name}' is decided by the entries of models; give it there")
-    return sections
-
-
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
 class _Graph:
-    """The graph of a grid while it is built."""
+    """The graph of a grid while it is built; sections that the stages cannot have are refused."""
 
     def __init__(self, grid: BenchOptions, root: Path) -> None:
         self.grid, self.data = grid, Data(root)
-        self.sections = _sections(grid)
         self.stages: dict[str, Stage] = {}
-        self._checked: dict[str, Any] = {}
-        self._methods: dict[str, Any] = {}
-        self._verdict_files: dict[str, dict[str, str]] = {}
+        self._sections: dict[str, dict[str, Any]] = {}
+        """Kind of stages -> its options for every cell."""
+        self._made: dict[str, Any] = {}
         self._answers: dict[str, str] = {}
         """Hash of a model and of what it is asked -> name of the first evaluation with it."""
-
-    def check_sections(self) -> None:
-        """Refuses sections that the stages cannot have."""
         for kind, known in KINDS.items():
-            if self.sections.get(known.name):
+            self._sections[kind] = own = _own_options(kind, known.name, getattr(grid, known.name, {}))
+            if decided := [name for name in own if name in _LOADING]:
+                raise ConfigError(f"{known.name}: '{decided[0]}' is decided by the entries of models; give it there")
+            if own:
                 self.options(kind, known.name)
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made only once per key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def method(self, registry: Registry[Any], choice: Mapping[str, Any]) -> Any:
         """An instance of a method, for what it declares."""
-        key = f"{registry.kind} {choice!r}"
-        if key not in self._methods:
-            self._methods[key] = registry.build_from(choice)
-        return self._methods[key]
+        return self.once(f"{registry.kind} {choice!r}", lambda: registry.build_from(choice))
 
     def options(self, kind: str, where: str, *layers: Mapping[str, Any], model: ModelEntry | None = None) -> Any:
         """Checked options of a kind of stage, without inputs and seed: those of the grid's section, of the model and
@@ -337,42 +310,36 @@ class _Graph:
             for item in fields(known.options)
             if item.default is item.default_factory is MISSING or item.name in ("model", "prompts")
         }
-        values |= self.sections.get(known.name, {})
+        values |= self._sections[kind]
         if model is not None:
             values |= {item.name: getattr(model, item.name) for item in fields(known.options) if item.name in _LOADING}
         for layer in layers:
             values = merged(values, layer)
         for name in ("device", "dtype", "quiet", "checkpoint_seconds"):
             values[name] = getattr(self.grid, name)
-        key = f"{kind} {values!r}"
-        if key not in self._checked:
-            self._checked[key] = from_mapping(known.options, values, where=where)
-        return self._checked[key]
+        return self.once(f"options of {kind} {values!r}", lambda: from_mapping(known.options, values, where=where))
 
     def stage(
         self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
     ) -> Stage:
-        """Adds a stage to the graph, or finds the one that is the same.
+        """Adds a stage to the graph, or finds the one that is the same; the seed is by default that of the cell.
 
-        Args:
-            kind: Key of `KINDS`.
-            options: From `options`.
-            chosen: The cell.
-            method: For tables.
-            made: Option -> result of another stage, instead of what the options name.
-            seed: By default that of the cell.
+        `made` holds results of other stages by option, instead of what the options name.
         """
         options, known = with_options(options, seed=chosen.seed if seed is None else seed), KINDS[kind]
         inputs: dict[str, Input | list[Input]] = {**made}
-        for name in (name for name in (*known.files, *known.models, *known.folders) if name not in made):
+        for name in (*known.files, *known.models, *known.folders):
             spec, where = getattr(options, name), f"{known.name}: {name}"
-            if spec and name in known.models:
+            if name in made or not spec:
+                continue
+            if name in known.models:
                 inputs[name] = self.data.model(spec, where)
-            elif spec and name in known.folders:
+            elif name in known.folders:
                 inputs[name] = self.data.folder(spec, where)
-            elif spec:
-                rows = [self.data.rows(one, where, chosen) for one in (spec if isinstance(spec, list) else [spec])]
-                inputs[name] = rows if isinstance(spec, list) else rows[0]
+            elif isinstance(spec, list):
+                inputs[name] = [self.data.rows(one, where, chosen) for one in spec]
+            else:
+                inputs[name] = self.data.rows(spec, where, chosen)
         stage = make_stage(self.data.root, kind, options, method, inputs)
         return self.stages.setdefault(stage.name, stage)
 
@@ -508,17 +475,10 @@ class _Graph:
         first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)
         if first not in (stage.name, stage.like):
             stage = replace(stage, parents=(*stage.parents, first), like=first)
-        if files := self.verdict_files(options):
-            stage = replace(stage, verdict_files=files)
-        self.stages[stage.name] = stage
+        judging = f"judging {options.judge!r} {options.second_judge!r} {options.task and options.task_type!r}"
+        files = self.once(judging, lambda: verdict_files(judges_of(options), grader_of(options)))
+        self.stages[stage.name] = stage = replace(stage, verdict_files=files)
         return stage
-
-    def verdict_files(self, options: EvaluateOptions) -> dict[str, str]:
-        """Input -> fingerprint of what the judges and the grader of an evaluation read."""
-        key = f"{options.judge!r} {options.second_judge!r} {options.task and options.task_type!r}"
-        if key not in self._verdict_files:
-            self._verdict_files[key] = verdict_files(judges_of(options), grader_of(options))
-        return self._verdict_files[key]
 
 
 def _labels(chosen: _Choice) -> dict[str, Any]:
@@ -552,5 +512,4 @@ def _is_preference(spec: str | None) -> bool:
         return False
     if not os.path.exists(os.path.expanduser(spec)):
         return True
-    first = next(open_source(spec, name="rows").scan(), None)
-    return first is not None and {"chosen", "rejected"} <= set(first.value or ())
+    return {"chosen", "rejected"} <= set(first_row(open_source(spec, name="rows")))

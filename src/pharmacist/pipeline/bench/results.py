@@ -12,16 +12,15 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.files import atomic_path
 from pharmacist.core.manifest import RunManifest
 from pharmacist.core.options import as_json
 from pharmacist.evaluation.statistics import curve_area
 from pharmacist.pipeline.bench.grid import Cell, Plan
 from pharmacist.pipeline.bench.stages import is_current
-from pharmacist.pipeline.select import chosen_rows
+from pharmacist.pipeline.choosing import chosen_rows
+from pharmacist.pipeline.pages import write_table
 
 
 _BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
@@ -82,9 +81,7 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
     """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
     kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
     kinds |= {list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64())}
-    schema = pa.schema([(item.name, kinds[item.type]) for item in fields(Result)])
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
+    write_table(path, [asdict(row) for row in rows], {item.name: kinds[item.type] for item in fields(Result)})
 
 
 def collect(plan: Plan) -> Iterator[Result]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
@@ -66,8 +65,8 @@ class Stage:
 
     kind: str
     """Key of `KINDS`."""
-    function: str
-    """``"module:function"`` that runs it, the same on every machine."""
+    command: Declaration
+    """Declaration of the command, which a worker takes from here and not from its own `KINDS`."""
     key: str
     options: Any
     """Options of the command, with all paths filled in."""
@@ -123,16 +122,10 @@ def make_stage(
     parents: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Stage:
-    """Makes a stage and its key.
+    """Makes a stage and its key; `options` are those of the command, without inputs and folder.
 
-    Args:
-        root: Folder of the benchmark.
-        kind: Key of `KINDS`.
-        options: Options of the command, without inputs and folder.
-        method: The selector, defense, attack, repair or judge, for tables.
-        inputs: Option -> the input that it names.
-        parents: Names of stages that must run before, besides those that write the inputs.
-        folder: Folder of the results, by default one in `root` that is named by the key.
+    `inputs` says which input each option names; `parents` are stages that must run before, besides those that write
+    inputs. The folder is by default one in `root`, that of the benchmark, which is named by the key.
     """
 
     def of_inputs(name: str) -> dict[str, Any]:
@@ -141,12 +134,12 @@ def make_stage(
             for option, value in inputs.items()
         }
 
-    command, makers = KINDS[kind], [one.maker for one in inputs.values() if isinstance(one, Input) and one.maker]
     config = identifying(as_json(options)) | of_inputs("content")
-    key = sha256_json({"stage": kind, "version": command.version, "config": config})
+    key = sha256_json({"stage": kind, "version": KINDS[kind].version, "config": config})
     output_dir = str(folder or root / "stages" / f"{kind}-{key[:16]}")
     filled = with_options(options, **of_inputs("source"), output_dir=output_dir)
-    return Stage(kind, command.run, key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
+    makers = [one.maker for one in inputs.values() if isinstance(one, Input) and one.maker]
+    return Stage(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,6 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
-    function = resolve_name(stage.function)
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     if stage.like is not None and stage.like in stages and stage.manifest is None:
         _take_answers(stages[stage.like], stage)
@@ -191,7 +183,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     while True:
         try:
             with made_from(results):
-                function(options)
+                stage.command(options)
             barrier()  # only then has the first process written all that the next stage reads
             return
         except BusyError:  # a worker that outlived its driver is still at it

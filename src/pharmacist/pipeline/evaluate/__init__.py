@@ -1,7 +1,70 @@
-"""The stage `evaluate`: `reading` opens the inputs, `model` evaluates one, `several` more, `summary` prints."""
+"""The command `evaluate`: `reading` opens its inputs, `model` evaluates one, `several` more, `summary` prints."""
 
-from pharmacist.pipeline.evaluate.command import EvaluateResult, evaluate
-from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pharmacist.core.files import read_json_lines
+from pharmacist.evaluation.metrics import NAMES
+from pharmacist.pipeline.evaluate.model import evaluate_model
+from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
-__all__ = ["EvaluateOptions", "EvaluateResult", "evaluate"]
+@dataclass
+class EvaluateResult:
+    """The result of `evaluate`.
+
+    Attributes:
+        metrics: Content of ``metrics.json``: name -> value (of rates in percent), n, count, ci95, judge; with several
+            models, such a mapping per model.
+        folder: Folder of the files.
+    """
+
+    metrics: dict[str, Any]
+    folder: Path
+    _items: list[dict[str, Any]] | None = None
+
+    def items(self) -> list[dict[str, Any]]:
+        """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
+        return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
+        its 95 % interval (rates in percent), ``count`` of ``n``, and ``by``, the judge or the matching of answers.
+        """
+        one = any("value" in metric for metric in self.metrics.values())
+        rows = []
+        for model, metrics in ({"": self.metrics} if one else self.metrics).items():
+            for name, metric in metrics.items():
+                low, high = metric.get("ci95") or (None, None)
+                by = metric.get("judge") or metric.get("task_type") or metric.get("matching")
+                rows.append((model, name, metric["value"], low, high, metric.get("count"), metric["n"], by))
+        table = pd.DataFrame(rows, columns=["model", "metric", "value", "low", "high", "count", "n", "by"])
+        return table.drop(columns="model") if one else table
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas()
+        digits = table["metric"].map(lambda name: 3 if name == "loss_margin" else 1)
+        for name in ("value", "low", "high"):
+            values = zip(table[name], digits, strict=True)
+            table[name] = [None if pd.isna(value) else f"{value:.{places}f}" for value, places in values]
+        table["count"] = table["count"].astype("Int64")
+        table["metric"] = table["metric"].map(lambda name: NAMES.get(name, name))
+        shown: str = table.to_html(index=False, na_rep="")
+        return shown
+
+
+def evaluate(options: EvaluateOptions) -> EvaluateResult:
+    """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest; or compares two such folders.
+
+    Interrupted, it keeps the answers that it has and continues with the rest. Answers and verdicts that an endpoint
+    failed to give leave the run ``partial``: its metrics are over the rest, and the same run asks for them again.
+
+    Raises:
+        PharmacistError: Bad options or input.
+    """
+    several = EVALUATE_MODELS if options.models else evaluate_model
+    run = COMPARE if options.compare is not None else several
+    return EvaluateResult(run(options), Path(options.output_dir))

@@ -7,7 +7,7 @@ from typing import Any
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
-from pharmacist.core.progress import console, warn
+from pharmacist.core.progress import say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.typed import flag
 from pharmacist.data.records import Records
@@ -47,7 +47,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             summarise(found.metrics, run.root, options)
             if found.missing:
-                console().print(f"{found.missing} replies failed on the way; the same command asks for them again")
+                say(f"{found.missing} replies failed on the way; the same command asks for them again")
         return found.metrics
 
 
@@ -61,14 +61,12 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         number = len(rows.refused)
         _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")
         if name in ("prompts", "benign_prompts") and given is None:
-            keys = rows.dataset["prompt_key"]
-            number = len(keys) - len(set(keys))
+            number = len(rows) - len(set(rows.dataset["prompt_key"]))
             text = f"{number} rows repeat a prompt, so that the intervals are too narrow"
             _note(inputs, run, f"{name} repeated", number, text)
     references = reference_rows(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
-        text = f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used"
-        console().print(text, soft_wrap=True)
+        say(f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used")
     for judge in judges.values():
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
@@ -87,7 +85,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         on_long_prompt=options.on_long_prompt,
-        categories=categories_of(records.get("prompts")),
+        categories=categories_of(records["prompts"]) if "prompts" in records else (),
     )
     answers: Mapping[str, Sequence[Answer]]
     if given is None:
@@ -129,7 +127,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
 def _note(inputs: EvaluateInputs, run: RunDir, count: str, number: int, text: str) -> None:
     """Prints a remark on an input and counts it in the manifest; `count` is the input's name and what is counted."""
     if number:
-        console().print(f"{inputs.option(count.rpartition(' ')[0])}: {text}", soft_wrap=True)
+        say(f"{inputs.option(count.rpartition(' ')[0])}: {text}")
         run.record(counts={count.replace(" ", "_"): number})
 
 
@@ -147,13 +145,13 @@ def _answers(
         # Another judge asks nothing of the model, not even what failed; the same run again does.
         root = plain(run.root)
         if not failed or not from_main(run.manifest.status == "partial"):
-            console().print(f"{root}: answers that are there are judged again, none is generated", soft_wrap=True)
+            say(f"{root}: answers that are there are judged again, none is generated")
             return kept
-        console().print(f"{root}: {failed} prompts without an answer are asked again", soft_wrap=True)
+        say(f"{root}: {failed} prompts without an answer are asked again")
         tokens_before = run.manifest.phases["generate"].tokens
     ignored = [flag(name) for name in engine.unused if getattr(options, name) != getattr(EvaluateOptions, name)]
     if ignored and options.lm_eval is None:
-        console().print(f"--engine {engine.name}: {', '.join(ignored)} not used", soft_wrap=True)
+        say(f"--engine {engine.name}: {', '.join(ignored)} not used")
     with run.phase("load model"):
         engine.open(options.model, run.work("model"), **model_options(options))
     with run.phase("generate") as phase:

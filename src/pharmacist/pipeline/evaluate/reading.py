@@ -20,7 +20,7 @@ from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.text import writable
-from pharmacist.pipeline.rows import open_several, read
+from pharmacist.pipeline.rows import open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
 
@@ -61,7 +61,6 @@ class EvaluateInputs:
     """What the options name, built and checked before any row is read.
 
     Attributes:
-        options: The options.
         engine: Gives the model's answers.
         grader: From `grader_of`.
         judges: By option, ``judge`` and ``second_judge``; empty where no answers are judged.
@@ -84,15 +83,11 @@ class EvaluateInputs:
                 if world_size() > 1:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
         named = {name: getattr(options, name) for name in OPENERS if getattr(options, name) is not None}
-        self.sources: dict[str, Source] = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
-        for kind in REFERENCES:
-            self.sources |= open_several(kind, getattr(options, kind), flag(kind))
+        self.sources = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
+        self.sources |= open_references(options)
         self._columns = _columns_by_source(self.sources, options.columns)
-        self.judges: dict[str, Judge] = {}
-        second = options.second_judge["name"] != "none"
-        if self.sources.keys() & set(_JUDGED):
-            self.judges = judges_of(options)
-        elif second:
+        self.judges = judges_of(options) if self.sources.keys() & set(_JUDGED) else {}
+        if not self.judges and options.second_judge["name"] != "none":
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
         for option, judge in self.judges.items():
@@ -154,13 +149,8 @@ class EvaluateInputs:
 
 
 def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[str, str]]:
-    """The pairs of --columns that each source can use: those whose column it has.
-
-    Raises:
-        ConfigError: A pair is of use to no source.
-    """
-    pairs = parse_columns(text) or {}
-    found: dict[str, dict[str, str]] = {}
+    """The pairs of --columns that each source can use, since it has the column; each pair must be of use to one."""
+    pairs, found = parse_columns(text) or {}, dict[str, dict[str, str]]()
     for name, source in sources.items():
         usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
         found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
@@ -183,19 +173,16 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
     return found
 
 
-def categories_of(records: Records | None) -> list[list[str]]:
+def categories_of(records: Records) -> list[list[str]]:
     """Categories of harmful prompts, where their file has such a column; else nothing."""
-    if records is None:
-        return []
-    found = [category_names(row.value) for row in records.source.pick(records.dataset["row"])]
+    found = [category_names(row) for row in records.originals()]
     return found if any(found) else []
 
 
 def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:
     """Prompts with the answers in a column of their file, in order; an answer that is null counts as unanswered.
 
-    Raises:
-        DataError: Rows without the column, or with something else than text or null in it.
+    A DataError where rows lack the column, or have something else than text or null in it.
     """
     answers, bad = list[Answer](), dict[int, Row]()
     for position, row in enumerate(records.source.pick(records.dataset["row"])):

@@ -11,7 +11,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.core.manifest import check_unchanged, missing_output, output_files, read_manifest
-from pharmacist.core.progress import console, print_table
+from pharmacist.core.progress import print_table, say
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import NAMES
@@ -42,7 +42,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
         for name, model in zip(folder_names(models), models, strict=True):
-            console().print(f"{name}: {plain(model)}", soft_wrap=True)
+            say(f"{name}: {plain(model)}")
             where = str(run.path(name))
             own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
             found[name] = evaluate_model(own)
@@ -53,7 +53,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
         run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
         if not options.quiet:
             _show(found)
-            console().print(f"metrics {plain(run.path('metrics.json'))}", soft_wrap=True)
+            say(f"metrics {plain(run.path('metrics.json'))}")
         return found
 
 

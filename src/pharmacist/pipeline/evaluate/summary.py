@@ -7,7 +7,7 @@ from typing import Any
 from pharmacist.core.console import plain
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console, print_table
+from pharmacist.core.progress import console, print_table, say
 from pharmacist.evaluation.metrics import NAMES
 from pharmacist.evaluation.text import missing
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
@@ -29,7 +29,7 @@ def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions
         lines.append(f"prompts are rendered by {template}")
     lines += [f"metrics {plain(folder)}/metrics.json", f"answers and verdicts {plain(folder)}/items.jsonl"]
     print_table(plain(options.model or options.answers), head, rows, text=(0, 4))
-    console().print("\n".join(lines), soft_wrap=True)
+    say("\n".join(lines))
 
 
 def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:

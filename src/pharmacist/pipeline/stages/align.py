@@ -36,7 +36,6 @@ class AlignOptions(TrainingStageOptions):
 ALIGN = Stage(
     name="align",
     options=AlignOptions,
-    run="pharmacist.pipeline.align:align",
     summary="train on an alignment set with an alignment-stage defense",
     example="pharmacist align --data runs/core/selected.jsonl --model MODEL --output-dir runs/aligned",
     version=2,

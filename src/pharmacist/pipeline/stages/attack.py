@@ -50,7 +50,6 @@ class AttackOptions(TrainingStageOptions):
 ATTACK = Stage(
     name="attack",
     options=AttackOptions,
-    run="pharmacist.pipeline.attack:attack",
     summary="build a poisoned fine-tuning set and fine-tune on it",
     example="pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
     "--samples 1000 --output-dir runs/attacked",

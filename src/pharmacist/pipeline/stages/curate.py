@@ -89,7 +89,6 @@ def check_min_score(min_score: float | None, diversity: str, balance: bool) -> N
 CURATE = Stage(
     name="curate",
     options=CurateOptions,
-    run="pharmacist.pipeline.curate:curate",
     summary="rank an alignment pool and write its core subset",
     example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
     "--model MODEL --top 0.3 --output-dir runs/core",
@@ -119,7 +118,7 @@ class SelectOptions(RunOptions):
 
 
 SELECT = Stage(
-    name="select", options=SelectOptions, run="pharmacist.pipeline.select:select", version=3, files=("ranking",)
+    name="select", options=SelectOptions, run="pharmacist.pipeline.curate:select", version=3, files=("ranking",)
 )
 
 
@@ -136,7 +135,6 @@ class LabelOptions:
 LABEL = Stage(
     name="label",
     options=LabelOptions,
-    run="pharmacist.pipeline.label:label",
     summary="label the rows of a ranking that would teach it most, in a terminal",
     example="pharmacist label runs/core --output labels.json",
     page="label-forty-rows",
@@ -156,7 +154,7 @@ class KnownLabelsOptions(RunOptions):
 KNOWN_LABELS = Stage(
     name="label",
     options=KnownLabelsOptions,
-    run="pharmacist.pipeline.bench.known_labels:known_labels",
+    run="pharmacist.pipeline.label:known_labels",
     version=1,
     files=("ranking", "labels"),
 )

@@ -33,7 +33,6 @@ class DemoOptions(RunOptions):
 DEMO = Stage(
     name="demo",
     options=DemoOptions,
-    run="pharmacist.pipeline.demo:demo",
     summary="the whole story on the made-up world, offline, in minutes",
     example="pharmacist demo --output-dir runs/demo",
     version=3,

@@ -83,18 +83,15 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compare is not None:
-            if len(self.compare) != 2:
-                raise ConfigError("--compare: needs two folders of finished evaluations")
-            own = ("model", "models", "answers", *PROMPTS, *GENERAL, "base")
-            if given := [flag(name) for name in own if getattr(self, name)]:
-                raise ConfigError(f"--compare: compares what was evaluated before; leave {', '.join(given)} out")
-            return
-        if self.answers is not None:
-            given = [flag(name) for name in ("model", "models", *PROMPTS, *GENERAL, "base") if getattr(self, name)]
-            if given:
-                raise ConfigError(f"--answers: judges answers that are there; leave {', '.join(given)} out")
-            return
+        if self.compare is not None and len(self.compare) != 2:
+            raise ConfigError("--compare: needs two folders of finished evaluations")
+        evaluating = ("model", "models", "answers", *PROMPTS, *GENERAL, "base")
+        instead = {"compare": "compares what was evaluated before", "answers": "judges answers that are there"}
+        for option, does in instead.items():
+            if getattr(self, option) is not None:
+                if given := [flag(name) for name in evaluating if name != option and getattr(self, name)]:
+                    raise ConfigError(f"--{option}: {does}; leave {', '.join(given)} out")
+                return
         if not self.model and not self.models:
             raise ConfigError("--model must be given, or --answers; see pharmacist evaluate --help")
         if self.model and self.models:
@@ -108,7 +105,6 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
 EVALUATE = Stage(
     name="evaluate",
     options=EvaluateOptions,
-    run="pharmacist.pipeline.evaluate:evaluate",
     summary="harmful score, fine-tune accuracy, over-refusal, with intervals",
     example="pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
     "--harmful harmful.jsonl --output-dir runs/scores",

@@ -34,7 +34,6 @@ class RepairOptions(RunOptions, RowOptions, TokenOptions):
 REPAIR = Stage(
     name="repair",
     options=RepairOptions,
-    run="pharmacist.pipeline.repair:repair",
     summary="restore safety lost in fine-tuning, without training",
     example="pharmacist repair --model runs/attacked --aligned runs/aligned --method safe-lora "
     "--output-dir runs/repaired",

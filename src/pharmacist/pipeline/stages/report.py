@@ -20,7 +20,6 @@ class ReportOptions:
 REPORT = Stage(
     name="report",
     options=ReportOptions,
-    run="pharmacist.pipeline.report:report",
     summary="write the page of a finished folder again",
     example="pharmacist report runs/core",
 )

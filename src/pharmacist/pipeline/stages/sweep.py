@@ -80,7 +80,6 @@ class SweepOptions(AttackOptions):
 SWEEP = Stage(
     name="sweep",
     options=SweepOptions,
-    run="pharmacist.pipeline.sweep:sweep",
     summary="attack in many ways and report the worst case that keeps the task",
     example="pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
     "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "

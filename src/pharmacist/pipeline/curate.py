@@ -1,29 +1,34 @@
-"""The stage `curate`: rank an alignment pool, write scores, core subset and page."""
+"""The stages of a ranking: rank an alignment pool, write scores, core subset and page; select another share later."""
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import remove, write_text
-from pharmacist.core.progress import console, print_table, warn
+from pharmacist.core.files import atomic_path, remove, write_text
+from pharmacist.core.hashing import sha256_file
+from pharmacist.core.progress import print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, ranked_table, shortfall
-from pharmacist.pipeline.curate.reading import CurateInputs
+from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, chosen_rows, ranked_table, shortfall
+from pharmacist.pipeline.curate_inputs import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
-from pharmacist.pipeline.stages.curate import CURATE, RANK, SPREAD, CurateOptions
-from pharmacist.selectors.base import SelectionContext
+from pharmacist.pipeline.stages.curate import CURATE, RANK, SELECT, SPREAD, CurateOptions, SelectOptions
+from pharmacist.selectors.base import SelectionContext, scaled_to_mean_1
 from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
 
+WEIGHTS = "weights.parquet"
+"""File with the weights of the rows that `select` chose, if the ranking has weights."""
 _NOT_ALWAYS = frozenset(
     "to_label.jsonl refused.jsonl selected.jsonl selected.json selected.csv selected.parquet".split()
 )
@@ -51,8 +56,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
         inputs.read(Path(scratch.name))
         inputs.labels()
-    contents, methods = inputs.fingerprints(), {"selector": inputs.selector}
-    with CURATE.open(options, inputs=contents, methods=methods, reopens=options.labels is not None) as run:
+    stage = replace(CURATE, reopens=options.labels is not None)
+    with stage.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         if run.complete:
             return None
         ranking = _rank(inputs, run)
@@ -65,13 +70,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         write_rows(ranking.source, selected, run.path(name), format=form)
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
-        lines = {
-            "to_label.jsonl": ranking.asked(),
-            "refused.jsonl": [
-                {"row": one.number, "line": one.line, "reason": one.reason} for one in ranking.records.refused
-            ],
-        }
-        for file, rows in lines.items():
+        refused = [{"row": it.number, "line": it.line, "reason": it.reason} for it in ranking.records.refused]
+        for file, rows in {"to_label.jsonl": ranking.asked(), "refused.jsonl": refused}.items():
             if rows:
                 write_text(run.path(file), "".join(json.dumps(row) + "\n" for row in rows))
                 outputs.append(file)
@@ -98,6 +98,36 @@ def rank(options: CurateOptions) -> Ranking:
     return ranking
 
 
+def select(options: SelectOptions) -> Path:
+    """Writes ``selected.jsonl``, the ranking's best rows unchanged and in input order; returns that file.
+
+    Diversity and balance are those of the ranking. If the ranking has weights, those of the selected rows are written
+    to `WEIGHTS`, with mean 1.
+
+    Raises:
+        DataError: The folder holds no finished ranking, or its pool has changed.
+        ConfigError: The ranking's diversity needs distances between rows, which a folder does not hold.
+    """
+    ranking = Ranking.load(options.ranking)
+    table, manifest = ranking.table, ranking.manifest
+    scores = sha256_file(Path(options.ranking) / "scores.parquet")
+    with SELECT.open(options, inputs={"ranking": scores, "pool": manifest["inputs"]["pool"]}) as run:
+        path = run.path("selected.jsonl")
+        if process() == 0 and not run.complete:
+            with run.phase("select"):
+                chosen = chosen_rows(table, manifest["config"], options)
+                rows = table["row"].to_numpy()[chosen]
+                write_rows(ranking.source, rows.tolist(), path, format="jsonl")
+                if "weight" in table:
+                    own = scaled_to_mean_1(table["weight"].to_numpy()[chosen], np.ones(len(chosen), dtype=bool))
+                    with atomic_path(run.path(WEIGHTS)) as temporary:
+                        pd.DataFrame({"row": rows, "weight": own}).to_parquet(temporary, index=False)
+            outputs = [path.name, *([WEIGHTS] if "weight" in table else [])]
+            run.finish(outputs=outputs, counts={"ranked": len(table), "selected": len(rows)})
+        barrier()
+        return path
+
+
 def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     """Ranks the pool."""
     options, selector = inputs.options, inputs.selector
@@ -110,14 +140,13 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     for name, number in inputs.left_out.items():
         run.record(counts={f"references_{name.replace(' ', '_')}_left_out": number})
         if number:
-            text = f"{number} rows share a prompt with --pool and are left out"
-            console().print(f"--{name}: {text}", soft_wrap=True)
+            say(f"--{name}: {number} rows share a prompt with --pool and are left out")
     notice = selector.notice(references.keys()) if options.resume_selector is None else None
     if notice is not None:
-        console().print(f"selector '{options.selector['name']}': {notice}", soft_wrap=True, markup=False)
+        say(f"selector '{options.selector['name']}': {notice}")
     if options.labels is not None and not selector.learns_from_labels():
         text = "does not learn from them; they only keep rows labelled bad out of the selection"
-        console().print(f"--labels: selector '{selector.name}' {text}", soft_wrap=True, markup=False)
+        say(f"--labels: selector '{selector.name}' {text}")
     context = SelectionContext(
         run=run,
         pool=inputs.records["pool"],
@@ -129,10 +158,9 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     )
     if options.model is not None and (selector.needs & {"model", "embedder"} or options.diversity in SPREAD):
         inputs.render(context)
-    pool, groups = context.pool, inputs.groups
+    pool, groups, threshold = context.pool, inputs.groups, options.duplicate_threshold
     with run.phase("find duplicates"):
-        how: dict[str, Any] = {"threshold": options.duplicate_threshold, "work_dir": run.work("duplicates")}
-        clusters = find_duplicates(pool.dataset, **how)
+        clusters = find_duplicates(pool.dataset, threshold=threshold, work_dir=run.work("duplicates"))
     context.labels = inputs.labels()
     # Before the ranking, which may add adapters to the model.
     points = (pool_points(context), pool_keys(context)) if options.diversity in SPREAD else None
@@ -161,7 +189,8 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     if groups is not None:
         extra["balance"] = balance_counts(table, options)
     loaded = context.model if "model" in context.__dict__ else None
-    extra |= {} if loaded is None else loaded.facts
+    if loaded is not None:
+        extra |= loaded.facts
     device = "cpu" if loaded is None else str(loaded.device)
     run.record(counts=counts, device=device, extra=extra, warnings=warnings)
     ranking = Ranking(pool.source, table, about=scores.report, folder=str(run.root), _records=pool, _points=points)
@@ -198,9 +227,8 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
             "then the same command with --labels labels.json"
         )
     lines += [f"without more references it cannot see: {reason}" for reason in about.get("cannot_see", [])]
-    lines += [f"scores {run.path('scores.parquet')}", f"core subset {run.path(selected)}"]
-    lines += [f"page {run.path('report.html')}"]
+    files = {"scores": "scores.parquet", "core subset": selected, "page": "report.html"}
+    lines += [f"{what} {run.path(file)}" for what, file in files.items()]
     if ranking.table["selected"].any():
-        lines += [f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR"]
-    for line in lines:
-        console().print(line, soft_wrap=True, markup=False)
+        lines.append(f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR")
+    say("\n".join(lines))

@@ -23,7 +23,7 @@ from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
-from pharmacist.pipeline.rows import numbered, open_several, read, texts
+from pharmacist.pipeline.rows import numbered, open_references, read, texts
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
@@ -35,7 +35,6 @@ class CurateInputs:
     """What the options name: pool, references, labels and selector.
 
     Attributes:
-        options: The options.
         selector: Ranks the pool.
         sources: Rows by input: ``pool``; the references of a kind are ``safe``, ``safe 2`` and so on.
         records: The rows of each input, once `read` has read them.
@@ -47,8 +46,7 @@ class CurateInputs:
         """`option` formats the names of inputs for messages."""
         self.options = options
         self.sources = {"pool": open_source(options.pool, name=option.format("pool"))}
-        for kind in REFERENCES:
-            self.sources |= open_several(kind, getattr(options, kind), option.format(kind))
+        self.sources |= open_references(options, option)
         self.selector: Selector = SELECTORS.build_from(options.selector)
         self.records: dict[str, Records] = {}
         self.left_out: dict[str, int] = {}
@@ -157,11 +155,7 @@ class CurateInputs:
         return found, files
 
     def render(self, context: SelectionContext) -> None:
-        """Leaves out the rows of pool and references that the model's chat template refuses.
-
-        Raises:
-            PharmacistError: Too few rows are left, or none.
-        """
+        """Leaves out the rows of pool and references that the model's chat template refuses, if enough are left."""
         before, loaded = context.pool.row_numbers, context.model
         how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
         self.records["pool"] = context.pool = rendered_rows(context.pool, *how)
