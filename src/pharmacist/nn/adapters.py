@@ -19,7 +19,7 @@ from pharmacist.core.files import atomic_path, write_json
 from pharmacist.core.mappings import under
 from pharmacist.core.seeding import derive
 from pharmacist.nn.attention import quick_attention
-from pharmacist.nn.batching import Batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.losses import RowLosses
 from pharmacist.nn.options import AdapterOptions as AdapterOptions
@@ -215,6 +215,10 @@ class AdapterBank:
         self.tokens += batch.tokens
         with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
             return read_row_losses(model, batch)
+
+    def losses(self, name: Names, sequences: Sequences, rows: IntArray) -> torch.Tensor:
+        """The completion losses of `row_losses` for some rows, shape [rows]."""
+        return self.row_losses(name, make_batch(sequences, rows, self.device)).completion
 
     def train(
         self,

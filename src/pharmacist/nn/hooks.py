@@ -23,11 +23,8 @@ Activations = dict[str, torch.Tensor]
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
     """Registers a forward hook on modules for the block, which gets the module's name as a first argument.
 
-    Args:
-        modules: By name.
-        hook: ``(name, module, args, kwargs, output)``; may return another output.
-        before: Call the hook before the module runs, as ``(name, module, args, kwargs)``; it may return other args and
-            kwargs.
+    It is called as ``(name, module, args, kwargs, output)`` and may return another output; with `before` it is called
+    before the module runs, as ``(name, module, args, kwargs)``, and may return other args and kwargs.
     """
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -49,11 +46,7 @@ def _with_first(output: Any, value: torch.Tensor) -> Any:
 
 @contextmanager
 def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterator[Activations]:
-    """Collects each module's output, or its input, the first time that it runs in the block.
-
-    Yields:
-        Filled as the modules run; the tensors are part of the graph.
-    """
+    """Collects each module's output, or its input, the first time that it runs in the block; part of the graph."""
     found: Activations = {}
 
     def read(name: str, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
@@ -66,11 +59,9 @@ def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterat
 
 @contextmanager
 def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Adds a constant to each module's output; the block must include the backward pass.
+    """Adds offsets of the outputs' shapes, cast to their dtype, to modules; the block must include the backward pass.
 
-    Args:
-        modules: By name; those without an offset are left alone.
-        offsets: Same shape as the module's output; cast to its dtype.
+    Modules without an offset are left alone.
     """
 
     def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -86,16 +77,10 @@ def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Te
 def activation_gradients(
     modules: Mapping[str, nn.Module], loss: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, Activations]:
-    """The derivative of a loss with respect to the outputs of modules.
+    """A loss, detached, and its derivative with respect to the outputs of modules, in their dtypes.
 
-    No parameter gets a gradient, and up to the first module that runs no graph is built at all.
-
-    Args:
-        modules: By name.
-        loss: Runs the model once and returns a scalar.
-
-    Returns:
-        The loss, detached, and the derivative per module, in the dtype of its output.
+    No parameter gets a gradient, and up to the first module that runs no graph is built at all. `loss` runs the model
+    once and returns a scalar.
     """
     found: Activations = {}
 
@@ -122,9 +107,7 @@ def activation_gradients(
 def head_at(head: nn.Module | None, keep: torch.Tensor) -> Iterator[None]:
     """Restricts the output head to some positions for the block, as logits without a target are costly and not needed.
 
-    Args:
-        head: The output head.
-        keep: Shape [rows, length], bool. Logits then have the shape [positions kept, vocabulary].
+    `keep` is bool, shape [rows, length]. Logits then have the shape [positions kept, vocabulary].
     """
     if head is None:
         raise CompatibilityError("the model does not name its output head")

@@ -38,9 +38,7 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Shape [rows, length].
+    From logits of shape [rows, length, vocabulary] and ids of shape [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
@@ -102,8 +100,7 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of target tokens, shape [targets], from logits of shape [targets, vocabulary]."""
-    losses: torch.Tensor = functional.cross_entropy(precise(logits), tokens, reduction="none")
-    return losses
+    return functional.cross_entropy(precise(logits), tokens, reduction="none")
 
 
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -122,11 +119,7 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
     each it is 6.186 whatever they hold.
 
-    Source: RepNoise (arXiv 2405.14577), noise loss.
-
-    Args:
-        x: Shape [rows, features].
-        y: Shape [rows, features].
+    Source: RepNoise (arXiv 2405.14577), noise loss. Both samples have the shape [rows, features].
     """
     n = len(x)
     rows = precise(torch.cat([x, y]))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -23,11 +22,11 @@ from pharmacist.core.typed import AtLeast0, Checked
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.libraries import failures_as, silent_library
+from pharmacist.nn.losses import precise
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
-from pharmacist.selectors.reading import read
 
 
 if TYPE_CHECKING:
@@ -46,11 +45,9 @@ _CHUNK = 4096
 def mean_states(model: nn.Module, batch: Batch) -> FloatArray:
     """The last hidden state, averaged over all tokens of a row, shape [rows, width]."""
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    state = output.hidden_states[-1]
-    state = state if state.dtype == torch.float64 else state.float()
+    state = precise(output.hidden_states[-1])
     weight = batch.attention_mask.to(state.dtype)[:, :, None]
-    mean: FloatArray = ((state * weight).sum(1) / weight.sum(1)).double().cpu().numpy()
-    return mean
+    return ((state * weight).sum(1) / weight.sum(1)).double().cpu().numpy()
 
 
 def unit(vectors: FloatArray) -> FloatArray:
@@ -69,7 +66,7 @@ def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish
     model = context.model.model
     pool = rows is context.pool.dataset
     encoded = context.encoded_pool if pool else context.encode(rows, name)
-    return read(context, encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
+    return context.read(encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
 
 
 def pool_keys(context: SelectionContext) -> Keys:

@@ -16,7 +16,6 @@ from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
-from pharmacist.selectors.reading import read
 
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class UnrolledSelector(Selector):
                 report["safety_loss"] = gradients.mean_loss(bank, FORTH, references["safe"])
                 report["safety_loss_under_attack"] = safety_loss
             length = problem.move_apart(direction)
-        losses = read(context, pool, partial(problem.slopes, length), self.name, forwards=2)
+        losses = context.read(pool, partial(problem.slopes, length), self.name, forwards=2)
         report["safety_gradient"] = float(norm(direction))
         score = losses["slope"] * report["safety_gradient"]
         return Scores(score, signals={"loss": losses["loss"]}, report=report, weight=one_step_weights(score))

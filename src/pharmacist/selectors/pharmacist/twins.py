@@ -20,7 +20,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.nn.batching import Sequences, batch_stream, make_batch
+from pharmacist.nn.batching import Sequences, batch_stream
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
@@ -79,19 +79,16 @@ class TwinProblem:
         """(twin, step, sigma) -> its loss, and the unweighted losses of the step's pool rows."""
         visited = {name: self.batches(name) for name in ("safe", "harmful", "utility", "pool")}
 
-        def read(twin: str, sequences: Sequences, rows: IntArray) -> torch.Tensor:
-            return self.bank.row_losses(twin, make_batch(sequences, rows, self.bank.device)).completion
-
         def loss(twin: str, step: int, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             total = torch.zeros(())
             for name, weight in (("safe" if twin == TWINS[0] else "harmful", 1.0), ("utility", self.mu)):
                 if len(self.rows[name]):
                     rows = self.rows[name][visited[name][step]]
-                    total = total + weight * read(twin, self.references, rows).mean()
+                    total = total + weight * self.bank.losses(twin, self.references, rows).mean()
             if not len(self.pool_rows) or self.gamma == 0:
                 return total, total.new_zeros(0)
             rows = visited["pool"][step]
-            pool_losses = read(twin, self.pool, self.pool_rows[rows])
+            pool_losses = self.bank.losses(twin, self.pool, self.pool_rows[rows])
             weighted = (sigma[rows].to(pool_losses) * pool_losses).mean()
             return (1 - self.gamma) * total + self.gamma * weighted, pool_losses.detach()
 
