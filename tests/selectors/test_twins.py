@@ -124,7 +124,7 @@ def test_the_twin_loss_equals_its_formula():
         value, pool_losses = loss(name, 3, sigma)
 
         def mean(rows, sequences=problem.references, name=name):
-            return bank.row_losses(name, make_batch(sequences, rows, bank.device)).completion
+            return bank.row_losses(name, make_batch(sequences, rows, bank.device))
 
         pool = mean(problem.pool_rows[visited("pool")[3]], problem.pool)
         expected = (
@@ -173,7 +173,7 @@ def losses_by_hand(problem: TwinProblem, sigma: np.ndarray, with_safe: bool) -> 
     }
 
     def losses(sequences, rows):
-        return bank.row_losses("one", make_batch(sequences, rows, bank.device)).completion
+        return bank.row_losses("one", make_batch(sequences, rows, bank.device))
 
     with bank.differentiable("one"):
         for step in range(problem.steps):

@@ -21,7 +21,6 @@ from pharmacist.core.seeding import derive
 from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
 from pharmacist.nn.locate import linear_names
-from pharmacist.nn.losses import RowLosses
 from pharmacist.nn.options import AdapterOptions as AdapterOptions
 from pharmacist.nn.reading import read_row_losses
 
@@ -210,15 +209,15 @@ class AdapterBank:
             self._training = ()
             self._mark_trained()
 
-    def row_losses(self, name: Names, batch: Batch) -> RowLosses:
-        """Completion losses of a batch under an adapter, several together, or the base model alone."""
+    def row_losses(self, name: Names, batch: Batch) -> torch.Tensor:
+        """Mean completion loss of each row under adapters, or the base model alone, in nats; shape [rows]."""
         self.tokens += batch.tokens
         with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
             return read_row_losses(model, batch)
 
     def losses(self, name: Names, sequences: Sequences, rows: IntArray) -> torch.Tensor:
-        """The completion losses of `row_losses` for some rows, shape [rows]."""
-        return self.row_losses(name, make_batch(sequences, rows, self.device)).completion
+        """The `row_losses` of some rows."""
+        return self.row_losses(name, make_batch(sequences, rows, self.device))
 
     def train(
         self,

@@ -1,7 +1,5 @@
 """Losses of token predictions and representations. Pure functions in float32 at least; float64 stays float64."""
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional
 
@@ -12,18 +10,6 @@ _IGNORED = -100  # label of positions without a target, as in `data.tokenize`
 def precise(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or in float64 where it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class RowLosses(NamedTuple):
-    """Cross-entropy of the rows of a batch, in nats.
-
-    Attributes:
-        completion: Mean over completion tokens and the end-of-sequence token, shape [rows].
-        n_completion: How many tokens were averaged, shape [rows].
-    """
-
-    completion: torch.Tensor
-    n_completion: torch.Tensor
 
 
 def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -43,18 +29,14 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
 
-def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
-    """Averages token losses over the completion; prompt and padding, on the right, never count.
+def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+    """Averages token losses over the completion, in nats, shape [rows]; prompt and padding, on the right, never count.
 
-    Args:
-        losses: From `token_losses`, shape [rows, length - 1].
-        lengths: Tokens without padding, shape [rows].
-        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+    From `token_losses`, shape [rows, length - 1], tokens without padding and, at least 1 less, before the completion.
     """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     counted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
-    count = counted.sum(1)
-    return RowLosses(torch.where(counted, losses, losses.new_zeros(())).sum(1) / count, count)
+    return torch.where(counted, losses, losses.new_zeros(())).sum(1) / counted.sum(1)
 
 
 def batch_loss(
@@ -63,16 +45,15 @@ def batch_loss(
     n_targets: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy over all target tokens of a batch, as causal language models train.
+    """Cross-entropy over all target tokens of a batch, as causal language models train; a scalar.
+
+    It is 0 with zero gradient where the batch has no target token.
 
     Args:
         logits: Shape [rows, length, vocabulary], or [targets, vocabulary] in the order of `targets`.
         labels: Shape [rows, length]; -100 where there is no target.
         n_targets: Divisor of the sum; by default the number of the batch's target tokens, which gives the mean.
         weights: Factor of each row's losses, shape [rows].
-
-    Returns:
-        A scalar; 0 with zero gradient where the batch has no target token.
     """
     if logits.dim() == 2:
         keep, tokens = targets(labels)

@@ -17,7 +17,7 @@ from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import capture, evaluating, head_at, hooked
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
+from pharmacist.nn.losses import mean_losses, target_losses, token_losses
 
 
 _LARGE = 2**14
@@ -108,21 +108,15 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     if not prompt:
         needed &= position >= batch.prompt_lengths[:, None]
     tokens = batch.input_ids[:, 1:][needed]
-    if torch.is_grad_enabled() or not _HEAD_IS_LAST.get(head, True):
+    if torch.is_grad_enabled() or not head_is_last(model):
         with head_at(head, functional.pad(needed, (0, 1))):
             output = forward()
         losses = target_losses(output.logits, tokens)
     else:
-        first = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        first[0, 0] = head not in _HEAD_IS_LAST
-        with capture({"head": head}, inputs=True) as seen, head_at(head, first):
+        nowhere = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        with capture({"head": head}, inputs=True) as seen, head_at(head, nowhere):
             output = forward()
-        states = seen["head"]
-        if head not in _HEAD_IS_LAST:
-            _HEAD_IS_LAST[head] = torch.equal(head(states[first]), output.logits)
-            if not _HEAD_IS_LAST[head]:
-                return read_losses(model, batch, prompt=prompt, **options)
-        losses = _losses_in_parts(head, states[:, :-1][needed], tokens)
+        losses = _losses_in_parts(head, seen["head"][:, :-1][needed], tokens)
     return losses.new_zeros(needed.shape).masked_scatter(needed, losses), output
 
 
@@ -136,7 +130,7 @@ def _losses_in_parts(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor
     return torch.cat(parts)
 
 
-def read_row_losses(model: nn.Module, batch: Batch) -> RowLosses:
+def read_row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Mean completion losses of a batch's rows; the logits of prompts are not computed."""
     losses, _ = read_losses(model, batch, prompt=False)
     return mean_losses(losses, batch.lengths, batch.prompt_lengths)

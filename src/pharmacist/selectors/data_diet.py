@@ -57,7 +57,7 @@ def error_norms(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     error = precise(logits[:, :-1]).softmax(-1)
     # Subtracted in place: the closed form sum p^2 - 2 p_y + 1 loses all digits where the model is nearly right.
     error.scatter_add_(-1, batch.input_ids[:, 1:, None], torch.full_like(error[..., :1], -1))
-    return mean_losses(error.norm(dim=-1), batch.lengths, batch.prompt_lengths).completion
+    return mean_losses(error.norm(dim=-1), batch.lengths, batch.prompt_lengths)
 
 
 @dataclass
@@ -115,7 +115,7 @@ def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
     def loss() -> torch.Tensor:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         losses = token_losses(logits, batch.input_ids)
-        return mean_losses(losses, batch.lengths, batch.prompt_lengths).completion.sum()
+        return mean_losses(losses, batch.lengths, batch.prompt_lengths).sum()
 
     with capture({"head": head}, inputs=True) as read_in:
         _, derivatives = activation_gradients({"head": head}, loss)

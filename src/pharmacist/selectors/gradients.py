@@ -132,7 +132,7 @@ def loss_name(adapter: str) -> str:
 
 def losses_under(bank: AdapterBank, names: Names, batch: Batch) -> FloatArray:
     """Completion losses of a batch under an adapter, or several together, in float64; shape [rows]."""
-    return bank.row_losses(names, batch).completion.double().cpu().numpy()
+    return bank.row_losses(names, batch).double().cpu().numpy()
 
 
 def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
@@ -213,7 +213,7 @@ def loss_and_gradient(
 @torch.no_grad()
 def mean_loss(bank: AdapterBank, names: Names, sequences: Sequences) -> float:
     """Mean completion loss of all rows under an adapter, several together, or the base alone."""
-    losses = (bank.row_losses(names, batch).completion for batch in batches(bank, sequences))
+    losses = (bank.row_losses(names, batch) for batch in batches(bank, sequences))
     return sum(float(part.double().sum()) for part in losses) / len(sequences.lengths)
 
 
@@ -231,4 +231,4 @@ def moved(state: Gradient, direction: Gradient, by: float) -> Gradient:
 def row_tape(bank: AdapterBank, name: str, batch: Batch) -> Tape:
     """One forward and backward pass over a batch under an adapter, also within a forward-only pass."""
     with torch.enable_grad(), bank.differentiable(name):
-        return tape_rows(bank.linears(name), lambda: bank.row_losses(name, batch).completion)
+        return tape_rows(bank.linears(name), lambda: bank.row_losses(name, batch))

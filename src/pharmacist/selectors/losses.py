@@ -21,7 +21,7 @@ NO_HELP = "prompt_does_not_help"
 def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
     """Mean cross-entropy of each row's completion tokens under the base model, in nats, shape [rows]."""
     model = context.model.model
-    return context.read_numbers(sequences, lambda batch: read_row_losses(model, batch).completion, name)
+    return context.read_numbers(sequences, lambda batch: read_row_losses(model, batch), name)
 
 
 @dataclass

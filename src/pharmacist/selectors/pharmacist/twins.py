@@ -264,7 +264,7 @@ class Twins:
         """Writes the adapters and ``twins.json``."""
         for name in self.names:
             self.bank.save(name, folder / name)
-        thresholds = None if self.thresholds is None else asdict(self.thresholds)
+        thresholds = self.report["thresholds"]
         content = {"names": self.names, "thresholds": thresholds, "quality": self.quality, "report": self.report}
         write_json(folder / "twins.json", content)
 
