@@ -68,11 +68,9 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions at which a batch predicts a target token, and those tokens, from labels that are -100 elsewhere.
+    """Positions at which a batch predicts a target token, and those tokens in order, from labels, -100 elsewhere.
 
-    Returns:
-        Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
-        in the same order.
+    The positions are bool, of the labels' shape [rows, length], true at t where token t + 1 is a target.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     keep = following != _IGNORED

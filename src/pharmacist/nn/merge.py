@@ -153,7 +153,8 @@ def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: 
     config, last = model.active_peft_config, adapter_factors(model)
     stacked = stack(base.factors, last)
     rank = next(iter(stacked.values())).A.shape[0]
-    trained_last = {name: getattr(config, name) for name in _LAST} | {"target_modules": _targets(config)}
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    trained_last = {name: getattr(config, name) for name in _LAST} | {"target_modules": targets}
     usual = LoraConfig()
     if any(getattr(config, name) != getattr(usual, name) for name in _SELECTIVE):
         r = max(own.A.shape[0] for own in last.values())
@@ -182,10 +183,6 @@ def _alpha(factors: Mapping[str, Factors], rank: int) -> float:
     """LoRA's alpha for the scale of the first factors, which is that of all in a stack."""
     alpha = next(iter(factors.values())).scale * rank
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _targets(config: LoraConfig) -> Any:
-    return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
 
 
 def read_stack(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Fraction, NotNegative
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Sequences, batch_stream
-from pharmacist.nn.distributed import barrier
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job
@@ -91,7 +90,6 @@ class SealSelector(Selector):
             gradients.run_jobs(bank, [job], "seal")
         measure = partial(gradients.adapter_losses, bank, names=config.adapters)
         losses = context.read(pool, measure, "seal", forwards=len(config.adapters))
-        barrier()
         logits = np.load(job.folder / "logits.npy", allow_pickle=False)
         losses["logit"] = gradients.mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
