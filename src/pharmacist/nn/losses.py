@@ -32,7 +32,8 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
     """Averages token losses over the completion, in nats, shape [rows]; prompt and padding, on the right, never count.
 
-    From `token_losses`, shape [rows, length - 1], tokens without padding and, at least 1 less, before the completion.
+    The losses are those of `token_losses`, shape [rows, length - 1]. `lengths` are tokens without padding, and
+    `prompt_lengths`, at least 1 less, those before the completion, shape [rows].
     """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     counted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])

@@ -210,8 +210,9 @@ class Twins:
     thresholds of the reasons, and the quality that says whether the contrast is worth listening to.
     """
 
-    def __init__(self, bank: AdapterBank, config: PharmacistConfig, names: tuple[str, ...]) -> None:
-        self.bank, self.config, self.names = bank, config, names
+    def __init__(self, bank: AdapterBank, config: PharmacistConfig) -> None:
+        self.bank, self.config = bank, config
+        self.names: tuple[str, ...] = ()
         self.thresholds: Thresholds | None = None
         self.quality: float | None = None
         """AUC of held-out safe references against held-out others by the contrast; None where there are no others."""
@@ -234,6 +235,7 @@ class Twins:
         problem = TwinProblem(
             self.bank, references, rows, pool, pool_rows, config.gamma, config.mu, config.twin_steps, seed
         )
+        self.names = problem.twins
         if config.solver == "gradient":
             folder = root / "gradient"
             run_jobs(self.bank, [gradient_job(problem, config.weight_rate, folder)], "twins")
@@ -277,8 +279,8 @@ class Twins:
         """
         try:
             content = read_json(folder / "twins.json")
-            twins = cls(bank, config, tuple(content["names"]))
-            twins.thresholds = Thresholds(**content["thresholds"])
+            twins = cls(bank, config)
+            twins.names, twins.thresholds = tuple(content["names"]), Thresholds(**content["thresholds"])
             twins.quality, twins.report = content["quality"], content["report"]
         except (OSError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: holds no whole twins ({error!r}); train the selector again") from error
