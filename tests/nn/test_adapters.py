@@ -24,7 +24,7 @@ def make_bank(seed: int = 0, model: torch.nn.Module | None = None, **options) ->
 def step_loss(bank: AdapterBank, name: str, step: int, shift: int = 0) -> torch.Tensor:
     """A loss whose batch is a function of the step alone."""
     rows = [(4 * step + k + shift) % len(ROWS) for k in range(4)]
-    return bank.row_losses(name, make_batch(ROWS, rows, bank.device)).completion.mean()
+    return bank.row_losses(name, make_batch(ROWS, rows, bank.device)).mean()
 
 
 def trained(
@@ -130,7 +130,7 @@ def test_the_first_step_is_adamw_on_the_clipped_gradient(tmp_path):
         for parameter in bank.parameters("safe").values():
             parameter.requires_grad_(True)
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        loss = row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion.mean()
+        loss = row_losses(output.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).mean()
         gradient = torch.autograd.grad(loss, list(bank.parameters("safe").values()))
     norm = torch.sqrt(sum((g**2).sum() for g in gradient))
     state = trained(bank, tmp_path, "safe", steps=1)["safe"]

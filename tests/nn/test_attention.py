@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pharmacist.nn.attention import quick_attention
+from pharmacist.nn.hooks import quick_attention
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 

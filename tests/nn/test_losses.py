@@ -12,13 +12,13 @@ CPU = torch.device("cpu")
 VOCABULARY = 11
 
 
-def by_hand(logits: list[list[float]], ids: list[int], n_prompt: int) -> tuple[float, int]:
-    """Mean cross-entropy of the completion and its length, with Python floats; logits[t] predicts token t + 1."""
+def by_hand(logits: list[list[float]], ids: list[int], n_prompt: int) -> float:
+    """Mean cross-entropy of the completion, with Python floats; logits[t] predicts token t + 1."""
     losses = []
     for t in range(1, len(ids)):
         losses.append(math.log(math.fsum(map(math.exp, logits[t - 1]))) - logits[t - 1][ids[t]])
     completion = losses[max(n_prompt - 1, 0) :]
-    return math.fsum(completion) / len(completion), len(completion)
+    return math.fsum(completion) / len(completion)
 
 
 def losses_of(model: TinyDecoder, batch: Batch):
@@ -34,21 +34,21 @@ def test_losses_equal_a_hand_computation():
         ids = prompt + completion
         logits = model(input_ids=torch.tensor([ids])).logits[0].tolist()
         expected = by_hand(logits, ids, len(prompt))
-        assert [float(value[i]) for value in found] == pytest.approx(expected, abs=1e-12)
+        assert float(found[i]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_padding_batch_and_order_do_not_change_a_loss():
     model, rows = TinyDecoder(VOCABULARY), random_token_rows(12, VOCABULARY)
-    alone = torch.cat([losses_of(model, make_batch(rows, [i], CPU)).completion for i in range(12)])
+    alone = torch.cat([losses_of(model, make_batch(rows, [i], CPU)) for i in range(12)])
     order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
     together = losses_of(model, make_batch(rows, order, CPU))
-    torch.testing.assert_close(together.completion, alone[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(together, alone[order], rtol=0, atol=1e-12)
     # Negative control: with padding counted as tokens they do change.
     batch = make_batch(rows, order, CPU)
     broken = losses_of(
         model, Batch(batch.input_ids, torch.full_like(batch.lengths, int(batch.lengths.max())), batch.prompt_lengths)
     )
-    assert (broken.completion - alone[order]).abs().max() > 0.01
+    assert (broken - alone[order]).abs().max() > 0.01
 
 
 def test_the_prompt_never_enters_the_completion_loss():
@@ -58,9 +58,9 @@ def test_the_prompt_never_enters_the_completion_loss():
     changed = logits.clone()
     changed[0, :2] += torch.randn(2, VOCABULARY)  # the logits of prompt tokens 1 and 2
     after = row_losses(changed, ids, lengths, prompts)
-    assert after.completion == before.completion
+    assert after == before
     changed[0, 2, 4] += 1  # the first completion token
-    assert row_losses(changed, ids, lengths, prompts).completion < before.completion
+    assert row_losses(changed, ids, lengths, prompts) < before
 
 
 def test_half_precision_logits_are_summed_in_float32():
@@ -80,11 +80,10 @@ def test_the_batch_loss_is_the_mean_over_all_target_tokens():
     target = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
     labels = torch.where(target, batch.input_ids, -100)
     found = row_losses(logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
-    expected = (found.completion * found.n_completion).sum() / found.n_completion.sum()
+    tokens = batch.lengths - batch.prompt_lengths
+    expected = (found * tokens).sum() / tokens.sum()
     torch.testing.assert_close(batch_loss(logits, labels), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        batch_loss(logits, labels, 7), expected * found.n_completion.sum() / 7, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(batch_loss(logits, labels, 7), expected * tokens.sum() / 7, rtol=0, atol=1e-12)
     nothing = batch_loss(logits, torch.full_like(labels, -100))
     (gradient,) = torch.autograd.grad(nothing, logits)
     assert nothing == 0 and not gradient.any()

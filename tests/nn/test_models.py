@@ -41,9 +41,7 @@ def adapter(folder, tmp_path_factory) -> Path:
     bank = AdapterBank(AutoModelForCausalLM.from_pretrained(folder), AdapterOptions(r=2, learning_rate=0.05), 0)
     batch = make_batch(random_token_rows(6, 40), range(6), torch.device("cpu"))
     bank.add("safe")
-    bank.train(
-        ("safe",), lambda step: bank.row_losses("safe", batch).completion.mean(), steps=5, checkpoint=root / "c"
-    )
+    bank.train(("safe",), lambda step: bank.row_losses("safe", batch).mean(), steps=5, checkpoint=root / "c")
     bank.save("safe", root / "adapter")
     with bank.using("safe") as model, torch.no_grad():
         torch.save(model(input_ids=IDS).logits, root / "logits.pt")

@@ -99,7 +99,7 @@ def losses(sequences, work, **options):
     bank = AdapterBank(TinyDecoder(VOCABULARY), AdapterOptions(r=2), 0)
 
     def measure(batch):
-        return {"loss": bank.row_losses(None, batch).completion.numpy()}
+        return {"loss": bank.row_losses(None, batch).numpy()}
 
     return passed(sequences, work, measure, **options)["loss"]
 

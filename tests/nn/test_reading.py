@@ -39,8 +39,7 @@ def test_losses_are_those_from_all_logits() -> None:
     counted = Counted(model.lm_head)
     for _ in range(2):  # the first time the head is looked at
         found = mean_losses(read_losses(model, BATCH)[0], BATCH.lengths, BATCH.prompt_lengths)
-        for value, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert max(counted.calls) == 3
     assert sum(counted.calls) == 2 * (int(BATCH.lengths.sum()) - len(BATCH.lengths)) + 2, "no padding, no last token"
 
@@ -52,7 +51,7 @@ def test_prompts_cost_nothing_where_nobody_reads_them() -> None:
     expected = mean_losses(whole, BATCH.lengths, BATCH.prompt_lengths)
     counted = Counted(model.lm_head)
     found = read_row_losses(model, BATCH)
-    torch.testing.assert_close(found.completion, expected.completion, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert sum(counted.calls) == int((BATCH.lengths - BATCH.prompt_lengths).sum())
 
 
@@ -87,11 +86,11 @@ def test_gradients_come_from_the_logits_that_are_read(monkeypatch: pytest.Monkey
     model = TinyDecoder(VOCABULARY)
     counted = Counted(model.lm_head)
     parameters = [parameter.requires_grad_() for parameter in model.parameters()]
-    loss = read_row_losses(model, BATCH).completion.sum()
+    loss = read_row_losses(model, BATCH).sum()
     assert counted.calls == [int((BATCH.lengths - BATCH.prompt_lengths).sum())]
     few = torch.autograd.grad(loss, parameters)
     monkeypatch.setattr(reading, "_LARGE", VOCABULARY + 1)
-    everything = torch.autograd.grad(read_row_losses(model, BATCH).completion.sum(), parameters)
+    everything = torch.autograd.grad(read_row_losses(model, BATCH).sum(), parameters)
     for found, expected in zip(few, everything, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert expected.any()

@@ -29,7 +29,7 @@ def bank() -> AdapterBank:
 
 
 def losses(bank, name, rows):
-    return bank.row_losses(name, make_batch(ROWS, rows, bank.device)).completion
+    return bank.row_losses(name, make_batch(ROWS, rows, bank.device))
 
 
 def tape(bank, name="used", rows=range(6)) -> Tape:
@@ -89,7 +89,7 @@ def test_forward_mode_agrees(bank):
                 {full[key]: value for key, value in weights.items()},
                 kwargs={"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
             )
-            return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion
+            return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
 
         _, slope = jvp(of, (bank.state("used"),), (d,))
     np.testing.assert_allclose(tape(bank).inner(d).numpy(), slope.numpy(), rtol=0, atol=1e-11)
@@ -122,8 +122,8 @@ def test_the_mean_over_a_batchs_tokens_would_weigh_rows_by_length(bank):
     d, batch = direction(bank), make_batch(ROWS, range(6), bank.device)
 
     def over_tokens():
-        found = bank.row_losses("used", batch)
-        return found.completion * found.n_completion / found.n_completion.sum()
+        tokens = batch.lengths - batch.prompt_lengths
+        return bank.row_losses("used", batch) * tokens / tokens.sum()
 
     with bank.differentiable("used"):
         wrong = tape_rows(bank.linears("used"), over_tokens).inner(d) * 6

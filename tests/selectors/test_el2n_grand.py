@@ -28,7 +28,7 @@ def batch_of(prompt: list[int], completion: list[int]) -> Batch:
 
 def own_loss(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
     batch = batch_of(prompt, completion)
-    return row_losses(model(batch.input_ids).logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion
+    return row_losses(model(batch.input_ids).logits, batch.input_ids, batch.lengths, batch.prompt_lengths)
 
 
 def test_el2n_is_the_length_of_softmax_minus_one_hot(tmp_path):

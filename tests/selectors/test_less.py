@@ -74,7 +74,7 @@ def naive_gradients(bank: AdapterBank, rows: TokenRows) -> list[dict[str, torch.
                 {full[key]: value for key, value in weights.items()},
                 kwargs={"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
             )
-            return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths).completion[0]
+            return row_losses(out.logits, batch.input_ids, batch.lengths, batch.prompt_lengths)[0]
 
         return [grad(loss)(bank.state(LEARNER), row) for row in range(len(rows))]
 

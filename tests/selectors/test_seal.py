@@ -73,7 +73,7 @@ def test_without_weight_the_pool_does_not_touch_the_informed_model(tmp_path):
     safe = TokenRows(SAFE)
     alone.train(
         (INFORMED,),
-        lambda s: alone.row_losses(INFORMED, make_batch(safe, stream[s], alone.device)).completion.mean(),
+        lambda s: alone.row_losses(INFORMED, make_batch(safe, stream[s], alone.device)).mean(),
         steps=10,
         checkpoint=tmp_path / "none",
     )
@@ -122,7 +122,7 @@ def test_the_loss_equals_its_formula(tmp_path, monkeypatch):
     logits = torch.randn(20, generator=generator, dtype=torch.float64)
     found["extra"]["logits"].copy_(logits)
     rows, safe = (seal.batch_stream(n, 4, 10, seal.derive(0, key))[7] for n, key in ((20, "pool"), (9, "safe")))
-    mean = lambda name, data, picked: bank.row_losses(name, make_batch(data, picked, bank.device)).completion  # noqa: E731
+    mean = lambda name, data, picked: bank.row_losses(name, make_batch(data, picked, bank.device))  # noqa: E731
     weight = (torch.softmax(logits, 0) * 20)[rows]
     informed, plain = (mean(name, pool_rows, rows) for name in (INFORMED, PLAIN))
     expected = 0.4 * mean(INFORMED, safe_rows, safe).mean() + 0.6 * (weight * informed).mean()
@@ -158,7 +158,7 @@ def test_one_step_over_the_whole_pool_ranks_by_the_loss(tmp_path):
     settings = {"batch_size": 20, "epochs": 1, "weight_rate": 0.2}
     _, logits, _ = solve(tmp_path / "a", auxiliary=False, **settings)
     bank, rows = make_bank(config()), TokenRows(POOL)
-    start = bank.row_losses("start", make_batch(rows, range(20), bank.device)).completion.numpy()
+    start = bank.row_losses("start", make_batch(rows, range(20), bank.device)).numpy()
     np.testing.assert_allclose(logits, -0.2 * (start - start.mean()), rtol=0, atol=1e-12)
     assert (solve(tmp_path / "b", **settings)[1] == 0).all()
 

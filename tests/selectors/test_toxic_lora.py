@@ -46,12 +46,12 @@ def upper_loss(bank, weights: np.ndarray, below, above) -> float:
     parameters = bank.parameters(LEARNER)
     with bank.differentiable(LEARNER):
         batch = make_batch(POOL, range(N), bank.device)
-        pool = (torch.from_numpy(weights) * bank.row_losses((LEARNER, *below), batch).completion).mean()
+        pool = (torch.from_numpy(weights) * bank.row_losses((LEARNER, *below), batch)).mean()
         gradient = dict(zip(parameters, torch.autograd.grad(pool, list(parameters.values())), strict=True))
     bank.add("probe", moved(bank.state(LEARNER), gradient, -ETA))
     with torch.no_grad():
         safe = make_batch(SAFE, range(len(SAFE)), bank.device)
-        return float(bank.row_losses(("probe", *above), safe).completion.mean())
+        return float(bank.row_losses(("probe", *above), safe).mean())
 
 
 def scores(bank, below, above) -> np.ndarray:
@@ -82,17 +82,17 @@ def test_scores_are_the_derivative_of_the_upper_loss_by_the_rows_weights(bank, a
 def test_several_adapters_add_up(bank):
     batch = make_batch(POOL, range(N), bank.device)
     with torch.no_grad():
-        both = bank.row_losses((LEARNER, TOXIC), batch).completion
+        both = bank.row_losses((LEARNER, TOXIC), batch)
         base = bank.model.get_base_model()
         layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
         before = [layer.base_layer.weight.clone() for layer in layers]
         for layer in layers:
             layer.base_layer.weight += layer.get_delta_weight(LEARNER) + layer.get_delta_weight(TOXIC)
-        merged = bank.row_losses(None, batch).completion
+        merged = bank.row_losses(None, batch)
         for layer, weight in zip(layers, before, strict=True):
             layer.base_layer.weight.copy_(weight)
         assert torch.allclose(both, merged, atol=1e-12)
-        assert not torch.allclose(both, bank.row_losses(LEARNER, batch).completion, atol=1e-3)
+        assert not torch.allclose(both, bank.row_losses(LEARNER, batch), atol=1e-3)
 
 
 @pytest.mark.parametrize("attached", ATTACHED)

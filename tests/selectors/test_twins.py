@@ -18,7 +18,6 @@ from pharmacist.selectors.pharmacist import twins
 from pharmacist.selectors.pharmacist.references import References
 from pharmacist.selectors.pharmacist.twins import (
     TWINS,
-    WITHOUT_HARMFUL,
     TwinProblem,
     Twins,
     closed_form_jobs,
@@ -124,7 +123,7 @@ def test_the_twin_loss_equals_its_formula():
         value, pool_losses = loss(name, 3, sigma)
 
         def mean(rows, sequences=problem.references, name=name):
-            return bank.row_losses(name, make_batch(sequences, rows, bank.device)).completion
+            return bank.row_losses(name, make_batch(sequences, rows, bank.device))
 
         pool = mean(problem.pool_rows[visited("pool")[3]], problem.pool)
         expected = (
@@ -173,7 +172,7 @@ def losses_by_hand(problem: TwinProblem, sigma: np.ndarray, with_safe: bool) -> 
     }
 
     def losses(sequences, rows):
-        return bank.row_losses("one", make_batch(sequences, rows, bank.device)).completion
+        return bank.row_losses("one", make_batch(sequences, rows, bank.device))
 
     with bank.differentiable("one"):
         for step in range(problem.steps):
@@ -476,10 +475,10 @@ KNOWN = References(
 MADE = random_token_rows(3, VOCABULARY, seed=77).pairs
 
 
-def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, names=TWINS, **options) -> Twins:
+def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, **options) -> Twins:
     bank = make_bank()
     config = PharmacistConfig(**({"twin_steps": 6, "batch_size": 4, "r": 2} | options))
-    own = Twins(bank, config, names)
+    own = Twins(bank, config)
     own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0)
     return own
 
@@ -532,7 +531,7 @@ def test_swapping_references_swaps_the_twins(tmp_path):
 
 def test_without_others_the_contrast_has_no_quality(tmp_path):
     alone = dataclasses.replace(KNOWN, labels=np.where(KNOWN.labels == 0, 0, 4), made=KNOWN.labels != 0)
-    own = fitted(tmp_path, known=alone, names=WITHOUT_HARMFUL)
+    own = fitted(tmp_path, known=alone)
     assert own.quality is None and own.thresholds.compliance is None
 
 

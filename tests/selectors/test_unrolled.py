@@ -47,7 +47,7 @@ def safety_loss(bank, state: Gradient) -> float:
     bank.add("probe", state)
     with torch.no_grad():
         batch = make_batch(SAFE, range(len(SAFE)), bank.device)
-        return float(bank.row_losses("probe", batch).completion.mean())
+        return float(bank.row_losses("probe", batch).mean())
 
 
 def test_the_mean_gradient_is_the_mean_of_the_rows(bank):

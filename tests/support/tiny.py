@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pharmacist.nn.losses import RowLosses, mean_losses, token_losses
+from pharmacist.nn.losses import mean_losses, token_losses
 
 
 WORDS = (
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 def row_losses(
     logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
-) -> RowLosses:
+) -> torch.Tensor:
     """Mean cross-entropy of completions, from the logits of all tokens."""
     return mean_losses(token_losses(logits, input_ids), lengths, prompt_lengths)
 

@@ -75,7 +75,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
 
     def measure(batch: Batch) -> dict[str, FloatArray]:
         losses = read_row_losses(loaded.model, batch)
-        return {"nll": (losses.completion.double() * losses.n_completion).cpu().numpy()}
+        return {"nll": (losses.double() * (batch.lengths - batch.prompt_lengths)).cpu().numpy()}
 
     found = run_pass(loaded.model, encoded, measure, work=work, description=flag.removeprefix("--"))["nll"]
     if not np.isfinite(found).all():

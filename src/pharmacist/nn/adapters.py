@@ -18,10 +18,9 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, write_json
 from pharmacist.core.mappings import under
 from pharmacist.core.seeding import derive
-from pharmacist.nn.attention import quick_attention
-from pharmacist.nn.batching import Batch
+from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.nn.hooks import quick_attention
 from pharmacist.nn.locate import linear_names
-from pharmacist.nn.losses import RowLosses
 from pharmacist.nn.options import AdapterOptions as AdapterOptions
 from pharmacist.nn.reading import read_row_losses
 
@@ -94,13 +93,9 @@ class TrainingState:
 
 
 class AdapterBank:
-    """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
+    """Named LoRA adapters on one causal language model, which is frozen.
 
-    Args:
-        model: A causal language model; its weights are frozen.
-        options: Shape of the adapters.
-        seed: Of the common initial weights.
-        checkpoint_seconds: Time between checkpoints of a training.
+    All start from the same weights (common random numbers), those of the seed.
     """
 
     def __init__(self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0) -> None:
@@ -210,11 +205,15 @@ class AdapterBank:
             self._training = ()
             self._mark_trained()
 
-    def row_losses(self, name: Names, batch: Batch) -> RowLosses:
-        """Completion losses of a batch under an adapter, several together, or the base model alone."""
+    def row_losses(self, name: Names, batch: Batch) -> torch.Tensor:
+        """Mean completion loss of each row under adapters, or the base model alone, in nats; shape [rows]."""
         self.tokens += batch.tokens
         with self.using(name) as model, quick_attention(model, batch.input_ids.shape[1]):
             return read_row_losses(model, batch)
+
+    def losses(self, name: Names, sequences: Sequences, rows: IntArray) -> torch.Tensor:
+        """The `row_losses` of some rows."""
+        return self.row_losses(name, make_batch(sequences, rows, self.device))
 
     def train(
         self,

@@ -95,25 +95,18 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
-    """Concatenates the rows of all processes, detached; their number and length may differ between processes.
+    """The rows of all processes, detached, and the number of this process's first row among them.
 
-    Args:
-        tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
-
-    Returns:
-        Shape [all rows, greatest length, ...], and the first row of this process.
+    Tensors of shape [rows, length, ...], whose first two numbers may differ between processes, become one of shape
+    [all rows, greatest length, ...], shorter ones padded with zeros.
     """
     if world_size() == 1:
         return tensor.detach(), 0
     import torch
-    from accelerate.utils import gather
+    from accelerate.utils import gather, pad_across_processes
 
     _state()
-    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
-    rows, length = sizes.max(0).values.tolist()
-    padded = tensor.new_zeros((1, rows, length, *tensor.shape[2:]))
-    padded[0, : tensor.shape[0], : tensor.shape[1]] = tensor.detach()
-    gathered = gather(padded)
-    counts = sizes[:, 0].tolist()
-    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = pad_across_processes(pad_across_processes(tensor.detach(), dim=0), dim=1)
+    parts = [part[:count] for part, count in zip(gather(padded[None]), counts, strict=True)]
     return torch.cat(parts), sum(counts[: rank()])

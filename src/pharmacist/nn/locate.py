@@ -13,8 +13,7 @@ from pharmacist.core.errors import NoMatchError
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that turns hidden states into logits; None where the model names none."""
     get_head = getattr(model, "get_output_embeddings", None)
-    found: nn.Module | None = get_head() if get_head is not None else getattr(model, "lm_head", None)
-    return found
+    return get_head() if get_head is not None else getattr(model, "lm_head", None)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -48,11 +47,8 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The self-attention module of each decoder layer, by name: the part with linear layers that takes a mask."""
-    found = {}
-    for name, layer in decoder_layers(model).items():
-        child, module = _attention(layer)[0]
-        found[f"{name}.{child}"] = module
-    return found
+    firsts = {name: _attention(layer)[0] for name, layer in decoder_layers(model).items()}
+    return {f"{name}.{child}": module for name, (child, module) in firsts.items()}
 
 
 def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,8 +61,11 @@ def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, layer in decoder_layers(model).items():
         attention = [module for _, module in _attention(layer)]
-        children = layer.named_children()
-        rest = [(child, module) for child, module in children if module not in attention and _has_matrix(module)]
+        rest = [
+            (child, module)
+            for child, module in layer.named_children()
+            if module not in attention and any(parameter.ndim > 1 for parameter in module.parameters())
+        ]
         if not rest:
             raise _nothing(model, f"a feed-forward part with matrices in {name}")
         blocks = [item for item in rest if not _is_linear(item[1])]
@@ -95,7 +94,7 @@ def _attention(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in layer.named_children()
-        if _has_linear(module)
+        if any(map(_is_linear, module.modules()))
         and not _is_linear(module)
         and any("mask" in argument for argument in inspect.signature(type(module).forward).parameters)
     ]
@@ -103,14 +102,6 @@ def _attention(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
-
-
-def _has_linear(module: nn.Module) -> bool:
-    return any(_is_linear(part) for part in module.modules())
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _nothing(model: nn.Module, what: str) -> NoMatchError:

@@ -1,7 +1,5 @@
 """Losses of token predictions and representations. Pure functions in float32 at least; float64 stays float64."""
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional
 
@@ -12,18 +10,6 @@ _IGNORED = -100  # label of positions without a target, as in `data.tokenize`
 def precise(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or in float64 where it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class RowLosses(NamedTuple):
-    """Cross-entropy of the rows of a batch, in nats.
-
-    Attributes:
-        completion: Mean over completion tokens and the end-of-sequence token, shape [rows].
-        n_completion: How many tokens were averaged, shape [rows].
-    """
-
-    completion: torch.Tensor
-    n_completion: torch.Tensor
 
 
 def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -38,25 +24,20 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Shape [rows, length].
+    From logits of shape [rows, length, vocabulary] and ids of shape [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
 
-def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RowLosses:
-    """Averages token losses over the completion; prompt and padding, on the right, never count.
+def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+    """Averages token losses over the completion, in nats, shape [rows]; prompt and padding, on the right, never count.
 
-    Args:
-        losses: From `token_losses`, shape [rows, length - 1].
-        lengths: Tokens without padding, shape [rows].
-        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+    The losses are those of `token_losses`, shape [rows, length - 1]. `lengths` are tokens without padding, and
+    `prompt_lengths`, at least 1 less, those before the completion, shape [rows].
     """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     counted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
-    count = counted.sum(1)
-    return RowLosses(torch.where(counted, losses, losses.new_zeros(())).sum(1) / count, count)
+    return torch.where(counted, losses, losses.new_zeros(())).sum(1) / counted.sum(1)
 
 
 def batch_loss(
@@ -65,16 +46,15 @@ def batch_loss(
     n_targets: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy over all target tokens of a batch, as causal language models train.
+    """Cross-entropy over all target tokens of a batch, as causal language models train; a scalar.
+
+    It is 0 with zero gradient where the batch has no target token.
 
     Args:
         logits: Shape [rows, length, vocabulary], or [targets, vocabulary] in the order of `targets`.
         labels: Shape [rows, length]; -100 where there is no target.
         n_targets: Divisor of the sum; by default the number of the batch's target tokens, which gives the mean.
         weights: Factor of each row's losses, shape [rows].
-
-    Returns:
-        A scalar; 0 with zero gradient where the batch has no target token.
     """
     if logits.dim() == 2:
         keep, tokens = targets(labels)
@@ -89,11 +69,9 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions at which a batch predicts a target token, and those tokens, from labels that are -100 elsewhere.
+    """Positions at which a batch predicts a target token, and those tokens in order, from labels, -100 elsewhere.
 
-    Returns:
-        Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
-        in the same order.
+    The positions are bool, of the labels' shape [rows, length], true at t where token t + 1 is a target.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     keep = following != _IGNORED
@@ -102,8 +80,7 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def target_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of target tokens, shape [targets], from logits of shape [targets, vocabulary]."""
-    losses: torch.Tensor = functional.cross_entropy(precise(logits), tokens, reduction="none")
-    return losses
+    return functional.cross_entropy(precise(logits), tokens, reduction="none")
 
 
 def negative_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -122,11 +99,7 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
     each it is 6.186 whatever they hold.
 
-    Source: RepNoise (arXiv 2405.14577), noise loss.
-
-    Args:
-        x: Shape [rows, features].
-        y: Shape [rows, features].
+    Source: RepNoise (arXiv 2405.14577), noise loss. Both samples have the shape [rows, features].
     """
     n = len(x)
     rows = precise(torch.cat([x, y]))

@@ -15,7 +15,7 @@ from pharmacist.core.env import rank, world_size
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import bar
 from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch, plan_pass
-from pharmacist.nn.distributed import barrier
+from pharmacist.nn.distributed import barrier, my_share
 from pharmacist.nn.reading import tokens_per_batch
 
 
@@ -41,7 +41,7 @@ def run_pass(
     The processes of a data-parallel run share the chunks; batches do not depend on their number.
 
     Args:
-        model: The model that `measure` runs; it says where batches go, and how large they may be.
+        model: Says where batches go, and how large they may be.
         sequences: The rows.
         measure: Batch -> arrays whose first axis is the batch's rows.
         work: Folder for finished chunks of at least `ROWS_PER_CHUNK` rows; shared by all processes.
@@ -66,23 +66,20 @@ def run_pass(
             size = 0
         chunks[-1].append(batch)
         size += len(batch)
-    total = sum(len(batch) for batch in plan.batches)
-    with bar(description, total) as progress, torch.inference_mode():
-        for number, chunk in enumerate(chunks):
-            path = work / f"{number:06d}.safetensors"
-            if number % world_size() != rank():
-                continue
+    paths = [work / f"{number:06d}.safetensors" for number in range(len(chunks))]
+    with bar(description, sum(map(len, plan.batches))) as progress, torch.no_grad():
+        for path, chunk in my_share(list(zip(paths, chunks, strict=True))):
             if not path.is_file():
                 parts = [measure(make_batch(sequences, batch, device)) for batch in chunk]
                 arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
                 with atomic_path(path) as temporary:
                     save_file(arrays | {"rows": np.concatenate(chunk)}, temporary)
-            progress.advance(sum(len(batch) for batch in chunk) * world_size())
+            progress.advance(sum(map(len, chunk)) * world_size())
     barrier()
     everything = np.arange(len(sequences.lengths))
     result: dict[str, npt.NDArray[np.float64]] = {}
-    for number in range(len(chunks)):
-        arrays = load_file(work / f"{number:06d}.safetensors")
+    for path in paths:
+        arrays = load_file(path)
         where = arrays.pop("rows")
         for key, values in arrays.items():
             if key not in result:
@@ -94,12 +91,9 @@ def run_pass(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Copies measurements, in place, from the rows that were read to those equal to them.
+    """Copies measurements, in place, to those of `rows` that were not read from the equal ones that were.
 
-    Args:
-        values: First axis is the rows; no second array of that size is made.
-        representative: As in `PassPlan`.
-        rows: Rows to copy to.
+    `representative` is as in `PassPlan`. No second array of the values' size is made.
     """
     copies = rows[representative[rows] != rows]
     for start in range(0, len(copies), _COPIED):
@@ -123,7 +117,7 @@ def _fitting(
             torch.cuda.empty_cache()
             longest = plan_pass(sequences, tokens, rows).batches[0]
             try:
-                with torch.inference_mode():
+                with torch.no_grad():
                     measure(make_batch(sequences, longest, device))
                 break
             except torch.OutOfMemoryError:

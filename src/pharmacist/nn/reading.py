@@ -17,7 +17,7 @@ from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import capture, evaluating, head_at, hooked
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import RowLosses, mean_losses, target_losses, token_losses
+from pharmacist.nn.losses import mean_losses, target_losses, token_losses
 
 
 _LARGE = 2**14
@@ -57,11 +57,9 @@ def head_is_last(model: nn.Module) -> bool:
 
 
 def logits_from(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """Logits of what the output head gets, as the model computes them: where it caps or scales those of its head, too.
+    """Logits of states, shape [positions, width], as the model computes them: capped or scaled, where it does that.
 
-    Args:
-        model: The model, which then reads a single token, whose head gets the states instead.
-        states: Shape [positions, width].
+    Such a model reads a single token, and its head gets the states instead.
     """
     head = output_head(model)
     assert head is not None
@@ -90,11 +88,8 @@ def _of_one_token(model: nn.Module) -> torch.Tensor:
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
     """Cross-entropy of each token given the tokens before it, by one forward pass of a causal language model.
 
-    Args:
-        model: The model.
-        batch: The rows.
-        prompt: Whether the losses of prompt tokens are needed; if not, they may be 0.
-        **options: Of the forward pass, such as ``output_hidden_states``.
+    Without `prompt` the losses of prompt tokens may be 0; `options` are of the forward pass, such as
+    ``output_hidden_states``.
 
     Returns:
         Losses, shape [rows, length - 1], entry t of token t + 1, where padding may be 0; and the model's output, which
@@ -108,45 +103,34 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     if head is None:
         output = forward()
         return token_losses(output.logits, batch.input_ids), output
-    if torch.is_grad_enabled() or not _HEAD_IS_LAST.get(head, True):
-        read = _needed(batch, prompt)
-        with head_at(head, functional.pad(read, (0, 1))):
-            output = forward()
-        losses = target_losses(output.logits, batch.input_ids[:, 1:][read])
-        return losses.new_zeros(read.shape).masked_scatter(read, losses), output
-    first = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    first[0, 0] = head not in _HEAD_IS_LAST
-    with capture({"head": head}, inputs=True) as seen, head_at(head, first):
-        output = forward()
-    states = seen["head"]
-    if head not in _HEAD_IS_LAST:
-        _HEAD_IS_LAST[head] = torch.equal(head(states[first]), output.logits)
-        if not _HEAD_IS_LAST[head]:
-            return read_losses(model, batch, prompt=prompt, **options)
-    return _losses_in_parts(head, states, batch, prompt), output
-
-
-def _needed(batch: Batch, prompt: bool) -> torch.Tensor:
-    """Which losses are needed, bool, shape [rows, length - 1]."""
     position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
-    read = position < batch.lengths[:, None]
-    return read if prompt else read & (position >= batch.prompt_lengths[:, None])
+    needed = position < batch.lengths[:, None]
+    if not prompt:
+        needed &= position >= batch.prompt_lengths[:, None]
+    tokens = batch.input_ids[:, 1:][needed]
+    if torch.is_grad_enabled() or not head_is_last(model):
+        with head_at(head, functional.pad(needed, (0, 1))):
+            output = forward()
+        losses = target_losses(output.logits, tokens)
+    else:
+        nowhere = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        with capture({"head": head}, inputs=True) as seen, head_at(head, nowhere):
+            output = forward()
+        losses = _losses_in_parts(head, seen["head"][:, :-1][needed], tokens)
+    return losses.new_zeros(needed.shape).masked_scatter(needed, losses), output
 
 
-def _losses_in_parts(head: nn.Module, states: torch.Tensor, batch: Batch, prompt: bool) -> torch.Tensor:
-    ids, read = batch.input_ids[:, 1:], _needed(batch, prompt)
-    width = int(getattr(head, "out_features", 1))
-    sizes = [max(1, logits // width) for logits in _LOGITS[ids.device.type]]
+def _losses_in_parts(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    some, few = (max(1, n // int(getattr(head, "out_features", 1))) for n in _LOGITS[tokens.device.type])
     parts = [
-        target_losses(logits, tokens)
-        for some, following in zip(states[:, :-1][read].split(sizes[0]), ids[read].split(sizes[0]), strict=True)  # type: ignore[no-untyped-call]
-        for logits, tokens in zip(head(some).split(sizes[1]), following.split(sizes[1]), strict=True)
+        target_losses(logits, following)
+        for part, of_part in zip(states.split(some), tokens.split(some), strict=True)  # type: ignore[no-untyped-call]
+        for logits, following in zip(head(part).split(few), of_part.split(few), strict=True)
     ]
-    found = torch.cat(parts)
-    return found.new_zeros(ids.shape).masked_scatter_(read, found)
+    return torch.cat(parts)
 
 
-def read_row_losses(model: nn.Module, batch: Batch) -> RowLosses:
+def read_row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Mean completion losses of a batch's rows; the logits of prompts are not computed."""
     losses, _ = read_losses(model, batch, prompt=False)
     return mean_losses(losses, batch.lengths, batch.prompt_lengths)

@@ -1,7 +1,7 @@
 """The base of selectors, the inputs that they rank a pool with, and the scores that they return."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,13 @@ from pharmacist.core.rundir import RunDir
 
 if TYPE_CHECKING:
     import datasets
+    import torch
 
     from pharmacist.data.records import Records
     from pharmacist.data.tokenize import Encoded
+    from pharmacist.nn.batching import Batch, Sequences
     from pharmacist.nn.models import LoadedModel
+    from pharmacist.nn.passes import Measure
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -179,6 +182,32 @@ class SelectionContext:
         )
         return self.encoded[name]
 
+    def read(
+        self, sequences: "Sequences", measure: "Measure", name: str, *, forwards: int = 1, backward: bool = False
+    ) -> dict[str, FloatArray]:
+        """Measures every row with the model once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
+
+        The same name means the same measurement of the same rows. `forwards` says how often `measure` (of a pass)
+        sends a batch through the model, for the count of tokens; `backward` that it keeps what a backward pass needs,
+        so that batches must be smaller.
+        """
+        from pharmacist.nn.passes import run_pass
+
+        with self.run.phase("score") as phase:
+
+            def counted(batch: "Batch") -> dict[str, npt.NDArray[Any]]:
+                phase.tokens += forwards * batch.tokens
+                return measure(batch)
+
+            work, what = self.run.work("read", name), f"reading rows ({name})"
+            return run_pass(self.model.model, sequences, counted, work=work, description=what, backward=backward)
+
+    def read_numbers(
+        self, sequences: "Sequences", measure: "Callable[[Batch], torch.Tensor]", name: str
+    ) -> FloatArray:
+        """As `read`, of one number per row, shape [rows]."""
+        return self.read(sequences, lambda batch: {"number": measure(batch).double().cpu().numpy()}, name)["number"]
+
 
 class Selector(Method, ABC):
     """Base of the methods that rank a pool.
@@ -214,10 +243,7 @@ class Selector(Method, ABC):
         return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
-        """A sentence about what the selector does differently since some references are missing, or None.
-
-        Args:
-            given: Kinds of references that there are.
+        """A sentence about what the selector does differently since only these kinds of references are given, or None.
 
         Raises:
             ConfigError: The options cannot work with these kinds.

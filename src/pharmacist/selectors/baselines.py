@@ -1,11 +1,11 @@
 """Baselines that any selector must beat: everything, a random order, and the length of completions."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pharmacist.core.seeding import derive
@@ -54,18 +54,19 @@ class RandomSelector(Selector):
 def draws(rows: "datasets.Dataset", seed: int) -> FloatArray:
     """Uniform numbers in [0, 1) by content, whatever the order of the rows; copies of a row draw different ones."""
     copies, drawn = Counter[int](), np.empty(len(rows))
-    for position, key in enumerate(text_hashes(rows, seed)):
+    for position, key in enumerate(text_hashes(rows, seed).tolist()):
         copy = xxhash.xxh3_64_intdigest(key.to_bytes(8, "big"), seed=copies[key])
         copies[key] += 1
         drawn[position] = (copy >> 11) / 2**53
     return drawn
 
 
-def text_hashes(rows: "datasets.Dataset", seed: int = 0) -> Iterator[int]:
-    """A 64-bit hash of each row's texts."""
-    for batch in rows.select_columns(["prompt", "completion"]).iter(4096):
-        for pair in zip(batch["prompt"], batch["completion"], strict=True):
-            yield xxhash.xxh3_64_intdigest("\x1f".join(pair).encode("utf-8", "surrogatepass"), seed=seed)
+def text_hashes(rows: "datasets.Dataset", seed: int = 0) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each row's texts, shape [rows]."""
+    batches = rows.select_columns(["prompt", "completion"]).iter(4096)
+    pairs = (pair for batch in batches for pair in zip(batch["prompt"], batch["completion"], strict=True))
+    texts = ("\x1f".join(pair).encode("utf-8", "surrogatepass") for pair in pairs)
+    return np.fromiter((xxhash.xxh3_64_intdigest(text, seed=seed) for text in texts), np.uint64, len(rows))
 
 
 @dataclass

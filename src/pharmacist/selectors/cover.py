@@ -113,8 +113,7 @@ class Coverage(Selector):
         """Reads the pool once; a row's score is what its cover gives it when its turn comes."""
         points, keys = pool_points(context), pool_keys(context)
         with context.run.phase("order"):
-            score = cover_scores(points, keys, COVERS[self.name], self.config.block)
-        return Scores(score)
+            return Scores(cover_scores(points, keys, COVERS[self.name], self.config.block))
 
 
 class KCenterSelector(Coverage):

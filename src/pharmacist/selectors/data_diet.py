@@ -15,11 +15,10 @@ from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.hooks import activation_gradients, capture
 from pharmacist.nn.locate import output_head
-from pharmacist.nn.losses import mean_losses, token_losses
+from pharmacist.nn.losses import mean_losses, precise, token_losses
 from pharmacist.nn.row_gradients import Tape
 from pharmacist.selectors.base import Scores, SelectionContext, Selector
-from pharmacist.selectors.gradients import copied, row_tape
-from pharmacist.selectors.reading import read_numbers
+from pharmacist.selectors.gradients import row_tape
 
 
 @dataclass
@@ -45,7 +44,7 @@ class EL2NSelector(Selector):
         def errors(batch: Batch) -> torch.Tensor:
             return error_norms(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch)
 
-        error = read_numbers(context, context.encoded_pool, errors, "el2n")
+        error = context.read_numbers(context.encoded_pool, errors, "el2n")
         return Scores.by_size(error, "error", largest=self.config.keep == "high")
 
 
@@ -55,13 +54,10 @@ def error_norms(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     Between 0, where the model is sure and right, and the root of 2, where it is sure and wrong. From logits of shape
     [rows, length, vocabulary]; shape [rows].
     """
-    logits = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
-    error = logits.softmax(-1)
+    error = precise(logits[:, :-1]).softmax(-1)
     # Subtracted in place: the closed form sum p^2 - 2 p_y + 1 loses all digits where the model is nearly right.
     error.scatter_add_(-1, batch.input_ids[:, 1:, None], torch.full_like(error[..., :1], -1))
-    position = torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :]
-    counted = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
-    return torch.where(counted, error.norm(dim=-1), 0.0).sum(1) / counted.sum(1)
+    return mean_losses(error.norm(dim=-1), batch.lengths, batch.prompt_lengths)
 
 
 @dataclass
@@ -106,7 +102,7 @@ class GraNdSelector(Selector):
         def norms(batch: Batch) -> torch.Tensor:
             return tape(batch).square_norms().sqrt()
 
-        size = read_numbers(context, context.encoded_pool, norms, f"grand-{config.by}")
+        size = context.read_numbers(context.encoded_pool, norms, f"grand-{config.by}")
         return Scores.by_size(size, "gradient_norm", largest=config.keep == "high")
 
 
@@ -115,14 +111,12 @@ def head_tape(model: nn.Module, head: nn.Module, batch: Batch) -> Tape:
 
     Where the head shares its weight with the embedding, the gradient is the head's part alone.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        batch = copied(batch)
 
-        def loss() -> torch.Tensor:
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            losses = token_losses(logits, batch.input_ids)
-            return mean_losses(losses, batch.lengths, batch.prompt_lengths).completion.sum()
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        losses = token_losses(logits, batch.input_ids)
+        return mean_losses(losses, batch.lengths, batch.prompt_lengths).sum()
 
-        with capture({"head": head}, inputs=True) as read_in:
-            _, derivatives = activation_gradients({"head": head}, loss)
+    with capture({"head": head}, inputs=True) as read_in:
+        _, derivatives = activation_gradients({"head": head}, loss)
     return Tape({"head": read_in["head"].detach()}, derivatives)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -23,17 +22,16 @@ from pharmacist.core.typed import AtLeast0, Checked
 from pharmacist.nn.batching import Batch, IntArray
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.libraries import failures_as, silent_library
+from pharmacist.nn.losses import precise
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
-from pharmacist.selectors.reading import read
 
 
 if TYPE_CHECKING:
     import datasets
 
-Keys = npt.NDArray[np.uint64]
 Finish = Callable[[FloatArray], FloatArray]
 
 DIMENSION = 256
@@ -46,11 +44,9 @@ _CHUNK = 4096
 def mean_states(model: nn.Module, batch: Batch) -> FloatArray:
     """The last hidden state, averaged over all tokens of a row, shape [rows, width]."""
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    state = output.hidden_states[-1]
-    state = state if state.dtype == torch.float64 else state.float()
+    state = precise(output.hidden_states[-1])
     weight = batch.attention_mask.to(state.dtype)[:, :, None]
-    mean: FloatArray = ((state * weight).sum(1) / weight.sum(1)).double().cpu().numpy()
-    return mean
+    return ((state * weight).sum(1) / weight.sum(1)).double().cpu().numpy()
 
 
 def unit(vectors: FloatArray) -> FloatArray:
@@ -67,16 +63,13 @@ def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish
     if context.embedder is not None:
         return _sentences(context, context.embedder, rows, name, finish)
     model = context.model.model
-    pool = rows is context.pool.dataset
-    encoded = context.encoded_pool if pool else context.encode(rows, name)
-    return read(context, encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
+    encoded = context.encoded_pool if rows is context.pool.dataset else context.encode(rows, name)
+    return context.read(encoded, lambda batch: {"kept": finish(mean_states(model, batch))}, name)["kept"]
 
 
-def pool_keys(context: SelectionContext) -> Keys:
+def pool_keys(context: SelectionContext) -> npt.NDArray[np.uint64]:
     """A hash of each row's content: equal rows have equal keys, shape [rows]."""
-    if context.embedder is None:
-        return context.encoded_pool.content_keys
-    return _text_keys(context.pool.dataset)
+    return context.encoded_pool.content_keys if context.embedder is None else text_hashes(context.pool.dataset)
 
 
 def pool_points(context: SelectionContext) -> FloatArray:
@@ -137,15 +130,11 @@ def check_sentence_encoder() -> None:
         raise ConfigError("--embedder needs sentence-transformers; pip install 'pharmacist[embeddings]'")
 
 
-def _text_keys(rows: "datasets.Dataset") -> Keys:
-    return np.fromiter(text_hashes(rows), dtype=np.uint64, count=len(rows))
-
-
 def _sentences(
     context: SelectionContext, embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
 ) -> FloatArray:
     """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
-    distinct, inverse = np.unique(_text_keys(rows), return_index=True, return_inverse=True)[1:]
+    distinct, inverse = np.unique(text_hashes(rows), return_index=True, return_inverse=True)[1:]
     encoder, found = None, np.empty(0)
     work, columns = context.run.work("read", name), rows.select_columns(["prompt", "completion"])
     work.mkdir(parents=True, exist_ok=True)

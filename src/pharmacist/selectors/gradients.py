@@ -106,8 +106,7 @@ def pool_job(
     stream = batch_stream(len(rows), bank.options.batch_size, steps, derive(seed, "pool"))
 
     def loss(step: int) -> torch.Tensor:
-        batch = make_batch(pool, rows[stream[step]], bank.device)
-        return bank.row_losses((name, *frozen), batch).completion.mean()
+        return bank.losses((name, *frozen), pool, rows[stream[step]]).mean()
 
     return Job((name,), folder, steps, loss, keep)
 
@@ -133,7 +132,7 @@ def loss_name(adapter: str) -> str:
 
 def losses_under(bank: AdapterBank, names: Names, batch: Batch) -> FloatArray:
     """Completion losses of a batch under an adapter, or several together, in float64; shape [rows]."""
-    return bank.row_losses(names, batch).completion.double().cpu().numpy()
+    return bank.row_losses(names, batch).double().cpu().numpy()
 
 
 def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: int) -> IntArray:
@@ -203,8 +202,7 @@ def loss_and_gradient(
     total, gradient = 0.0, {key: torch.zeros_like(parameter) for key, parameter in parameters.items()}
     with bank.differentiable(name):
         for start in track(range(0, len(rows), bank.options.batch_size), what):
-            batch = make_batch(sequences, rows[start : start + bank.options.batch_size], bank.device)
-            losses = bank.row_losses((name, *frozen), batch).completion
+            losses = bank.losses((name, *frozen), sequences, rows[start : start + bank.options.batch_size])
             parts = torch.autograd.grad(losses.sum() / len(rows), list(parameters.values()))
             for value, part in zip(gradient.values(), parts, strict=True):
                 value += part
@@ -215,14 +213,14 @@ def loss_and_gradient(
 @torch.no_grad()
 def mean_loss(bank: AdapterBank, names: Names, sequences: Sequences) -> float:
     """Mean completion loss of all rows under an adapter, several together, or the base alone."""
-    losses = (bank.row_losses(names, batch).completion for batch in batches(bank, sequences))
+    losses = (bank.row_losses(names, batch) for batch in batches(bank, sequences))
     return sum(float(part.double().sum()) for part in losses) / len(sequences.lengths)
 
 
 def batches(bank: AdapterBank, sequences: Sequences) -> Iterator[Batch]:
     """All rows in their order, as many at a time as the adapters are trained on."""
     size, n = bank.options.batch_size, len(sequences.lengths)
-    return (make_batch(sequences, range(start, min(start + size, n)), bank.device) for start in range(0, n, size))
+    return (make_batch(sequences, range(n)[start : start + size], bank.device) for start in range(0, n, size))
 
 
 def moved(state: Gradient, direction: Gradient, by: float) -> Gradient:
@@ -232,11 +230,5 @@ def moved(state: Gradient, direction: Gradient, by: float) -> Gradient:
 
 def row_tape(bank: AdapterBank, name: str, batch: Batch) -> Tape:
     """One forward and backward pass over a batch under an adapter, also within a forward-only pass."""
-    with torch.inference_mode(False), torch.enable_grad(), bank.differentiable(name):
-        batch = copied(batch)
-        return tape_rows(bank.linears(name), lambda: bank.row_losses(name, batch).completion)
-
-
-def copied(batch: Batch) -> Batch:
-    """A copy: autograd refuses tensors that were made in inference mode."""
-    return Batch(batch.input_ids.clone(), batch.lengths.clone(), batch.prompt_lengths.clone())
+    with torch.enable_grad(), bank.differentiable(name):
+        return tape_rows(bank.linears(name), lambda: bank.row_losses(name, batch))

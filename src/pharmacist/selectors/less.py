@@ -16,7 +16,6 @@ from pharmacist.nn.grads import Gradient, norm
 from pharmacist.nn.passes import Measure
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
-from pharmacist.selectors.reading import read
 
 
 LEARNER = "learner"
@@ -69,7 +68,7 @@ class LessSelector(Selector):
             bank.add(LEARNER, checkpoint.weight)
             with bank_phase(context.run, "score", bank):
                 cosines = _projected(bank, safe, checkpoint, sketch) if sketch else _exact(bank, safe, checkpoint)
-            found = read(context, pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
+            found = context.read(pool, cosines, f"less-cosines{epoch}", backward=True)["cosine"]
             signals[f"cosine_{epoch}"] = found
             score += weight * found
         return Scores(score, signals=signals, report={"warm_up_rows": len(rows)})

@@ -12,7 +12,6 @@ from pharmacist.core.typed import Checked
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.reading import read_row_losses
 from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
-from pharmacist.selectors.reading import read_numbers
 
 
 NO_HELP = "prompt_does_not_help"
@@ -22,7 +21,7 @@ NO_HELP = "prompt_does_not_help"
 def completion_losses(context: SelectionContext, sequences: Sequences, name: str) -> FloatArray:
     """Mean cross-entropy of each row's completion tokens under the base model, in nats, shape [rows]."""
     model = context.model.model
-    return read_numbers(context, sequences, lambda batch: read_row_losses(model, batch).completion, name)
+    return context.read_numbers(sequences, lambda batch: read_row_losses(model, batch), name)
 
 
 @dataclass
@@ -59,12 +58,7 @@ class IFDConfig(Checked):
 
 
 class Alone:
-    """Completions without their prompts, each after one start token; equal completions are equal rows.
-
-    Args:
-        sequences: The rows.
-        start: Id of the start token, which gives the first completion token something to follow.
-    """
+    """Completions without their prompts, each after a start token, something to follow; equal ones are equal rows."""
 
     def __init__(self, sequences: Sequences, start: int) -> None:
         self._sequences, self._start = sequences, np.array([start], dtype=np.int32)

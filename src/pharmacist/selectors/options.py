@@ -47,10 +47,8 @@ class PharmacistConfig(AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.readers != "auto":
-            unknown = [name for name in self.reader_names() if name not in READERS]
-            if unknown or not self.reader_names():
-                raise ConfigError(f"selector.readers: '{self.readers}' is not auto or any of {', '.join(READERS)}")
+        if self.readers != "auto" and not set() < self._asked() <= set(READERS):
+            raise ConfigError(f"selector.readers: '{self.readers}' is not auto or any of {', '.join(READERS)}")
         if self.solver == "gradient" and self.cotrain < 1:
             raise ConfigError("selector.solver gradient weights every row, so it needs --selector.cotrain 1")
         if self.solver == "gradient" and self.batch_size == 1:
@@ -60,9 +58,11 @@ class PharmacistConfig(AdapterOptions):
         if self.solver == "gradient" and self.gamma == 0:
             raise ConfigError("selector.solver gradient learns nothing where selector.gamma is 0")
 
+    def _asked(self) -> set[str]:
+        return {name.strip() for name in self.readers.split(",")} - {""}
+
     def reader_names(self, *, model: bool = True) -> tuple[str, ...]:
         """The readers asked for; under ``auto`` all of them, those without a model where there is none."""
         if self.readers == "auto":
             return READERS if model else READERS[:1]
-        asked = {name.strip() for name in self.readers.split(",")} - {""}
-        return tuple(name for name in READERS if name in asked) + tuple(sorted(asked - set(READERS)))
+        return tuple(name for name in READERS if name in self._asked())

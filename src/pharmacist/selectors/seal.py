@@ -13,12 +13,10 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Fraction, NotNegative
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
-from pharmacist.nn.batching import Sequences, batch_stream, make_batch
-from pharmacist.nn.distributed import barrier
+from pharmacist.nn.batching import Sequences, batch_stream
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job
-from pharmacist.selectors.reading import read
 
 
 INFORMED, PLAIN = "informed", "plain"
@@ -91,8 +89,7 @@ class SealSelector(Selector):
         with gradients.bank_phase(context.run, "train", bank):
             gradients.run_jobs(bank, [job], "seal")
         measure = partial(gradients.adapter_losses, bank, names=config.adapters)
-        losses = read(context, pool, measure, "seal", forwards=len(config.adapters))
-        barrier()
+        losses = context.read(pool, measure, "seal", forwards=len(config.adapters))
         logits = np.load(job.folder / "logits.npy", allow_pickle=False)
         losses["logit"] = gradients.mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
@@ -114,22 +111,19 @@ def seal_job(
     safe_stream = batch_stream(len(safe.lengths), size, steps, derive(seed, "safe"))
     logits = torch.zeros(len(rows), dtype=torch.float64)
 
-    def losses(adapter: str, sequences: Sequences, which: IntArray) -> torch.Tensor:
-        return bank.row_losses(adapter, make_batch(sequences, which, bank.device)).completion
-
     def step_loss(step: int) -> torch.Tensor:
         visited, g = pool_stream[step], config.pool_weight(step, len(rows))
         weights = gradients.row_weights(logits)[visited]
         with nullcontext() if g > 0 else torch.no_grad():
-            informed = losses(INFORMED, pool, rows[visited])
+            informed = bank.losses(INFORMED, pool, rows[visited])
         total = informed.new_zeros(())
         if g < 1:
-            total = (1 - g) * losses(INFORMED, safe, safe_stream[step]).mean()
+            total = (1 - g) * bank.losses(INFORMED, safe, safe_stream[step]).mean()
         if g > 0:
             total = total + g * (weights.to(informed) * informed).mean()
         gap = informed.detach()
         if config.auxiliary:
-            plain = losses(PLAIN, pool, rows[visited])
+            plain = bank.losses(PLAIN, pool, rows[visited])
             total = total + (weights.to(plain) * plain).mean()
             gap = gap - plain.detach()
         gradients.move_logits(logits, visited, weights, gap, config.weight_rate, 1.0)

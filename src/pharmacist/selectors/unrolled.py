@@ -16,7 +16,6 @@ from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
-from pharmacist.selectors.reading import read
 
 
 if TYPE_CHECKING:
@@ -58,9 +57,8 @@ class UnrolledSelector(Selector):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Trains adapters that the safety loss is to withstand, on top of what was learned; none here.
 
-        Returns:
-            Names of the adapters that are active besides the learner, held constant, where the pool is learned from,
-            and where the safety loss is taken.
+        Returns the names of those that are active besides the learner, held constant, where the pool is learned from,
+        and where the safety loss is taken.
         """
         return (), ()
 
@@ -85,7 +83,7 @@ class UnrolledSelector(Selector):
                 report["safety_loss"] = gradients.mean_loss(bank, FORTH, references["safe"])
                 report["safety_loss_under_attack"] = safety_loss
             length = problem.move_apart(direction)
-        losses = read(context, pool, partial(problem.slopes, length), self.name, forwards=2)
+        losses = context.read(pool, partial(problem.slopes, length), self.name, forwards=2)
         report["safety_gradient"] = float(norm(direction))
         score = losses["slope"] * report["safety_gradient"]
         return Scores(score, signals={"loss": losses["loss"]}, report=report, weight=one_step_weights(score))
@@ -133,10 +131,8 @@ class Hypergradient:
         return length
 
     def slopes(self, length: float, batch: Batch) -> dict[str, FloatArray]:
-        """Central differences of a batch's completion losses between the two.
-
-        Returns:
-            ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
+        """A batch's losses between the two: ``slope``, the derivative along the unit direction by central differences,
+        and ``loss``, their mean; shape [rows].
         """
         names = ((name, *self.frozen_for_pool) for name in (FORTH, BACK))
         forth, back = (gradients.losses_under(self.bank, active, batch) for active in names)

@@ -16,10 +16,9 @@ from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
 from pharmacist.data.streams import EndlessRows
-from pharmacist.nn.attention import quick_attention
 from pharmacist.nn.distributed import from_all, total
 from pharmacist.nn.grads import add_to_grad
-from pharmacist.nn.hooks import head_at
+from pharmacist.nn.hooks import head_at, quick_attention
 from pharmacist.nn.losses import batch_loss, targets
 from pharmacist.nn.reading import large_head
 from pharmacist.training.checkpoint import Checkpoints, load_strategy_state

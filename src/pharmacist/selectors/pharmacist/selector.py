@@ -26,7 +26,7 @@ from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.questions import Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import TWINS, WITHOUT_HARMFUL, Twins, fallback_notice
+from pharmacist.selectors.pharmacist.twins import Twins, fallback_notice
 from pharmacist.selectors.pharmacist.verdict import joint_scores, verdict, with_labels
 
 
@@ -212,7 +212,7 @@ class _Ranking:
         if self.saved is not None:
             twins = Twins.load(bank, self.config, self.saved / "twins")
         else:
-            twins = Twins(bank, self.config, TWINS if "harmful" in context.references else WITHOUT_HARMFUL)
+            twins = Twins(bank, self.config)
             with bank_phase(self.run, "train twins", bank):
                 encoded = context.encode(to_dataset(self.references.rows), "references")
                 twins.fit(encoded, self.references, pool, self.run.work("twins"), self.seed)

@@ -20,7 +20,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
-from pharmacist.nn.batching import Sequences, batch_stream, make_batch
+from pharmacist.nn.batching import Sequences, batch_stream
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
@@ -79,19 +79,16 @@ class TwinProblem:
         """(twin, step, sigma) -> its loss, and the unweighted losses of the step's pool rows."""
         visited = {name: self.batches(name) for name in ("safe", "harmful", "utility", "pool")}
 
-        def read(twin: str, sequences: Sequences, rows: IntArray) -> torch.Tensor:
-            return self.bank.row_losses(twin, make_batch(sequences, rows, self.bank.device)).completion
-
         def loss(twin: str, step: int, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             total = torch.zeros(())
             for name, weight in (("safe" if twin == TWINS[0] else "harmful", 1.0), ("utility", self.mu)):
                 if len(self.rows[name]):
                     rows = self.rows[name][visited[name][step]]
-                    total = total + weight * read(twin, self.references, rows).mean()
+                    total = total + weight * self.bank.losses(twin, self.references, rows).mean()
             if not len(self.pool_rows) or self.gamma == 0:
                 return total, total.new_zeros(0)
             rows = visited["pool"][step]
-            pool_losses = read(twin, self.pool, self.pool_rows[rows])
+            pool_losses = self.bank.losses(twin, self.pool, self.pool_rows[rows])
             weighted = (sigma[rows].to(pool_losses) * pool_losses).mean()
             return (1 - self.gamma) * total + self.gamma * weighted, pool_losses.detach()
 
@@ -213,8 +210,9 @@ class Twins:
     thresholds of the reasons, and the quality that says whether the contrast is worth listening to.
     """
 
-    def __init__(self, bank: AdapterBank, config: PharmacistConfig, names: tuple[str, ...]) -> None:
-        self.bank, self.config, self.names = bank, config, names
+    def __init__(self, bank: AdapterBank, config: PharmacistConfig) -> None:
+        self.bank, self.config = bank, config
+        self.names: tuple[str, ...] = ()
         self.thresholds: Thresholds | None = None
         self.quality: float | None = None
         """AUC of held-out safe references against held-out others by the contrast; None where there are no others."""
@@ -237,6 +235,7 @@ class Twins:
         problem = TwinProblem(
             self.bank, references, rows, pool, pool_rows, config.gamma, config.mu, config.twin_steps, seed
         )
+        self.names = problem.twins
         if config.solver == "gradient":
             folder = root / "gradient"
             run_jobs(self.bank, [gradient_job(problem, config.weight_rate, folder)], "twins")
@@ -267,7 +266,7 @@ class Twins:
         """Writes the adapters and ``twins.json``."""
         for name in self.names:
             self.bank.save(name, folder / name)
-        thresholds = None if self.thresholds is None else asdict(self.thresholds)
+        thresholds = self.report["thresholds"]
         content = {"names": self.names, "thresholds": thresholds, "quality": self.quality, "report": self.report}
         write_json(folder / "twins.json", content)
 
@@ -280,8 +279,8 @@ class Twins:
         """
         try:
             content = read_json(folder / "twins.json")
-            twins = cls(bank, config, tuple(content["names"]))
-            twins.thresholds = Thresholds(**content["thresholds"])
+            twins = cls(bank, config)
+            twins.names, twins.thresholds = tuple(content["names"]), Thresholds(**content["thresholds"])
             twins.quality, twins.report = content["quality"], content["report"]
         except (OSError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: holds no whole twins ({error!r}); train the selector again") from error

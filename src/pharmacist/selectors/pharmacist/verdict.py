@@ -23,13 +23,9 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and report, from answers for the pool's distinct rows.
+    """Scores, reasons and report of a pool's rows, from answers and labels for its distinct rows.
 
-    Args:
-        answers: For the distinct rows.
-        labels: Of distinct rows.
-        inverse: Number of each row of the pool among the distinct ones.
-        learned: The evidence's report.
+    `inverse` is the number of each row among the distinct ones, `learned` the evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
@@ -38,11 +34,13 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     read = _REASONS[posterior.argmax(1)]
     ordered = joint_scores(questions.safe_log_odds(posterior), _clarity(answers.log_odds, read == CRITICAL), read)
     score, reasons = with_labels(ordered, read, labels)
-    signals: dict[str, npt.NDArray[Any]] = {f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])} | {
-        "p_corrupted": p[:, 4:].sum(1)
+    yes = expit(answers.log_odds)
+    signals: dict[str, npt.NDArray[Any]] = {
+        **{f"p_{name}": p[:, number] for number, name in enumerate(CLASSES[:4])},
+        "p_corrupted": p[:, 4:].sum(1),
+        **dict(zip(QUESTIONS, yes.T, strict=True)),
+        **answers.by_reader,
     }
-    signals |= {question: expit(answers.log_odds[:, number]) for number, question in enumerate(QUESTIONS)}
-    signals |= answers.by_reader
     report = learned | {
         "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
         "distance": answers.distance,
@@ -53,7 +51,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     if answers.labels_held_out is not None:
         report["labels"] = gain_by_labels(*answers.labels_held_out, labels.classes == 0)
     # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
-    doubt = expit(answers.log_odds).clip(1e-12, 1 - 1e-12)
+    doubt = yes.clip(1e-12, 1 - 1e-12)
     telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
     telling[labels.rows] = -1.0
     return Scores(
@@ -156,12 +154,12 @@ def gain_by_labels(before: FloatArray, after: FloatArray, good: BoolArray) -> di
     a, b = float(roc_auc_score(good, before)), float(roc_auc_score(good, after))
     result |= {"auc_before": a, "auc_after": b, "standard_error": _standard_error(b, n_good, n - n_good)}
     if b - a > _STILL_GAINING:
-        result["advice"] = "the labels help, and more would go on helping"
+        advice = "the labels help, and more would go on helping"
     elif b < 0.9:
-        result["advice"] = "the labels have changed little yet; the ranking is not good on them, so label more"
+        advice = "the labels have changed little yet; the ranking is not good on them, so label more"
     else:
-        result["advice"] = "more labels would hardly help"
-    return result
+        advice = "more labels would hardly help"
+    return result | {"advice": advice}
 
 
 def _standard_error(auc: float, n_yes: int, n_no: int) -> float:
