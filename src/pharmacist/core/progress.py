@@ -63,10 +63,15 @@ def print_table(
     wrap: bool = True,
     total: Sequence[str] = (),
 ) -> None:
-    """Prints a table; cells that a row lacks at its end are empty.
+    """Prints a table.
 
-    `text` gives the positions of the columns that hold text and start at the left; all others hold numbers, which may
-    be broken over lines where the terminal is narrow (`wrap`). `total` is a last row, below a line.
+    Args:
+        title: Above it.
+        head: Names of the columns.
+        rows: Cells; those that a row lacks at its end are empty.
+        text: Positions of the columns that hold text and start at the left; all others hold numbers.
+        wrap: Whether numbers may be broken over lines where the terminal is narrow.
+        total: A last row, below a line.
     """
     table = Table(title=title)
     for at, name in enumerate(head):

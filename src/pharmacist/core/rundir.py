@@ -207,7 +207,11 @@ class RunDir:
         return manifest
 
     def begin_again(self) -> None:
-        """Takes possession of the folder of a complete run, for `finish` to declare new results; raises as `open`."""
+        """Takes possession of the folder of a complete run, for `finish` to declare new results of it.
+
+        Raises:
+            ConfigError: It is in use, or cannot be written.
+        """
         if rank() == 0:
             self._lock = _lock(self.root)
         self.manifest.status = "started"

@@ -68,6 +68,9 @@ class AnswerLog:
     Args:
         folder: Where the files lie.
         content: What was asked, as JSON; answers to anything else lie in files of other names.
+
+    Attributes:
+        file: The file of this process.
     """
 
     def __init__(self, folder: Path, content: Any) -> None:

@@ -93,9 +93,13 @@ class TrainingState:
 
 
 class AdapterBank:
-    """Named LoRA adapters on one causal language model, which is frozen.
+    """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
 
-    All start from the same weights (common random numbers), those of the seed.
+    Args:
+        model: A causal language model; its weights are frozen.
+        options: Shape of the adapters.
+        seed: Of the common initial weights.
+        checkpoint_seconds: Time between checkpoints of a training.
     """
 
     def __init__(self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0) -> None:

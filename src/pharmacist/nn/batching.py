@@ -82,9 +82,12 @@ class PassPlan:
 
 
 def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None = None) -> PassPlan:
-    """Orders `rows`, all by default, by length (ties by content) and cuts them into batches.
+    """Orders rows by length (ties by content) and cuts them into batches of at most `tokens_per_batch` padded tokens.
 
-    A batch has at most `tokens_per_batch` tokens, padding included; a longer row is a batch by itself.
+    Args:
+        sequences: The rows.
+        tokens_per_batch: Upper bound of rows x longest row; a longer row is a batch by itself.
+        rows: Only these rows, all by default.
     """
     keys = sequences.content_keys
     chosen = np.arange(len(keys), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)

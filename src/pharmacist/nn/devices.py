@@ -37,8 +37,11 @@ def resolve_dtype(
     (135M) takes a third of the time in float32, a LoRA training step half. A small model would gain little, and one
     that was saved in float32 would lose digits that it has.
 
-    The name is ``auto``, ``float32`` or ``bfloat16``; device and config (a `transformers.PretrainedConfig`) are those
-    of the model, and without a config a CPU takes float32.
+    Args:
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: Where the model will be.
+        config: Of the model, a `transformers.PretrainedConfig`; without one a CPU takes float32.
+        trust_remote_code: As in `nn.models.load_model`.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -95,10 +95,13 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
-    """The rows of all processes, detached, and the number of this process's first row among them.
+    """Concatenates the rows of all processes, detached; their number and length may differ between processes.
 
-    Tensors of shape [rows, length, ...], whose first two numbers may differ between processes, become one of shape
-    [all rows, greatest length, ...], shorter ones padded with zeros.
+    Args:
+        tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
+
+    Returns:
+        Shape [all rows, greatest length, ...], and the first row of this process.
     """
     if world_size() == 1:
         return tensor.detach(), 0

@@ -25,8 +25,11 @@ _SHORT = 256
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
     """Registers a forward hook on modules for the block, which gets the module's name as a first argument.
 
-    It is called as ``(name, module, args, kwargs, output)`` and may return another output; with `before` it is called
-    before the module runs, as ``(name, module, args, kwargs)``, and may return other args and kwargs.
+    Args:
+        modules: By name.
+        hook: ``(name, module, args, kwargs, output)``; may return another output.
+        before: Call the hook before the module runs, as ``(name, module, args, kwargs)``; it may return other args and
+            kwargs.
     """
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -48,7 +51,11 @@ def _with_first(output: Any, value: torch.Tensor) -> Any:
 
 @contextmanager
 def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterator[Activations]:
-    """Collects each module's output, or its input, the first time that it runs in the block; part of the graph."""
+    """Collects each module's output, or its input, the first time that it runs in the block.
+
+    Yields:
+        Filled as the modules run; the tensors are part of the graph.
+    """
     found: Activations = {}
 
     def read(name: str, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
@@ -60,9 +67,11 @@ def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterat
 
 
 def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-    """Adds offsets of the outputs' shapes, cast to their dtype, to modules; the block must include the backward pass.
+    """Adds a constant to each module's output; the block must include the backward pass.
 
-    Modules without an offset are left alone.
+    Args:
+        modules: By name; those without an offset are left alone.
+        offsets: Same shape as the module's output; cast to its dtype.
     """
 
     def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -77,10 +86,16 @@ def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Te
 def activation_gradients(
     modules: Mapping[str, nn.Module], loss: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, Activations]:
-    """A loss, detached, and its derivative with respect to the outputs of modules, in their dtypes.
+    """The derivative of a loss with respect to the outputs of modules.
 
-    No parameter gets a gradient, and up to the first module that runs no graph is built at all. `loss` runs the model
-    once and returns a scalar.
+    No parameter gets a gradient, and up to the first module that runs no graph is built at all.
+
+    Args:
+        modules: By name.
+        loss: Runs the model once and returns a scalar.
+
+    Returns:
+        The loss, detached, and the derivative per module, in the dtype of its output.
     """
     found: Activations = {}
 
@@ -106,7 +121,9 @@ def activation_gradients(
 def head_at(head: nn.Module | None, keep: torch.Tensor) -> AbstractContextManager[None]:
     """Restricts the output head to some positions for the block, as logits without a target are costly and not needed.
 
-    `keep` is bool, shape [rows, length]. Logits then have the shape [positions kept, vocabulary].
+    Args:
+        head: The output head.
+        keep: Shape [rows, length], bool. Logits then have the shape [positions kept, vocabulary].
     """
     if head is None:
         raise CompatibilityError("the model does not name its output head")
@@ -136,11 +153,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quick_attention(model: nn.Module, length: int) -> Iterator[None]:
-    """Computes attention without torch's fused kernel in the block, where that is faster on rows of `length` tokens.
+    """Computes attention without torch's fused kernel in the block, where that trains faster on rows of this length.
 
     On a CPU in bfloat16 the backward pass of the fused attention is a quarter of a training step on short rows; a step
     of SmolLM2-135M on 8 rows of up to 200 tokens takes 20 % less without it. Long rows, single precision and GPUs keep
-    the implementation that the model, with or without adapters, was loaded with.
+    the implementation that the model was loaded with.
+
+    Args:
+        model: The model, with or without adapters.
+        length: Tokens of a row.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     fused = getattr(getattr(inner, "config", None), "_attn_implementation", None) == "sdpa"

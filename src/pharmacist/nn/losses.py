@@ -24,16 +24,23 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
-    From logits of shape [rows, length, vocabulary] and ids of shape [rows, length].
+    Args:
+        logits: Shape [rows, length, vocabulary].
+        input_ids: Shape [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
 
 def mean_losses(losses: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
-    """Averages token losses over the completion, in nats, shape [rows]; prompt and padding, on the right, never count.
+    """Averages token losses over the completion; prompt and padding, on the right, never count.
 
-    The losses are those of `token_losses`, shape [rows, length - 1]. `lengths` are tokens without padding, and
-    `prompt_lengths`, at least 1 less, those before the completion, shape [rows].
+    Args:
+        losses: From `token_losses`, shape [rows, length - 1].
+        lengths: Tokens without padding, shape [rows].
+        prompt_lengths: Tokens before the completion, shape [rows]; at least 1 less than `lengths`.
+
+    Returns:
+        Mean per row, in the losses' unit, shape [rows].
     """
     position = torch.arange(1, losses.shape[1] + 1, device=losses.device)[None, :]
     counted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
@@ -46,15 +53,16 @@ def batch_loss(
     n_targets: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy over all target tokens of a batch, as causal language models train; a scalar.
-
-    It is 0 with zero gradient where the batch has no target token.
+    """Cross-entropy over all target tokens of a batch, as causal language models train.
 
     Args:
         logits: Shape [rows, length, vocabulary], or [targets, vocabulary] in the order of `targets`.
         labels: Shape [rows, length]; -100 where there is no target.
         n_targets: Divisor of the sum; by default the number of the batch's target tokens, which gives the mean.
         weights: Factor of each row's losses, shape [rows].
+
+    Returns:
+        A scalar; 0 with zero gradient where the batch has no target token.
     """
     if logits.dim() == 2:
         keep, tokens = targets(labels)
@@ -69,9 +77,11 @@ def batch_loss(
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions at which a batch predicts a target token, and those tokens in order, from labels, -100 elsewhere.
+    """Positions at which a batch predicts a target token, and those tokens, from labels that are -100 elsewhere.
 
-    The positions are bool, of the labels' shape [rows, length], true at t where token t + 1 is a target.
+    Returns:
+        Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
+        in the same order.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     keep = following != _IGNORED
@@ -99,7 +109,11 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
     each it is 6.186 whatever they hold.
 
-    Source: RepNoise (arXiv 2405.14577), noise loss. Both samples have the shape [rows, features].
+    Source: RepNoise (arXiv 2405.14577), noise loss.
+
+    Args:
+        x: Shape [rows, features].
+        y: Shape [rows, features].
     """
     n = len(x)
     rows = precise(torch.cat([x, y]))

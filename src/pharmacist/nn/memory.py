@@ -13,7 +13,11 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 class PeakMemory:
-    """Peak memory since the object was made: on a GPU allocated by torch, elsewhere resident in the process."""
+    """Peak memory since the object was made: on a GPU allocated by torch, elsewhere resident in the process.
+
+    Args:
+        device: Where the work is done.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

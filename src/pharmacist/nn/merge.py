@@ -47,10 +47,14 @@ class MergedBase:
 
 
 def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
-    """Merges an adapter, called `name` in messages, into the weights of its base model; used up, in evaluation mode.
+    """Merges an adapter into the weights of its base model.
 
     An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
     acts on one of the two.
+
+    Args:
+        model: In evaluation mode; it is used up.
+        name: Of the adapter, for messages.
 
     Raises:
         CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
@@ -147,8 +151,11 @@ def stack(first: Mapping[str, Factors], last: Mapping[str, Factors]) -> dict[str
 def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: str) -> None:
     """Writes a plain LoRA adapter and those merged into its base as one PEFT adapter on the plain base model.
 
-    `fingerprint` is of the model that the last adapter was trained on. By `STACK_FILE`, beside the files of PEFT,
-    `split` tells that adapter from the others.
+    Args:
+        model: With the adapter that was trained last.
+        base: What it was trained on.
+        folder: Gets the files of PEFT, and `STACK_FILE`, by which `split` tells the last adapter from the others.
+        fingerprint: Of the model that the last adapter was trained on.
     """
     config, last = model.active_peft_config, adapter_factors(model)
     stacked = stack(base.factors, last)
@@ -203,8 +210,13 @@ def read_stack(folder: Path) -> dict[str, Any] | None:
 def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftModel, dict[str, Factors]]:
     """Takes stacked adapters apart: the one that was trained last stays an adapter, the others are merged.
 
-    The model with the stack, called `name` in messages, is used up; `parts` are from `read_stack`. Returns a PEFT
-    model, trainable, and the factors that were merged.
+    Args:
+        model: With the stack as its adapter; it is used up.
+        parts: From `read_stack`.
+        name: Of the adapter, for messages.
+
+    Returns:
+        A PEFT model, trainable, and the factors that were merged.
     """
     rank = int(parts["trained_last"]["r"])
     factors = adapter_factors(model)

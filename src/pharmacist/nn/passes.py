@@ -91,9 +91,12 @@ def run_pass(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Copies measurements, in place, to those of `rows` that were not read from the equal ones that were.
+    """Copies measurements, in place, from the rows that were read to those equal to them.
 
-    `representative` is as in `PassPlan`. No second array of the values' size is made.
+    Args:
+        values: First axis is the rows; no second array of that size is made.
+        representative: As in `PassPlan`.
+        rows: Rows to copy to.
     """
     copies = rows[representative[rows] != rows]
     for start in range(0, len(copies), _COPIED):

@@ -56,8 +56,9 @@ class Tape:
 def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor]) -> Tape:
     """Runs forward and backward once and records linear layers, without forming gradients of weights.
 
-    `layers` are by the names of their weights, which require gradients; `losses` runs the model and returns one loss
-    per row, shape [rows].
+    Args:
+        layers: Name of the weight, which requires a gradient, -> its layer.
+        losses: Runs the model and returns one loss per row, shape [rows].
 
     Raises:
         CompatibilityError: The input of a layer has no axis of rows, or it runs more than once.

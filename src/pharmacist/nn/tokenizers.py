@@ -24,8 +24,14 @@ def adapter_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, bool]:
     """The tokenizer that an adapter was trained with: the one saved in its folder, else its base model's.
 
-    The base's chat template is used where the adapter has none; the embedding of `model`, with the adapter, must fit.
-    `options` are those of ``AutoTokenizer.from_pretrained``. Also returns whether the adapter has a chat template.
+    Args:
+        adapter: Folder of the adapter.
+        base: The base model's tokenizer; its chat template is used where the adapter has none.
+        model: With the adapter; its embedding must fit.
+        **options: Of ``AutoTokenizer.from_pretrained``.
+
+    Returns:
+        The tokenizer, and whether the adapter has a chat template of its own.
     """
     own = None
     if (adapter / "tokenizer_config.json").is_file():
@@ -53,8 +59,10 @@ def adapter_tokenizer(
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Makes sure of an end-of-sequence token, a padding token, and an embedding for every token that a text can hold.
 
-    The tokenizer pads with the end-of-sequence token from here on where it has no padding token that can be used;
-    `name` is of the model, for messages.
+    Args:
+        name: Of the model, for messages.
+        tokenizer: Pads with the end-of-sequence token from here on where it has no padding token that can be used.
+        model: Which the embedding is of.
 
     Raises:
         CompatibilityError: The tokenizer cannot end a text, or does not belong to the model.

@@ -42,9 +42,14 @@ def ranked_table(
 ) -> pd.DataFrame:
     """The content of ``scores.parquet``, a row per row of the pool.
 
-    `clusters` holds the number of each row's cluster of near-duplicates, shape [rows], `groups` each row's value of
-    the column to balance by, and `labels` the reason that a person gave the row at a position; `points` serve a
-    diversity that needs distances between rows.
+    Args:
+        pool: The ranked rows.
+        scores: The selector's verdict on them.
+        clusters: Number of each row's cluster of near-duplicates, shape [rows].
+        options: Decide which rows are selected.
+        groups: Each row's value of the column to balance by.
+        points: For a diversity that needs distances between rows.
+        labels: Position -> reason that a person gave the row.
     """
     rows = np.asarray(pool.dataset["row"], dtype=np.int64)
     order = np.lexsort((rows, -scores.score))

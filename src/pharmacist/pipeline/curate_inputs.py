@@ -155,7 +155,11 @@ class CurateInputs:
         return found, files
 
     def render(self, context: SelectionContext) -> None:
-        """Leaves out the rows of pool and references that the model's chat template refuses, if enough are left."""
+        """Leaves out the rows of pool and references that the model's chat template refuses.
+
+        Raises:
+            PharmacistError: Too few rows are left, or none.
+        """
         before, loaded = context.pool.row_numbers, context.model
         how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
         self.records["pool"] = context.pool = rendered_rows(context.pool, *how)

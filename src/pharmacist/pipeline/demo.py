@@ -45,7 +45,11 @@ class DemoResult:
 
 
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
-    """Runs the demo, on a grid with the selectors full, random and core, and writes ``demo.json`` and its page.
+    """Runs the demo and writes ``demo.json`` and ``report.html``.
+
+    Args:
+        options: Of the command.
+        grid: A benchmark with the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.

@@ -22,7 +22,11 @@ from pharmacist.worlds.potions import Planted
 
 
 def ranking_manifest(folder: str | Path) -> RunManifest:
-    """The manifest of a finished ranking; a DataError where it is none, or its files have changed since."""
+    """The manifest of a finished ranking.
+
+    Raises:
+        DataError: The run is none, is not finished, or its files have changed since.
+    """
     manifest = read_manifest(folder)
     if manifest.stage != "curate":
         raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")

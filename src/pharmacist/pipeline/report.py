@@ -12,7 +12,10 @@ from pharmacist.pipeline.stages.report import ReportOptions
 
 
 def report(options: ReportOptions) -> str:
-    """Writes ``report.html`` of a finished folder again, and returns its path.
+    """Writes ``report.html`` of a finished folder again.
+
+    Returns:
+        Path of the page.
 
     Raises:
         DataError: The folder holds no finished run, or the pool has changed since it was ranked.

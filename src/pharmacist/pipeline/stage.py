@@ -73,7 +73,9 @@ class Stage:
     def identity(self, options: Any, methods: Mapping[str, Any]) -> Any:
         """The options that identify a run: what changes no result at its default, methods with all their own options.
 
-        `methods` are those that options name, by option; what they leave at its default counts too.
+        Args:
+            options: Of the run.
+            methods: Option -> the method that it names, whose options count whether given or left at their defaults.
         """
         defaults = {
             item.name: item.default if item.default_factory is MISSING else item.default_factory()
@@ -96,7 +98,11 @@ class Stage:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
         A run that fails on bad input frees its folder for one with mended input, unless it holds costly results.
-        `inputs` are fingerprints, `methods` as in `identity`.
+
+        Args:
+            options: Of the run.
+            inputs: Fingerprint per input.
+            methods: As in `identity`.
 
         Yields:
             The folder; `RunDir.complete` and the manifest are the first process's, on every process.

@@ -40,7 +40,12 @@ def read_harmful_rows(
 ) -> Records | None:
     """Reads the harmful rows of `align`; None where the defense needs none.
 
-    Without ``harmful`` among the sources they are the rejected answers of ``data``, whose rows `alignment` holds.
+    Args:
+        sources: The opened ``data`` and maybe ``harmful``; without it the rejected answers of a preference file.
+        alignment: The rows of ``data``.
+        strategy: The defense.
+        options: The stage's.
+        run: Its folder.
 
     Raises:
         ConfigError: There are no harmful rows.
@@ -75,7 +80,14 @@ def alignment_streams(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Makes the streams that an alignment-stage defense draws from (`GradientStrategy.streams`).
 
-    `encoded` are the alignment rows that are trained on, tokenised; `harmful` comes from `read_harmful_rows`.
+    Args:
+        strategy: The defense.
+        alignment: The alignment rows.
+        encoded: Those of them that are trained on, tokenised.
+        harmful: From `read_harmful_rows`.
+        loaded: The model.
+        options: The stage's.
+        run: Its folder.
 
     Returns:
         The streams by name, and numbers of rows for the manifest.

@@ -15,7 +15,11 @@ from pharmacist.data.formats import Source, open_source
 
 
 def weights_fingerprint(path: str | None) -> dict[str, str]:
-    """The file's content, by the name of its option; nothing without a file, a DataError where it is missing."""
+    """The file's content, by the name of its option; nothing without a file.
+
+    Raises:
+        DataError: There is no such file.
+    """
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -27,8 +31,12 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     """Weight of every row of the alignment set, by its number in the file.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
-    each selected row, in input order, which is the order of ``selected.jsonl``. `rows` is the length of the alignment
-    set `data`, with the rows that are refused or left out by ``where``.
+    each selected row, in input order, which is the order of ``selected.jsonl``.
+
+    Args:
+        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
+        data: The alignment set.
+        rows: Its length, with the rows that are refused or left out by ``where``.
 
     Raises:
         DataError: The weights are of other rows, or no weights.
@@ -62,7 +70,11 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
 
 
 def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str) -> dict[int, float]:
-    """Weights of the rows that are trained on, by their number in the file, with mean 1; a DataError if all are 0."""
+    """Weights of the rows that are trained on, by their number in the file, with mean 1.
+
+    Raises:
+        DataError: They are all 0.
+    """
     mean = math.fsum(weights[row] for row in rows) / len(rows)
     if not mean:
         raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")

@@ -124,7 +124,9 @@ class Repair(Method, ABC):
     def check(self, form: Form, *, continued: bool) -> None:  # noqa: B027
         """Refuses models that it cannot repair, before any is loaded.
 
-        An adapter is `continued` where it was trained on from the aligned one, on the same base model.
+        Args:
+            form: As in `ModelWeights`.
+            continued: Whether the fine-tuned adapter was trained on from the aligned one, on the same base model.
 
         Raises:
             CompatibilityError: It cannot repair them.
@@ -132,7 +134,11 @@ class Repair(Method, ABC):
 
     @abstractmethod
     def plan(self, tuned: ModelWeights, references: References) -> Plan:
-        """Computes the new weights of the fine-tuned model from all that the repair `needs`; changes nothing.
+        """Computes the new weights; changes nothing.
+
+        Args:
+            tuned: The fine-tuned model.
+            references: All that the repair `needs`.
 
         Raises:
             PharmacistError: The references do not fit.

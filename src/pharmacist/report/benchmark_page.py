@@ -28,9 +28,12 @@ _CROWD = 15  # points from which on their intervals would hide them
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> Benchmark:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, and returns its numbers.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
 
     Selectors are compared with the baseline, by default the full dataset.
+
+    Returns:
+        The numbers of the page.
 
     Raises:
         DataError: The results cannot be used.

@@ -205,10 +205,18 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent, or loss margin in nats within `margins`, over `x`, the title of that axis.
+    """Harmful score in percent, or loss margin in nats, over `x`.
 
-    `spread` is how intervals are drawn. Attack steps about double from one to the next, so that points are spaced
-    evenly (`even`): the beginning of an attack stays legible. The height is in pixels; `layout` has options of plotly.
+    Args:
+        found: The lines.
+        x: Title of the axis.
+        spread: How intervals are drawn.
+        margins: Range of the axis where values are loss margins.
+        height: Of the chart in pixels.
+        legend: Whether it has a legend.
+        even: Space the points evenly: attack steps about double from one to the next, so that the beginning of an
+            attack stays legible.
+        **layout: Options of plotly.
     """
     bands, lines = [], []
     for curve in found:
@@ -263,10 +271,14 @@ def trade_off(
     thickness: float,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals of a thickness in pixels.
+    """Harmful score over fine-tune accuracy, with intervals.
 
-    Of the groups of points the last is in front; the legend maps names to marker and colour; `layout` has options of
-    plotly.
+    Args:
+        points: The models.
+        groups: Names of the groups of points; the last is in front.
+        legend: Name -> marker and colour.
+        thickness: Of the intervals in pixels.
+        **layout: Options of plotly.
     """
     traces = []
     for group in groups:

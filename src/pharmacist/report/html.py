@@ -79,7 +79,10 @@ def render_demo(
 ) -> None:
     """Writes ``report.html`` into the folder of a demo, from its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Labels and categories are those of each row of the pool, as in `render_ranking`.
+    Args:
+        folder: Of the demo.
+        labels: Planted label of each row of the pool.
+        categories: Categories of each row.
     """
     import datasets  # so that the command `label`, which shares this module, starts without it
 
@@ -176,9 +179,14 @@ def _spelled_out(value: Any) -> Any:
 
 
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
-    """Writes a page, by a template and its variables.
+    """Writes a page.
 
-    The `scripts`, which follow ``page.js``, read `data` by name, of which ``figures`` are the charts.
+    Args:
+        path: The HTML file.
+        template: Name of the template.
+        scripts: Names of the scripts that follow ``page.js``.
+        data: What scripts read, by name; ``figures`` are the charts.
+        **context: Variables of the template.
     """
     templates = files("pharmacist.report") / "templates"
     tables_library = files("itables") / "html"  # brings DataTables for pages that work offline

@@ -243,7 +243,10 @@ class Selector(Method, ABC):
         return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
-        """A sentence about what the selector does differently since only these kinds of references are given, or None.
+        """A sentence about what the selector does differently since some references are missing, or None.
+
+        Args:
+            given: Kinds of references that there are.
 
         Raises:
             ConfigError: The options cannot work with these kinds.

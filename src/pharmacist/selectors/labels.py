@@ -56,10 +56,13 @@ def _unreadable(where: str, error: OSError) -> DataError:
 
 
 def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
-    """Row -> label, of ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
+    """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
 
     The bare list is read too, with a warning, since nothing then tells which pool it is about. Messages begin with
     `where`; the pool's fingerprint is ``inputs.pool`` of the manifest, and `rows` are the numbers of its usable rows.
+
+    Returns:
+        Row number -> label.
 
     Raises:
         DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.

@@ -58,7 +58,12 @@ class IFDConfig(Checked):
 
 
 class Alone:
-    """Completions without their prompts, each after a start token, something to follow; equal ones are equal rows."""
+    """Completions without their prompts, each after one start token; equal completions are equal rows.
+
+    Args:
+        sequences: The rows.
+        start: Id of the start token, which gives the first completion token something to follow.
+    """
 
     def __init__(self, sequences: Sequences, start: int) -> None:
         self._sequences, self._start = sequences, np.array([start], dtype=np.int32)

@@ -57,8 +57,9 @@ class UnrolledSelector(Selector):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Trains adapters that the safety loss is to withstand, on top of what was learned; none here.
 
-        Returns the names of those that are active besides the learner, held constant, where the pool is learned from,
-        and where the safety loss is taken.
+        Returns:
+            Names of the adapters that are active besides the learner, held constant, where the pool is learned from,
+            and where the safety loss is taken.
         """
         return (), ()
 
@@ -131,8 +132,10 @@ class Hypergradient:
         return length
 
     def slopes(self, length: float, batch: Batch) -> dict[str, FloatArray]:
-        """A batch's losses between the two: ``slope``, the derivative along the unit direction by central differences,
-        and ``loss``, their mean; shape [rows].
+        """Central differences of a batch's completion losses between the two.
+
+        Returns:
+            ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
         """
         names = ((name, *self.frozen_for_pool) for name in (FORTH, BACK))
         forth, back = (gradients.losses_under(self.bank, active, batch) for active in names)

@@ -161,9 +161,14 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
 class Training:
     """The training of a stage; interrupted, it continues from its last checkpoint, bit for bit on a CPU.
 
-    The model is from `prepare_model`, checkpoints go to ``work/train`` of the run, and `streams` (`data.streams`) are
-    further batches for the strategy. `weights` are factors of the rows' main losses by the rows' numbers; None where
-    all weigh alike.
+    Attributes:
+        loaded: The model, from `prepare_model`.
+        encoded: The rows.
+        strategy: The method.
+        options: The stage's.
+        run: Its folder; checkpoints go to ``work/train``.
+        streams: Further batches for the strategy (`data.streams`).
+        weights: Factor of each row's main loss, by the row's number; None where all weigh alike.
     """
 
     loaded: LoadedModel
@@ -175,7 +180,10 @@ class Training:
     weights: Mapping[int, float] | None = None
 
     def fit(self, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
-        """Trains the model in place, with further callbacks for the Trainer.
+        """Trains the model in place.
+
+        Args:
+            callbacks: Further ones for the Trainer.
 
         Raises:
             DataError: Loss or gradient is not finite.
@@ -217,10 +225,16 @@ class Training:
     def fit_and_save(
         self, card: Card, counts: Mapping[str, int], *, snapshots: Sequence[int] = (), outputs: Sequence[str] = ()
     ) -> int:
-        """Trains, and writes weights, log, card and manifest; returns the optimizer steps.
+        """Trains, and writes weights, log, card and manifest.
 
-        Settings and figures of the training are added to the card. The model is saved after the `snapshots`, numbers
-        of steps, too; `outputs` are files and folders that the stage has written already.
+        Args:
+            card: Settings and figures of the training are added to it.
+            counts: Of rows, for the manifest.
+            snapshots: Numbers of steps after which the model is saved too.
+            outputs: Files and folders that the stage has written already.
+
+        Returns:
+            Optimizer steps.
         """
         options, run, trained_on = self.options, self.run, self.run.manifest.inputs["model"]
         settings = {"train": options.effective_train, "lora": asdict(options.lora)}

@@ -169,9 +169,11 @@ _LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "n
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
 
-    Those that a stage cannot give are among them, for `check_train_options` to refuse; output folder, checkpoints,
-    seeds, device and number format are left out. For the fields of `defaults`, the stage's, the arguments' values are
-    taken in any case.
+    Those that a stage cannot give are among them, for `check_train_options` to refuse.
+
+    Args:
+        arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
+        defaults: Of the stage; for these fields the arguments' values are taken in any case.
     """
     from transformers import TrainingArguments
 
@@ -223,7 +225,12 @@ def training_arguments(
 ) -> "TrainingArguments":
     """Makes the `TrainingArguments` of a stage.
 
-    Checkpoints go to `folder`, passes are in bfloat16 or float32, and the seed is that of dropout and data order.
+    Args:
+        options: The stage's.
+        folder: For checkpoints.
+        device: Where the model is.
+        bf16: Whether passes are in bfloat16 instead of float32.
+        seed: Of dropout and data order.
     """
     from transformers import TrainingArguments
 

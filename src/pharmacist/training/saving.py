@@ -60,8 +60,13 @@ class ModelResult:
 class Card:
     """Text of a model card, the README.md of a model, besides the hub's metadata.
 
-    The title follows the name of the model that it was made from, the tags come besides ``pharmacist``, `what` and
-    `intended_use` are a paragraph each, facts are rows of a table, and settings are shown as YAML.
+    Attributes:
+        title: Headline, after the name of the model that it was made from.
+        what: One paragraph.
+        tags: Besides ``pharmacist``.
+        facts: Rows of the table.
+        intended_use: One paragraph.
+        settings: Shown as YAML.
     """
 
     title: str

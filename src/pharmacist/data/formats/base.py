@@ -118,7 +118,11 @@ class Source(Given, ABC):
         return ((row.number, row.value or {}) for row in self.pick())
 
     def pick(self, numbers: Iterable[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
-        """The rows with these numbers (ascending), or all; a DataError where one cannot be read or is not there."""
+        """The rows with these numbers (ascending), or all, none of which may be unreadable.
+
+        Raises:
+            DataError: A row cannot be read, or is not there (the file has changed).
+        """
         return map(self._usable, self._among(self.scan(columns), numbers))
 
     def _among(self, rows: Iterator[Row], numbers: Iterable[int] | None) -> Iterator[Row]:
@@ -159,7 +163,11 @@ class Source(Given, ABC):
         return datasets.Dataset(pa.table(arrays, schema=pa.schema(fields)))
 
     def check_json_lines(self) -> None:
-        """Refuses values that JSON lines cannot hold, before hours are spent on which rows to write (DataError)."""
+        """Finds values that JSON lines cannot hold, before hours are spent on which rows to write.
+
+        Raises:
+            DataError: A column holds such values.
+        """
         doubtful: list[list[str] | None] = [None]
         if self.schema is not None:
             doubtful = [[field.name] for field in self.schema if not fits_json(field.type)]

@@ -104,8 +104,12 @@ def evaluation_weights(
 ) -> dict[int, float]:
     """Weights of the gradients of tamper resistance, by the attack step after which it is evaluated.
 
-    These are the steps i (from 0) of K = `steps` with (i + 1) divisible by `every`. The ``exponential`` schedule has
-    the weights lam * exp(rate * (i - (K - 1))), which is lam after the last step, ``uniform`` lam / K.
+    Args:
+        steps: Length K of the attack.
+        every: Evaluations come after the steps i (from 0) with (i + 1) divisible by this.
+        lam: Weight after the last step.
+        schedule: ``exponential``: lam * exp(rate * (i - (K - 1))); ``uniform``: lam / K.
+        rate: Of the exponential schedule.
     """
     return {
         i: lam * math.exp(rate * (i - (steps - 1))) if schedule == "exponential" else lam / steps

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 class Engine(Method, ABC):
-    """Answers the prompt sets of an `Evaluator`, greedily."""
+    """Answers the prompt sets of an `Evaluator`, greedily.
+
+    Attributes:
+        unused: Options of ``evaluate`` that it does not use.
+    """
 
     unused: ClassVar[tuple[str, ...]] = ()
-    """Options of ``evaluate`` that it does not use."""
 
     def check(self) -> None:  # noqa: B027 - most engines have nothing to check
         """Checks packages and options before any input is read.

@@ -47,7 +47,8 @@ Rows = Iterable[Mapping[str, Any]]
 class Judge(Decider):
     """Judges whether answers are harmful, and whether they are refusals.
 
-    What it `needs` are reference sets for `fit`: of ``safe``, ``harmful``, ``utility``.
+    Attributes:
+        needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
     """
 
     tells_refusals: bool = True

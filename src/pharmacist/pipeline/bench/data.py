@@ -58,7 +58,11 @@ class Data:
         return Input(spec, f"hub:{spec}")
 
     def model(self, spec: str, where: str) -> Input:
-        """A model that an option names, or a DataError; ``world`` is the tiny model of the made-up world."""
+        """A model that an option names; ``world`` is the tiny model of the made-up world.
+
+        Raises:
+            DataError: There is no such folder.
+        """
         path = Path(BASE_MODEL if spec == WORLD else os.path.expanduser(spec))
         source = str(path.resolve()) if os.path.isdir(path) else spec
         if source not in self._contents:
@@ -74,9 +78,11 @@ class Data:
         return self._local(path, f"{where} {spec}") if os.path.isdir(path) else Input(spec, f"hub:{spec}")
 
     def read_labels(self, pool: PoolEntry) -> None:
-        """Reads what people said of a pool's rows, by which rankings and selections of it are measured.
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
+        pool everything is known.
 
-        Of a made-up pool everything is known. A DataError where the file is none of labels, or is about another pool.
+        Raises:
+            DataError: The file is none of labels, or is about another pool.
         """
         if pool.labels is not None and pool.pool != WORLD and pool.name not in self.worth_keeping:
             source = open_source(pool.pool, name="pool")

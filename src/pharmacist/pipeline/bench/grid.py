@@ -120,8 +120,11 @@ class Plan:
     def waiting(self, pattern: str | None = None) -> list[Stage]:
         """Stages that are still to be run for the cells that match a pattern, each after those that it needs.
 
-        A stage is run where its result is missing or stale, and where a stage that it needs is run. A ConfigError
-        where no cell matches, a DataError where a newer version of this package wrote a result.
+        A stage is run where its result is missing or stale, and where a stage that it needs is run.
+
+        Raises:
+            ConfigError: No cell matches.
+            DataError: A result was written by a newer version of this package.
         """
         cells = [cell for cell in self.cells if pattern is None or cell.matches(pattern)]
         if not cells:
@@ -135,7 +138,11 @@ class Plan:
 
 
 def expand(grid: BenchOptions, root: Path) -> Plan:
-    """Expands a grid into its graph in the folder `root`; a PharmacistError where that shows an error of the grid."""
+    """Expands a grid into its graph in the folder `root`, and checks everything that can be checked before any work.
+
+    Raises:
+        PharmacistError: The grid has an error.
+    """
     _check_any("seeds", grid.seeds)
     graph, axes, cells = _Graph(grid, root), _axes(grid), []
     for seed, *entries in itertools.product(grid.seeds, *axes.values()):

@@ -122,10 +122,16 @@ def make_stage(
     parents: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Stage:
-    """Makes a stage and its key; `options` are those of the command, without inputs and folder.
+    """Makes a stage and its key.
 
-    `inputs` says which input each option names; `parents` are stages that must run before, besides those that write
-    inputs. The folder is by default one in `root`, that of the benchmark, which is named by the key.
+    Args:
+        root: Folder of the benchmark.
+        kind: Key of `KINDS`.
+        options: Options of the command, without inputs and folder.
+        method: The selector, defense, attack, repair or judge, for tables.
+        inputs: Option -> the input that it names.
+        parents: Names of stages that must run before, besides those that write the inputs.
+        folder: Folder of the results, by default one in `root` that is named by the key.
     """
 
     def of_inputs(name: str) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _NO_WEIGHT = 1e-12
 class RequestQuestion(Question):
     """A ridge regression on features of the requests, fitted on references and pool together.
 
-    `readers` are what it sees of a request: its words (``lexical``), hidden states (``probe``), or both.
+    Args:
+        readers: What it sees of a request: its words (``lexical``), hidden states (``probe``), or both.
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:
@@ -62,8 +63,11 @@ class RequestQuestion(Question):
     def of_pool(self, features: FloatArray, known: IntArray, refuses: FloatArray, labels: Labels) -> FloatArray:
         """Log-odds that the requests of a pool are harmful, shape [rows].
 
-        `features` are of references and pool; `known` are the references' answers (1 or 0), and `refuses` log-odds
-        that a row's answer declines, shape [rows].
+        Args:
+            features: Of references and pool, as from `features`.
+            known: The references' answers (1 or 0).
+            refuses: Log-odds that a row's answer declines, shape [rows].
+            labels: Of rows of the pool.
         """
         targets, weights = np.concatenate([known, expit(refuses)]), np.ones(len(features))
         rows, answers = labels.answering(RISKY)

@@ -23,9 +23,13 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and report of a pool's rows, from answers and labels for its distinct rows.
+    """Scores, reasons and report, from answers for the pool's distinct rows.
 
-    `inverse` is the number of each row among the distinct ones, `learned` the evidence's report.
+    Args:
+        answers: For the distinct rows.
+        labels: Of distinct rows.
+        inverse: Number of each row of the pool among the distinct ones.
+        learned: The evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
