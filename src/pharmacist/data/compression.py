@@ -2,13 +2,14 @@
 
 import codecs
 import gzip
+import hashlib
 import io
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -48,11 +49,35 @@ def check_magic(path: Path, where: str) -> None:
         raise DataError(f"{where}: is no {expected} file although its name says so; rename it or compress it again")
 
 
+class HashedFile(io.FileIO):
+    """A file that is hashed while it is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._digest = hashlib.sha256()
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads and hashes."""
+        count = super().readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def sha256(self) -> str:
+        """Hex sha256 of the file; reads the rest of it."""
+        rest = bytearray(1 << 20)
+        while self.readinto(rest):
+            pass
+        return self._digest.hexdigest()
+
+
 @contextmanager
-def open_bytes(path: Path, where: str) -> Iterator[BinaryIO]:
-    """Opens a file for reading, decompressed as its name says; a DataError where the data end early or are damaged."""
+def open_bytes(path: Path, where: str, file: io.FileIO | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for reading, decompressed as its name says; a DataError where the data end early or are damaged.
+
+    `file` is the same file, opened in another way, which is closed in the end.
+    """
     compression = split_suffix(path)[1]
-    with path.open("rb", 1 << 20) as plain:
+    with io.BufferedReader(file or io.FileIO(path), 1 << 20) as plain:
         if compression is None:
             yield plain
             return

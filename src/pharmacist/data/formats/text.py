@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pharmacist.core.errors import DataError
-from pharmacist.data.compression import open_bytes
+from pharmacist.data.compression import HashedFile, open_bytes
 from pharmacist.data.formats.base import MAX_ROW_BYTES, Row, Source
 from pharmacist.data.formats.json_text import as_row, decode_json, spelled, why_no_json
 
@@ -67,13 +67,19 @@ class TextFile(Source):
         return (raw + b"\n" for raw in rows)
 
     def unparsed(self, numbers: Iterable[int] | None = None) -> Iterator[Row]:
-        """All rows or those with these numbers (ascending), as `split` gives them."""
+        """All rows or those with these numbers (ascending), as `split` gives them.
+
+        The first reading to the end of the file gives its fingerprint too.
+        """
         if self._kept is not None:
             chosen = None if numbers is None else list(numbers)
             yield from self._among(self._kept.rows(None if chosen is None else set(chosen)), chosen)
             return
-        with open_bytes(self.spec, self.where) as file:
+        hashed = HashedFile(self.spec) if self._fingerprint is None else None
+        with open_bytes(self.spec, self.where, hashed) as file:
             yield from self._among(self.split(file), numbers)
+            if hashed is not None:
+                self._fingerprint = hashed.sha256()
 
     def with_kept(self, rows: KeptRows) -> "TextFile":
         """A copy of the source that reads its usable rows from where they were kept."""
