@@ -107,12 +107,12 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         _note(inputs, run, f"{name} with_reasoning", reasoned, text)
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
-    for option, judge in judges.items():
-        for warning in judge.report().get("warnings", ()):  # about the answers; others were known before
+    reports = {option: {"label": judge.label, **judge.report()} for option, judge in judges.items()}
+    for option, report in reports.items():
+        for warning in report.get("warnings", ()):  # about the answers; others were known before
             if warning not in known:
-                warn(f"{flag(option)} {judge.name}: {warning}")
+                warn(f"{flag(option)} {judges[option].name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
-    reports = {name: {"label": judge.label, **judge.report()} for name, judge in judges.items()}
     run.record(
         counts={name: len(rows) for name, rows in prompts.items()},
         extra={
