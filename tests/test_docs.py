@@ -126,7 +126,9 @@ def test_tables_of_options_show_every_default_and_whole_meanings() -> None:
     assert cells(tables["common"]())["--seed"][1] == "`0`" and curate["--fill"][:2] == ["", ""]
     assert cells(tables["methods"]("curate"))["--selector.per_word"][:2] == ["`true` `false`", "`false`"]
     assert len(repair["--method.projector"]) == 3 and repair["--method.projector"][2].endswith("only shrinks.")
-    assert "### `--second-judge probe`" in tables["methods"]("evaluate")
+    evaluate = tables["methods"]("evaluate")
+    assert "### `--second-judge probe`" in evaluate
+    assert "Stands for no second judge." in evaluate and "Base of all methods." not in evaluate
 
 
 @pytest.mark.parametrize(("command", "stage"), [("align", "align"), ("attack", "finetune")])

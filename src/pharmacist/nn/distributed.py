@@ -106,10 +106,14 @@ def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     if world_size() == 1:
         return tensor.detach(), 0
     import torch
-    from accelerate.utils import gather, pad_across_processes
+    from accelerate.utils import gather
 
     _state()
-    counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
-    padded = pad_across_processes(pad_across_processes(tensor.detach(), dim=0), dim=1)
-    parts = [part[:count] for part, count in zip(gather(padded[None]), counts, strict=True)]
+    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
+    rows, length = sizes.max(0).values.tolist()
+    padded = tensor.new_zeros((1, rows, length, *tensor.shape[2:]))
+    padded[0, : tensor.shape[0], : tensor.shape[1]] = tensor.detach()
+    gathered = gather(padded)
+    counts = sizes[:, 0].tolist()
+    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts), sum(counts[: rank()])

@@ -144,7 +144,7 @@ class TAR(GradientStrategy):
         self.held_out = config.held_out
         kinds = config.adversaries or []
         used = {"harmful": True, "held_out": config.objective == "entropy", "retain": "switch" in kinds}
-        self.streams = tuple(name for name in type(self).streams if used[name])
+        self.streams = tuple(name for name in type(self).streams if used.get(name))
         self._reference: list[Activations] = []
         self._states: list[Activations] = []
 

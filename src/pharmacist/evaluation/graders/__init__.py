@@ -14,7 +14,7 @@ _TABLE = {
     "win-rate": "pharmacist.evaluation.graders.win_rate:WinRate",
 }
 """In the order in which ``auto`` tries them."""
-_AUTO = {"auto": "pharmacist.core.method:Method"}  # stands for the grader that `detect_grader` chooses
+_AUTO = {"auto": "pharmacist.evaluation.graders.base:Auto"}
 GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
 TASK_TYPES: Registry[Any] = Registry("task type", _TABLE | _AUTO, group="pharmacist.graders")
 

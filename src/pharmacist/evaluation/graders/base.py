@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pharmacist.core.errors import DataError
+from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
 
@@ -106,3 +107,7 @@ class Matching(Grader[Grade]):
     def report(self) -> dict[str, Any]:
         """What it learned about the targets, for the metric."""
         return {}
+
+
+class Auto(Method):
+    """Stands for the grader that `detect_grader` chooses by the completions."""

@@ -13,7 +13,7 @@ _TABLE = {
     "probe": "pharmacist.evaluation.judges.probe:ProbeJudge",
     "strongreject": "pharmacist.evaluation.judges.strongreject:StrongRejectJudge",
 }
-_NONE = {"none": "pharmacist.core.method:Method"}  # stands for no second judge
+_NONE = {"none": "pharmacist.evaluation.judges.base:NoJudge"}
 JUDGES: Registry[Judge] = Registry("judge", _TABLE, group="pharmacist.judges")
 SECOND_JUDGES: Registry[Any] = Registry("judge", _TABLE | _NONE, group="pharmacist.judges")
 

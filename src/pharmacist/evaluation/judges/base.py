@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pharmacist.core.method import Method
 from pharmacist.evaluation.decider import Decider
 
 
@@ -71,3 +72,9 @@ class Judge(Decider):
     def save(self, folder: Path) -> bool:
         """Writes what `fit` learned (JSON and safetensors); returns False if there is nothing to write."""
         return False
+
+
+class NoJudge(Method):
+    """Stands for no second judge."""
+
+    name = "none"
