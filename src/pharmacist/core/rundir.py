@@ -1,6 +1,7 @@
 """Output folders of runs: locking, identity, completeness and resuming."""
 
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -274,7 +275,9 @@ def _refuse_links(root: Path, overwrite: bool) -> None:
             if link.is_symlink():
                 link.unlink()
         return
-    for path in (work, *work.rglob("*")):
+    # Not by `Path.rglob`, which fails where another run deletes a folder meanwhile: the lock is taken only later.
+    below = (Path(folder, name) for folder, *names in os.walk(work) for name in itertools.chain(*names))
+    for path in (work, *below):
         if path.is_symlink():
             raise ConfigError(
                 f"{path}: is a link, but partial results must lie in the output folder itself; delete the link (to "

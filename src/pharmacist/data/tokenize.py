@@ -17,7 +17,6 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from pharmacist.core.console import named
@@ -68,16 +67,24 @@ class Encoded:
         self.dataset = datasets.Dataset(table.drop_columns(["content_key"]))
         self.prompt_lengths: npt.NDArray[np.int32] = table.column("n_prompt").to_numpy()
         self.content_keys: npt.NDArray[np.uint64] = table.column("content_key").to_numpy()
-        self.lengths: npt.NDArray[np.int32] = pc.list_value_length(table.column("input_ids")).to_numpy()
-        self._ids = self.dataset.with_format("arrow", columns=["input_ids"])
+        chunks = table.column("input_ids").chunks
+        # Views into the memory map: nothing is read before it is asked for.
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._chunks]).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def token_ids(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[np.int32]]:
         """The ids of the rows at these positions."""
-        # Views into the memory map: nothing is read before it is asked for.
-        return [ids.values.to_numpy() for ids in self._ids[np.asarray(rows)].column("input_ids")]
+        positions, found = np.asarray(rows, dtype=np.int64), []
+        where = np.searchsorted(self._starts, positions, side="right") - 1
+        for position, chunk in zip(positions, where, strict=True):
+            offsets, values = self._chunks[chunk]
+            within = position - self._starts[chunk]
+            found.append(values[offsets[within] : offsets[within + 1]])
+        return found
 
 
 def encode(

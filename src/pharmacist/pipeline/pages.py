@@ -1,4 +1,4 @@
-"""Reads the results of finished runs and writes their pages, without a model and so without torch."""
+"""Reads the results of finished runs and writes their tables and pages, without a model and so without torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

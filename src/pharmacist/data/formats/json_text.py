@@ -97,7 +97,10 @@ def fits_json(kind: pa.DataType) -> bool:
 
 def json_line(value: Any) -> bytes:
     """A row as one line of JSON, with null for NaN and infinities; a TypeError or RecursionError on other values."""
-    text = json.dumps(_as_json(value), ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
+    except ValueError:
+        text = json.dumps(_as_json(value), ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # JSON too spells a lone surrogate out so
 
 

@@ -36,9 +36,12 @@ class KeptRows:
         self._file.write(raw)
         self._places.extend((row.number, row.line or 0, len(raw)))
 
+    def flush(self) -> None:
+        """Writes what is still buffered, before rows are read: a full disk shows now."""
+        self._file.flush()
+
     def rows(self, numbers: Collection[int] | None = None) -> Iterator[Row]:
         """All rows, or those with these numbers, without values."""
-        self._file.flush()
         start, places = 0, iter(self._places)
         for number, line, size in zip(places, places, places, strict=True):
             if numbers is None or number in numbers:
@@ -83,6 +86,7 @@ class TextFile(Source):
 
     def with_kept(self, rows: KeptRows) -> "TextFile":
         """A copy of the source that reads its usable rows from where they were kept."""
+        rows.flush()
         source = copy.copy(self)
         source._kept = rows
         return source
