@@ -411,7 +411,7 @@ def test_the_recipe_reads_what_is_made(
     assert main(words) == 0
     # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, three of half batches and the other
     # defenses: some.
-    arms = 2 * (17 + 15) + 2 * 2 * 7 + (10 + 9) + 2 * 2 * 8 + 3 * 2 * 8 + 2 * 2 * 7 + 3 * 2 * 7
+    arms = 2 * (18 + 16) + 2 * 2 * 8 + (11 + 10) + 2 * 2 * 9 + 3 * 2 * 9 + 2 * 2 * 7 + 3 * 2 * 7
     assert f"{arms * 2 * 2 * 5} cells" in capsys.readouterr().err  # tasks, judges, seeds
 
 
