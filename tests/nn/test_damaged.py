@@ -238,11 +238,15 @@ def test_an_adapters_own_tokenizer_and_template_are_used(folders: Path, tmp_path
     template(OTHER)(adapter)  # a template alone
     assert used(adapter) == (OTHER, "the chat template of its tokenizer")
     assert used(adapter, template="chat") == (OTHER, "the chat template, as asked for")
-    (adapter / "chat_template.jinja").unlink()
+    template("")(adapter)  # an empty one is none
+    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer (its base model's)")
     tokenizer = tiny_tokenizer(chat=False)
     tokenizer.bos_token = "<ans>"
-    tokenizer.save_pretrained(adapter)  # a tokenizer alone
-    assert used(adapter)[0] == CHAT_TEMPLATE
+    tokenizer.save_pretrained(adapter)  # a tokenizer, with an empty template and alone
+    for there in (True, False):
+        assert (adapter / "chat_template.jinja").is_file() == there
+        assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer (its base model's)")
+        (adapter / "chat_template.jinja").unlink(missing_ok=True)
     assert load_model(str(adapter), device="cpu").tokenizer.bos_token == "<ans>"
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(adapter)

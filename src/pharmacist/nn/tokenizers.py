@@ -33,7 +33,7 @@ def adapter_tokenizer(
     Returns:
         The tokenizer, and whether the adapter has a chat template of its own.
     """
-    own = None
+    own, tokenizer = None, base
     if (adapter / "tokenizer_config.json").is_file():
         advice = "mend it, or delete its tokenizer files for the base's"
         with failures_as(
@@ -41,19 +41,15 @@ def adapter_tokenizer(
         ):
             tokenizer = AutoTokenizer.from_pretrained(str(adapter), **options)
         own = tokenizer.chat_template
-        if own is None:
-            tokenizer.chat_template = base.chat_template
         check_tokenizer(str(adapter), tokenizer, model)
         guard_embedding(str(adapter), tokenizer, model)
-        return tokenizer, own is not None
-    path = adapter / "chat_template.jinja"
-    if path.is_file():
+    elif (path := adapter / "chat_template.jinja").is_file():
         try:
             own = path.read_text(encoding="utf-8")
         except ValueError as error:
             raise DataError(f"{path}: is not UTF-8; delete it, or copy it from the original model") from error
-    base.chat_template = own or base.chat_template
-    return base, own is not None
+    tokenizer.chat_template = own or base.chat_template
+    return tokenizer, bool(own)
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:

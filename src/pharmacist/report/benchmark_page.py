@@ -199,4 +199,4 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
             tested = [value.p_corrected, value.verdict] if difference and value is not None else []
             row.append(None if figure is None else [figure.mean, figure.low, figure.high, *tested])
         rows.append(row)
-    return {"columns": columns, "rows": rows, "axes": names}
+    return {"columns": columns, "rows": rows}

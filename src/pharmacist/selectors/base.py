@@ -203,10 +203,14 @@ class SelectionContext:
             return run_pass(self.model.model, sequences, counted, work=work, description=what, backward=backward)
 
     def read_numbers(
-        self, sequences: "Sequences", measure: "Callable[[Batch], torch.Tensor]", name: str
+        self, sequences: "Sequences", measure: "Callable[[Batch], torch.Tensor]", name: str, *, backward: bool = False
     ) -> FloatArray:
         """As `read`, of one number per row, shape [rows]."""
-        return self.read(sequences, lambda batch: {"number": measure(batch).double().cpu().numpy()}, name)["number"]
+
+        def numbers(batch: "Batch") -> dict[str, npt.NDArray[Any]]:
+            return {"number": measure(batch).double().cpu().numpy()}
+
+        return self.read(sequences, numbers, name, backward=backward)["number"]
 
 
 class Selector(Method, ABC):

@@ -102,7 +102,8 @@ class GraNdSelector(Selector):
         def norms(batch: Batch) -> torch.Tensor:
             return tape(batch).square_norms().sqrt()
 
-        size = context.read_numbers(context.encoded_pool, norms, f"grand-{config.by}")
+        name, backward = f"grand-{config.by}", config.by == "lora"
+        size = context.read_numbers(context.encoded_pool, norms, name, backward=backward)
         return Scores.by_size(size, "gradient_norm", largest=config.keep == "high")
 
 
