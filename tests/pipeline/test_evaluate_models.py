@@ -17,7 +17,9 @@ from tests.support.tiny import save_tiny_model
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
-    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8)}
+    pairs = zip(world.safe(4), world.harmful(4), strict=True)
+    margin = [{**safe, "chosen": safe["completion"], "rejected": bad["completion"]} for safe, bad in pairs]
+    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8), "margin": margin}
     return [word for name, own in rows.items() for word in (f"--{name}", write(folder / f"{name}.jsonl", own))]
 
 
@@ -41,6 +43,7 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
         metric = found[name]["harmful_score"]
         assert f"{metric['count']} / {metric['n']}" in told
         assert " to ".join(f"{end:.0f}" for end in metric["ci95"]) in told
+        assert f"{found[name]['loss_margin']['value']:.3f}" in told
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.stage, manifest.status) == ("evaluate-models", "success")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
