@@ -17,9 +17,7 @@ from tests.support.tiny import save_tiny_model
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
-    pairs = zip(world.safe(4), world.harmful(4), strict=True)
-    margin = [{**safe, "chosen": safe["completion"], "rejected": bad["completion"]} for safe, bad in pairs]
-    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8), "margin": margin}
+    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8)}
     return [word for name, own in rows.items() for word in (f"--{name}", write(folder / f"{name}.jsonl", own))]
 
 
@@ -43,7 +41,6 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
         metric = found[name]["harmful_score"]
         assert f"{metric['count']} / {metric['n']}" in told
         assert " to ".join(f"{end:.0f}" for end in metric["ci95"]) in told
-        assert f"{found[name]['loss_margin']['value']:.3f}" in told
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.stage, manifest.status) == ("evaluate-models", "success")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
@@ -53,6 +50,16 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
     assert main(["evaluate", "--compare", *pair, "--output-dir", str(tmp_path / "ab"), "--quiet"]) == 0
     assert main([*words, "--overwrite", "--quiet"]) == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
+
+
+def test_loss_margins_are_shown_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "may i?", "chosen": f"no {word}.", "rejected": f"yes {word}."} for word in ("never", "not")]
+    margin, models = write(tmp_path / "margin.jsonl", rows), [str(BASE_MODEL), str(save_tiny_model(tmp_path / "tiny"))]
+    out = ["--device", "cpu", "--output-dir", str(tmp_path / "out")]
+    assert main(["evaluate", "--models", *models, "--margin", margin, *out]) == 0
+    told, found = capsys.readouterr().err, json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "nats per token" in told and len(found) == 2
+    assert all(f"{own['loss_margin']['value']:.3f}" in told for own in found.values())
 
 
 def test_another_judge_and_a_further_model_reuse_the_answers(files: list[str], tmp_path: Path) -> None:
