@@ -312,6 +312,10 @@ CASES: dict[str, tuple[Case, str]] = {
         with_file("harmful", "h.jsonl", lambda files: lines_of(files["safe"])[::-1]),
         "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files",
     ),
+    "utility = harmful": (
+        with_file("utility", "u.jsonl", lambda files: lines_of(files["harmful"])),
+        "--harmful and --utility hold the same rows, so nothing tells them apart; check the two files",
+    ),
     "too few": (
         with_file("safe", "s.jsonl", lambda files: lines_of(files["safe"])[:7]),
         "--safe: 7 rows are left, at least 8 are",

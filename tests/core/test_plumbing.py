@@ -1,4 +1,4 @@
-"""Registry, seeds, fingerprints, manifest, environment."""
+"""Registry, seeds, fingerprints, manifest, environment, tables."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from pharmacist.core.env import offline, versions
 from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_folder, sha256_json, sha256_text
 from pharmacist.core.manifest import SCHEMA_VERSION, Phase, RunManifest, read_manifest
+from pharmacist.core.progress import print_table
 from pharmacist.core.registry import Registry, closest
 from pharmacist.core.seeding import derive
 
@@ -166,3 +167,13 @@ def test_the_content_of_a_folder_is_all_that_is_loaded_from_it(name: str, tmp_pa
     for cache in ("cache-0123.arrow", "tmpx.arrow", ".lock", "README.md"):
         (tmp_path / cache).write_text("c")
     assert found[0] != found[1] == sha256_content(tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_table_that_is_too_wide_loses_no_column_and_cuts_no_number(
+    wrap: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["core", *(f"{column}.50 [{column}.25, {column}.75]" for column in range(1000, 1012))]]
+    print_table("a title", ["arm", *(f"metric {column}" for column in range(12))], rows, wrap=wrap)
+    said = capsys.readouterr().err
+    assert all(word in said for cell in rows[0] for word in ([cell] if not wrap else cell.split()))

@@ -385,6 +385,8 @@ def test_quality_is_that_on_a_source_that_was_held_out() -> None:
     some = sourced((ONE, 0), (LIKE, 1))
     some["safe"] = some["safe"][:12]
     assert quality(some)["held_out_by"] == "prompt", "without a second source of each kind none can be held out"
+    twice = {kind: [*rows, *(row | {"source": 1} for row in rows)] for kind, rows in sourced((ONE, 0)).items()}
+    assert quality(twice)["held_out_by"] == "prompt", "a file given twice is one source"
 
 
 def test_probe_warns_of_answers_unlike_its_references() -> None:

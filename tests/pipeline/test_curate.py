@@ -337,7 +337,7 @@ def test_without_harmful_references_it_says_what_it_does_instead(
     assert main(curate_words(given, out, *both)) == 0
     said = capsys.readouterr().err
     assert "selector 'pharmacist': without harmful references the twins fall back to SEAL's contrast" in said
-    assert "it cannot see" not in said and "toxic" not in said  # utility references show what complies
+    assert "no reference shows" not in said and "toxic" not in said  # utility references show what complies
     table = scores(out)
     check_table(table, 60)
     assert "loss_toxic" not in table and np.allclose(table["contrast"], table["loss_auxiliary"] - table["loss_safe"])

@@ -58,6 +58,12 @@ def test_the_summary_is_what_the_stages_measured(finished):
     assert "mean over the attack" in page
 
 
+def test_the_table_keeps_its_names_where_no_rate_has_an_interval(finished, capsys):
+    demo(DemoOptions(output_dir=str(finished.folder), rows=100, seeds=1), SHORT)  # finished: it only shows the result
+    said = capsys.readouterr().err
+    assert all(f"│ {arm}" in said for arm in ARMS) and said.count("(no interval: one value)") == 2
+
+
 def test_every_stage_is_an_ordinary_run(finished):
     folders = ["rank", "rank-random-0", "align/core-0", "attack/core-0", "evaluate/core-0/step-2"]
     assert [read_manifest(finished.folder / name).stage for name in folders] == [

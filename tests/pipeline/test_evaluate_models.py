@@ -52,6 +52,16 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == found
 
 
+def test_loss_margins_are_shown_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "may i?", "chosen": f"no {word}.", "rejected": f"yes {word}."} for word in ("never", "not")]
+    margin, models = write(tmp_path / "margin.jsonl", rows), [str(BASE_MODEL), str(save_tiny_model(tmp_path / "tiny"))]
+    out = ["--device", "cpu", "--output-dir", str(tmp_path / "out")]
+    assert main(["evaluate", "--models", *models, "--margin", margin, *out]) == 0
+    told, found = capsys.readouterr().err, json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "nats per token" in told and len(found) == 2
+    assert all(f"{own['loss_margin']['value']:.3f}" in told for own in found.values())
+
+
 def test_another_judge_and_a_further_model_reuse_the_answers(files: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["evaluate", *files[:2], "--device", "cpu", "--quiet", "--max-new-tokens", "4", "--output-dir", str(out)]

@@ -85,7 +85,7 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     assert re.search(rf"Safety-critical A harmful [^.]*\. {good} 36 {good - 36} 100\.0 % ", page.text)
     assert re.search(rf"Near-duplicate Safety[^.]*\. {duplicates} 0 {duplicates} 0\.0 % ", page.text)
     assert "Planted label" not in page.text
-    assert "could not see" not in page.text and "Warning" not in page.text and "Label 1" not in page.text
+    assert "What no reference shows" not in page.text and "Warning" not in page.text and "Label 1" not in page.text
     table = page.json("rows")["table"]["rows"]
     assert [row[RANK] for row in table] == list(range(1, 121))
     assert [row[SELECTED] for row in table] == [1] * 36 + [0] * 84
@@ -261,7 +261,7 @@ def test_a_key_per_label() -> None:
 def test_what_could_not_be_seen(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
     page = render(tmp_path / "page.html", rows, ["critical"] * 3, report=report(cannot_see=["teaches_compliance"]))
-    assert "could not see" in page.text
+    assert "What no reference shows" in page.text
     assert "Teaches compliance. A harmful request that is answered" in page.text
 
 

@@ -291,6 +291,9 @@ def test_what_no_reference_shows_is_named_as_unseen(tmp_path):
     blind = scores(tmp_path / "b", None, pool, refs, form="evidence", corruptions_per_row=0)
     assert whole.report["cannot_see"] == [] and blind.report["cannot_see"] == ["low_quality"]
     assert "low_quality" in whole.reason and "low_quality" not in blind.reason
+    harmful_only = {name: refs[name] for name in ("safe", "harmful")}
+    over_refusals_pass = scores(tmp_path / "c", None, pool, harmful_only, form="evidence")
+    assert over_refusals_pass.report["cannot_see"] == ["not_safety_critical", "over_refusal"]
 
 
 def test_the_lexical_reader_alone_needs_no_model(tmp_path):

@@ -181,6 +181,19 @@ def test_sources_are_the_folds_where_every_kind_has_several():
         assert fold_of[row["prompt"]] == fold, "made rows share the source of what they were made from"
 
 
+def test_a_prompt_of_several_sources_is_held_out_of_all_of_them():
+    sources = sourced(safe=lambda i: i % 2, harmful=lambda i: i % 2, utility=lambda i: i % 2)
+    twice = {name: [*rows, {**rows[0], "prompt": rows[0]["prompt"].upper()}] for name, rows in ROWS.items()}
+    found = built(twice, sources={name: np.append(own, 1) for name, own in sources.items()})
+    assert found.by_source
+    for name in GIVEN:
+        _, folds = members(found, name, made=False)
+        assert folds.tolist() == [*sources[name], 0], "the copy in the second source is held out with the first"
+    copies = {name: rows * 2 for name, rows in ROWS.items()}
+    same = built(copies, sources={name: np.repeat([0, 1], len(rows)) for name, rows in ROWS.items()})
+    assert not same.by_source and same.folds.tolist() == built(copies).folds.tolist(), "a file given twice"
+
+
 @pytest.mark.parametrize("alone", GIVEN)
 def test_one_kind_from_a_single_source_leaves_the_folds_to_the_prompts(alone):
     kinds = {name: (lambda i: 0) if name == alone else (lambda i: i % 2) for name in GIVEN}

@@ -49,7 +49,7 @@ def test_a_pool_with_little_to_keep_is_said_to_be_so():
     (said,) = warnings(GOOD, few)
     assert "only 9.0% of the rows look safety-critical" in said
     unknown, share = warnings(GOOD | {"distance": None}, few)
-    assert "too few rows look worth keeping to compare" in unknown and "9.0%" in share
+    assert "too few safe references, or too few rows" in unknown and "9.0%" in share
 
 
 LABELS = np.array([True] * 20 + [False] * 20)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.control import Control
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -82,7 +83,13 @@ def print_table(
     if total:
         table.add_section()
         table.add_row(*total)
-    console().print(table)
+    out = console()
+    # Where the terminal is narrow, lines become too long for it; no word or number is cut, and no column lost.
+    found = Measurement.get(out, out.options.update(max_width=10_000), table)
+    least = found.minimum if wrap else found.maximum
+    if least > out.width:
+        table.width = least
+    out.print(table, crop=False)
 
 
 def warn(text: str) -> None:

@@ -226,7 +226,7 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
             f"{len(ranking.to_label)} labels would help most: pharmacist label {run.root}, or label them on the page; "
             "then the same command with --labels labels.json"
         )
-    lines += [f"without more references it cannot see: {reason}" for reason in about.get("cannot_see", [])]
+    lines += [f"no reference shows {reason}: such rows may pass for others" for reason in about.get("cannot_see", [])]
     files = {"scores": "scores.parquet", "core subset": selected, "page": "report.html"}
     lines += [f"{what} {run.path(file)}" for what, file in files.items()]
     if ranking.table["selected"].any():

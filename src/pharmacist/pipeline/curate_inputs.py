@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,11 @@ class CurateInputs:
         if "harmful" not in records:
             pairs = [name for name in records if name.split()[0] == "safe" and records[name].layout == "preference"]
             records |= {role: rows_of(name, role) for role, name in numbered("harmful", pairs).items()}
-        if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
-            raise DataError(
-                "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files"
-            )
+        for one, other in combinations([kind for kind in REFERENCES if kind in records], 2):
+            if texts(records[one]) == texts(records[other]):
+                raise DataError(
+                    f"--{one} and --{other} hold the same rows, so nothing tells them apart; check the two files"
+                )
         for name in [name for name in records if name != "pool"]:
             shared = shared_prompts(records["pool"].dataset, records[name].dataset)
             if len(shared) == len(records[name]):

@@ -166,7 +166,7 @@ def _show(result: DemoResult) -> None:
         rows.append(
             [
                 arm,
-                _with_interval(summary["auc"][arm]),
+                _text(summary["auc"][arm]),
                 f"{summary['final_harmful_score'][arm]['mean']:.1f}",
                 f"{fmean(summary['fine_tune_accuracy'][arm]):.1f}",
                 f"{fmean(summary['over_refusal_aligned'][arm]):.1f} / {fmean(summary['over_refusal'][arm]):.1f}",
@@ -182,7 +182,8 @@ def _show(result: DemoResult) -> None:
         "after alignment / after the attack; all in %"
     )
     for name, difference in summary["differences"].items():
-        out.print(f"harmful score, {name}: {_with_interval(difference)} points")
+        why = "" if difference["ci95"] else f" (no interval: {difference['no_ci95']})"
+        out.print(f"harmful score, {name}: {_text(difference)}{why} points")
     quality = summary["ranking"]
     if quality["auc"] is not None:
         out.print(
@@ -196,6 +197,5 @@ def _show(result: DemoResult) -> None:
     )
 
 
-def _with_interval(interval: Mapping[str, Any]) -> str:
-    text = Figure(interval["mean"], *(interval["ci95"] or ())).text()
-    return text if interval["ci95"] else f"{text} (no interval: {interval['no_ci95']})"
+def _text(interval: Mapping[str, Any]) -> str:
+    return Figure(interval["mean"], *(interval["ci95"] or ())).text()

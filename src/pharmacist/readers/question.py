@@ -1,6 +1,6 @@
 """A yes-or-no question about rows: several classifiers, their sum, its calibration, and its quality."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.mappings import under
+from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
 
 
@@ -100,6 +101,19 @@ class Question:
 def can_be_held_out(answers: IntArray, folds: IntArray) -> bool:
     """Whether both answers are left whichever fold is held out."""
     return all(len(set(answers[folds != fold].tolist())) == 2 for fold in np.unique(folds))
+
+
+def folds_of_sources(prompts: Iterable[str], sources: IntArray) -> list[int]:
+    """The fold of each row where folds are sources, from 0; a prompt of several sources is in the first one's.
+
+    Else rows would be held out whose prompts, or copies of which, are learned from another source.
+    """
+    keys, numbers = [normalised_prompt(prompt) for prompt in prompts], sources.tolist()
+    first: dict[str, int] = {}
+    for key, number in zip(keys, numbers, strict=True):
+        first[key] = min(number, first.get(key, number))
+    folds: list[int] = np.unique([first[key] for key in keys], return_inverse=True)[1].tolist()
+    return folds
 
 
 def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]]:

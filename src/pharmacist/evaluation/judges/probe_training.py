@@ -17,7 +17,7 @@ from pharmacist.core.mappings import under
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.evaluation.judges.base import Rows
 from pharmacist.evaluation.text import is_empty
-from pharmacist.readers.question import Question
+from pharmacist.readers.question import Question, folds_of_sources
 from pharmacist.readers.views import LONGEST_REFERENCE, Features, Reader, States, Texts, View, Words, shortened
 
 
@@ -205,12 +205,12 @@ def train(rows: tuple[Reference, ...], regularisation: float, model: ReadBy | No
 def _folds(rows: Sequence[Reference]) -> tuple[IntArray, bool]:
     """Fold of each reference, and whether folds are sources (those of different kinds are paired by number)."""
     kinds, sources = (np.array(values) for values in zip(*((row.kind, row.source) for row in rows), strict=True))
-    folds = np.zeros(len(rows), dtype=np.int64)
-    if all(len(set(sources[kinds == kind].tolist())) > 1 for kind in np.unique(kinds)):
-        for kind in np.unique(kinds):
-            folds[kinds == kind] = np.unique(sources[kinds == kind], return_inverse=True)[1]
+    folds, prompts = np.zeros(len(rows), dtype=np.int64), np.array([row.prompt for row in rows], dtype=object)
+    for kind in np.unique(kinds):
+        folds[kinds == kind] = folds_of_sources(prompts[kinds == kind], sources[kinds == kind])
+    if all(folds[kinds == kind].any() for kind in np.unique(kinds)):
         return folds, True
-    groups = [normalised_prompt(row.prompt) for row in rows]
+    groups = [normalised_prompt(prompt) for prompt in prompts]
     if len(set(groups)) < _FOLDS:
         raise DataError(f"probe judge: --safe and --harmful hold fewer than {_FOLDS} different prompts; give more")
     # A fixed shuffle: a judge must not depend on the seed of the run.

@@ -21,8 +21,16 @@ from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, Evalua
 
 
 _FILES = ("metrics.json", "items.jsonl")
-_SHOWN = ("harmful_score", "hs_plus", "over_refusal", "fine_tune_accuracy", "win_rate", "perplexity_drift")
-"""Metrics that are printed side by side; all are in ``metrics.json``."""
+_SHOWN = (
+    "harmful_score",
+    "hs_plus",
+    "loss_margin",
+    "over_refusal",
+    "fine_tune_accuracy",
+    "win_rate",
+    "perplexity_drift",
+)
+"""Metrics that are printed side by side, before those of lm-eval; all are in ``metrics.json``."""
 
 
 def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
@@ -68,8 +76,9 @@ def folder_names(models: Sequence[str]) -> list[str]:
 
 
 def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    shown = [metric for metric in _SHOWN if any(metric in own for own in found.values())]
-    head = ["model", *(NAMES[metric].split(",")[0] for metric in shown)]
+    measured = list(dict.fromkeys(metric for own in found.values() for metric in own))
+    shown = [metric for metric in _SHOWN if metric in measured] + [name for name in measured if name not in NAMES]
+    head = ["model", *(NAMES.get(metric, metric) for metric in shown)]
     rows = [[name, *(_cell(own.get(metric, {})) for metric in shown)] for name, own in found.items()]
     print_table("%, count / prompts, 95 % interval", head, rows)
 
@@ -77,8 +86,9 @@ def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
 def _cell(metric: Mapping[str, Any]) -> str:
     if metric.get("value") is None:
         return "-"
-    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.0f}" for end in metric["ci95"])
-    return f"{metric['value']:.1f}\n{count_of(metric)}{interval}"
+    digits, of_ends = (3, 3) if "unit" in metric else (1, 0)
+    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.{of_ends}f}" for end in metric["ci95"])
+    return f"{metric['value']:.{digits}f}\n{count_of(metric)}{interval}"
 
 
 def compare_runs(options: EvaluateOptions) -> dict[str, Any]:

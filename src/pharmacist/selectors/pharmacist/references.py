@@ -12,6 +12,7 @@ import numpy as np
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.normalise import normalised_prompt
+from pharmacist.readers.question import folds_of_sources
 from pharmacist.readers.views import LONGEST_REFERENCE, shortened
 from pharmacist.selectors.base import CRITICAL, BoolArray, IntArray
 from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
@@ -133,13 +134,15 @@ def build_references(
         name: [{**row, "completion": shortened(row["completion"], LONGEST_REFERENCE)} for row in given.get(name) or []]
         for name in GIVEN
     }
-    by_source = bool(sources) and all(len(set(sources[name].tolist())) > 1 for name in GIVEN if rows[name])
-    folds: dict[str, list[int]]
+    # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
+    folds = {
+        name: folds_of_sources([row["prompt"] for row in rows[name]], sources[name])
+        for name in GIVEN
+        if sources and rows[name]
+    }
+    by_source = bool(folds) and all(max(own) > 0 for own in folds.values())
     if by_source:
-        # Sources of different classes are paired by number: holding out a fold holds out a source of each class.
-        folds = {
-            name: np.unique(sources[name], return_inverse=True)[1].tolist() if rows[name] else [] for name in GIVEN
-        }
+        folds = {name: folds.get(name, []) for name in GIVEN}
     else:
         fold_of = _fold_of_prompt(rows, n_folds, seed)
         folds = {name: [fold_of[normalised_prompt(row["prompt"])] for row in some] for name, some in rows.items()}

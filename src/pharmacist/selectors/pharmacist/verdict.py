@@ -1,5 +1,6 @@
 """The verdict: from the answers to the questions to scores and reasons of a pool's rows, a report, and warnings."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         "shares": {name: float(share) for name, share in zip(CLASSES, shares, strict=True)},
         "distance": answers.distance,
         "near": answers.near,
-        # Reasons that cannot be given, since no reference answers their question by no.
-        "cannot_see": [] if WHOLE in learned["questions"] else [REASONS["corrupted"]],
+        "cannot_see": _cannot_see(learned["questions"], labels),
     }
     if answers.labels_held_out is not None:
         report["labels"] = gain_by_labels(*answers.labels_held_out, labels.classes == 0)
@@ -66,6 +66,13 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
         warnings(report, reasons[inverse]),
         telling[inverse],
     )
+
+
+def _cannot_see(asked: Collection[str], labels: Labels) -> list[str]:
+    """Reasons of rows that may pass for others, since nothing that is known answers their question by no."""
+    harmless = RISKY in asked or not labels.answering(RISKY)[1].all()
+    seen_of = {"utility": harmless, "over_refusal": harmless, "corrupted": WHOLE in asked}
+    return [REASONS[name] for name, seen in seen_of.items() if not seen]
 
 
 def joint_scores(evidence: FloatArray, second: FloatArray, reason: npt.NDArray[np.str_]) -> FloatArray:
@@ -128,7 +135,7 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
     distance = report["distance"]
     critical = float((reasons == CRITICAL).mean())
     if distance is None:
-        found.append("too few rows look worth keeping to compare the pool with the safe references")
+        found.append("too few safe references, or too few rows that look worth keeping, to compare the pool with them")
     elif max(distance.values()) >= FAR and "labels" not in report:
         compared = {"risky": "requests", "refuses": "answers"}
         far = " and ".join(compared[name] for name, auc in distance.items() if auc >= FAR)
