@@ -31,7 +31,7 @@ from pharmacist.readers.question import FAR, compared, told_apart
 from pharmacist.readers.views import Texts
 
 
-_FORMAT = 3  # raised whenever the same references give other verdicts
+_FORMAT = 4  # raised whenever the same references give other verdicts
 _KNOWN_SHARE = 0.2
 
 
