@@ -341,7 +341,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
     "no model": (lambda model: ph.align(None, SETS["pool"]), "model: must be a path, a hub id or a loaded causal"),
     "no pool": (lambda model: ph.rank(None), "--pool None: must be text"),
-    "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "--embedder LlamaForCausalLM.*: must be"),
+    "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "--embedder Llama.*: must be"),
     "tokenizer beside a name": (
         lambda model: ph.align(str(BASE_MODEL), SETS["pool"], AutoTokenizer.from_pretrained(BASE_MODEL)),
         "tokenizer: is that of a loaded model; one that is given by name comes with its own",
