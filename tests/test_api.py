@@ -19,6 +19,7 @@ from docstring_parser import parse_from_object
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from trl import SFTConfig
 
 import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
@@ -206,8 +207,8 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
 
 @pytest.mark.usefixtures("untouched")
 def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> None:
-    whole = aligned(model, tuning="full")
-    assert not isinstance(whole, PeftModel)
+    whole = ph.align(model, SETS["pool"], args=ARGS, tuning="full")
+    assert not isinstance(whole, PeftModel) and not whole.training
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     start = aligned(model)
     given = {"task": SETS["task"], "kind": "benign", "samples": 8, "args": ARGS}
@@ -231,6 +232,7 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     margin = {"value": 0.0423, "ci95": [0.012, 0.073], "n": 9, "unit": "nats per token"}
     cells = re.findall("<td>(.*?)</td>", EvaluateResult({"loss_margin": margin}, Path())._repr_html_())
     assert cells[1:4] == ["0.042", "0.012", "0.073"] and "9" in cells
+    assert scores.items()[0]["answer"] and "'answer'" not in repr(scores)  # it may be harmful
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +275,12 @@ def test_arguments_that_a_stage_cannot_follow_are_refused_by_name(given: dict[st
     arguments = TrainingArguments(use_cpu=True, **given)
     with pytest.raises(ConfigError, match=f"^train.{next(iter(given))}: "):
         ph.align(str(BASE_MODEL), SETS["pool"], args=arguments)
+
+
+def test_arguments_of_another_trainer_are_refused_where_they_are_set() -> None:
+    assert "max_length" not in train_options(SFTConfig(use_cpu=True, bf16=False), {})
+    with pytest.raises(ConfigError, match="args: packing of SFTConfig has no effect here"):
+        train_options(SFTConfig(use_cpu=True, bf16=False, packing=True), {})
 
 
 def test_arguments_that_every_stage_has_or_needs_not_are_taken() -> None:
@@ -331,6 +339,21 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "columns": (lambda model: ph.rank(SETS["pool"], columns=["prompt"]), "columns: must be a mapping such as"),
     "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
+    "no model": (lambda model: ph.align(None, SETS["pool"]), "model: must be a path, a hub id or a loaded causal"),
+    "no pool": (lambda model: ph.rank(None), "--pool None: must be text"),
+    "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "--embedder Llama.*: must be"),
+    "tokenizer beside a name": (
+        lambda model: ph.align(str(BASE_MODEL), SETS["pool"], AutoTokenizer.from_pretrained(BASE_MODEL)),
+        "tokenizer: is that of a loaded model; one that is given by name comes with its own",
+    ),
+    "adapter under full tuning": (
+        lambda model: ph.align(model, SETS["pool"], tuning="full", peft_config=LORA),
+        "peft_config: has no effect where no new adapter is trained",
+    ),
+    "adapter beside one that is continued": (
+        lambda model: ph.attack(model, kind="benign", adapter="continue", peft_config=LORA),
+        "peft_config: has no effect where no new adapter is trained",
+    ),
     "model": (lambda model: ph.evaluate(5), "model: must be a path, a hub id or a loaded causal language model"),
     "args": (lambda model: ph.align(model, SETS["pool"], args={"max_steps": 2}), "args: must be transformers'"),
     "peft": (

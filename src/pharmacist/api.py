@@ -10,7 +10,7 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
@@ -366,11 +366,17 @@ def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
     if (lora := arguments.get("peft_config")) is not None:
         if not isinstance(lora, LoraConfig):
             raise ConfigError(f"peft_config: must be a LoraConfig of PEFT, not {cut(repr(lora))}")
+        if arguments["tuning"] == "full" or arguments.get("adapter") == "continue":
+            raise ConfigError("peft_config: has no effect where no new adapter is trained; leave it out")
         arguments["lora"] = PeftLoraOptions.of(lora)
-    values: dict[str, Any] = {"output_dir": arguments.pop("output_dir") or ""}
+    models = [arguments.get(name) for name in stage.models]
+    if arguments["tokenizer"] is not None and all(isinstance(one, str | os.PathLike | None) for one in models):
+        raise ConfigError("tokenizer: is that of a loaded model; one that is given by name comes with its own")
+    arguments["output_dir"] = arguments["output_dir"] or ""
+    values: dict[str, Any] = {}
     for item in fields(stage.options):
         value: Any = arguments.get(item.name)
-        if value is None and item.name != "data":
+        if value is None and not (item.default is MISSING and item.default_factory is MISSING):
             continue
         if item.name in stage.models and not isinstance(value, str | os.PathLike):
             value = wrap_model(value, arguments["tokenizer"], arguments["template"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -49,6 +50,8 @@ def test_what_does_not_fit_is_told(hint: Any, value: Any, message: str) -> None:
         (Share | None, None, None),
         (list[float], (1, 2.5), [1.0, 2.5]),
         (str, Path("a/b"), "a/b"),
+        (AtLeast0, np.int64(3), 3),
+        (float, np.float32(0.5), 0.5),
         (AtLeast1 | list[AtLeast1], [1, 2], [1, 2]),
     ],
 )

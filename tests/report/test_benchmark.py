@@ -154,6 +154,12 @@ def test_a_mean_and_its_interval_are_of_the_same_seeds() -> None:
     assert score["mean"] < -30 and (score["low"], score["high"], score["n"]) == (None, None, 2)
 
 
+def test_a_line_with_fewer_seeds_than_others_says_so() -> None:
+    table = results({"pharmacist": -12.0})
+    text = to_markdown(Benchmark(table[(table["selector"] == "full") | (table["seed"] < 2)]))
+    assert "| pharmacist (2 of 5 seeds) |" in text and "full (" not in text
+
+
 def test_another_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = results({"less": -8.0, "pharmacist": -20.0}, noise=0.5)
     value = line(Benchmark(table, baseline="less"), "pharmacist")["harmful_score"]

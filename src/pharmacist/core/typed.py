@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from numbers import Number
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -69,7 +70,7 @@ _adapter = cache(TypeAdapter)
 
 
 def checked(name: str, hint: Any, value: Any) -> Any:
-    """Validates a value; converts paths to text, tuples to lists and, for floats, whole numbers.
+    """Validates a value; converts paths to text, tuples to lists, NumPy's numbers and, for floats, whole numbers.
 
     A ConfigError, in which the option is called `name`, where it is of another type than `hint`, out of its range, a
     number that no library can compute with, or text that no file can hold.
@@ -81,6 +82,7 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     if any(isinstance(one, Given) for one in (value if isinstance(value, list) else [value])):
         return value
     value = os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
+    value = value.item() if isinstance(value, Number) and hasattr(value, "item") else value
     try:
         found = _adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
@@ -114,7 +116,8 @@ def _check_values(name: str, value: Any) -> None:
 
 
 def cut(text: str) -> str:
-    """A text as messages show it, shortened."""
+    """A text as messages show it, shortened, on one line."""
+    text = text.replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 

@@ -150,6 +150,11 @@ class Benchmark:
         several = len({other for name, other in self.series if name == selector}) > 1
         return f"{selector} {100 * fraction:g} %" if several else selector
 
+    def line_name(self, line: Line) -> str:
+        """Name of a line's series in tables, with its number of seeds where others have more."""
+        own, n = line.runs["seed"].nunique(), len(self.seeds)
+        return self.name(line.series) if own == n else f"{self.name(line.series)} ({own} of {n} seeds)"
+
     def setting_name(self, setting: Sequence[Any]) -> str:
         """Name of a setting: its choices on the axes that have several."""
         return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
@@ -326,7 +331,7 @@ def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: st
     heads += [(metric.head, f"minus {benchmark.baseline}" if less else "mean") for metric, less in columns]
     rows = []
     for line in benchmark.lines:
-        row = [*(plain(line.axes[axis]) for axis in benchmark.several), plain(benchmark.name(line.series))]
+        row = [*(plain(line.axes[axis]) for axis in benchmark.several), plain(benchmark.line_name(line))]
         for metric, difference in columns:
             figure, sign = line.figure(metric, difference), "+" if difference else ""
             text = "" if figure is None else figure.text(digits=metric.digits, sign=sign).replace("-", minus)

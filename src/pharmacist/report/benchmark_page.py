@@ -193,7 +193,7 @@ def result_table(benchmark: Benchmark, colors: Mapping[str, str]) -> dict[str, A
     rows = []
     for line in benchmark.lines:
         row: list[Any] = [str(line.axes[axis]) for axis in benchmark.several]
-        row.append([benchmark.name(line.series), colors[line.axes["selector"]]])
+        row.append([benchmark.line_name(line), colors[line.axes["selector"]]])
         for metric, difference in numbers:
             figure, value = line.figure(metric, difference), line.values.get(metric.key)
             tested = [value.p_corrected, value.verdict] if difference and value is not None else []

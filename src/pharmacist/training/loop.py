@@ -217,6 +217,7 @@ class Training:
                 raise
             # All its files have the recorded hashes, but this program did not write them.
             raise DataError(f"{checkpoint}: cannot be resumed from ({one_line(error)}); delete this folder") from error
+        loaded.model.eval()  # as models are loaded; the Trainer leaves dropout on
         steps = int(trainer.state.global_step)
         log = [line for line in trainer.state.log_history if "loss" in line]
         tokens = round(float(trainer.state.epoch or 0) * int(self.encoded.lengths.sum()))

@@ -174,10 +174,16 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
     Args:
         arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
         defaults: Of the stage; for these fields the arguments' values are taken in any case.
+
+    Raises:
+        ConfigError: A subclass, such as TRL's SFTConfig, was given a field that only its own trainer follows.
     """
     from transformers import TrainingArguments
 
-    usual = TrainingArguments(use_cpu=arguments.use_cpu)
+    kind, usual = type(arguments), TrainingArguments(use_cpu=arguments.use_cpu)
+    for name, value in vars(kind(use_cpu=arguments.use_cpu)).items():
+        if name in kind.__dataclass_fields__ and not hasattr(usual, name) and getattr(arguments, name) != value:
+            raise ConfigError(f"args: {name} of {kind.__name__} has no effect here; leave it out, or train with TRL")
     options = {}
     for item in dataclasses.fields(TrainingArguments):
         name, value, default = item.name, getattr(arguments, item.name), getattr(usual, item.name)

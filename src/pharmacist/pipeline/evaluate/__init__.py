@@ -1,6 +1,6 @@
 """The command `evaluate`: `reading` opens its inputs, `model` evaluates one, `several` more, `summary` prints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class EvaluateResult:
 
     metrics: dict[str, Any]
     folder: Path
-    _items: list[dict[str, Any]] | None = None
+    _items: list[dict[str, Any]] | None = field(default=None, repr=False)  # answers may be harmful
 
     def items(self) -> list[dict[str, Any]]:
         """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
