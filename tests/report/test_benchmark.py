@@ -12,7 +12,7 @@ from scipy import stats
 
 from pharmacist.cli.main import main
 from pharmacist.core.errors import DataError
-from pharmacist.report.benchmark import Benchmark, Value, corrected, to_latex, to_markdown, verdicts
+from pharmacist.report.benchmark import Benchmark, Value, corrected, summaries, to_latex, to_markdown, verdicts
 from pharmacist.report.numbers import Figure
 from tests.support.benches import results, write_bench
 from tests.support.pages import Page
@@ -63,6 +63,13 @@ def test_only_real_differences_are_bold() -> None:
     assert "".join(rows).count("\\textbf") == 1
     assert sum("\\textbf{+1" in row for row in latex.splitlines() if row.startswith("sft & bad")) == 1
     assert all(f"\\label{{tab:benchmark-{metric.name}}}" in latex for metric in benchmark.metrics)
+
+
+def test_a_mean_over_fewer_comparisons_than_others_says_so() -> None:
+    table = results({"random": 0.0, "pharmacist": -12.0}, noise=0.5)
+    table = table[(table["selector"] != "random") | (table["defense"] == "sft")]
+    _, _, (pharmacist, random) = next(summaries(Benchmark(table)))
+    assert random[1].endswith(" (1 of 2)") and pharmacist[1].endswith("*")
 
 
 def test_a_difference_that_is_real_alone_may_not_be_among_many() -> None:

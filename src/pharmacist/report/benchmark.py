@@ -303,22 +303,29 @@ def verdicts(benchmark: Benchmark) -> list[dict[str, Any]]:
 def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, head and rows of short tables of each series minus the baseline, starred where significant somewhere.
 
-    Metrics that depend on the judge have tables apart from the others, which keeps them narrow.
+    Metrics that depend on the judge have tables apart from the others, which keeps them narrow. A mean over fewer
+    comparisons than others of its metric says so.
     """
     series = verdicts(benchmark)
+    most = {key: max(it["metrics"].get(key, {"n": 0})["n"] for it in series) for it in series for key in it["metrics"]}
     for (title, metrics), judged in itertools.product(benchmark.groups.items(), (True, False)):
         compared = [it for it in metrics if it.compared and (it.judged or it.judge is not None) is judged]
-        rows = [[it["name"], *(_short(metric, it["metrics"].get(metric.key)) for metric in compared)] for it in series]
+        rows = [
+            [it["name"], *(_short(metric, it["metrics"].get(metric.key), most) for metric in compared)]
+            for it in series
+        ]
         if compared and rows:
             name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
             head = ["aligned on", *(f"{metric.title}, {metric.unit}" for metric in compared)]
             yield f"{title}, {name}" if title else name, head, rows
 
 
-def _short(metric: Metric, verdict: Mapping[str, Any] | None) -> str:
+def _short(metric: Metric, verdict: Mapping[str, Any] | None, most: Mapping[str, int]) -> str:
     if verdict is None:
         return "-"
-    return f"{verdict['mean']:+.{metric.digits}f}{'*' if verdict['better'] or verdict['worse'] else ''}"
+    star = "*" if verdict["better"] or verdict["worse"] else ""
+    few = f" ({verdict['n']} of {most[metric.key]})" if verdict["n"] < most[metric.key] else ""
+    return f"{verdict['mean']:+.{metric.digits}f}{star}{few}"
 
 
 # --- tables for papers ----------------------------------------------------------------------------------------------
