@@ -61,18 +61,19 @@ class EndpointConfig(Checked):
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: AtLeast1 = 8
-    """Number of questions in flight at a time."""
+    """Maximum number of concurrent requests."""
     timeout: Positive = 120.0
-    """Longest time for one whole reply, in seconds."""
+    """Longest time for a whole reply, in seconds."""
     attempts: AtLeast1 = 6
-    """Tries per question, counting the first."""
+    """Maximum number of attempts per request, including the first."""
     max_wait: NotNegative = 60.0
-    """Longest pause between two tries, in seconds; pauses double from one second on."""
+    """Longest pause between two attempts, in seconds; pauses double, starting at one second."""
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """Name under which the longest reply is sent; OpenAI's reasoning models want max_completion_tokens."""
+    """Name of the request field for the longest reply; OpenAI's reasoning models expect max_completion_tokens."""
     body: dict[str, Any] = field(default_factory=dict)
-    """More fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field, as
-    {temperature: null} does."""
+    """Further fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field,
+    as in
+{temperature: null}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,9 +24,9 @@ class JudgingModelConfig(EndpointConfig):
     """Options of a judging model."""
 
     model: str = ""
-    """The endpoint's name for the judging model."""
+    """Name of the LLM judge at the endpoint."""
     max_tokens: AtLeast1 = 1024
-    """Longest reply of the judging model in tokens."""
+    """Longest reply of the LLM judge in tokens."""
 
     def identity(self) -> dict[str, Any]:
         """The options that can change the replies: address, model, and length of replies."""

@@ -11,7 +11,7 @@ from pharmacist.nn.models import LoadedModel, load_model, model_fingerprint
 
 
 class TransformersEngine(Engine):
-    """The default: the model is loaded here and answers in batches through Hugging Face ``generate``."""
+    """The default: the model is loaded locally and answers in batches with Hugging Face ``generate``."""
 
     name = "transformers"
     _loaded: LoadedModel | None = None

@@ -42,7 +42,7 @@ class BeaverDamConfig(LocalModelConfig):
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Probability of a category above which an answer is harmful."""
     max_length: AtLeast1 = 256
-    """Longest input in tokens; 256 is what published figures were made with."""
+    """Longest input in tokens; published figures were made with 256."""
 
 
 class BeaverDamJudge(LocalModelJudge):

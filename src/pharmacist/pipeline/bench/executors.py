@@ -30,7 +30,7 @@ class Executor(Method, ABC):
 
 
 class Local(Executor):
-    """One stage after the other, in this process."""
+    """Runs one stage after the other, in this process."""
 
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
@@ -57,7 +57,7 @@ class RayConfig(Checked):
 
 
 class Ray(Executor):
-    """Independent stages in parallel, on one machine or on a cluster."""
+    """Runs independent stages in parallel, on one machine or on a cluster."""
 
     Config = RayConfig
     config: RayConfig
