@@ -47,9 +47,9 @@ from pharmacist.training.strategy import GradientStrategy
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | Sequence[Mapping[str, Any]]
-"""A path, a hub id, a dataset or a list of dicts, in any layout that the commands read."""
+"""A path, a Hub id, a dataset or a list of dicts, in any layout that the commands read."""
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
-"""A local folder, a hub id, or a loaded model, which is left as it is."""
+"""A local folder, a Hub id, or a loaded model, which is left as it is."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
@@ -306,7 +306,7 @@ def tokenize(
     """Tokenises rows for a Trainer of your own, exactly as `align` and `attack` do.
 
     Args:
-        rows: A path, a hub id, a ``datasets.Dataset`` or a list of dicts.
+        rows: A path, a Hub id, a ``datasets.Dataset`` or a list of dicts.
         tokenizer: The model's.
         max_length: Longest row in tokens; completions are cut to fit.
         template: Prompt template; auto is the tokenizer's chat template, else Alpaca.

@@ -191,7 +191,8 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a column that the output cannot hold": (
         parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
-        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); "
+        "column 'image' contains values that JSON lines cannot represent, such as that of row 1 (a value of the type "
+        "bytes); "
         "curate's --format input keeps it",
     ),
     "NaN in a column": (
@@ -239,7 +240,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a file for the model": (
         place(mine, "--model", "thing"),
-        "thing: is a file; a model folder or a hub id is needed",
+        "thing: is a file; a model folder or a Hub id is needed",
     ),
     "foreign files": (foreign_output, "out: holds files that are not a pharmacist run; choose an empty --output-dir"),
     "foreign files, to overwrite": (
@@ -259,7 +260,7 @@ CASES: dict[str, tuple[Case, str]] = {
         options("--top-k", "61"),
         "--top-k 61: the pool has 60 rows to rank; give at most that number",
     ),
-    "nobody's score": (options("--min-score", "1e9"), "min score 1e+09: no row has it, the best has"),
+    "nobody's score": (options("--min-score", "1e9"), "min score 1e+09: no row reaches it, the best has"),
     "unknown option": (options("--divresity", "none"), "unknown option '--divresity'; did you mean '--diversity'?"),
     "unknown choice": (options("--dtype", "float16"), "--dtype float16: must be one of auto, float32, bfloat16"),
     "unknown selector": (options("--selector", "pharmacy"), "unknown selector 'pharmacy'; did you mean 'pharmacist'?"),
@@ -304,13 +305,13 @@ CASES: dict[str, tuple[Case, str]] = {
         lambda folder, files: curate_words(
             {name: files[name] for name in ("pool", "safe")}, folder / "out", "--selector.readers", "lexical"
         ),
-        "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
+        "safe references alone offer no other answers to compare with; give --harmful or --utility, or use "
         "--selector.form bilevel",
     ),
     "safe missing": (options(without="safe"), "selector 'pharmacist' needs safe references; give --safe FILE"),
     "harmful = safe": (
         with_file("harmful", "h.jsonl", lambda files: lines_of(files["safe"])[::-1]),
-        "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files",
+        "--safe and --harmful hold the same rows, so they cannot be distinguished; check the two files",
     ),
     "too few": (
         with_file("safe", "s.jsonl", lambda files: lines_of(files["safe"])[:7]),
@@ -322,7 +323,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     # --- models
     "no model": (options(model=None), "give --model"),
-    "no such model": (options(model="./nowhere"), "./nowhere: no such folder; a model folder or a hub id is needed"),
+    "no such model": (options(model="./nowhere"), "./nowhere: no such folder; a model folder or a Hub id is needed"),
     "no weights": (
         model_folder(lambda f: (f / "model.safetensors").unlink()),
         "without safetensors weights; save it with",
@@ -472,7 +473,7 @@ OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         (["--pool", "somebody/some-pool"], "--pool somebody/some-pool: no such file or folder, and HF_HUB_OFF"),
         pytest.param(
             ["--model", "somebody/some-model"],
-            "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF",
+            "somebody/some-model: no such model folder, and as a Hub id: HF_HUB_OFF",
             marks=pytest.mark.slow,
         ),
         (["--safe", "{folder}/broken.jsonl"], "broken.jsonl: 1 row of 7 cannot be used: line 7 (row 6) is no"),

@@ -214,7 +214,7 @@ def test_values_no_dataset_has_room_for(tmp_path):
         (tmp_path / "pool.jsonl").write_text(text)
         with pytest.raises(DataError) as error:
             open_source(tmp_path / "pool.jsonl").dataset([0, 1])
-        one_line(error, f"pool.jsonl: column {message}, which no dataset can; write the rows to a file")
+        one_line(error, f"pool.jsonl: column {message}, which a dataset cannot contain; write the rows to a file")
     assert open_source([{0: "x"}]).dataset([0]).column_names == ["0"]
 
 

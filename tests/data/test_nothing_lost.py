@@ -453,7 +453,7 @@ def test_two_of_one_name_inside_a_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(rows + json.dumps({"messages": [*TALK, assistant("d")]}) + "\n")
     records = read_records(open_source(tmp_path / "a.jsonl"), work_dir=tmp_path / "work", on_bad_row="skip")
     assert [row.reason for row in records.refused] == [
-        "is not valid JSON (the key 'content' is there twice in one object)"
+        "is not valid JSON (the key 'content' is given twice in one object)"
     ]
     kind = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string()), pa.field("role", pa.string())])
     parts = [pa.array(["user", "assistant"]), pa.array(["a", "b"]), pa.array(["x", "y"])]

@@ -231,8 +231,8 @@ BAD = [
     ({"prompt": float("nan"), "completion": "c"}, "'prompt' is NaN, not text"),
     ({"prompt": {"a": 1}, "completion": "c"}, "'prompt' is an object, not text"),
     ({"prompt": b"p", "completion": "c"}, "'prompt' is bytes, not text"),
-    ({"prompt": "p", "completion": "x\ud800y"}, "holds the lone surrogate \\ud800, which is no character"),
-    ({"prompt": "x\udfffy", "completion": "c"}, "holds the lone surrogate \\udfff, which is no character"),
+    ({"prompt": "p", "completion": "x\ud800y"}, "holds the lone surrogate \\ud800, which is not a character"),
+    ({"prompt": "x\udfffy", "completion": "c"}, "holds the lone surrogate \\udfff, which is not a character"),
 ]
 
 

@@ -149,7 +149,7 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
 def test_a_second_run_is_complete(files: dict[str, str], ranked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprints(ranked)
     assert main(curate_words(files, ranked, *TWINS)) == 0
-    assert "complete already; --overwrite ranks again" in capsys.readouterr().err
+    assert "already complete; --overwrite ranks again" in capsys.readouterr().err
     selector = {"name": "pharmacist"} | CHEAP_SELECTOR
     options = CurateOptions(**files, model=str(BASE_MODEL), selector=selector, output_dir=str(ranked), device="cpu")
     assert ph.curate(options) is None  # the command line and Python say the same run

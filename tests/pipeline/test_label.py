@@ -76,7 +76,7 @@ def test_words_letters_skip_undo_and_resume(ranked: Path, tmp_path: Path) -> Non
     assert found == {rows[0]: "good", rows[1]: "harmful", rows[2]: "low_quality"}
     assert "nothing to undo" in shown and f"row {rows[2]}, 2 of 6" in shown, "the row that was skipped comes again"
     found, shown = talk(ranked, output, *["", "n"] * 3)
-    assert len(found) == 6 and "all rows are through" in shown and f"--labels {output}" in shown
+    assert len(found) == 6 and "all rows are done" in shown and f"--labels {output}" in shown
     assert len(read_labels(output, pool, rows)) == 6, "curate takes it"
     assert talk(ranked, output)[0] == found
 

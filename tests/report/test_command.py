@@ -91,7 +91,7 @@ def test_a_demo_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("change", "message"),
     [
         ({"status": "started"}, "is not finished; run the same command again"),
-        ({"stage": "align"}, "a run of 'align', which has no page; give the folder of a curate or demo"),
+        ({"stage": "align"}, "a run of 'align', which has no HTML report; give the folder of a curate or demo"),
     ],
 )
 def test_folders_without_a_page(

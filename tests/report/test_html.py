@@ -209,7 +209,7 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
         "auc_before": 0.712,
         "auc_after": 0.856,
         "standard_error": 0.06,
-        "advice": "the labels help, and more would go on helping",
+        "advice": "the labels help, and more labels would help further",
     }
     labelled = text(report(labels=gain, changed={"entered": 12, "left": 9}))
     assert "12 rows entered the selection, 9 left it." in labelled

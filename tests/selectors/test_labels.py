@@ -294,7 +294,7 @@ def test_a_quota_is_filled_with_bad_rows_only_when_asked(files, tmp_path, capsys
     filled = table(tmp_path / "all")
     assert filled["selected"].sum() == 40 and filled["selected"][few["selected"]].all()
     said = re.sub(r"\s+", " ", "".join(capsys.readouterr()))
-    assert f"{40 - n} of the 40 selected rows are so only to fill the quota" in said
+    assert f"{40 - n} of the 40 selected rows are only there to fill the quota" in said
 
 
 def test_several_files_of_a_kind_are_as_many_sources(files, tmp_path):

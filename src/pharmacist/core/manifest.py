@@ -41,7 +41,7 @@ class RunManifest(BaseModel):
     """The same without options that only matter once all is computed: runs that share it share partial state."""
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Fingerprint (sha256 of content) of each input, or its hub id and revision."""
+    """Fingerprint (sha256 of content) of each input, or its Hub id and revision."""
     counts: dict[str, int] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -77,7 +77,9 @@ def read_manifest(folder: str | Path) -> RunManifest:
     """Reads the manifest of a run folder; a DataError where there is none that this version can read."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
+        raise DataError(
+            f"{folder}: no manifest.json, so this is not the folder of a run; give the --output-dir of a run"
+        )
     try:
         content = read_json(path)
         # Before the validation, which refuses the further fields of a newer version.
@@ -127,8 +129,8 @@ def check_unchanged(folder: str | Path, *names: str) -> None:
         named = any(name == other or name.startswith(f"{other}/") for other in names)
         if named and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
             raise DataError(
-                f"{root / name}: is damaged, or was changed after the run had finished; run the command again that "
-                "writes it, with --overwrite"
+                f"{root / name}: is damaged, or was changed after the run had finished; run the command that writes "
+                "it again, with --overwrite"
             )
 
 

@@ -119,7 +119,7 @@ class RunDir:
                         # It is left where a kill fell between manifest and removal.
                         remove(root / "work", as_far_as_possible=True)
                         return cls(root, found, None)
-                    say(f"{root}: {lost} is no longer there, so this run is done again")
+                    say(f"{root}: {lost} is missing, so this run is repeated")
             elif not _ours(root):
                 raise ConfigError(
                     f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone"
@@ -248,7 +248,7 @@ def _drop_damaged_tensors(work: Path) -> None:
     """Deletes damaged tensors of a run's partial state, so that they are computed again."""
     for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
         if not is_whole_tensors(path):
-            say(f"{path}: is damaged and deleted; it is computed again")
+            say(f"{path}: is damaged and was deleted; it is computed again")
             path.unlink()
             (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole
 

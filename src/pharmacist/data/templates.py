@@ -86,7 +86,7 @@ class Template:
                 try:
                     (texts[position],) = self._chat([turns], tokenizer)
                 except Exception as error:
-                    refused[position] = f"the chat template refuses its turns ({one_line(error)})"
+                    refused[position] = f"the chat template rejects its turns ({one_line(error)})"
         dropped = cache(partial(self._dropped_role, tokenizer))  # by roles, for templates treat turns by their roles
         for position, turns in enumerate(conversations):
             if position not in refused:

@@ -33,8 +33,8 @@ from pharmacist.evaluation.text import writable
 K = TypeVar("K")
 
 _REFUSED = {
-    401: "set the key that it wants in ${key}",
-    403: "the key in ${key} may not use it",
+    401: "set the key that it expects in ${key}",
+    403: "the key in ${key} has no access to it",
     404: "check the address and the model's name",
 }
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -131,7 +131,7 @@ class Endpoint:
         self.config, self.name = config, name
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError(f"{name}: the key in ${config.api_key_env} has characters that no key has; set it again")
+            raise ConfigError(f"{name}: the key in ${config.api_key_env} contains invalid characters; set it again")
         base = httpx.URL(config.base_url)
         if self._key and base.userinfo:  # of the two only the address's would be sent
             where = f"{name}: its address holds credentials, and ${config.api_key_env} a key"

@@ -53,7 +53,7 @@ class JudgingModel(Decider):
         """Checks that an address and a model are given."""
         Endpoint(self.config, self._who)
         if not self.config.model:
-            raise ConfigError(f"{self._who}: give the judging model with {self.option}.model NAME")
+            raise ConfigError(f"{self._who}: give the LLM judge with {self.option}.model NAME")
 
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks the judging model.

@@ -123,7 +123,7 @@ class CurateInputs:
             records |= {role: rows_of(name, role) for role, name in numbered("harmful", pairs).items()}
         if {"safe", "harmful"} <= set(records) and texts(records["safe"]) == texts(records["harmful"]):
             raise DataError(
-                "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files"
+                "--safe and --harmful hold the same rows, so they cannot be distinguished; check the two files"
             )
         for name in [name for name in records if name != "pool"]:
             shared = shared_prompts(records["pool"].dataset, records[name].dataset)
@@ -187,7 +187,7 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
     if options.resume_selector is not None:
         if type(selector).save is Selector.save:
             own = options.selector["name"]
-            raise ConfigError(f"--resume-selector: '{own}' keeps nothing that it learns; leave the option out")
+            raise ConfigError(f"--resume-selector: '{own}' stores nothing that it learns; leave the option out")
         saved = Path(options.resume_selector)
         check_unchanged(saved, "selector")
         check_unchanged(saved.parent, saved.name)

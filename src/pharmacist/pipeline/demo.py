@@ -1,4 +1,4 @@
-"""The command `demo`: rank, select, align, attack, evaluate on the made-up world, as the grid in ``demo.yaml``.
+"""The command `demo`: rank, select, align, attack, evaluate on the synthetic world, as the grid in ``demo.yaml``.
 
 Users can do the same on their files with `pharmacist bench`. Every stage has a separate folder, so that an interrupted
 demo resumes where it stopped; links such as ``align/core-0`` give these folders readable names.

@@ -69,7 +69,7 @@ class Ranking:
         config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
         pool = f"{folder}: the pool {config['pool']}"
-        again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
+        again = "restore it (a relative path counts from here), or rank it again with pharmacist curate"
         try:
             source = open_source(config["pool"], name="pool")
         except DataError as error:

@@ -34,7 +34,9 @@ def report(options: ReportOptions) -> str:
     }
     if manifest.stage not in pages:
         known = " or ".join(pages)
-        raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
+        raise ConfigError(
+            f"{folder}: a run of '{manifest.stage}', which has no HTML report; give the folder of a {known}"
+        )
     if manifest.stage != "bench":  # of which what is finished can be shown
         if manifest.status != "success":
             raise DataError(

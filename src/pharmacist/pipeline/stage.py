@@ -28,7 +28,7 @@ class Stage:
         version: Raised by hand whenever its results change, so that old folders are not taken for new.
         files: Options that name rows.
         models: Options that name models.
-        folders: Options that name other folders or hub ids, such as encoders.
+        folders: Options that name other folders or Hub ids, such as encoders.
         unidentifying: Options that change no result, besides those of which this is true in every run.
         final: Options that no partial state depends on; an unfinished run goes on when they change.
         final_inputs: Inputs of which the same is true, and of the further files of each (``safe 2``).
@@ -125,7 +125,7 @@ class Stage:
             if run.temporary is not None:  # all processes share the first's
                 run.root = from_main(run.root)
             if run.complete and self.again:
-                say(f"{run.root}: complete already; --overwrite {self.again}")
+                say(f"{run.root}: already complete; --overwrite {self.again}")
             yield run
         except PharmacistError:
             if not any(run.holds(pattern) for pattern in self.costly):

@@ -255,7 +255,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
     partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
     if partial:
-        warn("answers or verdicts failed; the figures are over the rest, and the same command asks for them again")
+        warn("answers or verdicts failed; the metrics cover the rest, and the same command requests them again")
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)

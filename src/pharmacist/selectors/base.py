@@ -88,7 +88,7 @@ class SelectionContext:
         run: Output folder; partial state goes to ``run.work(...)``, costs are measured with ``run.phase(...)``.
         pool: The rows to rank.
         references: ``safe``, ``harmful``, ``utility`` where given; they share no prompt with the pool.
-        model_name: Folder or hub id.
+        model_name: Folder or Hub id.
         seed: Seed of every random stream.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
@@ -97,7 +97,7 @@ class SelectionContext:
         resume_from: Folder of a trained selector that only scores, never trains.
         trust_remote_code: Run code that comes with the model.
         checkpoint_seconds: Time between checkpoints of a training.
-        embedder: Folder or hub id of a sentence-transformers model by which rows are compared; without one, rows are
+        embedder: Folder or Hub id of a sentence-transformers model by which rows are compared; without one, rows are
             compared by hidden states of the model.
         sources: Kind of references -> the number of each row's source, where several files were given.
         labels: Position in the pool -> reason that a person's label stands for (`selectors.labels`).

@@ -34,8 +34,7 @@ class PerplexityConfig(Checked):
 
 
 class PerplexitySelector(Selector):
-    """Prefers a band of the completion's perplexity (exp of its mean cross-entropy), by default the middle.
-    """
+    """Prefers a band of the completion's perplexity (exp of its mean cross-entropy), by default the middle."""
 
     Config = PerplexityConfig
     name = "perplexity"

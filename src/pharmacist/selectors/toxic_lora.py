@@ -55,7 +55,7 @@ class ToxicLoraSelector(UnrolledSelector):
     Config = ToxicLoraConfig
     name = "toxic-lora"
     needs = frozenset({"safe", "harmful", "model"})
-    paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
+    paper = "after descriptions of the Pharmacist paper's selector; neither its text nor its code was available"
 
     def attack(
         self, bank: AdapterBank, references: Mapping[str, "Encoded"], seed: int, folder: Path

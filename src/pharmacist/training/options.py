@@ -137,7 +137,7 @@ _SET_BY_OPTION = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
     "disable_tqdm": "--quiet",
-    "push_to_hub": "the hub's own tools on the finished folder",
+    "push_to_hub": "the Hub's own tools on the finished folder",
     "resume_from_checkpoint": "the same command again, which resumes",
     "auto_find_batch_size": "a fixed batch size",
     "deepspeed": "accelerate launch with DDP",

@@ -23,14 +23,14 @@ class Refused(ValueError):
 
 
 def _refuse_constant(constant: str) -> None:
-    raise Refused(f"{constant} is no JSON value; write null")
+    raise Refused(f"{constant} is not a JSON value; write null")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise Refused(f"the key {spelled(twice)} is there twice in one object")
+        raise Refused(f"the key {spelled(twice)} is given twice in one object")
     return found
 
 

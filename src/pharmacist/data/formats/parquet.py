@@ -91,7 +91,7 @@ def check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> Non
     for field in fields:
         name = within + field.name
         if name in seen:
-            raise DataError(f"{where}: has two columns of the name {spelled(name)}; rename one of them")
+            raise DataError(f"{where}: has two columns with the name {spelled(name)}; rename one of them")
         seen.add(name)
         kind = field.type
         while hasattr(kind, "value_type"):

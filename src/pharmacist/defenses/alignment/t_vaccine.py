@@ -89,8 +89,8 @@ class TVaccine(Perturbing):
         without = [name for name, owned in zip(frozen, self.owned, strict=True) if not owned]
         if without:
             raise NoMatchError(
-                f"{without[0]} has no trained weights, so it cannot be trained in its turn; let lora.target_modules "
-                "reach it"
+                f"{without[0]} has no trained weights, so it cannot be trained in its turn; include it in "
+                "lora.target_modules"
             )
         self.seed, self.p = seed, torch.zeros(depth)
         self.active: list[int] = []

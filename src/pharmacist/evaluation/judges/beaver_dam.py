@@ -38,7 +38,7 @@ class BeaverDamConfig(LocalModelConfig):
     """Options of the beaver-dam judge."""
 
     model: str = "PKU-Alignment/beaver-dam-7b"
-    """Local folder or hub id of the judge."""
+    """Local folder or Hub id of the judge."""
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Probability of a category above which an answer is harmful."""
     max_length: AtLeast1 = 256

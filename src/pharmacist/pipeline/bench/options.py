@@ -210,7 +210,7 @@ class BenchOptions(RunOptions):
                 raise ConfigError(f"--seed {self.seed}: the grid names its seeds; change 'seeds' there")
             self.seeds = [self.seed]
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
-            raise ConfigError(f"seeds: {repeated[0]} is there twice; leave one out")
+            raise ConfigError(f"seeds: {repeated[0]} is given twice; leave one out")
 
 
 BENCH = Stage(

@@ -58,7 +58,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A folder name per model: its position and the last part of its path or hub id.
+    """A folder name per model: its position and the last part of its path or Hub id.
 
     >>> folder_names(["org/base-1B", "runs/a/model", "runs/b/model"])
     ['1-base-1B', '2-model', '3-model']

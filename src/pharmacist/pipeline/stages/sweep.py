@@ -60,7 +60,7 @@ class SweepOptions(AttackOptions):
             raise ConfigError("nothing to sweep over: give --grid.learning_rate, epochs, poison_ratio or rank")
         for name, values in vars(self.grid).items():
             if repeated := [value for value in values if values.count(value) > 1]:
-                raise ConfigError(f"--grid.{name}: {repeated[0]} is there twice; leave one out")
+                raise ConfigError(f"--grid.{name}: {repeated[0]} is given twice; leave one out")
         if self.grid.epochs and self.train.get("max_steps", -1) > 0:
             raise ConfigError("--grid.epochs: --train.max_steps decides the length already; leave one out")
         if self.grid.rank and self.tuning == "full":
