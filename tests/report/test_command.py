@@ -63,7 +63,7 @@ def test_a_pool_that_is_not_what_it_was(ranked: Path, capsys: pytest.CaptureFixt
         pool.unlink()
         assert main(["report", "--run", str(ranked / "out")]) == 2
         error = capsys.readouterr().err
-        assert f"the pool {pool} is no longer there; put it back" in error and error.count("\n") == 1
+        assert f"the pool {pool} is missing; restore it" in error and error.count("\n") == 1
     finally:
         pool.write_bytes(content)
     assert page.read_bytes() == before

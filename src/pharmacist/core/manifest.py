@@ -135,7 +135,7 @@ def check_unchanged(folder: str | Path, *names: str) -> None:
 
 
 def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
-    """The first file or folder of a finished run's outputs that is no longer there, of runs within it too."""
+    """The first file or folder of a finished run's outputs that is missing, of runs within it too."""
     root = Path(folder)
     for name in (*manifest.outputs, *manifest.files):
         path = root / name

@@ -73,7 +73,7 @@ class Ranking:
         try:
             source = open_source(config["pool"], name="pool")
         except DataError as error:
-            raise DataError(f"{pool} is no longer there; {again}") from error
+            raise DataError(f"{pool} is missing; {again}") from error
         if source.fingerprint() != manifest.inputs.get("pool"):
             raise DataError(f"{pool} has changed since it was ranked; {again}")
         lines = folder / "to_label.jsonl"

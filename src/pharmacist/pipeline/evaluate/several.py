@@ -111,7 +111,7 @@ def _model(folder: Path) -> str:
     manifest = read_manifest(folder)
     check_unchanged(folder, *_FILES)
     if (lost := missing_output(folder, manifest)) is not None:
-        raise DataError(f"--compare {folder}: {lost} is no longer there; run that evaluation again")
+        raise DataError(f"--compare {folder}: {lost} is missing; run that evaluation again")
     if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
     return str(manifest.config["model"] or manifest.config.get("answers"))
