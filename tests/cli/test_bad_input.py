@@ -162,9 +162,9 @@ def parquet(table: dict[str, list]) -> Case:
 
 CASES: dict[str, tuple[Case, str]] = {
     # --- rows
-    "empty file": (text_pool("pool.jsonl", ""), "pool.jsonl: holds no rows; give a file with at least one"),
+    "empty file": (text_pool("pool.jsonl", ""), "pool.jsonl: contains no rows; give a file with at least one row"),
     "blank lines": (text_pool("pool.jsonl", "\n \n\n"), "pool.jsonl: holds no rows"),
-    "no completion": (text_pool("pool.jsonl", rows({"prompt": "x"})), "line 4 (row 3) has no 'completion'; mend or"),
+    "no completion": (text_pool("pool.jsonl", rows({"prompt": "x"})), "line 4 (row 3) has no 'completion'; fix or"),
     "empty completion": (
         text_pool("pool.jsonl", rows({"prompt": "x", "completion": " "})),
         "line 4 (row 3) has an empty 'completion'",
@@ -192,8 +192,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "a column that the output cannot hold": (
         parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
         "column 'image' contains values that JSON lines cannot represent, such as that of row 1 (a value of the type "
-        "bytes); "
-        "curate's --format input keeps it",
+        "bytes); curate's --format input keeps it",
     ),
     "NaN in a column": (
         parquet({"prompt": ["x"], "completion": [float("nan")]}),
@@ -226,7 +225,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "unknown suffix": (text_pool("pool.xlsx", "x"), "pool.xlsx: unknown kind of file '.xlsx'; known are .jsonl"),
     "broken gzip": (text_pool("pool.jsonl.gz", gzip.compress(rows().encode() * 50)[:-20]), "damaged gzip data"),
     "no gzip at all": (text_pool("pool.jsonl.gz", rows()), "is no gzip file although its name says so"),
-    "no Parquet": (text_pool("pool.parquet", "x"), "is no Parquet file"),
+    "no Parquet": (text_pool("pool.parquet", "x"), "is not a Parquet file"),
     "a name nobody can have": (options("--pool", "x" * 400 + ".jsonl"), "no such file; check the path"),
     "a directory for a file": (
         place(lambda f: (f / "thing").mkdir(), "--pool", "thing"),
@@ -242,7 +241,10 @@ CASES: dict[str, tuple[Case, str]] = {
         place(mine, "--model", "thing"),
         "thing: is a file; a model folder or a Hub id is needed",
     ),
-    "foreign files": (foreign_output, "out: holds files that are not a pharmacist run; choose an empty --output-dir"),
+    "foreign files": (
+        foreign_output,
+        "out: contains files that do not belong to a pharmacist run; choose an empty --output-dir",
+    ),
     "foreign files, to overwrite": (
         lambda f, files: [*foreign_output(f, files), "--overwrite"],
         "so --overwrite leaves them alone",
@@ -409,7 +411,7 @@ def test_a_saved_selector_reads_with_its_own_model_only(
     assert "selector.json: not written by this version" in line and line.count("\n") == 1
     cut_in_half(next((tmp_path / "alone").rglob("evidence.safetensors")))
     assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
-    assert "evidence.safetensors: is damaged; put it back" in capsys.readouterr().err
+    assert "evidence.safetensors: is damaged; restore it" in capsys.readouterr().err
     after = fingerprints(tmp_path / "a")
     assert [path for path in before if before[path] != after[path]] == [str(tmp_path / "a/selector/selector.json")]
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())

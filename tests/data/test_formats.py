@@ -333,7 +333,7 @@ def test_bad_lines_are_named(tmp_path):
         b'{"prompt": "a", "completion": }\n': "line 7 (row 6) is not valid JSON (Expecting value at column 31)",
         b'{"prompt": "a"\n': "line 7 (row 6) is not valid JSON",
         b'{"prompt": "\xff"}\n': "line 7 (row 6) is not UTF-8 (byte 0xff at byte 13",
-        b'["a"]\n': "line 7 (row 6) is no JSON object but a list",
+        b'["a"]\n': "line 7 (row 6) is not a JSON object but a list",
         b'{"prompt": NaN}\n': "line 7 (row 6) is not valid JSON (NaN is no JSON value",
         b"[" * 100000 + b"\n": "line 7 (row 6) is not usable JSON (nested too deeply)",
     }
@@ -380,7 +380,7 @@ def test_broken_json_arrays(tmp_path):
         '[{"a": "\n"}]': "Invalid control character",
         '[{"a": NaN}]': "NaN is no JSON value",
         '[{"a": 1}]\nmore': "line 2 has text after the end",
-        "[1]": "line 1 (row 0) is no JSON object but a number",
+        "[1]": "line 1 (row 0) is not a JSON object but a number",
     }
     for text, message in cases.items():
         path.write_text(text)
@@ -445,7 +445,7 @@ def test_broken_parquet(tmp_path):
     path = tmp_path / "pool.parquet"
     for content in (b"", b"PAR1", b"{}"):
         path.write_bytes(content)
-        fails(path, "pool.parquet", "is no Parquet file")
+        fails(path, "pool.parquet", "is not a Parquet file")
     bad = pa.StringArray.from_buffers(2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff"))
     pq.write_table(pa.table({"prompt": bad}), path)
     fails(path, "row 1 is not UTF-8")

@@ -195,7 +195,9 @@ def test_a_key_is_never_shown_nor_left_out_for_credentials(
         assert main(command(url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "p")) == 2
         assert not served.asked
     error = capsys.readouterr().err
-    assert "its address holds credentials, and $OPENAI_API_KEY a key; leave one out" in error and "word" not in error
+    assert (
+        "its address contains credentials, and $OPENAI_API_KEY a key; leave one out" in error and "word" not in error
+    )
 
 
 @pytest.mark.parametrize("key", ["sk-proj-sesame", "hf_sesame", "gsk_sesame", "sesame=="])

@@ -59,7 +59,7 @@ def test_a_pool_that_is_not_what_it_was(ranked: Path, capsys: pytest.CaptureFixt
     try:
         pool.write_bytes(content + b'{"question": "one", "answer": "more"}\n')
         assert main(["report", "--run", str(ranked / "out")]) == 2
-        assert "has changed since it was ranked; put it back" in capsys.readouterr().err
+        assert "has changed since it was ranked; restore it" in capsys.readouterr().err
         pool.unlink()
         assert main(["report", "--run", str(ranked / "out")]) == 2
         error = capsys.readouterr().err

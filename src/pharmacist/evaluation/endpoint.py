@@ -134,7 +134,7 @@ class Endpoint:
             raise ConfigError(f"{name}: the key in ${config.api_key_env} contains invalid characters; set it again")
         base = httpx.URL(config.base_url)
         if self._key and base.userinfo:  # of the two only the address's would be sent
-            where = f"{name}: its address holds credentials, and ${config.api_key_env} a key"
+            where = f"{name}: its address contains credentials, and ${config.api_key_env} a key"
             raise ConfigError(f"{where}; leave one out, or name another variable by api_key_env")
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
@@ -206,7 +206,7 @@ class Endpoint:
                 return await retrying(self._once, client, body)
             except httpx.ConnectError as error:
                 raise DataError(
-                    f"{self.name}: {self.config.shown} does not answer ({plain(error)}); start the server or mend "
+                    f"{self.name}: {self.config.shown} does not respond ({plain(error)}); start the server or fix "
                     "base_url, then run the same command again; what was answered is kept"
                 ) from error
             except (TimeoutError, httpx.TimeoutException):

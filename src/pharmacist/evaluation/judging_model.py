@@ -104,7 +104,7 @@ class JudgingModel(Decider):
         if asked and len(unscored) == asked:
             raise DataError(
                 f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
-                f"({count_reasons(unscored)}); mend it or take another {self.option}; the answers are kept"
+                f"({count_reasons(unscored)}); fix it or choose another {self.option}; the answers are kept"
             )
 
 

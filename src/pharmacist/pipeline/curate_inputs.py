@@ -197,7 +197,7 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
             read_json(path)
         for path in sorted(folder.rglob("*.safetensors")):
             if not is_whole_tensors(path):
-                raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
+                raise DataError(f"{path}: is damaged; restore it, or train the selector again")
         selector.check_saved(saved, options.model)
     if options.embedder is not None:
         check_sentence_encoder()

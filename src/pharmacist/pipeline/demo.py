@@ -189,7 +189,7 @@ def _show(result: DemoResult) -> None:
             f"ranking: AUC {quality['auc']:.3f} ({quality['keep']} against the rest), "
             f"{summary['selection_seconds']:.0f} s"
         )
-    out.print(f"page: {result.folder / 'report.html'}   figures: {result.folder / 'demo.json'}")
+    out.print(f"report: {result.folder / 'report.html'}   figures: {result.folder / 'demo.json'}")
     out.print(
         "next, your own pool: pharmacist curate --pool POOL --safe SAFE --harmful HARMFUL --model MODEL "
         "--output-dir DIR"

@@ -45,5 +45,5 @@ def report(options: ReportOptions) -> str:
         if options.baseline is not None:
             raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     pages[manifest.stage]()
-    say(f"page {folder}/report.html")
+    say(f"report {folder}/report.html")
     return f"{folder}/report.html"

@@ -97,7 +97,7 @@ class Stage:
     ) -> Iterator[RunDir]:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
-        A run that fails on bad input frees its folder for one with mended input, unless it holds costly results.
+        A run that fails on bad input frees its folder for one with corrected input, unless it holds costly results.
 
         Args:
             options: Of the run.

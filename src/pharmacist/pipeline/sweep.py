@@ -362,5 +362,5 @@ def _show(result: SweepResult) -> None:
     print_table(title, names, lines[:_SHOWN], text=(len(head) - 1,), wrap=False)
     if len(lines) > _SHOWN:
         say(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}")
-    files = [f"page {result.folder / 'report.html'}", f"figures {result.folder / 'sweep.json'}"]
+    files = [f"report {result.folder / 'report.html'}", f"figures {result.folder / 'sweep.json'}"]
     say("\n".join([*sentences(result.summary), *files]))

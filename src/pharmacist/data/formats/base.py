@@ -142,7 +142,7 @@ class Source(Given, ABC):
 
     def _usable(self, row: Row) -> Row:
         if row.reason is not None:
-            raise DataError(f"{self.where}: {row.where} {row.reason}; mend or delete it")
+            raise DataError(f"{self.where}: {row.where} {row.reason}; fix or delete it")
         return row
 
     def _no_row(self, number: int) -> DataError:
@@ -187,8 +187,7 @@ class Source(Given, ABC):
                     remedy = "leave it out, or save the rows as .parquet, which curate's --format input keeps"
                 raise DataError(
                     f"{self.where}: column '{column}' contains values that JSON lines cannot represent, such as that "
-                    f"of row {at} "
-                    f"({one_line(error)}); {remedy}"
+                    f"of row {at} ({one_line(error)}); {remedy}"
                 ) from error
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:

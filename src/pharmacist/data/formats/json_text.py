@@ -63,7 +63,7 @@ def _depth(value: Any) -> int:
 
 def as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
     """Returns a JSON object and None, or for another value None and the reason why it is no row."""
-    return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {kind_of(value)}")
+    return (value, None) if isinstance(value, dict) else (None, f"is not a JSON object but {kind_of(value)}")
 
 
 def kind_of(value: Any) -> str:

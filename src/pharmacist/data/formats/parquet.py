@@ -36,7 +36,7 @@ class Parquet(Source):
         try:
             return pq.ParquetFile(self.spec, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.where}: is no Parquet file ({one_line(error)}); write it again") from error
+            raise DataError(f"{self.where}: is not a Parquet file ({one_line(error)}); write it again") from error
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         names = None if columns is None else [column for column in self.schema.names if column in columns]

@@ -79,7 +79,7 @@ class Mappings(Source):
             if isinstance(value, Mapping):
                 yield Row(number, None, dict(value))
             else:
-                yield Row(number, None, None, f"is no mapping of column names to values but {type(value).__name__}")
+                yield Row(number, None, None, f"is not a mapping of column names to values but {type(value).__name__}")
 
 
 def open_memory(spec: Any, name: str) -> Source:

@@ -85,4 +85,4 @@ def _remedy(reasons: list[str]) -> str:
         return "give --engine.body '{temperature: null}'"
     if all("filter of the endpoint" in reason for reason in reasons):
         return "use an endpoint without that filter"
-    return "mend it"
+    return "fix it"

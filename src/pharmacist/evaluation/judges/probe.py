@@ -189,9 +189,8 @@ class ProbeJudge(Judge):
             if auc is not None and auc >= FAR:
                 warnings.append(
                     f"{what} can be distinguished from the {kind} references with an AUC of {auc:.2f}: they come from "
-                    "another "
-                    "source, so the judge's own quality says little about them; check it on answers of this kind that "
-                    "people have judged (evaluate --answers)"
+                    "another source, so the judge's own quality says little about them; check it on answers of this "
+                    "kind that people have judged (evaluate --answers)"
                 )
         return self._report | {"unlike": unlike, "warnings": [*self._report["warnings"], *warnings]}
 

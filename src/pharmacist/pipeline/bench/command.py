@@ -97,7 +97,7 @@ def bench(options: BenchOptions) -> BenchResult:
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
-        page = f"\npage {root}/report.html" if rows else ""
+        page = f"\nreport {root}/report.html" if rows else ""
         say(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}")
         return BenchResult(rows, ran, root)
 

@@ -203,7 +203,7 @@ def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
             chosen = getattr(entry, short)
             entry.name = chosen["name"] if isinstance(chosen, Mapping) else _stem(chosen or "none")
         if SEP in entry.name:
-            raise ConfigError(f"{where}: the name '{entry.name}' must not hold '{SEP}'")
+            raise ConfigError(f"{where}: the name '{entry.name}' must not contain '{SEP}'")
         if any(entry.name == other.name for other in entries):
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
         if own := getattr(entry, "options", {}):
