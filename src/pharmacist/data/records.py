@@ -165,7 +165,7 @@ def read_records(
     Args:
         source: The rows.
         work_dir: Folder for the memory-mapped result.
-        side: Which answer of a preference row is its completion.
+        side: Which answer of a preference row is the completion.
         columns: Column of a layout -> the source's column that stands for it, ``{"prompt": "question"}``.
         on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
             `Records.refused`.
