@@ -278,7 +278,7 @@ def evaluate(
 
     Args:
         model: The model; or `EvaluateOptions`, to run the command with these options.
-        task_type: Grader of the answers to the task, such as ``Exact()``, or its name; auto chooses by the completions.
+        task_type: Grader of the answers to the task, such as ``Exact()``, or its name; auto chooses a grader itself.
         judge: The judge that decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
         output_dir: Folder for ``metrics.json``, ``items.jsonl`` and the manifest, in which an interrupted run can be
             resumed.
