@@ -163,7 +163,7 @@ def parquet(table: dict[str, list]) -> Case:
 CASES: dict[str, tuple[Case, str]] = {
     # --- rows
     "empty file": (text_pool("pool.jsonl", ""), "pool.jsonl: contains no rows; give a file with at least one row"),
-    "blank lines": (text_pool("pool.jsonl", "\n \n\n"), "pool.jsonl: holds no rows"),
+    "blank lines": (text_pool("pool.jsonl", "\n \n\n"), "pool.jsonl: contains no rows"),
     "no completion": (text_pool("pool.jsonl", rows({"prompt": "x"})), "line 4 (row 3) has no 'completion'; fix or"),
     "empty completion": (
         text_pool("pool.jsonl", rows({"prompt": "x", "completion": " "})),

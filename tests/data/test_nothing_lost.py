@@ -213,7 +213,7 @@ def test_other_text_stays_as_it_is(tmp_path, text):
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "kettle", "arguments": "{}"}}]}
 CUT = json.dumps(TALK)[:-3]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' is written like a list of messages"),
+    "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' looks like a list of messages"),
     "numpy's notation": (
         {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"},
         "'prompt' is written like a list of mess",
@@ -235,7 +235,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' is written like a list of"),
     "a key twice": (
         {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},
-        "'prompt' is written li",
+        "'prompt' looks like",
     ),
     "an unknown speaker": (
         {"messages": [{"role": "critic", "content": "a"}, user("b"), assistant("c")]},
@@ -260,7 +260,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty answer before": ({"messages": [user("a"), assistant(""), user("b"), assistant("c")]}, "an empty"),
     "two system prompts": ({"system": "be long", "messages": [*TALK, assistant("c")]}, "another in 'messages'"),
     "a number as system": ({"system": 3, "prompt": "p", "completion": "c"}, "'system' is a number, not text"),
-    "history of one": ({"history": [["a"]], "prompt": "p", "completion": "c"}, "no pair of question and answer"),
+    "history of one": ({"history": [["a"]], "prompt": "p", "completion": "c"}, "not a pair of question and answer"),
     "history as prose": ({"history": "as before", "prompt": "p", "completion": "c"}, "not a list of earlier turns"),
     "a prompt that is not in the conversation": (
         {"prompt": "another", "chosen": [user("a"), assistant("b")], "rejected": "r"},
@@ -676,7 +676,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     import os
 
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is no ordinary file but a named pipe.*save it to a file"):
+    with pytest.raises(DataError, match=f"{name}: is not a regular file but a named pipe.*save its content to a file"):
         open_source(tmp_path / name)
 
 

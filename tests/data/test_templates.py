@@ -114,5 +114,5 @@ def test_a_template_travels_with_its_model(tmp_path):
     assert load_template(tmp_path) == Template("alpaca")
     for broken in ("{", "[]", '{"kind": "chat"}', '{"kind": "x"}', "{}"):
         (tmp_path / FILE_NAME).write_text(broken)
-        with pytest.raises(DataError, match="is no template"):
+        with pytest.raises(DataError, match="is not a template"):
             load_template(tmp_path)

@@ -164,7 +164,7 @@ REFUSALS = {
     "not http": ("ftp://x", None, "must begin with http"),
     "no host": ("http:///v1", None, "must begin with http:// or https:// and a host"),
     "no such port": ("http://127.0.0.1:99999/v1", None, "ports go up to 65535"),
-    "nobody there": ("http://127.0.0.1:9/v1", None, "does not answer"),
+    "nobody there": ("http://127.0.0.1:9/v1", None, "does not respond"),
     "unknown model": ("", 404, "check the address and the model's name"),
     "never an answer": ("", 500, "answered none of 2 prompts (2 x HTTP 500)"),
 }

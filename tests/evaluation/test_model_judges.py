@@ -408,7 +408,7 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
         assert "gave no verdict on any of 1 answers (1 x verdict cannot be read)" in error and error.count("\n") == 1
     assert list((tmp_path / "o").glob("work/answers/prompts/*.jsonl"))
     assert main(words) == 0  # with the keyword judge, on the answers that are there
-    with pytest.raises(DataError, match="does not answer"):
+    with pytest.raises(DataError, match="does not respond"):
         rubric("http://127.0.0.1:9/v1").judge(ITEMS)
 
 

@@ -245,7 +245,7 @@ BAD = {
     "a prompt beyond the length": (["--max-length", "4"], [TINY], "the prompt alone fills all 4 tokens"),
     "negative length": (["--max-length", "-1"], [TINY], "--max-length -1"),
     "unknown defense": (["--defense", "vacine"], [TINY], "unknown defense 'vacine'"),
-    "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not for alignment but for"),
+    "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not an alignment-stage defense"),
     "unknown option of a defense": (["--defense.rho", "2"], [TINY], "unknown option '--defense.rho'"),
     "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "has no module named spoon"),
     "no rank": (["--lora.r", "0"], [TINY], "--lora.r 0: must be at least 1"),

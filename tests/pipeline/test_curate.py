@@ -337,7 +337,7 @@ def test_without_harmful_references_it_says_what_it_does_instead(
     assert main(curate_words(given, out, *both)) == 0
     said = capsys.readouterr().err
     assert "selector 'pharmacist': without harmful references the twins fall back to SEAL's contrast" in said
-    assert "it cannot see" not in said and "toxic" not in said  # utility references show what complies
+    assert "cannot be detected" not in said and "toxic" not in said  # utility references show what complies
     table = scores(out)
     check_table(table, 60)
     assert "loss_toxic" not in table and np.allclose(table["contrast"], table["loss_auxiliary"] - table["loss_safe"])
@@ -462,7 +462,7 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
         ({"fraction": 1.5}, "fraction 1.5: must lie in"),
         ({"k": 0}, "k 0: must be at least 1"),
         ({"k": 61}, "k 61: only 60 rows were ranked"),
-        ({"min_score": 1e9}, "min score 1e[+]09: no row has it"),
+        ({"min_score": 1e9}, "min score 1e[+]09: no row reaches it"),
         ({"min_score": 0.0, "diversity": "k-center"}, "--diversity k-center has no say"),
         ({"min_score": 0.0, "balance_share": 0.5}, "--balance has no say"),
     ],

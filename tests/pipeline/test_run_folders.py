@@ -265,7 +265,7 @@ def test_a_named_pipe_is_refused(
     os.mkfifo(tmp_path / f"{name}.jsonl")
     assert main(world.words(command, tmp_path / "out", **{name: tmp_path / f"{name}.jsonl"})) == 2
     error = capsys.readouterr().err
-    said = "is no adapter" if option == "--aligned" else "is no ordinary file but a named pipe"
+    said = "is no adapter" if option == "--aligned" else "is not a regular file but a named pipe"
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -63,7 +63,7 @@ BAD, BETTER, BEST = (RNG.normal(size=40) + d * LABELS for d in (0.3, 1.0, 9.0))
 @pytest.mark.parametrize(
     "before, after, advice",
     [
-        (BAD, BETTER, "more would go on helping"),
+        (BAD, BETTER, "more labels would help further"),
         (BETTER, BETTER, "so label more"),
         (BEST, BEST, "would hardly help"),
         (BEST, BETTER, "so label more"),

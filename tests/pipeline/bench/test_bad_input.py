@@ -138,7 +138,7 @@ def test_folders_that_hold_something_else(stages: Stages, tmp_path: Path, capsys
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     assert main([*words[:-1], str(tmp_path / "other")]) == 2
-    assert "holds files that are not a pharmacist run" in capsys.readouterr().err
+    assert "contains files that do not belong to a pharmacist run" in capsys.readouterr().err
 
 
 def test_the_small_grid_itself_is_fine(stages: Stages, tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_a_dry_run_shows_the_graph_and_its_cost(
     run(tmp_path / "bench", **changes)
     text = capsys.readouterr().err
     assert "4 cells, 24 stages, 24 to run" in text
-    assert "nothing like them was measured" in text
+    assert "no similar stage was measured" in text
     assert not (tmp_path / "bench").exists()
     run(tmp_path / "bench", only="full*sft")
     stages.began()
