@@ -216,23 +216,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' looks like a list of messages"),
     "numpy's notation": (
         {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"},
-        "'prompt' is written like a list of mess",
+        "'prompt' looks like a list of mess",
     ),
     "speakers as keys": (
         {"prompt": '[{"user": "a"}, {"assistant": "b"}]', "completion": "c"},
-        "'prompt' is written like a list of m",
+        "'prompt' looks like a list of m",
     ),
-    "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' is written like a list of mess"),
+    "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' looks like a list of mess"),
     "some turns without a role": (
         {"prompt": json.dumps([user("a"), {"content": "b"}]), "completion": "c"},
-        "'prompt' is written like a list",
+        "'prompt' looks like a list",
     ),
-    "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
+    "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' looks like a list"),
     "a completion that is cut": (
         {"prompt": "p", "completion": json.dumps([{"role": "assistant", "content": "c"}])[:-3]},
-        "'completion' is written like a list of mess",
+        "'completion' looks like a list of mess",
     ),
-    "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' is written like a list of"),
+    "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' looks like a list of"),
     "a key twice": (
         {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},
         "'prompt' looks like",
