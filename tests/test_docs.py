@@ -129,7 +129,7 @@ def test_tables_of_options_show_every_default_and_whole_meanings() -> None:
     assert len(repair["--method.projector"]) == 3 and repair["--method.projector"][2].endswith("only shrinks.")
     evaluate = tables["methods"]("evaluate")
     assert "### `--second-judge probe`" in evaluate
-    assert "Stands for no second judge." in evaluate and "Base of all methods." not in evaluate
+    assert "Stands for no second judge." in evaluate and "Base class of all methods." not in evaluate
 
 
 @pytest.mark.parametrize(("command", "stage"), [("align", "align"), ("attack", "finetune")])
