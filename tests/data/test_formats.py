@@ -274,7 +274,7 @@ def test_wrong_kinds_of_input(tmp_path):
     fails(3, "int")
     fails({"prompt": "a"}, "dict", "list of mappings")
     fails(datasets.DatasetDict({"a": datasets.Dataset.from_list([{"x": 1}])}), "choose one split")
-    fails([{"a": 1}, "b"], "row 1 is no mapping")
+    fails([{"a": 1}, "b"], "row 1 is not a mapping")
 
 
 def test_splits_must_be_named(tmp_path):

@@ -460,7 +460,7 @@ def test_two_of_one_name_inside_a_row(tmp_path):
     struct = pa.StructArray.from_arrays(parts, fields=list(kind))
     column = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), struct)
     pq.write_table(pa.table({"messages": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"two columns of the name 'messages\.role'"):
+    with pytest.raises(DataError, match=r"two columns with the name 'messages\.role'"):
         open_source(tmp_path / "a.parquet")
 
 
@@ -548,7 +548,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     records = read(tmp_path, "jsonl", rows, on_bad_row="skip")
     template, tokenizer = Template("chat", STRICT), tiny_tokenizer()
     with pytest.raises(
-        DataError, match="--data f: row 2, 4: the chat template refuses.*leave them out with --on-bad-row"
+        DataError, match="--data f: row 2, 4: the chat template rejects.*leave them out with --on-bad-row"
     ):
         encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="fail", name="--data f")
     encoded = encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="skip")
@@ -559,7 +559,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     with pytest.raises(DataError, match="--data .*: row 2, 4: the chat template"):
         rendered_rows(records, tokenizer, template, "fail")
     # What is asked for already is no remedy, and rows that were skipped are not what stops the others.
-    with pytest.raises(DataError, match="the chat template refuses .*; delete them or choose"):
+    with pytest.raises(DataError, match="the chat template rejects .*; delete them or choose"):
         encode(records.dataset.select([1]), tokenizer, template, max_length=64, on_bad_row="skip")
     with pytest.raises(DataError, match=r"^the prompt alone fills all 2 tokens in 2 rows \(row 0, 3\)"):
         encode(records.dataset, tokenizer, template, max_length=2, on_bad_row="skip")
