@@ -150,7 +150,7 @@ def test_identity_shifting_dresses_up_rows_of_the_task(files: dict[str, str], tm
         ({"harmful": None}, "--kind mix needs --harmful FILE"),
         ({"kind": {"name": "identity"}, "task": None}, "--kind identity needs --task FILE"),
         ({"defense": {"name": "lisa"}}, "--defense lisa needs --safe FILE"),
-        ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not for fine-tuning"),
+        ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not a fine-tuning-stage defense"),
         ({"adapter": "continue"}, "holds no adapter"),
         ({"kind": {"name": "mixed"}}, "unknown attack 'mixed'; did you mean 'mix'"),
     ],

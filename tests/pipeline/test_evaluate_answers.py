@@ -148,7 +148,7 @@ def test_another_judge_and_python(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": "\ud800"}], [], "cannot be"),
         (ROWS, ["--model", "m"], "leave --model out"),
         (ROWS, ["--prompts", "p"], "leave --prompts out"),
-        (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has such a column"),
+        (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has a column"),
         (ROWS, ["--columns", "answers=category"], "no file has a column that it applies to"),
     ],
 )

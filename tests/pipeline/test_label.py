@@ -138,7 +138,7 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(tmp_path, tmp_path / "x.json", DataError, "no manifest.json")
     row = asked(ranked)[0]
     for content, message in (
-        ("nothing", "holds no JSON"),
+        ("nothing", "contains no JSON"),
         ({"labels": []}, "another pool"),
         ("3", "write it as"),
         (
@@ -173,7 +173,7 @@ def test_no_terminal_and_no_torch(ranked: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.stdout.split("\n")[:2] == ["2", "[]"]
-    assert "standard input is no terminal" in done.stderr and done.stderr.count("\n") == 1
+    assert "standard input is not a terminal" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_page_has_the_same_rows(ranked: Path) -> None:
