@@ -293,7 +293,11 @@ BAD = {
     "no harmful rows": ([], {"harmful": []}, "--harmful"),
     "a row without completion": ([], {"harmful": [{"prompt": "x"}]}, "--harmful"),
     "unknown defense": ([*MIX, "--defense", "vacine"], {}, "unknown defense 'vacine'; did you mean 'vaccine'?"),
-    "a defense of another stage": ([*MIX, "--defense", "vaccine"], {}, "--defense vaccine: is not a fine-tuning-stage defense"),
+    "a defense of another stage": (
+        [*MIX, "--defense", "vaccine"],
+        {},
+        "--defense vaccine: is not a fine-tuning-stage",
+    ),
     "the task is what is harmful": (MIX, {"task": [TINY], "harmful": [TINY]}, "every prompt also occurs in --harmful"),
     "a prompt beyond the context": (
         ["--samples", "1", "--poison-ratio", "0"],
