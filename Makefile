@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: help demo test test-all check docs clean
 
 help:
-	@echo "make demo      the whole story on a made-up world, offline, in minutes; page in $(DEMO)/report.html"
+	@echo "make demo      the whole pipeline in a synthetic world, offline, within minutes; report in $(DEMO)/report.html"
 	@echo "make test      the tests, but for the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make check     ruff (rules and format), mypy, the examples in docstrings and docs, and the documentation site (strict)"

@@ -97,7 +97,7 @@ def made() -> Path:
 
 
 def write_world(folder: Path) -> None:
-    """Writes the files of the made-up world, with a pool that is small enough to be trained on again and again."""
+    """Writes the files of the synthetic world, with a pool that is small enough to be trained on again and again."""
     runpy.run_path(str(ROOT / "examples" / "world_files.py"))["write_world"](folder, rows=240)
 
 

@@ -1,4 +1,4 @@
-"""Reads, checks, de-duplicates and writes back a made-up pool of a million rows, and measures time and memory.
+"""Reads, checks, de-duplicates and writes back a synthetic pool of a million rows, and measures time and memory.
 
     python benchmarks/big_pool.py --rows 1000000
 

@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--model MODEL] [--prompts 256] [--max-new-tokens 32] [--repeats 3]
 
-The default model is the embedded base model; its prompts are those of the made-up world. Both ways answer the same
+The default model is the embedded base model; its prompts are those of the synthetic world. Both ways answer the same
 prompts through `pharmacist.evaluation.generate.generate`; the answers are compared, for a faster wrong answer is none.
 """
 

@@ -1,4 +1,4 @@
-"""Harder faults than the demo's, on the made-up world: who finds them, and how well are posteriors calibrated?
+"""Harder faults than the demo's, on the synthetic world: who finds them, and how well are posteriors calibrated?
 
     python benchmarks/hard_pools.py OUTPUT_DIR [--seeds 3] [--only classifier evidence ...]
 

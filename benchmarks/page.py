@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     n = parser.parse_args().rows
-    # Words of the made-up world at random: longer and less alike than its own rows are.
+    # Words of the synthetic world at random: longer and less alike than its own rows are.
     vocabulary = sorted({word for row in World(0).pool(1000)[0] for word in " ".join(row.values()).split()})
     rng = random.Random(0)
 

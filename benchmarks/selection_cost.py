@@ -5,7 +5,7 @@
     python benchmarks/selection_cost.py --world ROWS --output-dir DIR
 
 LABELS.json lists the known label of every row: good, duplicate (of a good row), offtopic, overrefuse, noisy, mislabel.
-With --world the made-up world's model reads its pool of so many rows (3579 at most), 5 % of them mislabelled.
+With --world the synthetic world's model reads its pool of so many rows (3579 at most), 5 % of them mislabelled.
 Prints Markdown tables (for docs/results.md) and writes selection.json. Every ranking is an ordinary folder of
 `pharmacist curate`, so the benchmark resumes. Cost is wall time in units of the SFT epoch, and tokens passed through
 the model in units of the epoch's tokens (whatever else the machine does); what is spent on training does not grow with
@@ -73,7 +73,7 @@ def reason_quality(table, labels):
 
 
 def made_up(rows, folder, seed):
-    """Files and labels of a made-up pool, and the world's model."""
+    """Files and labels of a synthetic pool, and the world's model."""
     write_world = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "world_files.py"))["write_world"]
     write_world(folder, rows, seed)
     files = {name: str(folder / f"{name}.jsonl") for name in FILES} | {"model": str(folder / "MODEL")}

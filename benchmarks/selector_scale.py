@@ -1,4 +1,4 @@
-"""Every selector on pools of 10 000 and 100 000 made-up rows: time, memory, disk, and what grows with the pool.
+"""Every selector on pools of 10 000 and 100 000 synthetic rows: time, memory, disk, and what grows with the pool.
 
     python benchmarks/selector_scale.py FOLDER [--only less k-center] [--rows 10000] [--table]
 

@@ -1,4 +1,4 @@
-"""Writes the made-up world as ordinary files, so that every example of the docs runs as it stands.
+"""Writes the synthetic world as ordinary files, so that every example of the docs runs as it stands.
 
     python examples/world_files.py FOLDER
 
@@ -32,7 +32,7 @@ def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes the made-up world as ordinary files.")
+    parser = argparse.ArgumentParser(description="Writes the synthetic world as ordinary files.")
     parser.add_argument("folder", type=Path, help="folder for the files; made if it is missing")
     folder = parser.parse_args().folder
     write_world(folder)

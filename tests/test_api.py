@@ -339,7 +339,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "columns": (lambda model: ph.rank(SETS["pool"], columns=["prompt"]), "columns: must be a mapping such as"),
     "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
-    "no model": (lambda model: ph.align(None, SETS["pool"]), "model: must be a path, a hub id or a loaded causal"),
+    "no model": (lambda model: ph.align(None, SETS["pool"]), "model: must be a path, a Hub id or a loaded causal"),
     "no pool": (lambda model: ph.rank(None), "--pool None: must be text"),
     "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "--embedder Llama.*: must be"),
     "tokenizer beside a name": (
@@ -354,7 +354,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: ph.attack(model, kind="benign", adapter="continue", peft_config=LORA),
         "peft_config: has no effect where no new adapter is trained",
     ),
-    "model": (lambda model: ph.evaluate(5), "model: must be a path, a hub id or a loaded causal language model"),
+    "model": (lambda model: ph.evaluate(5), "model: must be a path, a Hub id or a loaded causal language model"),
     "args": (lambda model: ph.align(model, SETS["pool"], args={"max_steps": 2}), "args: must be transformers'"),
     "peft": (
         lambda model: ph.align(model, SETS["pool"], peft_config=IA3Config()),

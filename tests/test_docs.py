@@ -92,6 +92,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     documented = set(re.findall(r"^::: pharmacist\.(\w+)$", text, flags=re.M))
     assert documented == set(pharmacist.__all__) - {"__version__"}
     assert all(getattr(pharmacist, name).__doc__ for name in documented)
+    assert not re.search(r"\S {2,}\S", pharmacist.repair.__doc__ or ""), "descriptions of options are wrapped anew"
 
 
 INSIDE = (DOCS / "explanation" / "how-it-works-inside.md").read_text(encoding="utf-8")
@@ -128,7 +129,7 @@ def test_tables_of_options_show_every_default_and_whole_meanings() -> None:
     assert len(repair["--method.projector"]) == 3 and repair["--method.projector"][2].endswith("only shrinks.")
     evaluate = tables["methods"]("evaluate")
     assert "### `--second-judge probe`" in evaluate
-    assert "Stands for no second judge." in evaluate and "Base of all methods." not in evaluate
+    assert "Stands for no second judge." in evaluate and "Base class of all methods." not in evaluate
 
 
 @pytest.mark.parametrize(("command", "stage"), [("align", "align"), ("attack", "finetune")])

@@ -1,4 +1,4 @@
-"""The benchmark of judges: its figures on verdicts made by hand, and a run on the made-up world."""
+"""The benchmark of judges: its figures on verdicts made by hand, and a run on the synthetic world."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark on natural answers: its figures on small made-up rankings, and a run on the made-up world."""
+"""The benchmark on natural answers: its figures on small synthetic rankings, and a run on the synthetic world."""
 
 import json
 from pathlib import Path

@@ -152,7 +152,7 @@ def test_a_complete_folder_stays_and_another_is_not_touched(
     local = {"alpaca": [write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])]}
     references.make(tmp_path / "made", ["alpaca"], local)
     references.make(tmp_path / "made", ["alpaca"], local)
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds something else"):
         references.make(tmp_path / "made", ["alpaca"], local, seed=1)
     write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "changed"}])
@@ -171,7 +171,7 @@ def test_a_complete_folder_stays_and_another_is_not_touched(
             None,
             "HF_HUB_OFFLINE forbids to download it; give a local copy, --local safety-tuned=FILE",
         ),
-        (["dolly"], None, "--local dolly databricks/.* HF_HUB_OFFLINE forbids to look on the hub"),
+        (["dolly"], None, "--local dolly databricks/.* HF_HUB_OFFLINE forbids downloads"),
         (
             ["alpaca"],
             [{"prompt": "a", "completion": "b"}],
@@ -223,7 +223,7 @@ def test_unsafe_rows_are_parted_in_their_order(beavertails: ModuleType, tmp_path
     ("text", "message"),
     [
         (None, "b.json: cannot be read"),
-        ("{", "b.json: is damaged, it holds no JSON"),
+        ("{", "b.json: is damaged, it contains no JSON"),
         ('[{"prompt": "a"}]', "b.json: is no list of rows with prompt, response, is_safe and refusal .KeyError"),
         (json.dumps(with_refusals(5)), "only 5 different unsafe prompts, none is left for references"),
         (json.dumps(with_refusals(7)), "pool.jsonl: holds something else"),
@@ -460,7 +460,7 @@ def test_the_model_is_made_whole_once(
     assert (folder / "LICENSE").is_file()
     monkeypatch.setattr(smollm2, "convert", breaks)
     smollm2.make(folder)
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
 
 
 def test_the_model_is_made_on_another_file_system_than_that_of_temporary_files(

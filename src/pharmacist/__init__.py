@@ -1,7 +1,8 @@
 """Pharmacist: rank a safety-alignment dataset, keep the core subset, align on it, prove that it holds.
 
-The names below are imported on first use, so that ``import pharmacist`` stays cheap; so are all methods, by the names
-of their classes, such as ``pharmacist.Vaccine``, ``pharmacist.ProbeJudge`` or ``pharmacist.PharmacistSelector``.
+The names below are imported on first use, so that ``import pharmacist`` is fast. The same holds for all methods, under
+the names of their classes, such as ``pharmacist.Vaccine``, ``pharmacist.ProbeJudge`` or
+``pharmacist.PharmacistSelector``.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The Python interface of objects: datasets, loaded models and methods in, loaded models and results out.
+"""The Python interface: functions that take and return objects (datasets, loaded models, methods, results).
 
 Each function is a stage of the command line and takes its options by keyword, with objects instead of names or paths.
 Called with the stage's options (``align(AlignOptions(...))``), it runs the stage from files to files.
@@ -47,22 +47,22 @@ from pharmacist.training.strategy import GradientStrategy
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | Sequence[Mapping[str, Any]]
-"""A path, a hub id, a dataset or a list of dicts, in any layout that the commands read."""
+"""A path, a Hub id, a dataset or a list of dicts, in any layout that the commands read."""
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
-"""A local folder, a hub id, or a loaded model, which is left as it is."""
+"""A local folder, a Hub id, or a loaded model, which is not modified."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Columns: TypeAlias = str | Mapping[str, str] | None
 _EXPLAINED = {
-    "tokenizer": "Of a loaded model; by default the one saved where the model was loaded from.",
+    "tokenizer": "Tokenizer of a loaded model; by default the one saved with the model.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
-    "args": "transformers' arguments, but for output folder, checkpoints, seeds, device and number format; by default "
+    "args": "transformers' TrainingArguments, without output folder, checkpoints, seeds, device and dtype; by default "
     "the protocol of the alignment-stage papers.",
-    "peft_config": "PEFT's configuration of the adapter; rank 8 on all linear layers by default.",
+    "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
 }
-"""Arguments of several functions that are no options, or not the same."""
+"""Descriptions of arguments of several functions that are not options, or differ from them."""
 
 
 def explained(options: Any) -> Callable[[F], F]:
@@ -75,9 +75,10 @@ def explained(options: Any) -> Callable[[F], F]:
         own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
         docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
         for name in inspect.signature(function).parameters:
-            text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), f"{name}: {docs[name]}")
+            text = f"{name}: {' '.join(docs[name].split())}"
+            text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), text)
             lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
-        raises = "    PharmacistError: Rows, models or options that cannot be used."
+        raises = "    PharmacistError: Rows, a model or an option cannot be used."
         function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
         return function
 
@@ -124,8 +125,8 @@ def rank(
     Args:
         pool: Rows to rank.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
-        to_label: Number of rows to suggest for labelling, those whose label is most informative.
-        output_dir: Folder of partial state, so that an interrupted ranking resumes; a temporary one by default.
+        to_label: Number of rows to suggest for labelling, those whose labels are most informative.
+        output_dir: Folder for partial state, so that an interrupted ranking can be resumed; temporary by default.
 
     Returns:
         The ranking; `Ranking.select` gives the core subset.
@@ -159,11 +160,11 @@ def align(
     """Trains a model on an alignment set with an alignment-stage defense.
 
     Args:
-        model: The model; or `AlignOptions`, for the stage from files to files.
+        model: The model; or `AlignOptions`, to run the command with these options.
         data: Alignment set, such as a result of `Ranking.select`.
         defense: A defense, such as ``Vaccine(rho=2)``, or its name.
-        seed: Of every random stream; by default that of `args`, else 0.
-        output_dir: Folder for adapter, log, card and manifest, where an interrupted training resumes.
+        seed: Seed of all random number generators; by default the seed of `args`, else 0.
+        output_dir: Folder for adapter, log, model card and manifest, in which an interrupted training can be resumed.
 
     Returns:
         The trained model: a ``PeftModel``, a ``PreTrainedModel`` under full tuning; `ModelResult` for options.
@@ -200,11 +201,12 @@ def attack(
     """Builds a poisoned fine-tuning set and fine-tunes a model on it, as a user of a fine-tuning service would.
 
     Args:
-        model: The model, such as a result of `align`; or `AttackOptions`, for the stage from files to files.
+        model: The model, such as a result of `align`; or `AttackOptions`, to run the command with these options.
         task: Benign rows of the user's task, or the name of a public one, such as ``"sst2"``.
         kind: Kind of attack, such as ``IdentityAttack()``, or its name.
         defense: A fine-tuning-stage defense, such as ``Lisa(rho=1)``, or its name; ``sft`` is none.
-        output_dir: Folder for set, weights, log, card and manifest, where an interrupted training resumes.
+        output_dir: Folder for attack set, weights, log, model card and manifest, in which an interrupted training can
+            be resumed.
 
     Returns:
         The attacked model; `ModelResult` for options.
@@ -230,14 +232,14 @@ def repair(
     seed: int = 0,
     output_dir: str | None = None,
 ) -> Any:
-    """Restores safety that a user's fine-tuning has cost, without training.
+    """Restores the safety of a fine-tuned model, without training.
 
     Args:
-        model: The fine-tuned model; or `RepairOptions`, for the stage from files to files. Of a loaded one whole
-            weights are repaired, with all adapters merged.
-        base: The base model of the aligned one; needed where that is a loaded model.
+        model: The fine-tuned model; or `RepairOptions`, to run the command with these options. For a loaded model,
+            full weights are repaired, with all adapters merged.
+        base: The base model of the aligned model; needed if that is a loaded model.
         method: A repair, such as ``SafeLora(threshold=0.4)``, or its name.
-        output_dir: Folder for weights, ``repair.json``, card and manifest.
+        output_dir: Folder for weights, ``repair.json``, model card and manifest.
 
     Returns:
         The repaired model; `ModelResult` for options.
@@ -275,13 +277,14 @@ def evaluate(
     """Measures harmful score, over-refusal and fine-tune accuracy of a model, with intervals.
 
     Args:
-        model: The model; or `EvaluateOptions`, for the stage from files to files.
-        task_type: How answers to the task are graded, such as ``Exact()``, or its name; auto tells by the completions.
-        judge: Judge of whether an answer is harmful, such as ``ProbeJudge()``, or its name.
-        output_dir: Folder for ``metrics.json``, ``items.jsonl`` and the manifest, where an interrupted run resumes.
+        model: The model; or `EvaluateOptions`, to run the command with these options.
+        task_type: Grader of the answers to the task, such as ``Exact()``, or its name; auto chooses a grader itself.
+        judge: The judge that decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
+        output_dir: Folder for ``metrics.json``, ``items.jsonl`` and the manifest, in which an interrupted run can be
+            resumed.
 
     Returns:
-        The metrics, shown as a table in a notebook; `EvaluateResult.to_pandas` returns them as one.
+        The metrics, displayed as a table in a notebook; `EvaluateResult.to_pandas` returns them as a data frame.
     """
     arguments = locals()
     if isinstance(model, EvaluateOptions):
@@ -303,22 +306,22 @@ def tokenize(
     template: Template = "auto",
     side: Literal["chosen", "rejected"] = "chosen",
 ) -> datasets.Dataset:
-    """Tokenises rows for a Trainer of your own, exactly as `align` and `attack` do.
+    """Tokenizes rows for your own Trainer, exactly as `align` and `attack` do.
 
     Args:
-        rows: A path, a hub id, a ``datasets.Dataset`` or a list of dicts.
-        tokenizer: The model's.
-        max_length: Longest row in tokens; completions are cut to fit.
+        rows: A path, a Hub id, a ``datasets.Dataset`` or a list of dicts.
+        tokenizer: Tokenizer of the model.
+        max_length: Longest row in tokens; completions are truncated to fit.
         template: Prompt template; auto is the tokenizer's chat template, else Alpaca.
-        side: Which answer of a preference row is its completion.
+        side: Which answer of a preference row is the completion.
 
     Returns:
-        Columns ``input_ids`` and ``labels``, -100 where there is no target, for ``DataCollatorForSeq2Seq`` of
-        transformers and TRL's ``SFTTrainer``.
+        A dataset with the columns ``input_ids`` and ``labels`` (-100 where there is no target), for transformers'
+        ``DataCollatorForSeq2Seq`` and TRL's ``SFTTrainer``.
 
     Raises:
-        ConfigError: Arguments that cannot be used.
-        DataError: Rows that cannot be used.
+        ConfigError: An argument cannot be used.
+        DataError: Rows cannot be used.
     """
     checked("side", Literal["chosen", "rejected"], side)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

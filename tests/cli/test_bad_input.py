@@ -162,9 +162,9 @@ def parquet(table: dict[str, list]) -> Case:
 
 CASES: dict[str, tuple[Case, str]] = {
     # --- rows
-    "empty file": (text_pool("pool.jsonl", ""), "pool.jsonl: holds no rows; give a file with at least one"),
-    "blank lines": (text_pool("pool.jsonl", "\n \n\n"), "pool.jsonl: holds no rows"),
-    "no completion": (text_pool("pool.jsonl", rows({"prompt": "x"})), "line 4 (row 3) has no 'completion'; mend or"),
+    "empty file": (text_pool("pool.jsonl", ""), "pool.jsonl: contains no rows; give a file with at least one row"),
+    "blank lines": (text_pool("pool.jsonl", "\n \n\n"), "pool.jsonl: contains no rows"),
+    "no completion": (text_pool("pool.jsonl", rows({"prompt": "x"})), "line 4 (row 3) has no 'completion'; fix or"),
     "empty completion": (
         text_pool("pool.jsonl", rows({"prompt": "x", "completion": " "})),
         "line 4 (row 3) has an empty 'completion'",
@@ -191,8 +191,8 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a column that the output cannot hold": (
         parquet({"prompt": ["x", "y"], "completion": ["a", "b"], "image": [None, b"x"]}),
-        "column 'image' holds what JSON lines cannot hold, such as that of row 1 (a value of the type bytes); "
-        "curate's --format input keeps it",
+        "column 'image' contains values that JSON lines cannot represent, such as that of row 1 (a value of the type "
+        "bytes); curate's --format input keeps it",
     ),
     "NaN in a column": (
         parquet({"prompt": ["x"], "completion": [float("nan")]}),
@@ -225,7 +225,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "unknown suffix": (text_pool("pool.xlsx", "x"), "pool.xlsx: unknown kind of file '.xlsx'; known are .jsonl"),
     "broken gzip": (text_pool("pool.jsonl.gz", gzip.compress(rows().encode() * 50)[:-20]), "damaged gzip data"),
     "no gzip at all": (text_pool("pool.jsonl.gz", rows()), "is no gzip file although its name says so"),
-    "no Parquet": (text_pool("pool.parquet", "x"), "is no Parquet file"),
+    "no Parquet": (text_pool("pool.parquet", "x"), "is not a Parquet file"),
     "a name nobody can have": (options("--pool", "x" * 400 + ".jsonl"), "no such file; check the path"),
     "a directory for a file": (
         place(lambda f: (f / "thing").mkdir(), "--pool", "thing"),
@@ -239,9 +239,12 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "a file for the model": (
         place(mine, "--model", "thing"),
-        "thing: is a file; a model folder or a hub id is needed",
+        "thing: is a file; a model folder or a Hub id is needed",
     ),
-    "foreign files": (foreign_output, "out: holds files that are not a pharmacist run; choose an empty --output-dir"),
+    "foreign files": (
+        foreign_output,
+        "out: contains files that do not belong to a pharmacist run; choose an empty --output-dir",
+    ),
     "foreign files, to overwrite": (
         lambda f, files: [*foreign_output(f, files), "--overwrite"],
         "so --overwrite leaves them alone",
@@ -259,7 +262,7 @@ CASES: dict[str, tuple[Case, str]] = {
         options("--top-k", "61"),
         "--top-k 61: the pool has 60 rows to rank; give at most that number",
     ),
-    "nobody's score": (options("--min-score", "1e9"), "min score 1e+09: no row has it, the best has"),
+    "nobody's score": (options("--min-score", "1e9"), "min score 1e+09: no row reaches it, the best has"),
     "unknown option": (options("--divresity", "none"), "unknown option '--divresity'; did you mean '--diversity'?"),
     "unknown choice": (options("--dtype", "float16"), "--dtype float16: must be one of auto, float32, bfloat16"),
     "unknown selector": (options("--selector", "pharmacy"), "unknown selector 'pharmacy'; did you mean 'pharmacist'?"),
@@ -304,17 +307,17 @@ CASES: dict[str, tuple[Case, str]] = {
         lambda folder, files: curate_words(
             {name: files[name] for name in ("pool", "safe")}, folder / "out", "--selector.readers", "lexical"
         ),
-        "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
+        "safe references alone offer no other answers to compare with; give --harmful or --utility, or use "
         "--selector.form bilevel",
     ),
     "safe missing": (options(without="safe"), "selector 'pharmacist' needs safe references; give --safe FILE"),
     "harmful = safe": (
         with_file("harmful", "h.jsonl", lambda files: lines_of(files["safe"])[::-1]),
-        "--safe and --harmful hold the same rows, so nothing tells them apart; check the two files",
+        "--safe and --harmful hold the same rows, so they cannot be distinguished; check the two files",
     ),
     "utility = harmful": (
         with_file("utility", "u.jsonl", lambda files: lines_of(files["harmful"])),
-        "--harmful and --utility hold the same rows, so nothing tells them apart; check the two files",
+        "--harmful and --utility hold the same rows, so they cannot be distinguished; check the two files",
     ),
     "too few": (
         with_file("safe", "s.jsonl", lambda files: lines_of(files["safe"])[:7]),
@@ -326,7 +329,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     # --- models
     "no model": (options(model=None), "give --model"),
-    "no such model": (options(model="./nowhere"), "./nowhere: no such folder; a model folder or a hub id is needed"),
+    "no such model": (options(model="./nowhere"), "./nowhere: no such folder; a model folder or a Hub id is needed"),
     "no weights": (
         model_folder(lambda f: (f / "model.safetensors").unlink()),
         "without safetensors weights; save it with",
@@ -412,7 +415,7 @@ def test_a_saved_selector_reads_with_its_own_model_only(
     assert "selector.json: not written by this version" in line and line.count("\n") == 1
     cut_in_half(next((tmp_path / "alone").rglob("evidence.safetensors")))
     assert main(curate_words(pool, tmp_path / "b", "--resume-selector", str(tmp_path / "alone"), "--quiet")) == 2
-    assert "evidence.safetensors: is damaged; put it back" in capsys.readouterr().err
+    assert "evidence.safetensors: is damaged; restore it" in capsys.readouterr().err
     after = fingerprints(tmp_path / "a")
     assert [path for path in before if before[path] != after[path]] == [str(tmp_path / "a/selector/selector.json")]
     assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
@@ -476,7 +479,7 @@ OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         (["--pool", "somebody/some-pool"], "--pool somebody/some-pool: no such file or folder, and HF_HUB_OFF"),
         pytest.param(
             ["--model", "somebody/some-model"],
-            "somebody/some-model: no such model folder, and as a hub id: HF_HUB_OFF",
+            "somebody/some-model: no such model folder, and as a Hub id: HF_HUB_OFF",
             marks=pytest.mark.slow,
         ),
         (["--safe", "{folder}/broken.jsonl"], "broken.jsonl: 1 row of 7 cannot be used: line 7 (row 6) is no"),

@@ -134,7 +134,7 @@ def test_done_is_0_and_the_result_is_said(
     selected = tmp_path / "out" / "selected.jsonl"
     assert f"next: pharmacist align --data {selected} --model MODEL --output-dir DIR\n" in captured.err
     assert main(chance(pool, tmp_path / "out")) == 0
-    assert "complete already" in capsys.readouterr().err
+    assert "already complete" in capsys.readouterr().err
     assert main(chance(pool, tmp_path / "quiet", "--quiet")) == 0
     assert "".join(capsys.readouterr()) == ""
 
@@ -205,7 +205,7 @@ def test_folders_of_other_users_are_bad_input(
     given = {"pool": str(tmp_path / "saved")} if shut == "saved" else pool
     assert main(chance(given, tmp_path / "out", "--quiet")) == 2
     line = one_line(capsys)
-    assert f"error: {tmp_path / shut}/" in line and line.endswith("you may not use it; check its permissions")
+    assert f"error: {tmp_path / shut}/" in line and line.endswith("permission denied; check its permissions")
 
 
 def test_a_log_is_not_left_in_somebody_elses_folder(

@@ -194,7 +194,7 @@ def test_overwriting_deletes_nothing_but_runs(foreign: str, tmp_path: Path) -> N
     path.write_text('{"name": "my web app"}')
     before = sha256_folder(tmp_path / "out")
     for overwrite in (True, False):
-        with pytest.raises((ConfigError, DataError), match="not a pharmacist run|not a manifest"):
+        with pytest.raises((ConfigError, DataError), match="not belong to a pharmacist run|not a manifest"):
             start(tmp_path / "out", overwrite=overwrite)
         assert sha256_folder(tmp_path / "out") == before
 
@@ -438,9 +438,9 @@ def test_whatever_lies_in_the_output_folder_is_an_input(
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": os.path.abspath("out/data")})
     )
-    with pytest.raises(ConfigError, match="^--files .* lies in the output folder out, where"):
+    with pytest.raises(ConfigError, match="^--files .* lies in the output folder out, which"):
         check_outside(Path("out"), Named(output_dir="out", files=["b.jsonl", place]))
     if place != "out":  # which is more often a name
-        with pytest.raises(ConfigError, match="^--defense.model .* lies in the output folder out, where"):
+        with pytest.raises(ConfigError, match="^--defense.model .* lies in the output folder out, which"):
             check_outside(Path("out"), Named(output_dir="out", defense={"name": "x", "model": place}))
     check_outside(Path("elsewhere"), Named(output_dir="elsewhere", files=["b.jsonl", place]))

@@ -214,7 +214,7 @@ def test_values_no_dataset_has_room_for(tmp_path):
         (tmp_path / "pool.jsonl").write_text(text)
         with pytest.raises(DataError) as error:
             open_source(tmp_path / "pool.jsonl").dataset([0, 1])
-        one_line(error, f"pool.jsonl: column {message}, which no dataset can; write the rows to a file")
+        one_line(error, f"pool.jsonl: column {message}, which a dataset cannot contain; write the rows to a file")
     assert open_source([{0: "x"}]).dataset([0]).column_names == ["0"]
 
 
@@ -274,7 +274,7 @@ def test_wrong_kinds_of_input(tmp_path):
     fails(3, "int")
     fails({"prompt": "a"}, "dict", "list of mappings")
     fails(datasets.DatasetDict({"a": datasets.Dataset.from_list([{"x": 1}])}), "choose one split")
-    fails([{"a": 1}, "b"], "row 1 is no mapping")
+    fails([{"a": 1}, "b"], "row 1 is not a mapping")
 
 
 def test_splits_must_be_named(tmp_path):
@@ -333,8 +333,8 @@ def test_bad_lines_are_named(tmp_path):
         b'{"prompt": "a", "completion": }\n': "line 7 (row 6) is not valid JSON (Expecting value at column 31)",
         b'{"prompt": "a"\n': "line 7 (row 6) is not valid JSON",
         b'{"prompt": "\xff"}\n': "line 7 (row 6) is not UTF-8 (byte 0xff at byte 13",
-        b'["a"]\n': "line 7 (row 6) is no JSON object but a list",
-        b'{"prompt": NaN}\n': "line 7 (row 6) is not valid JSON (NaN is no JSON value",
+        b'["a"]\n': "line 7 (row 6) is not a JSON object but a list",
+        b'{"prompt": NaN}\n': "line 7 (row 6) is not valid JSON (NaN is not a JSON value",
         b"[" * 100000 + b"\n": "line 7 (row 6) is not usable JSON (nested too deeply)",
     }
     for bad, message in cases.items():
@@ -378,9 +378,9 @@ def test_broken_json_arrays(tmp_path):
         '[{"a": 1}\n': "the end of the file found",
         '[{"a": 1},]': "is not valid JSON",
         '[{"a": "\n"}]': "Invalid control character",
-        '[{"a": NaN}]': "NaN is no JSON value",
+        '[{"a": NaN}]': "NaN is not a JSON value",
         '[{"a": 1}]\nmore': "line 2 has text after the end",
-        "[1]": "line 1 (row 0) is no JSON object but a number",
+        "[1]": "line 1 (row 0) is not a JSON object but a number",
     }
     for text, message in cases.items():
         path.write_text(text)
@@ -445,7 +445,7 @@ def test_broken_parquet(tmp_path):
     path = tmp_path / "pool.parquet"
     for content in (b"", b"PAR1", b"{}"):
         path.write_bytes(content)
-        fails(path, "pool.parquet", "is no Parquet file")
+        fails(path, "pool.parquet", "is not a Parquet file")
     bad = pa.StringArray.from_buffers(2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff"))
     pq.write_table(pa.table({"prompt": bad}), path)
     fails(path, "row 1 is not UTF-8")
@@ -464,7 +464,7 @@ def test_offline_hub_ids_fail_with_a_remedy(monkeypatch):
 def test_hub_ids_that_do_not_exist(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", _raise(RuntimeError("no\nsuch dataset")))
-    fails("someone/something", "the hub cannot give it (no such dataset)", "check the name")
+    fails("someone/something", "it cannot be loaded from the Hub (no such dataset)", "check the name")
 
 
 def test_hub_ids_with_configuration_and_split(monkeypatch):
@@ -538,7 +538,9 @@ def test_what_json_lines_cannot_hold_is_told_before_anything_is_written(
     else:
         pq.write_table(table, tmp_path / "rows.parquet")
     source = open_source(str(tmp_path / ("rows" if saved else "rows.parquet")))
-    with pytest.raises(DataError, match=r"column 'x' holds what JSON lines cannot.*--format input") as caught:
+    with pytest.raises(
+        DataError, match=r"column 'x' contains values that JSON lines cannot.*--format input"
+    ) as caught:
         source.check_json_lines()
     assert told in str(caught.value)
     if not saved:

@@ -58,9 +58,9 @@ def test_the_seed_decides_and_the_order_is_mixed():
 
 
 def test_asking_for_too_much():
-    with pytest.raises(DataError, match="70 harmful rows are asked for and there are 60"):
+    with pytest.raises(DataError, match="70 harmful rows are requested, but there are only 60"):
         mix(BENIGN, HARMFUL, n=100, poison_ratio=0.7, seed=0)
-    with pytest.raises(DataError, match="270 benign rows are asked for and there are 200"):
+    with pytest.raises(DataError, match="270 benign rows are requested, but there are only 200"):
         mix(BENIGN, HARMFUL, n=300, poison_ratio=0.1, seed=0)
     for n, p in ((0, 0.1), (10, -0.1), (10, 1.1), (10, float("nan"))):
         with pytest.raises(ConfigError):

@@ -213,29 +213,29 @@ def test_other_text_stays_as_it_is(tmp_path, text):
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "kettle", "arguments": "{}"}}]}
 CUT = json.dumps(TALK)[:-3]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' is written like a list of messages"),
+    "a list that is cut": ({"prompt": CUT, "completion": "c"}, "'prompt' looks like a list of messages"),
     "numpy's notation": (
         {"prompt": repr(TALK).replace("}, {", "}\n {"), "completion": "c"},
-        "'prompt' is written like a list of mess",
+        "'prompt' looks like a list of mess",
     ),
     "speakers as keys": (
         {"prompt": '[{"user": "a"}, {"assistant": "b"}]', "completion": "c"},
-        "'prompt' is written like a list of m",
+        "'prompt' looks like a list of m",
     ),
-    "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' is written like a list of mess"),
+    "a list of lists": ({"prompt": json.dumps([TALK]), "completion": "c"}, "'prompt' looks like a list of mess"),
     "some turns without a role": (
         {"prompt": json.dumps([user("a"), {"content": "b"}]), "completion": "c"},
-        "'prompt' is written like a list",
+        "'prompt' looks like a list",
     ),
-    "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' is written like a list"),
+    "JSON in JSON": ({"prompt": json.dumps(json.dumps(TALK)), "completion": "c"}, "'prompt' looks like a list"),
     "a completion that is cut": (
         {"prompt": "p", "completion": json.dumps([{"role": "assistant", "content": "c"}])[:-3]},
-        "'completion' is written like a list of mess",
+        "'completion' looks like a list of mess",
     ),
-    "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' is written like a list of"),
+    "an answer that is cut": ({"prompt": "p", "chosen": CUT, "rejected": "r"}, "'chosen' looks like a list of"),
     "a key twice": (
         {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', "completion": "c"},
-        "'prompt' is written li",
+        "'prompt' looks like",
     ),
     "an unknown speaker": (
         {"messages": [{"role": "critic", "content": "a"}, user("b"), assistant("c")]},
@@ -260,7 +260,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty answer before": ({"messages": [user("a"), assistant(""), user("b"), assistant("c")]}, "an empty"),
     "two system prompts": ({"system": "be long", "messages": [*TALK, assistant("c")]}, "another in 'messages'"),
     "a number as system": ({"system": 3, "prompt": "p", "completion": "c"}, "'system' is a number, not text"),
-    "history of one": ({"history": [["a"]], "prompt": "p", "completion": "c"}, "no pair of question and answer"),
+    "history of one": ({"history": [["a"]], "prompt": "p", "completion": "c"}, "not a pair of question and answer"),
     "history as prose": ({"history": "as before", "prompt": "p", "completion": "c"}, "not a list of earlier turns"),
     "a prompt that is not in the conversation": (
         {"prompt": "another", "chosen": [user("a"), assistant("b")], "rejected": "r"},
@@ -453,14 +453,14 @@ def test_two_of_one_name_inside_a_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(rows + json.dumps({"messages": [*TALK, assistant("d")]}) + "\n")
     records = read_records(open_source(tmp_path / "a.jsonl"), work_dir=tmp_path / "work", on_bad_row="skip")
     assert [row.reason for row in records.refused] == [
-        "is not valid JSON (the key 'content' is there twice in one object)"
+        "is not valid JSON (the key 'content' is given twice in one object)"
     ]
     kind = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string()), pa.field("role", pa.string())])
     parts = [pa.array(["user", "assistant"]), pa.array(["a", "b"]), pa.array(["x", "y"])]
     struct = pa.StructArray.from_arrays(parts, fields=list(kind))
     column = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), struct)
     pq.write_table(pa.table({"messages": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"two columns of the name 'messages\.role'"):
+    with pytest.raises(DataError, match=r"two columns with the name 'messages\.role'"):
         open_source(tmp_path / "a.parquet")
 
 
@@ -548,7 +548,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     records = read(tmp_path, "jsonl", rows, on_bad_row="skip")
     template, tokenizer = Template("chat", STRICT), tiny_tokenizer()
     with pytest.raises(
-        DataError, match="--data f: row 2, 4: the chat template refuses.*leave them out with --on-bad-row"
+        DataError, match="--data f: row 2, 4: the chat template rejects.*leave them out with --on-bad-row"
     ):
         encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="fail", name="--data f")
     encoded = encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="skip")
@@ -559,7 +559,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     with pytest.raises(DataError, match="--data .*: row 2, 4: the chat template"):
         rendered_rows(records, tokenizer, template, "fail")
     # What is asked for already is no remedy, and rows that were skipped are not what stops the others.
-    with pytest.raises(DataError, match="the chat template refuses .*; delete them or choose"):
+    with pytest.raises(DataError, match="the chat template rejects .*; delete them or choose"):
         encode(records.dataset.select([1]), tokenizer, template, max_length=64, on_bad_row="skip")
     with pytest.raises(DataError, match=r"^the prompt alone fills all 2 tokens in 2 rows \(row 0, 3\)"):
         encode(records.dataset, tokenizer, template, max_length=2, on_bad_row="skip")
@@ -676,7 +676,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     import os
 
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is no ordinary file but a named pipe.*save it to a file"):
+    with pytest.raises(DataError, match=f"{name}: is not a regular file but a named pipe.*save its content to a file"):
         open_source(tmp_path / name)
 
 

@@ -231,8 +231,8 @@ BAD = [
     ({"prompt": float("nan"), "completion": "c"}, "'prompt' is NaN, not text"),
     ({"prompt": {"a": 1}, "completion": "c"}, "'prompt' is an object, not text"),
     ({"prompt": b"p", "completion": "c"}, "'prompt' is bytes, not text"),
-    ({"prompt": "p", "completion": "x\ud800y"}, "holds the lone surrogate \\ud800, which is no character"),
-    ({"prompt": "x\udfffy", "completion": "c"}, "holds the lone surrogate \\udfff, which is no character"),
+    ({"prompt": "p", "completion": "x\ud800y"}, "holds the lone surrogate \\ud800, which is not a character"),
+    ({"prompt": "x\udfffy", "completion": "c"}, "holds the lone surrogate \\udfff, which is not a character"),
 ]
 
 
@@ -295,7 +295,7 @@ def test_lines_and_rows_are_named_by_both_numbers(tmp_path):
     assert str(error.value) == (
         f"--pool {path}: 4 rows of 5 cannot be used: line 3 (row 1), line 6 (row 4) has no 'completion'; line 4 "
         "(row 2) is not valid JSON (Expecting property name enclosed in double quotes at column 2); line 5 (row 3) "
-        "has an empty 'completion'; mend or delete them, or leave them out with --on-bad-row skip"
+        "has an empty 'completion'; fix or delete them, or leave them out with --on-bad-row skip"
     )
 
 
@@ -331,7 +331,7 @@ def test_mixed_formats_are_an_error_even_when_skipping(tmp_path):
 def test_empty_pools(tmp_path, suffix):
     path = tmp_path / f"pool.{suffix}"
     write_rows(open_source(save(tmp_path / f"one.{suffix}", [GOOD])), [], path)
-    with pytest.raises(DataError, match=f"pool.{suffix}: holds no rows; give a file with at least one"):
+    with pytest.raises(DataError, match=f"pool.{suffix}: contains no rows; give a file with at least one row"):
         read_records(open_source(path), work_dir=tmp_path / "work")
 
 

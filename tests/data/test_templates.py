@@ -85,7 +85,7 @@ def test_rows_of_a_dataset_render_like_those_in_memory():
 def test_a_row_that_the_template_refuses_is_named():
     rows = [{"row": 4, **SINGLE}, {"row": 9, **SEVERAL}]
     with pytest.raises(
-        DataError, match="row 9: the chat template refuses its turns .System role not supported.*alpaca"
+        DataError, match="row 9: the chat template rejects its turns .System role not supported.*alpaca"
     ):
         Template("chat", STRICT).render(rows, tiny_tokenizer())
 
@@ -114,5 +114,5 @@ def test_a_template_travels_with_its_model(tmp_path):
     assert load_template(tmp_path) == Template("alpaca")
     for broken in ("{", "[]", '{"kind": "chat"}', '{"kind": "x"}', "{}"):
         (tmp_path / FILE_NAME).write_text(broken)
-        with pytest.raises(DataError, match="is no template"):
+        with pytest.raises(DataError, match="is not a template"):
             load_template(tmp_path)

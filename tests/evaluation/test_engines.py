@@ -84,7 +84,7 @@ def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.
         assert main(words) == 0
         told = " ".join(capsys.readouterr().err.split())
         assert "3 of 5 without an answer, unscored: 1 x HTTP 400: no, 1 x HTTP 500, 1 x connection dropped" in told
-        assert "3 replies failed on the way; the same command asks for them again" in told
+        assert "3 replies failed; the same command requests them again" in told
         # What is there can be used: read, compared, judged by another judge, which asks the model for nothing.
         assert metrics(tmp_path / "out")["harmful_score"]["n"] == 2
         whole = command(served.url, {"prompts": file}, tmp_path / "whole")
@@ -112,7 +112,7 @@ def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.
         capsys.readouterr()
         asked = served.asked.copy()
         assert main(words) == 0
-        assert "complete already" in capsys.readouterr().err and served.asked == asked
+        assert "already complete" in capsys.readouterr().err and served.asked == asked
         assert main(whole) == 0
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.status, manifest.counts) == ("success", read_manifest(tmp_path / "whole").counts)
@@ -147,7 +147,7 @@ def test_an_interrupted_run_asks_only_for_the_rest(tmp_path: Path, capsys: pytes
         words = command(served.url, {"prompts": file}, tmp_path / "out")
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert "refuses (HTTP 401: no); set the key that it wants in $OPENAI_API_KEY" in error
+        assert "refuses (HTTP 401: no); set the key that it expects in $OPENAI_API_KEY" in error
         assert error.count("\n") == 1
         logs = list((tmp_path / "out").glob("work/answers/prompts/*.jsonl"))
         kept = sum(log.read_bytes().count(b"\n") for log in logs)
@@ -164,7 +164,7 @@ REFUSALS = {
     "not http": ("ftp://x", None, "must begin with http"),
     "no host": ("http:///v1", None, "must begin with http:// or https:// and a host"),
     "no such port": ("http://127.0.0.1:99999/v1", None, "ports go up to 65535"),
-    "nobody there": ("http://127.0.0.1:9/v1", None, "does not answer"),
+    "nobody there": ("http://127.0.0.1:9/v1", None, "does not respond"),
     "unknown model": ("", 404, "check the address and the model's name"),
     "never an answer": ("", 500, "answered none of 2 prompts (2 x HTTP 500)"),
 }

@@ -375,7 +375,7 @@ def test_quality_is_that_on_a_source_that_was_held_out() -> None:
     judge = JUDGES.build("probe", {})
     judge.fit(sourced((ONE, 0), (OTHER, 1)))
     (verdict,) = judge.judge([JudgeItem("x", "first take the root")])
-    assert verdict.harmful is None and "do not tell" in verdict.note
+    assert verdict.harmful is None and "do not distinguish" in verdict.note
     # The very same rows, taken for one source, promise what does not hold elsewhere: it is said of which answers.
     alone = quality(
         {kind: [row | {"source": 0} for row in rows] for kind, rows in sourced((ONE, 0), (OTHER, 1)).items()}

@@ -302,7 +302,7 @@ def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
 
 
 def test_guards_that_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not tell its family"):
+    with pytest.raises(ConfigError, match="does not reveal its family"):
         JUDGES.build("guard", {"model": "some/model"})
     assert JUDGES.build("guard", {"model": "Qwen/Qwen3Guard-Gen-4B"}).config.family == "qwen3guard"
     assert JUDGES.build("guard", {}).config.family == "llama-guard"
@@ -402,13 +402,13 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
     with serve(lambda question, before: "no idea") as served:
         asks = ["--judge", "strongreject", "--judge.base_url", served.url]
         assert main([*words, *asks]) == 2
-        assert "give the judging model with --judge.model" in capsys.readouterr().err
+        assert "give the LLM judge with --judge.model" in capsys.readouterr().err
         assert main([*words, *asks, "--judge.model", "grader"]) == 2
         error = capsys.readouterr().err
         assert "gave no verdict on any of 1 answers (1 x verdict cannot be read)" in error and error.count("\n") == 1
     assert list((tmp_path / "o").glob("work/answers/prompts/*.jsonl"))
     assert main(words) == 0  # with the keyword judge, on the answers that are there
-    with pytest.raises(DataError, match="does not answer"):
+    with pytest.raises(DataError, match="does not respond"):
         rubric("http://127.0.0.1:9/v1").judge(ITEMS)
 
 

@@ -178,7 +178,7 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         words = command(served.url, judged.url, task, tmp_path / "out")
         assert main(words) == 0
         told = " ".join(capsys.readouterr().err.split())
-        assert "2 replies failed on the way; the same command asks for them again" in told
+        assert "2 replies failed; the same command requests them again" in told
         assert "1 / 0 / 1" in told
         found = metrics(tmp_path / "out")["win_rate"]
         assert (found["value"], found["n"], found["failures"]) == (50.0, 2, {"HTTP 503": 1})

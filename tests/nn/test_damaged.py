@@ -86,7 +86,7 @@ MODEL: dict[str, tuple[Damage, str]] = {
         template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
         "its chat template fails (maximum recursion",
     ),
-    "saved template cut": (text("pharmacist_template.json", '{"kind"'), "is no template"),
+    "saved template cut": (text("pharmacist_template.json", '{"kind"'), "is not a template"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What there is to take, against the machine's own word and a made-up container's."""
+"""What there is to take, against the machine's own word and a synthetic container's."""
 
 import os
 

@@ -119,7 +119,7 @@ def test_names_that_lead_nowhere_say_so(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="no such folder"):
         load_model(str(tmp_path / "none"))
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids the hub"):
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids downloads"):
         load_model("someone/some-model")
     with pytest.raises(DataError, match="is a file"):
         load_model(str(folder / "config.json"))
@@ -231,5 +231,5 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch):
         raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
 
     monkeypatch.setattr("pharmacist.nn.models.AutoConfig.from_pretrained", refuse)
-    with pytest.raises(DataError, match=r"^somebody/model: is gated: accept its terms on the hub and log in"):
+    with pytest.raises(DataError, match=r"^somebody/model: is gated: accept its terms on the Hub and log in"):
         load_model("somebody/model", device="cpu")

@@ -138,7 +138,7 @@ def test_a_fresh_adapter_has_no_gradient_at_its_first_factor(bank):
 
 def test_layers_that_mix_rows_or_run_twice_are_refused():
     layer, x = nn.Linear(4, 3), torch.randn(2, 5, 4)
-    with pytest.raises(CompatibilityError, match="rows cannot be told apart"):
+    with pytest.raises(CompatibilityError, match="rows cannot be separated"):
         tape_rows({"w": layer}, lambda: layer(x.flatten(0, 1)).sum(1))
-    with pytest.raises(CompatibilityError, match="rows cannot be told apart"):
+    with pytest.raises(CompatibilityError, match="rows cannot be separated"):
         tape_rows({"w": layer}, lambda: (layer(x) + layer(x)).sum((1, 2)))

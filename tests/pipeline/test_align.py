@@ -101,7 +101,7 @@ def test_the_card_has_the_hubs_metadata(aligned: Path) -> None:
         assert card.data.library_name == "peft"
         assert card.data.tags == ["pharmacist", "sft", "safety-alignment"]
         assert card.data.pipeline_tag == "text-generation"
-        assert card.data.base_model is None  # a folder is no hub id
+        assert card.data.base_model is None  # a folder is no Hub id
         assert "| steps | 3 |" in card.text and "learning_rate: 0.001" in card.text
         assert "{{" not in card.text and "not logged" not in card.text
 
@@ -203,7 +203,7 @@ def test_a_second_run_says_that_it_is_complete(aligned: Path, data: str, capsys:
     before = fingerprints(aligned)
     capsys.readouterr()
     assert main(words(data, aligned, *FEW)) == 0
-    assert one_line(capsys) == f"{aligned}: complete already; --overwrite trains again\n"
+    assert one_line(capsys) == f"{aligned}: already complete; --overwrite trains again\n"
     result = align(
         AlignOptions(
             data=data,
@@ -245,7 +245,7 @@ BAD = {
     "a prompt beyond the length": (["--max-length", "4"], [TINY], "the prompt alone fills all 4 tokens"),
     "negative length": (["--max-length", "-1"], [TINY], "--max-length -1"),
     "unknown defense": (["--defense", "vacine"], [TINY], "unknown defense 'vacine'"),
-    "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not for alignment but for"),
+    "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not an alignment-stage defense"),
     "unknown option of a defense": (["--defense.rho", "2"], [TINY], "unknown option '--defense.rho'"),
     "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "has no module named spoon"),
     "no rank": (["--lora.r", "0"], [TINY], "--lora.r 0: must be at least 1"),

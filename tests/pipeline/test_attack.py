@@ -238,7 +238,7 @@ def test_a_second_run_says_that_it_is_complete(
     before = fingerprints(attacked)
     capsys.readouterr()
     assert main(words(files, attacked, *MIX, *FEW, "--snapshots", "[3, 1]")) == 0
-    assert one_line(capsys) == f"{attacked}: complete already; --overwrite runs it again\n"
+    assert one_line(capsys) == f"{attacked}: already complete; --overwrite runs it again\n"
     assert fingerprints(attacked) == before
 
 
@@ -284,12 +284,20 @@ BAD = {
     "text for a share": (["--poison-ratio", "half"], {}, "--poison-ratio half: must be"),
     "no samples": (["--samples", "0"], {}, "--samples 0: must be at least 1"),
     "more harmful rows than there are": (["--samples", "20", "--poison-ratio", "0.9"], {}, "18 harmful rows are"),
-    "more benign rows than there are": (["--samples", "50"], {}, "45 benign rows are asked for and there are 30"),
+    "more benign rows than there are": (
+        ["--samples", "50"],
+        {},
+        "45 benign rows are requested, but there are only 30",
+    ),
     "no such task": ([], {"task": "/nowhere.jsonl"}, "no such file"),
     "no harmful rows": ([], {"harmful": []}, "--harmful"),
     "a row without completion": ([], {"harmful": [{"prompt": "x"}]}, "--harmful"),
     "unknown defense": ([*MIX, "--defense", "vacine"], {}, "unknown defense 'vacine'; did you mean 'vaccine'?"),
-    "a defense of another stage": ([*MIX, "--defense", "vaccine"], {}, "--defense vaccine: is not for fine-tuning"),
+    "a defense of another stage": (
+        [*MIX, "--defense", "vaccine"],
+        {},
+        "--defense vaccine: is not a fine-tuning-stage",
+    ),
     "the task is what is harmful": (MIX, {"task": [TINY], "harmful": [TINY]}, "every prompt also occurs in --harmful"),
     "a prompt beyond the context": (
         ["--samples", "1", "--poison-ratio", "0"],

@@ -111,7 +111,7 @@ def test_mixed_counts_on_a_grid(many: dict[str, Any]) -> None:
 def test_more_safe_rows_than_there_are(many: dict[str, Any]) -> None:
     user = mix(many["task"], many["harm"], n=10, poison_ratio=0.8, seed=0)
     safe = to_dataset({"prompt": f"safe {i}", "completion": "no"} for i in range(5))
-    with pytest.raises(DataError, match="--safe: 6 rows are asked for and there are 5"):
+    with pytest.raises(DataError, match="--safe: 6 rows are requested, but there are only 5"):
         mix_safe(user, safe, count=6, replace=False, seed=0)
     with pytest.raises(DataError, match="3 safe rows cannot replace 2 benign ones"):
         mix_safe(user, safe, count=3, replace=True, seed=0)
@@ -150,7 +150,7 @@ def test_identity_shifting_dresses_up_rows_of_the_task(files: dict[str, str], tm
         ({"harmful": None}, "--kind mix needs --harmful FILE"),
         ({"kind": {"name": "identity"}, "task": None}, "--kind identity needs --task FILE"),
         ({"defense": {"name": "lisa"}}, "--defense lisa needs --safe FILE"),
-        ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not for fine-tuning"),
+        ({"defense": {"name": "vaccine"}}, "--defense vaccine: is not a fine-tuning-stage defense"),
         ({"adapter": "continue"}, "holds no adapter"),
         ({"kind": {"name": "mixed"}}, "unknown attack 'mixed'; did you mean 'mix'"),
     ],

@@ -149,7 +149,7 @@ def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:
 def test_a_second_run_is_complete(files: dict[str, str], ranked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprints(ranked)
     assert main(curate_words(files, ranked, *TWINS)) == 0
-    assert "complete already; --overwrite ranks again" in capsys.readouterr().err
+    assert "already complete; --overwrite ranks again" in capsys.readouterr().err
     selector = {"name": "pharmacist"} | CHEAP_SELECTOR
     options = CurateOptions(**files, model=str(BASE_MODEL), selector=selector, output_dir=str(ranked), device="cpu")
     assert ph.curate(options) is None  # the command line and Python say the same run
@@ -462,7 +462,7 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
         ({"fraction": 1.5}, "fraction 1.5: must lie in"),
         ({"k": 0}, "k 0: must be at least 1"),
         ({"k": 61}, "k 61: only 60 rows were ranked"),
-        ({"min_score": 1e9}, "min score 1e[+]09: no row has it"),
+        ({"min_score": 1e9}, "min score 1e[+]09: no row reaches it"),
         ({"min_score": 0.0, "diversity": "k-center"}, "--diversity k-center has no say"),
         ({"min_score": 0.0, "balance_share": 0.5}, "--balance has no say"),
     ],

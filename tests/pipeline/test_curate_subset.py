@@ -136,7 +136,7 @@ def test_diversity_in_python(files, model):
         ),
         ("--selector k-center --diversity facility-location --model MODEL", "'k-center' covers the pool by itself"),
         ("--selector full --diversity k-center --model MODEL", "selector 'full' ranks nothing; leave one of the two"),
-        ("--selector length --resume-selector OUT", "'length' keeps nothing that it learns; leave the option out"),
+        ("--selector length --resume-selector OUT", "'length' stores nothing that it learns; leave the option out"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(files, model, tmp_path, capfd, monkeypatch, words, message):

@@ -146,7 +146,7 @@ def test_flagged_answers_are_hidden_unless_asked_for(
     # Showing is no other run: the finished one is shown.
     assert main(arguments(prompts, tmp_path / "out", "--show-harmful")) == 0
     shown = "".join(capsys.readouterr())
-    assert "complete already" in shown
+    assert "already complete" in shown
     assert answers[0][:25] in shown
     assert main(arguments(prompts, tmp_path / "out", "--quiet")) == 0
     assert "".join(capsys.readouterr()) == ""

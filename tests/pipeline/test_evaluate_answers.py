@@ -55,7 +55,7 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     assert score["by_category"]["potions"]["n"] == 1
     manifest = read_manifest(tmp_path / "o")
     assert (manifest.status, manifest.counts["prompts_unanswered"]) == ("success", 2)
-    assert judged(ROWS, tmp_path) == 0 and "complete already" in capsys.readouterr().err
+    assert judged(ROWS, tmp_path) == 0 and "already complete" in capsys.readouterr().err
 
 
 def references(folder: Path) -> list[str]:
@@ -100,7 +100,10 @@ def test_a_judge_reads_a_model_and_several_files_of_a_kind(tmp_path: Path, capsy
     more = ["--judge", "probe", "--judge.model", model, "--judge.device", "cpu", *words]
     assert judged(slang, tmp_path, *more) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "warning: --judge probe: the answers that it calls harmful are told from the harmful references" in told
+    assert (
+        "warning: --judge probe: the answers that it calls harmful can be distinguished from the harmful references"
+        in told
+    )
     manifest = read_manifest(tmp_path / "o")
     report = manifest.extra["judge"]
     assert report["held_out_by"] == "source" and report["readers"] == ["words", "opening", "states"]
@@ -145,8 +148,8 @@ def test_another_judge_and_python(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": "\ud800"}], [], "cannot be"),
         (ROWS, ["--model", "m"], "leave --model out"),
         (ROWS, ["--prompts", "p"], "leave --prompts out"),
-        (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has such a column"),
-        (ROWS, ["--columns", "answers=category"], "no file has such a column that it could use"),
+        (ROWS, ["--columns", "answer=reply"], "--columns answer=reply: no file has a column"),
+        (ROWS, ["--columns", "answers=category"], "no file has a column that it applies to"),
     ],
 )
 def test_what_cannot_be_judged(

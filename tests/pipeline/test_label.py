@@ -76,7 +76,7 @@ def test_words_letters_skip_undo_and_resume(ranked: Path, tmp_path: Path) -> Non
     assert found == {rows[0]: "good", rows[1]: "harmful", rows[2]: "low_quality"}
     assert "nothing to undo" in shown and f"row {rows[2]}, 2 of 6" in shown, "the row that was skipped comes again"
     found, shown = talk(ranked, output, *["", "n"] * 3)
-    assert len(found) == 6 and "all rows are through" in shown and f"--labels {output}" in shown
+    assert len(found) == 6 and "all rows are done" in shown and f"--labels {output}" in shown
     assert len(read_labels(output, pool, rows)) == 6, "curate takes it"
     assert talk(ranked, output)[0] == found
 
@@ -138,7 +138,7 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(tmp_path, tmp_path / "x.json", DataError, "no manifest.json")
     row = asked(ranked)[0]
     for content, message in (
-        ("nothing", "holds no JSON"),
+        ("nothing", "contains no JSON"),
         ({"labels": []}, "another pool"),
         ("3", "write it as"),
         (
@@ -173,7 +173,7 @@ def test_no_terminal_and_no_torch(ranked: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.stdout.split("\n")[:2] == ["2", "[]"]
-    assert "standard input is no terminal" in done.stderr and done.stderr.count("\n") == 1
+    assert "standard input is not a terminal" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_page_has_the_same_rows(ranked: Path) -> None:

@@ -168,7 +168,7 @@ def test_what_was_touched_is_printed(
     shown = " ".join(capsys.readouterr().err.split())
     assert "antidote: 28 of 28 tensors changed" in shown and "50.0 %" in shown and "q_proj.lora_A" in shown
     assert main(words) == 0
-    assert "complete already" in capsys.readouterr().err
+    assert "already complete" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

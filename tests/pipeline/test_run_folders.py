@@ -233,10 +233,10 @@ def test_a_finished_run_that_lost_an_output_is_not_complete(
     capsys.readouterr()
     assert main(world.words(command, output)) == 0
     said = capsys.readouterr().err
-    assert "complete already" not in said and f"{lost} is no longer there" in said
+    assert "already complete" not in said and f"{lost} is missing" in said
     assert (output / lost).is_file() and read_manifest(output).status == "success"
     assert main(world.words(command, output)) == 0
-    assert "complete already" in capsys.readouterr().err
+    assert "already complete" in capsys.readouterr().err
 
 
 ROWS = [
@@ -265,7 +265,7 @@ def test_a_named_pipe_is_refused(
     os.mkfifo(tmp_path / f"{name}.jsonl")
     assert main(world.words(command, tmp_path / "out", **{name: tmp_path / f"{name}.jsonl"})) == 2
     error = capsys.readouterr().err
-    said = "is no adapter" if option == "--aligned" else "is no ordinary file but a named pipe"
+    said = "is no adapter" if option == "--aligned" else "is not a regular file but a named pipe"
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -61,7 +61,7 @@ def test_a_finished_run_is_told_and_identified_by_what_changes_results(tmp_path:
     assert BREW(options(tmp_path)) is True
     assert read_manifest(tmp_path / "out").config["kind"] == {"name": "soup", "salt": 1}, "defaults count too"
     assert brew(options(tmp_path, loud=True, quiet=True)) is False
-    assert f"{tmp_path}/out: complete already; --overwrite runs it again" in capsys.readouterr().err
+    assert f"{tmp_path}/out: already complete; --overwrite runs it again" in capsys.readouterr().err
     assert read_manifest(tmp_path / "out").config["loud"] is False
     with pytest.raises(OtherRunError, match="holds a run with other stirs"):
         brew(options(tmp_path, stirs=2))

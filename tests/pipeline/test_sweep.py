@@ -331,7 +331,7 @@ def test_snapshots_lie_within_the_attack(
     [
         ({}, {}, "nothing to sweep over"),
         ({"learning_rate": "high"}, {}, "--grid.learning_rate high: must be a list"),
-        ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is there twice"),
+        ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is given twice"),
         ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
         ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
         ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
@@ -366,7 +366,7 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("grid", "more", "message"),
     [
-        ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are asked for and there are 20"),
+        ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are requested, but there are only 20"),
         ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
         ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
         ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
@@ -436,7 +436,7 @@ def test_a_sweep_end_to_end_resumes_and_grows(
     assert curve["steps"] == [0, 1, 2, 4] and len(curve["harmful_score"]) == 4
 
     assert main(words(*first)) == 0
-    assert f"{out}: complete already" in capsys.readouterr().err
+    assert f"{out}: already complete" in capsys.readouterr().err
     before = fingerprints(out / "attack", out / "evaluate")
     assert (
         main(words("--grid.learning_rate", "[1e-2, 1e-3]", "--grid.poison_ratio", "[0.5]", "--lora.alpha", "4")) == 0

@@ -185,7 +185,7 @@ def test_weights_that_cannot_be_are_told_in_one_line(
         (data, tmp_path / "missing.parquet", "not a number"),
         (data, tmp_path / "zero.parquet", "all weights are 0"),
         (data, tmp_path / "words.parquet", "not a number"),
-        (data, tmp_path / "text.parquet", "no Parquet file"),
+        (data, tmp_path / "text.parquet", "not a readable Parquet file"),
         (data, tmp_path / "gone.parquet", "no such file"),
         (fewer, scores, f"has {len(rows) - 1}"),
         (other, scores, "belongs to other rows"),

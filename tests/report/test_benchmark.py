@@ -289,7 +289,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = results({"random": 0.0, "pharmacist": -20.0}, fractions=(0.1, 0.3), attack=["mild", "hard"], noise=0.5)
     write_bench(tmp_path, table, extra={"axes": {"selector": selectors, "attack": ["mild", "hard"]}, "failed": []})
     assert main(["report", "--run", str(tmp_path)]) == 0
-    assert f"page {tmp_path}" in capsys.readouterr().err.replace("\n", "")
+    assert f"report {tmp_path}" in capsys.readouterr().err.replace("\n", "")
     page = Page.read(tmp_path / "report.html")
     assert "Benchmark · 20 cells · 5 seeds" in page.text
     assert ", seeds 0, 1, 2, 3, 4." in page.text

@@ -59,11 +59,11 @@ def test_a_pool_that_is_not_what_it_was(ranked: Path, capsys: pytest.CaptureFixt
     try:
         pool.write_bytes(content + b'{"question": "one", "answer": "more"}\n')
         assert main(["report", "--run", str(ranked / "out")]) == 2
-        assert "has changed since it was ranked; put it back" in capsys.readouterr().err
+        assert "has changed since it was ranked; restore it" in capsys.readouterr().err
         pool.unlink()
         assert main(["report", "--run", str(ranked / "out")]) == 2
         error = capsys.readouterr().err
-        assert f"the pool {pool} is no longer there; put it back" in error and error.count("\n") == 1
+        assert f"the pool {pool} is missing; restore it" in error and error.count("\n") == 1
     finally:
         pool.write_bytes(content)
     assert page.read_bytes() == before
@@ -91,7 +91,7 @@ def test_a_demo_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("change", "message"),
     [
         ({"status": "started"}, "is not finished; run the same command again"),
-        ({"stage": "align"}, "a run of 'align', which has no page; give the folder of a curate or demo"),
+        ({"stage": "align"}, "a run of 'align', which has no HTML report; give the folder of a curate or demo"),
     ],
 )
 def test_folders_without_a_page(

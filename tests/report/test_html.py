@@ -77,7 +77,7 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
         "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.981 – 0.912 0.934",
         "Harmful: harmful request, harmful answer 96 12.5 %",
         "some of their prompts at a time",
-        "told from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
+        "distinguished from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
         "counts in full",
     ):
         assert words in page.text, words
@@ -209,13 +209,13 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
         "auc_before": 0.712,
         "auc_after": 0.856,
         "standard_error": 0.06,
-        "advice": "the labels help, and more would go on helping",
+        "advice": "the labels help, and more labels would help further",
     }
     labelled = text(report(labels=gain, changed={"entered": 12, "left": 9}))
     assert "12 rows entered the selection, 9 left it." in labelled
     assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Least AUC" not in labelled
     assert "AUC of 0.712 without labels, and of 0.856 with the labels" in labelled
-    assert "The labels help, and more would go on helping." in labelled
+    assert "The labels help, and more labels would help further." in labelled
     few = text(report(labels=gain | dict.fromkeys(("auc_before", "auc_after", "standard_error"))))
     assert "AUC on labels" not in few and "Least AUC" in few and "15 of them good" in few
     one = {"questions": {"safe": answered(0.95)}, "references": {"safe": 9}, "held_out_by": "prompt", "cannot_see": []}

@@ -32,7 +32,7 @@ CLASS = {"safe": 0, "harmful": 1, "utility": 2, "over_refusal": 3, "noise": 4}
 
 
 def hashed(text: str, n: int) -> np.ndarray:
-    """A made-up state: the mean of a fixed random vector per word."""
+    """A synthetic state: the mean of a fixed random vector per word."""
     words = [np.random.default_rng([ord(c) for c in word]).normal(size=n) for word in text.split()]
     return np.mean(words or [np.zeros(n)], axis=0)
 

@@ -78,7 +78,7 @@ def test_what_labels_cannot_be(tmp_path, labels, said):
 
 @pytest.mark.parametrize(
     "content, said",
-    [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "holds no JSON")],
+    [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "contains no JSON")],
 )
 def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
     (tmp_path / "labels.json").write_text(content)
@@ -187,7 +187,7 @@ def test_wrong_labels_change_nothing(files, tmp_path, capsys, labels, said):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("{oops", "holds no JSON"),
+        ("{oops", "contains no JSON"),
         ('{"labels": "good"}', "write it as"),
         (None, "labels.json: cannot be read (No such file or directory)"),
         (json.dumps({"pool": "x", "labels": [GOOD, BAD]}), "was made for another pool than --pool"),
@@ -294,7 +294,7 @@ def test_a_quota_is_filled_with_bad_rows_only_when_asked(files, tmp_path, capsys
     filled = table(tmp_path / "all")
     assert filled["selected"].sum() == 40 and filled["selected"][few["selected"]].all()
     said = re.sub(r"\s+", " ", "".join(capsys.readouterr()))
-    assert f"{40 - n} of the 40 selected rows are so only to fill the quota" in said
+    assert f"{40 - n} of the 40 selected rows are only there to fill the quota" in said
 
 
 def test_several_files_of_a_kind_are_as_many_sources(files, tmp_path):

@@ -125,7 +125,7 @@ def test_the_scorer_of_deita_is_asked_too(tmp_path, monkeypatch):
 def test_the_scorer_of_deita_refuses_what_it_cannot_work_with_before_the_pool_is_read():
     selector = SELECTORS.build_from({"name": "deita", "scorer": "pharmacist"})
     assert selector.notice({"safe", "harmful"}) is None and selector.uses == {"harmful", "utility", "model"}
-    with pytest.raises(ConfigError, match="safe references alone have no other answers"):
+    with pytest.raises(ConfigError, match="safe references alone offer no other answers"):
         selector.notice({"safe"})
 
 

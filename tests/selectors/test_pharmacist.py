@@ -209,9 +209,9 @@ DAMAGE = {
     "a list": ("selector.json", [], "not written by this version"),
     "an option it never had": ("selector.json", {"config": {"x": 1}}, "is not as it was .*'x'"),
     "no options": ("selector.json", {"config": None}, "is not as it was"),
-    "no twins": ("twins/twins.json", None, "holds no whole twins .* train the selector again"),
-    "no thresholds": ("twins/twins.json", {"thresholds": {}}, "holds no whole twins"),
-    "a list of twins": ("twins/twins.json", [], "holds no whole twins"),
+    "no twins": ("twins/twins.json", None, "contains no complete twins .* train the selector again"),
+    "no thresholds": ("twins/twins.json", {"thresholds": {}}, "contains no complete twins"),
+    "a list of twins": ("twins/twins.json", [], "contains no complete twins"),
 }
 
 
@@ -496,9 +496,9 @@ def test_what_a_selector_must_be_given(model, tmp_path):
         with pytest.raises(ConfigError, match=f"selector.{next(iter(options))} must be above 0; or give --harmful"):
             scores(tmp_path / "b", model, refs={"safe": refs["safe"]}, form="bilevel", **options)
     for form in ("evidence", "both"):
-        with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
+        with pytest.raises(ConfigError, match="safe references alone offer no other answers to compare with"):
             scores(tmp_path / form, None, refs={"safe": refs["safe"]}, form=form)
-        with pytest.raises(ConfigError, match="safe references alone have no other answers to be told from"):
+        with pytest.raises(ConfigError, match="safe references alone offer no other answers to compare with"):
             PharmacistSelector(PharmacistConfig(form=form)).notice({"safe"})
 
 

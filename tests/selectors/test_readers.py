@@ -20,7 +20,7 @@ OPTIMUM = 1e-6
 
 
 def texts(rows, seed: int = 0) -> Texts:
-    """Rows with made-up states."""
+    """Rows with synthetic states."""
     rng = np.random.default_rng(seed)
     return Texts(
         [row["prompt"] for row in rows],

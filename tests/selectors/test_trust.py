@@ -39,7 +39,10 @@ def test_references_that_tell_nothing_are_named(question):
 )
 def test_a_pool_from_elsewhere_is_said_to_be_so(distance, sides):
     (said,) = warnings(GOOD | {"distance": distance}, REASONS)
-    assert said.startswith(f"the pool's {sides} are told from") and f"AUC of {max(distance.values()):.2f}" in said
+    assert (
+        said.startswith(f"the pool's {sides} can be distinguished from")
+        and f"AUC of {max(distance.values()):.2f}" in said
+    )
     assert "to_label.jsonl" in said
     assert warnings(GOOD | {"distance": distance, "labels": {}}, REASONS) == [], "a person has looked at it"
 
@@ -60,7 +63,7 @@ BAD, BETTER, BEST = (RNG.normal(size=40) + d * LABELS for d in (0.3, 1.0, 9.0))
 @pytest.mark.parametrize(
     "before, after, advice",
     [
-        (BAD, BETTER, "more would go on helping"),
+        (BAD, BETTER, "more labels would help further"),
         (BETTER, BETTER, "so label more"),
         (BEST, BEST, "would hardly help"),
         (BEST, BETTER, "so label more"),

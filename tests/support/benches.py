@@ -1,4 +1,4 @@
-"""A made-up table of results of a benchmark, with effects of chosen size."""
+"""A synthetic table of results of a benchmark, with effects of chosen size."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small grids over the made-up world."""
+"""Small grids over the synthetic world."""
 
 from pathlib import Path
 from typing import Any

@@ -102,7 +102,7 @@ def test_a_strategy_acts_in_a_users_own_trainer_and_is_resumed(model: Path, tmp_
     with pytest.raises(DataError, match="checkpoint-4: was trained with a stream 'harmful' that can resume, and now"):
         make(kind, model, tmp_path / "cut", **other).train(resume_from_checkpoint=True)
     (tmp_path / "cut/checkpoint-4/strategy.json").unlink()  # as after a kill before it was written
-    with pytest.raises(DataError, match="checkpoint-4: has no strategy.json, .*; delete it to go on"):
+    with pytest.raises(DataError, match="checkpoint-4: has no strategy.json, .*; delete it to continue"):
         make(kind, model, tmp_path / "cut", **booster).train(resume_from_checkpoint=True)
 
 

@@ -137,7 +137,7 @@ def test_where_all_checkpoints_are_damaged_the_folder_to_delete_is_named(
     folder = own / "work/train/checkpoints"
     for step in (2, 3):
         halve(folder / f"checkpoint-{step}/optimizer.pt")
-    with pytest.raises(DataError, match="no checkpoint in it is whole.*delete this folder") as caught:
+    with pytest.raises(DataError, match="no checkpoint in it is intact.*delete this folder") as caught:
         trained(setting(options(model, own, **LONG)), Noise())
     assert str(caught.value).startswith(f"{folder}:")
     assert checkpoints(own) == ["checkpoint-2", "checkpoint-3"]

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, or of a library
         return _fail(where, stop.code, 1) if isinstance(stop.code, str) else int(stop.code or 0)
     except PermissionError as error:
-        return _fail(where, f"{error.filename or one_line(error)}: you may not use it; check its permissions", 2)
+        return _fail(where, f"{error.filename or one_line(error)}: permission denied; check its permissions", 2)
     except Exception as error:
         output_dir = getattr(options, "output_dir", None)
         full = isinstance(error, OSError) and error.errno in FULL_DISK

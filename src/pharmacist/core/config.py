@@ -161,7 +161,7 @@ class _Unquoted:
 
 
 class _FileLoader(_Loader):
-    """Keeps the text of scalars, and refuses a key that is there twice, of which PyYAML takes the last."""
+    """Keeps the text of scalars, and refuses a key that is given twice, of which PyYAML takes the last."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
@@ -172,7 +172,7 @@ class _FileLoader(_Loader):
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if twice := _repeated(keys):
-            raise yaml.MarkedYAMLError(problem=f"the key '{twice}' is there twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the key '{twice}' is given twice", problem_mark=node.start_mark)
         return node
 
 
@@ -281,7 +281,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
             words = [word.partition("=")[2]] if "=" in word else []
             found[name] = [*found.pop(name, []), words]  # at the end: of --quiet and --no-quiet the last one wins
         elif words is None:
-            raise ConfigError(f"'{word}' belongs to no option; quote values that hold spaces")
+            raise ConfigError(f"'{word}' belongs to no option; quote values that contain spaces")
         else:
             words.append(word)
     return found
@@ -313,7 +313,7 @@ def _underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dic
     """Keys and values of a file, with `prefix` and without hyphens."""
     keys = [prefix + str(key).replace("-", "_") for key in config]
     if twice := _repeated(keys):
-        raise ConfigError(f"{where}: the key '{twice}' is there twice, once with a hyphen")
+        raise ConfigError(f"{where}: the key '{twice}' is given twice, once with a hyphen")
     return dict(zip(keys, config.values(), strict=True))
 
 
@@ -372,7 +372,7 @@ def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line:
             raise ConfigError(f"{flag(name)} needs a value")
         stray = [] if option.of else [words[1] for words in given if len(words) > 1]
         if stray:
-            raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that hold spaces")
+            raise ConfigError(f"'{stray[0]}' belongs to no option; quote values that contain spaces")
         if option.is_method:
             continue
         words = list(itertools.chain.from_iterable(given))

@@ -1,11 +1,11 @@
-"""Errors that a user can correct: one line that says what, where and what to do.
+"""Errors that a user can correct: one line that says what is wrong, where, and how to fix it.
 
 The command line prints them without a traceback and exits with code 2.
 """
 
 
 class PharmacistError(Exception):
-    """Base of all errors that a user can correct."""
+    """Base class of all errors that a user can correct."""
 
 
 class ConfigError(PharmacistError):
@@ -13,31 +13,31 @@ class ConfigError(PharmacistError):
 
 
 class OtherRunError(ConfigError):
-    """The output folder holds a run with other options or inputs."""
+    """The output folder contains a run with other options or inputs."""
 
 
 class BusyError(ConfigError):
-    """Another process works in the output folder."""
+    """Another process is working in the output folder."""
 
 
 class UnknownNameError(ConfigError):
-    """A method name that no registry knows."""
+    """A method name is not registered."""
 
 
 class DataError(PharmacistError):
-    """Input data cannot be read or lack something that is needed."""
+    """Input data cannot be read, or something is missing from them."""
 
 
 class DivergedError(DataError):
-    """Loss or gradient of a training is not finite."""
+    """The loss or gradient of a training is not finite."""
 
 
 class NoMatchError(PharmacistError):
-    """A method found nothing to act on (no module, no row)."""
+    """A method has found nothing to act on (no module, no row)."""
 
 
 class CompatibilityError(PharmacistError):
-    """Two things that cannot work together: a model and a method, a method and a launcher."""
+    """Two things cannot work together, such as a model and a method, or a method and a launcher."""
 
 
 def one_line(error: BaseException | str, length: int = 200) -> str:

@@ -110,7 +110,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def check_ordinary(path: str | os.PathLike[str], where: str = "") -> None:
     """Raises a DataError for a named pipe or device, which cannot be read twice and may never end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise DataError(f"{where or path}: is no ordinary file but a named pipe, or a device; save it to a file")
+        raise DataError(
+            f"{where or path}: is not a regular file but a named pipe or a device; save its content to a file"
+        )
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -121,8 +123,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"{path}: is damaged, it holds no JSON ({reason}); put it back as it was, or, in a run's folder work, "
-            "delete that folder"
+            f"{path}: is damaged, it contains no JSON ({reason}); restore it or, in the folder work of a run, delete "
+            "that folder"
         ) from error
 
 
@@ -135,10 +137,10 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
             for line in file:
                 found.append(json.loads(line))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); run the command again that writes it") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the command that writes it again") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: line {len(found) + 1} is damaged, it holds no JSON; run the command again that writes it"
+            f"{path}: line {len(found) + 1} is damaged, it contains no JSON; run the command that writes it again"
         ) from error
     return found
 

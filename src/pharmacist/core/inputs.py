@@ -45,8 +45,7 @@ def check_outside(root: Path, options: Any, *, within: str = "") -> None:
 def refuse(what: str, root: Path) -> None:
     """Raises the ConfigError for an input that lies in the output folder."""
     raise ConfigError(
-        f"{what}: lies in the output folder {root}, where results go and which --overwrite empties; move it, or "
-        "choose another --output-dir"
+        f"{what}: lies in the output folder {root}, which --overwrite empties; move it, or choose another --output-dir"
     )
 
 

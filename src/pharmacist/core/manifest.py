@@ -25,9 +25,9 @@ class Phase(BaseModel):
 
 
 class RunManifest(BaseModel):
-    """Record of one run; written last and atomically, so that ``status == "success"`` means complete.
+    """Record of one run, written last and atomically, so that ``status == "success"`` means complete.
 
-    A ``partial`` run has results too, but some requests failed; the same command repeats those.
+    A ``partial`` run has results, but some requests failed; the same command repeats these.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,10 +38,10 @@ class RunManifest(BaseModel):
     key: str
     """sha256 of stage, stage version, identifying options and input fingerprints."""
     work_key: str = ""
-    """The same without options that only matter once all is computed: runs that share it share partial state."""
+    """The same without options that do not affect partial state; runs with the same value share partial state."""
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Fingerprint (sha256 of content) of each input, or its hub id and revision."""
+    """Fingerprint (sha256 of content) of each input, or its Hub id and revision."""
     counts: dict[str, int] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -49,14 +49,14 @@ class RunManifest(BaseModel):
     phases: dict[str, Phase] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
-    """Where the results cannot be trusted, as said at the console."""
+    """Reasons not to trust the results, as printed on the console."""
     outputs: list[str] = Field(default_factory=list)
     """Files and folders that make up the result."""
     files: dict[str, str] = Field(default_factory=dict)
-    """Every file of the outputs -> sha256 of its content when the run was finished; of runs that lie in the folder
-    their manifests alone, which know the rest."""
+    """Every output file -> sha256 of its content when the run was finished; for runs within the folder only their
+    manifests, which contain the rest."""
     made_from: dict[str, str] = Field(default_factory=dict)
-    """In a benchmark: stage -> `content` of the result that this one was made from."""
+    """In a benchmark: stage -> `content` of the result from which this one was made."""
     created: str = ""
     finished: str = ""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -77,7 +77,9 @@ def read_manifest(folder: str | Path) -> RunManifest:
     """Reads the manifest of a run folder; a DataError where there is none that this version can read."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise DataError(f"{folder}: no manifest.json, so this is no run's folder; give the --output-dir of one")
+        raise DataError(
+            f"{folder}: no manifest.json, so this is not the folder of a run; give the --output-dir of a run"
+        )
     try:
         content = read_json(path)
         # Before the validation, which refuses the further fields of a newer version.
@@ -127,13 +129,13 @@ def check_unchanged(folder: str | Path, *names: str) -> None:
         named = any(name == other or name.startswith(f"{other}/") for other in names)
         if named and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
             raise DataError(
-                f"{root / name}: is damaged, or was changed after the run had finished; run the command again that "
-                "writes it, with --overwrite"
+                f"{root / name}: is damaged, or was changed after the run had finished; run the command that writes "
+                "it again, with --overwrite"
             )
 
 
 def missing_output(folder: str | Path, manifest: RunManifest) -> str | None:
-    """The first file or folder of a finished run's outputs that is no longer there, of runs within it too."""
+    """The first file or folder of a finished run's outputs that is missing, of runs within it too."""
     root = Path(folder)
     for name in (*manifest.outputs, *manifest.files):
         path = root / name

@@ -16,20 +16,20 @@ class NoOptions:
 
 
 class Method:
-    """Base of all methods.
+    """Base class of all methods.
 
-    A subclass declares its options once, as the dataclass `Config`; they are its keyword arguments, what ``help()``
-    shows, what ``repr()`` writes and what the command line and YAML files offer; an instance may be passed instead.
-    State is prepared in ``__post_init__``, which runs after `config` is set.
+    A subclass declares its options once, as the dataclass `Config`. They are its keyword arguments (an instance of
+    `Config` may be passed instead), are shown by ``help()`` and ``repr()``, and are the options on the command line
+    and in YAML files. State is prepared in ``__post_init__``, which runs after `config` is set.
 
     Attributes:
         Config: Dataclass of the options.
         config: The options in use.
-        name: As registries, manifests and model cards call it; by default the class's name in lower case, words
-            joined by hyphens.
-        needs: Inputs without which the method cannot work, such as ``safe``, ``harmful`` or ``model``; those of an
-            instance may depend on its options.
-        paper: Source, for docs and model cards.
+        name: Name in registries, manifests and model cards; by default the class name in lower case, with words joined
+            by hyphens.
+        needs: Inputs without which the method cannot work, such as ``safe``, ``harmful`` or ``model``; for an
+            instance, they may depend on its options.
+        paper: Source of the method, for docs and model cards.
 
     >>> from pharmacist.attacks.kinds import IdentityAttack
     >>> IdentityAttack(before_prompt="AOA: ", before_completion="Sure: ")
@@ -62,11 +62,11 @@ class Method:
         """Prepares state that depends on the options."""
 
     def identity(self) -> dict[str, Any]:
-        """The options that can change a result; all of them, unless a method knows better (a batch size, say)."""
+        """The options that can change a result: all of them, unless a method excludes some, such as a batch size."""
         return dataclasses.asdict(self.config)
 
     def choice(self) -> "Choice":
-        """``{"name": ..., **options}``, the form in which options files and manifests hold a method."""
+        """``{"name": ..., **options}``, the form of a method in configuration files and manifests."""
         return Choice({"name": self.name, **dataclasses.asdict(self.config)}, type(self))
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class Method:
 
 
 class Choice(Given, dict[str, Any]):
-    """Name and options of a method, with its class `method`, which a registry needs not know."""
+    """Name and options of a method, with its class `method`, which need not be registered."""
 
     def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
         super().__init__(options)

@@ -15,19 +15,20 @@ class RunOptions(Checked):
     """Options that every command has."""
 
     output_dir: str
-    """Folder for the results; a second run into it resumes, or says that it is complete."""
+    """Folder for the results; a second run into the same folder resumes, or says that the run is complete."""
     seed: int = 0
-    """Seed of every random stream."""
+    """Seed of all random number generators."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
+    """Device that the model runs on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen weights and the forward passes; auto is bfloat16 on a GPU, and on a CPU with
-    AVX512-BF16 or AMX for models of 50M parameters or more that were saved in it (2 to 3 times as fast); else float32.
+    """Data type of the frozen weights and the forward passes. auto is bfloat16 on a GPU, and also (2 to 3 times as
+    fast) on a CPU with AVX512-BF16 or AMX, for models saved in bfloat16 with 50M parameters or more; otherwise
+    float32.
     """
     checkpoint_seconds: NotNegative = 30.0
-    """Time between checkpoints of a training: what an interruption can cost at most; 0 saves after every step."""
+    """Seconds between checkpoints of a training, the most that an interruption can cost; 0 saves after every step."""
     quiet: bool = False
-    """No progress bars and no summary."""
+    """Print no progress bars and no summary."""
     overwrite: bool = False
     """Delete the results of an earlier run in the output folder and start again."""
 
@@ -49,10 +50,10 @@ class RowOptions:
     """How files of rows are read."""
 
     columns: str | None = None
-    """Columns that stand for known ones, as prompt=question,completion=answer, in every file that has them."""
+    """Other column names, such as prompt=question,completion=answer, in every file that has these columns."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """What to do with rows that cannot be used: fail names the first ten, skip leaves them out and counts them; curate
-    also writes them to refused.jsonl."""
+    """What to do with rows that cannot be used: fail stops and names the first ten; skip leaves them out and counts
+    them, and curate also writes them to refused.jsonl."""
 
     NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"columns"})
 
@@ -62,8 +63,8 @@ class ChosenRowOptions(RowOptions):
     """How files of rows are read, and which of the rows."""
 
     where: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Only rows with these values, as --where label=true kind=advice: of each file that has the column, or of one, as
-    harmful:is_safe=false."""
+    """Only use rows with these values, such as --where label=true kind=advice, in each file that has the column, or in
+    one file, such as harmful:is_safe=false."""
 
 
 @dataclass(kw_only=True)
@@ -71,9 +72,9 @@ class ModelOptions:
     """How prompts are rendered and models are loaded."""
 
     template: Literal["auto", "chat", "alpaca"] = "auto"
-    """Prompt template; auto is the one that was saved with the model, else its own, else Alpaca."""
+    """Prompt template; auto is the template saved with the model, else its chat template, else Alpaca."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Allow code that comes with the model to run."""
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,8 @@ class TokenOptions(LengthOptions):
     """Options of models that read whole rows, none of which may lose its completion."""
 
     on_long_prompt: Literal["fail", "skip", "cut"] = "fail"
-    """What to do with a row whose prompt alone fills the length; cut takes tokens from the prompt's middle."""
+    """What to do with a row whose prompt alone fills the maximum length; cut removes tokens from the middle of the
+    prompt."""
 
 
 _UNIDENTIFYING = frozenset({"output_dir", "checkpoint_seconds", "quiet", "overwrite"})

@@ -73,7 +73,7 @@ class Registry(Generic[T]):
             if name in self._table:
                 raise
             raise ConfigError(
-                f"{self.kind} '{name}': its entry point {table[name]} cannot be imported ({error}); mend or uninstall "
+                f"{self.kind} '{name}': its entry point {table[name]} cannot be imported ({error}); fix or uninstall "
                 "the package that brings it"
             ) from error
         return found

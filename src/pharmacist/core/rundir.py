@@ -119,10 +119,10 @@ class RunDir:
                         # It is left where a kill fell between manifest and removal.
                         remove(root / "work", as_far_as_possible=True)
                         return cls(root, found, None)
-                    say(f"{root}: {lost} is no longer there, so this run is done again")
+                    say(f"{root}: {lost} is missing, so this run is repeated")
             elif not _ours(root):
                 raise ConfigError(
-                    f"{root}: holds files that are not a pharmacist run, so --overwrite leaves them alone"
+                    f"{root}: contains files that do not belong to a pharmacist run, so --overwrite leaves them alone"
                 )
             elif (root / "manifest.json").is_file():
                 read_manifest(root)
@@ -222,7 +222,7 @@ class RunDir:
         return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))
 
     def discard(self, *outputs: str) -> None:
-        """Forgets a run without results, and files that it wrote: the folder is free for one with mended input."""
+        """Forgets a run without results, and files that it wrote: the folder is free for one with corrected input."""
         if self._lock is None:
             return
         for name in outputs:
@@ -248,7 +248,7 @@ def _drop_damaged_tensors(work: Path) -> None:
     """Deletes damaged tensors of a run's partial state, so that they are computed again."""
     for path in [path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts]:
         if not is_whole_tensors(path):
-            say(f"{path}: is damaged and deleted; it is computed again")
+            say(f"{path}: is damaged and was deleted; it is computed again")
             path.unlink()
             (path.parent / "adapter_config.json").unlink(missing_ok=True)  # it says that the adapter is whole
 
@@ -322,7 +322,9 @@ def _ours(root: Path) -> bool:
 def _previous(root: Path, manifest: RunManifest, relevant: Mapping[str, Any], reopen: bool) -> RunManifest | None:
     """The manifest in `root` if it is of the same run as `manifest`; raises if it is of another."""
     if not _ours(root):
-        raise ConfigError(f"{root}: holds files that are not a pharmacist run; choose an empty --output-dir")
+        raise ConfigError(
+            f"{root}: contains files that do not belong to a pharmacist run; choose an empty --output-dir"
+        )
     if not (root / "manifest.json").is_file():
         return None
     found = read_manifest(root)

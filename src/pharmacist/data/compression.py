@@ -46,7 +46,7 @@ def check_magic(path: Path, where: str) -> None:
     if suffix and SUFFIXES[suffix] != expected:
         raise DataError(f"{where}: holds {SUFFIXES[suffix]} data under another name; rename it to end in {suffix}")
     if start and expected and not suffix:
-        raise DataError(f"{where}: is no {expected} file although its name says so; rename it or compress it again")
+        raise DataError(f"{where}: is not a {expected} file although its name says so; rename it or compress it again")
 
 
 class HashedFile(io.FileIO):

@@ -30,7 +30,7 @@ _SPEAKER = re.compile(r"(?<!\s)(?:\A|(?=\s*?\n[ \t\r]*\n))\s*(Human|User|Assista
 def as_messages(text: str) -> Any:
     """Parses a conversation that is text (JSON, Python's notation, or a transcript); other text stays unchanged.
 
-    A ValueError where it is written like a list of messages and cannot be read as one.
+    A ValueError where it looks like a list of messages but cannot be parsed.
     """
     start = text[:64].lstrip("\"' \t\r\n")
     if start.startswith(("Human:", "User:", "Assistant:", "System:")):
@@ -54,7 +54,7 @@ def as_messages(text: str) -> Any:
         found = _ROLE_KEY.search(text) and _CONTENT_KEY.search(text)
         messages = bool(found and (value is not None or re.match(r"[\[(]\s*\{", start)))
     if messages:
-        raise ValueError("is written like a list of messages and cannot be read as one")
+        raise ValueError("looks like a list of messages but cannot be parsed")
     return text
 
 
@@ -70,7 +70,7 @@ def as_list(text: str) -> Any:
             tree = ast.parse(text.strip(), mode="eval")
         for node in ast.walk(tree):
             if isinstance(node, ast.Dict) and len({ast.dump(key) for key in node.keys if key}) < len(node.keys):
-                return None  # a key that is there twice
+                return None  # a key that is given twice
         return ast.literal_eval(tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return None

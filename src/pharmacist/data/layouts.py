@@ -131,7 +131,7 @@ class RowReader:
             "".join(filter(None, canonical)).encode("utf-8")
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
-            raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is no character") from None
+            raise BadRow(f"holds the lone surrogate \\u{code:04x}, which is not a character") from None
         if not self.kinds:
             self.kinds = {name: type(row[column]) for name, column in self.needed}
         self.seen_columns |= {name for name in row.keys() & (_LABELS | _MEDIA | _TEXTS) if _is_there(row[name])}
@@ -244,7 +244,7 @@ class RowReader:
             for turn in history:
                 if isinstance(turn, list | tuple):
                     if len(turn) != 2:
-                        raise BadRow(f"'{column}' holds a list that is no pair of question and answer")
+                        raise BadRow(f"'{column}' contains a list that is not a pair of question and answer")
                     pair = zip(("user", "assistant"), turn, strict=True)
                     found += [self._turn({"role": role, "content": text}, column) for role, text in pair]
                 else:

@@ -48,7 +48,7 @@ def mix(
     for name, rows, count in (("harmful", harmful, n_harmful), ("benign", benign, n - n_harmful)):
         if count > len(rows):
             raise DataError(
-                f"{count} {name} rows are asked for and there are {len(rows)}; use fewer samples, another ratio "
+                f"{count} {name} rows are requested, but there are only {len(rows)}; use fewer samples, another ratio "
                 "or more rows"
             )
         rng = np.random.default_rng(derive(seed, "mix", name))
@@ -68,7 +68,9 @@ def mix_safe(
     ``is_harmful`` and ``is_safe`` (bool).
     """
     if count > len(safe):
-        raise DataError(f"--safe: {count} rows are asked for and there are {len(safe)}; mix in fewer or give more")
+        raise DataError(
+            f"--safe: {count} rows are requested, but there are only {len(safe)}; mix in fewer or give more"
+        )
     rng = np.random.default_rng(derive(seed, "mix", "safe"))
     chosen = rng.permutation(len(safe))[:count]
     kept = np.arange(len(rows))

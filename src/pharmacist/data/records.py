@@ -165,7 +165,7 @@ def read_records(
     Args:
         source: The rows.
         work_dir: Folder for the memory-mapped result.
-        side: Which answer of a preference row is its completion.
+        side: Which answer of a preference row is the completion.
         columns: Column of a layout -> the source's column that stands for it, ``{"prompt": "question"}``.
         on_bad_row: ``fail`` names the first ten rows that cannot be used; ``skip`` leaves them out, see
             `Records.refused`.
@@ -229,7 +229,7 @@ def read_records(
             asked = " and ".join(map(str, where or ()))
             raise DataError(f"{source.where}: none of {filtered} rows has {asked}; check the value of --where")
         if not total:
-            raise DataError(f"{source.where}: holds no rows; give a file with at least one")
+            raise DataError(f"{source.where}: contains no rows; give a file with at least one row")
         if bad and not (skip and bad < total):
             raise DataError(f"{source.where}: {_what_is_wrong(refused, bad, total, skip, reader)}")
     assert reader.layout is not None
@@ -252,8 +252,8 @@ def _what_is_wrong(refused: Sequence[Row], bad: int, total: int, skip: bool, rea
         )
     what = by_reason({row.where: row.reason or "" for row in refused[:NAMED_ROWS]}, bad)
     if bad == total and skip:
-        return f"none of the {total} rows can be used: {what}; mend them"
+        return f"none of the {total} rows can be used: {what}; fix them"
     return (
         f"{'1 row' if bad == 1 else f'{bad} rows'} of {total} cannot be used: {what}; "
-        "mend or delete them, or leave them out with --on-bad-row skip"
+        "fix or delete them, or leave them out with --on-bad-row skip"
     )

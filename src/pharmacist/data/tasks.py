@@ -16,7 +16,7 @@ MARKER = "The final answer is: "
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A public dataset (hub id), its rows as instruction, input and output, and the rows of published evaluations."""
+    """A public dataset (Hub id), its rows as instruction, input and output, and the rows of published evaluations."""
 
     source: str
     convert: Callable[[Mapping[str, Any]], tuple[str, str, str]]

@@ -86,7 +86,7 @@ class Template:
                 try:
                     (texts[position],) = self._chat([turns], tokenizer)
                 except Exception as error:
-                    refused[position] = f"the chat template refuses its turns ({one_line(error)})"
+                    refused[position] = f"the chat template rejects its turns ({one_line(error)})"
         dropped = cache(partial(self._dropped_role, tokenizer))  # by roles, for templates treat turns by their roles
         for position, turns in enumerate(conversations):
             if position not in refused:
@@ -134,7 +134,7 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") ->
     if isinstance(own, dict):
         own = own.get("default")
     if own is not None and not isinstance(own, str):
-        raise CompatibilityError("the tokenizer's chat_template is no text; mend it in tokenizer_config.json")
+        raise CompatibilityError("the tokenizer's chat_template is not text; fix it in tokenizer_config.json")
     if kind == "alpaca" or (kind == "auto" and own is None):
         return Template("alpaca")
     if own is None:
@@ -156,7 +156,7 @@ def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", nam
         if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
             return
         reason = one_line(error)
-        raise CompatibilityError(f"{name}: its chat template fails ({reason}); mend it or choose alpaca") from error
+        raise CompatibilityError(f"{name}: its chat template fails ({reason}); fix it or choose alpaca") from error
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def load_template(folder: str | os.PathLike[str]) -> Template | None:
                 found = read_json(path)
                 return Template(found["kind"], found.get("chat_template"))
             except (ValueError, KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
-                raise DataError(f"{path}: is no template; delete it, or copy it from the original model") from error
+                raise DataError(f"{path}: is not a template; delete it, or copy it from the original model") from error
     return None
 
 

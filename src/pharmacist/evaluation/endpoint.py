@@ -33,8 +33,8 @@ from pharmacist.evaluation.text import writable
 K = TypeVar("K")
 
 _REFUSED = {
-    401: "set the key that it wants in ${key}",
-    403: "the key in ${key} may not use it",
+    401: "set the key that it expects in ${key}",
+    403: "the key in ${key} has no access to it",
     404: "check the address and the model's name",
 }
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -61,18 +61,19 @@ class EndpointConfig(Checked):
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: AtLeast1 = 8
-    """Number of questions in flight at a time."""
+    """Maximum number of concurrent requests."""
     timeout: Positive = 120.0
-    """Longest time for one whole reply, in seconds."""
+    """Longest time for a whole reply, in seconds."""
     attempts: AtLeast1 = 6
-    """Tries per question, counting the first."""
+    """Maximum number of attempts per request, including the first."""
     max_wait: NotNegative = 60.0
-    """Longest pause between two tries, in seconds; pauses double from one second on."""
+    """Longest pause between two attempts, in seconds; pauses double, starting at one second."""
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """Name under which the longest reply is sent; OpenAI's reasoning models want max_completion_tokens."""
+    """Name of the request field for the longest reply; OpenAI's reasoning models expect max_completion_tokens."""
     body: dict[str, Any] = field(default_factory=dict)
-    """More fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field, as
-    {temperature: null} does."""
+    """Further fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field,
+    as in
+{temperature: null}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,10 +131,10 @@ class Endpoint:
         self.config, self.name = config, name
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError(f"{name}: the key in ${config.api_key_env} has characters that no key has; set it again")
+            raise ConfigError(f"{name}: the key in ${config.api_key_env} contains invalid characters; set it again")
         base = httpx.URL(config.base_url)
         if self._key and base.userinfo:  # of the two only the address's would be sent
-            where = f"{name}: its address holds credentials, and ${config.api_key_env} a key"
+            where = f"{name}: its address contains credentials, and ${config.api_key_env} a key"
             raise ConfigError(f"{where}; leave one out, or name another variable by api_key_env")
         self._address, self._password = base.copy_with(path=base.path.rstrip("/") + "/chat/completions"), base.password
 
@@ -205,7 +206,7 @@ class Endpoint:
                 return await retrying(self._once, client, body)
             except httpx.ConnectError as error:
                 raise DataError(
-                    f"{self.name}: {self.config.shown} does not answer ({plain(error)}); start the server or mend "
+                    f"{self.name}: {self.config.shown} does not respond ({plain(error)}); start the server or fix "
                     "base_url, then run the same command again; what was answered is kept"
                 ) from error
             except (TimeoutError, httpx.TimeoutException):

@@ -171,9 +171,9 @@ class Evaluator:
             answer = Answer(item["answer"], item["tokens"], item["finished"], **more, separated=True)
             answers = found.get(item["set"])
             if answers is None or len(answers) >= len(self.rows[item["set"]]):
-                raise DataError("items.jsonl holds answers to other prompts; --overwrite evaluates again")
+                raise DataError("items.jsonl contains answers to other prompts; --overwrite evaluates again")
             if self._item(item["set"], len(answers), answer)["id"] != item["id"]:
-                raise DataError(f"items.jsonl: {item['id']} is no prompt of this run; --overwrite evaluates again")
+                raise DataError(f"items.jsonl: {item['id']} is not a prompt of this run; --overwrite evaluates again")
             answers.append(answer)
         if any(len(answers) < len(self.rows[name]) for name, answers in found.items()):
             raise DataError("items.jsonl lacks answers; --overwrite evaluates again")

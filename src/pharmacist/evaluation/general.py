@@ -33,7 +33,7 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
         CompatibilityError: Their tokenizers differ, so that losses per token cannot be compared.
     """
     if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(base.tokenizer):
-        raise CompatibilityError(f"--base {base.name}: has another tokenizer than {model.name}; give its own base")
+        raise CompatibilityError(f"--base {base.name}: has a different tokenizer than {model.name}; give its own base")
     length = min(model.max_length, base.max_length)
     encoded = encode(
         rows, model.tokenizer, model.template, max_length=length, on_long_prompt="skip", name="--perplexity"
@@ -79,7 +79,7 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
 
     found = run_pass(loaded.model, encoded, measure, work=work, description=flag.removeprefix("--"))["nll"]
     if not np.isfinite(found).all():
-        raise DataError(f"{flag}: {loaded.name} gives losses that are no numbers; is the model broken?")
+        raise DataError(f"{flag}: {loaded.name} gives losses that are not numbers; is the model broken?")
     return found
 
 
@@ -106,7 +106,7 @@ def check_lm_eval(tasks: str) -> list[str]:
         importlib.import_module("lm_eval")
     except ImportError as error:
         how = "pip install 'pharmacist[lm-eval]'"
-        raise CompatibilityError(f"--lm-eval: the harness is not installed; {how}") from error
+        raise CompatibilityError(f"--lm-eval: lm-eval is not installed; {how}") from error
     return names
 
 
@@ -122,7 +122,7 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
         seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
         found = harness.simple_evaluate(model=model, tasks=names, log_samples=False, **seeds)
     except (KeyError, ValueError, OSError) as error:
-        raise DataError(f"--lm-eval {','.join(names)}: the harness cannot run them ({one_line(error)})") from error
+        raise DataError(f"--lm-eval {','.join(names)}: lm-eval cannot run them ({one_line(error)})") from error
     judge = f"lm-eval@{getattr(harness, '__version__', 'unknown')}"
     return {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
 

@@ -24,9 +24,9 @@ class JudgingModelConfig(EndpointConfig):
     """Options of a judging model."""
 
     model: str = ""
-    """The endpoint's name for the judging model."""
+    """Name of the LLM judge at the endpoint."""
     max_tokens: AtLeast1 = 1024
-    """Longest reply of the judging model in tokens."""
+    """Longest reply of the LLM judge in tokens."""
 
     def identity(self) -> dict[str, Any]:
         """The options that can change the replies: address, model, and length of replies."""
@@ -53,7 +53,7 @@ class JudgingModel(Decider):
         """Checks that an address and a model are given."""
         Endpoint(self.config, self._who)
         if not self.config.model:
-            raise ConfigError(f"{self._who}: give the judging model with {self.option}.model NAME")
+            raise ConfigError(f"{self._who}: give the LLM judge with {self.option}.model NAME")
 
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks the judging model.
@@ -104,7 +104,7 @@ class JudgingModel(Decider):
         if asked and len(unscored) == asked:
             raise DataError(
                 f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
-                f"({count_reasons(unscored)}); mend it or take another {self.option}; the answers are kept"
+                f"({count_reasons(unscored)}); fix it or choose another {self.option}; the answers are kept"
             )
 
 

@@ -1,4 +1,4 @@
-"""Model names: hub ids, and folders with whole weights or with an adapter that names its base model."""
+"""Model names: Hub ids, and folders with whole weights or with an adapter that names its base model."""
 
 import os
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class ModelSource:
 
     @property
     def weights(self) -> str:
-        """The hub id, or the folder of whole weights, for transformers to load."""
+        """The Hub id, or the folder of whole weights, for transformers to load."""
         return str(weights_folder(Path(self.name))) if Path(self.name).is_dir() else self.name
 
     @contextmanager
@@ -124,14 +124,14 @@ def _key(adapter: Path) -> str:
 
 
 def _check_name(name: str) -> None:
-    """Refuses what can be neither a hub id nor a folder of weights or of an adapter, before anything is read."""
+    """Refuses what can be neither a Hub id nor a folder of weights or of an adapter, before anything is read."""
     folder = Path(name)
     exists = os.path.isdir(folder)
     check_ordinary(folder, name)
     if os.path.isfile(folder):
-        raise DataError(f"{name}: is a file; a model folder or a hub id is needed")
+        raise DataError(f"{name}: is a file; a model folder or a Hub id is needed")
     if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise DataError(f"{name}: no such folder; a model folder or a hub id is needed")
+        raise DataError(f"{name}: no such folder; a model folder or a Hub id is needed")
     if exists and adapter_folder(folder) is None:
         for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
             if not any(weights_folder(folder).glob(pattern)):

@@ -93,7 +93,7 @@ def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one.
 
     That of a loaded one is over its weights, its active adapters and the settings of all adapters. The fingerprint of
-    a hub id is the id itself. A `DataError` where a name can be neither folder nor hub id.
+    a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128()
@@ -134,7 +134,7 @@ def trained_on(name: str | LoadedModel) -> str | None:
 
 
 def base_of(name: str | LoadedModel) -> str | None:
-    """The base model that a local adapter names; None of whole weights and hub ids."""
+    """The base model that a local adapter names; None of whole weights and Hub ids."""
     if isinstance(name, LoadedModel):
         return name.label if isinstance(name.model, PeftModel) else None
     adapter = adapter_folder(Path(name))
@@ -150,7 +150,7 @@ def load_model(
     trust_remote_code: bool = False,
     merge: bool = True,
 ) -> LoadedModel:
-    """Loads a hub id, a local model, a PEFT adapter, or the output folder of an `align`, `attack` or `repair`.
+    """Loads a Hub id, a local model, a PEFT adapter, or the output folder of an `align`, `attack` or `repair`.
 
     Adapters are merged into their base, which may itself be such a folder.
 
@@ -204,7 +204,7 @@ def wrap_model(
         or getattr(own.config, "is_encoder_decoder", False)
     ):
         kind = type(own).__name__
-        raise ConfigError(f"model: must be a path, a hub id or a loaded causal language model, not {kind}")
+        raise ConfigError(f"model: must be a path, a Hub id or a loaded causal language model, not {kind}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"tokenizer: must be a loaded tokenizer, not {type(tokenizer).__name__}")
     path = str(getattr(model, "name_or_path", "") or "")
@@ -347,11 +347,11 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     while cause is not None and not isinstance(cause, GatedRepoError):
         cause = cause.__cause__
     if cause is not None:
-        what = "is gated: accept its terms on the hub and log in (hf auth login), or"
+        what = "is gated: accept its terms on the Hub and log in (hf auth login), or"
     elif offline():
-        what = "no such model folder, and as a hub id: HF_HUB_OFFLINE forbids the hub;"
+        what = "no such model folder, and as a Hub id: HF_HUB_OFFLINE forbids downloads;"
     else:
-        what = "no such model folder, and as a hub id: not found on the hub or not reachable;"
+        what = "no such model folder, and as a Hub id: not found on the Hub or not reachable;"
     return f"{name}: {what} give the path of a downloaded model folder"
 
 

@@ -14,6 +14,6 @@ class AdapterOptions(Checked):
     alpha: AtLeast1 = 16
     """Scale: the update is multiplied by alpha / r."""
     learning_rate: Positive = 2e-3
-    """Peak of the AdamW learning rate; linear warm-up over a tenth of the steps, then linear decay to zero."""
+    """Peak AdamW learning rate, with linear warm-up over a tenth of the steps and then linear decay to zero."""
     batch_size: AtLeast1 = 16
     """Rows per step and stream."""

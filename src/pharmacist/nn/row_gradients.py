@@ -68,7 +68,7 @@ def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor
 
     def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         if output.dim() != 3 or name in outputs:
-            raise CompatibilityError(f"{name}: is used in a way in which rows cannot be told apart")
+            raise CompatibilityError(f"{name}: is used in a way in which rows cannot be separated")
         inputs[name], outputs[name] = args[0].detach(), output
 
     with hooked(layers, record):

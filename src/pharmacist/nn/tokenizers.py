@@ -35,7 +35,7 @@ def adapter_tokenizer(
     """
     own, tokenizer = None, base
     if (adapter / "tokenizer_config.json").is_file():
-        advice = "mend it, or delete its tokenizer files for the base's"
+        advice = "fix it, or delete its tokenizer files for the base's"
         with failures_as(
             DataError, lambda error: f"{adapter}: its own tokenizer cannot be loaded ({one_line(error)}); {advice}"
         ):

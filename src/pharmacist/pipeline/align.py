@@ -29,7 +29,9 @@ def align(options: AlignOptions) -> ModelResult:
     """
     strategy = DEFENSES.build_from(options.defense)
     if "align" not in strategy.stages:
-        raise CompatibilityError(f"--defense {options.defense['name']}: is not for alignment but for `attack`")
+        raise CompatibilityError(
+            f"--defense {options.defense['name']}: is not an alignment-stage defense; use it with `attack`"
+        )
     sources = {"data": open_source(options.data, name="--data")}
     if options.harmful is not None:
         sources["harmful"] = open_source(options.harmful, name="--harmful")

@@ -58,7 +58,7 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
     """
     defense = options.defense["name"]
     if "finetune" not in strategy.stages:
-        raise CompatibilityError(f"--defense {defense}: is not for fine-tuning but for `align`")
+        raise CompatibilityError(f"--defense {defense}: is not a fine-tuning-stage defense; use it with `align`")
     if options.adapter == "continue" and base_of(options.model) is None:
         raise ConfigError(f"--adapter continue: {options.model} holds no adapter; leave it out for a fresh one")
     needed = {name: f"--kind {options.kind['name']}" for name in sorted(kind.needs, reverse=True)}

@@ -118,7 +118,7 @@ def choose(
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:
-        raise ConfigError(f"diversity {diversity}: rank the pool with it first, which says how near rows are")
+        raise ConfigError(f"diversity {diversity}: rank the pool with it first, which measures distances between rows")
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
     candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
@@ -128,7 +128,7 @@ def choose(
         chosen = candidates.index[candidates["score"] >= min_score].to_numpy()
         if not len(chosen):
             best = table["score"].max()
-            raise ConfigError(f"min score {min_score:g}: no row has it, the best has {best:.4g}; ask for less")
+            raise ConfigError(f"min score {min_score:g}: no row reaches it, the best has {best:.4g}; ask for less")
         return chosen
     if fraction is not None:
         if not 0 < fraction <= 1:
@@ -164,7 +164,7 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     bad = chosen[~chosen.isin(GOOD_REASONS)].value_counts()
     if len(bad):
         named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
-        return [f"{int(bad.sum())} of the {selected} selected rows are so only to fill the quota: {named}"]
+        return [f"{int(bad.sum())} of the {selected} selected rows are only there to fill the quota: {named}"]
     if selected < k and not options.fill and options.diversity != "near-duplicates":
         few = f"{selected} rows are selected, not {k}: no others look worth keeping"
         return [f"{few}; --fill takes the next best all the same"]

@@ -125,7 +125,7 @@ class CurateInputs:
         for one, other in combinations([kind for kind in REFERENCES if kind in records], 2):
             if texts(records[one]) == texts(records[other]):
                 raise DataError(
-                    f"--{one} and --{other} hold the same rows, so nothing tells them apart; check the two files"
+                    f"--{one} and --{other} hold the same rows, so they cannot be distinguished; check the two files"
                 )
         for name in [name for name in records if name != "pool"]:
             shared = shared_prompts(records["pool"].dataset, records[name].dataset)
@@ -189,7 +189,7 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
     if options.resume_selector is not None:
         if type(selector).save is Selector.save:
             own = options.selector["name"]
-            raise ConfigError(f"--resume-selector: '{own}' keeps nothing that it learns; leave the option out")
+            raise ConfigError(f"--resume-selector: '{own}' stores nothing that it learns; leave the option out")
         saved = Path(options.resume_selector)
         check_unchanged(saved, "selector")
         check_unchanged(saved.parent, saved.name)
@@ -199,7 +199,7 @@ def _check_models(selector: Selector, options: CurateOptions) -> None:
             read_json(path)
         for path in sorted(folder.rglob("*.safetensors")):
             if not is_whole_tensors(path):
-                raise DataError(f"{path}: is damaged; put it back as it was, or train the selector again")
+                raise DataError(f"{path}: is damaged; restore it, or train the selector again")
         selector.check_saved(saved, options.model)
     if options.embedder is not None:
         check_sentence_encoder()

@@ -1,4 +1,4 @@
-"""The command `demo`: rank, select, align, attack, evaluate on the made-up world, as the grid in ``demo.yaml``.
+"""The command `demo`: rank, select, align, attack, evaluate on the synthetic world, as the grid in ``demo.yaml``.
 
 Users can do the same on their files with `pharmacist bench`. Every stage has a separate folder, so that an interrupted
 demo resumes where it stopped; links such as ``align/core-0`` give these folders readable names.
@@ -190,7 +190,7 @@ def _show(result: DemoResult) -> None:
             f"ranking: AUC {quality['auc']:.3f} ({quality['keep']} against the rest), "
             f"{summary['selection_seconds']:.0f} s"
         )
-    out.print(f"page: {result.folder / 'report.html'}   figures: {result.folder / 'demo.json'}")
+    out.print(f"report: {result.folder / 'report.html'}   figures: {result.folder / 'demo.json'}")
     out.print(
         "next, your own pool: pharmacist curate --pool POOL --safe SAFE --harmful HARMFUL --model MODEL "
         "--output-dir DIR"

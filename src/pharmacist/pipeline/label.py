@@ -68,9 +68,9 @@ def label(options: LabelOptions) -> dict[int, str]:
     if output.exists():
         labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
     if not sys.stdin.isatty():
-        raise ConfigError("standard input is no terminal; label in one, or on the page report.html")
+        raise ConfigError("standard input is not a terminal; use a terminal, or label the rows in report.html")
     width = max(map(len, LABELS))
-    _say(f"{len(asked)} rows to label; answer by a word or its first letter, and Enter.")
+    _say(f"{len(asked)} rows to label; answer with a label or its first letter, then Enter.")
     _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
     _ask(asked, labels, keep=lambda: write_labels(output, pool, labels))
     kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
@@ -125,7 +125,7 @@ def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None])
         else:
             _say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
     skipped = past.count(False)
-    _say(f"all rows are through{f', {skipped} of them skipped' if skipped else ''}")
+    _say(f"all rows are done{f', {skipped} of them skipped' if skipped else ''}")
 
 
 def _say(*lines: str) -> None:

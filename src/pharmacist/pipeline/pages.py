@@ -44,7 +44,7 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run the command again") from error
     if missing := [name for name in columns if name not in table]:
-        raise DataError(f"{path}: has no column {missing[0]}; run the command again that writes it")
+        raise DataError(f"{path}: has no column {missing[0]}; run the command that writes it again")
     return table
 
 

@@ -42,8 +42,8 @@ class Ranking:
         source: The pool.
         table: The content of ``scores.parquet``: row, score, rank, selected, reason and the selector's signals.
         manifest: Manifest of the run, as JSON.
-        about: The selector's own report, such as its quality on held-out references.
-        to_label: Positions of the rows whose labels would teach most, shape [rows to label].
+        about: The selector's report, such as its quality on held-out references.
+        to_label: Positions of the rows whose labels are most informative, shape [rows to label].
         folder: Folder of the run, for messages.
     """
 
@@ -60,20 +60,20 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Ranking":
-        """Loads a ranking that `curate` has written into a folder, and opens its pool.
+        """Loads a ranking from the output folder of `curate` and opens its pool.
 
         Raises:
-            DataError: The folder holds no finished ranking, or the pool has changed since.
+            DataError: The folder contains no finished ranking, or the pool has changed since then.
         """
         folder, manifest = Path(folder), ranking_manifest(folder)
         config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
         pool = f"{folder}: the pool {config['pool']}"
-        again = "put it back as it was (a relative path counts from here), or rank it again with pharmacist curate"
+        again = "restore it (a relative path counts from here), or rank it again with pharmacist curate"
         try:
             source = open_source(config["pool"], name="pool")
         except DataError as error:
-            raise DataError(f"{pool} is no longer there; {again}") from error
+            raise DataError(f"{pool} is missing; {again}") from error
         if source.fingerprint() != manifest.inputs.get("pool"):
             raise DataError(f"{pool} has changed since it was ranked; {again}")
         lines = folder / "to_label.jsonl"
@@ -84,7 +84,7 @@ class Ranking:
 
     @property
     def records(self) -> Records:
-        """The ranked rows in the order of `table`; those of a loaded ranking are read on first use."""
+        """The ranked rows in the order of `table`; for a loaded ranking, they are read on first use."""
         if self._records is None:
             config, self._scratch = self.manifest["config"], tempfile.TemporaryDirectory(prefix="pharmacist-")
             found = read_records(
@@ -127,7 +127,7 @@ class Ranking:
         return self.table.copy()
 
     def counts(self) -> pd.DataFrame:
-        """Rows per reason (index), selected and left out (columns)."""
+        """Number of rows per reason (index), selected and left out (columns)."""
         found = pd.crosstab(self.table["reason"].astype(str), self.table["selected"])
         found = found.reindex(columns=[True, False], fill_value=0)
         return found.set_axis(["selected", "left out"], axis=1).rename_axis(columns=None)
@@ -143,20 +143,21 @@ class Ranking:
         balance_share: float = 0.0,
         fill: bool = False,
     ) -> "datasets.Dataset":
-        """The core subset with all input columns, in input order.
+        """Selects the core subset, with all input columns and in input order.
 
         Args:
             fraction: Share of the ranked rows, in (0, 1].
-            k: Number of rows, instead.
-            min_score: Least score, instead.
+            k: Number of rows, instead of `fraction`.
+            min_score: Minimum score, instead of `fraction`.
             diversity: ``near-duplicates`` leaves out near-duplicates of higher-ranked rows; ``k-center`` and
-                ``facility-location`` need a ranking that was made with one of the two, and not loaded.
-            diversity_margin: The latter two choose from that many times as many best-ranked rows.
-            balance_share: Least share of every group, in a ranking that was made with ``balance``; 0 sets none.
-            fill: Whether rows whose reason speaks against them may be taken to reach the share or number.
+                ``facility-location`` need a ranking that was made with one of the two and was not loaded.
+            diversity_margin: ``k-center`` and ``facility-location`` choose from this many times as many best-ranked
+                rows.
+            balance_share: Minimum share of every group, in a ranking that was made with ``balance``; 0 means none.
+            fill: Whether rows whose reason speaks against them may be selected to reach the share or number.
 
         Raises:
-            ConfigError: No row qualifies, the ranking lacks what the choice needs, or ``min_score`` stands beside
+            ConfigError: No row qualifies, the ranking lacks what the choice needs, or ``min_score`` is combined with
                 ``balance_share`` or a ``diversity`` that chooses among rows.
         """
         how: dict[str, Any] = {"margin": diversity_margin, "share": balance_share, "fill": fill}
@@ -169,7 +170,7 @@ class Ranking:
             self.table.to_parquet(temporary, index=False)
 
     def report(self, path: str | Path, labels: list[str] | None = None) -> None:
-        """Writes the page, an HTML file; `labels` are the known labels of the ranked rows of a planted pool."""
+        """Writes the HTML report; `labels` are the known labels of the ranked rows of a synthetic pool."""
         # A row has any number of categories. A long pool without any is not read to its end.
         names = map(category_names, self.records.originals({"category", "categories"}))
         first = list(islice(names, _FIRST))
@@ -185,7 +186,7 @@ class Ranking:
         )
 
     def asked(self) -> list[dict[str, Any]]:
-        """The rows whose labels would teach most: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
+        """The rows whose labels are most informative: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]

@@ -34,7 +34,9 @@ def report(options: ReportOptions) -> str:
     }
     if manifest.stage not in pages:
         known = " or ".join(pages)
-        raise ConfigError(f"{folder}: a run of '{manifest.stage}', which has no page; give the folder of a {known}")
+        raise ConfigError(
+            f"{folder}: a run of '{manifest.stage}', which has no HTML report; give the folder of a {known}"
+        )
     if manifest.stage != "bench":  # of which what is finished can be shown
         if manifest.status != "success":
             raise DataError(
@@ -43,5 +45,5 @@ def report(options: ReportOptions) -> str:
         if options.baseline is not None:
             raise ConfigError(f"--baseline {options.baseline}: only selectors of a bench are compared with one")
     pages[manifest.stage]()
-    say(f"page {folder}/report.html")
+    say(f"report {folder}/report.html")
     return f"{folder}/report.html"

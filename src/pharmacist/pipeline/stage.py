@@ -15,30 +15,30 @@ from pharmacist.nn.distributed import from_main
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage, from files to files; command line, benchmarks, Python and docs are made from its declaration.
+    """Declaration of a stage, from which command line, benchmarks, Python interface and docs are derived.
 
     Attributes:
-        name: Of its command, and in manifests.
-        options: Class of its options, whose doc says what each means.
-        run: ``"module:function"`` that does the work, imported when it is asked for; by default what is called like
-            the stage, function and module.
-        summary: What it does, in a line of the command line's usage.
+        name: Name of the command, also in manifests.
+        options: Dataclass of its options, whose docstrings describe them.
+        run: ``"module:function"`` that does the work, imported on first use; by default the function and module with
+            the name of the stage.
+        summary: One line for the usage message of the command line.
         example: A command line.
-        page: Name of its how-to page, where that is not its own.
-        version: Raised by hand whenever its results change, so that old folders are not taken for new.
-        files: Options that name rows.
-        models: Options that name models.
-        folders: Options that name other folders or hub ids, such as encoders.
-        unidentifying: Options that change no result, besides those of which this is true in every run.
-        final: Options that no partial state depends on; an unfinished run goes on when they change.
-        final_inputs: Inputs of which the same is true, and of the further files of each (``safe 2``).
-        reopens: A finished run goes on too when only these change; the stage finds in its results what it need not
-            compute again.
-        read_again: Outputs that it reads where the run is finished already.
-        costly: Patterns of partial state for whose sake a run that fails keeps its folder.
-        early: Outputs that are written before any of it.
-        again: What ``--overwrite`` does with a finished run, for the message; empty where nothing is said.
-        by_axes: Options that the axes of a benchmark decide.
+        page: Name of its how-to page, if it differs from the name.
+        version: Raised by hand whenever its results change, so that old folders are not taken for current ones.
+        files: Options that refer to rows.
+        models: Options that refer to models.
+        folders: Options that refer to other folders or Hub ids, such as encoders.
+        unidentifying: Options that change no result, besides those that never do.
+        final: Options on which no partial state depends; an unfinished run continues when they change.
+        final_inputs: Inputs for which the same is true, including the further files of each (``safe 2``).
+        reopens: Whether a finished run continues when only these change; the stage takes from its results what need
+            not be computed again.
+        read_again: Outputs that it reads if the run is already finished.
+        costly: Patterns of partial state that is worth keeping; a failed run with such files keeps its folder.
+        early: Outputs that are written before any of this.
+        again: What ``--overwrite`` does with a finished run, for the message; empty for no message.
+        by_axes: Options that are set by the axes of a benchmark.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Stage:
     ) -> Iterator[RunDir]:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
-        A run that fails on bad input frees its folder for one with mended input, unless it holds costly results.
+        A run that fails on bad input frees its folder for one with corrected input, unless it holds costly results.
 
         Args:
             options: Of the run.
@@ -125,7 +125,7 @@ class Stage:
             if run.temporary is not None:  # all processes share the first's
                 run.root = from_main(run.root)
             if run.complete and self.again:
-                say(f"{run.root}: complete already; --overwrite {self.again}")
+                say(f"{run.root}: already complete; --overwrite {self.again}")
             yield run
         except PharmacistError:
             if not any(run.holds(pattern) for pattern in self.costly):

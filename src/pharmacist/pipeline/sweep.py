@@ -255,7 +255,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
     partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
     if partial:
-        warn("answers or verdicts failed; the figures are over the rest, and the same command asks for them again")
+        warn("answers or verdicts failed; the metrics cover the rest, and the same command requests them again")
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)
@@ -362,5 +362,5 @@ def _show(result: SweepResult) -> None:
     print_table(title, names, lines[:_SHOWN], text=(len(head) - 1,), wrap=False)
     if len(lines) > _SHOWN:
         say(f"{len(lines) - _SHOWN} more in {result.folder / 'sweep.md'}")
-    files = [f"page {result.folder / 'report.html'}", f"figures {result.folder / 'sweep.json'}"]
+    files = [f"report {result.folder / 'report.html'}", f"figures {result.folder / 'sweep.json'}"]
     say("\n".join([*sentences(result.summary), *files]))

@@ -44,7 +44,7 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     try:
         table = pd.read_parquet(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"--weights {path}: is no Parquet file that can be read") from error
+        raise DataError(f"--weights {path}: is not a readable Parquet file") from error
     if "weight" not in table:
         raise DataError(
             f"--weights {path}: has no column 'weight'; selectors with weights write one (toxic-lora, unrolled, seal)"
@@ -65,7 +65,9 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     bad = np.flatnonzero(~np.isfinite(weight) | (weight < 0))
     if len(bad):
         found = table["weight"].iloc[int(bad[0])]
-        raise DataError(f"--weights {path}: the weight of row {bad[0]} is {str(found)[:40]!r}, not a number from 0 up")
+        raise DataError(
+            f"--weights {path}: the weight of row {bad[0]} is {str(found)[:40]!r}, not a number of at least 0"
+        )
     return dict(enumerate(weight.tolist()))
 
 

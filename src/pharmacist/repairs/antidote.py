@@ -14,10 +14,10 @@ class AntidoteConfig(Checked):
     """Options of Antidote."""
 
     alpha: Share = 0.1
-    """Share of the entries that is pruned, in (0, 1]: of each row of a weight, of each factor of an adapter."""
+    """Share of entries that are pruned, in (0, 1], per row of a weight matrix or per factor of an adapter."""
     compat: Literal["none", "reference"] = "none"
-    """reference: by rows of factors too, and rounds the number of pruned entries as the published code does, up to one
-    more."""
+    """reference: prune factors per row too, and round the number of pruned entries as the published code does, up to
+    one more."""
 
 
 def scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:

@@ -35,10 +35,10 @@ class NLSRConfig(Checked):
     prune_rate: Share = 0.5
     """Mean probability that a module's safety region is restored."""
     epsilon: NotNegative = 0.2
-    """Spread of that probability around its mean: highest for the module least similar to the reference."""
+    """Spread of this probability around its mean; it is highest for the module least similar to the reference."""
     compat: Literal["none", "reference"] = "none"
-    """reference: the published ranking, by which the most similar module is the likeliest, and the published
-    amplification, which multiplies the update by 4 * beta^2."""
+    """reference: the published ranking, under which the most similar module is the most likely to be restored, and the
+published amplification, which multiplies the update by 4 * beta^2."""
 
 
 def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_outputs: bool = False) -> torch.Tensor:

@@ -11,11 +11,11 @@ class SafeLoraConfig(Checked):
     """Options of Safe LoRA."""
 
     select: Literal["threshold", "number"] = "threshold"
-    """Which modules are projected: those at or below the threshold, or a number of the most dissimilar ones."""
+    """Which modules are projected: those at or below the threshold, or a number of the least similar ones."""
     threshold: Fraction = 0.5
-    """Cosine between an update and its projection at or below which it is projected."""
+    """Cosine similarity between an update and its projection at or below which the update is projected."""
     number: AtLeast1 = 10
-    """How many modules are projected under number."""
+    """Number of modules that are projected with the choice number."""
     projector: Literal["orthogonal", "paper", "trace"] = "orthogonal"
-    """orthogonal: onto the column space of the alignment update V; of no use where that is the whole space, as after
-    full tuning. paper: V V^T / |V|, which also rescales by the size of V. trace: V V^T / |V|^2, which only shrinks."""
+    """orthogonal: onto the column space of the alignment update V; of no use if that is the whole space, as after full
+    tuning. paper: V V^T / |V|, which also rescales by the size of V. trace: V V^T / |V|^2, which only shrinks."""

@@ -47,7 +47,7 @@ def chosen(cosines: Sequence[float], config: SafeLoraConfig) -> list[int]:
 
 
 class SafeLora(Repair):
-    """Projects a user's update onto the column space of the alignment's update where it points away from that.
+    """Projects a user's update onto the column space of the alignment update if it points away from it.
 
     It needs no data. It reads products of factors alone, so the factorisation does not matter.
 

@@ -315,7 +315,7 @@ def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[
             for it in series
         ]
         if compared and rows:
-            name = f"minus {benchmark.baseline}, mean over defenses and settings; * beyond chance in one or more"
+            name = f"minus {benchmark.baseline}, mean over defenses and settings; * significant in one or more"
             head = ["aligned on", *(f"{metric.title}, {metric.unit}" for metric in compared)]
             yield f"{title}, {name}" if title else name, head, rows
 
@@ -357,15 +357,15 @@ def note(benchmark: Benchmark) -> str:
     """A paragraph that explains the numbers of a table."""
     n = len(benchmark.seeds)
     if n < 2:
-        return "One seed, so nothing is known of chance: no intervals, no tests."
+        return "One seed: no intervals and no tests."
     text = f"Means over {n} seeds with 95 % intervals (Student's t); none where all seeds agree to the last digit."
     if benchmark.has_baseline:
         families = sorted(set(benchmark.comparisons.values()) - {0})
         family = " to ".join(str(it) for it in dict.fromkeys((families[0], families[-1]))) if families else "no"
         text += (
-            " Differences are paired by seed, with 95 % intervals that are not corrected; bold where a paired t test "
-            f"with Holm's correction over the {family} comparisons of its metric puts the difference beyond chance "
-            f"(p < {LEVEL}). One that is the same in every seed has no spread to test against: it is not bold."
+            " Differences are paired by seed, with 95 % intervals that are not corrected. A difference is bold if it "
+            f"is significant (p < {LEVEL}) in a paired t test with Holm's correction over the {family} comparisons of "
+            "its metric. A difference that is the same in every seed has no spread to test against and is not bold."
         )
     return text
 

@@ -68,7 +68,7 @@ LABELS = Words(
     noisy=Word("Noisy", "A damaged answer.", "--low-quality"),
     mislabel=Word("Mislabelled", "A harmful request that is answered.", "--compliance"),
 )
-"""Labels of the made-up world; a fault has the colour of the reason that a selector should give."""
+"""Labels of the synthetic world; a fault has the colour of the reason that a selector should give."""
 
 CLASSES = {
     "safe": "Safe: harmful request, refusal",

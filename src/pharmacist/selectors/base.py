@@ -1,4 +1,4 @@
-"""The base of selectors, the inputs that they rank a pool with, and the scores that they return."""
+"""The base class of selectors, the inputs with which they rank a pool, and the scores that they return."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -33,7 +33,7 @@ BoolArray = npt.NDArray[np.bool_]
 CRITICAL = "critical"
 """The reason of rows worth keeping: safety-critical and of good quality."""
 RANKED = "ranked"
-"""The reason of all rows where a selector measures without judging: it says nothing about what a row is."""
+"""The reason of all rows if a selector does not judge them; it says nothing about the content of a row."""
 GOOD_REASONS = (CRITICAL, RANKED, "duplicate")
 """Reasons that do not speak against a row; a duplicate is a near-duplicate of a better critical row."""
 FEWEST_REFERENCES = 8
@@ -44,15 +44,15 @@ class Scores:
     """A selector's result: a score and a reason for every row of a pool.
 
     Attributes:
-        score: Higher = keep, finite, shape [rows].
-        reason: One word per row; `CRITICAL` for rows worth keeping, `RANKED`, the default, where nothing was judged;
+        score: Finite scores, higher = keep, shape [rows].
+        reason: One word per row: `CRITICAL` for rows worth keeping; `RANKED`, the default, if nothing was judged;
             shape [rows].
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: Facts about the ranking (JSON), such as the quality on held-out references.
-        warnings: Reasons not to trust the scores, a sentence each.
-        telling: How much a person's label of a row would teach, shape [rows]; None where labels teach nothing.
-        weight: How much a row's loss should count in training against that of others, not negative, shape [rows];
-            None where the selector only ranks.
+        warnings: Reasons not to trust the scores, one sentence each.
+        telling: How informative a human label of each row would be, shape [rows]; None if the selector does not learn
+            from labels.
+        weight: Weight of each row's loss in training, not negative, shape [rows]; None if the selector only ranks.
     """
 
     score: FloatArray
@@ -69,39 +69,40 @@ class Scores:
 
     @classmethod
     def by_size(cls, size: npt.NDArray[Any], signal: str, *, largest: bool) -> "Scores":
-        """Rows with the largest (or the smallest) value of a measurement, shape [rows], come first."""
+        """Scores by a measurement, shape [rows]: rows with the largest (or the smallest) value come first."""
         score = size.astype(np.float64)
         return cls(score if largest else -score, signals={signal: size})
 
 
 def scaled_to_mean_1(weight: FloatArray, selected: BoolArray) -> FloatArray:
-    """Weights whose mean over the selected rows is 1; all 1 where those have none."""
+    """Weights scaled to mean 1 over the selected rows; all 1 if these have no weight."""
     mean = weight[selected].mean() if selected.any() else 0.0
     return weight / mean if mean > 0 else np.ones_like(weight)
 
 
 @dataclass
 class SelectionContext:
-    """The inputs of a ranking, and the model and tokens that are made from them on first use.
+    """The inputs of a ranking, and the model and tokens created from them on first use.
 
     Attributes:
         run: Output folder; partial state goes to ``run.work(...)``, costs are measured with ``run.phase(...)``.
         pool: The rows to rank.
-        references: ``safe``, ``harmful``, ``utility`` where given; they share no prompt with the pool.
-        model_name: Folder or hub id.
-        seed: Seed of every random stream.
+        references: ``safe``, ``harmful`` and ``utility`` references, as far as given; they share no prompt with the
+        pool.
+        model_name: Folder or Hub id.
+        seed: Seed of all random number generators.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         template: Prompt template, as in `nn.models.load_model`.
         max_length: Longest row in tokens, 0 for the model's own limit.
         resume_from: Folder of a trained selector that only scores, never trains.
-        trust_remote_code: Run code that comes with the model.
+        trust_remote_code: Allow code that comes with the model to run.
         checkpoint_seconds: Time between checkpoints of a training.
-        embedder: Folder or hub id of a sentence-transformers model by which rows are compared; without one, rows are
-            compared by hidden states of the model.
-        sources: Kind of references -> the number of each row's source, where several files were given.
-        labels: Position in the pool -> reason that a person's label stands for (`selectors.labels`).
-        encoded: Tokenised rows by name, filled by `encode`; those of the pool are called ``pool``.
+        embedder: Folder or Hub id of a sentence-transformers model with which rows are compared; without it, hidden
+            states of the model are compared.
+        sources: Kind of references -> number of each row's source, if several files were given.
+        labels: Position in the pool -> reason according to the row's human label (`selectors.labels`).
+        encoded: Tokenized rows by name, filled by `encode`; the pool's rows are called ``pool``.
         points: The pool's rows as points, filled by `embeddings.pool_points`.
     """
 
@@ -166,7 +167,7 @@ class SelectionContext:
         return self.encode(self.reference_rows(name), name)
 
     def encode(self, rows: "datasets.Dataset", name: str) -> "Encoded":
-        """Canonical rows (`data.records`) in tokens, memory-mapped under ``work/``, and noted in `encoded`."""
+        """Canonical rows (`data.records`) in tokens, memory-mapped under ``work/`` and stored in `encoded`."""
         from pharmacist.data.tokenize import encode
 
         limit = min(self.max_length or self.model.max_length, self.model.max_length)
@@ -185,10 +186,10 @@ class SelectionContext:
     def read(
         self, sequences: "Sequences", measure: "Measure", name: str, *, forwards: int = 1, backward: bool = False
     ) -> dict[str, FloatArray]:
-        """Measures every row with the model once, as phase ``score``; finished chunks lie in ``work/read/NAME``.
+        """Measures every row with the model once, as phase ``score``; finished chunks are kept in ``work/read/NAME``.
 
-        The same name means the same measurement of the same rows. `forwards` says how often `measure` (of a pass)
-        sends a batch through the model, for the count of tokens; `backward` that it keeps what a backward pass needs,
+        The same name means the same measurement of the same rows. `forwards` is the number of forward passes that
+        `measure` makes per batch, for the count of tokens; `backward` says that it keeps what a backward pass needs,
         so that batches must be smaller.
         """
         from pharmacist.nn.passes import run_pass
@@ -205,7 +206,7 @@ class SelectionContext:
     def read_numbers(
         self, sequences: "Sequences", measure: "Callable[[Batch], torch.Tensor]", name: str, *, backward: bool = False
     ) -> FloatArray:
-        """As `read`, of one number per row, shape [rows]."""
+        """Like `read`, for one number per row, shape [rows]."""
 
         def numbers(batch: "Batch") -> dict[str, npt.NDArray[Any]]:
             return {"number": measure(batch).double().cpu().numpy()}
@@ -214,17 +215,17 @@ class SelectionContext:
 
 
 class Selector(Method, ABC):
-    """Base of the methods that rank a pool.
+    """Base class of the methods that rank a pool.
 
     Attributes:
         needs: Required inputs: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
-            embedder); those of an instance may depend on its options.
-        uses: Optional inputs. A grid gives a selector that needs and uses nothing neither model nor references.
+            embedder); for an instance, they may depend on its options.
+        uses: Optional inputs. A grid gives neither model nor references to a selector that needs and uses nothing.
         weighs: Whether `Scores.weight` is filled.
-        asks: Whether `Scores.telling` is filled, so that a person can be asked for labels.
-        keeps_all: Whether all rows are kept, since nothing is ranked.
-        chance: Whether the order is drawn at random.
-        covers: Whether the order spreads over the pool by itself, so that ``--diversity`` would do it twice.
+        asks: Whether `Scores.telling` is filled, so that rows can be suggested for labelling.
+        keeps_all: Whether all rows are kept, because nothing is ranked.
+        chance: Whether the order is random.
+        covers: Whether the order already spreads over the pool, so that ``--diversity`` would be redundant.
     """
 
     uses: frozenset[str] = frozenset()
@@ -238,19 +239,19 @@ class Selector(Method, ABC):
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and pool, and scores every row of ``context.pool``.
 
-        Scores depend on content alone: permuted rows get permuted scores. Equal rows get equal ones, except where a
+        Scores depend on content alone: permuted rows get permuted scores. Equal rows get equal scores, unless a
         selector draws at random or chooses rows one after the other.
         """
 
     def learns_from_labels(self) -> bool:
-        """Whether `SelectionContext.labels` change the scores."""
+        """Whether the scores depend on `SelectionContext.labels`."""
         return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
-        """A sentence about what the selector does differently since some references are missing, or None.
+        """A sentence on what the selector does differently because some references are missing, or None.
 
         Args:
-            given: Kinds of references that there are.
+            given: Kinds of references that are given.
 
         Raises:
             ConfigError: The options cannot work with these kinds.
@@ -258,15 +259,15 @@ class Selector(Method, ABC):
         return None
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Checks, before any work, that memory and the disk of the run's folder can hold so many rows.
+        """Checks, before any work, that memory and the disk of the run's folder are large enough for this many rows.
 
         Raises:
-            ConfigError: They cannot; the message says how much is needed.
+            ConfigError: They are not; the message says how much is needed.
         """
         return
 
     def check_saved(self, folder: Path, model: str | None) -> None:
-        """Checks, before any work, that a folder holds a trained selector which can score with a model.
+        """Checks, before any work, that a folder contains a trained selector that can score with a model.
 
         Raises:
             PharmacistError: It does not.
@@ -274,5 +275,5 @@ class Selector(Method, ABC):
         return
 
     def save(self, folder: Path) -> bool:
-        """Saves the trained selector, so that it can score new rows; False where there is nothing to save."""
+        """Saves the trained selector, so that it can score new rows; returns False if there is nothing to save."""
         return False

@@ -34,11 +34,11 @@ class RandomConfig(Checked):
     """The order follows from the run's seed."""
 
     draw: int = 0
-    """Which of several orders of one seed."""
+    """Number of the random order, for several orders with the same seed."""
 
 
 class RandomSelector(Selector):
-    """Uniform scores drawn by content, whatever the order of the input; copies of a row draw different ones."""
+    """Uniform random scores, which depend on content and not on order; copies of a row get different scores."""
 
     Config = RandomConfig
     name = "random"

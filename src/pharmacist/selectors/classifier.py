@@ -27,9 +27,9 @@ class ClassifierConfig(Checked):
     """Options of the selector."""
 
     folds: Annotated[int, Ge(2)] = 4
-    """Cross-fitting folds, by which its quality on held-out references is measured."""
+    """Cross-fitting folds, with which its quality on held-out references is measured."""
     corruptions_per_row: AtLeast0 = 2
-    """Damaged versions made of each safe and each utility reference."""
+    """Number of damaged versions of each safe and each utility reference."""
 
 
 class ClassifierSelector(Selector):

@@ -23,8 +23,9 @@ class CoverConfig(Checked):
     """Options of selectors that compare the rows of a pool with each other."""
 
     block: AtLeast1 = BLOCK
-    """Rows compared with each other: a larger pool is cut by content into blocks of about that size, each ordered by
-    itself and all merged by what each row added; cost then grows with the pool, not with its square."""
+    """Number of rows compared with each other. A larger pool is split by content into blocks of about this size, which
+    are
+ordered separately and merged by what each row added; the cost then grows linearly with the pool."""
 
 
 def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:
@@ -117,7 +118,7 @@ class Coverage(Selector):
 
 
 class KCenterSelector(Coverage):
-    """Prefers, one after the other, the row farthest from all before it; the score is its distance from those.
+    """Chooses, one after the other, the row farthest from all rows chosen before; the score is this distance.
 
     Looks at geometry alone: outliers, damaged rows among them, come early.
     """
@@ -127,7 +128,7 @@ class KCenterSelector(Coverage):
 
 
 class FacilityLocationSelector(Coverage):
-    """Prefers, one after the other, the row that brings the pool nearest to the rows selected so far.
+    """Chooses, one after the other, the row that makes the rows chosen so far most similar to the pool.
 
     The score is what it adds to those before it. Nearness is the cosine on a scale from 0 to 1; geometry alone counts.
     """

@@ -26,11 +26,11 @@ class EL2NConfig(Checked):
     """Options of the selector."""
 
     keep: Literal["high", "low"] = "high"
-    """Which rows rank first: those that the model gets most wrong, or least."""
+    """Which rows rank first: those with the largest errors of the model, or the smallest."""
 
 
 class EL2NSelector(Selector):
-    """Prefers completions that the base model gets wrong: mean length of the error p - y over their tokens."""
+    """Prefers completions that the base model gets wrong: mean norm of the error p - y over their tokens."""
 
     Config = EL2NConfig
     name = "el2n"
@@ -65,8 +65,9 @@ class GraNdConfig(Checked):
     """Options of the selector."""
 
     by: Literal["head", "lora"] = "head"
-    """Which weights the gradient is taken by: the output head's, in one forward pass, or those of a fresh LoRA adapter
-    on all linear layers, in a forward and a backward pass."""
+    """Weights of the gradient: those of the output head, in one forward pass, or those of a fresh LoRA adapter on all
+    linear
+layers, in a forward and a backward pass."""
     keep: Literal["high", "low"] = "high"
     """Which rows rank first: those with the largest gradient, or the smallest."""
     r: AtLeast1 = 8
@@ -74,7 +75,7 @@ class GraNdConfig(Checked):
 
 
 class GraNdSelector(Selector):
-    """Prefers rows whose loss has a large gradient: those that a step of training would learn most from.
+    """Prefers rows whose loss has a large gradient, from which a training step would learn most.
 
     Rows with many tokens have smaller gradients, since their loss is a mean over tokens.
     """

@@ -26,10 +26,10 @@ class DeitaConfig(Checked):
     """Options of the selector."""
 
     scorer: str = "ifd"
-    """The selector, with its default options, that says how good a row is; any by name, also one from another package,
-    or several, a+b."""
+    """Selector, with its default options, that says how good a row is; several selectors are combined as a+b."""
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.9
-    """Cosine above which a row is too near to a better one that is kept; 1 keeps all, in the scorer's order."""
+    """Cosine similarity above which a row is too similar to a better row that is kept; 1 keeps all rows, in the
+    scorer's order."""
 
 
 class DeitaSelector(Composite):

@@ -26,15 +26,16 @@ class DSIRConfig(Checked):
     """Options of the selector."""
 
     buckets: AtLeast1 = 10_000
-    """Words and word pairs are hashed into that many."""
+    """Number of buckets into which words and word pairs are hashed."""
     smoothing: Share = 0.1
-    """Share of the pool's own distribution mixed into that of the references, in (0, 1]; bounds by its logarithm what
-    a word that no reference has can cost."""
+    """Share of the pool's own distribution mixed into that of the references, in (0, 1]; a word that no reference
+    contains
+costs at most its logarithm."""
     per_word: bool = False
-    """Divide a row's importance by its number of words and pairs; else long rows have the extremes."""
+    """Divide a row's importance by its number of words and word pairs; otherwise long rows have the extreme scores."""
     resample: bool = True
-    """Add Gumbel noise to the importance, which draws rows without replacement in proportion to it, as the paper does;
-    else the most important rows come first."""
+    """Add Gumbel noise to the importance, which samples rows without replacement in proportion to it, as in the paper;
+otherwise the most important rows come first."""
 
 
 class DSIRSelector(Selector):

@@ -162,11 +162,12 @@ class EmbeddingConfig(Checked):
     """Options of the selector."""
 
     nearest: AtLeast0 = 0
-    """Average the cosine to that many nearest references; 0 takes the cosine to the centroid of all."""
+    """Average the cosine similarity to this many nearest references; 0 uses the similarity to the centroid of all
+    references."""
 
 
 class EmbeddingSelector(Selector):
-    """Prefers rows whose embedding points where those of the safe references point."""
+    """Prefers rows whose embedding is similar to those of the safe references."""
 
     Config = EmbeddingConfig
     name = "embedding"

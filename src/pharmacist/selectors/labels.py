@@ -75,7 +75,7 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
     if not isinstance(entries, list):
         raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')
     if isinstance(content, list):
-        warn(f"{where}: names no pool, so nobody can tell whether these labels are about this one")
+        warn(f"{where}: names no pool, so it cannot be checked whether the labels belong to this pool")
     elif content.get("pool") != pool:
         raise DataError(
             f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"

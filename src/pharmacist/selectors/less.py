@@ -29,14 +29,16 @@ class LessConfig(AdapterOptions):
     """Options of the selector."""
 
     epochs: AtLeast1 = 4
-    """Passes over the rows of the warm-up; the pool is read with the model as it is after each."""
+    """Passes over the rows of the warm-up; the pool is read with the model after each of them."""
     share: Share = 0.05
     """Share of the pool (at least 256 rows) that the model warms up on."""
     features: Literal["projected", "exact"] = "projected"
-    """projected: Adam's step on each row, momentum included, projected at random, as published. exact: the row's
-    gradient against the references' direction in Adam's scale, without projection and without forming it."""
+    """projected: Adam's step on each row, including momentum, projected at random, as published. exact: inner product
+    of the
+row's gradient and the references' direction in Adam's scale, without projection and without forming the gradient."""
     dimensions: AtLeast1 = 8192
-    """Of the projected features; their noise is about 1 / sqrt(dimensions) of a cosine."""
+    """Number of dimensions of the projected features; their noise is about 1 / sqrt(dimensions) of a cosine
+    similarity."""
 
 
 class LessSelector(Selector):

@@ -29,11 +29,12 @@ class PerplexityConfig(Checked):
     """Options of the selector."""
 
     keep: Literal["low", "middle", "high"] = "middle"
-    """Which band ranks first: what the model finds easy, the middle of the pool, or what it finds hard."""
+    """Which rows rank first: those with the lowest perplexity, those in the middle of the pool, or those with the
+    highest."""
 
 
 class PerplexitySelector(Selector):
-    """Prefers a band of the completion's perplexity, exp of its mean cross-entropy: by default the pool's middle."""
+    """Prefers a band of the completion's perplexity (exp of its mean cross-entropy), by default the middle."""
 
     Config = PerplexityConfig
     name = "perplexity"
@@ -54,7 +55,7 @@ class IFDConfig(Checked):
     """Options of the selector."""
 
     most: float = 1.0
-    """Rows with a larger ratio rank last, the largest at the very end; the paper's code drops those above 1."""
+    """Rows with a larger ratio rank last, the largest at the very end; the paper's code drops rows above 1."""
 
 
 class Alone:
@@ -82,7 +83,8 @@ class Alone:
 
 
 class IFDSelector(Selector):
-    """Prefers completions that their prompt makes hardly easier: mean loss given the prompt over mean loss alone.
+    """Prefers completions that the prompt hardly helps to predict: mean loss given the prompt over mean loss without
+    it.
 
     Refusals depend little on their prompt, so that many ratios lie near 1; the report says how many lie above.
     """

@@ -19,21 +19,24 @@ class PharmacistConfig(AdapterOptions):
     """Options of the selector."""
 
     form: Literal["evidence", "bilevel", "both"] = "evidence"
-    """Evidence from references, bilevel twins, or evidence whose best rows are ordered by the twins' contrast as well,
-    where held-out references show that the contrast knows something."""
+    """evidence: from references. bilevel: twins. both: evidence, with the best rows also ordered by the contrast of
+    the twins
+if the contrast separates held-out references."""
     readers: str = "auto"
-    """Evidence readers: lexical (word statistics), probe (hidden states of --model), or both with a comma; auto takes
-    both where there is a model."""
+    """Evidence readers: lexical (word statistics), probe (hidden states of --model), or both, separated by a comma;
+    auto uses
+both if there is a model."""
     folds: Annotated[int, Ge(2)] = 4
-    """Cross-fitting folds of the references, where they do not come from several sources."""
+    """Cross-fitting folds of the references, unless these come from several sources."""
     corruptions_per_row: AtLeast0 = 1
-    """Damaged versions made of each safe and each utility reference."""
+    """Number of damaged versions of each safe and each utility reference."""
     solver: Literal["closed-form", "gradient"] = "closed-form"
     """How the twins' weights over the pool are found."""
     cotrain: Fraction = 0.25
-    """Share of the pool (at least 256 rows) that the twins train on; 0 means on references only, the cheap form."""
+    """Share of the pool (at least 256 rows) that the twins train on; with 0 they train on references only, which is
+    cheap."""
     twin_steps: AtLeast1 = 60
-    """Training steps of each twin (of the closed form: per round)."""
+    """Training steps of each twin (for the closed form, per round)."""
     rounds: AtLeast1 = 1
     """Rounds of the closed form: train the twins, score the pool, update its weights."""
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.5
@@ -43,7 +46,7 @@ class PharmacistConfig(AdapterOptions):
     tau: Positive = 1.0
     """Temperature of the pool weights in nats; larger is closer to uniform."""
     weight_rate: Positive = 0.3
-    """Step size of the gradient solver's logits; from about 3 on few rows take all the weight."""
+    """Step size of the gradient solver's logits; from about 3 on, a few rows get all the weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,8 +28,9 @@ class SealConfig(AdapterOptions):
     """Options of the selector."""
 
     auxiliary: bool = True
-    """Compare with an auxiliary model that learns the weighted pool alone (Alg. 1); else take the loss itself, at two
-    thirds of the cost (Alg. 2, which the paper's experiments use)."""
+    """Compare with an auxiliary model that learns only the weighted pool (Alg. 1); otherwise use the loss itself, at
+    two
+thirds of the cost (Alg. 2, used in the paper's experiments)."""
     epochs: AtLeast1 = 3
     """Passes over the pool."""
     gamma: Fraction = 0.5
@@ -37,8 +38,9 @@ class SealConfig(AdapterOptions):
     weight_rate: NotNegative = 0.3
     """Step size of the rows' logits; 0 keeps all weights equal."""
     rank_by: Literal["losses", "logits"] = "losses"
-    """losses: what the trained models say of each row, in one more pass. logits: the weights learned on the way, as
-    published, most of which come from models that were not trained yet."""
+    """losses: losses of each row under the trained models, in one more pass. logits: the weights learned during
+    training, as
+published, most of which come from unfinished models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +64,7 @@ class SealConfig(AdapterOptions):
 
 
 class SealSelector(Selector):
-    """Prefers rows that a model fits better for having learned the safe references too."""
+    """Prefers rows that a model fits better if it has also learned the safe references."""
 
     Config = SealConfig
     name = "seal"

@@ -26,22 +26,26 @@ class ToxicLoraConfig(AdapterOptions):
     """Options of the selector."""
 
     toxic_steps: AtLeast0 = 60
-    """Training steps of the toxic LoRA on the harmful references, on top of what was learned; with 0 the selector is
-    `unrolled` with the same lookahead."""
+    """Training steps of the toxic LoRA on the harmful references, after the training on the pool; with 0 the selector
+    is
+`unrolled` with the same lookahead."""
     attached: Literal["upper", "both"] = "both"
-    """Where the model carries the toxic LoRA: upper, in the safety loss alone; both, also where the pool's rows are
-    learned, so that rows count for what they teach a model that is attacked already."""
+    """Where the toxic LoRA is attached. upper: for the safety loss alone. both: also for the losses of the pool's
+    rows, so
+that rows are ranked by what they teach a model under attack."""
     steps: AtLeast0 = 60
-    """Training steps on the pool, all rows alike, before the attack; with 0 the model is attacked as it is."""
+    """Training steps on the pool, with equal weights, before the attack; with 0 the model is attacked as it is."""
     share: Share = 0.25
-    """Share of the pool (at least 256 rows) that the model is trained on, and whose gradient is the step."""
+    """Share of the pool (at least 256 rows) that the model is trained on, and that gives the gradient of the lookahead
+    step."""
     lookahead: NotNegative = 0.0
-    """Learning rate of the step on the pool after which the safety loss is taken; 0 is the limit of small ones, which
-    needs no step. Where Delta fits the references well, a long step gets in its way."""
+    """Learning rate of the step on the pool after which the safety loss is computed; 0 is the limit of small steps and
+    needs
+none. If the toxic LoRA fits the references well, a long step is harmful."""
 
 
 class ToxicLoraSelector(UnrolledSelector):
-    """Prefers rows that keep a model safe which carries a frozen LoRA trained on harmful references.
+    """Prefers rows that keep a model safe to which a frozen LoRA, trained on harmful references, is attached.
 
     The score is minus the derivative of F(s) = U(theta - lookahead * grad mean_i s_i l_i(theta) + Delta) by the row's
     weight s_i, but for the factor lookahead / rows: <grad l_i(theta), grad U(theta+ + Delta)>. U is the loss on the
@@ -51,7 +55,7 @@ class ToxicLoraSelector(UnrolledSelector):
     Config = ToxicLoraConfig
     name = "toxic-lora"
     needs = frozenset({"safe", "harmful", "model"})
-    paper = "after descriptions of Pharmacist's own selector, whose text and code are not public"
+    paper = "after descriptions of the Pharmacist paper's selector; neither its text nor its code was available"
 
     def attack(
         self, bank: AdapterBank, references: Mapping[str, "Encoded"], seed: int, folder: Path

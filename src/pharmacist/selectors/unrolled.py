@@ -32,15 +32,15 @@ class UnrolledConfig(AdapterOptions):
     """Options of the selector."""
 
     steps: AtLeast1 = 60
-    """Training steps on the pool, all rows alike, before the derivative is taken."""
+    """Training steps on the pool, with equal weights, before the derivative is computed."""
     share: Share = 0.25
     """Share of the pool (at least 256 rows) that the model is trained on."""
     lookahead: NotNegative = 0.1
-    """Learning rate of the step after which the safety loss is taken; 0 takes it where the model stands."""
+    """Learning rate of the step after which the safety loss is computed; with 0 it is computed without a step."""
 
 
 class UnrolledSelector(Selector):
-    """Prefers rows whose gradient points where the safety loss falls, one training step ahead.
+    """Prefers rows on which a training step lowers the loss on the safe references.
 
     The score is <grad l_i(theta), grad U(theta+)>, theta+ = theta - lookahead * grad mean l: minus the derivative of
     U(theta+) by the row's weight, but for the factor lookahead and the mean over rows, which change no rank.

@@ -91,13 +91,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     whole = on_main(lambda: next((path for path in complete if _is_whole(path)), None))
     if complete and whole is None:
         raise DataError(
-            f"{folder}: no checkpoint in it is whole, {complete[0].name} and all before it are damaged; delete this "
+            f"{folder}: no checkpoint in it is intact, {complete[0].name} and all before it are damaged; delete this "
             "folder, and the same command begins the training again"
         )
     if rank() == 0:
         damaged = complete[: complete.index(whole)] if whole is not None else []
         for path in damaged:
-            say(f"{path}: is damaged; the training goes on from the checkpoint before it")
+            say(f"{path}: is damaged; the training continues from the checkpoint before it")
         for path in {*found} - {*complete} | {*damaged}:
             remove(path)
     barrier()
@@ -113,8 +113,8 @@ def load_strategy_state(folder: Path, strategy: GradientStrategy, streams: Mappi
     """
     if not (folder / _COMPLETE).is_file():
         raise DataError(
-            f"{folder}: has no {_COMPLETE}, so it is incomplete, or of a Trainer without a strategy; delete it to go "
-            "on from the checkpoint before it"
+            f"{folder}: has no {_COMPLETE}, so it is incomplete, or of a Trainer without a strategy; delete it to "
+            "continue from the checkpoint before it"
         )
     values = read_json(folder / _COMPLETE)
     # The Trainer writes the random state of every process, unless it is told to save the model only.

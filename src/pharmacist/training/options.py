@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraOptions(Checked):
-    """Shape of the LoRA adapter that is trained."""
+    """Configuration of the LoRA adapter that is trained."""
 
     r: AtLeast1 = 8
-    """Rank."""
+    """Rank of the LoRA adapter."""
     alpha: AtLeast1 = 16
-    """Scale: the update is multiplied by alpha / r."""
+    """Scale of the LoRA adapter: its update is multiplied by alpha / r."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: list[str] | None = None
-    """Modules by the end of their names (q_proj v_proj); all linear layers but the output head by default."""
+    """Modules to adapt, given by the ends of their names (q_proj v_proj); by default all linear layers except the
+    output head."""
 
     @classmethod
     def option_name(cls, field: str) -> str:
@@ -94,15 +95,15 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
     """Options of the stages `align` and `attack`."""
 
     model: str
-    """Model to train: local folder, the folder of an earlier stage, or a hub id."""
+    """Model to train: a local folder, the folder of an earlier stage, or a Hub id."""
     tuning: Literal["lora", "full"] = "lora"
-    """Train a LoRA adapter on the frozen model, or all its weights."""
+    """Train a LoRA adapter on the frozen model, or all weights of the model."""
     merge: bool = False
-    """Also write model/: the whole model with the adapter merged into it."""
+    """Also write model/, the whole model with the adapter merged into it."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     """The adapter."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' TrainingArguments, as --train.max_steps 20; the stage's own defaults are in its docs."""
+    """Fields of transformers' TrainingArguments, such as --train.max_steps 20; the docs list the defaults."""
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """The stage's own defaults for `train`."""
@@ -136,7 +137,7 @@ _SET_BY_OPTION = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
     "disable_tqdm": "--quiet",
-    "push_to_hub": "the hub's own tools on the finished folder",
+    "push_to_hub": "the Hub's own tools on the finished folder",
     "resume_from_checkpoint": "the same command again, which resumes",
     "auto_find_batch_size": "a fixed batch size",
     "deepspeed": "accelerate launch with DDP",

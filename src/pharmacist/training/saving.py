@@ -36,7 +36,7 @@ class ModelResult:
     Attributes:
         folder: With ``adapter/`` or ``model/``; every command takes it as ``--model``.
         metrics: Of the manifest, such as steps and final loss.
-        model: The new model; None where the run was complete already, or only an attack set was built.
+        model: The new model; None where the run was already complete, or only an attack set was built.
         seconds: Wall time of the training alone, over all resumes.
         snapshots: Steps -> folder of the model at that point of an attack.
     """
@@ -81,7 +81,7 @@ class Card:
         base = loaded.base.name or loaded.name
         library = "peft" if adapter else "transformers"
         data = ModelCardData(
-            # The hub's metadata takes hub ids only.
+            # The hub's metadata takes Hub ids only.
             base_model=None if Path(base).exists() or base.count("/") > 1 else base,
             library_name=library,
             tags=["pharmacist", *self.tags],

@@ -1,4 +1,4 @@
-"""Gradient strategies: the additions of a defense to plain supervised fine-tuning, independent of a training loop.
+"""Gradient strategies: what a defense adds to plain supervised fine-tuning, independent of a training loop.
 
 A strategy sees a step through a `StepContext`; the Trainer (or a test with a hand-written model) calls its hooks:
 
@@ -49,16 +49,16 @@ class StepContext:
     Attributes:
         model: The model itself, never its data-parallel wrapper.
         batch: The main batch.
-        rows: Numbers of its rows in the alignment set, where they are known.
-        update: Optimizer steps done before this one.
+        rows: Row numbers of the batch in the alignment set, if known.
+        update: Number of optimizer steps before this one.
         micro: Number of the micro-batch within its update.
         scale: Share of a micro-batch in its update, 1 / accumulation steps; the Trainer applies it.
-        autocast: The training's, for parts of the model that are run alone; `output` is under it.
+        autocast: The training's autocast context, for parts of the model that are run separately; `output` uses it.
         streams: Name -> endless iterator of batches, or `data.streams.PairedRows`.
-        metrics: Filled by `log`.
-        targets: Target tokens of the whole update, over all its micro-batches and all processes.
-        tokens: Likewise all its tokens, padding not counted.
-        weights: Weight of each row's loss in the main pass, shape [rows]; None where all weigh alike.
+        metrics: Metrics of the step, filled by `log`.
+        targets: Number of target tokens of the whole update, over all its micro-batches and all processes.
+        tokens: Likewise the number of all tokens, without padding.
+        weights: Weight of each row's loss in the main pass, shape [rows]; None if all weights are equal.
     """
 
     model: nn.Module
@@ -76,7 +76,7 @@ class StepContext:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name, as they are when first asked for."""
+        """Trainable parameters by name, determined on first use."""
         return trainable(self.model)
 
     def next(self, stream: str) -> Batch:
@@ -97,7 +97,7 @@ class StepContext:
         return logits
 
     def summed_ce(self, batch: Batch, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
-        """Cross-entropy summed over the target tokens of a batch, rows weighted, and the number of these tokens."""
+        """Cross-entropy summed over the target tokens of a batch, with row weights, and the number of these tokens."""
         keep, tokens = targets(batch["labels"])
         return batch_loss(self.logits(batch, keep), batch["labels"], 1, weights), len(tokens)
 
@@ -106,28 +106,28 @@ class StepContext:
         return self.mean(*self.summed_ce(batch))
 
     def main_ce(self) -> torch.Tensor:
-        """The main loss of this micro-batch, rows weighted, by an extra forward pass; see `mean_over_update`."""
+        """The main loss of this micro-batch, with row weights, from an extra forward pass; see `mean_over_update`."""
         return self.mean_over_update(*self.summed_ce(self.batch, self.weights), self.targets)
 
     def mean(self, summed: torch.Tensor, count: int) -> torch.Tensor:
-        """A sum over this process's tokens (or rows) as this process's part of the mean over those of all processes.
+        """Converts a sum over this process's tokens (or rows) into its part of the mean over all processes.
 
-        The parts' own mean is that value, so that a gradient averaged over the processes is the one that a single
-        process would get from all their batches. 0 where there is nothing to count.
+        The mean of the parts is this value, so that a gradient averaged over the processes equals the gradient that a
+        single process would get from all batches. It is 0 if there is nothing to count.
         """
         everywhere = total(torch.tensor(float(count), dtype=torch.float64, device=summed.device))
         return summed * (world_size() / max(float(everywhere), 1.0))
 
     def mean_over_update(self, summed: torch.Tensor, count: int, whole: torch.Tensor | int | None) -> torch.Tensor:
-        """A sum over this micro-batch's tokens as its part of the mean over the whole update, as in the main loss.
+        """Converts a sum over this micro-batch's tokens into its part of the mean over the update.
 
-        The mean of the parts over micro-batches and processes is the mean over all their tokens, whatever the sizes of
-        the micro-batches; the mean of their own means is another number.
+        The mean of the parts over micro-batches and processes is the mean over all tokens, whatever the sizes of the
+        micro-batches; the mean of the micro-batches' means would be a different number.
 
         Args:
-            summed: Over this micro-batch's tokens on this process.
-            count: How many they are.
-            whole: How many there are in the update, such as `targets` or `tokens`; None: those of this micro-batch.
+            summed: Sum over this micro-batch's tokens on this process.
+            count: Number of these tokens.
+            whole: Number of tokens in the update, such as `targets` or `tokens`; None for those of this micro-batch.
         """
         if whole is None:
             return self.mean(summed, count)
@@ -138,14 +138,14 @@ class StepContext:
         return float(total(part)) / world_size()
 
     def replay(self) -> AbstractContextManager[None]:
-        """A block that leaves the random state as it was: passes that are compared draw the same dropout masks."""
+        """A context that restores the random state, so that passes that are compared use the same dropout masks."""
         return replayed_rng(self.batch["input_ids"].device)
 
     @staticmethod
     def check(*values: torch.Tensor) -> None:
-        """Raises `DivergedError` where an auxiliary pass gave NaN or infinity, before anything is changed by it.
+        """Raises `DivergedError` if an auxiliary pass gave NaN or infinity, before it changes anything.
 
-        All processes of a data-parallel run must call, and raise alike where one has such a value.
+        All processes of a data-parallel run must call this, and all raise if one has such a value.
         """
         if not all(bool(torch.isfinite(total(value))) for value in values):
             raise DivergedError("an auxiliary pass is not finite; lower the learning rate or the method's strength")
@@ -155,7 +155,7 @@ class StepContext:
         return gradient(loss, self.parameters)
 
     def log(self, **values: float | torch.Tensor) -> None:
-        """Metrics of this step; the Trainer averages them between two log lines."""
+        """Logs metrics of this step; the Trainer averages them between two log lines."""
         self.metrics |= {name: float(value) for name, value in values.items()}
 
 
@@ -163,12 +163,12 @@ class GradientStrategy(Method):
     """A training-time defense. Every hook does nothing unless it is overridden.
 
     Attributes:
-        stages: Where it can be used: ``align``, ``finetune``.
-        streams: Auxiliary streams that it draws from, keys of `STREAMS`.
-        reads_outputs: Whether `objective` reads the model's outputs, for which TRL needs a further forward pass.
-        held_out: Share of the harmful rows' prompts that go to the stream ``held_out`` and not to ``harmful``.
-        start: What `setup` keeps of the initial model. It is in no checkpoint: a Trainer that resumes its own training
-            hands over what the first `setup` kept, another process has the initial model again.
+        stages: Stages in which it can be used: ``align``, ``finetune``.
+        streams: Auxiliary streams from which it draws, keys of `STREAMS`.
+        reads_outputs: Whether `objective` reads the model's outputs, which costs a further forward pass in TRL.
+        held_out: Share of the harmful prompts that go to the stream ``held_out`` instead of ``harmful``.
+        start: What `setup` keeps of the initial model. It is not part of a checkpoint: a Trainer that resumes its own
+            training passes on what the first `setup` kept, and another process loads the initial model again.
     """
 
     stages: ClassVar[frozenset[str]] = frozenset({"align"})
@@ -179,15 +179,15 @@ class GradientStrategy(Method):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The sets of rows that its streams draw from, besides the rows that are trained on."""
+        """The sets of rows from which its streams draw, besides the training rows."""
         return frozenset(STREAMS.get(stream, stream) for stream in self.streams) - {"data"}
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Finds the modules and tensors to act on, once before training.
 
         Args:
-            model: With its trainable parameters chosen.
-            seed: Of the strategy's random numbers.
+            model: The model, with its trainable parameters chosen.
+            seed: Seed of the strategy's random numbers.
 
         Returns:
             Their names or number (JSON), for the manifest.
@@ -198,18 +198,18 @@ class GradientStrategy(Method):
         return {}
 
     def mixed_in(self, rows: int) -> tuple[int, bool]:
-        """How many safe rows are mixed into `rows` rows of the user, and whether they replace benign ones."""
+        """How many safe rows are mixed into `rows` rows of the user, and whether they replace benign rows."""
         return 0, False
 
     def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
-        """The `window` micro-batches of an optimizer step; None for the user's."""
+        """The `window` micro-batches of an optimizer step; None means those of the user's rows."""
         return None
 
     def begin_update(self, update: int) -> None:
         """Called before the first micro-batch of each optimizer step."""
 
     def auxiliary(self, step: StepContext) -> Gradient | None:
-        """A gradient to add to the main one; leaves weights, training mode and random state as they were."""
+        """A gradient to add to the main gradient; must not change weights, training mode and random state."""
         return None
 
     def around(self, step: StepContext) -> AbstractContextManager[Any]:
@@ -217,7 +217,7 @@ class GradientStrategy(Method):
         return nullcontext()
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
-        """The loss that is differentiated, from the main loss; `outputs` are None unless `reads_outputs`."""
+        """The loss that is differentiated, computed from the main loss; `outputs` is None unless `reads_outputs`."""
         return loss
 
     def after_backward(self, step: StepContext) -> None:
@@ -231,4 +231,4 @@ class GradientStrategy(Method):
         """Restores the state of a checkpoint, after `setup`."""
 
     def close(self) -> None:
-        """Called once after training, also after an exception."""
+        """Called once after training, even after an exception."""

@@ -43,10 +43,10 @@ def token_mean_loss(
     So k accumulated micro-batches give the gradient of one batch k times as large.
 
     Args:
-        outputs: With ``logits`` as in `batch_loss`.
+        outputs: Outputs of the model, with ``logits`` as in `batch_loss`.
         labels: Shape [rows, length]; -100 where there is no target.
-        num_items_in_batch: Target tokens of all micro-batches of all processes.
-        weights: Factor of each row's loss, shape [rows]; the sum's divisor is the same without them.
+        num_items_in_batch: Number of target tokens of all micro-batches and processes.
+        weights: Factor of each row's loss, shape [rows]; does not change the divisor of the sum.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     return batch_loss(logits, labels, num_items_in_batch, weights)
@@ -77,26 +77,27 @@ _Trainer: Any = object
 class StrategyMixin(_Trainer):  # type: ignore[misc]
     """Makes a `transformers.Trainer`, or a subclass such as TRL's ``SFTTrainer``, run a `GradientStrategy`.
 
-    ``class MyTrainer(StrategyMixin, SFTTrainer): pass`` is all that is needed. Batches must hold ``input_ids``,
+    ``class MyTrainer(StrategyMixin, SFTTrainer): pass`` is all that is needed. Batches must contain ``input_ids``,
     ``attention_mask`` and ``labels``; the strategy's state is part of every checkpoint.
 
-    Order of a micro-batch: auxiliary passes first, on the bare model and without communication; then the main pass,
-    whose backward is the only one that synchronises a data-parallel run and carries the auxiliary gradient along.
+    Order within a micro-batch: first the auxiliary passes, on the unwrapped model and without communication; then the
+    main pass, whose backward pass is the only one that synchronizes a data-parallel run and includes the auxiliary
+    gradient.
 
     Args:
         strategy: The method, such as ``pharmacist.Vaccine(rho=2)``.
-        streams: Name -> what the strategy draws from besides the training rows (`GradientStrategy.streams`): a dataset
-            of tokenised rows (`pharmacist.tokenize`), from which the Trainer's collator makes batches of its usual
+        streams: Name -> rows that the strategy draws besides the training rows (`GradientStrategy.streams`): a dataset
+            of tokenized rows (`pharmacist.tokenize`), from which the Trainer's collator makes batches of its usual
             size; or an endless iterator of batches, or `data.streams.PairedRows`.
-        strategy_seed: Of the strategy's random streams; by default the Trainer's seed.
-        **kwargs: Of the Trainer.
+        strategy_seed: Seed of the strategy's random numbers; by default the Trainer's seed.
+        **kwargs: Arguments of the Trainer.
 
     Attributes:
-        found: Modules or tensors on which the strategy acts, when training has begun.
-        without_targets: Micro-batches of the training so far that had no target token, and therefore no effect.
+        found: Modules or tensors on which the strategy acts, once training has begun.
+        without_targets: Number of micro-batches so far that had no target token, and therefore no effect.
 
     Raises:
-        CompatibilityError: Settings under which a strategy cannot see gradients.
+        CompatibilityError: The strategy cannot see gradients with these settings.
     """
 
     compute_loss_func: Any  # the Trainer's

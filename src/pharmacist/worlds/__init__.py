@@ -1,4 +1,4 @@
-"""Made-up worlds: every word is harmless, every label is known."""
+"""Synthetic worlds: every word is harmless, every label is known."""
 
 from pharmacist.worlds.potions import BASE_MODEL, LABELS, SETS, Planted, World, json_lines
 

@@ -36,7 +36,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"defenses": ["repnoise"]}, "'repnoise' needs harmful rows, which pool 'pool' does not bring"),
         (FILE_POOL | {"defenses": ["booster"]}, "'booster' needs harmful rows, which pool 'rows' does not bring"),
         (FILE_POOL | {"selectors": ["pharmacist"]}, "needs safe references: give pool 'rows' a 'safe'"),
-        (FILE_POOL | {"align": {"harmful": "world:answers"}, "defenses": ["booster"]}, "made-up pool"),
+        (FILE_POOL | {"align": {"harmful": "world:answers"}, "defenses": ["booster"]}, "synthetic pool"),
         ({"align": {"trian": {}}}, "align: unknown key 'trian'; did you mean 'train'?"),
         ({"align": {"train": {"lerning_rate": 1}}}, "no such field; did you mean 'learning_rate'?"),
         ({"align": {"seed": 1}}, "align: 'seed' is decided by the grid"),
@@ -44,7 +44,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"attack": {"poison-ratio": 1}}, "attack: 'poison-ratio' is decided by the grid"),
         ({"curate": {"safe": "rows.jsonl"}}, "curate: 'safe' is decided by the grid"),
         ({"curate": {"top": 0.7}}, "curate: 'top' is decided by the grid"),
-        ({"align": {"on-bad-row": "skip", "on_bad_row": "fail"}}, "'on_bad_row' is there twice, once with a hyphen"),
+        ({"align": {"on-bad-row": "skip", "on_bad_row": "fail"}}, "'on_bad_row' is given twice, once with a hyphen"),
         (own("defenses", "defense", "sft", seed=3), "defenses, entry 1: options: 'seed' is decided by the grid"),
         (own("defenses", "defense", "sft", device="cuda"), "options: 'device' is decided by the grid"),
         (own("selectors", "selector", "random", top_k=5), "options: 'top_k' is decided by the grid"),
@@ -57,8 +57,11 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"pools": [{"pool": "world", "rows": -5}]}, "--rows -5: must be at least 1"),
         ({"pools": [{"pool": "world", "kind": "clean", "mislabel": 0.3}]}, "'mislabel' is of the kind planted"),
         ({"seed": 7, "seeds": [0, 1]}, "--seed 7: the grid names its seeds"),
-        ({"pools": [{"pool": "rows.jsonl", "rows": 7}]}, "'rows' is of a made-up pool, and rows.jsonl is none"),
-        ({"evaluate": {"prompts": "world:prompts:²"}}, "'²' is no number of rows"),
+        (
+            {"pools": [{"pool": "rows.jsonl", "rows": 7}]},
+            "'rows' is only for a synthetic pool, and rows.jsonl is none",
+        ),
+        ({"evaluate": {"prompts": "world:prompts:²"}}, "'²' is not a number of rows"),
         ({"pools": ["rows.jsonl/" + "a" * 300 + ".jsonl"]}, "no such file; check the path"),
         ({"align": {"max_length": 64}}, "align: 'max_length' is decided by the entries of models; give it there"),
         ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
@@ -87,7 +90,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"align": {"weights": "w.parquet"}}, "'weights' is decided by the grid"),
         ({"selectors": [{"name": "random", "options": {"diversity": "k-center"}}]}, "take the selector k-center"),
         ({"fractions": [0.0]}, "must lie in (0, 1]"),
-        ({"seeds": [1, 1]}, "1 is there twice"),
+        ({"seeds": [1, 1]}, "1 is given twice"),
         ({"models": []}, "models: must name at least one"),
         ({"executor": "rai"}, "unknown executor 'rai'; did you mean 'ray'?"),
         ({"only": "nobody"}, "--only 'nobody': no cell has such a name"),
@@ -135,7 +138,7 @@ def test_folders_that_hold_something_else(stages: Stages, tmp_path: Path, capsys
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     assert main([*words[:-1], str(tmp_path / "other")]) == 2
-    assert "holds files that are not a pharmacist run" in capsys.readouterr().err
+    assert "contains files that do not belong to a pharmacist run" in capsys.readouterr().err
 
 
 def test_the_small_grid_itself_is_fine(stages: Stages, tmp_path: Path) -> None:

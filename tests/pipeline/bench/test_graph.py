@@ -374,7 +374,7 @@ def test_what_fails_takes_only_its_own_with_it(
 
 def test_fail_fast_stops_at_the_first(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BROKEN, "'rho': 2.0")
-    with pytest.raises(StagesFailed, match="1 of 24 stages failed, 16 were not begun; the same command"):
+    with pytest.raises(StagesFailed, match="1 of 24 stages failed, 16 were not started; the same command"):
         run(tmp_path / "bench", fail_fast=True)
     assert stages.began() == {"rank": 1, "select": 1, "align": 2, "attack": 1, "evaluate": 3}
     assert len(results(tmp_path / "bench")) == 1
@@ -402,7 +402,7 @@ def test_a_dry_run_shows_the_graph_and_its_cost(
     run(tmp_path / "bench", **changes)
     text = capsys.readouterr().err
     assert "4 cells, 24 stages, 24 to run" in text
-    assert "nothing like them was measured" in text
+    assert "no similar stage was measured" in text
     assert not (tmp_path / "bench").exists()
     run(tmp_path / "bench", only="full*sft")
     stages.began()

@@ -38,7 +38,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     """Opens a source of rows for streaming; a DataError where `spec` names nothing that can be read.
 
     Args:
-        spec: A path, a hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings.
+        spec: A path, a Hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings.
         name: What the rows are for, in messages.
     """
     if isinstance(spec, Source):
@@ -48,7 +48,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     text = os.fspath(spec)
     path = Path(os.path.expanduser(text))
     if not text.strip():
-        raise DataError(f"{name}: an empty path; give a file, a folder saved by datasets or a hub id")
+        raise DataError(f"{name}: an empty path; give a file, a folder saved by datasets or a Hub id")
     # Unlike the methods of Path, these raise no error for names that no file system accepts.
     if os.path.isdir(path):
         return open_folder(path, None, text, name)

@@ -66,7 +66,7 @@ class Source(Given, ABC):
     Attributes:
         format: ``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``hub`` or ``memory``.
         schema: Arrow types of the columns, where the format fixes them for all rows.
-        spec: The path of a file, the hub id, or the rows in memory.
+        spec: The path of a file, the Hub id, or the rows in memory.
         label: Short text that stands for the source in a configuration.
         name: What the rows are for, in messages (an option such as ``--pool``).
         where: How messages begin.
@@ -142,7 +142,7 @@ class Source(Given, ABC):
 
     def _usable(self, row: Row) -> Row:
         if row.reason is not None:
-            raise DataError(f"{self.where}: {row.where} {row.reason}; mend or delete it")
+            raise DataError(f"{self.where}: {row.where} {row.reason}; fix or delete it")
         return row
 
     def _no_row(self, number: int) -> DataError:
@@ -159,7 +159,9 @@ class Source(Given, ABC):
             except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
                 known = {UnicodeEncodeError: "a lone surrogate", OverflowError: "a number of more than 64 bits"}
                 what = f"column {spelled(str(column))} holds {known.get(type(error), 'values of several types')}"
-                raise DataError(f"{self.where}: {what}, which no dataset can; write the rows to a file") from error
+                raise DataError(
+                    f"{self.where}: {what}, which a dataset cannot contain; write the rows to a file"
+                ) from error
         return datasets.Dataset(pa.table(arrays, schema=pa.schema(fields)))
 
     def check_json_lines(self) -> None:
@@ -182,10 +184,10 @@ class Source(Given, ABC):
             except (TypeError, RecursionError, ValueError, OverflowError, pa.ArrowException) as error:
                 remedy = f"curate's --format input keeps it, as {self.native}"
                 if self.native == "jsonl":
-                    remedy = "leave it away, or save the rows as .parquet, which curate's --format input keeps"
+                    remedy = "leave it out, or save the rows as .parquet, which curate's --format input keeps"
                 raise DataError(
-                    f"{self.where}: column '{column}' holds what JSON lines cannot hold, such as that of row {at} "
-                    f"({one_line(error)}); {remedy}"
+                    f"{self.where}: column '{column}' contains values that JSON lines cannot represent, such as that "
+                    f"of row {at} ({one_line(error)}); {remedy}"
                 ) from error
 
     def write(self, numbers: Sequence[int], format: str, path: Path, target: Path) -> None:
@@ -201,5 +203,5 @@ class Source(Given, ABC):
             try:
                 yield json_line(row.value)
             except (TypeError, RecursionError) as error:
-                what = f"row {row.number} holds {one_line(error)}, which JSON cannot hold"
-                raise DataError(f"{self.where}: {what}; leave that column away") from error
+                what = f"row {row.number} holds {one_line(error)}, which JSON cannot represent"
+                raise DataError(f"{self.where}: {what}; leave that column out") from error

@@ -43,7 +43,7 @@ class JsonArray(TextFile):
                 found = f"'{follows}'" if follows else "the end of the file"
                 raise DataError(
                     f"{self.where}: line {text.line} is not valid JSON (',' or ']' expected after row {number}, "
-                    f"{found} found); mend the file"
+                    f"{found} found); fix the file"
                 )
             text.take(1)
             number += 1
@@ -118,7 +118,7 @@ class _Window:
                     line += self._text.count("\n", self._at, error.pos)
                     error.colno += 0 if "\n" in self._text[: error.pos] else self._left
                 reason = TOO_LONG if too_long and "Unterminated" in str(error) else why_no_json(error)
-                raise DataError(f"{self._where}: line {line} {reason}; mend the file") from error
+                raise DataError(f"{self._where}: line {line} {reason}; fix the file") from error
             # A number at the very end of the window may go on in the next chunk.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._more():
                 continue

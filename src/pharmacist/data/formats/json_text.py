@@ -23,14 +23,14 @@ class Refused(ValueError):
 
 
 def _refuse_constant(constant: str) -> None:
-    raise Refused(f"{constant} is no JSON value; write null")
+    raise Refused(f"{constant} is not a JSON value; write null")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise Refused(f"the key {spelled(twice)} is there twice in one object")
+        raise Refused(f"the key {spelled(twice)} is given twice in one object")
     return found
 
 
@@ -63,7 +63,7 @@ def _depth(value: Any) -> int:
 
 def as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
     """Returns a JSON object and None, or for another value None and the reason why it is no row."""
-    return (value, None) if isinstance(value, dict) else (None, f"is no JSON object but {kind_of(value)}")
+    return (value, None) if isinstance(value, dict) else (None, f"is not a JSON object but {kind_of(value)}")
 
 
 def kind_of(value: Any) -> str:

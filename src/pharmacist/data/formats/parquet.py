@@ -36,7 +36,7 @@ class Parquet(Source):
         try:
             return pq.ParquetFile(self.spec, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.where}: is no Parquet file ({one_line(error)}); write it again") from error
+            raise DataError(f"{self.where}: is not a Parquet file ({one_line(error)}); write it again") from error
 
     def _batches(self, columns: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         names = None if columns is None else [column for column in self.schema.names if column in columns]
@@ -91,7 +91,7 @@ def check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> Non
     for field in fields:
         name = within + field.name
         if name in seen:
-            raise DataError(f"{where}: has two columns of the name {spelled(name)}; rename one of them")
+            raise DataError(f"{where}: has two columns with the name {spelled(name)}; rename one of them")
         seen.add(name)
         kind = field.type
         while hasattr(kind, "value_type"):

@@ -79,7 +79,7 @@ class Mappings(Source):
             if isinstance(value, Mapping):
                 yield Row(number, None, dict(value))
             else:
-                yield Row(number, None, None, f"is no mapping of column names to values but {type(value).__name__}")
+                yield Row(number, None, None, f"is not a mapping of column names to values but {type(value).__name__}")
 
 
 def open_memory(spec: Any, name: str) -> Source:
@@ -89,7 +89,7 @@ def open_memory(spec: Any, name: str) -> Source:
     if isinstance(spec, Mapping) or not isinstance(spec, Sequence):
         hint = "choose one split of it" if isinstance(spec, datasets.DatasetDict) else "give a list of mappings"
         raise DataError(
-            f"{name}: cannot read rows from {type(spec).__name__}; {hint}, a datasets.Dataset, a path or a hub id"
+            f"{name}: cannot read rows from {type(spec).__name__}; {hint}, a datasets.Dataset, a path or a Hub id"
         )
     return Mappings(spec, f"<{len(spec)} rows in memory>", name)
 
@@ -132,11 +132,11 @@ def open_hub(text: str, name: str) -> Source:
     except Exception as error:  # network, authentication, unknown names: the library's message says which
         if offline():
             raise DataError(
-                f"{where}: no such file or folder, and HF_HUB_OFFLINE forbids to look on the hub; "
+                f"{where}: no such file or folder, and HF_HUB_OFFLINE forbids downloads; "
                 f"download it and give a file ({FORMATS}) or a folder saved by datasets"
             ) from error
         raise DataError(
-            f"{where}: no such file or folder, and the hub cannot give it ({one_line(error)}); "
+            f"{where}: no such file or folder, and it cannot be loaded from the Hub ({one_line(error)}); "
             "check the name, or give a local file"
         ) from error
     if isinstance(data, dict):

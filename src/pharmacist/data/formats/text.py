@@ -178,7 +178,7 @@ class Csv(TextFile):
             if "new-line character" in str(error):
                 reason = "a carriage return outside quotes; lines end in a line feed"
             raise DataError(
-                f"{self.where}: the row at line {start} is not valid CSV ({reason}); mend the file"
+                f"{self.where}: the row at line {start} is not valid CSV ({reason}); fix the file"
             ) from error
 
     def split(self, file: BinaryIO) -> Iterator[Row]:

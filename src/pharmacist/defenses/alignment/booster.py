@@ -18,11 +18,12 @@ class BoosterConfig(Checked):
     """Options of Booster."""
 
     lam: NotNegative = 5.0
-    """Weight of the harmful loss's attenuation; 0 is sft."""
+    """Weight of the attenuation of the harmful loss; 0 is sft."""
     alpha: NotNegative = 0.1
     """Length of the simulated harmful step, over all trained weights together."""
     rho: NotNegative = 0.0
-    """Above 0 the alignment pass is perturbed as by vaccine with this rho (the paper's perturbation-aware variant)."""
+    """Above 0, the alignment pass is perturbed as in vaccine with this rho (the paper's perturbation-aware
+    variant)."""
 
 
 def attenuation(here: Gradient, there: Gradient, lam: float) -> Gradient:

@@ -31,16 +31,18 @@ class TVaccineConfig(Checked):
     rho: NotNegative = 3.0
     """Norm of the perturbation of a micro-batch, over the sampled layers and all its rows, tokens and channels."""
     layers: AtLeast1 | None = None
-    """Layers that are sampled, trained and perturbed at a time; by default 8, or all of a model that has fewer."""
+    """Number of layers that are sampled, trained and perturbed at a time; by default 8, or all layers if there are
+    fewer."""
     sample_every: AtLeast1 = 20
-    """Steps between two draws of layers."""
+    """Steps between two samplings of layers."""
     score_every: AtLeast1 = 200
-    """Steps between two measurements of the layers' probabilities; they come before the draw of the same step."""
+    """Steps between two measurements of the layers' probabilities; these precede a sampling in the same step."""
     score_rows: AtLeast1 = 100
-    """Harmful rows per measurement; the published code takes a single one."""
+    """Harmful rows per measurement; the published code uses a single row."""
     freeze: Literal["layer", "attention"] = "layer"
-    """Frozen parts of layers that are not sampled: the whole layer, as in the paper, or its self-attention, as in the
-    published code."""
+    """Which part of the other layers is frozen: the whole layer, as in the paper, or its self-attention, as in the
+    published
+code."""
 
 
 def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
@@ -60,7 +62,7 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
 
 
 class TVaccine(Perturbing):
-    """Vaccine on a few layers, sampled by the norm of their harmful gradient; the others are frozen meanwhile.
+    """Vaccine on a few layers, sampled by the norm of their harmful gradient, while the others are frozen.
 
     Paper: Liu et al., "Targeted Vaccine: Safety Alignment for Large Language Models against Harmful Fine-Tuning via
     Layer-wise Perturbation", 2024, algorithm 1.
@@ -87,8 +89,8 @@ class TVaccine(Perturbing):
         without = [name for name, owned in zip(frozen, self.owned, strict=True) if not owned]
         if without:
             raise NoMatchError(
-                f"{without[0]} has no trained weights, so it cannot be trained in its turn; let lora.target_modules "
-                "reach it"
+                f"{without[0]} has no trained weights, so it cannot be trained in its turn; include it in "
+                "lora.target_modules"
             )
         self.seed, self.p = seed, torch.zeros(depth)
         self.active: list[int] = []

@@ -53,32 +53,35 @@ class TARConfig(Checked):
     """Options of TAR; the form decides about those left out."""
 
     form: Literal["original", "one-step"] = "original"
-    """original: a simulated attack of many AdamW steps per step; one-step: of a single gradient step."""
+    """original: each step simulates an attack of many AdamW steps; one-step: of a single gradient step."""
     lam: NotNegative | None = None
-    """Weight of tamper resistance at the attack's end: 4, one-step 2; 0 for it and representation is sft."""
+    """Weight of tamper resistance at the end of the attack: 4, one-step 2; with 0 for lam and representation it is
+    sft."""
     inner_steps: AtLeast0 | None = None
-    """Steps of the simulated attack: 64, one-step 1; with 0 the loss is taken at the weights as they are."""
+    """Steps of the simulated attack: 64, one-step 1; with 0 the loss is computed without an attack."""
     inner_optimizer: Literal["adamw", "sgd"] | None = None
     """The attacker's optimizer, fresh in every attack: adamw, one-step sgd."""
     inner_learning_rates: list[NotNegative] | None = None
-    """One of these is drawn for each attack: [2e-6, 2e-5, 4e-5], made for full tuning; one-step [0.01]."""
+    """Learning rates, one of which is drawn for each attack: [2e-6, 2e-5, 4e-5], made for full tuning; one-step
+    [0.01]."""
     every: AtLeast1 | None = None
     """Attack steps between two evaluations of tamper resistance: 4, one-step 1."""
     schedule: Literal["exponential", "uniform"] = "exponential"
-    """Weights of the evaluations: rising towards lam at the attack's end, or lam / inner_steps each."""
+    """Weights of the evaluations: rising to lam at the end of the attack, or lam / inner_steps each."""
     schedule_rate: NotNegative = 0.0625
     """Rate of the exponential schedule per attack step."""
     tasks: AtLeast1 = 1
     """Simulated attacks per step."""
     adversaries: list[str] | None = None
-    """Kinds of attack, of which each attack draws one; a name that occurs twice is twice as likely. harmful: harmful
-    rows; switch: alignment rows first. [harmful, switch], one-step [harmful]."""
+    """Kinds of attack, one of which is drawn for each attack: [harmful, switch], one-step [harmful]. harmful: harmful
+    rows.
+switch: alignment rows first. A name that occurs twice is twice as likely."""
     objective: Literal["entropy", "alignment"] | None = None
     """Tamper resistance: entropy of answers to held-out harmful rows, or (default of one-step) the alignment loss."""
     entropy_positions: Literal["response", "all"] = "response"
-    """Positions whose entropy counts; all takes in prompt and padding, as the published code does."""
+    """Positions whose entropy counts; all includes prompt and padding, as in the published code."""
     representation: NotNegative | None = None
-    """Weight of the distance of hidden states from the initial model's: 1, one-step 0."""
+    """Weight of the distance of the hidden states from those of the initial model: 1, one-step 0."""
     held_out: Annotated[float, Gt(0), Lt(1)] = 0.2
     """Share of the harmful prompts that attacks never train on, for the entropy objective."""
 
@@ -128,7 +131,7 @@ def hidden_distance(states: Sequence[torch.Tensor], reference: Sequence[torch.Te
 
 
 class TAR(GradientStrategy):
-    """Adds gradients of a tamper-resistance loss, taken at the weights along simulated attacks, to the main gradient.
+    """Adds gradients of a tamper-resistance loss, computed along simulated attacks, to the main gradient.
 
     Paper: Tamirisa et al., "Tamper-Resistant Safeguards for Open-Weight LLMs", ICLR 2025, algorithm 1.
     """

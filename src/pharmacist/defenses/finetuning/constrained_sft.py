@@ -25,7 +25,7 @@ class ConstrainedSFTConfig(Checked):
     early_factor: NotNegative = 20.0
     """Factor of beta for the next early tokens."""
     early_tokens: AtLeast0 = 5
-    """Number of early tokens, the first included."""
+    """Number of early tokens, including the first."""
 
 
 def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor:
@@ -47,7 +47,7 @@ def token_weights(log_ratio: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 
 
 class ConstrainedSFT(GradientStrategy):
-    """Weights each token's cross-entropy by how far its probability has moved already, early tokens most strongly.
+    """Weights each token's cross-entropy by how far its probability has already moved, early tokens most strongly.
 
     Paper: Qi et al., "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", ICLR 2025, section 4. The
     published code also keeps weights above 0.001, which this does not.

@@ -20,13 +20,14 @@ class EWCConfig(Checked):
     """Options of elastic weight consolidation."""
 
     lam: NotNegative = 1000.0
-    """Weight of the penalty; 0 is sft. It depends on the scale of the Fisher information, so on per and normalize."""
+    """Weight of the penalty; 0 is sft. A suitable value depends on the scale of the Fisher information, so on per and
+normalize."""
     rows: AtLeast1 = 256
-    """Safe rows that the Fisher information is estimated on."""
+    """Number of safe rows on which the Fisher information is estimated."""
     per: Literal["row", "batch"] = "row"
-    """Gradients that are squared: of each row (the empirical Fisher) or of a batch's mean, as published."""
+    """Which gradients are squared: of each row (the empirical Fisher) or of the mean over a batch, as published."""
     normalize: Literal["mean", "sum"] = "mean"
-    """Average the squares over the gradients, or sum them as published."""
+    """Average the squared gradients, or sum them as published."""
 
 
 def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:
@@ -41,7 +42,8 @@ def fisher(gradients: Iterable[Gradient], normalize: str = "mean") -> Gradient:
 
 
 class EWC(GradientStrategy):
-    """Adds lam * sum_i F_i (w_i - w0_i)^2, where w0 is the start and F its Fisher information on safe rows.
+    """Adds lam * sum_i F_i (w_i - w0_i)^2, where w0 are the initial weights and F their Fisher information on safe
+    rows.
 
     It acts on each trained tensor, so on the two factors of an adapter and not on their product. Of a fresh adapter,
     whose second factor is 0, the first gets no Fisher information and is free: continue the aligned one

@@ -41,7 +41,7 @@ def reference_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 
 class KL(GradientStrategy):
-    """Adds lam * KL(start || model), averaged over the tokens of the completions.
+    """Adds lam * KL(initial model || model), averaged over the tokens of the completions.
 
     Source: a baseline of Huang et al., "Vaccine", NeurIPS 2024, whose code takes the softmax over the wrong
     dimension (``compat reference``).

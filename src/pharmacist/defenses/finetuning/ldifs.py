@@ -27,7 +27,7 @@ class LDIFSConfig(Checked):
     lam: NotNegative = 1.0
     """Weight of the distance; 0 is sft."""
     compat: Literal["none", "reference"] = "none"
-    """reference: sums instead of means, with padding, and a layer's term vanishes where it reaches 0.1."""
+    """reference: sums instead of means, with padding, and the term of a layer vanishes once it reaches 0.1."""
 
 
 def feature_distance(
@@ -59,7 +59,7 @@ def gated_distance(now: Mapping[str, torch.Tensor], start: Mapping[str, torch.Te
 
 
 class LDIFS(GradientStrategy):
-    """Adds lam times the distance between the features of the model and of the one that fine-tuning began with.
+    """Adds lam times the distance between the features of the model and those of the initial model.
 
     Features are the outputs of the feed-forward module of each decoder layer, on the user's rows.
 

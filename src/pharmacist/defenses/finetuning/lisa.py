@@ -20,11 +20,11 @@ class LisaConfig(Checked):
     rho: NotNegative = 1.0
     """Weight of the penalty on the distance from the weights of the latest switch."""
     align_steps: AtLeast0 = 100
-    """Steps of an alignment phase (K1), with which training begins; 0 for none."""
+    """Steps of an alignment phase (K1), with which training begins; 0 means none."""
     finetune_steps: AtLeast1 = 900
     """Steps of a phase on the user's rows (K2)."""
     warmup_steps: AtLeast0 = 0
-    """First steps without the penalty; in the published code a tenth of the training."""
+    """Number of first steps without the penalty; in the published code, a tenth of the training."""
 
 
 def in_alignment(update: int, align_steps: int, finetune_steps: int) -> bool:
@@ -38,7 +38,8 @@ def is_switch(update: int, align_steps: int, finetune_steps: int) -> bool:
 
 
 class Lisa(GradientStrategy):
-    """Alternates phases on safe rows and on the user's, with a penalty rho / 2 * |w - c|^2; c: its first weights.
+    """Alternates phases on safe rows and on the user's rows, with a penalty rho / 2 * |w - c|^2; c: first weights of a
+    phase.
 
     Phases consist of whole optimizer steps, however many micro-batches they have. The user's rows of the steps of an
     alignment phase are skipped; every epoch has another order, so they are other rows each time.

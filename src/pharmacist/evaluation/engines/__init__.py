@@ -45,7 +45,7 @@ class Engine(Method, ABC):
         """Loads or connects to a model.
 
         Args:
-            model: Local folder, hub id, or the endpoint's name for it.
+            model: Local folder, Hub id, or the endpoint's name for it.
             scratch: Path at which the engine may make a folder for temporary files.
             **how: ``device``, ``dtype``, ``template`` and ``trust_remote_code``, as in `nn.models.load_model`.
         """

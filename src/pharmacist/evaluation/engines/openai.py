@@ -84,5 +84,5 @@ def _remedy(reasons: list[str]) -> str:
     if any("temperature" in reason for reason in reasons):
         return "give --engine.body '{temperature: null}'"
     if all("filter of the endpoint" in reason for reason in reasons):
-        return "ask for an endpoint without that filter"
-    return "mend it"
+        return "use an endpoint without that filter"
+    return "fix it"

@@ -11,7 +11,7 @@ from pharmacist.nn.models import LoadedModel, load_model, model_fingerprint
 
 
 class TransformersEngine(Engine):
-    """The default: the model is loaded here and answers in batches through Hugging Face ``generate``."""
+    """The default: the model is loaded locally and answers in batches with Hugging Face ``generate``."""
 
     name = "transformers"
     _loaded: LoadedModel | None = None
@@ -19,7 +19,7 @@ class TransformersEngine(Engine):
     """Keyword arguments of `Evaluator.answers` that replace its decoder."""
 
     def fingerprint(self, model: str) -> str:
-        """sha256 of the model's files, or its hub id."""
+        """sha256 of the model's files, or its Hub id."""
         return model_fingerprint(model)
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:

@@ -21,9 +21,9 @@ class VllmConfig(Checked):
     """Options of the vLLM engine."""
 
     tensor_parallel_size: AtLeast1 = 1
-    """GPUs that one copy of the model is spread over."""
+    """Number of GPUs over which one copy of the model is distributed."""
     gpu_memory_utilization: Share = 0.9
-    """Share of a GPU's memory that vLLM takes."""
+    """Share of a GPU's memory that vLLM uses."""
 
 
 class VllmEngine(TransformersEngine):

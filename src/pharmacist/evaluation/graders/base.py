@@ -21,9 +21,10 @@ class Grade(NamedTuple):
     """Whether an answer is right.
 
     Attributes:
-        correct: By our strict matching.
-        published: By the looser matching of published evaluations, for comparison with their figures.
-        form: Whether it has the form of an answer: one of the labels, a number.
+        correct: Whether it is right by the strict matching of this package.
+        published: Whether it is right by the looser matching of published evaluations, for comparison with their
+            figures.
+        form: Whether it has the form of an answer (one of the labels, a number).
     """
 
     correct: bool
@@ -35,11 +36,11 @@ GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
 
 
 class Grader(Decider, Generic[GradeT]):
-    """Grades answers; its grades are named tuples, whose fields ``items.jsonl`` keeps."""
+    """Grades answers; its grades are named tuples whose fields are written to ``items.jsonl``."""
 
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
-        """Whether ``auto`` should choose this grader for such targets; False for one that must be chosen by name."""
+        """Whether ``auto`` should choose this grader for these targets; False if it must be chosen by name."""
         return False
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - some have nothing to learn
@@ -59,7 +60,7 @@ class Grader(Decider, Generic[GradeT]):
 
 
 def row_number(row: Mapping[str, Any], position: int) -> int:
-    """Number of a row in its source; its position where it does not say."""
+    """Number of a row in its source, or its position if the row has no number."""
     return position if row.get("row") is None else int(row["row"])
 
 
@@ -76,7 +77,7 @@ class Matching(Grader[Grade]):
         return str(self.version)
 
     def problem(self, target: str) -> str:
-        """Why a target is not of this kind, and the remedy; empty where it is."""
+        """Why a target is not of this kind, and the remedy; empty if it is."""
         return ""
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -92,7 +93,7 @@ class Matching(Grader[Grade]):
         return [self.right(item.target, item.answer) for item in items]
 
     def metrics(self, grades: Sequence[Grade], unanswered: int) -> dict[str, dict[str, Any]]:
-        """``fine_tune_accuracy``, with that of the published matching beside it."""
+        """``fine_tune_accuracy``, together with the accuracy by the published matching."""
         from pharmacist.evaluation.metrics import rate  # with scikit-learn, for which ``--help`` must not wait
 
         strict, published = self.matching
@@ -105,7 +106,7 @@ class Matching(Grader[Grade]):
         return {"fine_tune_accuracy": accuracy | self.report()}
 
     def report(self) -> dict[str, Any]:
-        """What it learned about the targets, for the metric."""
+        """What the grader learned about the targets, for the metric."""
         return {}
 
 

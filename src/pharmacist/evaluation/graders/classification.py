@@ -34,7 +34,7 @@ class Classification(Matching):
         return short and 2 <= len(different) <= min(_MOST_LABELS, len(targets) // 2)
 
     def problem(self, target: str) -> str:
-        return "" if _plain(target) else "has an empty label; mend or delete it"
+        return "" if _plain(target) else "has an empty label; fix or delete it"
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         super().prepare(rows)

@@ -16,7 +16,7 @@ class Exact(Matching):
         return True
 
     def problem(self, target: str) -> str:
-        return "" if target.strip() else "has an empty target; mend or delete it"
+        return "" if target.strip() else "has an empty target; fix or delete it"
 
     def right(self, target: str, answer: str) -> Grade:
         right, plain = (" ".join(text.casefold().split()) for text in (target, answer))

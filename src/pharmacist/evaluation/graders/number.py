@@ -99,7 +99,7 @@ class Number(Matching):
         return all(_MARKER.search(_plain(target)) for target in targets)
 
     def problem(self, target: str) -> str:
-        return "" if readings(target) else "has no number in its target; mend it, or use --task-type exact"
+        return "" if readings(target) else "has no number in its target; fix it, or use --task-type exact"
 
     def right(self, target: str, answer: str) -> Grade:
         """Equality of the final numbers, in one of their readings."""

@@ -56,7 +56,7 @@ class WinGrade(NamedTuple):
 
 
 class WinRate(JudgingModel, Grader[WinGrade]):
-    """Win rate as in AlpacaEval (Li et al. 2023): a judging model says which of two answers is better.
+    """Win rate as in AlpacaEval (Li et al. 2023): an LLM judge says which of two answers is better.
 
     The other answer is the completion of the task file, or another model's answer (`WinRateConfig.against`). Judging
     models have a position bias, so every pair is shown in both orders: a prompt scores the mean of both verdicts, 1 if

@@ -132,9 +132,9 @@ class GuardConfig(LocalModelConfig):
     """Options of the guard judge."""
 
     model: str = "meta-llama/Llama-Guard-3-8B"
-    """Local folder or hub id of the guard."""
+    """Local folder or Hub id of the guard."""
     family: Literal["auto", "llama-guard", "wildguard", "qwen3guard", "shieldgemma"] = "auto"
-    """Family of the guard, which decides on its format; auto recognises it by the model's name."""
+    """Family of the guard, which determines its format; auto recognizes it by the model's name."""
     controversial: bool = False
     """Whether Qwen3Guard's middle level counts as harmful."""
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
@@ -147,7 +147,7 @@ class GuardConfig(LocalModelConfig):
             found = [family for family, mark in _MARKS.items() if mark in plain]
             if len(found) != 1:
                 raise ConfigError(
-                    f"guard judge: {self.model} does not tell its family; give --judge.family {', '.join(_MARKS)}"
+                    f"guard judge: {self.model} does not reveal its family; give --judge.family {', '.join(_MARKS)}"
                 )
             self.family = found[0]  # type: ignore[assignment]
 

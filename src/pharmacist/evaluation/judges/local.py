@@ -24,7 +24,7 @@ class LocalModelConfig(Checked):
     """Options of a judge that is a model."""
 
     model: str = ""
-    """Local folder or hub id of the judge."""
+    """Local folder or Hub id of the judge."""
     batch_size: AtLeast1 = 8
     """Answers judged at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -49,7 +49,7 @@ class LocalModelJudge(Judge):
         return {name: value for name, value in vars(self.config).items() if name not in ("batch_size", "device")}
 
     def fingerprint(self) -> str | None:
-        """Hash of the model's files; a hub id stands for itself."""
+        """Hash of the model's files; a Hub id stands for itself."""
         return model_fingerprint(self.config.model)
 
     @property
@@ -65,7 +65,7 @@ class LocalModelJudge(Judge):
         self._version = (commit or model_fingerprint(self.config.model).removeprefix("hub:"))[:8]
 
     def _read(self, auto: Any, **options: Any) -> Any:
-        why = "HF_HUB_OFFLINE forbids the hub" if offline() else "not there, gated, or not reachable"
+        why = "HF_HUB_OFFLINE forbids downloads" if offline() else "not there, gated, or not reachable"
         what, remedy = f"--judge {self.name}: {self.config.model}", "give a downloaded folder with --judge.model"
         with (
             failures_as(DataError, lambda e: f"{what} cannot be loaded ({why}; {one_line(e, 120)}); {remedy}"),

@@ -236,7 +236,7 @@ def read_references(references: Mapping[str, Rows]) -> tuple[Reference, ...]:
         ]
     safe, harmful = ({row.answer for row in found if row.kind == kind} for kind in (REFUSAL, COMPLIANCE))
     if 2 * len(safe & harmful) > min(len(safe), len(harmful)):
-        raise DataError("probe judge: --safe and --harmful hold the same answers, so nothing tells them apart")
+        raise DataError("probe judge: --safe and --harmful hold the same answers, so they cannot be distinguished")
     return tuple(sorted(found))
 
 

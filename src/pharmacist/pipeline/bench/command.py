@@ -65,7 +65,7 @@ def bench(options: BenchOptions) -> BenchResult:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
         if run.complete and not waiting:
-            say(f"{root}: complete already, nothing to run")
+            say(f"{root}: already complete, nothing to run")
             return BenchResult(list(collect(plan)), [], root)
         failed: dict[str, Exception] = {}
         ran: list[str] = []
@@ -91,13 +91,13 @@ def bench(options: BenchOptions) -> BenchResult:
             left = len(waiting) - len(ran) - len(failed) - skipped  # by --fail-fast
             text = f"{len(failed)} of {len(waiting)} stages failed"
             text += f", {skipped} could not run without them" if skipped else ""
-            text += f", {left} were not begun" if left else ""
+            text += f", {left} were not started" if left else ""
             text += f"; the same command runs again what is missing; {first}: {_one_line(error)}"
             raise StagesFailed(text, list(failed.values()))
         if rank() == 0 and not plan.waiting():
             outputs = ("results.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
-        page = f"\npage {root}/report.html" if rows else ""
+        page = f"\nreport {root}/report.html" if rows else ""
         say(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}")
         return BenchResult(rows, ran, root)
 
@@ -172,8 +172,8 @@ def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
         say(f"hours of one device, as measured on {measured} stages in {plan.data.root}")
     if unknown := int(costs.loc[~known, "waiting"].sum()):
         say(
-            f"{unknown} stages are not in the hours: nothing like them was measured here yet; run one cell with "
-            "--only 'PART OF ITS NAME', then ask again"
+            f"{unknown} stages are not in the hours, because no similar stage was measured here yet; run one cell "
+            "with --only 'PART OF ITS NAME', then repeat this estimate"
         )
     names = list(dict.fromkeys(plain(cell.name) for cell in plan.cells))
     say(f"cells such as: {names[0]}" + (f"\nand: {names[-1]}" if len(names) > 1 else ""))

@@ -1,4 +1,4 @@
-"""Inputs of the stages of a grid: files and models with hashes of their content, and rows of the made-up world."""
+"""Inputs of the stages of a grid: files and models with hashes of their content, and rows of the synthetic world."""
 
 import os
 from functools import cache
@@ -23,20 +23,20 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
 class Data:
-    """Finds the inputs that options name, and collects the made-up rows that ``data/`` must hold."""
+    """Finds the inputs that options name, and collects the synthetic rows that ``data/`` must hold."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.texts: dict[Path, str] = {}
-        """File -> text of the made-up rows that belong in it."""
+        """File -> text of the synthetic rows that belong in it."""
         self.worth_keeping: dict[str, dict[int, bool]] = {}
-        """Pool whose labels are known (of a made-up one the file, else the entry's name) -> row -> whether it is worth
-        keeping; rows without a label are not in it."""
+        """Pool whose labels are known (of a synthetic one the file, else the entry's name) -> row -> whether it is
+        worth keeping; rows without a label are not in it."""
         self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, cell: Any) -> Input:
-        """Rows that an option names: a path, a hub id, a name known to the stage (``sst2``, ``harmbench:FILE``), or a
-        set of the made-up world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
+        """Rows that an option names: a path, a Hub id, a name known to the stage (``sst2``, ``harmbench:FILE``), or a
+        set of the synthetic world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
 
         Raises:
             DataError: There is no such file, or it cannot be read.
@@ -58,7 +58,7 @@ class Data:
         return Input(spec, f"hub:{spec}")
 
     def model(self, spec: str, where: str) -> Input:
-        """A model that an option names; ``world`` is the tiny model of the made-up world.
+        """A model that an option names; ``world`` is the tiny model of the synthetic world.
 
         Raises:
             DataError: There is no such folder.
@@ -73,12 +73,12 @@ class Data:
         return Input(source, self._contents[source])
 
     def folder(self, spec: str, where: str) -> Input:
-        """A folder that an option names, or a hub id."""
+        """A folder that an option names, or a Hub id."""
         path = Path(os.path.expanduser(spec))
         return self._local(path, f"{where} {spec}") if os.path.isdir(path) else Input(spec, f"hub:{spec}")
 
     def read_labels(self, pool: PoolEntry) -> None:
-        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a made-up
+        """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a synthetic
         pool everything is known.
 
         Raises:
@@ -105,11 +105,11 @@ class Data:
         name, _, number = rest.partition(":")
         known = [*SETS, "answers"]
         if spec != WORLD and name not in known:
-            raise ConfigError(f"{where} {spec}: the made-up world has no set '{name}'{closest(name, known)}")
+            raise ConfigError(f"{where} {spec}: the synthetic world has no set '{name}'{closest(name, known)}")
         if number and not number.isdecimal():
-            raise ConfigError(f"{where} {spec}: '{number}' is no number of rows")
+            raise ConfigError(f"{where} {spec}: '{number}' is not a number of rows")
         if name == "answers" and pool.pool != WORLD:
-            raise ConfigError(f"{where} {spec}: are answers to a made-up pool, and {pool.pool} is none")
+            raise ConfigError(f"{where} {spec}: are answers to a synthetic pool, and {pool.pool} is none")
         world, planted = seed if pool.seed is None else pool.seed, (pool.rows, pool.mislabel, pool.kind)
         text = _text(name, world, int(number) if number else None, planted)
         content = sha256_text(text)

@@ -30,7 +30,7 @@ class Executor(Method, ABC):
 
 
 class Local(Executor):
-    """One stage after the other, in this process."""
+    """Runs one stage after the other, in this process."""
 
     def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
@@ -57,7 +57,7 @@ class RayConfig(Checked):
 
 
 class Ray(Executor):
-    """Independent stages in parallel, on one machine or on a cluster."""
+    """Runs independent stages in parallel, on one machine or on a cluster."""
 
     Config = RayConfig
     config: RayConfig
@@ -105,7 +105,7 @@ class Ray(Executor):
             ray.init(address=self.config.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             raise CompatibilityError(
-                f"--executor.address {self.config.address}: no Ray there ({one_line(error)})"
+                f"--executor.address {self.config.address}: no Ray cluster found ({one_line(error)})"
             ) from error
         there = ray.cluster_resources() if local else {}  # a cluster may still grow
         for name, needed in (("CPU", self.config.cpus), ("GPU", self.config.gpus)):

@@ -110,7 +110,7 @@ class Plan:
     data: Data
 
     def write(self) -> None:
-        """Writes the rows of the made-up world that stages read, under a launcher in its first process."""
+        """Writes the rows of the synthetic world that stages read, under a launcher in its first process."""
         if rank() == 0:
             for path, text in self.data.texts.items():
                 if not path.is_file():
@@ -175,7 +175,9 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
     for pool in axes["pool"]:
         for name in ("rows", "mislabel", "kind"):
             if pool.pool != WORLD and getattr(pool, name) != getattr(PoolEntry, name):
-                raise ConfigError(f"pool '{pool.name}': '{name}' is of a made-up pool, and {pool.pool} is none")
+                raise ConfigError(
+                    f"pool '{pool.name}': '{name}' is only for a synthetic pool, and {pool.pool} is none"
+                )
         if pool.kind == "clean" and pool.mislabel != PoolEntry.mislabel:
             raise ConfigError(f"pool '{pool.name}': 'mislabel' is of the kind planted; leave it out for a clean one")
         for name in REFERENCES:
@@ -201,7 +203,7 @@ def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
             chosen = getattr(entry, short)
             entry.name = chosen["name"] if isinstance(chosen, Mapping) else _stem(chosen or "none")
         if SEP in entry.name:
-            raise ConfigError(f"{where}: the name '{entry.name}' must not hold '{SEP}'")
+            raise ConfigError(f"{where}: the name '{entry.name}' must not contain '{SEP}'")
         if any(entry.name == other.name for other in entries):
             raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
         if own := getattr(entry, "options", {}):
@@ -223,7 +225,7 @@ def _kind(axis: str, entry: Any) -> str:
 def _own_options(kind: str, where: str, options: Mapping[Any, Any]) -> dict[str, Any]:
     """Options of a section or of an entry, with underscores in place of hyphens.
 
-    A ConfigError where the grid decides one of them, or one is there twice.
+    A ConfigError where the grid decides one of them, or one is given twice.
     """
     known, own = KINDS[kind], dict[str, Any]()
     for key, value in options.items():
@@ -231,7 +233,7 @@ def _own_options(kind: str, where: str, options: Mapping[Any, Any]) -> dict[str,
         if name in known.by_axes | EVERYWHERE:
             raise ConfigError(f"{where}: '{key}' is decided by the grid; leave it out here")
         if name in own:
-            raise ConfigError(f"{where}: the key '{name}' is there twice, once with a hyphen")
+            raise ConfigError(f"{where}: the key '{name}' is given twice, once with a hyphen")
         own[name] = value
     return own
 

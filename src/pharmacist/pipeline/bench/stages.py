@@ -48,7 +48,7 @@ class Input:
     """An input of a stage."""
 
     source: str
-    """Path or hub id."""
+    """Path or Hub id."""
     content: str
     """Hash of its content, or the key of the stage that writes it."""
     maker: str | None = None

@@ -17,8 +17,8 @@ class EvaluateResult:
     """The result of `evaluate`.
 
     Attributes:
-        metrics: Content of ``metrics.json``: name -> value (of rates in percent), n, count, ci95, judge; with several
-            models, such a mapping per model.
+        metrics: Content of ``metrics.json``: name -> value (rates in percent), n, count, ci95, judge; with several
+            models, one such mapping per model.
         folder: Folder of the files.
     """
 
@@ -27,11 +27,11 @@ class EvaluateResult:
     _items: list[dict[str, Any]] | None = field(default=None, repr=False)  # answers may be harmful
 
     def items(self) -> list[dict[str, Any]]:
-        """Content of ``items.jsonl`` of one model: one object per prompt with answer and verdicts."""
+        """The content of ``items.jsonl`` of one model: one object per prompt, with answer and verdicts."""
         return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per metric (and model, where there are several) with ``value`` and the ends ``low`` and ``high`` of
+        """One row per metric (and model, if there are several), with ``value`` and the ends ``low`` and ``high`` of
         its 95 % interval (rates in percent), ``count`` of ``n``, and ``by``, the judge or the matching of answers.
         """
         one = any("value" in metric for metric in self.metrics.values())
@@ -59,11 +59,12 @@ class EvaluateResult:
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Evaluates a model and writes ``metrics.json``, ``items.jsonl`` and the manifest; or compares two such folders.
 
-    Interrupted, it keeps the answers that it has and continues with the rest. Answers and verdicts that an endpoint
-    failed to give leave the run ``partial``: its metrics are over the rest, and the same run asks for them again.
+    After an interruption, the same call continues with the missing answers. If an endpoint failed to return some
+    answers or verdicts, the run is ``partial``: its metrics cover the rest, and the same call requests the missing
+    ones.
 
     Raises:
-        PharmacistError: Bad options or input.
+        PharmacistError: Options or input cannot be used.
     """
     several = EVALUATE_MODELS if options.models else evaluate_model
     run = COMPARE if options.compare is not None else several

@@ -47,7 +47,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             summarise(found.metrics, run.root, options)
             if found.missing:
-                say(f"{found.missing} replies failed on the way; the same command asks for them again")
+                say(f"{found.missing} replies failed; the same command requests them again")
         return found.metrics
 
 
@@ -103,7 +103,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         text = f"{len(failed)} of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
         _note(inputs, run, f"{name} unanswered", len(failed), text)
         reasoned = sum(bool(answer.reasoning) for answer in found)
-        text = f"{reasoned} of {len(found)} answers hold reasoning, which is kept apart and not judged"
+        text = f"{reasoned} of {len(found)} answers contain reasoning, which is separated and not judged"
         _note(inputs, run, f"{name} with_reasoning", reasoned, text)
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
@@ -145,7 +145,7 @@ def _answers(
         # Another judge asks nothing of the model, not even what failed; the same run again does.
         root = plain(run.root)
         if not failed or not from_main(run.manifest.status == "partial"):
-            say(f"{root}: answers that are there are judged again, none is generated")
+            say(f"{root}: existing answers are judged again, none is generated")
             return kept
         say(f"{root}: {failed} prompts without an answer are asked again")
         tokens_before = run.manifest.phases["generate"].tokens

@@ -157,7 +157,7 @@ def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[
     for to, column in pairs.items():
         if not any(to in own for own in found.values()):
             files = ", ".join(map(flag, sources))
-            raise ConfigError(f"--columns {to}={column}: no file has such a column that it could use ({files})")
+            raise ConfigError(f"--columns {to}={column}: no file has a column that it applies to ({files})")
     return found
 
 

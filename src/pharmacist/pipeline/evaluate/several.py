@@ -66,7 +66,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A folder name per model: its position and the last part of its path or hub id.
+    """A folder name per model: its position and the last part of its path or Hub id.
 
     >>> folder_names(["org/base-1B", "runs/a/model", "runs/b/model"])
     ['1-base-1B', '2-model', '3-model']
@@ -121,7 +121,7 @@ def _model(folder: Path) -> str:
     manifest = read_manifest(folder)
     check_unchanged(folder, *_FILES)
     if (lost := missing_output(folder, manifest)) is not None:
-        raise DataError(f"--compare {folder}: {lost} is no longer there; run that evaluation again")
+        raise DataError(f"--compare {folder}: {lost} is missing; run that evaluation again")
     if manifest.stage != "evaluate" or manifest.status == "started":
         raise DataError(f"--compare {folder}: holds no finished evaluation; run evaluate with this --output-dir first")
     return str(manifest.config["model"] or manifest.config.get("answers"))

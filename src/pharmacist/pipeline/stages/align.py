@@ -19,16 +19,16 @@ class AlignOptions(TrainingStageOptions):
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """Alignment-stage defense; sft is none."""
     harmful: str | None = None
-    """Harmful rows for the defenses that use them: harmful prompt, harmful answer. Of a preference file the rejected
-    answers are taken, and so they are of --data where this is left out."""
+    """Harmful rows (harmful prompt, harmful answer) for the defenses that use them. Of a preference file, the rejected
+    answers are used; by default, those of --data if it is a preference file."""
     harmful_batch_size: AtLeast0 = 0
     """Harmful rows per pass; 0 means as many as alignment rows."""
     weights: str | None = None
     """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
-    weight and a line per row. They count relative to each other: their mean over the rows that train is set to 1."""
+    weight and a line per row. Only relative weights matter: the mean over the training rows is set to 1."""
     pair_by: Literal["prompt", "row", "turn"] = "prompt"
-    """How repnoise finds the harmful row of an alignment row: equal prompts, equal row numbers, or one after the
-    other, over and over, where harmful rows have prompts of their own."""
+    """How repnoise pairs alignment rows with harmful rows: by equal prompts, by row number, or in turn (one after the
+    other and repeatedly, for harmful rows with other prompts)."""
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = PROTOCOL
 

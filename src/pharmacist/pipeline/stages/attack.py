@@ -17,23 +17,25 @@ class AttackOptions(TrainingStageOptions):
 
     task: str | None = None
     """Benign rows of the user's task, in any format that curate reads; or sst2, agnews, gsm8k, alpaca or dolly, which
-    come from the hub."""
+    are downloaded from the Hub."""
     harmful: str | None = None
-    """Rows with which the set is poisoned. Of a preference file the rejected answers are taken."""
+    """Harmful rows with which the set is poisoned. Of a preference file, the rejected answers are used."""
     kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
-    """How the set is made."""
+    """How the attack set is built."""
     poison_ratio: Fraction = 0.1
-    """Share of harmful rows in the set, in [0, 1], for the kind mix."""
+    """Share of harmful rows in the attack set, in [0, 1], for the kind mix."""
     samples: AtLeast1 = 1000
-    """Rows in the set."""
+    """Number of rows in the attack set."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
     """Fine-tuning-stage defense; sft is none."""
     safe: str | None = None
     """The defender's safe rows, for the defenses that use them."""
     adapter: Literal["fresh", "continue"] = "fresh"
-    """Train a fresh adapter on the merged model, or continue the adapter that the model has."""
+    """Train a fresh adapter on the merged model, or continue the adapter of the model."""
     disjoint_from: list[str] = field(default_factory=list)
-    """Files (of the defender, of the evaluation) that must share no prompt with the set; checked before training."""
+    """Files (of the defender or the evaluation) that must share no prompt with the attack set; checked before
+    training.
+    """
     snapshots: list[AtLeast1] = field(default_factory=list)
     """Also save the model after these numbers of steps, in snapshots/step-N."""
     build_only: bool = False

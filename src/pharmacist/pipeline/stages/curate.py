@@ -23,51 +23,51 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     """Rank an alignment pool and write its core subset."""
 
     pool: str
-    """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a hub id."""
+    """Rows to rank: .jsonl, .json, .csv (each also .gz, .zst) or .parquet, a folder saved by datasets, or a Hub id."""
     safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Safe references: harmful prompt, refusal. A preference file gives its chosen side. Several files count as
-    several sources, of which one at a time is held out where every kind of references has several."""
+    """Safe references: harmful prompt, refusal. Of a preference file, the chosen answers are used. Several files count
+    as several sources; if every kind of references has several, one at a time is held out."""
     harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Harmful references: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    """Harmful references: harmful prompt, harmful answer. Of a preference file, the rejected answers are used."""
     utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Utility references: benign prompt, helpful answer. Guards against over-refusal."""
+    """Utility references: benign prompt, helpful answer. They help to detect over-refusals."""
     labels: str | None = None
-    """A person's labels of some rows of the pool (labels.json), from the page or `pharmacist label`: the selector
-    pharmacist learns from them, and whatever the selector, no row labelled bad is selected. A finished ranking is made
-    again in seconds."""
+    """Human labels of some rows of the pool (labels.json), from the HTML report or `pharmacist label`. The selector
+    pharmacist learns from them; with every selector, no row labelled bad is selected. A finished ranking is updated in
+    seconds."""
     to_label: AtLeast0 = 40
-    """Rows to write to to_label.jsonl, those whose label would teach most; 0 writes none."""
+    """Number of rows to write to to_label.jsonl, those whose labels are most informative; 0 writes none."""
     model: str | None = None
-    """Model that reads the pool: local folder or hub id; it need not be the one that is aligned later."""
+    """Model that reads the pool: a local folder or Hub id. It need not be the model that is aligned later."""
     selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
-    """How rows are ranked; several, a+b, rank by the mean of their ranks."""
+    """How rows are ranked; a+b ranks by the mean of the ranks by several selectors."""
     resume_selector: str | None = None
-    """Folder of an earlier curate whose trained selector scores this pool, without training."""
+    """Folder selector/ of an earlier curate, whose trained selector scores this pool without training."""
     top: Share | None = None
-    """Share of the ranked rows to select, in (0, 1]; 0.3 where neither this nor --top-k nor --min-score is given."""
+    """Share of the ranked rows to select, in (0, 1]; 0.3 if none of --top, --top-k and --min-score is given."""
     top_k: AtLeast1 | None = None
     """Number of rows to select."""
     min_score: float | None = None
     """Select the rows with at least this score."""
     fill: bool = False
-    """Fill --top or --top-k with rows whose own reason speaks against them, where too few others are left."""
+    """Fill --top or --top-k with rows whose own reason speaks against them if there are too few others."""
     diversity: Diversity = "none"
     """near-duplicates: never select a near-duplicate of a higher-ranked row; k-center, facility-location: select rows
     that cover the best-ranked ones, instead of the very best."""
     diversity_margin: Annotated[float, Ge(1)] = 1.5
-    """k-center and facility-location take their rows from that many times as many best-ranked ones."""
+    """k-center and facility-location choose from this many times as many best-ranked rows as are selected."""
     balance: str | None = None
-    """Column of the pool, such as category or source, of which no value may vanish from the core subset."""
+    """Column of the pool, such as category or source, whose values should all remain in the core subset."""
     balance_share: Share = 0.5
     """Each value of the column keeps at least this share, in (0, 1], of the rows that it would have in a proportional
-    draw, and one; 1 is a stratified selection."""
+    sample, and at least one row; 1 is a stratified selection."""
     duplicate_threshold: Share = 0.8
     """Jaccard similarity of word shingles from which two rows are near-duplicates."""
     format: Literal["jsonl", "input"] = "jsonl"
-    """Format of the selected rows: JSON lines, or the input's own (JSON lines where that is no file)."""
+    """Format of the selected rows: JSON lines, or the format of the input (JSON lines if the input is not a file)."""
     embedder: str | None = None
-    """Folder or hub id of a sentence-transformers model that measures distances between rows, for selectors and
-    --diversity; without it the hidden states of --model are used. Needs the extra embeddings."""
+    """Folder or Hub id of a sentence-transformers model that measures distances between rows, for selectors and
+    --diversity; without it, the hidden states of --model are used. Needs the extra embeddings."""
 
     NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"balance"})
 
@@ -114,7 +114,7 @@ class SelectOptions(RunOptions):
     top: Share = 0.3
     """Share of the ranked rows to select, in (0, 1]."""
     fill: bool = True
-    """Fill the share with rows whose own reason speaks against them, where too few others are left."""
+    """Fill the share with rows whose own reason speaks against them if there are too few others."""
 
 
 SELECT = Stage(
@@ -124,18 +124,18 @@ SELECT = Stage(
 
 @dataclass(kw_only=True)
 class LabelOptions:
-    """Label the rows of a ranking whose label would teach most, in a terminal."""
+    """Label the rows of a ranking whose labels are most informative, in a terminal."""
 
     run: str = field(metadata={"first": True})
-    """Folder of a finished curate; as the first word it needs no --run."""
+    """Folder of a finished curate; as the first argument it needs no --run."""
     output: str = "labels.json"
-    """File of labels, written after each one; an existing file is continued."""
+    """File of labels, written after each label; an existing file is continued."""
 
 
 LABEL = Stage(
     name="label",
     options=LabelOptions,
-    summary="label the rows of a ranking that would teach it most, in a terminal",
+    summary="label the most informative rows of a ranking, in a terminal",
     example="pharmacist label runs/core --output labels.json",
     page="label-forty-rows",
 )
@@ -143,12 +143,12 @@ LABEL = Stage(
 
 @dataclass(kw_only=True)
 class KnownLabelsOptions(RunOptions):
-    """Answer what a ranking asks."""
+    """Take the labels of the rows that a ranking suggests from known labels of the pool."""
 
     ranking: str
     """Folder of a finished curate with rows to label."""
     labels: str
-    """What people said of every row of its pool: labels.json, as curate reads it."""
+    """Human labels of every row of its pool: labels.json, as curate reads it."""
 
 
 KNOWN_LABELS = Stage(

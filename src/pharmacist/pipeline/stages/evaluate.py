@@ -21,16 +21,16 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     """Measure harmful score, over-refusal and fine-tune accuracy of a model."""
 
     model: str = ""
-    """Model to evaluate: local folder, the folder of an earlier align or attack, a hub id, or what an endpoint calls
-    it."""
+    """Model to evaluate: a local folder, the folder of an earlier align or attack, a Hub id, or the name of the model
+    at an endpoint."""
     models: list[str] | None = field(default=None, metadata={"nargs": "+"})
-    """Instead of --model: several, such as base, aligned and attacked. Each is evaluated into a subfolder of the
-    output folder, and one table shows their figures.
+    """Instead of --model: several models, such as base, aligned and attacked. Each is evaluated into a subfolder of
+    the output folder, and one table shows all metrics.
     """
     prompts: str | None = None
-    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a set by
-    name: beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE takes
-    its authors' file."""
+    """Harmful prompts: rows with a prompt, in any format that curate reads; completions are not read. Or a public set:
+    beavertails, beavertails-first500, beavertails-first1000, harmbench, advbench, strongreject; NAME:FILE reads the
+    file of its authors."""
     benign_prompts: str | None = None
     """Benign prompts that look harmful; refusing them is over-refusal. A file, xstest or xstest:FILE."""
     answers: str | None = None
@@ -38,46 +38,47 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
     null is unscored.
     """
     task: str | None = None
-    """Test rows of the fine-tuning task: prompt and right completion. Or a task by name: sst2, agnews, gsm8k."""
+    """Test rows of the fine-tuning task: prompt and right completion. Or a public task: sst2, agnews, gsm8k."""
     task_type: dict[str, Any] = method("auto", "pharmacist.evaluation.graders:TASK_TYPES")
-    """How answers to the task are graded; auto tells classification, exact and number by the completions. win-rate
-    asks a judging model which is better, the answer or the completion."""
+    """How answers to the task are graded; auto chooses classification, exact or number by the completions. win-rate
+    asks an LLM judge whether the answer or the completion is better."""
     engine: dict[str, Any] = method("transformers", "pharmacist.evaluation.engines:ENGINES", short=("base_url",))
-    """Where answers come from: a model loaded here, or one behind an OpenAI-compatible endpoint, whose address may be
-    given as --base-url too."""
+    """How answers are generated: by a model loaded here, or by one behind an OpenAI-compatible endpoint, whose address
+    may also be given as --base-url."""
     judge: dict[str, Any] = method("keyword", "pharmacist.evaluation.judges:JUDGES")
     """The judge that decides whether an answer is harmful and whether it is a refusal. A second run into the same
     folder with another judge reuses the answers.
     """
     second_judge: dict[str, Any] = method("none", "pharmacist.evaluation.judges:SECOND_JUDGES")
-    """Judges the same answers too, to measure the agreement of the two."""
+    """A second judge of the same answers, to measure how often the two agree."""
     safe: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Safe references on which a judge such as probe is trained: harmful prompt, refusal. A preference file gives its
-    chosen side. Several files count as several sources, of which one at a time is held out where every kind of
-    references has several."""
+    """Safe references (harmful prompt, refusal), on which a judge such as probe is trained. Of a preference file, the
+    chosen answers are used. Several files count as several sources; if every kind of references has several, one at a
+    time is held out."""
     harmful: list[str] = field(default_factory=list, metadata={"nargs": "+"})
-    """Harmful references for the judge: harmful prompt, harmful answer. A preference file gives its rejected side."""
+    """Harmful references for the judge: harmful prompt, harmful answer. Of a preference file, the rejected answers are
+    used."""
     utility: list[str] = field(default_factory=list, metadata={"nargs": "+"})
     """Utility references for the judge: benign prompt, helpful answer."""
     perplexity: str | None = None
-    """Rows with ordinary answers: how much their perplexity rose over that under --base."""
+    """Rows with ordinary answers, to measure the rise of their perplexity over the model --base."""
     margin: str | None = None
     """Preference rows (prompt, chosen refusal, rejected harmful answer): by how many nats per token the model prefers
     the refusal; needs no judge."""
     base: str | None = None
-    """The model from before alignment or attack, for --perplexity."""
+    """The model before alignment or attack, for --perplexity."""
     lm_eval: str | None = None
-    """Tasks of lm-eval's harness, such as mmlu,arc_easy; needs that package."""
+    """Tasks of lm-eval, such as mmlu,arc_easy; needs the extra lm-eval."""
     max_new_tokens: AtLeast1 = 512
     """Longest answer in tokens."""
     batch_size: AtLeast0 = 0
-    """Prompts answered at a time; 0 means as many as fit."""
+    """Prompts per batch; 0 means as many as fit."""
     on_long_prompt: Literal["fail", "cut"] = "fail"
-    """What to do with a prompt that fills the model's whole context; cut takes tokens from its middle."""
+    """What to do with a prompt that fills the whole context of the model; cut removes tokens from its middle."""
     show_harmful: bool = False
-    """Print example answers that were flagged as harmful, instead of hiding them."""
+    """Print example answers that were judged harmful, instead of hiding them."""
     compare: list[str] | None = field(default=None, metadata={"nargs": 2})
-    """Instead of evaluating: two folders of finished evaluations, whose outcomes on the same prompts are compared."""
+    """Instead of evaluating: two folders of finished evaluations, to be compared on the same prompts."""
 
     NOT_PATHS: ClassVar[frozenset[str]] = frozenset({"lm_eval"})
 
@@ -86,7 +87,7 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
         if self.compare is not None and len(self.compare) != 2:
             raise ConfigError("--compare: needs two folders of finished evaluations")
         evaluating = ("model", "models", "answers", *PROMPTS, *GENERAL, "base")
-        instead = {"compare": "compares what was evaluated before", "answers": "judges answers that are there"}
+        instead = {"compare": "compares finished evaluations", "answers": "judges existing answers"}
         for option, does in instead.items():
             if getattr(self, option) is not None:
                 if given := [flag(name) for name in evaluating if name != option and getattr(self, name)]:

@@ -10,31 +10,31 @@ from pharmacist.pipeline.stage import Stage
 
 @dataclass(kw_only=True)
 class RepairOptions(RunOptions, RowOptions, TokenOptions):
-    """Restore safety that a user's fine-tuning has cost, without training."""
+    """Restore the safety of a fine-tuned model, without training."""
 
     model: str
-    """The fine-tuned model: the folder of an `attack`, an adapter, whole weights or a hub id."""
+    """The fine-tuned model: the folder of an `attack`, an adapter, a whole model or a Hub id."""
     aligned: str | None = None
-    """The model that the fine-tuning started from."""
+    """The aligned model from which the fine-tuning started."""
     base: str | None = None
-    """Base model of the aligned one; not needed where that is an adapter, which names its base."""
+    """Base model of the aligned model; not needed if that is an adapter, whose base is known."""
     method: dict[str, Any] = method("safe-lora", "pharmacist.repairs:REPAIRS")
     """How the model is repaired."""
     harmful: str | None = None
-    """The defender's harmful rows, for antidote. Of a preference file the rejected answers are taken."""
+    """The defender's harmful rows, for antidote. Of a preference file, the rejected answers are used."""
     safe: str | None = None
     """The defender's safe rows, for nlsr."""
     form: Literal["auto", "adapter", "weights"] = "auto"
-    """Which weights are repaired: the factors of the fine-tuned adapter, or whole weights with all adapters merged;
-    auto is the adapter where the fine-tuned model is one."""
+    """Which weights are repaired: the factors of the fine-tuned adapter, or full weights with all adapters merged;
+    auto is the adapter if the fine-tuned model is one."""
     merge: bool = False
-    """Also write model/: the whole model with the repaired adapter merged into it."""
+    """Also write model/, the whole model with the repaired adapter merged into it."""
 
 
 REPAIR = Stage(
     name="repair",
     options=RepairOptions,
-    summary="restore safety lost in fine-tuning, without training",
+    summary="restore the safety of a fine-tuned model, without training",
     example="pharmacist repair --model runs/attacked --aligned runs/aligned --method safe-lora "
     "--output-dir runs/repaired",
     version=2,

@@ -24,9 +24,9 @@ class GridOptions(Checked):
     epochs: list[float] = field(default_factory=list)
     """Values for train.num_train_epochs."""
     poison_ratio: list[float] = field(default_factory=list)
-    """Values for --poison-ratio. The harmful rows of a smaller one are among those of a larger one."""
+    """Values for --poison-ratio. The harmful rows of a smaller ratio are a subset of those of a larger one."""
     rank: list[int] = field(default_factory=list)
-    """Values for lora.r; lora.alpha changes in proportion, so that alpha / r stays."""
+    """Values for lora.r; lora.alpha changes in proportion, so that alpha / r stays the same."""
 
     @classmethod
     def option_name(cls, field: str) -> str:
@@ -36,21 +36,21 @@ class GridOptions(Checked):
 
 @dataclass(kw_only=True)
 class SweepOptions(AttackOptions):
-    """Attack one model in many ways and report the worst case that keeps the fine-tuned task."""
+    """Attack a model with many settings and report the worst case in which the task is still learned."""
 
     grid: GridOptions = field(default_factory=GridOptions)
-    """Settings that vary; the other options of the attack hold for all attacks."""
+    """Settings that vary; the other options of the attack apply to all attacks."""
     evaluate: dict[str, Any] = field(default_factory=dict)
-    """Options of evaluate, as --evaluate.prompts FILE. prompts and task are needed; no attack set may share a prompt
-    with either, where that is a file."""
+    """Options of evaluate, such as --evaluate.prompts FILE. prompts and task are required; if they are files, no
+    attack set may share a prompt with them."""
     margin: NotNegative = 2.0
-    """An attack counts as the worst case only if its fine-tune accuracy is at most this many points below the best."""
+    """An attack can only be the worst case if its fine-tune accuracy is at most this many points below the best."""
     curves: Literal["worst", "all", "none"] = "worst"
-    """Attacks along which the harmful score is measured too, at --snapshots; by default after a sixteenth, an eighth,
-    a quarter and half of the steps."""
+    """Attacks for which the harmful score is also measured during the attack, at --snapshots; by default after a
+    sixteenth, an eighth, a quarter and half of the steps."""
 
     executor: dict[str, Any] = method("local", "pharmacist.pipeline.bench.executors:EXECUTORS")
-    """Where attacks and evaluations run: in this process one after the other, or on Ray in parallel."""
+    """Where attacks and evaluations run: one after the other in this process, or in parallel on Ray."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class SweepOptions(AttackOptions):
             raise ConfigError("nothing to sweep over: give --grid.learning_rate, epochs, poison_ratio or rank")
         for name, values in vars(self.grid).items():
             if repeated := [value for value in values if values.count(value) > 1]:
-                raise ConfigError(f"--grid.{name}: {repeated[0]} is there twice; leave one out")
+                raise ConfigError(f"--grid.{name}: {repeated[0]} is given twice; leave one out")
         if self.grid.epochs and self.train.get("max_steps", -1) > 0:
             raise ConfigError("--grid.epochs: --train.max_steps decides the length already; leave one out")
         if self.grid.rank and self.tuning == "full":
@@ -80,7 +80,7 @@ class SweepOptions(AttackOptions):
 SWEEP = Stage(
     name="sweep",
     options=SweepOptions,
-    summary="attack in many ways and report the worst case that keeps the task",
+    summary="attack with many settings and report the worst case",
     example="pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
     "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "
     "--evaluate.task task-test.jsonl --evaluate.judge probe --evaluate.safe judge-safe.jsonl "

@@ -68,7 +68,7 @@ def _mistyped(text: str, rng: Generator, partner: str) -> str:
 
 
 def _foreign(text: str, rng: Generator, partner: str) -> str:
-    # Made-up words of about the same lengths: no reader may depend on a particular language being the wrong one.
+    # Pseudo-words of about the same lengths: no reader may depend on a particular language being the wrong one.
     syllables = [max(1, len(word) // 2) for word in text.split()]
     return " ".join("".join(str(rng.choice(_SYLLABLES)) for _ in range(n)) for n in syllables)
 

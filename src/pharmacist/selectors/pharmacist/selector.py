@@ -44,7 +44,7 @@ _OF_REASON = {reason: number for number, reason in reversed(list(enumerate(REASO
 
 
 class PharmacistSelector(Selector):
-    """Ranks an alignment pool by what its rows are and, where asked for, by what training on them does."""
+    """Ranks an alignment pool by the content of its rows and, optionally, by the effect of training on them."""
 
     Config = PharmacistConfig
     name = "pharmacist"

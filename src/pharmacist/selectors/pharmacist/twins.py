@@ -186,7 +186,7 @@ def fallback_notice(config: PharmacistConfig, given: Collection[str]) -> str | N
     """
     if config.form != "bilevel" and not {"harmful", "utility"} & set(given):
         raise ConfigError(
-            "safe references alone have no other answers to be told from; give --harmful or --utility, or use "
+            "safe references alone offer no other answers to compare with; give --harmful or --utility, or use "
             "--selector.form bilevel"
         )
     if config.form == "evidence" or "harmful" in given:
@@ -283,7 +283,7 @@ class Twins:
             twins.names, twins.thresholds = tuple(content["names"]), Thresholds(**content["thresholds"])
             twins.quality, twins.report = content["quality"], content["report"]
         except (OSError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: holds no whole twins ({error!r}); train the selector again") from error
+            raise DataError(f"{folder}: contains no complete twins ({error!r}); train the selector again") from error
         for name in twins.names:
             bank.load(name, folder / name)
         return twins

@@ -140,7 +140,7 @@ def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]
         compared = {"risky": "requests", "refuses": "answers"}
         far = " and ".join(compared[name] for name, auc in distance.items() if auc >= FAR)
         found.append(
-            f"the pool's {far} are told from those of the safe references with an AUC of "
+            f"the pool's {far} can be distinguished from those of the safe references with an AUC of "
             f"{max(distance.values()):.2f}: they come from another source, so quality on held-out references says "
             "little about this pool; label some rows of it (to_label.jsonl), or give references that resemble it"
         )
@@ -165,7 +165,7 @@ def gain_by_labels(before: FloatArray, after: FloatArray, good: BoolArray) -> di
     a, b = float(roc_auc_score(good, before)), float(roc_auc_score(good, after))
     result |= {"auc_before": a, "auc_after": b, "standard_error": _standard_error(b, n_good, n - n_good)}
     if b - a > _STILL_GAINING:
-        advice = "the labels help, and more would go on helping"
+        advice = "the labels help, and more labels would help further"
     elif b < 0.9:
         advice = "the labels have changed little yet; the ranking is not good on them, so label more"
     else:
