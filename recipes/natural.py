@@ -303,7 +303,7 @@ def make(folder, local=None, rows=320, longest=800, seed=0):
         raise ConfigError(f"--rows {rows} --longest {longest}: must be at least 60 and 1")
     asked = {"rows": rows, "longest": longest, "seed": seed, "local": local, "contents": contents(local)}
     if (folder / "sources.json").is_file() and read_json(folder / "sources.json")["asked"] == asked:
-        print(f"{folder}: complete already")
+        print(f"{folder}: already complete")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: holds something else; choose an empty folder")

@@ -235,7 +235,7 @@ def make(folder, sets=None, local=None, rows=128, longest=1200, seed=0):
     asked = {"rows": rows, "longest": longest, "seed": seed, "from": {name: list(places[name]) for name in wanted}}
     asked["contents"] = contents(local)
     if (folder / "sources.json").is_file() and read_json(folder / "sources.json")["asked"] == asked:
-        print(f"{folder}: complete already")
+        print(f"{folder}: already complete")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: holds something else; choose an empty folder")

@@ -77,7 +77,7 @@ def make(folder, wheel=None):
         PharmacistError: No gguf, no wheel, or something else lies in the folder.
     """
     if folder.is_dir() and all((folder / name).is_file() for name in MADE):
-        print(f"{folder}: complete already")
+        print(f"{folder}: already complete")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: holds something else; choose an empty folder")

@@ -224,7 +224,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "no such references": (options("--safe", "missing.jsonl"), "--safe missing.jsonl: no such file"),
     "unknown suffix": (text_pool("pool.xlsx", "x"), "pool.xlsx: unknown kind of file '.xlsx'; known are .jsonl"),
     "broken gzip": (text_pool("pool.jsonl.gz", gzip.compress(rows().encode() * 50)[:-20]), "damaged gzip data"),
-    "no gzip at all": (text_pool("pool.jsonl.gz", rows()), "is no gzip file although its name says so"),
+    "no gzip at all": (text_pool("pool.jsonl.gz", rows()), "is not a gzip file although its name says so"),
     "no Parquet": (text_pool("pool.parquet", "x"), "is not a Parquet file"),
     "a name nobody can have": (options("--pool", "x" * 400 + ".jsonl"), "no such file; check the path"),
     "a directory for a file": (
