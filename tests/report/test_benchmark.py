@@ -294,8 +294,8 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Benchmark · 20 cells · 5 seeds" in page.text
     assert ", seeds 0, 1, 2, 3, 4." in page.text
     assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text), "no interval over settings"
-    assert re.search(r"random 30 % [+−]0\.\d not shown in any of 4", page.text)
-    assert "Not all of the grid" not in page.text
+    assert re.search(r"random 30 % [+−]0\.\d significant in none of 4", page.text)
+    assert "This grid is incomplete" not in page.text
     assert "over the 16 comparisons of its metric" in page.text
     figures = page.json("figures")
     assert set(figures) == {name["data-figure"] for _, name in page.tags if "data-figure" in name}
@@ -406,7 +406,7 @@ def test_a_partial_benchmark_says_so(tmp_path: Path) -> None:
     write_bench(tmp_path, table, status="started", counts=counts)
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     page = Page.read(tmp_path / "report.html")
-    assert "Not all of the grid is here" in page.text and "go on with it" in page.text
+    assert "This grid is incomplete" in page.text and "to continue it" in page.text
     assert "worst" not in page.text and "How much to keep" not in page.text
 
 

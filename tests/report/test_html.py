@@ -68,15 +68,15 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
         "Rows in 122",
         "Refused 2",
         "Ranked 120",
-        "Selected 36 30 % of the ranked",
+        "Selected 36 30 % of the ranked rows",
         "Near-duplicates 5",
         "1 min 42 s",
         "12 345",
-        "Least AUC 0.843 “whole”, on references",
+        "Lowest AUC 0.843 “whole”, on references",
         "risky Is the request harmful? 96 288 87.5 % 75.0 % 0.957 0.958 – –",
         "refuses Does the answer decline? 96 288 87.5 % 75.0 % 0.981 – 0.912 0.934",
         "Harmful: harmful request, harmful answer 96 12.5 %",
-        "some of their prompts at a time",
+        "some prompts at a time",
         "distinguished from the safe references with an AUC of 0.61 by their requests, and of 0.72 by their answers",
         "counts in full",
     ):
@@ -186,9 +186,9 @@ def test_what_may_be_harmful_is_hidden(tmp_path: Path, reason: str, hidden: int)
 def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
     page = render(tmp_path / "page.html", rows, ["ranked"] * 3, report={}, selector="random", selected=1)
-    assert "The selector “random” judges no row" in page.text
+    assert "The selector “random” does not judge rows" in page.text
     assert "was not tested on held-out references" in page.text
-    for words in ("Least AUC", "resemble the references", "Safety-critical"):
+    for words in ("Lowest AUC", "resemble the references", "Safety-critical"):
         assert words not in page.text
     assert "Ranked Measured, not judged: the score says nothing about what the row is. 3 1 2" in page.text
 
@@ -200,9 +200,9 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
         return render(tmp_path / "page.html", rows, ["critical"] * 3, report=selector_report, **options).text
 
     far = text(report(distance={"risky": 0.97, "refuses": 0.8}, near=0.0, held_out_by="source"))
-    assert "They look like two sources" in far and "one source of them at a time was held out" in far
-    assert "counts by 40 %" in text(report(near=0.4))
-    assert "That cannot be told" in text(report(distance=None, near=0.0))
+    assert "They look like two sources" in far and "one source at a time was held out" in far
+    assert "counts 40 %" in text(report(near=0.4))
+    assert "This cannot be determined" in text(report(distance=None, near=0.0))
     gain = {
         "labels": 40,
         "good": 15,
@@ -213,11 +213,11 @@ def test_how_far_to_trust_it(tmp_path: Path) -> None:
     }
     labelled = text(report(labels=gain, changed={"entered": 12, "left": 9}))
     assert "12 rows entered the selection, 9 left it." in labelled
-    assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Least AUC" not in labelled
+    assert "AUC on labels 0.856 of 40 rows of this pool" in labelled and "Lowest AUC" not in labelled
     assert "AUC of 0.712 without labels, and of 0.856 with the labels" in labelled
     assert "The labels help, and more labels would help further." in labelled
     few = text(report(labels=gain | dict.fromkeys(("auc_before", "auc_after", "standard_error"))))
-    assert "AUC on labels" not in few and "Least AUC" in few and "15 of them good" in few
+    assert "AUC on labels" not in few and "Lowest AUC" in few and "15 of them good" in few
     one = {"questions": {"safe": answered(0.95)}, "references": {"safe": 9}, "held_out_by": "prompt", "cannot_see": []}
     classifier = text(one, selector="classifier")
     assert "like a safe reference, and like no other? 96 288 87.5 % 75.0 % 0.950" in classifier
@@ -310,7 +310,7 @@ def test_long_rankings_are_thinned_and_long_texts_cut(tmp_path: Path, monkeypatc
     monkeypatch.setattr(tables, "SHORTEST", 10)
     rows = [{"prompt": "0123456789", "completion": "0123456789\U0001f600"}] * 120
     page = render(tmp_path / "page.html", rows, ["critical"] * 120)
-    assert "50 of 120 rows, at even steps of rank" in page.text
+    assert "50 of 120 rows, at equal steps of rank" in page.text
     assert "50 texts are longer than 10 characters" in page.text
     table = page.json("rows")["table"]["rows"]
     ranks = [row[RANK] for row in table]
@@ -356,7 +356,7 @@ def test_demo(tmp_path: Path) -> None:
     ) in page.text
     assert "Random subset 31 20.3 %" in page.text, "an arm has the rows that it was aligned on"
     assert "core minus full: −38.0 points , 95 % interval −39.5 to −36.5. The core subset is safer." in page.text
-    assert "core minus random: −1.0 points , 95 % interval −6.0 to +4.0. The interval holds zero" in page.text
+    assert "core minus random: −1.0 points , 95 % interval −6.0 to +4.0. The interval contains zero" in page.text
     assert "−95 % core subset against full pool" in page.text
     assert "with a chance of 0.987" in page.text
     assert "Planted label against given reason" in page.text
@@ -396,8 +396,8 @@ def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
     page = Page.read(tmp_path / "report.html")
     assert "One seed only, so there are no intervals" in page.text
     assert "Core subset 36 2.3 % 90.0 % 3.0 % 3.0 % 3.0 % 3.0 s" in page.text
-    assert "−38.0 points ; without repetition, chance cannot be told from a difference." in page.text
-    assert "The interval holds zero" not in page.text and "core subset is safer" not in page.text
+    assert "−38.0 points ; without repetition, a difference cannot be distinguished from chance." in page.text
+    assert "The interval contains zero" not in page.text and "core subset is safer" not in page.text
     assert len(page.json("figures")["curves"]["data"]) == 3, "lines without bands"
 
 

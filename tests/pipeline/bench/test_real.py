@@ -33,7 +33,7 @@ def test_real_stages(tmp_path: Path) -> None:
     few = FEW_STEPS | {"align": FEW_STEPS["align"] | {"harmful": "world:answers"}}
     grid = write_grid(tmp_path / "grid.yaml", **changes, **few)
     assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0
-    assert "Not all of the grid" not in (tmp_path / "out" / "report.html").read_text()
+    assert "This grid is incomplete" not in (tmp_path / "out" / "report.html").read_text()
     row = pd.read_parquet(tmp_path / "out" / "results.parquet").iloc[0]
     assert (row["pool_rows"], row["alignment_rows"], row["samples"], row["prompts"]) == (60, 30, 20, 5)
     assert list(row["attack_steps"]) == [0, 1, 2]
