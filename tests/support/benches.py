@@ -25,7 +25,7 @@ def results(
     """One row per cell and seed.
 
     Args:
-        effects: Selector -> by how much its harmful score differs from that of the full dataset, which is in any case.
+        effects: Selector -> by how much its harmful score differs from that of the full pool, which is in any case.
         defenses: Alignment-stage defenses.
         seeds: Their number.
         noise: Standard deviation of what differs between seeds and selectors.

@@ -24,7 +24,7 @@ from pharmacist.report.numbers import METRICS, Figure, Metric
 
 _SERIES = ("selector", "fraction")
 BASELINE = "full"
-"""Selector that the others are compared with by default: the full dataset."""
+"""Selector that the others are compared with by default: the full pool."""
 SETTING = ("model", "pool", "attack", "post_alignment_defense", "task")
 """Axes of a setting."""
 _CELL = (*SETTING, "defense", *_SERIES)
@@ -83,7 +83,7 @@ class Benchmark:
 
     Args:
         results: Content of ``results.parquet``.
-        order: Names on each axis in the order of the grid; names that it lacks follow, the full dataset first.
+        order: Names on each axis in the order of the grid; names that it lacks follow, the full pool first.
         baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
@@ -101,7 +101,7 @@ class Benchmark:
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
         results = _with_margin_over_attack(results.reset_index(drop=True))
-        self.baseline, self.baseline_title = baseline, "the full dataset" if baseline == BASELINE else baseline
+        self.baseline, self.baseline_title = baseline, "the full pool" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         positions = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
         self.results = results.iloc[np.lexsort([results["seed"], *reversed(positions)])]

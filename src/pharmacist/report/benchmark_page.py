@@ -30,7 +30,7 @@ def render_benchmark(
 ) -> Benchmark:
     """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
 
-    Selectors are compared with the baseline, by default the full dataset.
+    Selectors are compared with the baseline, by default the full pool.
 
     Returns:
         The numbers of the page.
@@ -151,7 +151,7 @@ def over_steps(lines: Sequence[Line], look: Look, name: Literal["harmful_scores"
 
 
 def fraction_curves(lines: Sequence[Line], look: Look) -> charts.Spec:
-    """Chart of harmful score over the selected fraction, a line per selector; the full dataset as a dashed level."""
+    """Chart of harmful score over the selected fraction, a line per selector; the full pool as a dashed level."""
     curves, level = [], []
     for selector in look.benchmark.order["selector"]:
         of_selector = [line for line in lines if line.axes["selector"] == selector]

@@ -25,7 +25,7 @@ class Metric:
     digits: int = 1
     """After the decimal point, in tables."""
     compared: bool = True
-    """Whether differences to a baseline are tested; not those of rankings, which the full dataset does not have."""
+    """Whether differences to a baseline are tested; not those of rankings, which the full pool does not have."""
     judged: bool = False
     """Whether its value depends on the judge."""
     judge: str | None = None
