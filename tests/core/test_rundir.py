@@ -74,6 +74,15 @@ def test_a_kill_after_the_last_manifest_leaves_nothing_behind(tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "result"}
 
 
+def test_a_complete_runs_folder_is_left_to_the_process_that_continues_it(tmp_path: Path) -> None:
+    finish(tmp_path / "out")
+    other = start(tmp_path / "out")
+    other.begin_again()
+    other.work("state").write_text("half")
+    assert start(tmp_path / "out").complete
+    assert other.work("state").read_text() == "half"
+
+
 def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     run = start(tmp_path / "out")
     run.work("deep", "state").write_text("half")

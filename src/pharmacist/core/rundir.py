@@ -116,8 +116,9 @@ class RunDir:
                 if found is not None and found.status == "success" and found.key == manifest.key:
                     lost = missing_output(root, found)
                     if lost is None:
-                        # It is left where a kill fell between manifest and removal.
-                        remove(root / "work", as_far_as_possible=True)
+                        if (root / "work").is_dir():  # left by a kill, or in use by a run that goes on
+                            with suppress(ConfigError, OSError), _lock(root):
+                                remove(root / "work", as_far_as_possible=True)
                         return cls(root, found, None)
                     say(f"{root}: {lost} is missing, so this run is repeated")
             elif not _ours(root):

@@ -12,6 +12,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import say
+from pharmacist.core.typed import AtLeast1, Share, checked
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
 from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, SelectOptions, check_min_score
@@ -131,11 +132,8 @@ def choose(
             raise ConfigError(f"min score {min_score:g}: no row reaches it, the best has {best:.4g}; ask for less")
         return chosen
     if fraction is not None:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"fraction {fraction}: must lie in (0, 1]")
-        k = _rows_of(fraction, len(table))
-    if k is None or k < 1:
-        raise ConfigError(f"k {k}: must be at least 1")
+        k = _rows_of(checked("fraction", Share, fraction), len(table))
+    k = int(checked("k", AtLeast1, k))
     if k > len(table):
         raise ConfigError(f"k {k}: only {len(table)} rows were ranked")
     if not fill:

@@ -416,10 +416,9 @@ class _Graph:
         if "harmful" not in strategy.needs:
             options = with_options(options, harmful=None)  # not read: it identifies nothing
         elif options.harmful is None and not _is_preference(pool.pool):
-            hint = ", such as world:answers" if pool.pool == WORLD else ""
-            raise ConfigError(
-                f"{who} needs harmful rows, which pool '{pool.name}' does not bring: give 'harmful' under align{hint}"
-            )
+            hint = f"; that of pool '{pool.name}' is for selectors" if pool.harmful else ""
+            hint = ", such as world:answers" if pool.pool == WORLD else hint
+            raise ConfigError(f"{who} needs harmful rows: give 'harmful' under align{hint}")
         made = {"data": select.output(SELECTED)}
         if chosen.selector.weighted:
             made["weights"] = select.output(WEIGHTS)

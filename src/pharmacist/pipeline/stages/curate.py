@@ -96,7 +96,8 @@ CURATE = Stage(
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
     folders=("embedder",),
-    final=frozenset("min_score diversity diversity_margin balance balance_share format fill labels to_label".split()),
+    final=frozenset("top top_k min_score fill diversity diversity_margin balance balance_share".split())
+    | {"format", "labels", "to_label"},
     final_inputs=frozenset({"labels"}),
     costly=("work/**/*.safetensors",),
     again="ranks again",
