@@ -7,7 +7,7 @@ sweep resumes where it stopped, and a larger grid in the same output folder reus
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import hushed, print_table, say, warn
 from pharmacist.core.rundir import RunDir
-from pharmacist.data.formats import Source, open_source
 from pharmacist.data.tasks import TASKS
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.prompts import PROMPT_SETS
@@ -36,11 +35,10 @@ from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Stage, make_stage
-from pharmacist.pipeline.evaluate.reading import OPENERS, grader_of, judges_of, verdict_files
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
 from pharmacist.pipeline.pages import sweep_page, write_table
-from pharmacist.pipeline.rows import numbered
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import EVALUATE, EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import EvaluateOptions
 from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
 from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
@@ -184,15 +182,10 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
 
 def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     """Fingerprints of the files that the evaluations and their judges read."""
-    fingerprints = {}
-    for name in EVALUATE.files:
-        opener: Callable[..., Source] = OPENERS.get(name, open_source)
-        value = getattr(options, name)
-        files = numbered(name, value if isinstance(value, list) else [value] if value else [])
-        for role, file in files.items():
-            fingerprints[f"evaluate.{role}"] = opener(file, name=f"--evaluate.{name}").fingerprint()
-    read = verdict_files(judges_of(options), grader_of(options))
-    return fingerprints | {f"evaluate.{name}": content for name, content in read.items()}
+    inputs = EvaluateInputs(options, within="evaluate.")
+    files = {name: source.fingerprint() for name, source in inputs.sources.items()}
+    files |= verdict_files(inputs.judges, inputs.grader)
+    return {f"evaluate.{name}": content for name, content in files.items()}
 
 
 @dataclass

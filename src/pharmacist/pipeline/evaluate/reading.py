@@ -24,7 +24,7 @@ from pharmacist.pipeline.rows import open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
 
-OPENERS: dict[str, Callable[..., Source]] = {
+_OPENERS: dict[str, Callable[..., Source]] = {
     "answers": open_source,
     "prompts": open_prompts,
     "benign_prompts": open_prompts,
@@ -67,7 +67,8 @@ class EvaluateInputs:
         sources: Rows by input, such as ``prompts``; the references of a kind are ``safe``, ``safe 2`` and so on.
     """
 
-    def __init__(self, options: EvaluateOptions) -> None:
+    def __init__(self, options: EvaluateOptions, within: str = "") -> None:
+        """`within` is the option of which these are the parts, such as ``evaluate.``, for messages."""
         self.options = options
         self.engine: Engine = ENGINES.build_from(options.engine)
         if options.answers is None:
@@ -82,9 +83,9 @@ class EvaluateInputs:
                 check_lm_eval(options.lm_eval)
                 if world_size() > 1:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
-        named = {name: getattr(options, name) for name in OPENERS if getattr(options, name) is not None}
-        self.sources = {name: OPENERS[name](rows, name=flag(name)) for name, rows in named.items()}
-        self.sources |= open_references(options)
+        named = {name: getattr(options, name) for name in _OPENERS if getattr(options, name) is not None}
+        self.sources = {name: _OPENERS[name](rows, name=flag(within + name)) for name, rows in named.items()}
+        self.sources |= open_references(options, f"--{within}{{}}")
         self._columns = _columns_by_source(self.sources, options.columns)
         self.judges = judges_of(options) if self.sources.keys() & set(_JUDGED) else {}
         if not self.judges and options.second_judge["name"] != "none":
