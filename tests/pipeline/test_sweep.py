@@ -354,6 +354,11 @@ def test_snapshots_lie_within_the_attack(
             {"evaluate": {"prompts": "x", "task": "y", "models": ["z"]}},
             "--evaluate.models: the sweep decides it",
         ),
+        (
+            {"learning_rate": [1e-3]},
+            {"evaluate": {"prompts": "x", "task": "y", "batch-size": 1, "batch_size": 2}},
+            "--evaluate: the key 'batch_size' is given twice",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -371,6 +376,7 @@ def test_what_cannot_be_is_refused(
         ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
         ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
         ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
+        ({"rank": [4]}, {"evaluate": "missing"}, "--evaluate.safe nowhere.jsonl: no such file"),
         ({"rank": [4]}, {"evaluate": "shared"}, "the attack set: .* share a prompt with"),
     ],
 )
@@ -393,6 +399,7 @@ def test_what_is_wrong_is_said_before_the_first_training(
     evaluations = {
         "judge": usual | {"judge": "probe"},
         "unknown": usual | {"promts": "x"},
+        "missing": usual | {"judge": "probe", "safe": ["nowhere.jsonl"], "harmful": [files["task"]]},
         "shared": usual | {"task": files["task"]},
     }
     changed = dict(more)

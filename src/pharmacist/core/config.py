@@ -289,7 +289,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
 
 def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: str, example: str) -> Any:
     """Options from keys and values and from a command line, which wins."""
-    config = _underscored(config, where)
+    config = underscored(config, where)
     chosen = _chosen_methods(options, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
@@ -309,8 +309,8 @@ def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: 
     return _built(options, tree)
 
 
-def _underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """Keys and values of a file, with `prefix` and without hyphens."""
+def underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Keys and values of a file, with `prefix` and without hyphens; a ConfigError where one is given twice."""
     keys = [prefix + str(key).replace("-", "_") for key in config]
     if twice := _repeated(keys):
         raise ConfigError(f"{where}: the key '{twice}' is given twice, once with a hyphen")
@@ -337,7 +337,7 @@ def _file_values(
     table: Mapping[str, _Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name, value in _underscored(config, where, prefix).items():
+    for name, value in underscored(config, where, prefix).items():
         inner = any(known.startswith(f"{name}.") for known in table)
         if not inner and name not in table:
             raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, prog and f'see {prog} --help')}")

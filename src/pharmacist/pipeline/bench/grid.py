@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pharmacist.attacks import ATTACKS
-from pharmacist.core.config import from_mapping
+from pharmacist.core.config import from_mapping, underscored
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_text
@@ -223,18 +223,11 @@ def _kind(axis: str, entry: Any) -> str:
 
 
 def _own_options(kind: str, where: str, options: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options of a section or of an entry, with underscores in place of hyphens.
-
-    A ConfigError where the grid decides one of them, or one is given twice.
-    """
-    known, own = KINDS[kind], dict[str, Any]()
-    for key, value in options.items():
-        name = str(key).replace("-", "_")
-        if name in known.by_axes | EVERYWHERE:
+    """Options of a section or of an entry, without hyphens; a ConfigError where the grid decides one of them."""
+    own = underscored(options, where)
+    for key, name in zip(options, own, strict=True):
+        if name in KINDS[kind].by_axes | EVERYWHERE:
             raise ConfigError(f"{where}: '{key}' is decided by the grid; leave it out here")
-        if name in own:
-            raise ConfigError(f"{where}: the key '{name}' is given twice, once with a hyphen")
-        own[name] = value
     return own
 
 

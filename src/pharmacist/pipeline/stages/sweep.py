@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from pharmacist.core.config import method
+from pharmacist.core.config import method, underscored
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import RunOptions
 from pharmacist.core.typed import Checked, NotNegative
@@ -69,7 +69,7 @@ class SweepOptions(AttackOptions):
             raise ConfigError("--grid.rank: an adapter that is continued keeps its rank; leave one out")
         if self.grid.poison_ratio and self.kind["name"] != "mix":
             raise ConfigError(f"--grid.poison_ratio: the kind {self.kind['name']} has no such ratio; leave it out")
-        self.evaluate = {str(name).replace("-", "_"): value for name, value in self.evaluate.items()}
+        self.evaluate = underscored(self.evaluate, "--evaluate")
         for name in ("prompts", "task"):
             if not self.evaluate.get(name):
                 raise ConfigError(f"--evaluate.{name} must be given; see pharmacist sweep --help")
