@@ -67,28 +67,25 @@ def bench(options: BenchOptions) -> BenchResult:
         if run.complete and not waiting:
             say(f"{root}: already complete, nothing to run")
             return BenchResult(list(collect(plan)), [], root)
-        failed: dict[str, Exception] = {}
-        ran: list[str] = []
-        skipped = 0
+        ended: list[Outcome] = []
         try:
             plan.write()
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
-                for number, outcome in enumerate(outcomes, 1):
-                    ran += [outcome.stage] if outcome.done else []
-                    skipped += outcome.skipped
+                for outcome in outcomes:
+                    ended.append(outcome)
                     result = "done" if outcome.done else "not run, needs what failed"
                     result = result if outcome.error is None else _one_line(outcome.error)
                     stage = f"{plain(outcome.stage)} ({plan.stages[outcome.stage].method})"
-                    say(f"{number}/{len(waiting)} {stage}: {result}")
-                    if outcome.error is not None:
-                        failed[outcome.stage] = outcome.error
-                        if options.fail_fast:
-                            break
+                    say(f"{len(ended)}/{len(waiting)} {stage}: {result}")
+                    if outcome.error is not None and options.fail_fast:
+                        break
         finally:
+            failed = {outcome.stage: outcome.error for outcome in ended if outcome.error is not None}
             rows = _write(plan, run, failed) if rank() == 0 else []
         if failed:
             first, error = next(iter(failed.items()))
-            left = len(waiting) - len(ran) - len(failed) - skipped  # by --fail-fast
+            skipped = sum(outcome.skipped for outcome in ended)
+            left = len(waiting) - len(ended)  # by --fail-fast
             text = f"{len(failed)} of {len(waiting)} stages failed"
             text += f", {skipped} could not run without them" if skipped else ""
             text += f", {left} were not started" if left else ""
@@ -99,7 +96,7 @@ def bench(options: BenchOptions) -> BenchResult:
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
         page = f"\nreport {root}/report.html" if rows else ""
         say(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}")
-        return BenchResult(rows, ran, root)
+        return BenchResult(rows, [outcome.stage for outcome in ended if outcome.done], root)
 
 
 def _mark_unfinished(root: Path) -> None:
