@@ -18,10 +18,9 @@ from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, p
 from pharmacist.evaluation.graders import GRADERS, detect_grader
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
-from pharmacist.nn.models import load_model
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows
 from pharmacist.pipeline.evaluate.summary import summarise
-from pharmacist.pipeline.rows import model_options
+from pharmacist.pipeline.rows import load, model_options
 from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
 
 
@@ -172,7 +171,7 @@ def _general(inputs: EvaluateInputs, records: Mapping[str, Records], run: RunDir
     options, engine, found = inputs.options, inputs.engine, dict[str, Any]()
     if options.base is not None:
         with run.phase("perplexity"):
-            base, rows = load_model(options.base, **model_options(options)), records["perplexity"].dataset
+            base, rows = load(options.base, options), records["perplexity"].dataset
             found["perplexity_drift"] = perplexity_drift(rows, engine.local(), base, work=run.work("perplexity"))
     if options.margin is not None:
         both = [records[name].dataset for name in ("margin", "rejected")]
