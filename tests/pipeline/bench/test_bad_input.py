@@ -48,6 +48,10 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"attack": {"poison-ratio": 1}}, "attack: 'poison-ratio' is decided by the grid"),
         ({"curate": {"safe": "rows.jsonl"}}, "curate: 'safe' is decided by the grid"),
         ({"curate": {"top": 0.7}}, "curate: 'top' is decided by the grid"),
+        (
+            {"selectors": ["k-center"], "curate": {"embedder": "./nowhere"}},
+            "curate: embedder ./nowhere: no such file; check the path",
+        ),
         ({"align": {"on-bad-row": "skip", "on_bad_row": "fail"}}, "'on_bad_row' is given twice, once with a hyphen"),
         (own("defenses", "defense", "sft", seed=3), "defenses, entry 1: options: 'seed' is decided by the grid"),
         (own("defenses", "defense", "sft", device="cuda"), "options: 'device' is decided by the grid"),

@@ -35,11 +35,11 @@ class Data:
         self._contents: dict[str, str] = {}
 
     def rows(self, spec: str, where: str, cell: Any) -> Input:
-        """Rows that an option names: a path, a Hub id, a name known to the stage (``sst2``, ``harmbench:FILE``), or a
-        set of the synthetic world of the cell's pool or seed (``world:NAME``, ``world:NAME:ROWS``).
+        """Rows or an encoder that an option names: a path, a Hub id, a name known to the stage (``sst2``,
+        ``harmbench:FILE``), or a set of the synthetic world of the cell's pool or seed (``world:NAME:ROWS``).
 
         Raises:
-            DataError: There is no such file, or it cannot be read.
+            DataError: There is no such file or folder, or it cannot be read.
             ConfigError: There is no such set.
         """
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
@@ -71,11 +71,6 @@ class Data:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
         return Input(source, self._contents[source])
-
-    def folder(self, spec: str, where: str) -> Input:
-        """A folder that an option names, or a Hub id."""
-        path = Path(os.path.expanduser(spec))
-        return self._local(path, f"{where} {spec}") if os.path.isdir(path) else Input(spec, f"hub:{spec}")
 
     def read_labels(self, pool: PoolEntry) -> None:
         """Reads what people said of a pool's rows, by which rankings and selections of it are measured; of a synthetic

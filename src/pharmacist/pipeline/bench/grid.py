@@ -336,8 +336,6 @@ class _Graph:
                 continue
             if name in known.models:
                 inputs[name] = self.data.model(spec, where)
-            elif name in known.folders:
-                inputs[name] = self.data.folder(spec, where)
             elif isinstance(spec, list):
                 inputs[name] = [self.data.rows(one, where, chosen) for one in spec]
             else:
