@@ -97,7 +97,11 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ),
         ({"align": {"weights": "w.parquet"}}, "'weights' is decided by the grid"),
         ({"selectors": [{"name": "random", "options": {"diversity": "k-center"}}]}, "take the selector k-center"),
-        ({"fractions": [0.0]}, "must lie in (0, 1]"),
+        ({"fractions": [0.0]}, "--fractions [0.0]: must lie in (0, 1]"),
+        (
+            {"selectors": [{"selector": "random", "fractions": [1.5]}]},
+            "selectors, entry 1: --fractions [1.5]: must lie in (0, 1]",
+        ),
         ({"seeds": [1, 1]}, "1 is given twice"),
         ({"models": []}, "models: must name at least one"),
         ({"executor": "rai"}, "unknown executor 'rai'; did you mean 'ray'?"),

@@ -251,9 +251,6 @@ def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
     fractions = selector.fractions or ([1.0] if full else grid.fractions)
     if full and fractions != [1.0]:
         raise ConfigError(f"{where}: keeps the full pool; leave its fractions out")
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"{where}: fraction {fraction:g} must lie in (0, 1]")
     _check_differ(f"{where}: fractions", fractions)
     return fractions
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import LengthOptions, RunOptions
-from pharmacist.core.typed import AtLeast1
+from pharmacist.core.typed import AtLeast1, Share
 from pharmacist.pipeline.stage import Stage
 
 
@@ -77,7 +77,7 @@ class SelectorEntry(EntryWithOptions):
 
     selector: dict[str, Any] = method("pharmacist", "pharmacist.selectors:SELECTORS")
     """How rows are ranked."""
-    fractions: list[float] = field(default_factory=list)
+    fractions: list[Share] = field(default_factory=list)
     """Shares of the pool to keep."""
     seed: int | None = None
     """Seed of one ranking for all seeds of the grid; by default each seed makes another ranking."""
@@ -165,7 +165,7 @@ class BenchOptions(RunOptions):
     selectors: list[Any] = field(default_factory=lambda: ["full", "random", "pharmacist"])
     """Selectors: names of methods, or entries of name, selector, fractions, seed, fill, weighted, labels, pools,
     options."""
-    fractions: list[float] = field(default_factory=lambda: [0.3])
+    fractions: list[Share] = field(default_factory=lambda: [0.3])
     """Shares of the pool to keep, for selectors whose entry has no fractions; full always keeps all rows."""
     defenses: list[Any] = field(default_factory=lambda: ["sft"])
     """Alignment-stage defenses: names of methods, or entries of name, defense, selectors, options."""
