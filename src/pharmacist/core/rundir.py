@@ -180,7 +180,7 @@ class RunDir:
             if self._lock is not None:
                 write_json(path, current.model_dump(mode="json"))
 
-    def record(self, **results: Any) -> RunManifest:
+    def record(self, **results: Any) -> None:
         """Notes results in the manifest without writing it yet, for pages that show them.
 
         `results` are fields of `RunManifest`; mappings, such as ``counts``, are merged into those of the manifest.
@@ -191,22 +191,21 @@ class RunDir:
         for name, value in results.items():
             before = getattr(manifest, name)
             setattr(manifest, name, before | dict(value) if isinstance(before, dict) else value)
-        return manifest
 
-    def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> RunManifest:
+    def finish(self, *, outputs: list[str], partial: bool = False, **results: Any) -> None:
         """Declares the run complete, or `partial`: writes the manifest, then removes the partial state.
 
         `outputs` are the files and folders that make up the result; `results` are as in `record`. Of a partial run
         something failed on the way: its results may be used, but the partial state stays, for the same run to go on.
         """
-        manifest = self.record(**results)
+        self.record(**results)
+        manifest = self.manifest
         manifest.status, manifest.outputs = "partial" if partial else "success", outputs
         manifest.files = output_files(self.root, outputs) if self._lock is not None else {}
         manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
         if self._lock is not None:
             manifest.write(self.root)
             self.close()
-        return manifest
 
     def begin_again(self) -> None:
         """Takes possession of the folder of a complete run, for `finish` to declare new results of it.
