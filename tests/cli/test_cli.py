@@ -127,13 +127,13 @@ def test_examples_parse() -> None:
 def test_done_is_0_and_the_result_is_said(
     pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(chance(pool, tmp_path / "out")) == 0
+    assert main(chance(pool, tmp_path / "my out")) == 0
     captured = capsys.readouterr()
     assert captured.out == ""  # what people read goes to standard error
     assert "60 rows ranked, 18 selected" in captured.err
-    selected = tmp_path / "out" / "selected.jsonl"
-    assert f"next: pharmacist align --data {selected} --model MODEL --output-dir DIR\n" in captured.err
-    assert main(chance(pool, tmp_path / "out")) == 0
+    selected = tmp_path / "my out" / "selected.jsonl"
+    assert f"next: pharmacist align --data '{selected}' --model MODEL --output-dir DIR\n" in captured.err
+    assert main(chance(pool, tmp_path / "my out")) == 0
     assert "already complete" in capsys.readouterr().err
     assert main(chance(pool, tmp_path / "quiet", "--quiet")) == 0
     assert "".join(capsys.readouterr()) == ""

@@ -266,7 +266,7 @@ def test_probe_is_saved_without_pickle_and_judges_the_same(tmp_path: Path) -> No
 
 
 def test_a_folder_without_probe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no saved probe judge"):
+    with pytest.raises(DataError, match="no saved probe judge .*; give the folder judge"):
         JUDGES.build("probe", {"folder": str(tmp_path)})
     fitted("probe").save(tmp_path)
     content = json.loads((tmp_path / "judge.json").read_text())

@@ -385,15 +385,15 @@ def test_two_processes_build_one_set_and_one_model(files: dict[str, str], tmp_pa
 
 
 def test_the_console_shows_our_lines_and_no_others(files: dict[str, str], tmp_path: Path) -> None:
-    given = words(files, tmp_path / "out", *MIX, *FEW, "--snapshots", "[2]")
+    given = words(files, tmp_path / "my out", *MIX, *FEW, "--snapshots", "[2]")
     done = subprocess.run(
         [sys.executable, "-m", "pharmacist", *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
         "prompts are rendered by the chat template of its tokenizer\n"
-        f"fine-tuned on 20 rows, 5 of them harmful, 4 steps: {tmp_path / 'out'}\n"
-        f"next: pharmacist evaluate --model {tmp_path / 'out'} --prompts PROMPTS --output-dir DIR\n"
+        f"fine-tuned on 20 rows, 5 of them harmful, 4 steps: {tmp_path / 'my out'}\n"
+        f"next: pharmacist evaluate --model '{tmp_path / 'my out'}' --prompts PROMPTS --output-dir DIR\n"
     )
 
 

@@ -64,7 +64,7 @@ def talk(run: Path, output: Path, *lines: str, by: type[Person] = Person) -> tup
 
 
 def test_words_letters_skip_undo_and_resume(ranked: Path, tmp_path: Path) -> None:
-    rows, output = asked(ranked), tmp_path / "labels.json"
+    rows, output = asked(ranked), tmp_path / "my labels.json"
     pool = read_json(ranked / "manifest.json")["inputs"]["pool"]
     assert len(rows) == 6
     found, shown = talk(ranked, output, "", "g", "", "HARM", "s", "", "over_refusal", "u", "q")
@@ -76,7 +76,7 @@ def test_words_letters_skip_undo_and_resume(ranked: Path, tmp_path: Path) -> Non
     assert found == {rows[0]: "good", rows[1]: "harmful", rows[2]: "low_quality"}
     assert "nothing to undo" in shown and f"row {rows[2]}, 2 of 6" in shown, "the row that was skipped comes again"
     found, shown = talk(ranked, output, *["", "n"] * 3)
-    assert len(found) == 6 and "all rows are done" in shown and f"--labels {output}" in shown
+    assert len(found) == 6 and "all rows are done" in shown and f"--labels '{output}'" in shown
     assert len(read_labels(output, pool, rows)) == 6, "curate takes it"
     assert talk(ranked, output)[0] == found
 

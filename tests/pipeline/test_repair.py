@@ -182,6 +182,7 @@ def test_what_was_touched_is_printed(
         ("full", "antidote", {"form": "adapter"}, "holds no adapter"),
         ("full", "safe-lora", {"aligned": "small", "base": "small"}, "has the shape"),
         ("fresh", "safe-lor", {}, "did you mean 'safe-lora'"),
+        ("fresh", "nlsr", {"aligned": "fresh", "form": "weights"}, "is the fine-tuned model"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(

@@ -4,6 +4,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -223,12 +224,12 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
         lines.append(f"labels: {changed['entered']} rows entered the selection, {changed['left']} left it")
     if len(ranking.to_label) and "labels" not in about:
         lines.append(
-            f"{len(ranking.to_label)} labels would help most: run pharmacist label {run.root}, or label the rows in "
+            f"{len(ranking.to_label)} labels would help most: run pharmacist label {quote(str(run.root))}, or label the rows in "
             "report.html; then the same command with --labels labels.json"
         )
     lines += [f"no reference shows {reason}: such rows may pass for others" for reason in about.get("cannot_see", [])]
     files = {"scores": "scores.parquet", "core subset": selected, "report": "report.html"}
     lines += [f"{what} {run.path(file)}" for what, file in files.items()]
     if ranking.table["selected"].any():
-        lines.append(f"next: pharmacist align --data {run.path(selected)} --model MODEL --output-dir DIR")
+        lines.append(f"next: pharmacist align --data {quote(str(run.path(selected)))} --model MODEL --output-dir DIR")
     say("\n".join(lines))

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pandas as pd
@@ -73,7 +74,8 @@ def label(options: LabelOptions) -> dict[int, str]:
     _say(f"{len(asked)} rows to label; answer with a label or its first letter, then Enter.")
     _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
     _ask(asked, labels, keep=lambda: write_labels(output, pool, labels))
-    kept = f"labels in {output}; give them to the command that made the ranking: --labels {output}"
+    given = quote(str(output))
+    kept = f"labels in {output}; give them to the command that made the ranking: --labels {given}"
     _say(kept if output.is_file() else "nothing was written")
     return labels
 

@@ -50,6 +50,8 @@ def _check_given(chosen: Repair, options: RepairOptions) -> None:
 
 def _relation(options: RepairOptions, fingerprints: Mapping[str, str]) -> tuple[Form, bool]:
     """The form that is repaired, and whether the fine-tuned adapter was continued from the aligned one."""
+    if fingerprints.get("aligned") == fingerprints["model"]:
+        raise ConfigError(f"--aligned {options.aligned}: is the fine-tuned model; give the one that was fine-tuned")
     base = base_of(options.model)
     if options.form == "weights" or (options.form == "auto" and base is None):
         return "weights", False

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -200,5 +201,5 @@ def finish(
 def say_done(run: RunDir, text: str) -> None:
     """Prints the last lines of a stage: what was done, and how to measure it."""
     if rank() == 0 and run.temporary is None:
-        following = f"next: pharmacist evaluate --model {run.root} --prompts PROMPTS --output-dir DIR"
+        following = f"next: pharmacist evaluate --model {quote(str(run.root))} --prompts PROMPTS --output-dir DIR"
         say(f"{text}\n{following}")

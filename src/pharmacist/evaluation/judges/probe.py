@@ -214,7 +214,7 @@ class ProbeJudge(Judge):
 
     def _load(self, folder: Path) -> None:
         if not (folder / "judge.json").is_file():
-            raise DataError(f"{folder}: no saved probe judge (no judge.json)")
+            raise DataError(f"{folder}: no saved probe judge (no judge.json); give the folder judge of an evaluation")
         content = read_json(folder / "judge.json")
         content = content if isinstance(content, dict) else {}
         if content.get("judge") != self.name or content.get("format") != _FORMAT:
