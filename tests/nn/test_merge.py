@@ -1,5 +1,6 @@
 """Adapters in the weights give the logits that they give apart, or are refused; two stacked give what both give."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_two_adapters_become_one_on_every_architecture(name: str, head: bool, tm
     assert is_lora(attacked)
     (tmp_path / "stacked").mkdir()
     save_stacked(attacked, loaded.base, tmp_path / "stacked", "content")
+    written = json.loads((tmp_path / "stacked" / "adapter_config.json").read_text())["target_modules"]
+    assert written == sorted(written)  # PEFT's own order is another in each process
     stock = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "stacked")
     torch.testing.assert_close(logits(stock), logits(attacked), rtol=1e-4, atol=1e-4)
     again = load_model(str(tmp_path / "stacked"), device="cpu")

@@ -251,7 +251,7 @@ BAD = {
     "no rank": (["--lora.r", "0"], [TINY], "--lora.r 0: must be at least 1"),
     "unknown training option": (["--train.learning_rat", "1"], [TINY], "did you mean 'learning_rate'"),
     "not a number": (["--train.learning_rate", "nan"], [TINY], "train.learning_rate: "),
-    "negative learning rate": (["--train.learning_rate", "-1"], [TINY], "train: "),
+    "negative learning rate": (["--train.learning_rate", "-1"], [TINY], "train.learning_rate: -1 must be at least"),
     "no batch": (["--train.per_device_train_batch_size", "0"], [TINY], "train"),
     "no accumulation": (["--train.gradient_accumulation_steps", "0"], [TINY], "must be at least 1"),
     "no steps": (["--train.max_steps", "0"], [TINY], "train.max_steps: 0 must be at least 1, or -1 for"),

@@ -373,6 +373,7 @@ def test_what_cannot_be_is_refused(
     [
         ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are requested, but there are only 20"),
         ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
+        ({"learning_rate": [1e-3, -1.0]}, {}, "train.learning_rate: -1.0 must be at least 0"),
         ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
         ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
         ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),

@@ -171,17 +171,19 @@ def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: 
         for name, own in sorted(stacked.items())
         for which in "AB"
     }
-    LoraConfig(
+    written = LoraConfig(
         r=rank,
         lora_alpha=_alpha(stacked, rank),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=trained_last["target_modules"] if stacked.keys() == last.keys() else sorted(stacked),
         fan_in_fan_out=config.fan_in_fan_out,
         inference_mode=True,
         base_model_name_or_path=base.name,
-    ).save_pretrained(folder)
+    )
+    # Not as an argument, of which it would make a set: equal trainings write equal files.
+    written.target_modules = trained_last["target_modules"] if stacked.keys() == last.keys() else sorted(stacked)
+    written.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / STACK_FILE, {"trained_last": trained_last, "trained_on": fingerprint})
 

@@ -224,8 +224,8 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
         lines.append(f"labels: {changed['entered']} rows entered the selection, {changed['left']} left it")
     if len(ranking.to_label) and "labels" not in about:
         lines.append(
-            f"{len(ranking.to_label)} labels would help most: run pharmacist label {quote(str(run.root))}, or label the rows in "
-            "report.html; then the same command with --labels labels.json"
+            f"{len(ranking.to_label)} labels would help most: run pharmacist label {quote(str(run.root))}, or label "
+            "the rows in report.html; then the same command with --labels labels.json"
         )
     lines += [f"no reference shows {reason}: such rows may pass for others" for reason in about.get("cannot_see", [])]
     files = {"scores": "scores.parquet", "core subset": selected, "report": "report.html"}

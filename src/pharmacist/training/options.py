@@ -163,8 +163,13 @@ _REFUSED = {
 """Fields of `TrainingArguments` that ``train`` does not take, and why."""
 _DECIDED = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "disable_tqdm", "do_train", *_CHECKPOINTS}
 """Fields that the stage sets, whatever arguments from Python say."""
-_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neftune_noise_alpha": 0}
-"""Least values that train anything; transformers itself accepts lower ones."""
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "neftune_noise_alpha": 0,
+}
+"""Least values; transformers itself accepts lower ones, or refuses them only when it has begun."""
 
 
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
