@@ -135,6 +135,8 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for output in (ranked / "labels.json", tmp_path / "link" / "deep" / "x.json"):
         refused(ranked, output, ConfigError, "lies in the run's folder")
     refused(ranked, tmp_path, ConfigError, "is a folder")
+    (tmp_path / "file").touch()
+    refused(ranked, tmp_path / "file" / "x.json", ConfigError, "cannot be written .*; choose another file")
     refused(tmp_path, tmp_path / "x.json", DataError, "no manifest.json")
     row = asked(ranked)[0]
     for content, message in (

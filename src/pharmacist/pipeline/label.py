@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryFile
 from typing import Any
 
 import pandas as pd
@@ -55,7 +56,7 @@ def label(options: LabelOptions) -> dict[int, str]:
         Row number -> label, those of earlier sessions included.
 
     Raises:
-        ConfigError: The output lies in the run's folder, or there is no terminal.
+        ConfigError: The output lies in the run's folder or cannot be written, or there is no terminal.
         DataError: The folder is no finished ranking with rows to label, or the output holds something else.
     """
     folder, output = Path(options.run), Path(os.path.expanduser(options.output))
@@ -70,6 +71,12 @@ def label(options: LabelOptions) -> dict[int, str]:
         labels |= read_entries(output, pool, scores["row"].to_numpy(), where=f"--output {output}")
     if not sys.stdin.isatty():
         raise ConfigError("standard input is not a terminal; use a terminal, or label the rows in report.html")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); choose another file") from error
     width = max(map(len, LABELS))
     _say(f"{len(asked)} rows to label; answer with a label or its first letter, then Enter.")
     _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
