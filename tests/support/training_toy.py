@@ -22,7 +22,7 @@ from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.distributed import barrier
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.models import LoadedModel, load_model
-from pharmacist.training.loop import Training, TrainResult, _collate, _Rows, prepare_model
+from pharmacist.training.loop import Training, TrainResult, _collate, prepare_model
 from pharmacist.training.options import LoraOptions, TrainingStageOptions, training_arguments
 from pharmacist.training.strategy import GradientStrategy, StepContext, StrategyState
 from pharmacist.training.trainer import StrategyTrainer, token_mean_loss
@@ -182,7 +182,7 @@ def trainer(
         own.options, folder=own.options.output_dir, device=torch.device("cpu"), bf16=False, seed=SEED
     )
     given = {"compute_loss_func": token_mean_loss, "strategy": strategy} if strategy is not None else {}
-    given |= {"train_dataset": _Rows(own.encoded)}
+    given |= {"train_dataset": own.encoded.dataset}
     return cls(
         model=own.model,
         args=arguments,

@@ -15,7 +15,7 @@ from pharmacist.core.errors import CompatibilityError, DataError, PharmacistErro
 from pharmacist.nn import reading
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
-from pharmacist.training.loop import _collate, _Rows
+from pharmacist.training.loop import _collate
 from pharmacist.training.strategy import StepContext
 from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 from tests.support.training_toy import (
@@ -203,13 +203,11 @@ def first_gradient(
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
     own, watch, numbers = setting(options(model, output, **given)), Watch(), Numbers(0)
-    trainer(
-        own,
-        sft() if strategy is None else strategy,
-        watch,
-        collator=numbers,
-        train_dataset=_Rows(own.encoded, weights),
-    ).train()
+    drawn_from = own.encoded.dataset
+    if weights is not None:
+        drawn_from = drawn_from.add_column("weight", [weights[number] for number in drawn_from["row"]])
+    strategy = sft() if strategy is None else strategy
+    trainer(own, strategy, watch, collator=numbers, train_dataset=drawn_from).train()
     return watch.grads[0], sum(numbers.batches[:accumulation], [])
 
 
@@ -222,7 +220,7 @@ def test_weighted_rows_give_the_weighted_sum_of_their_gradients(
     at = {number: position for position, number in enumerate(own.encoded.dataset["row"])}
     total, tokens = torch.zeros(()), 0
     for number in drawn:
-        batch = _collate([_Rows(own.encoded)[at[number]]], 0)
+        batch = _collate([own.encoded.dataset[at[number]]], 0)
         logits = own.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         count = int((batch["labels"] != -100).sum())
         total, tokens = total + WEIGHTS[number] * batch_loss(logits, batch["labels"]) * count, tokens + count

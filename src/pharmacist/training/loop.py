@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from pharmacist.core.env import rank
@@ -53,23 +52,6 @@ class TrainResult:
     steps: int
     tokens: int
     found: dict[str, Any] = field(default_factory=dict)
-
-
-class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, encoded: Encoded, weights: Mapping[int, float] | None = None) -> None:
-        self.encoded, self.weights = encoded, weights
-        self.numbers = encoded.dataset["row"]
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        item = {
-            "input_ids": self.encoded.token_ids([position])[0],
-            "n_prompt": int(self.encoded.prompt_lengths[position]),
-            "row": self.numbers[position],
-        }
-        return item if self.weights is None else item | {"weight": self.weights[self.numbers[position]]}
 
 
 def _collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -194,11 +176,13 @@ class Training:
         folder = self.run.work("train", "checkpoints")
         # Full tuning keeps its weights in float32; the passes run in the number format that was asked for.
         bf16 = torch.bfloat16 in (loaded.dtype, resolve_dtype(options.dtype, loaded.device))
-        progress = _Progress(f"{self.run.manifest.stage} ({strategy.name})")
+        progress, rows = _Progress(f"{self.run.manifest.stage} ({strategy.name})"), self.encoded.dataset
+        if self.weights is not None:
+            rows = rows.add_column("weight", [self.weights[number] for number in rows["row"][:]])
         trainer = StrategyTrainer(
             model=loaded.model,
             args=training_arguments(options, folder=str(folder), device=loaded.device, bf16=bf16, seed=seed),
-            train_dataset=_Rows(self.encoded, self.weights),
+            train_dataset=rows,
             compute_loss_func=token_mean_loss,
             data_collator=partial(_collate, pad_token_id=loaded.tokenizer.pad_token_id),
             strategy=strategy,
