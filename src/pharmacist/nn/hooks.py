@@ -125,13 +125,18 @@ def head_at(head: nn.Module | None, keep: torch.Tensor) -> AbstractContextManage
         head: The output head.
         keep: Shape [rows, length], bool. Logits then have the shape [positions kept, vocabulary].
     """
+    return head_gets(head, lambda states: states[keep])
+
+
+def head_gets(head: nn.Module | None, other: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+    """Gives the output head what `other` makes of its input, for the block."""
     if head is None:
         raise CompatibilityError("the model does not name its output head")
 
-    def select(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return (args[0][keep], *args[1:]), kwargs
+    def replace(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (other(args[0]), *args[1:]), kwargs
 
-    return hooked({"head": head}, select, before=True)
+    return hooked({"head": head}, replace, before=True)
 
 
 def replayed_rng(device: torch.device) -> AbstractContextManager[None]:

@@ -4,8 +4,6 @@ The output head runs on the positions whose loss is needed, in parts, and losses
 that logits in single precision stay in the cache.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +13,7 @@ from torch.nn import functional
 
 from pharmacist.data.batches import TOKENS_PER_BATCH
 from pharmacist.nn.batching import Batch
-from pharmacist.nn.hooks import capture, evaluating, head_at, hooked
+from pharmacist.nn.hooks import capture, evaluating, head_at, head_gets
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.losses import mean_losses, target_losses, token_losses
 
@@ -49,7 +47,7 @@ def head_is_last(model: nn.Module) -> bool:
     head = output_head(model)
     assert head is not None
     if head not in _HEAD_IS_LAST:
-        ones = _head_gets(head, torch.ones_like)  # a padding token may have states of 0, which no scale changes
+        ones = head_gets(head, torch.ones_like)  # a padding token may have states of 0, which no scale changes
         with torch.no_grad(), evaluating(model), ones, capture({"head": head}, inputs=True) as seen:
             logits = _of_one_token(model)
             _HEAD_IS_LAST[head] = torch.equal(head(seen["head"]), logits)
@@ -68,17 +66,8 @@ def logits_from(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
     if head_is_last(model):
         logits: torch.Tensor = head(states)
         return logits
-    with _head_gets(head, lambda own: states):
+    with head_gets(head, lambda own: states):
         return _of_one_token(model)
-
-
-def _head_gets(head: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
-    """Gives the head what `other` makes of its input, for the block."""
-
-    def replace(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return (other(args[0]), *args[1:]), kwargs
-
-    return hooked({"head": head}, replace, before=True)
 
 
 def _of_one_token(model: nn.Module) -> torch.Tensor:
