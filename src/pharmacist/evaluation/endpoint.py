@@ -72,8 +72,7 @@ class EndpointConfig(Checked):
     """Name of the request field for the longest reply; OpenAI's reasoning models expect max_completion_tokens."""
     body: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request, such as {chat_template_kwargs: {enable_thinking: false}}; null removes a field,
-    as in
-{temperature: null}."""
+    as in {temperature: null}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ class NLSRConfig(Checked):
     """Spread of this probability around its mean; it is highest for the module least similar to the reference."""
     compat: Literal["none", "reference"] = "none"
     """reference: the published ranking, under which the most similar module is the most likely to be restored, and the
-published amplification, which multiplies the update by 4 * beta^2."""
+    published amplification, which multiplies the update by 4 * beta^2."""
 
 
 def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_outputs: bool = False) -> torch.Tensor:

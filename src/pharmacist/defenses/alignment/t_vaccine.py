@@ -41,8 +41,7 @@ class TVaccineConfig(Checked):
     """Harmful rows per measurement; the published code uses a single row."""
     freeze: Literal["layer", "attention"] = "layer"
     """Which part of the other layers is frozen: the whole layer, as in the paper, or its self-attention, as in the
-    published
-code."""
+    published code."""
 
 
 def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:

@@ -74,8 +74,7 @@ class TARConfig(Checked):
     """Simulated attacks per step."""
     adversaries: list[str] | None = None
     """Kinds of attack, one of which is drawn for each attack: [harmful, switch], one-step [harmful]. harmful: harmful
-    rows.
-switch: alignment rows first. A name that occurs twice is twice as likely."""
+    rows. switch: alignment rows first. A name that occurs twice is twice as likely."""
     objective: Literal["entropy", "alignment"] | None = None
     """Tamper resistance: entropy of answers to held-out harmful rows, or (default of one-step) the alignment loss."""
     entropy_positions: Literal["response", "all"] = "response"

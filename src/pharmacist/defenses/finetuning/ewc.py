@@ -21,7 +21,7 @@ class EWCConfig(Checked):
 
     lam: NotNegative = 1000.0
     """Weight of the penalty; 0 is sft. A suitable value depends on the scale of the Fisher information, so on per and
-normalize."""
+    normalize."""
     rows: AtLeast1 = 256
     """Number of safe rows on which the Fisher information is estimated."""
     per: Literal["row", "batch"] = "row"

@@ -20,8 +20,7 @@ class VLGuardConfig(Checked):
     """Safe rows per row of the user's set; 0 is sft."""
     mode: Literal["append", "replace", "joint"] = "append"
     """append: train on more rows. replace: leave out as many benign rows (same cost; for comparisons only, since a
-    provider
-does not know which rows are benign). joint: a second loss on a batch of safe rows in every step."""
+    provider does not know which rows are benign). joint: a second loss on a batch of safe rows in every step."""
     lam: NotNegative = 0.1
     """Weight of the second loss in the mode joint."""
 
