@@ -1,6 +1,6 @@
 """Kinds of attack: ways to make a user's fine-tuning set. A new kind is one file and one line in `ATTACKS`."""
 
-from pharmacist.attacks.kinds import Attack
+from pharmacist.attacks.kinds import Attack as Attack
 from pharmacist.core.registry import Registry
 
 
@@ -14,5 +14,3 @@ ATTACKS: Registry[Attack] = Registry(
     },
     group="pharmacist.attacks",
 )
-
-__all__ = ["ATTACKS", "Attack"]

@@ -59,14 +59,10 @@ def norm(grads: Gradient) -> torch.Tensor:
     return joint
 
 
-def dot(a: Gradient, b: Gradient) -> torch.Tensor:
-    """Inner product over all tensors together, a scalar."""
-    return torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
-
-
 def cosine(a: Gradient, b: Gradient, eps: float = 1e-12) -> torch.Tensor:
     """Cosine of the angle between two gradients, a scalar in [-1, 1]; 0 where one of them vanishes."""
-    return dot(a, b) / (norm(a) * norm(b)).clamp(min=eps)
+    inner = torch.stack([(value * b[name]).sum() for name, value in a.items()]).sum()
+    return inner / (norm(a) * norm(b)).clamp(min=eps)
 
 
 @torch.no_grad()

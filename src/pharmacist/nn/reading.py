@@ -42,10 +42,8 @@ def large_head(model: nn.Module) -> nn.Module | None:
     return None if head is None or int(getattr(head, "out_features", 0)) < _LARGE else head
 
 
-def head_is_last(model: nn.Module) -> bool:
-    """Whether what the output head gives are the logits, neither capped nor scaled; by a pass over a token."""
-    head = output_head(model)
-    assert head is not None
+def head_is_last(head: nn.Module, model: nn.Module) -> bool:
+    """Whether what a model's output head gives are its logits, neither capped nor scaled; by a pass over a token."""
     if head not in _HEAD_IS_LAST:
         ones = head_gets(head, torch.ones_like)  # a padding token may have states of 0, which no scale changes
         with torch.no_grad(), evaluating(model), ones, capture({"head": head}, inputs=True) as seen:
@@ -63,7 +61,7 @@ def logits_from(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """
     head = output_head(model)
     assert head is not None
-    if head_is_last(model):
+    if head_is_last(head, model):
         logits: torch.Tensor = head(states)
         return logits
     with head_gets(head, lambda own: states):
@@ -102,7 +100,7 @@ def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **option
     if not prompt:
         needed &= position >= batch.prompt_lengths[:, None]
     tokens = batch.input_ids[:, 1:][needed]
-    if torch.is_grad_enabled() or not head_is_last(model):
+    if torch.is_grad_enabled() or not head_is_last(head, model):
         with head_at(head, functional.pad(needed, (0, 1))):
             output = forward()
         losses = target_losses(output.logits, tokens)
