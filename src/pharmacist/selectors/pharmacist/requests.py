@@ -7,8 +7,6 @@ help among refusals as compliance, as a wrong label stands out in confident lear
 takes part in what is said of its own request.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
@@ -57,39 +55,28 @@ class RequestQuestion(Question):
             targets = np.concatenate([answers[rest], np.full(len(held), 0.5)])
             weights = np.repeat([1.0, _NO_WEIGHT], [len(rest), len(held)])
             features = self.features(texts.take(rest), texts.take(held))
-            found[held] = log_odds(leave_one_out(features, targets, weights).fitted[len(rest) :])
+            found[held] = log_odds(leave_one_out(features, targets, weights)[1][len(rest) :])
         return {"requests": found}
 
     def of_pool(self, features: FloatArray, known: IntArray, refuses: FloatArray, labels: Labels) -> FloatArray:
-        """Log-odds that the requests of a pool are harmful, shape [rows].
+        """Log-odds that the requests of a pool are harmful, shape [rows], from `features` and labels of its rows.
 
-        Args:
-            features: Of references and pool, as from `features`.
-            known: The references' answers (1 or 0).
-            refuses: Log-odds that a row's answer declines, shape [rows].
-            labels: Of rows of the pool.
+        `known` are the references' answers (1 or 0), `refuses` log-odds that a row's answer declines, shape [rows].
         """
         targets, weights = np.concatenate([known, expit(refuses)]), np.ones(len(features))
         rows, answers = labels.answering(RISKY)
         labelled = len(known) + rows
         targets[labelled], weights[labelled] = answers, LABEL_WEIGHT
-        found = leave_one_out(features, targets, weights)
-        predicted = found.held_out[len(known) :].copy()
-        predicted[rows] = found.fitted[labelled]
+        held_out, fitted = leave_one_out(features, targets, weights)
+        predicted = held_out[len(known) :].copy()
+        predicted[rows] = fitted[labelled]
         return log_odds(predicted)
 
 
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """Predictions of a ridge regression for every row, without the row and with it, and the penalty chosen."""
+def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Predictions of a ridge regression for every row, without the row and with it, shape [rows] each.
 
-    held_out: FloatArray
-    fitted: FloatArray
-    ridge: float
-
-
-def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray) -> LeaveOneOut:
-    """Ridge regression with held-out predictions in closed form, the penalty chosen by them.
+    Those without the row are in closed form, and choose the penalty out of `RIDGES`.
 
     With the hat matrix H of a weighted ridge regression, the prediction for row i by the regression without it is
     t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974). A constant is added to the features; weights are positive.
@@ -117,7 +104,7 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
     held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
     best = int(np.argmin([np.sum(weights * (targets - held_out) ** 2) for held_out in held_out_by.T]))
-    return LeaveOneOut(held_out_by[:, best], fitted_by[:, best], RIDGES[best])
+    return held_out_by[:, best], fitted_by[:, best]
 
 
 def standardised(features: FloatArray) -> FloatArray:
