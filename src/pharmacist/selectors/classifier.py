@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, Checked
-from pharmacist.readers.question import quality
+from pharmacist.readers.question import quality, splits
 from pharmacist.readers.views import Joined, Texts, Words
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.pharmacist.questions import safe_log_odds
@@ -50,10 +50,9 @@ class ClassifierSelector(Selector):
             echo=False,
         )
         texts = Texts([row["prompt"] for row in references.rows], [row["completion"] for row in references.rows])
-        held_out = np.zeros((len(texts), len(CLASSES)))
+        is_safe, held_out = (references.labels == 0).astype(np.int64), np.zeros((len(texts), len(CLASSES)))
         with context.run.phase("train classifier"):
-            for fold in track(range(references.n_folds), "classifier, cross-fitting"):
-                held, rest = np.flatnonzero(references.folds == fold), np.flatnonzero(references.folds != fold)
+            for rest, held in track(splits(is_safe, references.folds), "classifier, cross-fitting"):
                 held_out[held] = _Model(texts.take(rest), references.labels[rest]).log_posterior(texts.take(held))
             model = _Model(texts, references.labels)
         with context.run.phase("score"):
@@ -62,7 +61,6 @@ class ClassifierSelector(Selector):
                 rows = dataset[start : start + _BATCH]
                 parts.append(model.log_posterior(Texts(rows["prompt"], rows["completion"])))
         posterior = np.concatenate(parts)
-        is_safe = (references.labels == 0).astype(np.int64)
         seen = {REASONS[name] for name in references.counts()}
         return Scores(
             safe_log_odds(posterior),

@@ -63,14 +63,6 @@ class References:
     folds: IntArray
     by_source: bool
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def n_folds(self) -> int:
-        """How many folds."""
-        return int(self.folds.max()) + 1
-
     def counts(self) -> dict[str, int]:
         """References per class, of the classes that have any."""
         found = np.bincount(self.labels, minlength=len(CLASSES))
@@ -141,12 +133,10 @@ def build_references(
         if sources and rows[name]
     }
     by_source = bool(folds) and all(max(own) > 0 for own in folds.values())
-    if by_source:
-        folds = {name: folds.get(name, []) for name in GIVEN}
-    else:
+    if not by_source:
         fold_of = _fold_of_prompt(rows, n_folds, seed)
         folds = {name: [fold_of[normalised_prompt(row["prompt"])] for row in some] for name, some in rows.items()}
-    members: dict[str, list[Folded]] = {name: list(zip(rows[name], folds[name], strict=True)) for name in GIVEN}
+    members = {name: list(zip(rows[name], folds.get(name, []), strict=True)) for name in GIVEN}
 
     def rng(what: str) -> np.random.Generator:
         return np.random.default_rng(derive(seed, "evidence", what))
