@@ -75,8 +75,7 @@ class Records:
     def announce(self) -> None:
         """Prints how many rows were left out, and warnings of what is not read."""
         if self.filtered:
-            said = f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where"
-            say(said)
+            say(f"{self.source.where}: {self.filtered} of {self.counts['in']} rows are left out by --where")
         for text in self.warnings:
             warn(text)
 
@@ -92,9 +91,7 @@ class Records:
 
 def column(rows: datasets.Dataset, name: str) -> npt.NDArray[Any]:
     """Numbers of canonical rows, ``row`` or ``prompt_key``: shape [rows]."""
-    tables = rows.select_columns([name]).with_format("arrow").iter(_FLUSH_ROWS)
-    empty = np.empty(0, dtype=SCHEMA.field(name).type.to_pandas_dtype())
-    return np.concatenate([empty, *(table.column(0).to_numpy() for table in tables)])
+    return np.asarray(rows.select_columns([name]).with_format("arrow")[:].column(0))
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
