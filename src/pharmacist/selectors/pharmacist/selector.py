@@ -5,8 +5,9 @@ from collections.abc import Collection
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 
@@ -26,12 +27,8 @@ from pharmacist.selectors.pharmacist import twins as bilevel
 from pharmacist.selectors.pharmacist.evidence import Evidence
 from pharmacist.selectors.pharmacist.questions import Labels
 from pharmacist.selectors.pharmacist.references import REASONS, References, build_references
-from pharmacist.selectors.pharmacist.twins import Twins, fallback_notice
+from pharmacist.selectors.pharmacist.twins import Twins
 from pharmacist.selectors.pharmacist.verdict import joint_scores, verdict, with_labels
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 FORMAT = 3
@@ -57,12 +54,29 @@ class PharmacistSelector(Selector):
 
     def notice(self, given: Collection[str]) -> str | None:
         """A sentence where there are no harmful references, and the twins fall back to SEAL's contrast."""
-        return fallback_notice(self.config, given)
+        config = self.config
+        if config.form != "bilevel" and not {"harmful", "utility"} & set(given):
+            raise ConfigError(
+                "safe references alone offer no other answers to compare with; give --harmful or --utility, or use "
+                "--selector.form bilevel"
+            )
+        if config.form == "evidence" or "harmful" in given:
+            return None
+        if config.gamma == 0 or config.cotrain == 0:
+            option = "gamma" if config.gamma == 0 else "cotrain"
+            raise ConfigError(
+                f"without harmful references the second twin learns from the pool alone, so selector.{option} must be "
+                "above 0; or give --harmful, or use --selector.form evidence"
+            )
+        return (
+            "without harmful references the twins fall back to SEAL's contrast: the model that also learns the safe "
+            "references against an auxiliary one that learns the pool without them"
+        )
 
     def rank(self, context: SelectionContext) -> Scores:
         """Learns from references and labels (or loads what was learned), and reads the pool once."""
         self._ranking = _Ranking(self.config, context)
-        return self._ranking.scores()
+        return self._ranking.scores(None if context.resume_from else self.notice(context.references))
 
     def check_saved(self, folder: Path, model: str | None) -> None:
         """The folder must hold a saved ``pharmacist`` that was trained with this model."""
@@ -115,7 +129,7 @@ class _Ranking:
             )
 
     @cached_property
-    def pool(self) -> "datasets.Dataset":
+    def pool(self) -> datasets.Dataset:
         """The pool's rows, each reduced to its last request and answer."""
         return last_requests(self.context.pool.dataset)
 
@@ -146,9 +160,8 @@ class _Ranking:
         rows = np.array(sorted(class_of), dtype=np.int64)
         return Labels(rows, np.array([class_of[row] for row in rows], dtype=np.int64))
 
-    def scores(self) -> Scores:
-        """Scores of the pool by evidence, twins, or both."""
-        fallback = None if self.saved else fallback_notice(self.config, self.context.references)
+    def scores(self, fallback: str | None) -> Scores:
+        """Scores of the pool by evidence, twins, or both; `fallback` is the selector's notice, for the report."""
         evidence = self._evidence() if self.config.form != "bilevel" else None
         if evidence is not None and self.config.form == "evidence":
             return evidence

@@ -5,7 +5,7 @@ harmful ones (min over w of V_safe - V_toxic). A row's contrast is its loss unde
 safe one. Without harmful references the second twin learns pool and utility alone, and the contrast is SEAL's.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
 from pharmacist.nn.adapters import AdapterBank
@@ -40,10 +40,7 @@ class TwinProblem:
     """The twins' losses, (1 - gamma) [ L + mu L_U ] + gamma mean_i sigma_i l_i, L that of safe or harmful references.
 
     Attributes:
-        bank: Holds the adapters.
-        references: All references in tokens.
         rows: ``safe``, ``harmful``, ``utility`` (the last two maybe empty) -> rows of `references`.
-        pool: The pool in tokens.
         pool_rows: Rows of the pool that the twins train on; empty for the cheap form.
         gamma: Weight of the pool against the references, in [0, 1).
         mu: Weight of the utility references against safe or harmful ones.
@@ -178,31 +175,6 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
     return reasons
 
 
-def fallback_notice(config: PharmacistConfig, given: Collection[str]) -> str | None:
-    """A sentence about the second twin where there are no harmful references; None with them, or without twins.
-
-    Raises:
-        ConfigError: The options leave nothing to learn from what is given.
-    """
-    if config.form != "bilevel" and not {"harmful", "utility"} & set(given):
-        raise ConfigError(
-            "safe references alone offer no other answers to compare with; give --harmful or --utility, or use "
-            "--selector.form bilevel"
-        )
-    if config.form == "evidence" or "harmful" in given:
-        return None
-    if config.gamma == 0 or config.cotrain == 0:
-        option = "gamma" if config.gamma == 0 else "cotrain"
-        raise ConfigError(
-            f"without harmful references the second twin learns from the pool alone, so selector.{option} must be "
-            "above 0; or give --harmful, or use --selector.form evidence"
-        )
-    return (
-        "without harmful references the twins fall back to SEAL's contrast: the model that also learns the safe "
-        "references against an auxiliary one that learns the pool without them"
-    )
-
-
 class Twins:
     """The twins of one ranking, trained on references and a share of the pool; their losses give every row's contrast.
 
@@ -272,11 +244,7 @@ class Twins:
 
     @classmethod
     def load(cls, bank: AdapterBank, config: PharmacistConfig, folder: Path) -> "Twins":
-        """Reads what `save` wrote.
-
-        Raises:
-            DataError: It is not whole.
-        """
+        """Reads what `save` wrote; a DataError where it is not whole."""
         try:
             content = read_json(folder / "twins.json")
             twins = cls(bank, config)
