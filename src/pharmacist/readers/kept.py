@@ -4,23 +4,20 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.files import atomic_path
+from pharmacist.data.normalise import text_key
+from pharmacist.nn.batching import Sequences
+from pharmacist.nn.models import LoadedModel
 from pharmacist.nn.passes import run_pass
 from pharmacist.readers.states import hidden_states
 from pharmacist.readers.views import FloatArray, Texts
-
-
-if TYPE_CHECKING:
-    from pharmacist.data.tokenize import Encoded
-    from pharmacist.nn.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,14 @@ class ModelReader:
     key: str
     folder: Path
     earlier: Sequence[Path]
-    encode: Callable[[Any, str], "Encoded"]
-    model: Callable[[], "LoadedModel"]
+    encode: Callable[[Any, str], Sequences]
+    model: Callable[[], LoadedModel]
 
 
 def row_keys(prompts: list[str], completions: list[str]) -> npt.NDArray[np.uint64]:
     """64-bit hash of each row's text, shape [rows]."""
     texts = map("{}\0{}".format, prompts, completions)
-    keys = [xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts]
-    return np.array(keys, dtype=np.uint64)
+    return np.array([text_key(text) for text in texts], dtype=np.uint64)
 
 
 def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts, int]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
@@ -28,9 +29,6 @@ from pharmacist.nn.passes import copy_to_equals
 from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
 
-
-if TYPE_CHECKING:
-    import datasets
 
 Finish = Callable[[FloatArray], FloatArray]
 
@@ -55,7 +53,7 @@ def unit(vectors: FloatArray) -> FloatArray:
     return vectors / np.where(length > 0, length, 1.0)
 
 
-def embed(context: SelectionContext, rows: "datasets.Dataset", name: str, finish: Finish) -> FloatArray:
+def embed(context: SelectionContext, rows: datasets.Dataset, name: str, finish: Finish) -> FloatArray:
     """Embeds canonical rows, each distinct one once, and keeps what `finish` makes of embeddings [rows, width].
 
     By the ranking's embedder where there is one, else by its model; the same name means the same of the same rows.
@@ -131,7 +129,7 @@ def check_sentence_encoder() -> None:
 
 
 def _sentences(
-    context: SelectionContext, embedder: str, rows: "datasets.Dataset", name: str, finish: Finish
+    context: SelectionContext, embedder: str, rows: datasets.Dataset, name: str, finish: Finish
 ) -> FloatArray:
     """As `embed`, by a sentence encoder; chunks depend on content alone and are saved when done."""
     distinct, inverse = np.unique(text_hashes(rows), return_index=True, return_inverse=True)[1:]

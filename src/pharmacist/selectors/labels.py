@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
@@ -12,9 +13,6 @@ from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LABELS = {
     "good": CRITICAL,
@@ -27,11 +25,7 @@ LABELS = {
 
 
 def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
-    """Labels to learn from, as `read_entries` finds them: position in `rows` -> reason.
-
-    Raises:
-        DataError: As there; or there is none, or all say the same.
-    """
+    """Labels to learn from (`read_entries`): position in `rows` -> reason; a DataError too where all say the same."""
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
     if not labels:
@@ -56,16 +50,11 @@ def _unreadable(where: str, error: OSError) -> DataError:
 
 
 def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
-    """Reads ``labels.json``: ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}``.
+    """Row number -> label, from ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}`` in a file.
 
     The bare list is read too, with a warning, since nothing then tells which pool it is about. Messages begin with
     `where`; the pool's fingerprint is ``inputs.pool`` of the manifest, and `rows` are the numbers of its usable rows.
-
-    Returns:
-        Row number -> label.
-
-    Raises:
-        DataError: It is no such file, belongs to another pool, or says what cannot be: the message names the entry.
+    A DataError where it is no such file, belongs to another pool, or has an entry that cannot be, which is named.
     """
     try:
         content = read_json(path)
@@ -94,7 +83,7 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
     return found
 
 
-def labels_of(scores: "pd.DataFrame") -> dict[int, str]:
+def labels_of(scores: pd.DataFrame) -> dict[int, str]:
     """Row number -> label, of the labels that a ranking was made with (column ``label`` of ``scores.parquet``)."""
     if "label" not in scores:
         return {}

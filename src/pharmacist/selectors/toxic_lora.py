@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, NotNegative, Share
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
+from pharmacist.nn.batching import Sequences
 from pharmacist.selectors.gradients import pool_job, run_jobs
 from pharmacist.selectors.unrolled import LEARNER, UnrolledSelector
 
-
-if TYPE_CHECKING:
-    from pharmacist.data.tokenize import Encoded
 
 TOXIC = "toxic"
 """The adapter trained on harmful references."""
@@ -27,12 +25,10 @@ class ToxicLoraConfig(AdapterOptions):
 
     toxic_steps: AtLeast0 = 60
     """Training steps of the toxic LoRA on the harmful references, after the training on the pool; with 0 the selector
-    is
-`unrolled` with the same lookahead."""
+    is `unrolled` with the same lookahead."""
     attached: Literal["upper", "both"] = "both"
     """Where the toxic LoRA is attached. upper: for the safety loss alone. both: also for the losses of the pool's
-    rows, so
-that rows are ranked by what they teach a model under attack."""
+    rows, so that rows are ranked by what they teach a model under attack."""
     steps: AtLeast0 = 60
     """Training steps on the pool, with equal weights, before the attack; with 0 the model is attacked as it is."""
     share: Share = 0.25
@@ -40,8 +36,7 @@ that rows are ranked by what they teach a model under attack."""
     step."""
     lookahead: NotNegative = 0.0
     """Learning rate of the step on the pool after which the safety loss is computed; 0 is the limit of small steps and
-    needs
-none. If the toxic LoRA fits the references well, a long step is harmful."""
+    needs none. If the toxic LoRA fits the references well, a long step is harmful."""
 
 
 class ToxicLoraSelector(UnrolledSelector):
@@ -58,7 +53,7 @@ class ToxicLoraSelector(UnrolledSelector):
     paper = "after descriptions of the Pharmacist paper's selector; neither its text nor its code was available"
 
     def attack(
-        self, bank: AdapterBank, references: Mapping[str, "Encoded"], seed: int, folder: Path
+        self, bank: AdapterBank, references: Mapping[str, Sequences], seed: int, folder: Path
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Trains the toxic LoRA."""
         harmful, steps = references["harmful"], self.config.toxic_steps

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import gradients
 from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
 
-
-if TYPE_CHECKING:
-    from pharmacist.data.tokenize import Encoded
 
 LEARNER, FORTH, BACK = "learner", "forth", "back"
 """The adapter, and the two, moved from it along a direction and against it, between which losses are compared."""
@@ -53,7 +50,7 @@ class UnrolledSelector(Selector):
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
 
     def attack(
-        self, bank: AdapterBank, references: Mapping[str, "Encoded"], seed: int, folder: Path
+        self, bank: AdapterBank, references: Mapping[str, Sequences], seed: int, folder: Path
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Trains adapters that the safety loss is to withstand, on top of what was learned; none here.
 
@@ -132,11 +129,7 @@ class Hypergradient:
         return length
 
     def slopes(self, length: float, batch: Batch) -> dict[str, FloatArray]:
-        """Central differences of a batch's completion losses between the two.
-
-        Returns:
-            ``slope``, the derivative along the unit direction, and ``loss``, the mean of the two; shape [rows].
-        """
+        """``loss``, mean of the two, and ``slope``, central difference along the unit direction; shape [rows]."""
         names = ((name, *self.frozen_for_pool) for name in (FORTH, BACK))
         forth, back = (gradients.losses_under(self.bank, active, batch) for active in names)
         return {"slope": (forth - back) / (2 * length), "loss": (forth + back) / 2}
