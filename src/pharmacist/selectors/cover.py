@@ -24,8 +24,7 @@ class CoverConfig(Checked):
 
     block: AtLeast1 = BLOCK
     """Number of rows compared with each other. A larger pool is split by content into blocks of about this size, which
-    are
-ordered separately and merged by what each row added; the cost then grows linearly with the pool."""
+    are ordered separately and merged by what each row added; the cost then grows linearly with the pool."""
 
 
 def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> FloatArray:

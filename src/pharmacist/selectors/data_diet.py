@@ -66,8 +66,7 @@ class GraNdConfig(Checked):
 
     by: Literal["head", "lora"] = "head"
     """Weights of the gradient: those of the output head, in one forward pass, or those of a fresh LoRA adapter on all
-    linear
-layers, in a forward and a backward pass."""
+    linear layers, in a forward and a backward pass."""
     keep: Literal["high", "low"] = "high"
     """Which rows rank first: those with the largest gradient, or the smallest."""
     r: AtLeast1 = 8

@@ -29,13 +29,12 @@ class DSIRConfig(Checked):
     """Number of buckets into which words and word pairs are hashed."""
     smoothing: Share = 0.1
     """Share of the pool's own distribution mixed into that of the references, in (0, 1]; a word that no reference
-    contains
-costs at most its logarithm."""
+    contains costs at most its logarithm."""
     per_word: bool = False
     """Divide a row's importance by its number of words and word pairs; otherwise long rows have the extreme scores."""
     resample: bool = True
     """Add Gumbel noise to the importance, which samples rows without replacement in proportion to it, as in the paper;
-otherwise the most important rows come first."""
+    otherwise the most important rows come first."""
 
 
 class DSIRSelector(Selector):

@@ -171,9 +171,7 @@ def row_weights(logits: torch.Tensor) -> torch.Tensor:
 def move_logits(
     logits: torch.Tensor, rows: IntArray, weights: torch.Tensor, difference: torch.Tensor, rate: float, gamma: float
 ) -> None:
-    """One step of plain descent along `batch_weight_gradient`, in place, for the batch's rows alone: dense Adam would
-    let all others drift.
-    """
+    """A step along `batch_weight_gradient`, in place, for the batch's rows; dense Adam would let all others drift."""
     gradient = batch_weight_gradient(weights.numpy(), difference.double().cpu().numpy(), gamma)
     logits.index_add_(0, torch.from_numpy(rows), torch.from_numpy(-rate * gradient))
 
@@ -181,8 +179,7 @@ def move_logits(
 def mean_over_copies(keys: npt.NDArray[np.uint64], rows: IntArray, values: FloatArray) -> FloatArray:
     """The mean of the values of rows with equal keys, in pool order; `values` are those of `rows`, each row once."""
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    totals = np.zeros(len(counts))
-    np.add.at(totals, inverse[rows], values)
+    totals = np.bincount(inverse[rows], weights=values, minlength=len(counts))
     return (totals / counts)[inverse]
 
 

@@ -20,12 +20,10 @@ class PharmacistConfig(AdapterOptions):
 
     form: Literal["evidence", "bilevel", "both"] = "evidence"
     """evidence: from references. bilevel: twins. both: evidence, with the best rows also ordered by the contrast of
-    the twins
-if the contrast separates held-out references."""
+    the twins if the contrast separates held-out references."""
     readers: str = "auto"
     """Evidence readers: lexical (word statistics), probe (hidden states of --model), or both, separated by a comma;
-    auto uses
-both if there is a model."""
+    auto uses both if there is a model."""
     folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds of the references, unless these come from several sources."""
     corruptions_per_row: AtLeast0 = 1

@@ -29,8 +29,7 @@ class SealConfig(AdapterOptions):
 
     auxiliary: bool = True
     """Compare with an auxiliary model that learns only the weighted pool (Alg. 1); otherwise use the loss itself, at
-    two
-thirds of the cost (Alg. 2, used in the paper's experiments)."""
+    two thirds of the cost (Alg. 2, used in the paper's experiments)."""
     epochs: AtLeast1 = 3
     """Passes over the pool."""
     gamma: Fraction = 0.5
@@ -39,8 +38,7 @@ thirds of the cost (Alg. 2, used in the paper's experiments)."""
     """Step size of the rows' logits; 0 keeps all weights equal."""
     rank_by: Literal["losses", "logits"] = "losses"
     """losses: losses of each row under the trained models, in one more pass. logits: the weights learned during
-    training, as
-published, most of which come from unfinished models."""
+    training, as published, most of which come from unfinished models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
