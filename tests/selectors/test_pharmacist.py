@@ -16,7 +16,7 @@ from pharmacist.selectors.base import CRITICAL, Scores
 from pharmacist.selectors.options import READERS, PharmacistConfig
 from pharmacist.selectors.pharmacist import selector as module
 from pharmacist.selectors.pharmacist.evidence import Evidence
-from pharmacist.selectors.pharmacist.selector import PharmacistSelector, _Ranking
+from pharmacist.selectors.pharmacist.selector import PharmacistSelector
 from pharmacist.selectors.pharmacist.twins import Twins
 from pharmacist.selectors.pharmacist.verdict import joint_scores
 from tests.support import village
@@ -277,8 +277,7 @@ def test_training_cost_does_not_grow_with_the_pool(model, tmp_path, form, cotrai
     for n in (20, 120):
         pool = [{"prompt": "how do you bake bread", "completion": f"take {word}"} for word in ("flour", "water") * n]
         work = village.context(tmp_path / f"{n}", model, pool)
-        ranking = _Ranking(PharmacistConfig(**(FAST | {"form": form, "cotrain": cotrain})), work)
-        ranking.scores()
+        PharmacistSelector(**FAST | {"form": form, "cotrain": cotrain}).rank(work)
         costs = {name: phase.tokens for name, phase in work.run.manifest.phases.items()}
         work.run.close()
         cost.append([costs[name] for name in ("read references", "train twins") if name in costs])
