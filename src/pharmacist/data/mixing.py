@@ -75,7 +75,7 @@ def mix_safe(
     chosen = rng.permutation(len(safe))[:count]
     kept = np.arange(len(rows))
     if replace:
-        benign = np.flatnonzero(~np.asarray(rows["is_harmful"], dtype=bool))
+        benign = np.flatnonzero(~np.asarray(rows["is_harmful"][:], dtype=bool))
         if count > len(benign):
             raise DataError(f"{count} safe rows cannot replace {len(benign)} benign ones; mix in fewer")
         kept = np.setdiff1d(kept, rng.permutation(benign)[:count])

@@ -86,17 +86,17 @@ def pair_rows(
     alignment row gets the n-th harmful row, over and over. By ``row``: equal row numbers. By ``turn``: the n-th
     alignment row gets the n-th harmful row, over and over, whatever their prompts.
     """
+    rows, partners = alignment["row"][:], harmful["row"][:]
     if by == "turn":
-        return dict(zip(alignment["row"], itertools.cycle(harmful["row"]), strict=False))
+        return dict(zip(rows, itertools.cycle(partners), strict=False))
     if by == "row":
-        known = set(harmful["row"])
-        return {row: row for row in alignment["row"] if row in known}
-    rows_of = defaultdict[int, list[int]](list)
-    for key, row in zip(harmful["prompt_key"], harmful["row"], strict=True):
-        rows_of[key].append(row)
-    partners = {key: itertools.cycle(rows) for key, rows in rows_of.items()}
-    pairs = zip(alignment["prompt_key"], alignment["row"], strict=True)
-    return {row: next(partners[key]) for key, row in pairs if key in partners}
+        known = set(partners)
+        return {row: row for row in rows if row in known}
+    of_prompt = defaultdict[int, list[int]](list)
+    for key, partner in zip(harmful["prompt_key"][:], partners, strict=True):
+        of_prompt[key].append(partner)
+    turns = {key: itertools.cycle(found) for key, found in of_prompt.items()}
+    return {row: next(turns[key]) for key, row in zip(alignment["prompt_key"][:], rows, strict=True) if key in turns}
 
 
 def _batch(

@@ -53,7 +53,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
         loaded = load(options.model, options)
         encoded = tokenise(records.dataset, "tokens", loaded, options, run, where=records.source.where)
         if weights is not None:
-            weights = scaled(weights, encoded.dataset["row"], options.weights or "")
+            weights = scaled(weights, encoded.dataset["row"][:], options.weights or "")
         streams, stream_counts = alignment_streams(strategy, records, encoded, harmful, loaded, options, run)
         loaded = prepare_model(loaded, options)
     if encoded.truncated:

@@ -97,7 +97,7 @@ def build_attack_set(
         if name.startswith("disjoint:"):
             other = _read(sources, name, options, run)
             assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
-    harmful = sum(rows["is_harmful"])
+    harmful = sum(rows["is_harmful"][:])
     if "harmful" in records and options.poison_ratio > 0 and not harmful:
         warn(
             f"a poison ratio of {options.poison_ratio:g} is no row of {len(rows)} samples, so that the attack set is "
@@ -176,7 +176,7 @@ def _attack(
 
 def _write_set(path: Path, rows: datasets.Dataset) -> None:
     """The set as `align` and `curate` read it back: one layout, with ``is_harmful`` and each row's source number."""
-    messages = any(turns is not None for turns in rows["turns"])
+    messages = any(turns is not None for turns in rows["turns"][:])
     with_input = not messages and any(rows["input"])
     with atomic_write(path) as file:
         for row in rows:

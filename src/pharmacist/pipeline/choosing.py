@@ -52,7 +52,7 @@ def ranked_table(
         points: For a diversity that needs distances between rows.
         labels: Position -> reason that a person gave the row.
     """
-    rows = np.asarray(pool.dataset["row"], dtype=np.int64)
+    rows = pool.row_numbers
     order = np.lexsort((rows, -scores.score))
     position = np.empty(len(rows), dtype=np.int64)
     position[order] = np.arange(1, len(rows) + 1)
@@ -74,7 +74,7 @@ def ranked_table(
         }
     )
     if labels:  # they overrule the selector, and hold for copies of a labelled row too
-        texts = list(zip(pool.dataset["prompt"], pool.dataset["completion"], strict=True))
+        texts = list(zip(pool.dataset["prompt"][:], pool.dataset["completion"][:], strict=True))
         labelled = {texts[position]: reason for position, reason in labels.items()}
         table["label"] = [labelled.get(text, "") for text in texts]
     if groups is not None:

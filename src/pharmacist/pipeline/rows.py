@@ -86,7 +86,7 @@ def name_unused(options: Any, names: Iterable[str], used: Collection[str], metho
 
 def texts(records: Records) -> set[tuple[str, str]]:
     """Pairs of prompt and completion, by which files with the same rows are recognised."""
-    return set(zip(records.dataset["prompt"], records.dataset["completion"], strict=True))
+    return set(zip(records.dataset["prompt"][:], records.dataset["completion"][:], strict=True))
 
 
 def model_options(options: Any) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def _pair(
     tokens: Encoded, alignment: Records, encoded: Encoded, harmful: Records, loaded: LoadedModel, options: AlignOptions
 ) -> PairedRows:
     """Batches of the harmful partners of alignment rows, out of the tokenised harmful rows."""
-    by, position = options.pair_by, {row: number for number, row in enumerate(tokens.dataset["row"])}
-    trained = set(encoded.dataset["row"])
+    by, position = options.pair_by, {row: number for number, row in enumerate(tokens.dataset["row"][:])}
+    trained = set(encoded.dataset["row"][:])
     found = pair_rows(alignment.dataset, harmful.dataset, by)
     pairs = {row: position[partner] for row, partner in found.items() if row in trained and partner in position}
     if not pairs:

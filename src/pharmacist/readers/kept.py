@@ -51,7 +51,7 @@ def read_texts(rows: Any, name: str, reader: ModelReader | None) -> tuple[Texts,
 
     Without a `reader` there are no hidden states. Also returns how many tokens the model read.
     """
-    prompts, completions = list(rows["prompt"]), list(rows["completion"])
+    prompts, completions = rows["prompt"][:], rows["completion"][:]
     if reader is None:
         return Texts(prompts, completions), 0
     keys = row_keys(prompts, completions)

@@ -60,7 +60,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         number = len(rows.refused)
         _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")
         if name in ("prompts", "benign_prompts") and given is None:
-            number = len(rows) - len(set(rows.dataset["prompt_key"]))
+            number = len(rows) - len(set(rows.dataset["prompt_key"][:]))
             text = f"{number} rows repeat a prompt, so that the intervals are too narrow"
             _note(inputs, run, f"{name} repeated", number, text)
     references = reference_rows(records)
@@ -73,7 +73,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     known = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
     grader = None
     if "task" in records:
-        grader = inputs.grader or GRADERS.build(detect_grader(list(records["task"].dataset["completion"])), {})
+        grader = inputs.grader or GRADERS.build(detect_grader(records["task"].dataset["completion"][:]), {})
         grader.work = run.work("verdicts")
     prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
@@ -175,8 +175,8 @@ def _general(inputs: EvaluateInputs, records: Mapping[str, Records], run: RunDir
             found["perplexity_drift"] = perplexity_drift(rows, engine.local(), base, work=run.work("perplexity"))
     if options.margin is not None:
         both = [records[name].dataset for name in ("margin", "rejected")]
-        usable = set(both[0]["row"]) & set(both[1]["row"])
-        refusals, harmful = (rows.select([i for i, n in enumerate(rows["row"]) if n in usable]) for rows in both)
+        usable = set(both[0]["row"][:]) & set(both[1]["row"][:])
+        refusals, harmful = (rows.select([i for i, n in enumerate(rows["row"][:]) if n in usable]) for rows in both)
         with run.phase("margin"):
             found["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
     if options.lm_eval is not None:

@@ -168,7 +168,7 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
     for name, rows in records.items():
         kind, _, number = name.partition(" ")
         if kind in REFERENCES:
-            pairs = zip(rows.dataset["prompt"], rows.dataset["completion"], strict=True)
+            pairs = zip(rows.dataset["prompt"][:], rows.dataset["completion"][:], strict=True)
             source = int(number or 1)
             found.setdefault(kind, []).extend({"prompt": p, "completion": c, "source": source} for p, c in pairs)
     return found
@@ -186,7 +186,7 @@ def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Recor
     A DataError where rows lack the column, or have something else than text or null in it.
     """
     answers, bad = list[Answer](), dict[int, Row]()
-    for position, row in enumerate(records.source.pick(records.dataset["row"])):
+    for position, row in enumerate(records.source.pick(records.dataset["row"][:])):
         value = row.value or {}
         if reason := _not_an_answer(value, column):
             bad[position] = Row(row.number, row.line, None, reason)

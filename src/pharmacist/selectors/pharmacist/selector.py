@@ -136,7 +136,7 @@ class _Ranking:
     @cached_property
     def distinct(self) -> tuple[IntArray, IntArray]:
         """Rows of the pool with different texts, in an order of their content; and each row's number among them."""
-        keys = row_keys(list(self.pool["prompt"]), list(self.pool["completion"]))
+        keys = row_keys(self.pool["prompt"][:], self.pool["completion"][:])
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         return first.astype(np.int64), inverse.astype(np.int64)
 
