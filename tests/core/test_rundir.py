@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pharmacist.core import rundir
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.files import read_json
 from pharmacist.core.hashing import sha256_folder
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import check_unchanged, missing_output, read_manifest
@@ -283,6 +287,30 @@ def test_phases_add_up_over_resumes(tmp_path: Path) -> None:
     assert {name: phase.tokens for name, phase in phases.items()} == {"train": 10, "score": 7}
     assert phases["score"].seconds > first > 0
     assert phases["score"].extra == {"note": 1}
+
+
+def work_until_killed(root: Path) -> None:
+    """In a process of its own: a phase that does not end."""
+    rundir.KEPT_EVERY = 0.05
+    with start(root).phase("train") as phase:
+        phase.tokens, phase.extra["note"] = 10, 1
+        time.sleep(60)
+
+
+def test_a_phase_of_a_killed_run_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "out" / "work" / "phases" / "train.json"
+    process = get_context("spawn").Process(target=work_until_killed, args=(tmp_path / "out",))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not file.is_file() or read_json(file)["seconds"] < 0.2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    run = start(tmp_path / "out")
+    with run.phase("train") as phase:
+        phase.tokens += 5
+    assert phase.seconds > 0.2 and phase.tokens == 15 and phase.extra == {"note": 1}
 
 
 def test_a_run_without_results_can_be_forgotten(tmp_path: Path) -> None:

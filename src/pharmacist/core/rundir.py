@@ -4,12 +4,13 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from typing import IO, Any
 
 from pydantic import ValidationError
@@ -24,6 +25,8 @@ from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import say, warn
 
 
+KEPT_EVERY = 10.0
+"""Seconds after which the cost of a phase is written again, which a killed run thus loses at most."""
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
 
 
@@ -164,7 +167,7 @@ class RunDir:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Measures a phase; its wall time adds up over resumes and ends in the manifest.
+        """Measures a phase; its wall time adds up over resumes, also of killed runs, and ends in the manifest.
 
         So do its tokens, which begin at those of earlier attempts: add to them what was read in this one, or set them
         to those of all.
@@ -172,13 +175,18 @@ class RunDir:
         path = self.work("phases", f"{name}.json")
         before = _read_phase(path) if path.is_file() else Phase()
         current, start = Phase(tokens=before.tokens, extra=before.extra), time.perf_counter()
-        try:
-            yield current
-        finally:
+
+        def keep() -> None:
             current.seconds = before.seconds + time.perf_counter() - start
-            self.manifest.phases[name] = current
             if self._lock is not None:
-                write_json(path, current.model_dump(mode="json"))
+                write_json(path, current.model_copy(update={"extra": dict(current.extra)}).model_dump(mode="json"))
+
+        try:
+            with _repeated(keep, KEPT_EVERY):
+                yield current
+        finally:
+            self.manifest.phases[name] = current
+            keep()
 
     def record(self, **results: Any) -> None:
         """Notes results in the manifest without writing it yet, for pages that show them.
@@ -242,6 +250,25 @@ class RunDir:
             self._lock = None
         if self.temporary is not None:
             self.temporary.cleanup()
+
+
+@contextmanager
+def _repeated(job: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Does a job every so many seconds, in a thread, while the block runs."""
+    over = Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            with suppress(OSError):  # a full disk, say, which the block itself reports
+                job()
+
+    thread = Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _drop_damaged_tensors(work: Path) -> None:
