@@ -29,7 +29,7 @@ from pharmacist import CurateOptions, curate
 from pharmacist.core.errors import ConfigError, DataError, PharmacistError, one_line
 from pharmacist.core.files import atomic_path, read_json, write_json, write_text
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import set_quiet
+from pharmacist.core.progress import silenced
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import open_source, write_rows
 from pharmacist.data.records import read_records
@@ -336,6 +336,7 @@ def write(root, results):
     write_text(root / "natural.md", markdown(results))
 
 
+@silenced()
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("pool", "labels", "model"):
@@ -349,7 +350,6 @@ def main(arguments=None):
     parser.add_argument("--dtype", default="auto", help="of the model, as in curate")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    set_quiet(True)
     if given.dtype != "auto" and not given.model:
         raise ConfigError(f"--dtype {given.dtype}: is that of --model; give it too, or leave --dtype away")
     root = given.output_dir

@@ -29,7 +29,7 @@ import numpy as np
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.files import atomic_write, read_json, write_json
-from pharmacist.core.progress import set_quiet
+from pharmacist.core.progress import silenced
 from pharmacist.selectors import SELECTORS
 
 
@@ -209,8 +209,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@silenced()
 def cell(name: str, rows: int, folder: Path, record: Path) -> None:
-    set_quiet(True)
     measure = by_command if name in COMMANDS else by_selector
     work = folder / f"work-{record.stem}"
     found = {}

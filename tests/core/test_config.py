@@ -199,7 +199,7 @@ def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Pa
         (["--stirs"], "--stirs needs a value"),
         (["--heat", "hot"], "--heat hot: must be a number"),
         (["--kind", "thi"], "--kind thi: must be one of thick, thin"),
-        (["--parts", "half"], "--parts ['half']: must be a list, written [a, b]"),
+        (["--parts", "half"], "--parts ['half']: must be a list of numbers, written [0.1, 2]"),
         (["--inner.rate", "fast"], "--inner.rate fast: must be a number"),
         (["--inner.r", "0"], "inner.r must be positive, not 0"),
         (["--selector", "pharmacist", "--selector.gamma", "x"], "--selector.gamma x: must be a number"),

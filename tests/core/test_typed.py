@@ -27,6 +27,8 @@ from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative, Posi
         (NotNegative, float("nan"), "--x nan: must not be negative"),
         (float, float("inf"), "--x inf: must be a finite number"),
         (list[AtLeast1], [1, 0], "--x [1, 0]: must be at least 1"),
+        (list[float], [0.001, "fast"], "--x [0.001, 'fast']: must be a list of numbers, written [0.1, 2]"),
+        (list[int], ["1"], "--x ['1']: must be a list of whole numbers, written [1, 2]"),
         (AtLeast1 | list[AtLeast1], "a", "--x a: must be a whole number or a list, written [a, b]"),
         (AtLeast1, True, "--x True: must be a whole number"),
         (AtLeast1, 2.0, "--x 2.0: must be a whole number"),

@@ -68,6 +68,13 @@ def test_a_finished_run_is_told_and_identified_by_what_changes_results(tmp_path:
     assert brew(options(tmp_path, stirs=2, overwrite=True)) is True
 
 
+def test_quiet_lasts_for_the_one_call(tmp_path: Path, capsys: Any) -> None:
+    for quiet, told in ((False, ""), (True, ""), (False, "already complete")):
+        BREW(options(tmp_path, quiet=quiet))
+        err = capsys.readouterr().err
+        assert told in err and bool(err) is bool(told)
+
+
 def test_bad_input_frees_the_folder_unless_it_holds_costly_results(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         brew(options(tmp_path), fail="early")

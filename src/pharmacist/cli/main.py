@@ -11,7 +11,6 @@ from pharmacist.core.config import parse
 from pharmacist.core.console import plain
 from pharmacist.core.errors import PharmacistError, one_line
 from pharmacist.core.files import FULL_DISK
-from pharmacist.core.progress import set_quiet
 from pharmacist.core.registry import closest
 from pharmacist.pipeline.commands import COMMANDS
 
@@ -60,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # of libraries; warnings for users are printed by `warn`
     try:
         options = parse(command.options, rest, prog=where, example=command.example)
-        set_quiet(getattr(options, "quiet", False))
         command(options)
     except PharmacistError as error:
         return _fail(where, str(error), 2)

@@ -45,9 +45,15 @@ def console() -> _Console:
     return _Console(stderr=True, quiet=rank() != 0, highlight=False, markup=False, emoji=False)
 
 
-def set_quiet(quiet: bool) -> None:
-    """Turns messages and bars off or on."""
-    console().quiet = quiet or rank() != 0
+@contextmanager
+def silenced(quiet: bool = True) -> Iterator[None]:
+    """Turns messages and bars off in the block, if `quiet`; where they are off already, they stay so."""
+    out = console()
+    before, out.quiet = out.quiet, out.quiet or quiet
+    try:
+        yield
+    finally:
+        out.quiet = before
 
 
 def say(text: str) -> None:
@@ -94,12 +100,12 @@ def print_table(
 
 def warn(text: str) -> None:
     """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
-    quiet = console().quiet
-    set_quiet(False)
+    out = console()
+    before, out.quiet = out.quiet, rank() != 0
     try:
         say(f"warning: {plain(text)}")
     finally:
-        console().quiet = quiet
+        out.quiet = before
 
 
 @contextmanager

@@ -134,10 +134,11 @@ def described(hint: Any) -> str:
     """A type as messages name it."""
     known: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     known |= {list: "a list, written [a, b]", dict: "keys and values, written {a: b}"}
+    known |= {list[int]: "a list of whole numbers, written [1, 2]", list[float]: "a list of numbers, written [0.1, 2]"}
     kinds = [
         f"one of {', '.join(map(str, get_args(part)))}"
         if get_origin(part) is Literal
-        else known.get(get_origin(part) or part, "of another type")
+        else known.get(part) or known.get(get_origin(part), "of another type")
         for part in parts_of(hint)
         if part is not NoneType
     ]

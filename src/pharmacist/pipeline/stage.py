@@ -8,7 +8,7 @@ from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import say
+from pharmacist.core.progress import say, silenced
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 
@@ -67,8 +67,9 @@ class Stage:
         return resolve_name(self.run or f"pharmacist.pipeline.{self.name}:{self.name}")
 
     def __call__(self, options: Any) -> Any:
-        """Does the work."""
-        return self.function(options)
+        """Does the work; with ``quiet`` among the options without messages and progress bars."""
+        with silenced(getattr(options, "quiet", False)):
+            return self.function(options)
 
     def identity(self, options: Any, methods: Mapping[str, Any]) -> Any:
         """The options that identify a run: what changes no result at its default, methods with all their own options.

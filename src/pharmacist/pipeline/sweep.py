@@ -96,7 +96,7 @@ def sweep(options: SweepOptions) -> SweepResult:
             result = SweepResult(read_json(run.path("sweep.json")), run.root)
         else:
             result = _sweep(points, options, run)
-        if rank() == 0 and not options.quiet:
+        if rank() == 0:
             _show(result)
         return result
 

@@ -10,7 +10,6 @@ import pytest
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import set_quiet
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.bench.command import BenchResult, StagesFailed, bench
 from pharmacist.pipeline.bench.grid import Plan, expand
@@ -397,7 +396,6 @@ def test_only_some_cells(stages: Stages, tmp_path: Path) -> None:
 def test_a_dry_run_shows_the_graph_and_its_cost(
     stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    set_quiet(False)  # whatever a command before this test has said
     changes: dict[str, Any] = {"quiet": False, "dry_run": True}
     run(tmp_path / "bench", **changes)
     text = capsys.readouterr().err

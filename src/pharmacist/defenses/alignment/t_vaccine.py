@@ -38,7 +38,7 @@ class TVaccineConfig(Checked):
     score_every: AtLeast1 = 200
     """Steps between two measurements of the layers' probabilities; these precede a sampling in the same step."""
     score_rows: AtLeast1 = 100
-    """Harmful rows per measurement; the published code uses a single row."""
+    """Harmful rows per measurement, in whole batches; the published code uses a single row."""
     freeze: Literal["layer", "attention"] = "layer"
     """Which part of the other layers is frozen: the whole layer, as in the paper, or its self-attention, as in the
     published code."""

@@ -11,7 +11,7 @@ from typing import Any
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, PharmacistError, one_line
 from pharmacist.core.method import Method
-from pharmacist.core.progress import set_quiet
+from pharmacist.core.progress import silenced
 from pharmacist.core.registry import Registry
 from pharmacist.core.typed import AtLeast0, Checked, NotNegative
 from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
@@ -123,8 +123,8 @@ class RemoteError(Exception):
 
 
 def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
-    set_quiet(True)
-    outcome = attempt(stage, stages, *parents)
+    with silenced():
+        outcome = attempt(stage, stages, *parents)
     if outcome.error is None or isinstance(outcome.error, PharmacistError):
         return outcome
     # Not every exception can be pickled, and no traceback can.

@@ -61,9 +61,8 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
             write_json(run.path("metrics.json"), found)
         partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
         run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
-        if not options.quiet:
-            _show(found)
-            say(f"metrics {plain(run.path('metrics.json'))}")
+        _show(found)
+        say(f"metrics {plain(run.path('metrics.json'))}")
         return found
 
 
@@ -115,8 +114,7 @@ def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
             if rank() == 0:
                 write_json(run.path("metrics.json"), found)
             run.finish(outputs=["metrics.json"], metrics=found, extra={"models": models})
-        if not options.quiet:
-            _show_differences(found, models)
+        _show_differences(found, models)
         return found
 
 
