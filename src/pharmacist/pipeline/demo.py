@@ -19,7 +19,7 @@ from pharmacist.core.config import from_mapping
 from pharmacist.core.env import rank
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
-from pharmacist.core.progress import console, print_table
+from pharmacist.core.progress import console, print_table, warn
 from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.command import run_stages
@@ -29,6 +29,7 @@ from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
 from pharmacist.pipeline.pages import demo_page, planted_pool
 from pharmacist.pipeline.stages.demo import DEMO, DemoOptions
+from pharmacist.report.cautions import cautions
 from pharmacist.report.numbers import Figure
 
 
@@ -184,6 +185,8 @@ def _show(result: DemoResult) -> None:
     for name, difference in summary["differences"].items():
         why = "" if difference["ci95"] else f" (no interval: {difference['no_ci95']})"
         out.print(f"harmful score, {name}: {_text(difference)}{why} points")
+    for caution in cautions(summary["curves"]):
+        warn(caution)
     quality = summary["ranking"]
     if quality["auc"] is not None:
         out.print(

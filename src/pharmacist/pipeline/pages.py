@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path, check_ordinary, read_json_lines
 from pharmacist.core.manifest import RunManifest, check_unchanged, options_in, read_manifest
-from pharmacist.core.progress import print_table
+from pharmacist.core.progress import print_table, warn
 from pharmacist.core.registry import closest
 from pharmacist.report.benchmark import AXES, summaries
 from pharmacist.report.benchmark_page import render_benchmark
@@ -67,6 +67,8 @@ def bench_page(folder: Path, manifest: RunManifest, baseline: str | None = None)
     benchmark = render_benchmark(folder, results, manifest=manifest.model_dump(mode="json"), baseline=baseline)
     for title, head, rows in summaries(benchmark):
         print_table(title, head, rows)
+    for caution in benchmark.cautions:
+        warn(caution)
 
 
 def planted_pool(config: Mapping[str, Any]) -> tuple[list[Planted], list[str]]:

@@ -19,6 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
 from pharmacist.evaluation.statistics import curve_area
+from pharmacist.report.cautions import cautions
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
 
@@ -143,6 +144,23 @@ class Benchmark:
         groups = self.results.groupby(rest, sort=False)[list(self.comparisons)]
         means = groups.mean().where(groups.count() == n).dropna(how="all").reset_index()
         return Benchmark(means.assign(defense=f"all {n}"), self.order, self.baseline) if len(means) else None
+
+    @cached_property
+    def cautions(self) -> list[str]:
+        """Sentences about settings, and judges, by which comparisons say little."""
+        if "harmful_scores" not in self.results:
+            return []
+        found = []
+        for setting, judge in itertools.product(self.settings, self.order["judge"]):
+            curves = {}
+            for line in [line for line in self.lines if line.setting == setting]:
+                name = self.name(line.series) + (f" with {line.axes['defense']}" if "defense" in self.several else "")
+                seeds = line.runs.loc[line.runs["judge"] == judge, "harmful_scores"]
+                curves[name] = [list(scores) for scores in seeds if len(scores)]
+            by = f"judge {judge}" if len(self.order["judge"]) > 1 else ""
+            where = plain(" · ".join(filter(None, (self.setting_name(setting), by))))
+            found += [f"{where}: {text}" if where else text for text in cautions(curves)]
+        return found
 
     def name(self, series: tuple[str, float]) -> str:
         """Name of a series in tables, with the fraction where a selector has several."""
@@ -387,7 +405,7 @@ def _markdown(benchmark: Benchmark) -> str:
         table.columns = pd.Index([markdown(" ".join(part for part in head if part)) for head in table.columns])
         text += f"{markdown(title)}\n\n" if title else ""
         text += f"{table.to_markdown(index=False, disable_numparse=True, colalign=align)}\n\n"
-    return f"{text}{note(benchmark)}\n"
+    return "\n".join([f"{text}{note(benchmark)}\n", *(f"{markdown(caution)}\n" for caution in benchmark.cautions)])
 
 
 def to_latex(benchmark: Benchmark) -> str:

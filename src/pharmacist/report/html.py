@@ -25,6 +25,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.files import read_json, read_json_lines, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.report import charts, tables, words
+from pharmacist.report.cautions import cautions
 from pharmacist.report.numbers import METRICS, Figure
 
 
@@ -109,6 +110,7 @@ def render_demo(
         for name in summary["arms"]
     ]
     context = {"ranking": ranking, "manifest": manifest, "demo": summary, "arms": arms}
+    context["cautions"] = cautions({words.ARMS[name].title: seeds for name, seeds in summary["curves"].items()})
     write_page(folder / "report.html", "demo.html.j2", ["ranking.js"], data, **context)
 
 
