@@ -48,8 +48,8 @@ def test_a_benchmark_tells_the_setting_and_the_judge() -> None:
 
 def test_the_page_and_the_console_show_cautions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for before, shown in ((1.0, False), (40.0, True)):
-        write_bench(tmp_path, curves(results({"<b>new</b>": -12.0}, seeds=2), before, 80.0))
+        write_bench(tmp_path, curves(results({"<b>new</b>": -12.0}, seeds=2, defenses=["sft"]), before, 80.0))
         assert main(["report", str(tmp_path), "--quiet"]) == 0
         assert ("warning: The alignment has hardly taken" in capsys.readouterr().err) is shown
         page = Page((tmp_path / "report.html").read_text())
-        assert ("high for full with sft (40 %), <b>new</b> with sft (40 %)" in page.text) is shown
+        assert ("high for full (40 %), <b>new</b> (40 %)" in page.text) is shown
