@@ -46,10 +46,10 @@ def factor_mask(score: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 class Antidote(Repair):
-    """Sets the entries with the largest Wanda scores on harmful rows to 0, in every row of every weight.
+    """Sets the entries that matter most for harmful rows to 0, in each row of a weight matrix or each adapter factor.
 
-    Of an adapter both factors are pruned, each as a whole, never the weights of its base model; at alpha 1 that leaves
-    the aligned model. The result depends on the factorisation, not on the product alone.
+    Of an adapter both factors are pruned, each as a whole, never the weights of its base model; at alpha 1
+    nothing of the adapter is left. The result depends on the factorisation, not on the product alone.
 
     Paper: Huang et al., "Antidote: Post-fine-tuning Safety Alignment for Large Language Models against Harmful
     Fine-tuning Attack", ICML 2025.

@@ -29,7 +29,7 @@ class ClassifierConfig(Checked):
     folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds, with which its quality on held-out references is measured."""
     corruptions_per_row: AtLeast0 = 2
-    """Number of damaged versions of each safe and each utility reference."""
+    """Number of damaged versions of each safe reference; each utility reference gets half as many, rounded up."""
 
 
 class ClassifierSelector(Selector):

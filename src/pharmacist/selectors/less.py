@@ -34,8 +34,8 @@ class LessConfig(AdapterOptions):
     """Share of the pool (at least 256 rows) that the model warms up on."""
     features: Literal["projected", "exact"] = "projected"
     """projected: Adam's step on each row, including momentum, projected at random, as published. exact: inner product
-    of the
-row's gradient and the references' direction in Adam's scale, without projection and without forming the gradient."""
+    of the row's gradient and the references' direction in Adam's scale, without projection and without forming the
+    gradient."""
     dimensions: AtLeast1 = 8192
     """Number of dimensions of the projected features; their noise is about 1 / sqrt(dimensions) of a cosine
     similarity."""

@@ -27,7 +27,7 @@ class PharmacistConfig(AdapterOptions):
     folds: Annotated[int, Ge(2)] = 4
     """Cross-fitting folds of the references, unless these come from several sources."""
     corruptions_per_row: AtLeast0 = 1
-    """Number of damaged versions of each safe and each utility reference."""
+    """Number of damaged versions of each safe reference; each utility reference gets half as many, rounded up."""
     solver: Literal["closed-form", "gradient"] = "closed-form"
     """How the twins' weights over the pool are found."""
     cotrain: Fraction = 0.25

@@ -111,4 +111,4 @@ class Matching(Grader[Grade]):
 
 
 class Auto(Method):
-    """Stands for the grader that `detect_grader` chooses by the completions."""
+    """Chooses classification, exact or number by the completions."""

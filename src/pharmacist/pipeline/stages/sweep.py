@@ -82,7 +82,7 @@ SWEEP = Stage(
     options=SweepOptions,
     summary="attack with many settings and report the worst case",
     example="pharmacist sweep --model runs/aligned --task task.jsonl --harmful attack.jsonl --samples 640 "
-    "--grid.learning_rate '[1e-4, 1e-3]' --grid.poison_ratio '[0.05, 0.1]' --evaluate.prompts prompts.jsonl "
+    "--grid.learning_rate 1e-4 1e-3 --grid.poison_ratio 0.05 0.1 --evaluate.prompts prompts.jsonl "
     "--evaluate.task task-test.jsonl --evaluate.judge probe --evaluate.safe judge-safe.jsonl "
     "--evaluate.harmful judge-harmful.jsonl --output-dir runs/sweep",
     version=1,
