@@ -67,6 +67,17 @@ def references(folder: Path) -> list[str]:
     return words
 
 
+def test_prompts_of_the_judges_references_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = World(3).harmful(1)[0]
+    rows = [ROWS[0], {"prompt": known["prompt"].upper(), "answer": known["completion"]}]
+    told = "--answers: 1 rows share a prompt with the references on which the judge was trained"
+    assert judged(rows, tmp_path, "--judge", "probe", *references(tmp_path)) == 0
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert read_manifest(tmp_path / "o").counts["prompts_in_references"] == 1
+    assert judged(rows, tmp_path) == 0 and told not in " ".join(capsys.readouterr().err.split())
+    assert "prompts_in_references" not in read_manifest(tmp_path / "o").counts, "keyword learns nothing"
+
+
 @pytest.mark.parametrize("name", JUDGES.names())
 def test_every_judge_takes_them_and_keeps_their_order(name: str, tmp_path: Path) -> None:
     rows = [{"prompt": "how", "answer": text} for text in World(4).safe(3)[0].values() if isinstance(text, str)]

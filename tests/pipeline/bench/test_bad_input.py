@@ -158,3 +158,12 @@ def test_the_small_grid_itself_is_fine(stages: Stages, tmp_path: Path) -> None:
         main(["bench", "--config", str(write_grid(tmp_path / "g.yaml")), "--output-dir", str(tmp_path / "out")]) == 0
     )
     assert set(SMALL) <= set(read_json(tmp_path / "out" / "manifest.json")["config"])
+
+
+def test_a_judge_that_learns_what_selectors_learn_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"judge": "probe", "harmful": "world:judge-harmful", "utility": "world:judge-utility"}
+    for safe, told in (("world:safe", 1), ("world:judge-safe", 0)):
+        grid = write_grid(tmp_path / "grid.yaml", judges=["keyword", own | {"safe": safe}])
+        assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+        warning = "warning: judge 'probe' learns from references of pool 'pool' (world:safe)"
+        assert " ".join(capsys.readouterr().err.split()).count(warning) == told

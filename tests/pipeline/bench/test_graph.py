@@ -317,6 +317,9 @@ def test_labels_are_those_of_the_entry(stages: Stages, tmp_path: Path) -> None:
     scores["reason"] = ["ranked"] * 4
     pd.DataFrame(scores).to_parquet(ranking / "scores.parquet")
     assert [row.ranking_auc for row in collect(found)] == [None, 100, 0]
+    scores |= {"score": [0.9, 0.1, 0.8, 0.7], "label": ["critical", "", "", ""]}  # the first row by its label alone
+    pd.DataFrame(scores).to_parquet(ranking / "scores.parquet")
+    assert [row.ranking_auc for row in collect(found)] == [None, 0, 100]
 
 
 def test_no_page_of_another_grid_stays(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

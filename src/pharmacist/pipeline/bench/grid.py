@@ -23,6 +23,7 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.mappings import merged
 from pharmacist.core.method import Method
 from pharmacist.core.options import LengthOptions, as_json, identifying
+from pharmacist.core.progress import warn
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import first_row
@@ -183,6 +184,14 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
+    for pool, judge in itertools.product(axes["pool"], axes["judge"]):
+        of_pool, of_judge = ({getattr(entry, name) for name in REFERENCES} - {None} for entry in (pool, judge))
+        if shared := ", ".join(sorted(of_pool & of_judge)):
+            warn(
+                f"judge '{judge.name}' learns from references of pool '{pool.name}' ({shared}), by which rows are "
+                "selected, so that it may favour selectors that read them; give it others, or compare with another "
+                "judge"
+            )
     selectors = axes["selector"]
     axes["selector"] = [replace(one, fractions=[share]) for one in selectors for share in _fractions(one, grid)]
     axes["attack"] = list(_swept(axes["attack"]))

@@ -140,7 +140,10 @@ def _curve(measured: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _by_labels(cell: Cell, plan: Plan) -> dict[str, Any]:
-    """``ranking_auc`` and ``selected_good`` of a cell's ranking and selection, where labels of the pool are known."""
+    """``ranking_auc`` and ``selected_good`` of a cell's ranking and selection, where labels of the pool are known.
+
+    Rows whose labels the selector was given show nothing of the ranking.
+    """
     ranking, selecting = (plan.stages[cell.roles[role]] for role in ("rank", "select"))
     labels, scores = plan.data.worth_keeping, ranking.folder / "scores.parquet"
     known = labels.get(ranking.options.pool) or labels.get(cell.axes["pool"])
@@ -149,7 +152,8 @@ def _by_labels(cell: Cell, plan: Plan) -> dict[str, Any]:
     table = pd.read_parquet(scores)
     table["good"] = table["row"].map(known)
     chosen = table["good"].iloc[chosen_rows(table, as_json(ranking.options), selecting.options)].dropna()
-    labelled = table.dropna(subset="good")
+    labelled = table[table["label"] == ""] if "label" in table else table
+    labelled = labelled.dropna(subset="good")
     found: dict[str, Any] = {"selected_good": 100 * float(chosen.mean())} if len(chosen) else {}
     if labelled["good"].nunique() == 2:
         found["ranking_auc"] = 100 * float(roc_auc_score(labelled["good"].astype(bool), labelled["score"]))

@@ -24,6 +24,7 @@ from pharmacist.pipeline.rows import load, model_options
 from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
 
 
+_KNOWN = "in_references"
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 
 
@@ -54,15 +55,21 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     options, judges = inputs.options, inputs.judges
     with run.phase("read"):
         records, given = inputs.read(run)
-    for count in [count for count in run.manifest.counts if count.startswith(REFERENCES)]:
+    for count in [count for count in run.manifest.counts if count.startswith(REFERENCES) or count.endswith(_KNOWN)]:
         del run.manifest.counts[count]  # of references before these
+    trained_on = [rows.dataset["prompt_key"][:] for name, rows in records.items() if name.startswith(REFERENCES)]
+    seen = set().union(*trained_on) if any(judge.needs for judge in judges.values()) else set()
     for name, rows in records.items():
         number = len(rows.refused)
         _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")
-        if name in ("prompts", "benign_prompts") and given is None:
-            number = len(rows) - len(set(rows.dataset["prompt_key"][:]))
+        if name in ("prompts", "benign_prompts"):
+            keys = rows.dataset["prompt_key"][:]
+            number = 0 if given is not None else len(keys) - len(set(keys))
             text = f"{number} rows repeat a prompt, so that the intervals are too narrow"
             _note(inputs, run, f"{name} repeated", number, text)
+            number = sum(key in seen for key in keys)
+            text = f"{number} rows share a prompt with the references on which the judge was trained"
+            _note(inputs, run, f"{name} {_KNOWN}", number, text)
     references = reference_rows(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
         say(f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used")
