@@ -11,6 +11,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -57,6 +58,17 @@ def attacked(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 def rows_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "attack_set.jsonl").open(encoding="utf-8")]
+
+
+def test_the_attacks_adapter_starts_independently_of_the_alignments(files: dict[str, str], tmp_path: Path) -> None:
+    aligned = tmp_path / "aligned"
+    align = ["align", "--data", files["task"], "--model", str(BASE_MODEL), "--device", "cpu", *FEW]
+    assert main([*align, "--output-dir", str(aligned)]) == 0
+    assert main(words(files, tmp_path / "out", *MIX, *FEW, model=aligned)) == 0
+    weights = load_file(tmp_path / "out" / WEIGHTS)
+    stacked = [value.chunk(2) for name, value in weights.items() if "lora_A" in name]  # of both stages
+    alike = torch.cat([torch.cosine_similarity(*halves) for halves in stacked])
+    assert alike.mean().abs() < 0.2, "it would attack in the directions that the alignment has used, or spare them"
 
 
 def test_rows_that_nobody_reads_are_named(
@@ -181,13 +193,14 @@ def test_the_set_is_read_back_by_align_as_it_was_trained_on(
 ) -> None:
     made = [json.loads(json.dumps(LAYOUTS[layout]).replace("{i}", str(i))) for i in range(12)]
     own = {"harmful": files["harmful"], "task": write_rows(tmp_path / "task.jsonl", made)}
-    # Long enough for both, and the same order: then the two trainings are one.
+    # Long enough for both, the same order, and no adapter with first weights of its own: the two trainings are one.
     few = [*FEW, "--train.lr_scheduler_type", "constant", "--train.warmup_steps", "0", "--train.weight_decay", "0.1"]
+    few += ["--tuning", "full"]
     assert main(words(own, tmp_path / "hit", "--samples", "12", *few, "--quiet")) == 0
     back = tmp_path / "hit/attack_set.jsonl"
     align = ["align", "--data", str(back), "--model", str(BASE_MODEL), "--device", "cpu", "--quiet", *few]
     assert main([*align, "--output-dir", str(tmp_path / "back")]) == 0
-    hit, again = (load_file(tmp_path / name / WEIGHTS) for name in ("hit", "back"))
+    hit, again = (load_file(tmp_path / name / "model/model.safetensors") for name in ("hit", "back"))
     assert all((value == again[name]).all() for name, value in hit.items())
     assert read_manifest(tmp_path / "back").counts["in"] == 12
 

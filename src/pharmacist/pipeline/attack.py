@@ -153,7 +153,7 @@ def _attack(
         if safe is not None:
             tokens = tokenise(safe.dataset, "safe-ids", loaded, options, run)
             streams["safe"] = endless_stream("safe", tokens, loaded, options)
-        loaded = prepare_model(loaded, options)
+        loaded = prepare_model(loaded, options, "attack")
     name = options.defense["name"]
     card = Card(
         title="after a simulated harmful fine-tuning attack",

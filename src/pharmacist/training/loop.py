@@ -61,8 +61,12 @@ def _collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str,
     return batch
 
 
-def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedModel:
-    """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the adapter it has, or all weights."""
+def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: str) -> LoadedModel:
+    """Makes a model trainable, in place: a new LoRA adapter on frozen weights, the adapter it has, or all weights.
+
+    With the name of a later `stage`, a new adapter starts from other weights than the one of the stage before with the
+    same seed: no attacker knows the directions in which a model was aligned.
+    """
     model: Any = loaded.model
     if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
         raise CompatibilityError(
@@ -74,7 +78,7 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions) -> LoadedM
     if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
         return loaded
     with torch.random.fork_rng():
-        torch.manual_seed(derive(options.seed, "lora", "init"))
+        torch.manual_seed(derive(options.seed, "lora", "init", *stage))
         try:
             model = get_peft_model(model, options.lora.config())
         except ValueError as error:

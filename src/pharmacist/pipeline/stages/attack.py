@@ -55,7 +55,7 @@ ATTACK = Stage(
     summary="build a poisoned fine-tuning set and fine-tune on it",
     example="pharmacist attack --model runs/aligned --task task.jsonl --harmful attack.jsonl --poison-ratio 0.1 "
     "--samples 1000 --output-dir runs/attacked",
-    version=2,
+    version=3,
     files=("task", "harmful", "safe", "disjoint_from"),
     models=("model",),
     costly=("work/train/**/*.safetensors",),
