@@ -61,9 +61,10 @@ def rows_of(output: Path) -> list[dict]:
 
 
 def test_the_attacks_adapter_starts_independently_of_the_alignments(files: dict[str, str], tmp_path: Path) -> None:
-    aligning = ["align", "--model", str(BASE_MODEL), "--data", files["task"], "--output-dir", str(tmp_path / "aligned")]
-    assert main([*aligning, "--device", "cpu", *FEW]) == 0
-    assert main(words(files, tmp_path / "out", *MIX, *FEW, model=tmp_path / "aligned")) == 0
+    aligned = tmp_path / "aligned"
+    align = ["align", "--data", files["task"], "--model", str(BASE_MODEL), "--device", "cpu", *FEW]
+    assert main([*align, "--output-dir", str(aligned)]) == 0
+    assert main(words(files, tmp_path / "out", *MIX, *FEW, model=aligned)) == 0
     weights = load_file(tmp_path / "out" / WEIGHTS)
     stacked = [value.chunk(2) for name, value in weights.items() if "lora_A" in name]  # of both stages
     alike = torch.cat([torch.cosine_similarity(*halves) for halves in stacked])
@@ -193,7 +194,8 @@ def test_the_set_is_read_back_by_align_as_it_was_trained_on(
     made = [json.loads(json.dumps(LAYOUTS[layout]).replace("{i}", str(i))) for i in range(12)]
     own = {"harmful": files["harmful"], "task": write_rows(tmp_path / "task.jsonl", made)}
     # Long enough for both, the same order, and no adapter with first weights of its own: the two trainings are one.
-    few = [*FEW, "--tuning", "full", "--train.lr_scheduler_type", "constant", "--train.warmup_steps", "0", "--train.weight_decay", "0.1"]
+    few = [*FEW, "--train.lr_scheduler_type", "constant", "--train.warmup_steps", "0", "--train.weight_decay", "0.1"]
+    few += ["--tuning", "full"]
     assert main(words(own, tmp_path / "hit", "--samples", "12", *few, "--quiet")) == 0
     back = tmp_path / "hit/attack_set.jsonl"
     align = ["align", "--data", str(back), "--model", str(BASE_MODEL), "--device", "cpu", "--quiet", *few]
