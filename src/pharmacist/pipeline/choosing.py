@@ -29,7 +29,7 @@ def number_of(options: CurateOptions, n: int) -> int:
 
 
 def _rows_of(fraction: float, n: int) -> int:
-    return max(1, int(fraction * n + 0.5))
+    return max(1, int(fraction * n + 0.5 + 1e-9))  # 0.58 x 25 is 14.5 rows, to be rounded up
 
 
 def ranked_table(
