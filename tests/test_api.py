@@ -332,6 +332,13 @@ def test_adapters_that_cannot_be_trained_on_are_named(model: PreTrainedModel) ->
         aligned(added)
 
 
+def test_a_model_without_its_weights_is_refused(model: PreTrainedModel) -> None:
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(CompatibilityError, match=r"weights are not in memory \(device meta\); load it as a whole"):
+        aligned(hollow, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL))
+
+
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class": (lambda model: ph.rank(SETS["pool"], selector=ph.LengthSelector), "selector: must be a Selector, its"),
     "kind": (lambda model: ph.align(model, SETS["pool"], defense=ph.LengthSelector()), "defense: must be a Gradient"),
@@ -355,6 +362,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "peft_config: has no effect where no new adapter is trained",
     ),
     "model": (lambda model: ph.evaluate(5), "model: must be a path, a Hub id or a loaded causal language model"),
+    "class of models": (lambda model: ph.evaluate(type(model)), "model: must be a path, a Hub id or a loaded causal"),
     "args": (lambda model: ph.align(model, SETS["pool"], args={"max_steps": 2}), "args: must be transformers'"),
     "peft": (
         lambda model: ph.align(model, SETS["pool"], peft_config=IA3Config()),

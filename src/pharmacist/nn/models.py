@@ -198,7 +198,8 @@ def wrap_model(
     """
     own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if (
-        not hasattr(own, "get_input_embeddings")
+        not isinstance(own, torch.nn.Module)
+        or not hasattr(own, "get_input_embeddings")
         or not hasattr(own, "prepare_inputs_for_generation")
         or output_head(own) is None
         or getattr(own.config, "is_encoder_decoder", False)
@@ -218,8 +219,10 @@ def wrap_model(
             f"{path or 'the model'}: its adapters are disabled; enable_adapter_layers() turns them on, and unload() "
             "gives the model without them"
         )
-    found = copy.deepcopy(found)  # a padding token and a template may be set
     name = path or type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CompatibilityError(f"{name}: some of its weights are not in memory (device meta); load it as a whole")
+    found = copy.deepcopy(found)  # a padding token and a template may be set
     check_tokenizer(name, found, model)
     base = path if path and not isinstance(model, PeftModel) and not is_output(Path(path)) else None
     loaded = LoadedModel(model, found, Template("alpaca"), name, base=MergedBase(base))
