@@ -232,7 +232,10 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     margin = {"value": 0.0423, "ci95": [0.012, 0.073], "n": 9, "unit": "nats per token"}
     cells = re.findall("<td>(.*?)</td>", EvaluateResult({"loss_margin": margin}, Path())._repr_html_())
     assert cells[1:4] == ["0.042", "0.012", "0.073"] and "9" in cells
-    assert scores.items()[0]["answer"] and "'answer'" not in repr(scores)  # it may be harmful
+    lines = repr(scores).splitlines()
+    assert lines[0].split()[:2] == ["metric", "value"] and len(lines) == len(table) + 1
+    answers = [item["answer"] for item in scores.items()]
+    assert all(answers) and not any(answer in repr(scores) for answer in answers)  # they may be harmful
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +291,15 @@ def test_arguments_that_every_stage_has_or_needs_not_are_taken() -> None:
     assert train_options(TrainingArguments(use_cpu=True, do_train=True, **own), {}) == {}
 
 
-def test_random_states_are_the_callers(model: PreTrainedModel) -> None:
+def test_random_states_are_the_callers(model: PreTrainedModel, tmp_path: Path) -> None:
     def states() -> list[Any]:
         return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
     before = states()
-    aligned(model)
+    own = aligned(model)
+    assert states() == before
+    own.save_pretrained(tmp_path)
+    aligned(str(tmp_path))
     assert states() == before
 
 
@@ -371,6 +377,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "side": (
         lambda model: ph.tokenize([], AutoTokenizer.from_pretrained(BASE_MODEL), side="left"),
         "side must be one",
+    ),
+    "length": (
+        lambda model: ph.tokenize(SETS["pool"], AutoTokenizer.from_pretrained(BASE_MODEL), max_length="8"),
+        "max_length must be a whole number, not 8",
     ),
     "beside options": (
         lambda model: ph.align(ph.AlignOptions(data="d", model="m", output_dir="o"), SETS["pool"]),

@@ -301,7 +301,7 @@ def test_a_loss_of_the_users_own_does_not_hide_the_terms_of_a_strategy(model: Pa
 
 def test_batches_without_labels_are_refused(model: Path, tmp_path: Path) -> None:
     bare = make("full", model, tmp_path, ph.SFT()).train_dataset.remove_columns("labels")
-    with pytest.raises(DataError, match="the batches have no labels; pharmacist.tokenize makes"):
+    with pytest.raises(DataError, match="batches have no labels; give rows of pharmacist.tokenize"):
         make("full", model, tmp_path, ph.SFT(), train_dataset=bare).train()
 
 

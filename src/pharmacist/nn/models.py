@@ -21,6 +21,7 @@ from pharmacist.core.hashing import sha256_content, sha256_json
 from pharmacist.core.typed import Given
 from pharmacist.data.templates import Template, check_template, choose_template, load_template
 from pharmacist.nn.devices import resolve_device, resolve_dtype
+from pharmacist.nn.hooks import replayed_rng
 from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
@@ -172,11 +173,12 @@ def load_model(
         return _copy(name, merge=merge)
     loader = _Loader(resolve_device(device), dtype, template, trust_remote_code)
     base, *adapters = lineage(name)
-    with base.blamed():
-        loaded = loader.load_base(base)
-    for source in adapters:
-        with source.blamed():
-            loaded = loader.add_adapter(loaded, source, merge=merge or source is not adapters[-1])
+    with replayed_rng(loader.device):  # weights are drawn at random before they are read
+        with base.blamed():
+            loaded = loader.load_base(base)
+        for source in adapters:
+            with source.blamed():
+                loaded = loader.add_adapter(loaded, source, merge=merge or source is not adapters[-1])
     check_template(loaded.template, loaded.tokenizer, name)
     return loaded
 

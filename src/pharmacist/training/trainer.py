@@ -231,7 +231,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             self.strategy.begin_update(update)
         if inputs.get("labels") is None:
             raise DataError(
-                "the batches have no labels; pharmacist.tokenize makes rows with labels, which DataCollatorForSeq2Seq keeps"
+                "batches have no labels; give rows of pharmacist.tokenize and a collator that keeps their labels"
             )
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
